@@ -1,0 +1,34 @@
+"""Turn captioned images into a text-to-image model that its owner can run, share and trust.
+
+    from ldm import Pipeline
+
+    Pipeline.from_pretrained("runs/digits/pipeline")("a handwritten three").images[0].save("three.png")
+
+Public names are resolved when they are first used (PEP 562), so that `import ldm` costs nothing and who only
+reads a config, or asks the command line for help, does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ldm.pipelines import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__"]
+
+_HOME_OF = {"Pipeline": "ldm.pipelines"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value  # the next look-up finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

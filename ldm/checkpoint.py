@@ -1,0 +1,258 @@
+"""Component folders on disk in the layout of diffusers: safetensors and JSON, nothing else.
+
+    model_index.json
+    unet/config.json         unet/diffusion_pytorch_model.safetensors
+    vae/…                    or codec/config.json for a model that works on pixels
+    text_encoder/…  tokenizer/…  scheduler/scheduler_config.json
+
+Names in `config.json` are mapped to our classes in one closed table. Every write goes into a temporary sibling
+first and is renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.codecs import PixelCodec
+from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config_to_diffusers
+from ldm.models import AutoencoderConfig, AutoencoderKL, UNet, UNetConfig
+from ldm.models.autoencoder import upgrade_state_dict
+
+WEIGHTS = "diffusion_pytorch_model"
+COMPONENTS: dict[str, tuple[type, type]] = {
+    "UNet2DConditionModel": (UNet, UNetConfig),
+    "AutoencoderKL": (AutoencoderKL, AutoencoderConfig),
+}
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling to fill, synced and renamed to `folder` at the end; an old `folder` is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for path in temporary.rglob("*"):
+            _sync(path)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(old / folder.name)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copies a folder into another as hard links, or as real copies where the file system has no links."""
+
+    def link(src: str, dst: str) -> None:
+        try:
+            os.link(os.path.realpath(src), dst)
+        except OSError:
+            shutil.copy2(src, dst)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one ValueError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; the model folder is incomplete, copy or train it again") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); copy or train the model again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object; copy or train the model again")
+    return content
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or one ValueError that names it."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; the folder is incomplete, copy or train it again") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or half-written ({error}); copy or train it again") from None
+
+
+def save_model(folder: Path, model: UNet | AutoencoderKL, dtype: torch.dtype = torch.float32) -> None:
+    """Writes `config.json` and the weights of a network into `folder`, which stock diffusers can open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", model.config.to_dict())
+    save_tensors(
+        folder / f"{WEIGHTS}.safetensors", {name: value.to(dtype) for name, value in model.state_dict().items()}
+    )
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copies the config and the weights of a component folder, byte for byte, and nothing else of it."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.name == "config.json" or (path.name.startswith(WEIGHTS) and path.suffix in (".safetensors", ".json")):
+            shutil.copyfile(path, target / path.name)
+
+
+def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) -> UNet | AutoencoderKL:
+    """Builds the network that `folder/config.json` describes and fills it, strictly.
+
+    Args:
+        expected: the class that must stand in `config.json`, a key of `COMPONENTS`.
+
+    Raises:
+        ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing; the model folder is incomplete, copy or train it again")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name", expected)
+    if name != expected:
+        raise ValueError(f"{folder / 'config.json'} describes a {name}; a {expected} is needed here")
+    network, network_config = COMPONENTS[expected]
+    try:
+        built = network_config.from_dict(config)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    with torch.device("meta"):
+        model: UNet | AutoencoderKL = network(built)
+    weights = read_weights(folder)
+    if expected == "AutoencoderKL":
+        weights = upgrade_state_dict(weights)
+    fill(model, weights, folder, dtype)
+    return model.eval()
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: torch.dtype | None = None) -> None:
+    """Assigns `weights` to a model built on the meta device; every key and shape must fit."""
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{where}: the weights do not fit config.json: {len(missing)} missing (first: {missing[:1]}), "
+            f"{len(extra)} unknown (first: {extra[:1]}); use the config.json that was saved with them"
+        )
+    for name, value in wanted.items():
+        if value.shape != weights[name].shape:
+            raise ValueError(
+                f"{where}: {name} has shape {list(weights[name].shape)} in the weights but "
+                f"{list(value.shape)} by config.json; use the config.json that was saved with them"
+            )
+    model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, strict=True, assign=True)
+    model.requires_grad_(True)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a component folder: one file, an fp16 variant of it, or shards with their index."""
+    for variant in ("", ".fp16"):
+        single = folder / f"{WEIGHTS}{variant}.safetensors"
+        if single.is_file():
+            return load_tensors(single)
+        index = folder / f"{WEIGHTS}.safetensors.index{variant}.json"
+        if index.is_file():
+            files = set(read_json(index)["weight_map"].values())
+            return {name: tensor for file in sorted(files) for name, tensor in load_tensors(folder / file).items()}
+    if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
+        raise ValueError(
+            f"{folder} holds pickled weights (.bin or .ckpt), which are never opened here; "
+            "convert them to safetensors with the tool that made them"
+        )
+    raise ValueError(
+        f"{folder / WEIGHTS}.safetensors is missing; the model folder is incomplete, copy or train it again"
+    )
+
+
+def load_schedule(folder: Path) -> ScheduleConfig:
+    """The schedule, prediction and grid that `scheduler_config.json` of any diffusers scheduler describes."""
+    path = folder / "scheduler_config.json"
+    try:
+        return config_from_diffusers(read_json(path))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save_schedule(folder: Path, config: ScheduleConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scheduler_config.json", config_to_diffusers(config))
+
+
+def save_pixel_codec(folder: Path, codec: PixelCodec) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", codec.config)
+
+
+def load_pixel_codec(folder: Path) -> PixelCodec:
+    path = folder / "config.json"
+    config = read_json(path)
+    try:
+        return PixelCodec(tuple(config["mean"]), tuple(config["std"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: mean and std of the channels are wrong or missing ({error})") from None
+
+
+def find_model_folder(name: str | os.PathLike[str], wanted: str) -> Path:
+    """A local folder that holds the file `wanted`, or the hub snapshot of an id `owner/name`.
+
+    Raises:
+        ValueError: naming what was looked for and where.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / wanted).is_file():
+            return folder
+        inside = [child for child in sorted(folder.iterdir()) if (child / wanted).is_file()]
+        hint = f"; did you mean {inside[0]}?" if inside else "; it is not a model folder, or only half of one"
+        raise ValueError(f"{folder} holds no {wanted}{hint}")
+    text = os.fspath(name)
+    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise ValueError(f"there is no model folder {text}; train one first, or name a folder or a hub id owner/name")
+    return _download(text, wanted)
+
+
+def _download(hub_id: str, wanted: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Two patterns a format: the folders of a pipeline, and a component alone at the top.
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub client raises many kinds; each means "not to be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"there is no model folder {hub_id}, and the hub did not give a model of that id ({reason})"
+        ) from None
+    if not (folder / wanted).is_file():
+        raise ValueError(f"the hub model {hub_id} holds no {wanted}; it is not a pipeline in the layout of diffusers")
+    return folder

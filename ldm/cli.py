@@ -1,0 +1,109 @@
+"""The `ldm` command. Parses its arguments before it imports anything heavy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import ldm
+
+app = typer.Typer(
+    help="Turn captioned images into a text-to-image model, and text into images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(ldm.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A pipeline folder, or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("image.png"),
+    count: Annotated[
+        int,
+        typer.Option(
+            "-n", help="How many pictures: -o becomes a sheet of them, beside one file a picture named by its seed."
+        ),
+    ] = 1,
+    seed: Annotated[int | None, typer.Option(help="Picture i has seed + i; a fresh one by default.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    eta: Annotated[float, typer.Option(help="0 is deterministic DDIM, 1 has the variance of DDPM.")] = 0.0,
+    height: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+) -> None:
+    """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; pictures are written as PNG, so let it end in .png")
+    if count < 1:
+        raise ValueError(f"-n is {count}; it must be at least 1")
+    from ldm.pipelines import Pipeline, contact_sheet, save_png
+
+    pipeline = Pipeline.from_pretrained(model, device=device)
+    result = pipeline(
+        prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        eta=eta,
+        num_images_per_prompt=count,
+        seed=seed,
+    )
+    settings = {
+        "model": model,
+        "num_inference_steps": steps or pipeline.num_inference_steps,
+        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
+        "eta": eta,
+        "height": result.images[0].height,
+        "width": result.images[0].width,
+        "ldm": ldm.__version__,
+    }
+    text = {"prompt": prompt, "negative_prompt": negative_prompt or "", "settings": settings}
+    if count == 1:
+        save_png(result.images[0], output, text | {"seed": result.seeds[0]})
+        print(output)
+        return
+    for image, its_seed in zip(result.images, result.seeds, strict=True):
+        path = output.with_name(f"{output.stem}-{its_seed}{output.suffix}")
+        save_png(image, path, text | {"seed": its_seed})
+        print(path)
+    row = [result.images[start : start + 8] for start in range(0, count, 8)]
+    sheet = contact_sheet(row, size=max(result.images[0].width, 96))
+    save_png(sheet, output, text | {"seed": result.seeds})
+    print(output)
+
+
+def main() -> None:
+    """Runs the command; a ValueError is the user's, and becomes one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

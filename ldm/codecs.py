@@ -1,0 +1,145 @@
+"""Charts between images and what is diffused: pixels themselves, or the latents of an autoencoder.
+
+The only place where the two spaces differ. Both carry the per-channel mean and deviation of the training data,
+applied inside `draw` and `decode` alone, so that what is diffused has zero mean and unit variance as the papers
+assume. Images are float [B, 3, H, W] in [−1, 1]; what is diffused is called latents in both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models import AutoencoderKL, sample_posterior
+
+
+class Codec(Protocol):
+    """What the rest of the package knows of either space."""
+
+    channels: int
+    """C of the latents."""
+    factor: int
+    """Pixels a latent position in height and width; image sizes must be divisible by it."""
+    bounded: bool
+    """Whether `project` bounds x̂_0."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves what it holds to a device or dtype, like `nn.Module.to`."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) for an image of `height` × `width` pixels; ValueError if the factor does not divide them."""
+        ...
+
+    def moments(self, images: Tensor) -> Tensor:
+        """What can be encoded once and kept: [B, 3, H, W] in [−1, 1] → [B, M, h, w]."""
+        ...
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, C, h, w] from moments; `noise` [B, C, h, w] draws from the posterior, None takes its mean."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] → images [B, 3, H, W], about [−1, 1], not clamped."""
+        ...
+
+    def project(self, original: Tensor) -> Tensor:
+        """Bounds a predicted x_0 [B, C, h, w] by what an image can be."""
+        ...
+
+
+def _divided(height: int, width: int, factor: int) -> tuple[int, int]:
+    if height < factor or width < factor or height % factor or width % factor:
+        raise ValueError(
+            f"image size {height}x{width} is not divisible by the codec's factor {factor}; "
+            f"the nearest size is {_nearest(height, factor)}x{_nearest(width, factor)}"
+        )
+    return height // factor, width // factor
+
+
+def _nearest(size: int, factor: int) -> int:
+    return max(factor, round(size / factor) * factor)
+
+
+class PixelCodec(nn.Module):
+    """The identity chart: images, normalised.
+
+    Args:
+        mean, std: per channel, of the training images in [−1, 1].
+    """
+
+    factor = 1
+    bounded = True
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise ValueError(f"PixelCodec mean {mean} and std {std} must have one entry a channel, std positive")
+        self.channels = len(mean)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.config = {"_class_name": "PixelCodec", "mean": list(mean), "std": list(std)}
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return (self.channels, *_divided(height, width, self.factor))
+
+    def moments(self, images: Tensor) -> Tensor:
+        return images
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return (moments - self.mean) / self.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents * self.std + self.mean
+
+    def project(self, original: Tensor) -> Tensor:
+        low, high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
+        return original.clamp(low.to(original.dtype), high.to(original.dtype))
+
+
+class LatentCodec(nn.Module):
+    """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1).
+
+    The statistics of the latents stand in the autoencoder itself: folded into its `quant_conv` pair by our own
+    training, or as `scaling_factor` and `shift_factor` in the config of a foreign one.
+
+    Args:
+        source: the folder that the autoencoder was read from, which is copied byte for byte when it is saved.
+    """
+
+    bounded = False
+
+    def __init__(self, autoencoder: AutoencoderKL, source: Path | None = None) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.source = source
+        self.channels = autoencoder.config.latent_channels
+        self.factor = autoencoder.factor
+
+    @property
+    def mean(self) -> float:
+        return self.autoencoder.config.shift_factor or 0.0
+
+    @property
+    def std(self) -> float:
+        return 1 / self.autoencoder.config.scaling_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return (self.channels, *_divided(height, width, self.factor))
+
+    def moments(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images)
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return (sample_posterior(moments, noise) - self.mean) / self.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents * self.std + self.mean)
+
+    def project(self, original: Tensor) -> Tensor:
+        return original

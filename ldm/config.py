@@ -1,0 +1,321 @@
+"""Training configs: a YAML file and `--set a.b=value` → validated, frozen objects.
+
+Everything is checked before anything heavy starts. An unknown key is refused with its dotted path and the
+nearest valid one, a wrong value with the reason and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ldm.data import DataConfig
+from ldm.diffusion import NoiseSchedule, ScheduleConfig
+from ldm.diffusion.schedule import check_start
+from ldm.models import AutoencoderConfig, UNetConfig
+
+DERIVED = {
+    "unet": {
+        "in_channels": "the codec",
+        "out_channels": "the codec",
+        "sample_size": "data.resolution and the codec",
+        "cross_attention_dim": "the text encoder",
+    },
+    "autoencoder": {
+        "sample_size": "data.resolution",
+        "scaling_factor": "the statistics of the latents, which training folds into quant_conv",
+        "shift_factor": "the statistics of the latents, which training folds into quant_conv",
+    },
+}
+
+
+def _positive(config: object, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) <= 0:
+            raise ValueError(f"{key} is {getattr(config, key)}; it must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The frozen text encoder.
+
+    Args:
+        encoder: "minilm" (from a package, offline), "open_clip:NAME[:WEIGHTS]", a folder, or a hub id.
+        max_length: tokens to which captions are padded and cut; None takes the encoder's own length.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    encoder: str = "minilm"
+    max_length: int | None = 32
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None:
+            _positive(self, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation, common to both scripts.
+
+    Args:
+        max_steps: optimizer steps in all.
+        batch_size: images a step, over all processes and accumulated micro-batches.
+        lr_schedule: after `warmup_steps` of linear rise, "constant" or "cosine" down to 0 at `max_steps`.
+        max_grad_norm: gradients are clipped to this 2-norm.
+        ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
+        num_workers: processes that load images; 0 loads in the main one.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        validation_samples: how many held-out images the held-out loss looks at, at most.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    max_steps: int
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    num_workers: int = 0
+    log_every: int = 20
+    validate_every: int = 500
+    validation_samples: int = 256
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            *("max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
+            *("log_every", "validate_every", "validation_samples", "sample_every", "checkpoint_every"),
+            "keep_checkpoints",
+        )
+        for key in ("warmup_steps", "weight_decay", "num_workers"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        for key in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTrainConfig(TrainConfig):
+    """What training of the UNet adds.
+
+    Args:
+        caption_dropout: share of samples, drawn one by one, that are trained with the empty caption, 0 to 1.
+        attention: "sdpa", or "xformers" where that is installed, on CUDA.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    caption_dropout: float = 0.1
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}; it must be 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """The pictures made while training, and the defaults stored with the model.
+
+    Args:
+        prompts: a row of the sample grid each; image j of every row has seed `seed` + j.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prompts: tuple[str, ...]
+    images_per_prompt: int = 4
+    seed: int = 0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts is empty; give at least one text")
+        _positive(self, "images_per_prompt", "num_inference_steps")
+        if not abs(self.guidance_scale) < float("inf"):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LDMConfig:
+    """A run of `train/train_ldm.py`.
+
+    Args:
+        seed: of all randomness of training.
+        output_dir: the run folder.
+        space: what is diffused: "pixel", or "latent" with `first_stage`.
+        first_stage: folder or hub id of an autoencoder (or of a pipeline that holds one).
+        unet: keys of diffusers' UNet2DConditionModel, less those that follow from codec and text encoder.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    output_dir: str
+    data: DataConfig
+    unet: UNetConfig
+    train: DiffusionTrainConfig
+    sample: SampleConfig
+    seed: int = 0
+    space: Literal["pixel", "latent"] = "pixel"
+    first_stage: str | None = None
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        if self.space == "latent" and self.first_stage is None:
+            raise ValueError("space is latent but first_stage is not set; name the folder of a trained autoencoder")
+        if self.space == "pixel" and self.first_stage is not None:
+            raise ValueError(
+                f"first_stage is {self.first_stage!r} but space is pixel, which has none; set space: latent or drop it"
+            )
+        schedule = NoiseSchedule.from_config(self.schedule)
+        grid = schedule.grid(
+            self.sample.num_inference_steps,
+            self.schedule.timestep_spacing,
+            steps_offset=self.schedule.steps_offset,
+        )
+        check_start(schedule, grid, self.schedule.prediction_type, bounded=self.space == "pixel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLossConfig:
+    """L1 reconstruction + `kl_weight` · KL(q(z|x) ‖ N(0, I)), both a mean over pixels and over latent elements."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight is {self.kl_weight}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTrainingConfig:
+    """A run of `train/train_autoencoder.py`.
+
+    Args:
+        autoencoder: keys of diffusers' AutoencoderKL.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    output_dir: str
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    train: TrainConfig
+    seed: int = 0
+    loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+
+
+C = TypeVar("C", LDMConfig, AutoencoderTrainingConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
+    """Reads a YAML file, applies `a.b=value` overrides (values are YAML too), and validates the whole.
+
+    Raises:
+        ValueError: in one line that names the file or the dotted key, the cause and the way out.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} cannot be read ({error}); name an existing YAML file with --config") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} holds no keys; start from one of the files in configs/")
+    for override in overrides:
+        _apply(content, override)
+    return parse_config(content, kind, str(path))
+
+
+def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
+    """Validates a nested mapping as a config of `kind`; `where` names its origin in errors."""
+    for section, derived in DERIVED.items():
+        for key in derived.keys() & (content.get(section) or {}):
+            raise ValueError(f"{where}: {section}.{key} follows from {derived[key]}; leave it out")
+    try:
+        return TypeAdapter(kind).validate_python(dict(content))
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_explain(error, kind)}") from None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {override!r} is not of the form key=value, such as train.max_steps=500")
+    *parents, last = key.strip().split(".")
+    target = content
+    for i, parent in enumerate(parents):
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"--set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key}: {value!r} is not a valid value") from None
+
+
+def _explain(error: ValidationError, kind: type) -> str:
+    """The first fault as one line with its dotted path; unknown keys before all others."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
+    fault = faults[0]
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "unexpected_keyword_argument":
+        known = _dotted_keys(kind)
+        by_name = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_name, n=1, cutoff=0.5)
+        nearest = close[0] if close else by_name[last[0]] if last else None
+        advice = f"did you mean {nearest}?" if nearest else f"known are {', '.join(sorted(known))}"
+        return f"unknown key {path}; {advice}"
+    if fault["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{path} is missing; set it in the file or with --set {path}=…"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _dotted_keys(kind: type, prefix: str = "") -> list[str]:
+    keys = []
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        keys.append(prefix + item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            keys += _dotted_keys(hints[item.name], f"{prefix}{item.name}.")
+    return keys
+
+
+def to_yaml(config: LDMConfig | AutoencoderTrainingConfig) -> str:
+    """The complete config, every default spelled out, in a form that `load_config` reads back."""
+    content = TypeAdapter(type(config)).dump_python(config, mode="json")
+    for section, derived in DERIVED.items():
+        for key in derived.keys() & content.get(section, {}):
+            del content[section][key]
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text

@@ -1,0 +1,36 @@
+"""Captioned images: sources, split, sampling order, and the data set that training reads."""
+
+from ldm.data.dataset import (
+    Batch,
+    CaptionedImages,
+    Item,
+    collate,
+    image_statistics,
+    split,
+    to_signed,
+    to_uint8,
+)
+from ldm.data.digits import DIGIT_WORDS
+from ldm.data.keyed import generator
+from ldm.data.order import SampleOrder, micro_batches
+from ldm.data.sources import DataConfig, Sample, Skipped, Source, open_source
+
+__all__ = [
+    "DIGIT_WORDS",
+    "Batch",
+    "CaptionedImages",
+    "DataConfig",
+    "Item",
+    "Sample",
+    "SampleOrder",
+    "Skipped",
+    "Source",
+    "collate",
+    "generator",
+    "image_statistics",
+    "micro_batches",
+    "open_source",
+    "split",
+    "to_signed",
+    "to_uint8",
+]

@@ -1,0 +1,75 @@
+"""From any image file to RGB, and from any RGB image to a square tensor of bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# What is decoded is told by the bytes, not by the suffix, so the formats are limited here too: Pillow knows
+# some that start other programs (EPS runs Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+def read_rgb(path: Path, background: tuple[int, int, int]) -> Image.Image:
+    """Decodes an image file completely: its first frame, upright, in mode RGB, on `background`.
+
+    Raises:
+        ValueError: with the reason, without the path, if the file cannot be read as an image.
+    """
+    try:
+        if os.path.getsize(path) == 0:
+            raise ValueError("the file is empty")
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(ImageOps.exif_transpose(image), background)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
+    # Pillow's decoders raise whatever comes up in the code that meets the broken bytes: OSError, SyntaxError,
+    # struct.error, IndexError, DecompressionBombError and more.
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(reason or type(error).__name__) from error
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any mode → RGB: 16-bit greys scaled to 8 bits, transparent pixels blended with `background`.
+
+    Raises:
+        ValueError: for 32-bit greys, whose white is not defined, and modes that Pillow cannot convert.
+    """
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 = 255 · 257, rounded
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit greys (mode {image.mode}) have no defined white; save it with 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, resolution: int, place: float = 0.5) -> Tensor:
+    """The largest square of an RGB image, resized (antialiased bicubic) to uint8 [3, R, R].
+
+    The same as resizing the short side to R and then cropping at whole pixels, in one pass.
+
+    Args:
+        resolution: the side R.
+        place: where the square lies along the longer side: in [0, 1): 0 at its start, 0.5 in the middle, just
+            below 1 at its end.
+    """
+    width, height = image.size
+    side = min(width, height)
+    scale = side / resolution
+    # Whole pixels of the resized image: with a side of R already, a crop must not blur.
+    spare = (max(width, height) - side) * resolution // side
+    offset = int(place * (spare + 1)) * scale
+    left, top = (offset, 0.0) if width > height else (0.0, offset)
+    box = (left, top, min(left + side, width), min(top + side, height))
+    resized = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # [R, R, 3] → [3, R, R]

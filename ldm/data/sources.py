@@ -1,0 +1,148 @@
+"""Where captioned images come from: one record for all layouts, and the function that opens any of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from PIL import Image, ImageColor
+
+BUILT_IN = ("digits", "openmoji")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how an image becomes a square of pixels.
+
+    Args:
+        path: "digits", "openmoji", or a folder; a folder that bears one of these names is written "./digits".
+        resolution: side R of the square images in pixels.
+        flip: mirror half of the images horizontally, drawn anew in every epoch.
+        crop: which square of an image that is not square: its "center", or a "random" one drawn anew in every
+            epoch.
+        held_out: share of the groups, in [0, 1), that training never sees.
+        background: the colour behind transparent images, as CSS names it ("white", "#f0f0f0").
+        skin_tones: with openmoji, its variants in five skin tones too.
+
+    Raises:
+        ValueError: naming key and value.
+    """
+
+    # pydantic would drop unknown keys in silence.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str
+    resolution: int
+    flip: bool = False
+    crop: Literal["center", "random"] = "center"
+    held_out: float = 0.1
+    background: str = "white"
+    skin_tones: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError(f"data.path is empty; give a folder, or one of {', '.join(BUILT_IN)}")
+        if self.resolution < 1:
+            raise ValueError(f"data.resolution is {self.resolution}; it is a number of pixels, at least 1")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f'data.crop is "{self.crop}"; choose "center" or "random"')
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out is {self.held_out}; it is a share of the data, at least 0 and below 1")
+        if self.skin_tones and self.path != "openmoji":
+            raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
+        _rgb(self.background)
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """`background` as red, green and blue in 0..255."""
+        return _rgb(self.background)
+
+
+def _rgb(background: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(background)
+    except ValueError:
+        alpha = [0]
+    if alpha:
+        raise ValueError(f'data.background is "{background}"; give an opaque CSS colour such as "white" or "#f0f0f0"')
+    return red, green, blue
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned image.
+
+    Args:
+        id: names the sample within its source, and stays the same when other samples come or go.
+        captions: one or more texts that describe the image; the first is the plainest.
+        group: what is held out as a whole: variants of one picture share it.
+        load: returns the image at its native size, in mode RGB, upright, transparent parts on the background.
+            It can be pickled, and raises ValueError naming the file if that has become unreadable.
+    """
+
+    id: str
+    captions: tuple[str, ...]
+    group: str
+    # Not a part of what a sample is: functions are equal only to themselves.
+    load: Callable[[], Image.Image] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that could not become a sample: its path within the source (or file:line), and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """All samples of a data set in a fixed order, and all that was left out."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+def open_source(config: DataConfig) -> Source:
+    """Opens the data set that `config.path` names.
+
+    Raises:
+        ValueError: if there is no such data set, a package that it needs is missing, or it holds no
+            captioned image.
+    """
+    # Each layout imports the records above, and what it needs of other packages only when it is opened.
+    if config.path == "digits":
+        from ldm.data.digits import open_digits
+
+        return open_digits()
+    if config.path == "openmoji":
+        from ldm.data.openmoji import open_openmoji
+
+        return open_openmoji(config.resolution, config.background_rgb, skin_tones=config.skin_tones)
+    return _open_path(config)
+
+
+def _open_path(config: DataConfig) -> Source:
+    # The place where a path is told apart by what it holds; today all of them are folders of image files.
+    from ldm.data.folder import open_folder
+
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return open_folder(path, config.background_rgb)
+    if path.exists():
+        raise ValueError(f"data.path {config.path} is a file; give the folder that holds the captioned images")
+    near = difflib.get_close_matches(config.path.lower(), BUILT_IN, n=1)
+    hint = f'did you mean "{near[0]}"?' if near else f"give a folder, or one of {', '.join(BUILT_IN)}"
+    raise ValueError(f"data.path {config.path} does not exist; {hint}")
+
+
+def require(source: str, *modules: str) -> None:
+    """Refuses to open a built-in data set without the packages it is made from."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f'the data set "{source}" needs {" and ".join(missing)}; run: pip install "ldm[demo]"')

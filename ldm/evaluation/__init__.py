@@ -1,0 +1,1 @@
+"""Whether a model draws what it is asked for."""

@@ -1,0 +1,24 @@
+"""The networks: plain `nn.Module`s built from frozen configs, with the names of diffusers."""
+
+from ldm.models.attention import set_attention_backend
+from ldm.models.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    kl_divergence,
+    sample_posterior,
+    upgrade_state_dict,
+)
+from ldm.models.layers import enable_gradient_checkpointing
+from ldm.models.unet import UNet, UNetConfig
+
+__all__ = [
+    "AutoencoderConfig",
+    "AutoencoderKL",
+    "UNet",
+    "UNetConfig",
+    "enable_gradient_checkpointing",
+    "kl_divergence",
+    "sample_posterior",
+    "set_attention_backend",
+    "upgrade_state_dict",
+]

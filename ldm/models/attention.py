@@ -1,0 +1,188 @@
+"""Attention: over the positions of an image, and from an image to the hidden states of its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Query [B, N, heads, d], key and value [B, L, heads, d] → [B, N, heads, d].
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v by torch: query [B, N, heads, d], key, value [B, L, heads, d] → [B, N, heads, d].
+
+    Attention is all you need (Vaswani et al. 2017), Eq. 1.
+    """
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, ., d]
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of image positions to themselves or to a context.
+
+    `context_channels` is the width of the context, None for self-attention; `heads` divides `channels`;
+    `bias` is that of the three input projections.
+    """
+
+    def __init__(self, channels: int, *, heads: int, context_channels: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        assert channels % heads == 0
+        self.heads = heads
+        self.kernel: AttentionKernel = sdpa
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # diffusers has a dropout behind it
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, N, C], context [B, L, D] or None for x itself → [B, N, C]."""
+        context = x if context is None else context
+        query = self.to_q(x).unflatten(2, (self.heads, -1))  # [B, N, heads, d]
+        key = self.to_k(context).unflatten(2, (self.heads, -1))  # [B, L, heads, d]
+        value = self.to_v(context).unflatten(2, (self.heads, -1))  # [B, L, heads, d]
+        return self.to_out[0](self.kernel(query, key, value).flatten(2))  # [B, N, C]
+
+
+class ImageAttention(Attention):
+    """Single-head self-attention over the positions of an image, with a residual connection (VAE of LDM)."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] → [B, C, H, W]; there is no context."""
+        assert context is None
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, H W, C]
+        return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
+
+
+class GEGLU(nn.Module):
+    """x → V x · gelu(W x), with both projections in one layer. GLU variants (Shazeer 2020), Eq. 5."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] → [B, N, out_channels]."""
+        value, gate = self.proj(x).chunk(2, dim=2)  # [B, N, out_channels] each
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """A gated layer of four times the width, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # diffusers has a dropout (of 0) in the second place, which gives the third its name.
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] → [B, N, C]."""
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention within the image, attention to the text, a feed-forward network; each residual on a norm.
+
+    With `only_cross_attention` the first attention is to the text, too.
+    """
+
+    def __init__(self, channels: int, *, heads: int, text_channels: int, only_cross_attention: bool) -> None:
+        super().__init__()
+        self.only_cross_attention = only_cross_attention
+        self.norm1 = nn.LayerNorm(channels)
+        first_context = text_channels if only_cross_attention else None
+        self.attn1 = Attention(channels, heads=heads, context_channels=first_context)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads=heads, context_channels=text_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x [B, N, C], text [B, L, D] → [B, N, C]."""
+        x = x + self.attn1(self.norm1(x), text if self.only_cross_attention else None)
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of an image, with a residual connection. LDM, appendix E.2.1.
+
+    `linear_projection` says how the weights of the two projections are stored: as [C, C], or as the
+    [C, C, 1, 1] of a 1x1 convolution. The function is the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        text_channels: int,
+        layers: int,
+        groups: int,
+        linear_projection: bool,
+        only_cross_attention: bool,
+    ) -> None:
+        super().__init__()
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(
+                channels, heads=heads, text_channels=text_channels, only_cross_attention=only_cross_attention
+            )
+            for _ in range(layers)
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x [B, C, H, W], text [B, L, D] → [B, C, H, W]."""
+        hidden = self.norm(x)
+        if not self.linear_projection:
+            hidden = self.proj_in(hidden)
+        hidden = hidden.flatten(2).transpose(1, 2)  # [B, H W, C]
+        if self.linear_projection:
+            hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, text)
+        if self.linear_projection:
+            hidden = self.proj_out(hidden)
+        hidden = hidden.transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
+        if not self.linear_projection:
+            hidden = self.proj_out(hidden)
+        return x + hidden
+
+
+def set_attention_backend(module: nn.Module, backend: str) -> None:
+    """Chooses the kernel of all attention in a network: "sdpa", torch's own and the default, or "xformers".
+
+    Raises `ValueError` for another name, where xformers is not installed, and where the network is not on
+    CUDA; the network then keeps the kernel it had.
+    """
+    if backend not in ("sdpa", "xformers"):
+        raise ValueError(f"unknown attention backend {backend!r}; choose 'sdpa' or 'xformers'")
+    kernel = sdpa if backend == "sdpa" else _xformers_kernel(next(module.parameters()).device)
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.kernel = kernel
+
+
+def _xformers_kernel(device: torch.device) -> AttentionKernel:
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention backend 'xformers' needs a CUDA device, but the network is on {device}; use 'sdpa'"
+        )
+    try:
+        import xformers.ops
+    except ImportError as error:
+        raise ValueError(
+            f"attention backend 'xformers' cannot be loaded ({error}); pip install xformers, or use 'sdpa'"
+        ) from error
+    # Its layout is that of `sdpa` above.
+    return xformers.ops.memory_efficient_attention

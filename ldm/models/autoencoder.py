@@ -1,0 +1,327 @@
+"""The first stage of latent diffusion: an autoencoder with a normal posterior, and its config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.attention import ImageAttention
+from ldm.models.component_config import ComponentConfig, refuse
+from ldm.models.layers import CheckpointedBlock, Downsample, ResnetBlock, Upsample
+
+# Encoder and decoder of LDM; no config key of diffusers reaches it.
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(ComponentConfig):
+    """Shape of an autoencoder: keys, meanings and defaults of diffusers' `AutoencoderKL`.
+
+    `scaling_factor`, `shift_factor`, `sample_size` and `force_upcast` do not concern the network; they are
+    for those who use it.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+    diffusers_class: ClassVar[str] = "AutoencoderKL"
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, int] = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.check_positive(
+            "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels",
+            "norm_num_groups", "sample_size", "scaling_factor",
+        )  # fmt: skip
+        self.check_names("down_block_types", ("DownEncoderBlock2D",))
+        self.check_names("up_block_types", ("UpDecoderBlock2D",))
+        levels = len(self.block_out_channels)
+        if levels == 0:
+            refuse("block_out_channels", (), "needs at least one level")
+        for key in ("down_block_types", "up_block_types"):
+            names = getattr(self, key)
+            if len(names) != levels:
+                refuse(
+                    key,
+                    names,
+                    f"needs {levels} names, one for each of block_out_channels, but has {len(names)}",
+                )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                refuse(
+                    "norm_num_groups",
+                    self.norm_num_groups,
+                    f"must divide the {channels} channels of every level",
+                )
+
+
+class CoderBlock(CheckpointedBlock):
+    """One level of the encoder or the decoder, or the middle of either.
+
+    Residual blocks, with `attention` after the first of them, then a change of resolution.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        layers: int,
+        attention: bool = False,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        groups = config.norm_num_groups
+        self.resnets = nn.ModuleList(
+            ResnetBlock(in_channels if index == 0 else out_channels, out_channels, groups=groups, eps=NORM_EPS)
+            for index in range(layers)
+        )
+        self.attentions = nn.ModuleList(
+            [ImageAttention(out_channels, groups=groups, eps=NORM_EPS)] if attention else []
+        )
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C', H', W']."""
+        for index, resnet in enumerate(self.resnets):
+            x = self.apply_layer(resnet, x)
+            if index < len(self.attentions):
+                x = self.apply_layer(self.attentions[index], x)
+        for downsample in self.downsamplers:
+            x = downsample(x)  # [B, C', H / 2, W / 2]
+        for upsample in self.upsamplers:
+            x = upsample(x)  # [B, C', 2 H, 2 W]
+        return x
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] → moments before `quant_conv` [B, 2 C, h, w]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            CoderBlock(
+                config,
+                widths[max(level - 1, 0)],
+                widths[level],
+                layers=config.layers_per_block,
+                downsample=level < len(widths) - 1,
+            )
+            for level in range(len(widths))
+        )
+        self.mid_block = CoderBlock(config, widths[-1], widths[-1], layers=2, attention=config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, 2 C, h, w]."""
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents after `post_quant_conv` [B, C, h, w] → images [B, 3, H, W]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = CoderBlock(config, widths[0], widths[0], layers=2, attention=config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            CoderBlock(
+                config,
+                widths[max(level - 1, 0)],
+                widths[level],
+                layers=config.layers_per_block + 1,
+                upsample=level < len(widths) - 1,
+            )
+            for level in range(len(widths))
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] → [B, 3, H, W]."""
+        x = self.conv_in(latents)
+        x = self.mid_block(x)
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Images to the moments of a normal posterior over latents, and latents to images.
+
+    High-resolution image synthesis with latent diffusion models (Rombach et al. 2022), section 3.1.
+    Parameters are named as in diffusers' `AutoencoderKL`, so that weights load both ways.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        moments, latents = 2 * config.latent_channels, config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of the image stand on one side of a latent position: H / h."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w]: mean, then log-variance (not clamped).
+
+        Raises `ValueError` if H or W is not divisible by `factor`.
+        """
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"image of height {height} and width {width}: both must be divisible by {self.factor}, "
+                "by which the autoencoder reduces images"
+            )
+        moments = self.encoder(images)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What first-stage training needs, in one call: images and noise → reconstructions and moments.
+
+        Shapes and errors as in `encode`, `sample_posterior` and `decode`. Wrappers such as
+        DistributedDataParallel only see calls of the module itself.
+        """
+        moments = self.encode(images)
+        return self.decode(sample_posterior(moments, noise)), moments
+
+    @torch.no_grad()
+    def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Rewrites the 1x1 convolutions so that latents become (latents - mean) / std and `decode` undoes it.
+
+        mean [C] and std [C] are those of the latents that this network gives, before any scaling_factor.
+        Exact up to rounding; the arithmetic is in float64. Raises `ValueError` without both convolutions, for
+        other shapes, and for a deviation that is not a finite number above zero.
+        """
+        if self.quant_conv is None or self.post_quant_conv is None:
+            raise ValueError("use_quant_conv and use_post_quant_conv must be true to fold statistics into them")
+        channels = self.config.latent_channels
+        if mean.shape != (channels,) or std.shape != (channels,):
+            raise ValueError(
+                f"mean and deviation of shapes {tuple(mean.shape)} and {tuple(std.shape)}: must be "
+                f"{(channels,)}, one number a channel of the latents"
+            )
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ValueError(
+                f"mean {mean.tolist()} and deviation {std.tolist()}: must be finite, the latter above zero; "
+                "where a channel never changes, train with fewer latent_channels"
+            )
+        weight, bias = _as_float64(self.quant_conv)
+        mean, std = mean.to(weight), std.to(weight)
+        divisor = torch.cat([std, torch.ones_like(std)])  # [2 C]: mean, log-variance
+        # z' = (z - m) / s has the mean (μ - m) / s and the log-variance log σ² - 2 log s.
+        offset = torch.cat([mean, 2 * std.log()])
+        _copy_into(self.quant_conv, weight / divisor[:, None], (bias - offset) / divisor)
+        # V z + c = (V s) z' + (V m + c).
+        weight, bias = _as_float64(self.post_quant_conv)
+        _copy_into(self.post_quant_conv, weight * std, bias + weight @ mean)
+
+
+def sample_posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Latents mean + σ · noise from moments [B, 2 C, h, w] and noise [B, C, h, w]; the mode without noise.
+
+    Auto-encoding variational Bayes (Kingma and Welling 2014), section 2.4. The log-variance is clamped to
+    [-30, 20], as in LDM.
+    """
+    mean, log_variance = _mean_and_log_variance(moments)
+    return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """KL(posterior || N(0, I)) in nats, summed over the latents of an image: moments [B, 2 C, h, w] → [B].
+
+    Auto-encoding variational Bayes, appendix B. The result is float32, or float64 for such moments.
+    """
+    # In float16 the variance of a clamped log-variance would overflow.
+    mean, log_variance = _mean_and_log_variance(moments.to(torch.promote_types(moments.dtype, torch.float32)))
+    # -KL = ½ Σ (1 + log σ² - μ² - σ²)
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
+
+
+def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an autoencoder under today's names.
+
+    Old files call the attention of the middle blocks query, key, value and proj_attn, and some keep its
+    weights as 1x1 convolutions [C, C, 1, 1]; those become [C, C]. All else stays as it is.
+    """
+    upgraded = {}
+    for name, tensor in state_dict.items():
+        match = _ATTENTION_PARAMETER.fullmatch(name)
+        if match is None:
+            upgraded[name] = tensor
+            continue
+        prefix, layer, parameter = match.groups()
+        is_convolution = tensor.shape[2:] == (1, 1)
+        upgraded[f"{prefix}.{_RENAMED_LAYERS.get(layer, layer)}.{parameter}"] = (
+            tensor.flatten(1) if is_convolution else tensor
+        )
+    return upgraded
+
+
+_RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION_PARAMETER = re.compile(
+    r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)"
+)
+
+
+def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_variance = moments.chunk(2, dim=1)  # [B, C, h, w] each
+    return mean, log_variance.clamp(-30.0, 20.0)
+
+
+def _as_float64(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight [C_out, C_in] and bias [C_out] of a 1x1 convolution."""
+    assert convolution.bias is not None
+    return convolution.weight[:, :, 0, 0].double(), convolution.bias.double()
+
+
+def _copy_into(convolution: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    assert convolution.bias is not None
+    convolution.weight.copy_(weight[:, :, None, None])
+    convolution.bias.copy_(bias)

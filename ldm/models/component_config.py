@@ -1,0 +1,121 @@
+"""What the configs of all networks share: reading, checking and writing the `config.json` of diffusers."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config", bound="ComponentConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentConfig:
+    """Base of the frozen dataclasses from which networks are built; a field is a config key of diffusers.
+
+    A subclass names the class of diffusers that it describes and, in `neutral_values`, every key of that
+    class that it does not support, with the values at which such a key changes nothing.
+    """
+
+    diffusers_class: ClassVar[str]
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]]
+
+    @classmethod
+    def from_dict(cls: type[Config], config: Mapping[str, Any]) -> Config:
+        """Builds the config from the content of a diffusers `config.json`.
+
+        Keys that begin with `_` are notes of diffusers and are skipped; missing keys get diffusers' defaults,
+        as older files have fewer; lists become tuples. Raises `ValueError` for an unknown key, for a value
+        that a field cannot have, and for a key that is not supported unless its value is neutral.
+        """
+        valid = {field.name for field in fields(cls)}
+        supported = {}
+        for key, value in config.items():
+            if key.startswith("_"):
+                continue
+            if key in valid:
+                supported[key] = _tuples(value)
+            elif key in cls.neutral_values:
+                _refuse_unless_neutral(key, value, cls.neutral_values[key])
+            else:
+                nearest = difflib.get_close_matches(key, valid | cls.neutral_values.keys(), n=1, cutoff=0.0)[0]
+                raise ValueError(f"unknown key {key!r}; the nearest key of {cls.diffusers_class} is {nearest!r}")
+        return cls(**supported)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON values under diffusers' names, from which diffusers builds the same network."""
+        values = {field.name: _lists(getattr(self, field.name)) for field in fields(self)}
+        return {"_class_name": self.diffusers_class, **values}
+
+    def check_types(self) -> None:
+        """Raises `ValueError` for the first field whose value is not of its annotated type."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not _has_type(value, hint):
+                refuse(field.name, value, f"must be {_readable(hint)}")
+
+    def check_positive(self, *keys: str) -> None:
+        """Raises `ValueError` for the first of these fields with a number not above zero or infinite."""
+        for key in keys:
+            value = getattr(self, key)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(0 < number < float("inf") for number in numbers):
+                refuse(key, value, "must be above zero and finite")
+
+    def check_names(self, key: str, valid: Iterable[str]) -> None:
+        """Raises `ValueError` for the first name in a tuple of names that is not among the valid ones."""
+        for name in getattr(self, key):
+            if name not in valid:
+                refuse(key, getattr(self, key), f"{name!r} is not supported; choose from {', '.join(valid)}")
+
+
+def refuse(key: str, value: Any, reason: str) -> NoReturn:
+    """Raises the `ValueError` of all configs: the key, its value, and what is wrong with it."""
+    raise ValueError(f"{key} = {_lists(value)!r}: {reason}")
+
+
+def _refuse_unless_neutral(key: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    # True == 1 in Python, but not in a config; JSON may write 1.0 as 1.
+    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in neutral):
+        accepted = " or ".join(repr(choice) for choice in neutral)
+        refuse(key, value, f"this option of diffusers is not supported and must be {accepted}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _readable(hint: Any) -> str:
+    """An annotation in words: `int | tuple[int, ...]` → "int or list of int"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_readable(choice) for choice in args)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in args)
+    if origin is tuple:
+        return f"list of {_readable(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {_readable(args[0])}"
+    return "null" if hint is types.NoneType else str(hint.__name__)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; a bool is no number, and an int may stand for a float."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_has_type(value, choice) for choice in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = (args[0],) * len(value) if args[-1] is Ellipsis else args
+        return len(items) == len(value) and all(map(_has_type, value, items))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)

@@ -1,0 +1,102 @@
+"""What `train/train_autoencoder.py` is made of: loss, statistics of the latents, held-out reconstructions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import checkpoint
+from ldm.codecs import LatentCodec
+from ldm.config import AutoencoderTrainingConfig
+from ldm.data import CaptionedImages, to_signed
+from ldm.models import AutoencoderKL, enable_gradient_checkpointing, kl_divergence
+from ldm.pipelines import contact_sheet, to_pil
+
+IMAGES_AT_ONCE = 32
+
+
+def make_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
+    """The network of `config.autoencoder`; its latents will need no scaling factor (see `export_autoencoder`)."""
+    autoencoder = AutoencoderKL(
+        dataclasses.replace(config.autoencoder, scaling_factor=1.0, sample_size=config.data.resolution)
+    )
+    enable_gradient_checkpointing(autoencoder, config.train.gradient_checkpointing)
+    return autoencoder
+
+
+def latent_shape(autoencoder: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of what an autoencoder makes of square images; ValueError if its factor does not divide them."""
+    return LatentCodec(autoencoder).latent_shape(resolution, resolution)
+
+
+def autoencoder_loss(images: Tensor, reconstruction: Tensor, moments: Tensor, kl_weight: float) -> Tensor:
+    """‖x − x̂‖₁ + λ KL(q(z|x) ‖ N(0, I)), each summed over an image and divided by its number of pixel values.
+
+    LDM (arXiv:2112.10752), Eq. 25 without its perceptual and adversarial terms.
+
+    Args:
+        images, reconstruction: [B, 3, H, W] in [−1, 1].
+        moments: [B, 2C, h, w].
+
+    Returns:
+        A scalar, the mean over the batch.
+    """
+    values = images[0].numel()
+    distance = (images - reconstruction).abs().flatten(1).mean(dim=1)  # [B]
+    return (distance + kl_weight * kl_divergence(moments) / values).mean()
+
+
+def export_autoencoder(folder: Path, averaged: nn.Module, images: CaptionedImages, device: torch.device) -> None:
+    """Writes the autoencoder with the statistics of its latents folded in: it needs no scaling factor.
+
+    Mean and deviation a channel, over the posterior of every training image, in float64:
+    E[z] = E[μ], Var[z] = E[σ² + μ²] − E[μ]².
+    """
+    assert isinstance(averaged, AutoencoderKL)
+    autoencoder = copy.deepcopy(averaged)
+    channels = autoencoder.config.latent_channels
+    first, second, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
+    for batch in _in_batches(images, device, len(images)):
+        with torch.no_grad():
+            mean, log_variance = autoencoder.encode(batch).double().cpu().chunk(2, dim=1)  # [B, C, h, w]
+        first += mean.sum(dim=(0, 2, 3))
+        second += (mean.square() + log_variance.clamp(-30, 20).exp()).sum(dim=(0, 2, 3))
+        count += mean[:, 0].numel()
+    mean_of_channels = first / count
+    deviation = (second / count - mean_of_channels.square()).clamp(min=1e-12).sqrt()
+    autoencoder.fold_statistics(mean_of_channels, deviation)
+    checkpoint.save_model(folder, autoencoder)
+
+
+@torch.no_grad()
+def held_out_psnr(
+    averaged: nn.Module, images: CaptionedImages, config: AutoencoderTrainingConfig, device: torch.device
+) -> float:
+    """Peak signal-to-noise ratio of reconstructions from the posterior's mean, in dB, a mean over images."""
+    assert isinstance(averaged, AutoencoderKL)
+    ratios = []
+    for batch in _in_batches(images, device, config.train.validation_samples):
+        error = (batch - averaged(batch)[0].clamp(-1, 1)).square().flatten(1).mean(dim=1)  # [B]
+        ratios.append(10 * torch.log10(4 / error.clamp(min=1e-12)))  # the range of images is 2
+    return float(torch.cat(ratios).mean())
+
+
+@torch.no_grad()
+def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: torch.device) -> Image.Image:
+    """Twelve images above their reconstructions."""
+    assert isinstance(averaged, AutoencoderKL)
+    batch = next(_in_batches(images, device, 12))
+    return contact_sheet([to_pil(batch), to_pil(averaged(batch)[0])], ["images", "reconstructions"])
+
+
+def _in_batches(images: CaptionedImages, device: torch.device, limit: int) -> Iterator[Tensor]:
+    count = min(limit, len(images))
+    for start in range(0, count, IMAGES_AT_ONCE):
+        indices = range(start, min(start + IMAGES_AT_ONCE, count))
+        yield to_signed(torch.stack([images.image_at(index) for index in indices])).to(device)  # [B, 3, R, R]

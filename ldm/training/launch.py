@@ -1,0 +1,34 @@
+"""The command line of the two scripts, and how they fail: one line, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm.config import C, load_config
+
+
+def main(train: Callable[[C, bool], Path], kind: type[C], default_config: Path, description: str) -> None:
+    """Parses the arguments, validates the config and runs `train(config, resume)`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--config", type=Path, default=default_config, help=f"YAML file (default: configs/{default_config.name})"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. train.max_steps=500"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.set, kind)
+        result = train(config, arguments.resume)
+    except ValueError as error:
+        sys.exit(_fail(error))
+    print(f"done: {result}", flush=True)
+
+
+def _fail(error: ValueError) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,65 @@
+"""Learning rate, optimizer, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ldm.config import TrainConfig
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of optimizer step `step` (0-based): a function of the step, without a state."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.lr_schedule == "constant":
+        return config.learning_rate * warmup
+    # SGDR (arXiv:1608.03983), Eq. 5, one period that ends at 0.
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over all parameters that are trained."""
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of the weights with decay min(d, (1 + n) / (10 + n)) at update n; the first is a copy."""
+
+    @torch.no_grad()
+    def average(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    ema = AveragedModel(model, multi_avg_fn=average)
+    return ema.requires_grad_(False).eval()
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments and counters as named tensors: `exp_avg.conv_in.weight` and so on."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        parameter = parameters[name]
+        # AdamW counts its steps on the CPU; the moments live beside their parameter.
+        device = "cpu" if key == "step" else parameter.device
+        optimizer.state[parameter][key] = value.to(device)

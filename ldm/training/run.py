@@ -1,0 +1,380 @@
+"""One run of a training script: its processes, its folder, its log and its checkpoints.
+
+RUN/config.yaml         the complete config
+RUN/metrics.jsonl       a line whenever something was measured
+RUN/samples/            sample grids
+RUN/tensorboard/        the same for TensorBoard
+RUN/checkpoints/step_00001000/   `training/` to resume from, and what the script exports
+RUN/<export>/           the newest export: `pipeline/` or `autoencoder/`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm import checkpoint
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
+from ldm.data import Batch, CaptionedImages, SampleOrder, collate, generator, micro_batches
+from ldm.pipelines import save_png
+from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer
+
+# What may differ when a run is resumed: nothing here changes what a step computes.
+FREE_TO_CHANGE = (
+    *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
+    *("train.sample_every", "train.checkpoint_every", "train.keep_checkpoints", "train.num_workers", "sample."),
+)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a checkpoint holds of the networks that are trained."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel
+
+
+class Run:
+    """The processes of a run, and from `start` on its folder.
+
+    Nothing is written before `start`, so that a wrong config or data set leaves no trace.
+
+    Args:
+        resume: go on from the newest checkpoint of the folder, or start where there is none. Without it an
+            older run of the same folder is moved aside, never overwritten.
+        export: name of the folder with the trained model, in each checkpoint and in the run folder.
+
+    Attributes:
+        step: optimizer steps done; the position in the data follows from it.
+    """
+
+    def __init__(self, config: LDMConfig | AutoencoderTrainingConfig, *, export: str, resume: bool) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.export = export
+        self.accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.train.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with="tensorboard",
+            project_dir=self.folder,
+        )
+        self.device = self.accelerator.device
+        self.step = 0
+        self._resume = resume
+        self._resumed = self._newest_checkpoint() if resume else None
+        if self._resumed is not None:
+            self._check_config(self._resumed)
+        torch.manual_seed(config.seed)
+        self._losses: list[Tensor] = []
+        self._gradient_norm: Tensor | None = None
+        self._seen, self._since = 0, time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+
+    def start(self, networks: Networks) -> None:
+        """Opens the run folder and fills the networks from the checkpoint that is resumed."""
+        if self.is_main:
+            self._open_folder()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("tensorboard")
+        if self._resumed is not None:
+            self._restore(networks, self._resumed)
+
+    # ---- processes, data and the step
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def print(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+    def batches(self, images: CaptionedImages) -> Iterator[Batch]:
+        """This process's micro-batches from the present step to the last, in the order of the whole run."""
+        train, processes = self.config.train, self.accelerator.num_processes
+        sampler = micro_batches(
+            SampleOrder(len(images), self.config.seed),
+            first_step=self.step,
+            last_step=train.max_steps,
+            batch_size=train.batch_size,
+            accumulation=train.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world=processes,
+        )
+        loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=train.num_workers)
+        self._bar = tqdm(
+            total=train.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        )
+        self._since = time.perf_counter()
+        for number, batch in enumerate(loader):
+            # Dropout inside a network is the one thing that draws from torch's own generator: keyed as well.
+            draw = generator(self.config.seed, "torch", self.step, number, self.accelerator.process_index)
+            torch.manual_seed(int(draw.integers(2**63)))
+            yield batch
+        self._bar.close()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's loss, and the loss to what is logged next."""
+        self.accelerator.backward(loss)
+        self._losses.append(loss.detach())
+
+    def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Sequence[str]) -> None:
+        """One step of the optimizer once the gradients of all its micro-batches are there; else nothing.
+
+        Raises:
+            ValueError: if the gradient is not finite, before the optimizer moves. (Under fp16 the loss scaler
+                skips such steps itself.)
+        """
+        train = self.config.train
+        if self.accelerator.sync_gradients:
+            self._gradient_norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+            assert self._gradient_norm is not None
+            if train.mixed_precision != "fp16" and not bool(self._gradient_norm.isfinite()):
+                raise ValueError(
+                    f"the gradient of step {self.step} is not finite (loss {float(self._losses[-1])}, samples "
+                    f"{', '.join(ids[:8])} …); the weights were not changed; lower train.learning_rate and go on with --resume"
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(train, self.step)
+        optimizer.step()  # accelerate lets it and zero_grad pass until the gradients are synchronised
+        optimizer.zero_grad(set_to_none=True)
+
+    def advance(self) -> None:
+        """Counts an optimizer step and logs every `log_every` of them."""
+        self.step += 1
+        self._seen += self.config.train.batch_size
+        if self._bar is not None:
+            self._bar.update()
+        if not self.due(self.config.train.log_every):
+            return
+        mean = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean")
+        assert isinstance(mean, Tensor) and self._gradient_norm is not None
+        rate = self._seen / (time.perf_counter() - self._since)
+        self.log(
+            {
+                "loss": float(mean),
+                "gradient_norm": float(self._gradient_norm),
+                "learning_rate": learning_rate(self.config.train, self.step - 1),
+                "samples_per_second": round(rate, 2),
+            }
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {float(mean):.4f}, {rate:.0f} samples/s", refresh=False)
+        self._losses, self._seen, self._since = [], 0, time.perf_counter()
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return self.step % every == 0 or self.step == self.config.train.max_steps
+
+    # ---- what is written
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Appends to `metrics.jsonl` and TensorBoard."""
+        if self.is_main:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
+
+    def measure(self, name: str, value: Callable[[], float]) -> None:
+        """Computes a figure on the main process and logs it."""
+        with self._aside():
+            if self.is_main:
+                self.log({name: value()})
+
+    def save_sheet(self, draw: Callable[[], Image.Image]) -> None:
+        """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
+        with self._aside():
+            if self.is_main:
+                sheet = draw()
+                save_png(sheet, self.folder / "samples" / f"step_{self.step:08d}.png")
+                writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+                writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
+
+    def write_once(self, name: str, write: Callable[[Path], None]) -> Path:
+        """A folder of the run that is written by its first session and kept."""
+        folder = self.folder / name
+        if self.is_main and not folder.exists():
+            with checkpoint.atomic_folder(folder) as target:
+                write(target)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Time that does not count as training; the other processes wait."""
+        started = time.perf_counter()
+        yield
+        self.accelerator.wait_for_everyone()
+        self._since += time.perf_counter() - started
+
+    def save_checkpoint(self, networks: Networks, export: Callable[[Path], None]) -> None:
+        """Writes a checkpoint, renews `RUN/<export>/` from it, and drops the oldest ones.
+
+        Args:
+            export: writes the trained model into the folder that it is given.
+        """
+        with self._aside():
+            if not self.is_main:
+                return
+            target = self.folder / "checkpoints" / f"step_{self.step:08d}"
+            with checkpoint.atomic_folder(target) as folder:
+                export(folder / self.export)
+                self._write_training_state(folder / "training", networks)
+                checkpoint.write_json(folder / "manifest.json", {"files": _hashes(folder)})
+            with checkpoint.atomic_folder(self.folder / self.export) as folder:
+                checkpoint.link_tree(target / self.export, folder)
+            for old in self._checkpoints()[: -self.config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def _restore(self, networks: Networks, resumed: Path) -> None:
+        folder = resumed / "training"
+        state = checkpoint.read_json(folder / "state.json")
+        weights = checkpoint.load_tensors(folder / "model.safetensors")
+        networks.model.load_state_dict(weights, strict=True)
+        networks.ema.module.load_state_dict(checkpoint.load_tensors(folder / "ema.safetensors"), strict=True)
+        networks.ema.n_averaged.fill_(state["ema_updates"])
+        restore_optimizer(networks.model, networks.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
+        if self.accelerator.scaler is not None and state["grad_scaler"]:
+            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        self.step = state["step"]
+        self.print(f"resumed {resumed}")
+
+    def finish(self) -> None:
+        self.accelerator.end_training()
+
+    def _write_training_state(self, folder: Path, networks: Networks) -> None:
+        folder.mkdir()
+        checkpoint.save_tensors(folder / "model.safetensors", networks.model.state_dict())
+        checkpoint.save_tensors(folder / "ema.safetensors", networks.ema.module.state_dict())
+        moments = optimizer_tensors(networks.model, networks.optimizer)
+        checkpoint.save_tensors(folder / "optimizer.safetensors", moments)
+        scaler = self.accelerator.scaler
+        packages = ("torch", "numpy", "accelerate", "transformers", "safetensors")
+        checkpoint.write_json(
+            folder / "state.json",
+            {
+                "step": self.step,
+                "ema_updates": int(networks.ema.n_averaged),
+                "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                "config": yaml.safe_load(to_yaml(self.config)),
+                "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            },
+        )
+
+    # ---- the folder
+
+    def _checkpoints(self) -> list[Path]:
+        """Folders of complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose files are those of its manifest; damaged ones are named and passed over."""
+        for folder in reversed(self._checkpoints()):
+            wrong = _damage(folder)
+            if wrong is None:
+                return folder
+            self.print(f"{folder} is damaged ({wrong}); taking the one before")
+        return None
+
+    def _check_config(self, folder: Path) -> None:
+        stored = _flat(checkpoint.read_json(folder / "training" / "state.json")["config"])
+        present = _flat(yaml.safe_load(to_yaml(self.config)))
+        for key in sorted(stored.keys() | present.keys()):
+            if stored.get(key) != present.get(key) and not key.startswith(FREE_TO_CHANGE):
+                raise ValueError(
+                    f"{key} is {present.get(key)!r} but {folder} was trained with {stored.get(key)!r}; "
+                    "resume with the same value, or start a new run in another output_dir"
+                )
+
+    def _open_folder(self) -> None:
+        if self._resumed is None and (self.folder / "config.yaml").exists():
+            aside = next(
+                path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists()
+            )
+            self.folder.rename(aside)
+            self.print(f"{self.folder} held an earlier run, which is now {aside}")
+        if self._resumed is None and self._resume:
+            self.print(f"{self.folder} has no checkpoint to resume; starting at step 0")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        if self._resumed is not None:
+            self._cut_metrics(int(self._resumed.name.removeprefix("step_")))
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drops what was logged after the step that is resumed."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # a line that was cut short when the run was killed
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """The first file that is not what the manifest says, or None."""
+    for name, entry in checkpoint.read_json(folder / "manifest.json")["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

