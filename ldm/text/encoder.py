@@ -1,0 +1,168 @@
+"""The text encoder: a frozen language model and its tokenizer, from captions to hidden states."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.text.files import Weights, copy_file, new_folder, write_json, write_weights
+
+# Captions that go through the language model at once; more would only cost memory.
+_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFiles:
+    """Where an encoder came from, so that saving it copies files instead of writing tensors anew.
+
+    `config` is what the saved `config.json` says; `other_towers` are the prefixes of tensors in `weights`
+    that do not belong to the text encoder; `tokenizer` are all files of the tokenizer except
+    `tokenizer_config.json`, whose content is `tokenizer_config`; `scratch` keeps alive a temporary folder
+    that holds them.
+    """
+
+    config: dict[str, Any]
+    weights: Weights
+    other_towers: tuple[str, ...]
+    tokenizer: tuple[Path, ...]
+    tokenizer_config: dict[str, Any]
+    scratch: TemporaryDirectory[str] | None = None
+
+
+class TextEncoder:
+    """A frozen text encoder: `encoder(captions)` gives the states that cross-attention sees.
+
+    Made by `load_text_encoder` and `load_text_encoder_folders`. Every caption is padded, or cut, to
+    `max_length` tokens and the states of all positions are returned, padding included, as in Stable
+    Diffusion. The model is given the attention mask exactly when its config says `use_attention_mask: true`.
+    What comes out equals `StableDiffusionPipeline.encode_prompt` of diffusers on the saved folders.
+
+    Attributes: `hidden_size` is D, the width of the states; `max_length` is L, the padded length;
+    `uses_attention_mask` says whether the model sees the mask.
+    """
+
+    def __init__(self, *, model: nn.Module, tokenizer: Any, max_length: int, files: EncoderFiles) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.tokenizer.model_max_length = max_length
+        self.max_length = max_length
+        self.uses_attention_mask = files.config.get("use_attention_mask") is True
+        self._files = files
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the last dimension of the hidden states."""
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes and its states lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the states: float32 until moved with `to`."""
+        return next(self.model.parameters()).dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TextEncoder":
+        """Move the model; returns itself. A T5 overflows in float16: give it bfloat16."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Hidden states of captions: [B, L, D] in `dtype` on `device`. An empty caption is a valid one.
+
+        `ValueError` for a list that is empty or holds anything but strings.
+        """
+        captions = _checked(captions)
+        return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
+
+    def _encode(self, captions: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask.to(self.device) if self.uses_attention_mask else None
+        # Output 0 is the last hidden state; in a CLIP, after its final layer norm.
+        return self.model(tokens.input_ids.to(self.device), attention_mask=mask)[0]  # [b, L, D]
+
+    def overflow(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens of each caption are lost because it does not fit in `max_length`: 0 where it fits.
+
+        `ValueError` as in `__call__`.
+        """
+        tokens = self.tokenizer(_checked(captions), padding=False, truncation=False, verbose=False)
+        return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
+
+    @property
+    def library_classes(self) -> dict[str, tuple[str, str]]:
+        """What `model_index.json` says of the two folders: name → (library, class), loadable by diffusers."""
+        return {
+            "text_encoder": ("transformers", type(self.model).__name__),
+            "tokenizer": ("transformers", _tokenizer_class(self.tokenizer)),
+        }
+
+    def save(self, folder: Path | str) -> None:
+        """Write `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them.
+
+        Files of weights and vocabulary are copied byte for byte from where the encoder was loaded; only
+        `config.json` and `tokenizer_config.json` are written. Each of the two folders appears complete or not
+        at all. `ValueError` where one exists already.
+        """
+        files = self._files
+        with new_folder(Path(folder) / "text_encoder") as target:
+            write_weights(files.weights, target, files.other_towers)
+            write_json(target / "config.json", files.config)
+        with new_folder(Path(folder) / "tokenizer") as target:
+            for path in files.tokenizer:
+                copy_file(path, target / path.name)
+            config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
+            write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
+
+
+def _checked(captions: Sequence[str]) -> list[str]:
+    if isinstance(captions, str):
+        raise ValueError(f"captions must be a list of strings, not one string: write [{captions!r}]")
+    captions = list(captions)
+    if not captions:
+        raise ValueError('the list of captions is empty: give at least one, [""] for no condition')
+    for position, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {position} is {caption!r}, not a string: captions must be strings")
+    return captions
+
+
+def _tokenizer_class(tokenizer: Any) -> str:
+    import transformers
+
+    # The general class of transformers 5 bears a name that older versions, and so diffusers with them, lack.
+    if type(tokenizer) is transformers.PreTrainedTokenizerFast:
+        return "PreTrainedTokenizerFast"
+    # Both names are one class in transformers 5; in version 4 only the fast one reads tokenizer.json.
+    name = type(tokenizer).__name__.removesuffix("Fast")
+    return f"{name}Fast" if tokenizer.is_fast else name
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports of transformers inside; its settings afterwards are those before."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars_disabled = are_progress_bars_disabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if hub_bars_disabled:  # transformers switches the hub's bars together with its own
+            disable_progress_bars()

