@@ -36,6 +36,11 @@ def training_target(
     raise ValueError(f"prediction_type is {prediction_type!r}; choose epsilon or v_prediction")
 
 
+def noise_of(x_t: Tensor, original: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+    """ε from x_t and x_0: DDPM, Eq. 4, solved for it; σ must not be 0."""
+    return (x_t - alpha * original) / sigma
+
+
 def original_and_noise(
     prediction: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient, prediction_type: PredictionType
 ) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,6 @@ class ScheduleConfig:
         timestep_spacing: how S inference steps are laid over T (arXiv:2305.08891, Table 2).
         steps_offset: added to the timesteps of "leading".
         set_alpha_to_one: whether sampling ends at ᾱ = 1 or, as Stable Diffusion 1.x does, at ᾱ_0.
-        clip_sample, clip_sample_range: whether x̂_0 is clamped to ±range in sampling, whatever the codec says.
 
     Raises:
         ValueError: names the key, its value, and the range.
@@ -65,8 +64,6 @@ class ScheduleConfig:
     timestep_spacing: TimestepSpacing = "trailing"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
 
     def __post_init__(self) -> None:
         for key, choices in (
@@ -249,7 +246,8 @@ def config_from_diffusers(config: dict[str, Any]) -> ScheduleConfig:
     """Reads the `scheduler_config.json` of any diffusers scheduler: its schedule and prediction; DDIM runs.
 
     Keys that steer another sampler (`skip_prk_steps`, `use_karras_sigmas`, …) mean nothing to DDIM and are
-    ignored. A key that is absent has the default of the class that wrote the file.
+    ignored. A key that is absent has the default of the class that wrote the file. `clip_sample` is ignored too:
+    it clamps pixels, the StableDiffusionPipeline of diffusers turns it off, and our codecs know their bounds.
 
     Raises:
         ValueError: if the file asks for a schedule or prediction that is not supported, naming key and value.
@@ -274,8 +272,6 @@ def config_from_diffusers(config: dict[str, Any]) -> ScheduleConfig:
         timestep_spacing=config.get("timestep_spacing", "leading" if leading else "linspace"),
         steps_offset=config.get("steps_offset", 0),
         set_alpha_to_one=config.get("set_alpha_to_one", not name.startswith("PNDM")),
-        clip_sample=config.get("clip_sample", name.startswith(("DDIM", "DDPM"))),
-        clip_sample_range=config.get("clip_sample_range", 1.0),
     )
 
 
@@ -293,8 +289,7 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
         "timestep_spacing": config.timestep_spacing,
         "steps_offset": config.steps_offset,
         "set_alpha_to_one": config.set_alpha_to_one,
-        "clip_sample": config.clip_sample,
-        "clip_sample_range": config.clip_sample_range,
+        "clip_sample": False,
         "rescale_betas_zero_snr": False,
         "thresholding": False,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import secrets
@@ -100,12 +101,16 @@ class Pipeline:
             autoencoder = checkpoint.load_model(folder / "vae", "AutoencoderKL", dtype)
             assert isinstance(autoencoder, AutoencoderKL)
             codec = LatentCodec(autoencoder, source=folder / "vae")
+        schedule = checkpoint.load_schedule(folder / "scheduler")
+        if "_ldm" not in index:
+            # diffusers' StableDiffusionPipeline sets this whatever the file says.
+            schedule = dataclasses.replace(schedule, steps_offset=1)
         defaults = index.get("_ldm", {})
         pipeline = cls(
             unet=unet,
             codec=codec,
             text_encoder=load_text_encoder_folders(folder / "text_encoder", folder / "tokenizer"),
-            schedule=checkpoint.load_schedule(folder / "scheduler"),
+            schedule=schedule,
             guidance_scale=defaults.get("guidance_scale", 7.5),
             num_inference_steps=defaults.get("num_inference_steps", 50),
         )
@@ -208,7 +213,10 @@ class Pipeline:
         )
         seeds = _seeds(seed, len(prompts))
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-        shape = self.codec.latent_shape(height or self.default_size[0], width or self.default_size[1])
+        default_height, default_width = self.default_size
+        shape = self.codec.latent_shape(
+            default_height if height is None else height, default_width if width is None else width
+        )
         device, dtype = self.unet.conv_in.weight.device, self.unet.conv_in.weight.dtype
 
         def noise() -> Tensor:
@@ -233,7 +241,7 @@ class Pipeline:
             grid,
             eta=eta,
             noise=noise,
-            project=self._project,
+            project=self.codec.project,
             prediction_type=self.schedule.prediction_type,
         ):
             if on_step is not None:
@@ -247,11 +255,6 @@ class Pipeline:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) or size is None else size
         return (height or 64) * self.codec.factor, (width or 64) * self.codec.factor
-
-    def _project(self, original: Tensor) -> Tensor:
-        if self.schedule.clip_sample:
-            original = original.clamp(-self.schedule.clip_sample_range, self.schedule.clip_sample_range)
-        return self.codec.project(original)
 
     def _states(self, prompts: list[str], dtype: torch.dtype) -> Tensor:
         """Hidden states [B, L, D]; each different prompt is encoded once."""

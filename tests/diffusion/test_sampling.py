@@ -40,7 +40,10 @@ def test_ddim_is_that_of_diffusers_step_by_step(kind, eta, spacing, offset, to_o
     )  # fmt: skip
     latents = start
     for state, t in zip(states, theirs.timesteps.tolist(), strict=True):
-        step = theirs.step(network(latents, t), t, latents, eta=eta, variance_noise=their_noise() if eta > 0 else None)
+        step = theirs.step(
+            network(latents, t), t, latents, eta=eta, use_clipped_model_output=clip,
+            variance_noise=their_noise() if eta > 0 else None,
+        )  # fmt: skip
         latents = step.prev_sample
         assert state.timestep == t
         torch.testing.assert_close(state.latents, latents, rtol=1e-4, atol=1e-4)

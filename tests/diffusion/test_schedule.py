@@ -171,7 +171,7 @@ def test_the_scheduler_of_stable_diffusion_1_5_is_read():
 
 def test_absent_keys_have_the_default_of_their_class():
     assert config_from_diffusers({"_class_name": "EulerDiscreteScheduler"}).timestep_spacing == "linspace"
-    assert config_from_diffusers({"_class_name": "DDIMScheduler"}).clip_sample
+    assert config_from_diffusers({"_class_name": "DDIMScheduler"}).timestep_spacing == "leading"
     assert not config_from_diffusers({"_class_name": "PNDMScheduler"}).set_alpha_to_one
 
 

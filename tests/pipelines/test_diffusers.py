@@ -1,0 +1,161 @@
+"""Folders between us and diffusers, both ways: the same picture for the same latents."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from safetensors.torch import load_file, save_file
+
+from ldm import Pipeline
+from tests import tiny
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+def same_picture(folder, *, steps=5, scale=7.5, size=16, eta=0.0):
+    """A folder opened here and in stock diffusers, which runs DDIM with its schedule: from one x_T, one picture."""
+    ours, theirs = Pipeline.from_pretrained(folder), StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    factor = theirs.vae_scale_factor
+    latents = torch.randn(2, 4, size // factor, size // factor)
+    if not isinstance(theirs.scheduler, DDIMScheduler):
+        # Made from another class's config, DDIM would fall back on clamping latents, which nothing in it asks for.
+        theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
+    arguments = {"num_inference_steps": steps, "guidance_scale": scale, "negative_prompt": ["", "zzz"]}
+    arguments |= {"height": size, "width": size, "eta": eta}
+    prompts = ["a corgi wearing a hat", "bb"]
+    expected = theirs(
+        prompts, latents=latents, output_type="np",
+        generator=[torch.Generator().manual_seed(s) for s in (4, 5)], **arguments,
+    ).images  # fmt: skip
+    their_latents = theirs(
+        prompts, latents=latents, output_type="latent",
+        generator=[torch.Generator().manual_seed(s) for s in (4, 5)], **arguments,
+    ).images  # fmt: skip
+    seen = []
+    images = ours(prompts, latents=latents, seed=[4, 5], on_step=seen.append, **arguments).images
+    spread = float(their_latents.std())
+    torch.testing.assert_close(seen[-1].latents, their_latents, rtol=1e-3, atol=1e-4 * max(1.0, spread))
+    difference = np.abs(np.stack([np.asarray(image) for image in images]) / 255 - expected)
+    assert difference.max() <= 1.01 / 255
+    assert expected.std() > 0.01
+
+
+SCHEDULERS = {
+    "pndm as in 1.5": PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False),
+    "ddim as in 2.1": DDIMScheduler(**SD, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample=False),
+    "ddim with its defaults": DDIMScheduler(),
+    "euler": EulerDiscreteScheduler(**SD, timestep_spacing="trailing"),
+    "dpm++": DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="leading", prediction_type="v_prediction"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_folder_of_diffusers_draws_the_same_here(name, tmp_path):
+    tiny.stable_diffusion(SCHEDULERS[name]).save_pretrained(tmp_path)
+    ours = Pipeline.from_pretrained(tmp_path)
+    assert (ours.guidance_scale, ours.num_inference_steps) == (7.5, 50)
+    same_picture(tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "eta"), [(3.0, 0.0), (7.5, 1.0), (2.5, 0.5)])
+def test_guidance_and_eta_draw_the_same_here(scale, eta, tmp_path):
+    tiny.stable_diffusion(PNDMScheduler(**SD)).save_pretrained(tmp_path)
+    same_picture(tmp_path, scale=scale, eta=eta)
+
+
+def shape_of_the_real_1_5(folder):
+    """What the published folder has beyond a fresh save: old configs, a safety checker, old names, variants."""
+    tiny.edit_json(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        _diffusers_version="0.6.0",
+        requires_safety_checker=True,
+    )
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"never opened")
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    # The config of 2022 has these keys and no others.
+    kept = (
+        "_class_name act_fn attention_head_dim block_out_channels center_input_sample cross_attention_dim "
+        "down_block_types downsample_padding flip_sin_to_cos freq_shift in_channels layers_per_block "
+        "mid_block_scale_factor norm_eps norm_num_groups out_channels sample_size up_block_types"
+    ).split()
+    (folder / "unet" / "config.json").write_text(json.dumps({key: unet[key] for key in kept}))
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    kept = (
+        "_class_name act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block "
+        "norm_num_groups out_channels sample_size up_block_types"
+    ).split()
+    (folder / "vae" / "config.json").write_text(json.dumps({key: vae[key] for key in kept}))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    kept = ["_class_name", "beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "set_alpha_to_one"]
+    kept += ["skip_prk_steps", "steps_offset", "trained_betas"]
+    content = {key: scheduler[key] for key in kept} | {"clip_sample": False}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(content))
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    new_to_old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(weights).items():
+        for new, old in new_to_old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        renamed[name] = tensor
+    assert any("proj_attn" in name for name in renamed)
+    save_file(renamed, weights)
+
+
+def test_a_folder_in_the_shape_of_the_real_1_5(tmp_path):
+    theirs = tiny.stable_diffusion(PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False))
+    theirs.save_pretrained(tmp_path / "new")
+    theirs.save_pretrained(tmp_path / "old")
+    shape_of_the_real_1_5(tmp_path / "old")
+    ours = [
+        Pipeline.from_pretrained(tmp_path / name)("a corgi", seed=1, num_inference_steps=5) for name in ("new", "old")
+    ]
+    assert (np.asarray(ours[0].images[0]) == np.asarray(ours[1].images[0])).all()
+    same_picture(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("how", "files"),
+    [
+        ({}, 1),
+        ({"variant": "fp16"}, 1),
+        ({"max_shard_size": "20KB"}, 2),
+        ({"variant": "fp16", "max_shard_size": "20KB"}, 2),
+    ],
+)
+def test_shards_and_variants_are_read(how, files, tmp_path):
+    theirs = tiny.stable_diffusion(DDIMScheduler(**SD, clip_sample=False))
+    theirs.save_pretrained(tmp_path / "plain")
+    theirs.save_pretrained(tmp_path / "other", **how)
+    assert len(list((tmp_path / "other" / "unet").glob("*.safetensors"))) >= files
+    one, other = (
+        Pipeline.from_pretrained(tmp_path / name)("a", seed=1, num_inference_steps=3) for name in ("plain", "other")
+    )
+    assert (np.asarray(one.images[0]) == np.asarray(other.images[0])).all()
+
+
+@pytest.mark.parametrize("steps", [4, 50])
+def test_our_latent_folder_draws_the_same_in_stock_diffusers(steps, tmp_path):
+    ours = tiny.pipeline(tmp_path / "parts", "latent")
+    ours.save_pretrained(tmp_path / "saved")
+    same_picture(tmp_path / "saved", steps=steps, scale=3.0)
+    scheduler = json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["timestep_spacing"], scheduler["set_alpha_to_one"], scheduler["clip_sample"]) == (
+        "trailing", True, False,
+    )  # fmt: skip
+    # Its own defaults work as well.
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert theirs("a", num_inference_steps=2).images[0].size == (16, 16)

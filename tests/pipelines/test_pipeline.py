@@ -1,0 +1,156 @@
+"""What a user calls: pictures, seeds, defaults, folders, and what is refused."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import Pipeline
+from ldm.diffusion import NoiseSchedule
+from tests import tiny
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.fixture(params=["pixel", "latent"])
+def pipeline(request, tmp_path):
+    return tiny.pipeline(tmp_path / "parts", request.param)
+
+
+def states(pipeline, prompt, **arguments):
+    seen = []
+    output = pipeline(prompt, on_step=seen.append, **arguments)
+    return output, seen
+
+
+def test_pictures_have_the_size_of_training(pipeline):
+    output = pipeline("a cat", seed=3)
+    assert [image.mode for image in output.images] == ["RGB"]
+    size = 8 * pipeline.codec.factor
+    assert output.images[0].size == (size, size)
+    assert output.seeds == [3]
+    wide = pipeline("a cat", height=size, width=2 * size, seed=3)
+    assert wide.images[0].size == (2 * size, size)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_picture_of_a_batch_is_what_its_seed_gives_alone(pipeline, eta):
+    prompts = ["a cat", "a dog"]
+    together, seen = states(pipeline, prompts, num_images_per_prompt=2, seed=5, eta=eta)
+    assert together.seeds == [5, 6, 7, 8]
+    for i, seed in enumerate(together.seeds):
+        _, alone = states(pipeline, prompts[i // 2], seed=seed, eta=eta)
+        torch.testing.assert_close(seen[-1].latents[i : i + 1], alone[-1].latents, rtol=1e-5, atol=1e-5)
+    listed = pipeline(prompts, num_images_per_prompt=2, seed=[5, 6, 7, 8], eta=eta)
+    assert (pixels(listed.images) == pixels(together.images)).all()
+
+
+def test_a_seed_is_that_of_a_torch_generator(pipeline):
+    shape = pipeline.codec.latent_shape(8 * pipeline.codec.factor, 8 * pipeline.codec.factor)
+    start = torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(11))
+    assert (pixels(pipeline("a", seed=11).images) == pixels(pipeline("a", seed=0, latents=start).images)).all()
+
+
+def test_seeds_that_were_not_given_are_reported_and_repeat(pipeline):
+    first = pipeline("a cat", num_images_per_prompt=2)
+    assert first.seeds[1] == first.seeds[0] + 1
+    assert (pixels(pipeline("a cat", seed=first.seeds[1]).images[:1]) == pixels(first.images[1:])).all()
+    assert pipeline("a cat").seeds != first.seeds[:1]
+
+
+def test_prompt_negative_prompt_and_guidance_all_matter(pipeline):
+    def last(**arguments):
+        return states(pipeline, "a cat", seed=1, **arguments)[1][-1].latents
+
+    base = last()
+    assert not torch.equal(base, last(negative_prompt="dog"))
+    assert not torch.equal(base, last(guidance_scale=1.0))
+    torch.testing.assert_close(base, last(guidance_scale=2.0, negative_prompt="", num_inference_steps=4))
+    # Led away from itself by nothing: the null state equals the condition.
+    torch.testing.assert_close(last(negative_prompt="a cat"), last(guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_steps_are_those_of_the_grid_and_bound_by_the_codec(pipeline):
+    _, seen = states(pipeline, "a cat", num_inference_steps=7, seed=0)
+    grid = NoiseSchedule.from_config(pipeline.schedule).grid(7)
+    assert [state.timestep for state in seen] == [step.t for step in grid]
+    originals = torch.stack([state.pred_original_sample for state in seen])
+    if pipeline.codec.bounded:
+        decoded = pipeline.codec.decode(originals.flatten(0, 1))
+        assert float(decoded.abs().max()) <= 1 + 1e-5
+    assert bool(originals.isfinite().all())
+
+
+def test_a_folder_gives_the_same_pictures(pipeline, tmp_path):
+    expected = pixels(pipeline("a cat", seed=1).images)
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = Pipeline.from_pretrained(tmp_path / "saved")
+    assert (loaded.guidance_scale, loaded.num_inference_steps) == (2.0, 4)
+    assert (pixels(loaded("a cat", seed=1).images) == expected).all()
+    loaded.save_pretrained(tmp_path / "again")
+    files = {
+        path.relative_to(tmp_path / "saved"): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (tmp_path / "saved").rglob("*.safetensors")
+    }
+    assert len(files) >= 2
+    for name, digest in files.items():
+        assert hashlib.sha256((tmp_path / "again" / name).read_bytes()).hexdigest() == digest
+    assert not list(tmp_path.glob(".*"))  # nothing temporary is left
+
+
+def test_frozen_parts_are_linked_not_copied(pipeline, tmp_path):
+    pipeline.save_frozen(tmp_path / "frozen")
+    for name in ("one", "two"):
+        pipeline.save_pretrained(tmp_path / name, frozen=tmp_path / "frozen")
+    weights = [tmp_path / name / "text_encoder" / "model.safetensors" for name in ("frozen", "one", "two")]
+    assert len({path.stat().st_ino for path in weights}) == 1
+    assert Pipeline.from_pretrained(tmp_path / "two")("a", seed=0).seeds == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "the prompt list is empty"),
+        ({"prompt": [3]}, "a prompt is 3"),
+        ({"num_inference_steps": -3}, "num_inference_steps is -3; it must be 1 to 1000"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"eta": 2.0}, "eta is 2.0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"latents": torch.zeros(1, 1, 2, 2)}, r"latents have shape \[1, 1, 2, 2\]"),
+        ({"height": 0}, "height"),
+        ({"width": -8}, "-8"),
+    ],
+)
+def test_wrong_arguments_are_named(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**({"prompt": "a cat"} | arguments))
+
+
+def test_a_size_that_the_factor_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="15x16 is not divisible by the codec's factor 2; the nearest size is 16x16"):
+        tiny.pipeline(tmp_path, "latent")("a", height=15, width=16)
+
+
+def test_parts_of_different_models_are_refused(tmp_path):
+    pixel, latent = tiny.pipeline(tmp_path / "a", "pixel"), tiny.pipeline(tmp_path / "b", "latent")
+    with pytest.raises(ValueError, match="in_channels 3 but the codec makes 4"):
+        Pipeline(unet=pixel.unet, codec=latent.codec, text_encoder=pixel.text_encoder, schedule=pixel.schedule)
+
+
+def test_pictures_are_rounded_to_the_nearest_level(tmp_path):
+    from ldm.pipelines import to_pil
+
+    levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16) / 127.5 - 1
+    (image,) = to_pil(levels)
+    assert isinstance(image, Image.Image)
+    assert np.asarray(image)[..., 0].ravel().tolist() == list(range(256))
