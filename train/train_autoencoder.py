@@ -53,6 +53,9 @@ def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
     return run.folder / "autoencoder"
 
 
+def run() -> None:
+    main(train, AutoencoderTrainingConfig, Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml", __doc__)
+
+
 if __name__ == "__main__":
-    default = Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml"
-    main(train, AutoencoderTrainingConfig, default, __doc__)
+    run()

@@ -81,5 +81,9 @@ def train(config: LDMConfig, resume: bool) -> Path:
     return run.folder / "pipeline"
 
 
-if __name__ == "__main__":
+def run() -> None:
     main(train, LDMConfig, Path(__file__).parents[1] / "configs" / "digits.yaml", __doc__)
+
+
+if __name__ == "__main__":
+    run()

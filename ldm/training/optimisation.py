@@ -62,4 +62,4 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         parameter = parameters[name]
         # AdamW counts its steps on the CPU; the moments live beside their parameter.
         device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+        optimizer.state[parameter][key] = value.to(device, copy=True)

@@ -28,7 +28,7 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
     """(training, held-out) images; what was skipped is named and counted. Held out is None for a share of 0.
 
     Raises:
-        ValueError: if there are fewer training images than a batch needs.
+        ValueError: if there are fewer training images than a batch needs, or it does not split evenly.
     """
     source = open_source(config)
     training, held_out = split(source.samples, config.held_out)
@@ -40,12 +40,7 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
         run.print(f"  skipped {skipped.path}: {skipped.reason}")
     if len(source.skipped) > SKIPPED_SHOWN:
         run.print(f"  … and {len(source.skipped) - SKIPPED_SHOWN} more")
-    batch = run.config.train.batch_size
-    if len(training) < batch:
-        raise ValueError(
-            f"{config.path} has {len(training)} training images, fewer than a batch of {batch} needs; "
-            f"set train.batch_size to at most {len(training)}, or add images"
-        )
+    run.micro_batches(len(training), 0, 0)  # refuses a batch that cannot be made before anything is written
     images = CaptionedImages(training, config, run.config.seed)
     return images, CaptionedImages(held_out, config, run.config.seed) if held_out else None
 

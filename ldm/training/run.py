@@ -113,18 +113,22 @@ class Run:
         if self.is_main:
             tqdm.write(text)
 
+    def micro_batches(self, length: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
+        """What this process reads of `length` samples; ValueError if they do not make a batch, or it does not split."""
+        return micro_batches(
+            SampleOrder(length, self.config.seed),
+            first_step=first_step,
+            last_step=last_step,
+            batch_size=self.config.train.batch_size,
+            accumulation=self.config.train.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
     def batches(self, images: CaptionedImages) -> Iterator[Batch]:
         """This process's micro-batches from the present step to the last, in the order of the whole run."""
-        train, processes = self.config.train, self.accelerator.num_processes
-        sampler = micro_batches(
-            SampleOrder(len(images), self.config.seed),
-            first_step=self.step,
-            last_step=train.max_steps,
-            batch_size=train.batch_size,
-            accumulation=train.gradient_accumulation_steps,
-            rank=self.accelerator.process_index,
-            world=processes,
-        )
+        train = self.config.train
+        sampler = self.micro_batches(len(images), self.step, train.max_steps)
         loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=train.num_workers)
         self._bar = tqdm(
             total=train.max_steps,
@@ -160,7 +164,8 @@ class Run:
             if train.mixed_precision != "fp16" and not bool(self._gradient_norm.isfinite()):
                 raise ValueError(
                     f"the gradient of step {self.step} is not finite (loss {float(self._losses[-1])}, samples "
-                    f"{', '.join(ids[:8])} …); the weights were not changed; lower train.learning_rate and go on with --resume"
+                    f"{', '.join(ids[:8])} …); the weights were not changed; lower train.learning_rate and go on with "
+                    "--resume"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(train, self.step)
@@ -282,6 +287,7 @@ class Run:
             folder / "state.json",
             {
                 "step": self.step,
+                "processes": self.accelerator.num_processes,
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "config": yaml.safe_load(to_yaml(self.config)),

@@ -147,7 +147,7 @@ def test_a_start_without_signal_needs_a_bound(schedule, prediction, spacing, bou
     value = NoiseSchedule.from_config(ScheduleConfig(beta_schedule=schedule))
     grid = value.grid(50, spacing)
     if refused:
-        with pytest.raises(ValueError, match="choose schedule.beta_schedule: scaled_linear"):
+        with pytest.raises(ValueError, match=r"choose schedule\.beta_schedule: scaled_linear"):
             check_start(value, grid, prediction, bounded=bounded)
     else:
         check_start(value, grid, prediction, bounded=bounded)

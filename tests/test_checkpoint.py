@@ -1,0 +1,126 @@
+"""Folders on disk: atomic, strict, and each fault named in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ldm import Pipeline, checkpoint
+from tests import tiny
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny.pipeline(tmp_path / "parts", "latent").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def fault(folder):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the tests look at the message)
+        Pipeline.from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named(saved, part):
+    shutil.rmtree(saved / part)
+    assert part in fault(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize("how", ["gone", "empty", "half"])
+def test_a_missing_or_half_written_file_is_named(saved, name, how):
+    path = saved / name
+    content = path.read_bytes()
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(content[: 0 if how == "empty" else len(content) // 2])
+    assert name.rpartition("/")[2].split(".")[0] in fault(saved)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    assert "there is no model folder" in fault(tmp_path / "nothing" / "here")
+    assert "holds no model_index.json" in fault(tmp_path)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert "did you mean" in fault(tmp_path)
+    assert "the hub did not give a model of that id" in fault("nobody/nothing")
+
+
+def test_other_kinds_of_pipeline_are_refused_by_name(saved):
+    tiny.edit_json(saved / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    assert "StableDiffusionXLPipeline" in fault(saved)
+    tiny.edit_json(
+        saved / "model_index.json",
+        _class_name="StableDiffusionPipeline",
+        text_encoder_2=["transformers", "CLIPTextModel"],
+    )
+    assert "text_encoder_2" in fault(saved)
+
+
+def test_weights_of_the_wrong_shape_are_named(saved):
+    tiny.edit_json(saved / "unet" / "config.json", block_out_channels=[8, 32])
+    message = fault(saved)
+    assert "shape" in message
+    assert "unet" in message
+
+
+def test_weights_of_another_network_are_named(saved):
+    tiny.edit_json(saved / "unet" / "config.json", layers_per_block=2)
+    assert "missing (first:" in fault(saved)
+
+
+def test_an_unsupported_key_is_refused_with_its_file(saved):
+    tiny.edit_json(saved / "unet" / "config.json", class_embed_type="timestep")
+    message = fault(saved)
+    assert "unet/config.json" in message
+    assert "class_embed_type" in message
+
+
+def test_pickled_weights_are_never_opened(saved):
+    (saved / "unet" / "diffusion_pytorch_model.safetensors").rename(saved / "unet" / "diffusion_pytorch_model.bin")
+    assert "pickled weights" in fault(saved)
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "a").write_text("old")
+        assert not target.exists()
+
+    def fail_half_way():
+        with checkpoint.atomic_folder(target) as folder:
+            (folder / "a").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way()
+    assert (target / "a").read_text() == "old"
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "b").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_weights_are_kept_bit_for_bit(tmp_path):
+    unet = tiny.pipeline(tmp_path / "parts").unet
+    checkpoint.save_model(tmp_path / "unet", unet)
+    again = checkpoint.load_model(tmp_path / "unet", "UNet2DConditionModel")
+    for name, value in unet.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert again.config == unet.config
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"

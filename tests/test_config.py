@@ -1,0 +1,122 @@
+"""Configs: complete, strict, and explained in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config, to_yaml
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+DIGITS = next(path for path in CONFIGS if path.name == "digits.yaml")
+LATENT = next(path for path in CONFIGS if path.name == "digits-latent.yaml")
+
+
+def kind_of(path):
+    return AutoencoderTrainingConfig if "first-stage" in path.name else LDMConfig
+
+
+def refused(*overrides, path=DIGITS, kind=LDMConfig):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the tests look at the message)
+        load_config(path, overrides, kind)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_valid_and_survives_being_written(path):
+    config = load_config(path, [], kind_of(path))
+    assert parse_config(yaml.safe_load(to_yaml(config)), kind_of(path), "again") == config
+
+
+def test_pixel_and_latent_runs_differ_in_a_handful_of_keys():
+    pixel, latent = (yaml.safe_load(path.read_text()) for path in (DIGITS, LATENT))
+    differing = {
+        f"{section}.{key}" if isinstance(pixel.get(section), dict) else section
+        for section in pixel.keys() | latent.keys()
+        for key in (pixel[section].keys() | latent[section].keys() if isinstance(pixel.get(section), dict) else [""])
+        if (
+            pixel[section].get(key) != latent[section].get(key)
+            if isinstance(pixel.get(section), dict)
+            else pixel.get(section) != latent.get(section)
+        )
+    }
+    assert differing == {"output_dir", "space", "first_stage", "data.resolution", "schedule.beta_schedule"}
+
+
+def test_overrides_change_one_key_each():
+    config = load_config(
+        DIGITS,
+        ["train.max_steps=7", "sample.prompts=[a, b]", "train.learning_rate=1e-4", "text.max_length=null"],
+        LDMConfig,
+    )
+    assert config.train.max_steps == 7
+    assert config.sample.prompts == ("a", "b")
+    assert config.train.learning_rate == 1e-4
+    assert config.text.max_length is None
+    assert config.train.batch_size == load_config(DIGITS, [], LDMConfig).train.batch_size
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.max_step=5", ["unknown key train.max_step", "did you mean train.max_steps?"]),
+        ("max_steps=5", ["unknown key max_steps", "train.max_steps"]),
+        ("trian.max_steps=5", ["unknown key trian", "train"]),
+        ("data.resolutions=8", ["data.resolution"]),
+        ("unet.block_channels=[8]", ["unet.block_channels", "unet.block_out_channels"]),
+        ("unet.in_channels=3", ["unet.in_channels follows from the codec"]),
+        ("train.max_steps=-1", ["train", "max_steps is -1"]),
+        ("train.max_steps=many", ["train.max_steps", "'many'"]),
+        ("train.batch_size=1.5", ["train.batch_size", "1.5"]),
+        ("train.learning_rate=0", ["learning_rate is 0"]),
+        ("train.ema_decay=1", ["ema_decay is 1"]),
+        ("train.caption_dropout=2", ["caption_dropout is 2"]),
+        ("train.lr_schedule=linear", ["train.lr_schedule", "linear"]),
+        ("train.mixed_precision=fp8", ["train.mixed_precision"]),
+        ("sample.prompts=[]", ["prompts is empty"]),
+        ("sample.guidance_scale=.inf", ["guidance_scale is inf"]),
+        ("sample.num_inference_steps=-2", ["num_inference_steps is -2"]),
+        ("sample.num_inference_steps=2000", ["num_inference_steps is 2000"]),
+        ("space=latent", ["first_stage is not set"]),
+        ("first_stage=runs/x", ["space is pixel"]),
+        ("schedule.beta_schedule=sigmoid", ["schedule.beta_schedule", "sigmoid"]),
+        ("unet.norm_num_groups=7", ["unet", "norm_num_groups"]),
+        ("data.path=", ["data.path"]),
+        ("train=5", ["train"]),
+        ("noequals", ["--set", "noequals"]),
+        ("seed.x=5", ["seed is a value, not a section"]),
+        ("train.max_steps=[1", ["train.max_steps"]),
+    ],
+)
+def test_wrong_keys_and_values_are_explained(override, parts):
+    message = refused(override)
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_start_that_ruins_latents_is_refused_when_the_config_is_read():
+    message = refused("schedule.beta_schedule=cosine", path=LATENT)
+    assert "nothing bounds" in message
+    assert "scaled_linear" in message
+    load_config(LATENT, ["schedule.beta_schedule=cosine", "schedule.prediction_type=v_prediction"], LDMConfig)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [("", "holds no keys"), ("[1, 2]", "holds no keys"), ("a: [", "not valid YAML"), ("output_dir: x", "is missing")],
+)
+def test_files_that_are_no_config_are_named(tmp_path, content, part):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    message = refused(path=path)
+    assert part in message
+    assert str(path) in message
+    assert "cannot be read" in refused(path=tmp_path / "absent.yaml")
+
+
+def test_nothing_of_a_config_can_be_executed(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("!!python/object/apply:os.system ['true']")
+    assert "not valid YAML" in refused(path=path)

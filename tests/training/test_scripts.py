@@ -1,0 +1,282 @@
+"""Both scripts from end to end on tiny networks and real digits: what they write, how they go on, how they fail."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from ldm import Pipeline
+from ldm.checkpoint import load_tensors
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
+from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+from ldm.training.parts import load_first_stage
+from tests import tiny
+from train import train_autoencoder, train_ldm
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(1)
+    tiny.clip_text_model().save_pretrained(folder)
+    tiny.clip_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """A first stage of two steps."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    run_autoencoder(folder)
+    return folder
+
+
+def fresh_processes():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run_autoencoder(folder, *overrides, resume=False):
+    fresh_processes()
+    small = [
+        f"output_dir={folder}", "data.resolution=16", "autoencoder.block_out_channels=[8,8,8]", "train.max_steps=2",
+        "train.batch_size=8", "train.validation_samples=8", "train.log_every=1", "autoencoder.norm_num_groups=4",
+    ]  # fmt: skip
+    path = ROOT / "configs" / "digits-first-stage.yaml"
+    return train_autoencoder.train(load_config(path, [*small, *overrides], AutoencoderTrainingConfig), resume)
+
+
+def settings(folder, encoder_folder, space="pixel", first_stage=None):
+    small = [
+        f"output_dir={folder}", f"text.encoder={encoder_folder}", "text.max_length=null", "unet.norm_num_groups=4",
+        "unet.block_out_channels=[8,8]", "unet.attention_head_dim=2", "train.max_steps=4", "train.batch_size=8",
+        "train.checkpoint_every=2", "train.validate_every=2", "train.validation_samples=8", "train.log_every=1",
+        "train.sample_every=4", "sample.images_per_prompt=1", "sample.num_inference_steps=2",
+        "sample.prompts=[a handwritten three, the digit 4]",
+    ]  # fmt: skip
+    if space == "latent":
+        small += ["space=latent", f"first_stage={first_stage}/autoencoder", "data.resolution=16"]
+        small += ["schedule.beta_schedule=scaled_linear"]
+    return small
+
+
+def run_ldm(arguments, *overrides, resume=False):
+    fresh_processes()
+    config = load_config(ROOT / "configs" / "digits.yaml", [*arguments, *overrides], LDMConfig)
+    return train_ldm.train(config, resume)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [entry["loss"] for entry in metrics(folder) if "loss" in entry]
+
+
+def digests(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / "training").glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_a_run_writes_what_a_user_needs_and_resumes_bit_for_bit(space, tmp_path, encoder_folder, first_stage, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_ldm(settings(one, encoder_folder, space, first_stage))
+    assert result == one / "pipeline"
+    printed = capsys.readouterr().out
+    assert "1797 captioned images (1621 to train on, 176 held out), 0 skipped" in printed
+    assert "100 different captions" in printed
+
+    # A complete pipeline, in the run folder and in each checkpoint.
+    for folder in (result, one / "checkpoints" / "step_00000002" / "pipeline"):
+        pipeline = Pipeline.from_pretrained(folder)
+        assert (pipeline.num_inference_steps, pipeline.guidance_scale) == (2, 2.0)
+        side = 8 if space == "pixel" else 16
+        assert pipeline("a handwritten three", seed=0).images[0].size == (side, side)
+    frozen = [one / "frozen", result, one / "checkpoints" / "step_00000004" / "pipeline"]
+    part = "text_encoder/model.safetensors"
+    assert len({(folder / part).stat().st_ino for folder in frozen}) == 1
+    assert (result / part).read_bytes() == (encoder_folder / "model.safetensors").read_bytes()
+    if space == "latent":
+        weights = "diffusion_pytorch_model.safetensors"
+        assert (result / "vae" / weights).read_bytes() == (first_stage / "autoencoder" / weights).read_bytes()
+
+    # The pictures, the log, the config.
+    assert Image.open(one / "samples" / "step_00000004.png").height > 100
+    assert list((one / "tensorboard").rglob("events*"))
+    assert [entry["step"] for entry in metrics(one) if "loss" in entry] == [1, 2, 3, 4]
+    held_out = [entry["held_out_loss"] for entry in metrics(one) if "held_out_loss" in entry]
+    assert len(held_out) == 2
+    assert held_out[0] == pytest.approx(1, abs=0.2)  # a network that still predicts about zero
+    assert load_config(one / "config.yaml", [], LDMConfig).output_dir == str(one)
+
+    # Two steps, then two more: the same weights, averages and moments as four at once.
+    run_ldm(settings(two, encoder_folder, space, first_stage), "train.max_steps=2")
+    run_ldm(settings(two, encoder_folder, space, first_stage), resume=True)
+    assert digests(one / "checkpoints" / "step_00000004") == digests(two / "checkpoints" / "step_00000004")
+    assert losses(one) == losses(two)
+    sheets = [np.asarray(Image.open(run / "samples" / "step_00000004.png")) for run in (one, two)]
+    assert (sheets[0] == sheets[1]).all()
+
+
+def test_the_weights_move_and_the_average_follows(tmp_path, encoder_folder):
+    run_ldm(settings(tmp_path / "run", encoder_folder))
+    training = tmp_path / "run" / "checkpoints" / "step_00000004" / "training"
+    model, ema = load_tensors(training / "model.safetensors"), load_tensors(training / "ema.safetensors")
+    assert float(model["conv_out.weight"].abs().max()) > 0
+    assert not torch.equal(model["conv_out.weight"], ema["conv_out.weight"])
+    shipped = load_tensors(tmp_path / "run" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, value in ema.items():
+        assert torch.equal(shipped[name], value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train.gradient_accumulation_steps=4", "train.num_workers=2", "train.gradient_checkpointing=true"],
+)
+def test_how_a_batch_is_computed_does_not_change_it(change, tmp_path, encoder_folder):
+    run_ldm(settings(tmp_path / "one", encoder_folder), "train.max_steps=3")
+    run_ldm(settings(tmp_path / "two", encoder_folder), "train.max_steps=3", change)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_random_crops_are_encoded_batch_by_batch(tmp_path, encoder_folder, first_stage):
+    arguments = settings(tmp_path / "run", encoder_folder, "latent", first_stage)
+    run_ldm(arguments, "data.crop=random", "data.flip=true", "train.max_steps=2")
+    run_ldm(settings(tmp_path / "two", encoder_folder, "latent", first_stage), "data.flip=true", "train.max_steps=2")
+    # Square images have one crop, so that both runs see the same pictures.
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "two"), rtol=1e-4)
+
+
+def test_two_processes_see_the_batches_of_one(tmp_path, encoder_folder):
+    run_ldm(settings(tmp_path / "one", encoder_folder))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    command += [str(ROOT / "train" / "train_ldm.py"), "--set", *settings(tmp_path / "two", encoder_folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "two/checkpoints/step_00000004/training/state.json").read_text())
+    assert state["processes"] == 2
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path, encoder_folder, capsys):
+    for _ in range(3):
+        run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+    assert "held an earlier run, which is now" in capsys.readouterr().out
+
+
+def test_old_checkpoints_are_dropped_and_damaged_ones_passed_over(tmp_path, encoder_folder, capsys):
+    arguments = [*settings(tmp_path / "run", encoder_folder), "train.checkpoint_every=1"]
+    run_ldm(arguments)
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step_00000003", "step_00000004"]
+    with (folders[1] / "training" / "model.safetensors").open("r+b") as file:
+        file.seek(500)
+        file.write(b"x")
+    before = digests(folders[0])
+    run_ldm(arguments, resume=True)
+    assert "step_00000004 is damaged (training/model.safetensors has changed)" in capsys.readouterr().out
+    assert digests(folders[1]) != before
+    assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_resuming_with_another_meaning_is_refused(tmp_path, encoder_folder):
+    arguments = settings(tmp_path / "run", encoder_folder)
+    run_ldm(arguments, "train.max_steps=2")
+    before = digests(tmp_path / "run" / "checkpoints" / "step_00000002")
+    with pytest.raises(ValueError, match=r"train\.learning_rate is 0\.5 but .* was trained with 0\.001"):
+        run_ldm(arguments, "train.learning_rate=0.5", resume=True)
+    assert digests(tmp_path / "run" / "checkpoints" / "step_00000002") == before
+
+
+def test_a_first_stage_ends_with_latents_of_zero_mean_and_unit_variance(first_stage):
+    codec = load_first_stage(str(first_stage / "autoencoder"))
+    assert codec.autoencoder.config.scaling_factor == 1
+    config = DataConfig(path="digits", resolution=16)
+    training, _ = split(open_source(config).samples, 0.1)
+    data = CaptionedImages(training, config, 0)
+    with torch.no_grad():
+        moments = codec.moments(to_signed(torch.stack([data.image_at(i) for i in range(len(data))])))
+    latents = codec.draw(moments, torch.randn(len(data), *codec.latent_shape(16, 16)))
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=0.02, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=0.02, rtol=0)
+    # Folding changed the latents, not the pictures that come back.
+    averaged = load_tensors(first_stage / "checkpoints" / "step_00000002" / "training" / "ema.safetensors")
+    folded = {name: value.clone() for name, value in codec.autoencoder.state_dict().items()}
+    images = to_signed(torch.stack([data.image_at(i) for i in range(4)]))
+    with torch.no_grad():
+        expected = codec.decode(codec.draw(codec.moments(images)))
+        codec.autoencoder.load_state_dict(averaged)
+        torch.testing.assert_close(codec.autoencoder(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(folded["quant_conv.weight"], averaged["quant_conv.weight"])
+
+
+def test_a_first_stage_resumes_bit_for_bit(tmp_path):
+    run_autoencoder(tmp_path / "one", "train.max_steps=4")
+    run_autoencoder(tmp_path / "two")
+    run_autoencoder(tmp_path / "two", "train.max_steps=4", resume=True)
+    assert digests(tmp_path / "one/checkpoints/step_00000004") == digests(tmp_path / "two/checkpoints/step_00000004")
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def fails(capsys, monkeypatch, script, *arguments):
+    """Runs a script's command line in this process and returns its one line."""
+    fresh_processes()
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        script.run()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip()
+    line = error.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path, encoder_folder, first_stage, capsys, monkeypatch):
+    def ldm(*overrides, space="pixel"):
+        arguments = settings(tmp_path / "run", encoder_folder, space, first_stage)
+        return fails(capsys, monkeypatch, train_ldm, "--set", *arguments, *overrides)
+
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "a.png")
+    assert "did you mean train.max_steps" in ldm("train.max_stepps=1")
+    assert str(tmp_path / "empty") in ldm(f"data.path={tmp_path / 'empty'}")
+    assert "nowhere" in ldm(f"data.path={tmp_path / 'nowhere'}")
+    assert "15x15 is not divisible" in ldm("data.resolution=15", space="latent")
+    assert "fewer images than a batch needs: 1621 training images for train.batch_size 5000" in ldm("train.batch_size=5000")
+    assert "no model folder" in ldm(f"first_stage={tmp_path / 'nothing'}", space="latent")
+    assert "does not split evenly" in ldm("train.gradient_accumulation_steps=3")
+    assert "xformers" in ldm("train.attention=xformers")
+    assert "nonsense" in ldm("text.encoder=./nonsense")
+    assert "absent.yaml" in fails(capsys, monkeypatch, train_ldm, "--config", str(tmp_path / "absent.yaml"))
+    assert "did you mean" in fails(capsys, monkeypatch, train_autoencoder, "--set", "loss.kl_wait=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_is_named_skipped_and_counted(tmp_path, encoder_folder, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(9):
+        Image.new("RGB", (20, 10 + i), (20 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red number {i}")
+    (folder / "8.png").write_bytes((folder / "8.png").read_bytes()[:60])
+    run_ldm(settings(tmp_path / "run", encoder_folder), f"data.path={folder}", "data.held_out=0")
+    printed = capsys.readouterr().out
+    assert "8 captioned images (8 to train on, 0 held out), 1 skipped" in printed
+    assert "skipped 8.png" in printed
+    assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline")("red number 3", seed=0).images
