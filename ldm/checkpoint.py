@@ -31,6 +31,8 @@ from ldm.models import AutoencoderConfig, AutoencoderKL, UNet, UNetConfig
 from ldm.models.autoencoder import upgrade_state_dict
 
 WEIGHTS = "diffusion_pytorch_model"
+# Models that are part of the package, by the name under which a config or a user asks for them.
+BUILT_IN = {"openmoji-first-stage": Path(__file__).parent / "assets" / "openmoji-first-stage"}
 COMPONENTS: dict[str, tuple[type, type]] = {
     "UNet2DConditionModel": (UNet, UNetConfig),
     "AutoencoderKL": (AutoencoderKL, AutoencoderConfig),
@@ -98,6 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone, and models are made to be shared
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -224,7 +227,7 @@ def load_pixel_codec(folder: Path) -> PixelCodec:
 
 
 def find_model_folder(name: str | os.PathLike[str], wanted: str) -> Path:
-    """A local folder that holds the file `wanted`, or the hub snapshot of an id `owner/name`.
+    """A local folder that holds the file `wanted`, a model of the package, or the hub snapshot of an id `owner/name`.
 
     Raises:
         ValueError: naming what was looked for and where.
@@ -237,6 +240,8 @@ def find_model_folder(name: str | os.PathLike[str], wanted: str) -> Path:
         hint = f"; did you mean {inside[0]}?" if inside else "; it is not a model folder, or only half of one"
         raise ValueError(f"{folder} holds no {wanted}{hint}")
     text = os.fspath(name)
+    if text in BUILT_IN:
+        return BUILT_IN[text]
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ValueError(f"there is no model folder {text}; train one first, or name a folder or a hub id owner/name")
     return _download(text, wanted)

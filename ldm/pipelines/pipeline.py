@@ -89,6 +89,7 @@ class Pipeline:
         Raises:
             ValueError: naming the file that is missing, damaged or of another model.
         """
+        place = _usable_device(device)
         folder = checkpoint.find_model_folder(name, "model_index.json")
         index = checkpoint.read_json(folder / "model_index.json")
         _check_index(index, folder)
@@ -114,7 +115,7 @@ class Pipeline:
             guidance_scale=defaults.get("guidance_scale", 7.5),
             num_inference_steps=defaults.get("num_inference_steps", 50),
         )
-        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+        pipeline.to(place, dtype)
         set_attention_backend(pipeline.unet, attention)
         return pipeline
 
@@ -262,6 +263,16 @@ class Pipeline:
         rows = torch.tensor([unique.index(prompt) for prompt in prompts])
         states = self.text_encoder(unique)
         return states[rows.to(states.device)].to(dtype)  # [B, L, D]
+
+
+def _usable_device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {str(name)!r}, which cannot be used here ({reason}); cpu always can") from None
 
 
 def _check_index(index: dict[str, Any], folder: Path) -> None:

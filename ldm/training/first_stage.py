@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -89,14 +89,18 @@ def held_out_psnr(
 
 @torch.no_grad()
 def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: torch.device) -> Image.Image:
-    """Twelve images above their reconstructions."""
+    """Up to twelve images, evenly from the whole data set, above their reconstructions."""
     assert isinstance(averaged, AutoencoderKL)
-    batch = next(_in_batches(images, device, 12))
+    count = min(12, len(images))
+    batch = _stack(images, [i * len(images) // count for i in range(count)], device)
     return contact_sheet([to_pil(batch), to_pil(averaged(batch)[0])], ["images", "reconstructions"])
 
 
 def _in_batches(images: CaptionedImages, device: torch.device, limit: int) -> Iterator[Tensor]:
     count = min(limit, len(images))
     for start in range(0, count, IMAGES_AT_ONCE):
-        indices = range(start, min(start + IMAGES_AT_ONCE, count))
-        yield to_signed(torch.stack([images.image_at(index) for index in indices])).to(device)  # [B, 3, R, R]
+        yield _stack(images, range(start, min(start + IMAGES_AT_ONCE, count)), device)
+
+
+def _stack(images: CaptionedImages, indices: Sequence[int], device: torch.device) -> Tensor:
+    return to_signed(torch.stack([images.image_at(index) for index in indices])).to(device)  # [B, 3, R, R]

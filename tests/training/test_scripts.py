@@ -258,7 +258,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path, encoder_folder, fir
     assert str(tmp_path / "empty") in ldm(f"data.path={tmp_path / 'empty'}")
     assert "nowhere" in ldm(f"data.path={tmp_path / 'nowhere'}")
     assert "15x15 is not divisible" in ldm("data.resolution=15", space="latent")
-    assert "fewer images than a batch needs: 1621 training images for train.batch_size 5000" in ldm("train.batch_size=5000")
+    assert "fewer images than a batch needs: 1621 training images, train.batch_size 5000" in ldm("train.batch_size=5000")
     assert "no model folder" in ldm(f"first_stage={tmp_path / 'nothing'}", space="latent")
     assert "does not split evenly" in ldm("train.gradient_accumulation_steps=3")
     assert "xformers" in ldm("train.attention=xformers")
@@ -280,3 +280,20 @@ def test_an_unreadable_image_is_named_skipped_and_counted(tmp_path, encoder_fold
     assert "8 captioned images (8 to train on, 0 held out), 1 skipped" in printed
     assert "skipped 8.png" in printed
     assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline")("red number 3", seed=0).images
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage):
+    """As it stands, but for the size of batch and pictures, and the parts that another run would have to make."""
+    fresh_processes()
+    small = [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=2", "train.validation_samples=2"]
+    if "first-stage" in path.name:
+        train_autoencoder.train(load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False)
+        assert load_first_stage(str(tmp_path / "run" / "autoencoder")).factor == 4
+        return
+    small += ["sample.num_inference_steps=2", "sample.images_per_prompt=1", f"text.encoder={encoder_folder}"]
+    small += ["text.max_length=null", "data.held_out=0.9"]
+    if path.name == "digits-latent.yaml":
+        small += [f"first_stage={first_stage}/autoencoder"]
+    train_ldm.train(load_config(path, small, LDMConfig), False)
+    assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline")("a", seed=0).images
