@@ -97,10 +97,10 @@ def generate(
 
 
 def main() -> None:
-    """Runs the command; a ValueError is the user's, and becomes one line and exit code 2."""
+    """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -24,11 +24,8 @@ def main(train: Callable[[C, bool], Path], kind: type[C], default_config: Path, 
     try:
         config = load_config(arguments.config, arguments.set, kind)
         result = train(config, arguments.resume)
-    except ValueError as error:
-        sys.exit(_fail(error))
+    except (ValueError, OSError) as error:
+        # An error of a loader's worker process arrives as its whole traceback; the last line is the message.
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
+        sys.exit(2)
     print(f"done: {result}", flush=True)
-
-
-def _fail(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2

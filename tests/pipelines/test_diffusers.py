@@ -87,10 +87,41 @@ def shape_of_the_real_1_5(folder):
     (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"never opened")
     unet = json.loads((folder / "unet" / "config.json").read_text())
     # The config of 2022 has these keys and no others.
-    kept = ["_class_name", "act_fn", "attention_head_dim", "block_out_channels", "center_input_sample", "cross_attention_dim", "down_block_types", "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block", "mid_block_scale_factor", "norm_eps", "norm_num_groups", "out_channels", "sample_size", "up_block_types"]
+    kept = [
+        "_class_name",
+        "act_fn",
+        "attention_head_dim",
+        "block_out_channels",
+        "center_input_sample",
+        "cross_attention_dim",
+        "down_block_types",
+        "downsample_padding",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "in_channels",
+        "layers_per_block",
+        "mid_block_scale_factor",
+        "norm_eps",
+        "norm_num_groups",
+        "out_channels",
+        "sample_size",
+        "up_block_types",
+    ]
     (folder / "unet" / "config.json").write_text(json.dumps({key: unet[key] for key in kept}))
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    kept = ["_class_name", "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types"]
+    kept = [
+        "_class_name",
+        "act_fn",
+        "block_out_channels",
+        "down_block_types",
+        "in_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "out_channels",
+        "sample_size",
+        "up_block_types",
+    ]
     (folder / "vae" / "config.json").write_text(json.dumps({key: vae[key] for key in kept}))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     kept = ["_class_name", "beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "set_alpha_to_one"]

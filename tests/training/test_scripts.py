@@ -86,8 +86,7 @@ def losses(folder):
 
 def digests(folder):
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (folder / "training").glob("*.safetensors")
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "training").glob("*.safetensors")
     }
 
 
@@ -258,7 +257,9 @@ def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path, encoder_folder, fir
     assert str(tmp_path / "empty") in ldm(f"data.path={tmp_path / 'empty'}")
     assert "nowhere" in ldm(f"data.path={tmp_path / 'nowhere'}")
     assert "15x15 is not divisible" in ldm("data.resolution=15", space="latent")
-    assert "fewer images than a batch needs: 1621 training images, train.batch_size 5000" in ldm("train.batch_size=5000")
+    assert "fewer images than a batch needs: 1621 training images, train.batch_size 5000" in ldm(
+        "train.batch_size=5000"
+    )
     assert "no model folder" in ldm(f"first_stage={tmp_path / 'nothing'}", space="latent")
     assert "does not split evenly" in ldm("train.gradient_accumulation_steps=3")
     assert "xformers" in ldm("train.attention=xformers")
