@@ -41,7 +41,15 @@ COMPONENTS: dict[str, tuple[type, type]] = {
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to fill, synced and renamed to `folder` at the end; an old `folder` is replaced."""
+    """A temporary sibling to fill, synced and renamed to `folder` at the end.
+
+    An old `folder` is replaced if `is_ours` recognises what it holds.
+
+    Raises:
+        ValueError: if `folder` is a file, or holds anything that we did not write.
+    """
+    if folder.exists() and not is_ours(folder):
+        raise ValueError(f"{folder} holds files that are no model; nothing was written, choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -49,6 +57,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
+        _sync(temporary)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / folder.name)
@@ -61,6 +70,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, or a model or a checkpoint that may be replaced by a newer one."""
+    if not folder.is_dir():
+        return False
+    marks = ("model_index.json", "manifest.json", "config.json")
+    return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in marks)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -70,13 +87,17 @@ def _sync(path: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copies a folder into another as hard links, or as real copies where the file system has no links."""
+    """Copies a folder into another. Weights become hard links where the file system has them; small files, which
+    people edit in place, become copies.
+    """
 
     def link(src: str, dst: str) -> None:
         try:
+            if not src.endswith(".safetensors"):
+                raise OSError
             os.link(os.path.realpath(src), dst)
         except OSError:
-            shutil.copy2(src, dst)
+            shutil.copyfile(src, dst)
 
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
@@ -123,11 +144,11 @@ def save_model(folder: Path, model: UNet | AutoencoderKL, dtype: torch.dtype = t
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies the config and the weights of a component folder, byte for byte, and nothing else of it."""
+    """Copies the config and the weights that `read_weights` reads, byte for byte; an fp16 variant loses its suffix."""
     target.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.name == "config.json" or (path.name.startswith(WEIGHTS) and path.suffix in (".safetensors", ".json")):
-            shutil.copyfile(path, target / path.name)
+    shutil.copyfile(source / "config.json", target / "config.json")
+    for path in weight_files(source):
+        shutil.copyfile(path, target / path.name.replace(".fp16", ""))
 
 
 def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) -> UNet | AutoencoderKL:
@@ -179,15 +200,27 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: to
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a component folder: one file, an fp16 variant of it, or shards with their index."""
+    """The tensors of a component folder, from all files that hold them."""
+    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+    return {name: tensor for path in files for name, tensor in load_tensors(path).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """One file, or the index and its shards; full precision before an fp16 variant.
+
+    Raises:
+        ValueError: if there are none, or the index does not say which.
+    """
     for variant in ("", ".fp16"):
         single = folder / f"{WEIGHTS}{variant}.safetensors"
         if single.is_file():
-            return load_tensors(single)
+            return [single]
         index = folder / f"{WEIGHTS}.safetensors.index{variant}.json"
         if index.is_file():
-            files = set(read_json(index)["weight_map"].values())
-            return {name: tensor for file in sorted(files) for name, tensor in load_tensors(folder / file).items()}
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+                raise ValueError(f"{index} has no weight_map of files beside it; copy or train the model again")
+            return [index, *(folder / name for name in sorted(set(names.values())))]
     if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
         raise ValueError(
             f"{folder} holds pickled weights (.bin or .ckpt), which are never opened here; "
@@ -201,9 +234,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def load_schedule(folder: Path) -> ScheduleConfig:
     """The schedule, prediction and grid that `scheduler_config.json` of any diffusers scheduler describes."""
     path = folder / "scheduler_config.json"
+    content = read_json(path)
     try:
-        return config_from_diffusers(read_json(path))
-    except TypeError as error:
+        return config_from_diffusers(content)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -232,7 +266,7 @@ def find_model_folder(name: str | os.PathLike[str], wanted: str) -> Path:
     Raises:
         ValueError: naming what was looked for and where.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / wanted).is_file():
             return folder
@@ -242,17 +276,29 @@ def find_model_folder(name: str | os.PathLike[str], wanted: str) -> Path:
     text = os.fspath(name)
     if text in BUILT_IN:
         return BUILT_IN[text]
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
         raise ValueError(f"there is no model folder {text}; train one first, or name a folder or a hub id owner/name")
     return _download(text, wanted)
+
+
+def find_autoencoder(name: str) -> Path:
+    """The folder of an autoencoder: `name` itself, or `vae/` of the pipeline (folder or hub id) of that name."""
+    folder = Path(name).expanduser()
+    if (folder / "vae" / "config.json").is_file():
+        return folder / "vae"
+    if folder.exists() or name in BUILT_IN:
+        return find_model_folder(name, "config.json")
+    return find_model_folder(name, "vae/config.json") / "vae"
 
 
 def _download(hub_id: str, wanted: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    # Of a pipeline the parts that are opened; of one that only lends its autoencoder, that alone.
+    parts = ["vae"] if wanted.startswith("vae/") else ["unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"]
+    patterns = [f"{part}/*.{suffix}" for part in parts for suffix in ("json", "safetensors", "txt", "model")]
     try:
-        # Two patterns a format: the folders of a pipeline, and a component alone at the top.
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *patterns]))
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,23 @@ DERIVED = {
 
 def _positive(config: object, *keys: str) -> None:
     for key in keys:
-        if getattr(config, key) <= 0:
-            raise ValueError(f"{key} is {getattr(config, key)}; it must be greater than 0")
+        if not 0 < getattr(config, key) < math.inf:
+            raise ValueError(f"{key} is {getattr(config, key)}; it must be a number greater than 0")
+
+
+def _not_negative(config: object, *keys: str) -> None:
+    for key in keys:
+        if not 0 <= getattr(config, key) < math.inf:
+            raise ValueError(f"{key} is {getattr(config, key)}; it must be a number, not negative")
+
+
+def _outside(output_dir: str, key: str, path: str | None) -> None:
+    """Refuses what a run reads inside the folder that it writes: an earlier run there is moved aside."""
+    if not output_dir.strip():
+        raise ValueError("output_dir is empty; name a folder for the run")
+    run = Path(output_dir).expanduser().resolve()
+    if path is not None and run in (read := Path(path).expanduser().resolve(), *read.parents):
+        raise ValueError(f"{key} is {path!r}, inside output_dir {output_dir!r}; choose another output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +89,8 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
+        cpu_threads: threads of a process that computes on the CPU; None shares the machine's cores among the
+            processes, whatever OMP_NUM_THREADS says (`accelerate launch` sets it to 1).
         keep_checkpoints: how many of the newest checkpoints stay.
         validation_samples: how many held-out images the held-out loss looks at, at most.
     """
@@ -93,6 +111,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     num_workers: int = 0
+    cpu_threads: int | None = None
     log_every: int = 20
     validate_every: int = 500
     validation_samples: int = 256
@@ -107,9 +126,9 @@ class TrainConfig:
             *("log_every", "validate_every", "validation_samples", "sample_every", "checkpoint_every"),
             "keep_checkpoints",
         )
-        for key in ("warmup_steps", "weight_decay", "num_workers"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        _not_negative(self, "warmup_steps", "weight_decay", "num_workers")
+        if self.cpu_threads is not None:
+            _positive(self, "cpu_threads")
         for key in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0 and less than 1")
@@ -155,7 +174,7 @@ class SampleConfig:
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one text")
         _positive(self, "images_per_prompt", "num_inference_steps")
-        if not abs(self.guidance_scale) < float("inf"):
+        if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
 
 
@@ -191,6 +210,8 @@ class LDMConfig:
             raise ValueError(
                 f"first_stage is {self.first_stage!r} but space is pixel, which has none; set space: latent or drop it"
             )
+        _outside(self.output_dir, "data.path", self.data.path)
+        _outside(self.output_dir, "first_stage", self.first_stage)
         schedule = NoiseSchedule.from_config(self.schedule)
         grid = schedule.grid(
             self.sample.num_inference_steps,
@@ -202,15 +223,14 @@ class LDMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLossConfig:
-    """L1 reconstruction + `kl_weight` · KL(q(z|x) ‖ N(0, I)), both a mean over pixels and over latent elements."""
+    """L1 reconstruction + `kl_weight` · KL(q(z|x) ‖ N(0, I)), each summed over an image and divided by its values."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     kl_weight: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must not be negative")
+        _not_negative(self, "kl_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +249,19 @@ class AutoencoderTrainingConfig:
     train: TrainConfig
     seed: int = 0
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+
+    def __post_init__(self) -> None:
+        _outside(self.output_dir, "data.path", self.data.path)
+        for key in ("use_quant_conv", "use_post_quant_conv"):
+            if not getattr(self.autoencoder, key):
+                raise ValueError(
+                    f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it"
+                )
+        for key in ("in_channels", "out_channels"):
+            if getattr(self.autoencoder, key) != 3:
+                raise ValueError(
+                    f"autoencoder.{key} is {getattr(self.autoencoder, key)}; images are RGB, leave it at 3"
+                )
 
 
 C = TypeVar("C", LDMConfig, AutoencoderTrainingConfig)
@@ -256,7 +289,8 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
 def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
     """Validates a nested mapping as a config of `kind`; `where` names its origin in errors."""
     for section, derived in DERIVED.items():
-        for key in derived.keys() & (content.get(section) or {}):
+        given = content.get(section)
+        for key in derived.keys() & (given.keys() if isinstance(given, Mapping) else set()):
             raise ValueError(f"{where}: {section}.{key} follows from {derived[key]}; leave it out")
     try:
         return TypeAdapter(kind).validate_python(dict(content))

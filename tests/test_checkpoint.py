@@ -100,6 +100,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
     with checkpoint.atomic_folder(target) as folder:
         (folder / "a").write_text("old")
+        (folder / "config.json").write_text("{}")
         assert not target.exists()
 
     def fail_half_way():

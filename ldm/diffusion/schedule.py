@@ -246,8 +246,9 @@ def config_from_diffusers(config: dict[str, Any]) -> ScheduleConfig:
     """Reads the `scheduler_config.json` of any diffusers scheduler: its schedule and prediction; DDIM runs.
 
     Keys that steer another sampler (`skip_prk_steps`, `use_karras_sigmas`, …) mean nothing to DDIM and are
-    ignored. A key that is absent has the default of the class that wrote the file. `clip_sample` is ignored too:
-    it clamps pixels, the StableDiffusionPipeline of diffusers turns it off, and our codecs know their bounds.
+    ignored. A key that is absent has the default of DDIM, DDPM or PNDM where one of these wrote the file, else of
+    Euler and DPM-Solver. `clip_sample` is ignored too: it clamps pixels, the StableDiffusionPipeline of diffusers
+    turns it off, and our codecs know their bounds.
 
     Raises:
         ValueError: if the file asks for a schedule or prediction that is not supported, naming key and value.

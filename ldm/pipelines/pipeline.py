@@ -103,10 +103,10 @@ class Pipeline:
             assert isinstance(autoencoder, AutoencoderKL)
             codec = LatentCodec(autoencoder, source=folder / "vae")
         schedule = checkpoint.load_schedule(folder / "scheduler")
-        if "_ldm" not in index:
+        if not index.get("_ldm"):
             # diffusers' StableDiffusionPipeline sets this whatever the file says.
             schedule = dataclasses.replace(schedule, steps_offset=1)
-        defaults = index.get("_ldm", {})
+        defaults = index.get("_ldm") or {}
         pipeline = cls(
             unet=unet,
             codec=codec,

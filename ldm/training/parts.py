@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -28,7 +27,8 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
     """(training, held-out) images; what was skipped is named and counted. Held out is None for a share of 0.
 
     Raises:
-        ValueError: if there are fewer training images than a batch needs, or it does not split evenly.
+        ValueError: if there are fewer training images than a batch needs, it does not split evenly, or a run is
+            resumed on other data.
     """
     source = open_source(config)
     training, held_out = split(source.samples, config.held_out)
@@ -40,7 +40,7 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
         run.print(f"  skipped {skipped.path}: {skipped.reason}")
     if len(source.skipped) > SKIPPED_SHOWN:
         run.print(f"  … and {len(source.skipped) - SKIPPED_SHOWN} more")
-    run.micro_batches(len(training), 0, 0)  # refuses a batch that cannot be made before anything is written
+    run.check_data(training)
     images = CaptionedImages(training, config, run.config.seed)
     return images, CaptionedImages(held_out, config, run.config.seed) if held_out else None
 
@@ -65,9 +65,7 @@ def make_codec(config: LDMConfig, images: CaptionedImages) -> Codec:
 
 def load_first_stage(name: str) -> LatentCodec:
     """The autoencoder of a folder or hub id, or of the pipeline folder that holds it as `vae/`."""
-    if (Path(name) / "vae" / "config.json").is_file():
-        name = str(Path(name) / "vae")
-    folder = checkpoint.find_model_folder(name, "config.json")
+    folder = checkpoint.find_autoencoder(name)
     autoencoder = checkpoint.load_model(folder, "AutoencoderKL")
     assert isinstance(autoencoder, AutoencoderKL)
     autoencoder.requires_grad_(False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -36,14 +38,15 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
-from ldm.data import Batch, CaptionedImages, SampleOrder, collate, generator, micro_batches
+from ldm.data import Batch, CaptionedImages, Sample, SampleOrder, collate, generator, micro_batches
 from ldm.pipelines import save_png
 from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer
 
-# What may differ when a run is resumed: nothing here changes what a step computes.
+# What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
 FREE_TO_CHANGE = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.keep_checkpoints", "train.num_workers", "sample."),
+    *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
 )
 
 
@@ -72,9 +75,12 @@ class Run:
 
     def __init__(self, config: LDMConfig | AutoencoderTrainingConfig, *, export: str, resume: bool) -> None:
         self.config = config
-        self.folder = Path(config.output_dir)
+        self.folder = Path(config.output_dir).expanduser()
         self.export = export
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        no_accelerator = not torch.accelerator.is_available()
         self.accelerator = Accelerator(
+            cpu=no_accelerator and processes > 1,  # else several processes without a GPU do not find each other
             mixed_precision=config.train.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.train.gradient_accumulation_steps, sync_with_dataloader=False
@@ -82,13 +88,22 @@ class Run:
             log_with="tensorboard",
             project_dir=self.folder,
         )
+        if self.accelerator.num_processes != processes:
+            raise ValueError(
+                f"{processes} processes were launched but accelerate joined {self.accelerator.num_processes}; "
+                "launch them with torchrun --nproc_per_node, or a single one"
+            )
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.train.cpu_threads or max(1, _cores() // processes))
         self.step = 0
         self._resume = resume
         self._resumed = self._newest_checkpoint() if resume else None
         if self._resumed is not None:
             self._check_config(self._resumed)
         torch.manual_seed(config.seed)
+        self._lock: int | None = None
+        self._data: dict[str, Any] = {}
         self._losses: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
         self._seen, self._since = 0, time.perf_counter()
@@ -112,6 +127,25 @@ class Run:
     def print(self, text: str) -> None:
         if self.is_main:
             tqdm.write(text)
+
+    def check_data(self, samples: Sequence[Sample]) -> None:
+        """Remembers what is trained on; refuses a batch that cannot be made, and other samples than those resumed.
+
+        Raises:
+            ValueError: before anything is written.
+        """
+        self.micro_batches(len(samples), 0, 0)
+        digest = hashlib.sha256()
+        for sample in samples:
+            digest.update(repr((sample.id, sample.captions)).encode("utf-8", "surrogatepass"))
+        self._data = {"samples": len(samples), "sha256": digest.hexdigest()}
+        if self._resumed is not None:
+            stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
+            if stored != self._data:
+                raise ValueError(
+                    f"{self._resumed} was trained on {stored['samples']} images and now there are {len(samples)}, or "
+                    "other names or captions; restore the data, or start a new run in another output_dir"
+                )
 
     def micro_batches(self, length: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """What this process reads of `length` samples; ValueError if they do not make a batch, or it does not split."""
@@ -140,7 +174,8 @@ class Run:
         self._since = time.perf_counter()
         for number, batch in enumerate(loader):
             # Dropout inside a network is the one thing that draws from torch's own generator: keyed as well.
-            draw = generator(self.config.seed, "torch", self.step, number, self.accelerator.process_index)
+            slice_of_step = number % train.gradient_accumulation_steps
+            draw = generator(self.config.seed, "torch", self.step, slice_of_step, self.accelerator.process_index)
             torch.manual_seed(int(draw.integers(2**63)))
             yield batch
         self._bar.close()
@@ -154,18 +189,18 @@ class Run:
         """One step of the optimizer once the gradients of all its micro-batches are there; else nothing.
 
         Raises:
-            ValueError: if the gradient is not finite, before the optimizer moves. (Under fp16 the loss scaler
-                skips such steps itself.)
+            ValueError: if the gradient is not finite, before the optimizer moves. (Under fp16 the loss
+                scaler skips overflowing gradients itself, and only the loss is watched.)
         """
         train = self.config.train
         if self.accelerator.sync_gradients:
             self._gradient_norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
             assert self._gradient_norm is not None
-            if train.mixed_precision != "fp16" and not bool(self._gradient_norm.isfinite()):
+            watched = self._losses[-1] if train.mixed_precision == "fp16" else self._gradient_norm
+            if not bool(watched.isfinite()):
                 raise ValueError(
-                    f"the gradient of step {self.step} is not finite (loss {float(self._losses[-1])}, samples "
-                    f"{', '.join(ids[:8])} …); the weights were not changed; lower train.learning_rate and go on with "
-                    "--resume"
+                    f"the loss or gradient of step {self.step} is not finite (loss {float(self._losses[-1])}, samples "
+                    f"{', '.join(ids[:8])} …); the optimizer was not run; start again with a lower train.learning_rate"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(train, self.step)
@@ -224,11 +259,24 @@ class Run:
                 writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
 
     def write_once(self, name: str, write: Callable[[Path], None]) -> Path:
-        """A folder of the run that is written by its first session and kept."""
+        """A folder of the run that is written by its first session and kept.
+
+        Raises:
+            ValueError: if a later session would write something else: what the run stands on has changed.
+        """
         folder = self.folder / name
-        if self.is_main and not folder.exists():
-            with checkpoint.atomic_folder(folder) as target:
-                write(target)
+        if self.is_main:
+            with TemporaryDirectory(prefix=f".{name}.", dir=self.folder) as scratch:
+                fresh = Path(scratch) / name
+                write(fresh)
+                changed = _difference(_hashes(folder), _hashes(fresh)) if folder.exists() else None
+                if changed is not None:
+                    raise ValueError(
+                        f"{folder / changed} is not what the config names today; restore that part as it was, "
+                        "or start a new run in another output_dir"
+                    )
+                if not folder.exists():
+                    fresh.rename(folder)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -254,10 +302,13 @@ class Run:
                 export(folder / self.export)
                 self._write_training_state(folder / "training", networks)
                 checkpoint.write_json(folder / "manifest.json", {"files": _hashes(folder)})
-            with checkpoint.atomic_folder(self.folder / self.export) as folder:
-                checkpoint.link_tree(target / self.export, folder)
+            self._renew_export(target)
             for old in self._checkpoints()[: -self.config.train.keep_checkpoints]:
                 shutil.rmtree(old)
+
+    def _renew_export(self, newest: Path) -> None:
+        with checkpoint.atomic_folder(self.folder / self.export) as folder:
+            checkpoint.link_tree(newest / self.export, folder)
 
     def _restore(self, networks: Networks, resumed: Path) -> None:
         folder = resumed / "training"
@@ -270,10 +321,14 @@ class Run:
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.step = state["step"]
+        if self.is_main and not (self.folder / self.export).exists():
+            self._renew_export(resumed)
         self.print(f"resumed {resumed}")
 
     def finish(self) -> None:
         self.accelerator.end_training()
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _write_training_state(self, folder: Path, networks: Networks) -> None:
         folder.mkdir()
@@ -287,6 +342,7 @@ class Run:
             folder / "state.json",
             {
                 "step": self.step,
+                "data": self._data,
                 "processes": self.accelerator.num_processes,
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
@@ -302,17 +358,39 @@ class Run:
         return sorted(path for path in self.folder.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
 
     def _newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose files are those of its manifest; damaged ones are named and passed over."""
-        for folder in reversed(self._checkpoints()):
+        """The newest checkpoint whose files are those of its manifest; damaged ones are named and set aside.
+
+        Raises:
+            ValueError: if there are checkpoints but none is intact.
+        """
+        folders = self._checkpoints()
+        intact, damaged = None, []
+        for folder in reversed(folders):
             wrong = _damage(folder)
             if wrong is None:
-                return folder
+                intact = folder
+                break
             self.print(f"{folder} is damaged ({wrong}); taking the one before")
-        return None
+            damaged.append(folder)
+        if folders and intact is None:
+            raise ValueError(
+                f"no checkpoint in {self.folder / 'checkpoints'} is intact; restore one from a copy, or start a "
+                "new run by leaving --resume out"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            for folder in damaged:
+                folder.rename(folder.with_name(f"damaged.{folder.name}"))
+        return intact
 
     def _check_config(self, folder: Path) -> None:
         stored = _flat(checkpoint.read_json(folder / "training" / "state.json")["config"])
         present = _flat(yaml.safe_load(to_yaml(self.config)))
+        if self.config.train.lr_schedule == "cosine" and stored["train.max_steps"] != self.config.train.max_steps:
+            self.print(
+                f"train.max_steps was {stored['train.max_steps']} and is {self.config.train.max_steps}: the cosine of "
+                "the learning rate is stretched to it from here on"
+            )
         for key in sorted(stored.keys() | present.keys()):
             if stored.get(key) != present.get(key) and not key.startswith(FREE_TO_CHANGE):
                 raise ValueError(
@@ -321,7 +399,12 @@ class Run:
                 )
 
     def _open_folder(self) -> None:
-        if self._resumed is None and (self.folder / "config.yaml").exists():
+        if self._resumed is None and self.folder.exists() and any(self.folder.iterdir()):
+            if not (self.folder / "config.yaml").is_file():
+                raise ValueError(
+                    f"output_dir {self.folder} holds files that are no run of ldm; choose another output_dir"
+                )
+            os.close(_locked(self.folder))
             aside = next(
                 path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists()
             )
@@ -330,6 +413,7 @@ class Run:
         if self._resumed is None and self._resume:
             self.print(f"{self.folder} has no checkpoint to resume; starting at step 0")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
         (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         if self._resumed is not None:
             self._cut_metrics(int(self._resumed.name.removeprefix("step_")))
@@ -341,6 +425,37 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _locked(folder: Path) -> int:
+    """Locks a run folder until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # not on Windows
+    except OSError:
+        os.close(file)
+        raise ValueError(
+            f"{folder} is being written by another run; wait for it, or choose another output_dir"
+        ) from None
+    return file
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first file that two folders do not share, by the hashes of both."""
+    return next((name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)), None)
 
 
 def _step_of(line: str) -> int | None:
@@ -367,7 +482,11 @@ def _sha256(path: Path) -> str:
 
 def _damage(folder: Path) -> str | None:
     """The first file that is not what the manifest says, or None."""
-    for name, entry in checkpoint.read_json(folder / "manifest.json")["files"].items():
+    try:
+        files = checkpoint.read_json(folder / "manifest.json")["files"]
+    except (ValueError, KeyError) as error:
+        return f"manifest.json: {error}"
+    for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

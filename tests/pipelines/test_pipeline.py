@@ -127,7 +127,7 @@ def test_frozen_parts_are_linked_not_copied(pipeline, tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"latents": torch.zeros(1, 1, 2, 2)}, r"latents have shape \[1, 1, 2, 2\]"),
-        ({"height": 0}, "height"),
+        ({"height": 0}, "image size 0x"),
         ({"width": -8}, "-8"),
     ],
 )
@@ -154,3 +154,14 @@ def test_pictures_are_rounded_to_the_nearest_level(tmp_path):
     (image,) = to_pil(levels)
     assert isinstance(image, Image.Image)
     assert np.asarray(image)[..., 0].ravel().tolist() == list(range(256))
+
+
+def test_files_that_are_no_model_are_left_alone(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="holds files that are no model"):
+        pipeline.save_pretrained(tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+    pipeline.save_pretrained(tmp_path / "model")
+    pipeline.save_pretrained(tmp_path / "model")  # an older model makes way

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
 from ldm.training.parts import load_first_stage
+from ldm.training.run import _locked
 from tests import tiny
 from train import train_autoencoder, train_ldm
 
@@ -51,6 +53,7 @@ def run_autoencoder(folder, *overrides, resume=False):
     small = [
         f"output_dir={folder}", "data.resolution=16", "autoencoder.block_out_channels=[8,8,8]", "train.max_steps=2",
         "train.batch_size=8", "train.validation_samples=8", "train.log_every=1", "autoencoder.norm_num_groups=4",
+        "train.cpu_threads=1",
     ]  # fmt: skip
     path = ROOT / "configs" / "digits-first-stage.yaml"
     return train_autoencoder.train(load_config(path, [*small, *overrides], AutoencoderTrainingConfig), resume)
@@ -62,7 +65,7 @@ def settings(folder, encoder_folder, space="pixel", first_stage=None):
         "unet.block_out_channels=[8,8]", "unet.attention_head_dim=2", "train.max_steps=4", "train.batch_size=8",
         "train.checkpoint_every=2", "train.validate_every=2", "train.validation_samples=8", "train.log_every=1",
         "train.sample_every=4", "sample.images_per_prompt=1", "sample.num_inference_steps=2",
-        "sample.prompts=[a handwritten three, the digit 4]",
+        "sample.prompts=[a handwritten three, the digit 4]", "train.cpu_threads=1",
     ]  # fmt: skip
     if space == "latent":
         small += ["space=latent", f"first_stage={first_stage}/autoencoder", "data.resolution=16"]
@@ -164,7 +167,7 @@ def test_two_processes_see_the_batches_of_one(tmp_path, encoder_folder):
     run_ldm(settings(tmp_path / "one", encoder_folder))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
     command += [str(ROOT / "train" / "train_ldm.py"), "--set", *settings(tmp_path / "two", encoder_folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     state = json.loads((tmp_path / "two/checkpoints/step_00000004/training/state.json").read_text())
@@ -187,11 +190,68 @@ def test_old_checkpoints_are_dropped_and_damaged_ones_passed_over(tmp_path, enco
     with (folders[1] / "training" / "model.safetensors").open("r+b") as file:
         file.seek(500)
         file.write(b"x")
-    before = digests(folders[0])
     run_ldm(arguments, resume=True)
     assert "step_00000004 is damaged (training/model.safetensors has changed)" in capsys.readouterr().out
-    assert digests(folders[1]) != before
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["damaged.step_00000004", "step_00000003", "step_00000004"]
     assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_run_without_an_intact_checkpoint_is_not_started_again(tmp_path, encoder_folder):
+    arguments = settings(tmp_path / "run", encoder_folder)
+    run_ldm(arguments, "train.max_steps=1")
+    (tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact"):
+        run_ldm(arguments, resume=True)
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_what_a_user_edits_does_not_reach_the_checkpoints(tmp_path, encoder_folder, capsys):
+    arguments = settings(tmp_path / "run", encoder_folder)
+    run_ldm(arguments, "train.max_steps=2")
+    with (tmp_path / "run" / "pipeline" / "tokenizer" / "tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    run_ldm(arguments, resume=True)
+    assert "damaged" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    run_ldm(arguments, resume=True)
+    assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline")("a", seed=0).images
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, encoder_folder):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(9):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red number {i}")
+    arguments = [*settings(tmp_path / "run", encoder_folder), f"data.path={folder}", "data.held_out=0"]
+    run_ldm(arguments, "train.max_steps=2")
+    Image.new("RGB", (8, 8), "blue").save(folder / "3.png")
+    with pytest.raises(ValueError, match=r"codec/config\.json is not what the config names today"):
+        run_ldm(arguments, resume=True)
+    (folder / "3.txt").write_text("blue")
+    with pytest.raises(ValueError, match="or other names or captions"):
+        run_ldm(arguments, resume=True)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds files that are no run of ldm"):
+        run_ldm(settings(tmp_path / "run", encoder_folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
+    run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
+    fresh_processes()
+    other = _locked(tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="is being written by another run"):
+            run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)
+    os.close(other)
+    run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=2", resume=True)
 
 
 def test_resuming_with_another_meaning_is_refused(tmp_path, encoder_folder):
@@ -287,7 +347,13 @@ def test_an_unreadable_image_is_named_skipped_and_counted(tmp_path, encoder_fold
 def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage):
     """As it stands, but for the size of batch and pictures, and the parts that another run would have to make."""
     fresh_processes()
-    small = [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=2", "train.validation_samples=2"]
+    small = [
+        "train.cpu_threads=1",
+        f"output_dir={tmp_path / 'run'}",
+        "train.max_steps=1",
+        "train.batch_size=2",
+        "train.validation_samples=2",
+    ]
     if "first-stage" in path.name:
         train_autoencoder.train(load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False)
         assert load_first_stage(str(tmp_path / "run" / "autoencoder")).factor == 4
