@@ -31,7 +31,8 @@ from ldm.models import AutoencoderConfig, AutoencoderKL, UNet, UNetConfig
 from ldm.models.autoencoder import upgrade_state_dict
 
 WEIGHTS = "diffusion_pytorch_model"
-# Models that are part of the package, by the name under which a config or a user asks for them.
+PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
+# First stages that are part of the package, by the name under which a config asks for them.
 BUILT_IN = {"openmoji-first-stage": Path(__file__).parent / "assets" / "openmoji-first-stage"}
 COMPONENTS: dict[str, tuple[type, type]] = {
     "UNet2DConditionModel": (UNet, UNetConfig),
@@ -260,50 +261,60 @@ def load_pixel_codec(folder: Path) -> PixelCodec:
         raise ValueError(f"{path}: mean and std of the channels are wrong or missing ({error})") from None
 
 
-def find_model_folder(name: str | os.PathLike[str], wanted: str) -> Path:
-    """A local folder that holds the file `wanted`, a model of the package, or the hub snapshot of an id `owner/name`.
+def find_pipeline(name: str | os.PathLike[str]) -> Path:
+    """The folder of a pipeline: a local one, or the hub snapshot of an id `owner/name`.
 
     Raises:
         ValueError: naming what was looked for and where.
     """
-    folder = Path(name).expanduser()
+    local = _find_local(name, "model_index.json")
+    return local or _download(os.fspath(name), ["model_index.json", *(f"{part}/*" for part in PARTS)], ".")
+
+
+def find_autoencoder(name: str) -> Path:
+    """The folder of an autoencoder: `name` itself, or `vae/` of the pipeline (folder or hub id) of that name.
+
+    Raises:
+        ValueError: naming what was looked for and where.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    inside = Path(name).expanduser() / "vae"
+    if (inside / "config.json").is_file():
+        return inside
+    local = _find_local(name, "config.json")
+    return local or _download(name, ["config.json", f"{WEIGHTS}*", "vae/*"], ".", "vae")
+
+
+def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
+    """The folder `name` if it holds the file `wanted`; None if there is no such folder but `name` may be a hub id."""
+    folder, text = Path(name).expanduser(), os.fspath(name)
     if folder.is_dir():
         if (folder / wanted).is_file():
             return folder
         inside = [child for child in sorted(folder.iterdir()) if (child / wanted).is_file()]
         hint = f"; did you mean {inside[0]}?" if inside else "; it is not a model folder, or only half of one"
         raise ValueError(f"{folder} holds no {wanted}{hint}")
-    text = os.fspath(name)
-    if text in BUILT_IN:
-        return BUILT_IN[text]
     if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
         raise ValueError(f"there is no model folder {text}; train one first, or name a folder or a hub id owner/name")
-    return _download(text, wanted)
+    return None
 
 
-def find_autoencoder(name: str) -> Path:
-    """The folder of an autoencoder: `name` itself, or `vae/` of the pipeline (folder or hub id) of that name."""
-    folder = Path(name).expanduser()
-    if (folder / "vae" / "config.json").is_file():
-        return folder / "vae"
-    if folder.exists() or name in BUILT_IN:
-        return find_model_folder(name, "config.json")
-    return find_model_folder(name, "vae/config.json") / "vae"
-
-
-def _download(hub_id: str, wanted: str) -> Path:
+def _download(hub_id: str, patterns: list[str], *places: str) -> Path:
+    """The first of `places` inside the hub snapshot of an id that holds a model."""
     from huggingface_hub import snapshot_download
 
-    # Of a pipeline the parts that are opened; of one that only lends its autoencoder, that alone.
-    parts = ["vae"] if wanted.startswith("vae/") else ["unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"]
-    patterns = [f"{part}/*.{suffix}" for part in parts for suffix in ("json", "safetensors", "txt", "model")]
+    never = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*non_ema*"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *patterns]))
+        snapshot = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=never))
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"there is no model folder {hub_id}, and the hub did not give a model of that id ({reason})"
         ) from None
-    if not (folder / wanted).is_file():
-        raise ValueError(f"the hub model {hub_id} holds no {wanted}; it is not a pipeline in the layout of diffusers")
-    return folder
+    for place in places:
+        if any((snapshot / place / name).is_file() for name in ("model_index.json", "config.json")):
+            return snapshot / place
+    raise ValueError(
+        f"the hub model {hub_id} holds no {' or '.join(patterns[:1])}; it is not in the layout of diffusers"
+    )

@@ -79,6 +79,36 @@ def test_weights_of_the_wrong_shape_are_named(saved):
     assert "unet" in message
 
 
+def test_text_encoder_weights_of_the_wrong_shape_are_named(saved):
+    tiny.edit_json(saved / "text_encoder" / "config.json", intermediate_size=48)
+    message = fault(saved)
+    assert "has shape" in message
+    assert "mlp.fc1" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "part"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "scheduler_config.json"),
+        ("scheduler/scheduler_config.json", {"beta_start": 3}, "scheduler_config.json"),
+        ("vae/config.json", {"scaling_factor": 0}, "vae/config.json"),
+        ("unet/config.json", {"block_out_channels": "wide"}, "unet/config.json"),
+    ],
+)
+def test_wrong_values_are_named_with_their_file(name, changes, part, saved):
+    tiny.edit_json(saved / name, **changes)
+    assert part in fault(saved)
+
+
+def test_an_index_without_its_map_is_named(saved):
+    weights = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("elsewhere"))
+    index = weights.with_name(f"{weights.name}.index.json")
+    for content in ("{}", '{"weight_map": {"a": "../../secret.safetensors"}}'):
+        index.write_text(content)
+        assert "has no weight_map of files beside it" in fault(saved)
+
+
 def test_weights_of_another_network_are_named(saved):
     tiny.edit_json(saved / "unet" / "config.json", layers_per_block=2)
     assert "missing (first:" in fault(saved)
@@ -125,3 +155,15 @@ def test_weights_are_kept_bit_for_bit(tmp_path):
         assert torch.equal(value, again.state_dict()[name])
     assert again.config == unet.config
     assert json.loads((tmp_path / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+
+
+def test_a_first_stage_is_found_wherever_it_stands(saved, tmp_path):
+    assert checkpoint.find_autoencoder(str(saved)) == saved / "vae"
+    assert checkpoint.find_autoencoder(str(saved / "vae")) == saved / "vae"
+    model = checkpoint.load_model(checkpoint.find_autoencoder("openmoji-first-stage"), "AutoencoderKL")
+    assert model.factor == 4
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        checkpoint.find_autoencoder(str(tmp_path / "parts"))  # text encoder and tokenizer only
+    for name in ("nobody/nothing", "./nowhere", "nowhere"):
+        with pytest.raises(ValueError, match="there is no model folder"):
+            checkpoint.find_autoencoder(name)

@@ -37,6 +37,7 @@ def train(config: LDMConfig, resume: bool) -> Path:
     frozen = run.write_once("frozen", pipeline.save_frozen)
 
     encoded = EncodedImages(images, codec, text_encoder, device=run.device, show_progress=run.is_main)
+    parts.report_latents(encoded, run)
     held_out_encoded = held_out and EncodedImages(held_out, codec, text_encoder, device=run.device)
 
     for batch in run.batches(images):

@@ -90,7 +90,7 @@ class Pipeline:
             ValueError: naming the file that is missing, damaged or of another model.
         """
         place = _usable_device(device)
-        folder = checkpoint.find_model_folder(name, "model_index.json")
+        folder = checkpoint.find_pipeline(name)
         index = checkpoint.read_json(folder / "model_index.json")
         _check_index(index, folder)
         unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel", dtype)

@@ -172,9 +172,15 @@ def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, and refused below by name
         )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} does not load as a {family.model}: {_first_line(error)}") from None
+    for name, in_file, by_config in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{folder}: {name} has shape {list(in_file)} in the weights but {list(by_config)} by config.json: "
+            "use the config.json that was saved with them"
+        )
     # Only the states are used: a model saved without its pooling head lacks nothing.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:

@@ -68,6 +68,14 @@ class EncodedImages:
             return self.text_encoder(captions).to(self.device, torch.float32)
         return self._states[[self._rows[caption] for caption in captions]].to(self.device)
 
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation [C] of the latents over the data, from up to 1,024 images; None if nothing is kept."""
+        if self._moments is None:
+            return None
+        moments = self._moments[:: max(1, len(self._moments) // 1024), 0]  # [N, M, h, w]
+        latents = self.codec.draw(moments.to(self.device))
+        return latents.mean(dim=(0, 2, 3)).cpu(), latents.std(dim=(0, 2, 3)).cpu()
+
     def _encode_captions(self, captions: list[str], cache_bytes: int) -> Tensor | None:
         if len(captions) * self.null.numel() * 4 > cache_bytes:
             return None

@@ -93,6 +93,21 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder, run: R
     return unet
 
 
+def report_latents(encoded: EncodedImages, run: Run) -> None:
+    """Says how far what is diffused is from the zero mean and unit variance that the papers assume."""
+    statistics = encoded.statistics()
+    if statistics is None:
+        return
+    mean, std = statistics
+    low, high = (float(x) for x in std.aminmax())
+    off = bool((mean.abs() > 0.5).any() or low < 0.5 or high > 2)
+    run.print(
+        f"latents of the data: mean {float(mean.min()):.2f} to {float(mean.max()):.2f}, deviation {low:.2f} to "
+        f"{high:.2f} over {len(mean)} channels"
+        + ("; far from 0 and 1: a first stage trained on this data would fit better" if off else "")
+    )
+
+
 def make_pipeline(config: LDMConfig, unet: nn.Module, codec: Codec, text_encoder: TextEncoder) -> Pipeline:
     """The pipeline that a run makes, around the averaged weights."""
     assert isinstance(unet, UNet)
