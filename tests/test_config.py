@@ -42,7 +42,10 @@ def test_pixel_and_latent_runs_differ_in_a_handful_of_keys():
             else pixel.get(section) != latent.get(section)
         )
     }
-    assert differing == {"output_dir", "space", "first_stage", "data.resolution", "schedule.beta_schedule"}
+    assert differing == {"output_dir", "space", "first_stage", "data.resolution"} | {
+        "schedule.beta_schedule",
+        "schedule.prediction_type",
+    }
 
 
 def test_overrides_change_one_key_each():

@@ -69,7 +69,7 @@ def settings(folder, encoder_folder, space="pixel", first_stage=None):
     ]  # fmt: skip
     if space == "latent":
         small += ["space=latent", f"first_stage={first_stage}/autoencoder", "data.resolution=16"]
-        small += ["schedule.beta_schedule=scaled_linear"]
+        small += ["schedule.beta_schedule=scaled_linear", "schedule.prediction_type=epsilon"]
     return small
 
 
