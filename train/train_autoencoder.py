@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ldm.config import AutoencoderTrainingConfig
 from ldm.data import to_signed
-from ldm.training import first_stage, parts
+from ldm.training import first_stage, launch, parts
 from ldm.training.draws import keyed_draws
-from ldm.training.launch import main
 from ldm.training.optimisation import make_ema, make_optimizer
 from ldm.training.run import Networks, Run
 
@@ -53,9 +52,11 @@ def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
     return run.folder / "autoencoder"
 
 
-def run() -> None:
-    main(train, AutoencoderTrainingConfig, Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml", __doc__)
+def main() -> None:
+    launch.main(
+        train, AutoencoderTrainingConfig, Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml", __doc__
+    )
 
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -8,10 +8,9 @@ from pathlib import Path
 from ldm.config import LDMConfig
 from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
 from ldm.text import load_text_encoder
-from ldm.training import parts
+from ldm.training import launch, parts
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import EncodedImages
-from ldm.training.launch import main
 from ldm.training.optimisation import make_ema, make_optimizer
 from ldm.training.run import Networks, Run
 
@@ -82,9 +81,9 @@ def train(config: LDMConfig, resume: bool) -> Path:
     return run.folder / "pipeline"
 
 
-def run() -> None:
-    main(train, LDMConfig, Path(__file__).parents[1] / "configs" / "digits.yaml", __doc__)
+def main() -> None:
+    launch.main(train, LDMConfig, Path(__file__).parents[1] / "configs" / "digits.yaml", __doc__)
 
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -298,7 +298,7 @@ def fails(capsys, monkeypatch, script, *arguments):
     fresh_processes()
     monkeypatch.setattr(sys, "argv", ["script", *arguments])
     with pytest.raises(SystemExit) as caught:
-        script.run()
+        script.main()
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip()
     line = error.splitlines()[-1]
