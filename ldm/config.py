@@ -64,13 +64,15 @@ class TextConfig:
     """The frozen text encoder.
 
     Args:
-        encoder: "minilm" (from a package, offline), "open_clip:NAME[:WEIGHTS]", a folder, or a hub id.
+        encoder: "minilm" (from a package, offline), "open_clip:NAME:WEIGHTS", a folder, or a hub id.
+        layer: with open_clip, whose states: those of its "last" layer or, as Stable Diffusion 2, the "penultimate".
         max_length: tokens to which captions are padded and cut; None takes the encoder's own length.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     encoder: str = "minilm"
+    layer: Literal["last", "penultimate"] = "last"
     max_length: int | None = 32
 
     def __post_init__(self) -> None:

@@ -88,6 +88,7 @@ def test_overrides_change_one_key_each():
         ("unet.norm_num_groups=7", ["unet", "norm_num_groups"]),
         ("data.path=", ["data.path"]),
         ("train=5", ["train"]),
+        ("text.layer=middle", ["text.layer", "middle"]),
         ("unet=5", ["unet"]),
         ("train.learning_rate=.nan", ["learning_rate is nan"]),
         ("train.max_grad_norm=.inf", ["max_grad_norm is inf"]),

@@ -20,7 +20,8 @@ def train(config: LDMConfig, resume: bool) -> Path:
 
     # The data, and the frozen networks that encode it.
     images, held_out = parts.open_images(config.data, run)
-    text_encoder = load_text_encoder(config.text.encoder, config.text.max_length).to(run.device)
+    text = config.text
+    text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer).to(run.device)
     codec = parts.make_codec(config, images).to(run.device)
     parts.report_captions(text_encoder, images, run)
     shape = codec.latent_shape(config.data.resolution, config.data.resolution)
