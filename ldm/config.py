@@ -214,6 +214,12 @@ class LDMConfig:
             )
         _outside(self.output_dir, "data.path", self.data.path)
         _outside(self.output_dir, "first_stage", self.first_stage)
+        offset = self.schedule.steps_offset
+        if self.space == "latent" and self.schedule.timestep_spacing == "leading" and offset != 1:
+            raise ValueError(
+                f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
+                "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
+            )
         schedule = NoiseSchedule.from_config(self.schedule)
         grid = schedule.grid(
             self.sample.num_inference_steps,

@@ -126,6 +126,13 @@ def test_files_that_are_no_config_are_named(tmp_path, content, part):
     assert "cannot be read" in refused(path=tmp_path / "absent.yaml")
 
 
+def test_a_grid_that_diffusers_would_not_keep_is_refused_for_latents():
+    leading, offset = "schedule.timestep_spacing=leading", "schedule.steps_offset=0"
+    assert "steps_offset is 0" in refused(leading, offset, path=LATENT)
+    load_config(LATENT, [leading], LDMConfig)
+    load_config(DIGITS, [leading, offset], LDMConfig)
+
+
 def test_nothing_of_a_config_can_be_executed(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("!!python/object/apply:os.system ['true']")

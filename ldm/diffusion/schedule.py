@@ -46,7 +46,7 @@ class ScheduleConfig:
         trained_betas: a table of T betas in (0, 1) that replaces `beta_schedule`.
         prediction_type: what the network predicts: ε, or v = α ε − σ x_0 (arXiv:2202.00512).
         timestep_spacing: how S inference steps are laid over T (arXiv:2305.08891, Table 2).
-        steps_offset: added to the timesteps of "leading".
+        steps_offset: added to the timesteps of "leading"; 1 is what diffusers makes of every Stable Diffusion.
         set_alpha_to_one: whether sampling ends at ᾱ = 1 or, as Stable Diffusion 1.x does, at ᾱ_0.
 
     Raises:
@@ -62,7 +62,7 @@ class ScheduleConfig:
     trained_betas: tuple[float, ...] | None = None
     prediction_type: PredictionType = "epsilon"
     timestep_spacing: TimestepSpacing = "trailing"
-    steps_offset: int = 0
+    steps_offset: int = 1
     set_alpha_to_one: bool = True
 
     def __post_init__(self) -> None:

@@ -155,7 +155,7 @@ def test_a_start_without_signal_needs_a_bound(schedule, prediction, spacing, bou
 
 def test_configs_survive_the_way_through_diffusers():
     config = ScheduleConfig(
-        beta_schedule="cosine", prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False
+        beta_schedule="cosine", prediction_type="v_prediction", steps_offset=2, set_alpha_to_one=False
     )
     written = config_to_diffusers(config)
     assert config_from_diffusers(dict(DDIMScheduler.from_config(written).config)) == config

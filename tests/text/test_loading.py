@@ -140,7 +140,7 @@ def test_a_tokenizer_without_its_vocabulary_is_one_line(save_encoder: Any, tmp_p
 def test_weights_that_do_not_suit_the_config_are_one_line(save_encoder: Any) -> None:
     with pytest.raises(ValueError, match="lacks 16 weights of a BertModel") as fewer:
         load_text_encoder(str(save_encoder("bert", config={"num_hidden_layers": 3})))
-    with pytest.raises(ValueError, match="does not load as a BertModel") as narrower:
+    with pytest.raises(ValueError, match=r"has shape .* in the weights but .* by config") as narrower:
         load_text_encoder(str(save_encoder("bert", config={"intermediate_size": 48})))
     assert "\n" not in f"{fewer.value}{narrower.value}"
 
