@@ -40,6 +40,7 @@ from ldm import checkpoint
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
 from ldm.data import Batch, CaptionedImages, Sample, SampleOrder, collate, generator, micro_batches
 from ldm.pipelines import save_png
+from ldm.training.files import damage, difference, flattened, hashes, locked, step_of
 from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer
 
 # What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
@@ -269,7 +270,7 @@ class Run:
             with TemporaryDirectory(prefix=f".{name}.", dir=self.folder) as scratch:
                 fresh = Path(scratch) / name
                 write(fresh)
-                changed = _difference(_hashes(folder), _hashes(fresh)) if folder.exists() else None
+                changed = difference(hashes(folder), hashes(fresh)) if folder.exists() else None
                 if changed is not None:
                     raise ValueError(
                         f"{folder / changed} is not what the config names today; restore that part as it was, "
@@ -301,7 +302,7 @@ class Run:
             with checkpoint.atomic_folder(target) as folder:
                 export(folder / self.export)
                 self._write_training_state(folder / "training", networks)
-                checkpoint.write_json(folder / "manifest.json", {"files": _hashes(folder)})
+                checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})
             self._renew_export(target)
             for old in self._checkpoints()[: -self.config.train.keep_checkpoints]:
                 shutil.rmtree(old)
@@ -366,7 +367,7 @@ class Run:
         folders = self._checkpoints()
         intact, damaged = None, []
         for folder in reversed(folders):
-            wrong = _damage(folder)
+            wrong = damage(folder)
             if wrong is None:
                 intact = folder
                 break
@@ -384,8 +385,8 @@ class Run:
         return intact
 
     def _check_config(self, folder: Path) -> None:
-        stored = _flat(checkpoint.read_json(folder / "training" / "state.json")["config"])
-        present = _flat(yaml.safe_load(to_yaml(self.config)))
+        stored = flattened(checkpoint.read_json(folder / "training" / "state.json")["config"])
+        present = flattened(yaml.safe_load(to_yaml(self.config)))
         if self.config.train.lr_schedule == "cosine" and stored["train.max_steps"] != self.config.train.max_steps:
             self.print(
                 f"train.max_steps was {stored['train.max_steps']} and is {self.config.train.max_steps}: the cosine of "
@@ -404,7 +405,7 @@ class Run:
                 raise ValueError(
                     f"output_dir {self.folder} holds files that are no run of ldm; choose another output_dir"
                 )
-            os.close(_locked(self.folder))
+            os.close(locked(self.folder))
             aside = next(
                 path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists()
             )
@@ -413,7 +414,7 @@ class Run:
         if self._resumed is None and self._resume:
             self.print(f"{self.folder} has no checkpoint to resume; starting at step 0")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        self._lock = locked(self.folder)
         (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         if self._resumed is not None:
             self._cut_metrics(int(self._resumed.name.removeprefix("step_")))
@@ -423,83 +424,10 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
+            kept = [line for line in lines if step_of(line) is not None and (step_of(line) or 0) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _locked(folder: Path) -> int:
-    """Locks a run folder until the returned file is closed or the process ends, however it ends.
-
-    Raises:
-        ValueError: if another process holds it.
-    """
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # not on Windows
-    except OSError:
-        os.close(file)
-        raise ValueError(
-            f"{folder} is being written by another run; wait for it, or choose another output_dir"
-        ) from None
-    return file
-
-
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first file that two folders do not share, by the hashes of both."""
-    return next((name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)), None)
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None  # a line that was cut short when the run was killed
-
-
-def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _damage(folder: Path) -> str | None:
-    """The first file that is not what the manifest says, or None."""
-    try:
-        files = checkpoint.read_json(folder / "manifest.json")["files"]
-    except (ValueError, KeyError) as error:
-        return f"manifest.json: {error}"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            return f"{name} has changed"
-    return None
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -18,8 +18,8 @@ from ldm import Pipeline
 from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+from ldm.training.files import locked
 from ldm.training.parts import load_first_stage
-from ldm.training.run import _locked
 from tests import tiny
 from train import train_autoencoder, train_ldm
 
@@ -246,7 +246,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
 def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
     fresh_processes()
-    other = _locked(tmp_path / "run")
+    other = locked(tmp_path / "run")
     for resume in (False, True):
         with pytest.raises(ValueError, match="is being written by another run"):
             run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)

@@ -1,0 +1,85 @@
+"""What a run knows about its files: hashes, damage, the lock, and configs as flat keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm import checkpoint
+
+
+def locked(folder: Path) -> int:
+    """Locks a run folder until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # not on Windows
+    except OSError:
+        os.close(file)
+        raise ValueError(
+            f"{folder} is being written by another run; wait for it, or choose another output_dir"
+        ) from None
+    return file
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first file that two folders do not share, by the hashes of both."""
+    return next((name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)), None)
+
+
+def step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # a line that was cut short when the run was killed
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """The first file that is not what the manifest says, or None."""
+    try:
+        files = checkpoint.read_json(folder / "manifest.json")["files"]
+    except (ValueError, KeyError) as error:
+        return f"manifest.json: {error}"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
