@@ -175,6 +175,15 @@ def test_two_processes_see_the_batches_of_one(tmp_path, encoder_folder):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
+def test_dropout_inside_the_network_resumes_bit_for_bit(tmp_path, encoder_folder):
+    one, two = (settings(tmp_path / name, encoder_folder) for name in ("one", "two"))
+    run_ldm(one, "unet.dropout=0.3")
+    run_ldm(two, "unet.dropout=0.3", "train.max_steps=2")
+    run_ldm(two, "unet.dropout=0.3", resume=True)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert digests(tmp_path / "one/checkpoints/step_00000004") == digests(tmp_path / "two/checkpoints/step_00000004")
+
+
 def test_an_earlier_run_is_moved_aside(tmp_path, encoder_folder, capsys):
     for _ in range(3):
         run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
