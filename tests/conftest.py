@@ -1,11 +1,14 @@
 """What every test can rely on: no network, one thread of arithmetic, the same random numbers each time."""
 
 import os
+import tempfile
 
 # These are read while transformers, datasets and tokenizers are imported, so they are set before any of them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Nothing that a user has cached is read, and nothing is left in their cache.
+os.environ["LDM_CACHE"] = tempfile.mkdtemp(prefix="ldm-tests-")
 
 import random
 

@@ -7,9 +7,11 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from ldm.data.sources import Sample, Source, require
+from ldm.data.sources import Decoded, Sample, Source, digest_of, require
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+SIZE = (8, 8)
 
 _PHRASINGS = (
     "a handwritten {word}",
@@ -40,8 +42,10 @@ def open_digits() -> Source:
     for index, (scan, digit) in enumerate(zip(scans.images, scans.target, strict=True)):
         name = f"digits/{index:04d}"
         greys = np.rint(scan * (255 / 16)).astype(np.uint8)
-        samples.append(Sample(name, digit_captions(int(digit)), name, partial(_image, greys)))
-    return Source("digits", tuple(samples))
+        stored = greys.tobytes()
+        captions = digit_captions(int(digit))
+        samples.append(Sample(name, captions, name, partial(bytes, stored), _decode, digest_of(stored), SIZE))
+    return Source("digits", tuple(samples), curated=True)
 
 
 def digit_captions(digit: int) -> tuple[str, ...]:
@@ -49,5 +53,6 @@ def digit_captions(digit: int) -> tuple[str, ...]:
     return tuple(phrasing.format(word=DIGIT_WORDS[digit], numeral=digit) for phrasing in _PHRASINGS)
 
 
-def _image(greys: np.ndarray) -> Image.Image:
-    return Image.fromarray(greys).convert("RGB")
+def _decode(stored: bytes) -> Decoded:
+    greys = np.frombuffer(stored, np.uint8).reshape(SIZE)
+    return Decoded(Image.fromarray(greys).convert("RGB"), "", "L")

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
-from ldm.data.images import SUFFIXES, read_rgb
+from ldm.data.images import SUFFIXES, decode
 from ldm.data.sources import Sample, Skipped, Source
 
 METADATA = "metadata.jsonl"
@@ -54,7 +52,13 @@ def open_folder(folder: Path, background: tuple[int, int, int]) -> Source:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = list(pool.map(lambda entry: _fault(folder / entry.path, background), listed))
     samples = tuple(
-        Sample(entry.path, entry.captions, entry.group, partial(_load, folder / entry.path, background))
+        Sample(
+            entry.path,
+            entry.captions,
+            entry.group,
+            (folder / entry.path).read_bytes,
+            partial(decode, background=background),
+        )
         for entry, fault in zip(listed, faults, strict=True)
         if fault is None
     )
@@ -155,14 +159,7 @@ def _caption(text: str) -> str:
 
 def _fault(path: Path, background: tuple[int, int, int]) -> str | None:
     try:
-        read_rgb(path, background)
-    except ValueError as error:
+        decode(path.read_bytes(), background)
+    except (OSError, ValueError) as error:
         return str(error)
     return None
-
-
-def _load(path: Path, background: tuple[int, int, int]) -> Image.Image:
-    try:
-        return read_rgb(path, background)
-    except ValueError as error:
-        raise ValueError(f"{path} could be read before, and now cannot: {error}; restore or remove it") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from ldm.data.sources import Decoded
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # What is decoded is told by the bytes, not by the suffix, so the formats are limited here too: Pillow knows
@@ -16,17 +18,18 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-def read_rgb(path: Path, background: tuple[int, int, int]) -> Image.Image:
+def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     """Decodes an image file completely: its first frame, upright, in mode RGB, on `background`.
 
     Raises:
-        ValueError: with the reason, without the path, if the file cannot be read as an image.
+        ValueError: with the reason, if the bytes cannot be read as an image.
     """
+    if not data:
+        raise ValueError("the file is empty")
     try:
-        if os.path.getsize(path) == 0:
-            raise ValueError("the file is empty")
-        with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(ImageOps.exif_transpose(image), background)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            upright = ImageOps.exif_transpose(image)
+            return Decoded(to_rgb(upright, background), image.format or "", image.mode, tuple(_traits(image)))
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
     # Pillow's decoders raise whatever comes up in the code that meets the broken bytes: OSError, SyntaxError,
@@ -34,6 +37,21 @@ def read_rgb(path: Path, background: tuple[int, int, int]) -> Image.Image:
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(reason or type(error).__name__) from error
+
+
+def _traits(image: Image.Image) -> Iterator[str]:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        yield "rotated"
+    if image.mode == "CMYK":
+        yield "cmyk"
+    if image.mode.startswith("I;16"):
+        yield "16-bit"
+    if image.mode in ("P", "PA"):
+        yield "palette"
+    if image.has_transparency_data:
+        yield "transparent"
+    if getattr(image, "n_frames", 1) > 1:
+        yield "animated"
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

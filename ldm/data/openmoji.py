@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.data.sources import Sample, Source, require
+from ldm.data.sources import Decoded, Sample, Source, digest_of, require
 
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 _JOINER = 0x200D
@@ -85,11 +85,14 @@ def open_openmoji(resolution: int, background: tuple[int, int, int], *, skin_ton
             id=f"openmoji/{path.stem}",
             captions=_captions(codes, names[codes], bearers),
             group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
-            load=partial(render, path, resolution, background),
+            read=path.read_bytes,
+            decode=partial(render, resolution=resolution, background=background),
+            digest=digest_of(path.read_bytes()),
+            size=(resolution, resolution),
         )
         for codes, path in drawings.items()
     )
-    return Source("openmoji", samples)
+    return Source("openmoji", samples, curated=True)
 
 
 def variant_group(codes: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,18 +113,18 @@ def variant_group(codes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(neutral)
 
 
-def render(path: Path, resolution: int, background: tuple[int, int, int]) -> Image.Image:
-    """An SVG file as an RGB image of resolution × resolution pixels."""
+def render(svg: bytes, resolution: int, background: tuple[int, int, int]) -> Decoded:
+    """An SVG as an RGB image of resolution × resolution pixels."""
     from resvg_py import svg_to_bytes
 
     png = svg_to_bytes(
-        svg_string=path.read_text(encoding="utf-8"),
+        svg_string=svg.decode("utf-8"),
         width=resolution,
         height=resolution,
         background="#{:02x}{:02x}{:02x}".format(*background),
         skip_system_fonts=True,
     )
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    return Decoded(Image.open(io.BytesIO(png)).convert("RGB"), "SVG", "RGB")
 
 
 def _svg_folder() -> Path:

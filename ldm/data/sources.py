@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +21,17 @@ class DataConfig:
     """What to train on, and how an image becomes a square of pixels.
 
     Args:
-        path: "digits", "openmoji", or a folder; a folder that bears one of these names is written "./digits".
-        resolution: side R of the square images in pixels.
+        path: "digits", "openmoji", a folder or file, or the id of a data set on the hub; a folder that bears the
+            name of a built-in one is written "./digits".
+        resolution: side R of square images in pixels; with buckets, images of any shape have about R² pixels.
         flip: mirror half of the images horizontally, drawn anew in every epoch.
-        crop: which square of an image that is not square: its "center", or a "random" one drawn anew in every
-            epoch.
+        crop: which part of an image is taken where its shape does not fit: the "center", or a "random" one drawn
+            anew in every epoch.
+        buckets: batches of images of one aspect ratio instead of squares; None does so above 128 pixels.
+        image_column, caption_column: names of the columns of tables and data sets; None guesses them.
+        split: the split of a data set that `datasets` reads.
+        subset: its configuration, where it has several.
+        cache_dir: where what is known of the data is kept between runs; None is $LDM_CACHE or ~/.cache/ldm.
         held_out: share of the groups, in [0, 1), that training never sees.
         background: the colour behind transparent images, as CSS names it ("white", "#f0f0f0").
         skin_tones: with openmoji, its variants in five skin tones too.
@@ -39,9 +47,15 @@ class DataConfig:
     resolution: int
     flip: bool = False
     crop: Literal["center", "random"] = "center"
+    buckets: bool | None = None
     held_out: float = 0.1
     background: str = "white"
     skin_tones: bool = False
+    image_column: str | None = None
+    caption_column: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -55,6 +69,17 @@ class DataConfig:
         if self.skin_tones and self.path != "openmoji":
             raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
         _rgb(self.background)
+
+    @property
+    def bucketed(self) -> bool:
+        """Whether images keep their aspect ratio, about."""
+        return self.resolution > 128 if self.buckets is None else self.buckets
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder of everything that can be computed again from the data."""
+        given = self.cache_dir or os.environ.get("LDM_CACHE") or "~/.cache/ldm"
+        return Path(given).expanduser()
 
     @property
     def background_rgb(self) -> tuple[int, int, int]:
@@ -73,6 +98,22 @@ def _rgb(background: str) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """An image as it was found, and as it is used.
+
+    Args:
+        image: at its native size, in mode RGB, upright, transparent parts on the background.
+        format, mode: as stored, in the words of Pillow ("JPEG", "CMYK").
+        traits: what had to be dealt with, out of "rotated", "cmyk", "16-bit", "palette", "transparent", "animated".
+    """
+
+    image: Image.Image
+    format: str
+    mode: str
+    traits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sample:
     """One captioned image.
 
@@ -80,15 +121,36 @@ class Sample:
         id: names the sample within its source, and stays the same when other samples come or go.
         captions: one or more texts that describe the image; the first is the plainest.
         group: what is held out as a whole: variants of one picture share it.
-        load: returns the image at its native size, in mode RGB, upright, transparent parts on the background.
-            It can be pickled, and raises ValueError naming the file if that has become unreadable.
+        read: returns the image as it is stored, which is what caches are keyed by; OSError or ValueError where
+            it cannot.
+        decode: makes an image of those bytes; ValueError with the reason, without the name, where it cannot.
+            Both can be pickled.
+        digest: `digest_of` those bytes, and
+        size: width and height of the upright image in pixels, once they are known.
     """
 
     id: str
     captions: tuple[str, ...]
     group: str
     # Not a part of what a sample is: functions are equal only to themselves.
-    load: Callable[[], Image.Image] = field(compare=False, repr=False)
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+    decode: Callable[[bytes], Decoded] = field(compare=False, repr=False)
+    digest: str | None = None
+    size: tuple[int, int] | None = None
+
+    def load(self) -> Image.Image:
+        """The image; ValueError naming the sample if it has become unreadable."""
+        try:
+            return self.decode(self.read()).image
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.id} could be read before, and now cannot: {error}; restore or remove it"
+            ) from error
+
+
+def digest_of(data: bytes) -> str:
+    """32 hexadecimal digits that name these bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -101,11 +163,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Source:
-    """All samples of a data set in a fixed order, and all that was left out."""
+    """All samples of a data set in a fixed order, and all that was left out.
+
+    Nothing is decoded yet, unless the set is `curated`: then every image is known to be sound, and no two are the
+    same by mistake.
+    """
 
     name: str
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...] = ()
+    curated: bool = False
 
 
 def open_source(config: DataConfig) -> Source:

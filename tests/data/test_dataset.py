@@ -1,5 +1,6 @@
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,17 +24,30 @@ from ldm.data import (
     to_uint8,
 )
 from ldm.data.dataset import MIN_STD
+from ldm.data.sources import Decoded, digest_of
 
 
-def noise(number: int, width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+def noise(data: bytes, width: int, height: int) -> Decoded:
+    pixels = np.random.default_rng(int(data)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Decoded(Image.fromarray(pixels), "", "RGB")
+
+
+def stored(number: int) -> bytes:
+    return str(number).encode()
 
 
 def samples(count: int, width: int = 24, height: int = 8) -> tuple[Sample, ...]:
     captions = ("one", "two", "three")
     return tuple(
-        Sample(f"s{number}", captions, f"g{number // 2}", partial(noise, number, width, height))
+        Sample(
+            id=f"s{number}",
+            captions=captions,
+            group=f"g{number // 2}",
+            read=partial(stored, number),
+            decode=partial(noise, width=width, height=height),
+            digest=digest_of(stored(number)),
+            size=(width, height),
+        )
         for number in range(count)
     )
 
@@ -75,7 +89,7 @@ def test_every_choice_is_drawn_and_all_of_its_values_occur() -> None:
     flips = [item.flipped for item in items]
     assert 120 < sum(flips) < 180
     # Each item is one of the 17 places of the image, as it is or mirrored; the draws do not move together.
-    pixels = torch.from_numpy(np.array(noise(3, 24, 8))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(noise(stored(3), 24, 8).image)).permute(2, 0, 1)
     places = {pixels[:, :, left : left + 8].numpy().tobytes(): left for left in range(17)}
     found = [places[(seen(item).flip(-1) if item.flipped else seen(item)).numpy().tobytes()] for item in items]
     assert set(found) == set(range(17))
@@ -86,7 +100,7 @@ def test_every_choice_is_drawn_and_all_of_its_values_occur() -> None:
 
 def test_without_options_an_image_is_its_middle_square() -> None:
     data = dataset()
-    pixels = torch.from_numpy(np.array(noise(3, 24, 8))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(noise(stored(3), 24, 8).image)).permute(2, 0, 1)
     assert torch.equal(data.image_at(3), pixels[:, :, 8:16])
     assert all(torch.equal(seen(data[epoch, 3]), pixels[:, :, 8:16]) for epoch in range(5))
     assert torch.equal(data.image_at(3, flipped=True), pixels[:, :, 8:16].flip(-1))
@@ -96,9 +110,9 @@ def test_without_options_an_image_is_its_middle_square() -> None:
     assert torch.equal(seen(flipped), pixels[:, :, 8:16].flip(-1))
 
 
-def counted(loads: list[str], name: str, load: Callable[[], Image.Image]) -> Image.Image:
+def counted(loads: list[str], name: str, read: Callable[[], bytes]) -> bytes:
     loads.append(name)
-    return load()
+    return read()
 
 
 @pytest.mark.parametrize(("cache_bytes", "crop", "loads_of_three_rounds"), [
@@ -109,7 +123,7 @@ def counted(loads: list[str], name: str, load: Callable[[], Image.Image]) -> Ima
 ])  # fmt: skip
 def test_images_are_kept_within_the_budget(cache_bytes: int, crop: str, loads_of_three_rounds: int) -> None:
     loads: list[str] = []
-    counting = [Sample(s.id, s.captions, s.group, partial(counted, loads, s.id, s.load)) for s in samples(4)]
+    counting = [replace(s, read=partial(counted, loads, s.id, s.read)) for s in samples(4)]
     config = DataConfig(path="anything", resolution=8, crop=crop)  # type: ignore[arg-type]
     data = CaptionedImages(counting, config, 0, cache_bytes)
     rounds = [[seen(data[0, index]) for index in range(4)] for _ in range(3)]
@@ -158,10 +172,10 @@ def test_a_data_set_travels_to_a_spawned_process() -> None:
 
 
 def test_without_images_the_draws_are_the_same_and_nothing_is_loaded() -> None:
-    def fail() -> Image.Image:
+    def fail() -> bytes:
         raise AssertionError("loaded")
 
-    unloadable = [Sample(s.id, s.captions, s.group, fail) for s in samples(4)]
+    unloadable = [replace(s, read=fail) for s in samples(4)]
     for crop in ("center", "random"):
         data = dataset(count=4, flip=True, crop=crop)
         without = CaptionedImages(unloadable, data.config, seed=0)
@@ -212,7 +226,8 @@ def test_statistics_are_those_of_all_pixels() -> None:
 
 
 def test_a_constant_channel_has_a_deviation_to_divide_by() -> None:
-    plain = Sample("plain", ("plain",), "plain", partial(Image.new, "RGB", (8, 8), (255, 0, 51)))
+    image = Image.new("RGB", (8, 8), (255, 0, 51))
+    plain = Sample("plain", ("plain",), "plain", bytes, lambda _: Decoded(image, "", "RGB"), "0", (8, 8))
     mean, std = image_statistics(CaptionedImages([plain], DataConfig(path="anything", resolution=4), seed=0))
     torch.testing.assert_close(mean, torch.tensor([1.0, -1.0, -0.6], dtype=torch.float64))
     assert std.tolist() == [MIN_STD] * 3
