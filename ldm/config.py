@@ -38,6 +38,10 @@ DERIVED = {
 }
 
 
+# What a model that training starts from brings with it.
+FROM_START = {"space", "first_stage", "unet", "text", "schedule"}
+
+
 def _positive(config: object, *keys: str) -> None:
     for key in keys:
         if not 0 < getattr(config, key) < math.inf:
@@ -157,6 +161,33 @@ class DiffusionTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Which weights learn when training starts from a model.
+
+    Args:
+        method: "full": all of the UNet; "attention": its self- and cross-attention layers; "lora": low-rank additions
+            to some linear layers (arXiv:2106.09685), a file of a few MB beside an untouched model.
+        rank: of the additions.
+        alpha: they are scaled by alpha / rank; None is alpha = rank.
+        target_modules: the layers that get one, by the ends of their names.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    method: Literal["full", "attention", "lora"] = "full"
+    rank: int = 8
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank")
+        if self.alpha is not None:
+            _positive(self, "alpha")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name at least one layer, such as to_q")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """The pictures made while training, and the defaults stored with the model.
 
@@ -187,35 +218,53 @@ class LDMConfig:
     Args:
         seed: of all randomness of training.
         output_dir: the run folder.
-        space: what is diffused: "pixel", or "latent" with `first_stage`.
+        space: what is diffused: "pixel", or "latent" with `first_stage`; "auto" decides by measuring how well
+            `first_stage` (or the built-in one) reconstructs this data.
         first_stage: folder or hub id of an autoencoder (or of a pipeline that holds one).
         unet: keys of diffusers' UNet2DConditionModel, less those that follow from codec and text encoder.
+        start_from: folder or hub id of a pipeline whose UNet training goes on from. Everything but data, train and
+            sample follows from it: `unet`, `space`, `first_stage`, `text` and `schedule` are left out.
+        finetune: with `start_from`, which weights learn.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     output_dir: str
     data: DataConfig
-    unet: UNetConfig
     train: DiffusionTrainConfig
     sample: SampleConfig
     seed: int = 0
-    space: Literal["pixel", "latent"] = "pixel"
+    start_from: str | None = None
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    space: Literal["pixel", "latent", "auto"] = "pixel"
     first_stage: str | None = None
+    unet: UNetConfig | None = None
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
+        _outside(self.output_dir, "data.path", self.data.path)
+        _outside(self.output_dir, "first_stage", self.first_stage)
+        _outside(self.output_dir, "start_from", self.start_from)
+        if self.start_from is None:
+            self._check_new_model()
+
+    @property
+    def export(self) -> str:
+        """What a run makes, and the name of its folder: "pipeline", or "lora" beside an untouched model."""
+        return "lora" if self.start_from is not None and self.finetune.method == "lora" else "pipeline"
+
+    def _check_new_model(self) -> None:
+        if self.unet is None:
+            raise ValueError("unet is missing; describe the network, or name a model to go on from in start_from")
         if self.space == "latent" and self.first_stage is None:
             raise ValueError("space is latent but first_stage is not set; name the folder of a trained autoencoder")
         if self.space == "pixel" and self.first_stage is not None:
             raise ValueError(
                 f"first_stage is {self.first_stage!r} but space is pixel, which has none; set space: latent or drop it"
             )
-        _outside(self.output_dir, "data.path", self.data.path)
-        _outside(self.output_dir, "first_stage", self.first_stage)
         offset = self.schedule.steps_offset
-        if self.space == "latent" and self.schedule.timestep_spacing == "leading" and offset != 1:
+        if self.space != "pixel" and self.schedule.timestep_spacing == "leading" and offset != 1:
             raise ValueError(
                 f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
                 "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
@@ -296,6 +345,13 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
 
 def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
     """Validates a nested mapping as a config of `kind`; `where` names its origin in errors."""
+    if content.get("start_from") is not None:
+        for key in FROM_START & content.keys():
+            raise ValueError(
+                f"{where}: {key} follows from start_from, the model that training goes on from; leave it out"
+            )
+    elif "finetune" in content:
+        raise ValueError(f"{where}: finetune says how to go on from a model; name that model in start_from")
     for section, derived in DERIVED.items():
         given = content.get(section)
         for key in derived.keys() & (given.keys() if isinstance(given, Mapping) else set()):
@@ -348,16 +404,20 @@ def _dotted_keys(kind: type, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         keys.append(prefix + item.name)
-        if dataclasses.is_dataclass(hints[item.name]):
-            keys += _dotted_keys(hints[item.name], f"{prefix}{item.name}.")
+        for part in (hints[item.name], *typing.get_args(hints[item.name])):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                keys += _dotted_keys(part, f"{prefix}{item.name}.")
     return keys
 
 
 def to_yaml(config: LDMConfig | AutoencoderTrainingConfig) -> str:
     """The complete config, every default spelled out, in a form that `load_config` reads back."""
     content = TypeAdapter(type(config)).dump_python(config, mode="json")
+    if isinstance(config, LDMConfig):
+        for key in FROM_START if config.start_from is not None else {"start_from", "finetune"}:
+            del content[key]
     for section, derived in DERIVED.items():
-        for key in derived.keys() & content.get(section, {}):
+        for key in derived.keys() & (content.get(section) or {}):
             del content[section][key]
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return text

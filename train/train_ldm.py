@@ -5,10 +5,12 @@ accelerate launch train/train_ldm.py --config configs/digits.yaml --set train.ma
 
 from pathlib import Path
 
+from torch import Tensor
+
 from ldm.config import LDMConfig
+from ldm.data import Batch
 from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
-from ldm.text import load_text_encoder
-from ldm.training import launch, parts
+from ldm.training import finetune, launch, parts
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import EncodedImages
 from ldm.training.optimisation import make_ema, make_optimizer
@@ -16,70 +18,84 @@ from ldm.training.run import Networks, Run
 
 
 def train(config: LDMConfig, resume: bool) -> Path:
-    run = Run(config, export="pipeline", resume=resume)
+    run = Run(config, export=config.export, resume=resume)
 
-    # The data, and the frozen networks that encode it.
+    # The data, and the model at step 0; "auto" is decided here.
     images, held_out = parts.open_images(config.data, run)
-    text = config.text
-    text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer).to(run.device)
-    codec = parts.make_codec(config, images).to(run.device)
-    parts.report_captions(text_encoder, images, run)
-    shape = codec.latent_shape(config.data.resolution, config.data.resolution)
+    config = parts.settle(config, images, run)
+    pipeline = parts.make_pipeline(config, images, run)
+    codec, schedule = pipeline.codec, NoiseSchedule.from_config(pipeline.schedule)
 
-    # The network that learns, its schedule, and the moving average of its weights, which is what is shipped.
-    schedule = NoiseSchedule.from_config(config.schedule)
-    unet = parts.make_unet(config, codec, text_encoder, run)
+    # What of it learns, and the moving average of that, which is what is shipped.
+    unet = finetune.prepare(pipeline.unet, config)
     ema = make_ema(unet, config.train.ema_decay)
-    pipeline = parts.make_pipeline(config, ema.module, codec, text_encoder)
     model, optimizer = run.accelerator.prepare(unet, make_optimizer(unet, config.train))
     networks = Networks(model=unet, optimizer=optimizer, ema=ema)
     run.start(networks)
-    frozen = run.write_once("frozen", pipeline.save_frozen)
 
-    encoded = EncodedImages(images, codec, text_encoder, device=run.device, show_progress=run.is_main)
-    parts.report_latents(encoded, run)
-    held_out_encoded = held_out and EncodedImages(held_out, codec, text_encoder, device=run.device)
+    # What the frozen networks say of the data is encoded once; then they leave memory, and come back to draw samples.
+    frozen = parts.freeze(pipeline, config, run)
+    encoded = EncodedImages.of(images, pipeline, run)
+    held_out_encoded = held_out and EncodedImages.of(held_out, pipeline, run)
+    parts.report_encoded(encoded, pipeline.text_encoder, run)
+    prediction_type = pipeline.schedule.prediction_type
+    del pipeline
+
+    def loss_of(batch: Batch) -> Tensor:
+        draws = keyed_draws(
+            config.seed,
+            batch.epochs,
+            batch.ids,
+            run.step,
+            shape=codec.latent_shape(*batch.size),
+            num_train_timesteps=schedule.num_train_timesteps,
+            caption_dropout=config.train.caption_dropout,
+            device=run.device,
+        )
+        latents = encoded.latents(batch, draws.posterior)
+        condition = drop_conditioning(encoded.text(batch.captions), encoded.null, draws.dropped)
+        return diffusion_loss(
+            model,
+            schedule,
+            latents,
+            condition,
+            timesteps=draws.timesteps,
+            noise=draws.noise,
+            prediction_type=prediction_type,
+        ).mean()
+
+    def validate() -> None:
+        if held_out_encoded:
+            run.measure(
+                lambda: parts.held_out_loss(ema.module, schedule, prediction_type, config, held_out_encoded)
+            )
+            run.keep_best("held_out_loss", lambda folder: parts.export(folder, ema.module, frozen, config))
+
+    def draw_samples() -> None:
+        run.save_sheet(lambda: parts.sample_sheet(frozen.pipeline(ema.module), config.sample))
+
+    if run.step == 0 and config.start_from is not None:  # what the model could do before
+        validate()
+        draw_samples()
+    parts.plan_run(config, images, held_out, networks, frozen, run, loss_of, validate)
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):
-            draws = keyed_draws(
-                config.seed,
-                batch.epochs,
-                batch.ids,
-                run.step,
-                shape=shape,
-                num_train_timesteps=schedule.num_train_timesteps,
-                caption_dropout=config.train.caption_dropout,
-                device=run.device,
-            )
-            latents = encoded.latents(batch, draws.posterior)
-            condition = drop_conditioning(encoded.text(batch.captions), encoded.null, draws.dropped)
-            loss = diffusion_loss(
-                model,
-                schedule,
-                latents,
-                condition,
-                timesteps=draws.timesteps,
-                noise=draws.noise,
-                prediction_type=config.schedule.prediction_type,
-            ).mean()
-            run.backward(loss)
+            run.backward(loss_of(batch))
             run.optimize(model, optimizer, batch.ids)
 
         if run.accelerator.sync_gradients:  # an optimizer step, however many micro-batches it took
             ema.update_parameters(unet)
             run.advance()
-            if held_out_encoded and run.due(config.train.validate_every):
-                run.measure(
-                    "held_out_loss", lambda: parts.held_out_loss(ema.module, schedule, config, held_out_encoded)
-                )
+            if run.due(config.train.validate_every):
+                validate()
             if run.due(config.train.sample_every):
-                run.save_sheet(lambda: parts.sample_sheet(pipeline, config.sample))
+                draw_samples()
             if run.due(config.train.checkpoint_every):
-                run.save_checkpoint(networks, lambda folder: pipeline.save_pretrained(folder, frozen=frozen))
+                run.save_checkpoint(networks, lambda folder: parts.export(folder, ema.module, frozen, config))
 
     run.finish()
-    return run.folder / "pipeline"
+    return run.folder / config.export
 
 
 def main() -> None:

@@ -34,15 +34,27 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of the weights with decay min(d, (1 + n) / (10 + n)) at update n; the first is a copy."""
+    """A moving average of the weights with decay min(d, (1 + n) / (10 + n)) at update n; the first is a copy.
+
+    Weights that do not learn are not averaged but shared: the average of a small adapter is small.
+    """
 
     @torch.no_grad()
     def average(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         n = int(updates)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+        own = [(a, c) for a, c in zip(averaged, current, strict=True) if a.data_ptr() != c.data_ptr()]
+        torch._foreach_lerp_([a for a, _ in own], [c for _, c in own], 1 - min(decay, (1 + n) / (10 + n)))
 
     ema = AveragedModel(model, multi_avg_fn=average)
+    for averaged, current in zip(ema.module.parameters(), model.parameters(), strict=True):
+        if not current.requires_grad:
+            averaged.data = current.data
     return ema.requires_grad_(False).eval()
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that learn."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -8,19 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import checkpoint
-from ldm.codecs import Codec, LatentCodec, PixelCodec
+from ldm.codecs import Codec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig
 from ldm.data import CaptionedImages, DataConfig, collate, image_statistics, open_source, split
 from ldm.diffusion import NoiseSchedule, diffusion_loss
-from ldm.models import AutoencoderKL, UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
+from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import Pipeline, contact_sheet
-from ldm.text import TextEncoder
+from ldm.text import TextEncoder, load_text_encoder
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages
 from ldm.training.run import Run
+from ldm.training.space import load_first_stage
 
-SKIPPED_SHOWN = 10
+BANDS = 4
 
 
 def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, CaptionedImages | None]:
@@ -55,6 +55,35 @@ def report_captions(text_encoder: TextEncoder, images: CaptionedImages, run: Run
     )
 
 
+def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipeline:
+    """The model at step 0, on the run's device: the one that training starts from, or a new UNet between the codec
+    and the text encoder of the config.
+
+    Raises:
+        ValueError: if a part cannot be opened, or the resolution does not fit the codec.
+    """
+    if config.start_from is not None:
+        pipeline = Pipeline.from_pretrained(config.start_from, device=run.device)
+        pipeline.guidance_scale = config.sample.guidance_scale
+        pipeline.num_inference_steps = config.sample.num_inference_steps
+        pipeline.codec.latent_shape(config.data.resolution, config.data.resolution)
+    else:
+        text = config.text
+        text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer)
+        codec = make_codec(config, images)
+        pipeline = Pipeline(
+            unet=make_unet(config, codec, text_encoder),
+            codec=codec,
+            text_encoder=text_encoder,
+            schedule=config.schedule,
+            guidance_scale=config.sample.guidance_scale,
+            num_inference_steps=config.sample.num_inference_steps,
+        ).to(run.device)
+    set_attention_backend(pipeline.unet, config.train.attention)
+    enable_gradient_checkpointing(pipeline.unet, config.train.gradient_checkpointing)
+    return pipeline
+
+
 def make_codec(config: LDMConfig, images: CaptionedImages) -> Codec:
     """The codec of `config.space`: the one place where a config chooses between pixels and latents."""
     if config.first_stage is None:
@@ -63,23 +92,14 @@ def make_codec(config: LDMConfig, images: CaptionedImages) -> Codec:
     return load_first_stage(config.first_stage)
 
 
-def load_first_stage(name: str) -> LatentCodec:
-    """The autoencoder of a folder or hub id, or of the pipeline folder that holds it as `vae/`."""
-    folder = checkpoint.find_autoencoder(name)
-    autoencoder = checkpoint.load_model(folder, "AutoencoderKL")
-    assert isinstance(autoencoder, AutoencoderKL)
-    autoencoder.requires_grad_(False)
-    return LatentCodec(autoencoder, source=folder)
-
-
-def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder, run: Run) -> UNet:
-    """The network of `config.unet` on the run's device, with what follows from codec and text encoder.
+def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNet:
+    """A new network of `config.unet`, with what follows from codec and text encoder.
 
     Raises:
         ValueError: if the resolution does not fit the codec.
     """
-    resolution = config.data.resolution
-    _, size, _ = codec.latent_shape(resolution, resolution)
+    assert config.unet is not None
+    _, size, _ = codec.latent_shape(config.data.resolution, config.data.resolution)
     complete: UNetConfig = dataclasses.replace(
         config.unet,
         in_channels=codec.channels,
@@ -87,10 +107,7 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder, run: R
         sample_size=size,
         cross_attention_dim=text_encoder.hidden_size,
     )
-    unet = UNet(complete).to(run.device)
-    set_attention_backend(unet, config.train.attention)
-    enable_gradient_checkpointing(unet, config.train.gradient_checkpointing)
-    return unet
+    return UNet(complete)
 
 
 def report_latents(encoded: EncodedImages, run: Run) -> None:
@@ -108,32 +125,43 @@ def report_latents(encoded: EncodedImages, run: Run) -> None:
     )
 
 
-def make_pipeline(config: LDMConfig, unet: nn.Module, codec: Codec, text_encoder: TextEncoder) -> Pipeline:
-    """The pipeline that a run makes, around the averaged weights."""
+def freeze(pipeline: Pipeline, config: LDMConfig, run: Run) -> Frozen:
+    """Puts what does not learn on disk: into the run folder, or, where nothing of it is exported, where it is already."""
+    if config.export == "lora":
+        assert config.start_from is not None
+        folder = checkpoint.find_pipeline(config.start_from)
+    else:
+        folder = run.write_once("frozen", pipeline.save_frozen)
+    return Frozen(folder, pipeline.index(), pipeline.schedule, config.sample)
+
+
+def export(folder: Path, unet: nn.Module, frozen: Frozen, config: LDMConfig) -> None:
+    """Writes what a run makes: a pipeline folder, or the adapter alone."""
     assert isinstance(unet, UNet)
-    return Pipeline(
-        unet=unet,
-        codec=codec,
-        text_encoder=text_encoder,
-        schedule=config.schedule,
-        guidance_scale=config.sample.guidance_scale,
-        num_inference_steps=config.sample.num_inference_steps,
-    )
+    if config.export == "lora":
+        adapters.save_adapter(folder, unet, finetune.ADAPTER)
+    else:
+        frozen.save(folder, unet)
 
 
 @torch.no_grad()
-def held_out_loss(unet: nn.Module, schedule: NoiseSchedule, config: LDMConfig, encoded: EncodedImages) -> float:
-    """L_simple on held-out images with noise and timesteps that never change.
+def held_out_loss(
+    unet: nn.Module, schedule: NoiseSchedule, prediction_type: str, config: LDMConfig, encoded: EncodedImages
+) -> dict[str, float]:
+    """L_simple on held-out images with noise and timesteps that never change, and its share of each band of noise.
 
     Timesteps are spread evenly over the schedule, one an image; posteriors are taken at their mean; captions are the
     first of each image and never dropped.
+
+    Returns:
+        `held_out_loss`, and for each of four bands of timesteps that an image fell into, such as
+        `held_out_loss_t000_249`, the mean over its images.
     """
-    held_out = encoded.images
+    held_out, steps = encoded.images, schedule.num_train_timesteps
     count = min(len(held_out), config.train.validation_samples)
-    losses: list[Tensor] = []
-    for start in range(0, count, IMAGES_AT_ONCE):
-        positions = range(start, min(start + IMAGES_AT_ONCE, count))
-        batch = collate([held_out[0, i] for i in positions])
+    losses, timesteps = torch.empty(count), torch.empty(count, dtype=torch.int64)
+    for chunk in held_out.chunks(IMAGES_AT_ONCE, count):
+        batch = collate([held_out[0, i] for i in chunk])
         latents = encoded.latents(batch, None)
         draws = keyed_draws(
             config.seed,
@@ -141,23 +169,76 @@ def held_out_loss(unet: nn.Module, schedule: NoiseSchedule, config: LDMConfig, e
             [f"held out: {name}" for name in batch.ids],
             0,
             shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
-            num_train_timesteps=schedule.num_train_timesteps,
+            num_train_timesteps=steps,
             device=latents.device,
         )
-        timesteps = torch.tensor([(2 * i + 1) * schedule.num_train_timesteps // (2 * count) for i in positions])
-        condition = encoded.text([held_out.samples[i].captions[0] for i in positions])
-        losses.append(
-            diffusion_loss(
-                unet,
-                schedule,
-                latents,
-                condition,
-                timesteps=timesteps,
-                noise=draws.noise,
-                prediction_type=config.schedule.prediction_type,
+        timesteps[chunk] = torch.tensor([(2 * i + 1) * steps // (2 * count) for i in chunk])
+        condition = encoded.text([held_out.samples[i].captions[0] for i in chunk])
+        losses[chunk] = diffusion_loss(
+            unet,
+            schedule,
+            latents,
+            condition,
+            timesteps=timesteps[chunk],
+            noise=draws.noise,
+            prediction_type=prediction_type,
+        ).cpu()
+    values = {"held_out_loss": float(losses.mean())}
+    for band in range(BANDS):
+        first, last = band * steps // BANDS, (band + 1) * steps // BANDS - 1
+        inside = losses[(first <= timesteps) & (timesteps <= last)]
+        if len(inside):
+            values[f"held_out_loss_t{first:03d}_{last:03d}"] = float(inside.mean())
+    return values
+
+
+def plan_run(
+    config: LDMConfig,
+    images: CaptionedImages,
+    held_out: CaptionedImages | None,
+    networks: Networks,
+    frozen: Frozen,
+    run: Run,
+    loss_of: Callable[[Batch], Tensor],
+    predict: Callable[[nn.Module, Batch], Tensor],
+) -> None:
+    """Measures what the parts of the run cost, and says what is about to happen.
+
+    Args:
+        predict: one evaluation of a network on a micro-batch, as in validation and sampling.
+    """
+    step = probe.step_seconds(run, networks.model, images, loss_of)
+    costs, trained = None, sum(p.numel() for p in networks.model.parameters() if p.requires_grad)
+    export_bytes = 4 * (trained if config.export == "lora" else sum(p.numel() for p in networks.model.parameters()))
+    inside = frozen.folder.is_relative_to(run.folder)
+    frozen_bytes = sum(path.stat().st_size for path in frozen.folder.rglob("*") if path.is_file()) if inside else 0
+    if run.is_main:
+        sample = config.sample
+        one = probe.evaluation_seconds(run, networks.ema.module, images, predict)
+        evaluations = 2 * sample.num_inference_steps * sample.images_per_prompt * len(sample.prompts)
+        validated = min(len(held_out), config.train.validation_samples) if held_out else 0
+        costs = probe.Costs(
+            step=step,
+            validation=one * validated,
+            sheet=one * evaluations + probe.seconds_of(run, lambda: frozen.pipeline(networks.ema.module)),
+            checkpoint=probe.write_seconds(run.folder, 16 * trained + export_bytes),
+            memory=probe.peak_memory(run.device),
+        )
+        run.announce(
+            make_plan(
+                config,
+                images,
+                held_out,
+                networks.model,
+                step=run.step,
+                space=run.space,
+                costs=costs,
+                export_bytes=export_bytes,
+                frozen_bytes=frozen_bytes,
+                device=run.device,
             )
         )
-    return float(torch.cat(losses).mean())
+    run.accelerator.wait_for_everyone()
 
 
 def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:

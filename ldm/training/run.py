@@ -5,20 +5,22 @@ RUN/metrics.jsonl       a line whenever something was measured
 RUN/samples/            sample grids
 RUN/tensorboard/        the same for TensorBoard
 RUN/checkpoints/step_00001000/   `training/` to resume from, and what the script exports
-RUN/<export>/           the newest export: `pipeline/` or `autoencoder/`
+RUN/<export>/           the newest export: `pipeline/`, `lora/` or `autoencoder/`
+RUN/best/               the export with the lowest held-out loss so far, and which that is
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,27 +39,46 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
 from ldm.data import Batch, CaptionedImages, Sample, SampleOrder, collate, generator, micro_batches
 from ldm.pipelines import save_png
-from ldm.training.files import damage, difference, flattened, hashes, locked, step_of
-from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer
+from ldm.training.files import damage, difference, flattened, hashes, locked, step_of, tensors_digest
+from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer, trained_names
 
 # What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
 FREE_TO_CHANGE = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.keep_checkpoints", "train.num_workers", "sample."),
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
+    "data.cache_dir",
 )
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What a checkpoint holds of the networks that are trained."""
+    """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
+
+    def trained(self, module: nn.Module) -> dict[str, Tensor]:
+        """The weights in `module` (the network or its average) that learn."""
+        state = module.state_dict()
+        assert len(state) == len(list(module.parameters())), "buffers would be lost"
+        return {name: state[name] for name in trained_names(self.model)}
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Puts back what `trained` gave."""
+        if set(weights) != set(trained_names(self.model)):
+            raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
+        module.load_state_dict(weights, strict=False)
+
+    def untrained_digest(self) -> str | None:
+        """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
+        names = set(trained_names(self.model))
+        others = {name: value for name, value in self.model.state_dict().items() if name not in names}
+        return tensors_digest(others) if others else None
 
 
 class Run:
@@ -138,15 +159,21 @@ class Run:
         self.micro_batches(len(samples), 0, 0)
         digest = hashlib.sha256()
         for sample in samples:
-            digest.update(repr((sample.id, sample.captions)).encode("utf-8", "surrogatepass"))
+            digest.update(repr((sample.id, sample.digest, sample.captions)).encode("utf-8", "surrogatepass"))
         self._data = {"samples": len(samples), "sha256": digest.hexdigest()}
         if self._resumed is not None:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
             if stored != self._data:
                 raise ValueError(
                     f"{self._resumed} was trained on {stored['samples']} images and now there are {len(samples)}, or "
-                    "other names or captions; restore the data, or start a new run in another output_dir"
+                    "other names, pictures or captions; restore the data, or start a new run in another output_dir"
                 )
+
+    def settle(self, config: LDMConfig) -> None:
+        """Takes the config in which what was left open ("auto") is decided."""
+        self.config = config
+        if self._resumed is not None:
+            self._check_config(self._resumed)
 
     def micro_batches(self, length: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """What this process reads of `length` samples; ValueError if they do not make a batch, or it does not split."""
@@ -244,11 +271,32 @@ class Run:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
 
-    def measure(self, name: str, value: Callable[[], float]) -> None:
-        """Computes a figure on the main process and logs it."""
+    def measure(self, values: Callable[[], Mapping[str, float]]) -> None:
+        """Computes figures on the main process and logs them."""
         with self._aside():
             if self.is_main:
-                self.log({name: value()})
+                self.log(values())
+
+    def keep_best(self, name: str, export: Callable[[Path], None]) -> None:
+        """Exports what is trained to `RUN/best/` if the figure `name`, just measured, is the lowest of the run so far.
+
+        What the log says decides, so that a resumed run decides as an unbroken one.
+        """
+        with self._aside():
+            if not self.is_main:
+                return
+            *earlier, (step, latest) = self._logged(name)
+            if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
+                return
+            with checkpoint.atomic_folder(self.folder / "best") as folder:
+                export(folder / self.export)
+                checkpoint.write_json(folder / "best.json", {"step": step, name: latest})
+
+    def _logged(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a figure as often as it was logged, in the order of the log."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines if step_of(line) is not None]
+        return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
     def save_sheet(self, draw: Callable[[], Image.Image]) -> None:
         """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
@@ -314,13 +362,17 @@ class Run:
     def _restore(self, networks: Networks, resumed: Path) -> None:
         folder = resumed / "training"
         state = checkpoint.read_json(folder / "state.json")
-        weights = checkpoint.load_tensors(folder / "model.safetensors")
-        networks.model.load_state_dict(weights, strict=True)
-        networks.ema.module.load_state_dict(checkpoint.load_tensors(folder / "ema.safetensors"), strict=True)
+        networks.load(networks.model, checkpoint.load_tensors(folder / "model.safetensors"), folder)
+        networks.load(networks.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
         networks.ema.n_averaged.fill_(state["ema_updates"])
         restore_optimizer(networks.model, networks.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        if state.get("untrained_sha256") != networks.untrained_digest():
+            raise ValueError(
+                f"{resumed} was trained on other weights than those of the model in start_from today; restore that "
+                "model, or start a new run in another output_dir"
+            )
         self.step = state["step"]
         if self.is_main and not (self.folder / self.export).exists():
             self._renew_export(resumed)
@@ -333,8 +385,8 @@ class Run:
 
     def _write_training_state(self, folder: Path, networks: Networks) -> None:
         folder.mkdir()
-        checkpoint.save_tensors(folder / "model.safetensors", networks.model.state_dict())
-        checkpoint.save_tensors(folder / "ema.safetensors", networks.ema.module.state_dict())
+        checkpoint.save_tensors(folder / "model.safetensors", networks.trained(networks.model))
+        checkpoint.save_tensors(folder / "ema.safetensors", networks.trained(networks.ema.module))
         moments = optimizer_tensors(networks.model, networks.optimizer)
         checkpoint.save_tensors(folder / "optimizer.safetensors", moments)
         scaler = self.accelerator.scaler
@@ -345,6 +397,7 @@ class Run:
                 "step": self.step,
                 "data": self._data,
                 "processes": self.accelerator.num_processes,
+                "untrained_sha256": networks.untrained_digest(),
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "config": yaml.safe_load(to_yaml(self.config)),
@@ -385,15 +438,18 @@ class Run:
         return intact
 
     def _check_config(self, folder: Path) -> None:
-        stored = flattened(checkpoint.read_json(folder / "training" / "state.json")["config"])
-        present = flattened(yaml.safe_load(to_yaml(self.config)))
+        content = checkpoint.read_json(folder / "training" / "state.json")["config"]
+        with suppress(ValueError):  # keys that are newer than the checkpoint stood at their defaults
+            content = yaml.safe_load(to_yaml(parse_config(content, type(self.config), str(folder))))
+        stored, present = flattened(content), flattened(yaml.safe_load(to_yaml(self.config)))
         if self.config.train.lr_schedule == "cosine" and stored["train.max_steps"] != self.config.train.max_steps:
             self.print(
                 f"train.max_steps was {stored['train.max_steps']} and is {self.config.train.max_steps}: the cosine of "
                 "the learning rate is stretched to it from here on"
             )
         for key in sorted(stored.keys() | present.keys()):
-            if stored.get(key) != present.get(key) and not key.startswith(FREE_TO_CHANGE):
+            open_still = present.get("space") == "auto" and key in ("space", "first_stage")  # see `settle`
+            if stored.get(key) != present.get(key) and not key.startswith(FREE_TO_CHANGE) and not open_still:
                 raise ValueError(
                     f"{key} is {present.get(key)!r} but {folder} was trained with {stored.get(key)!r}; "
                     "resume with the same value, or start a new run in another output_dir"

@@ -1,0 +1,64 @@
+"""The parts of a pipeline that training leaves alone: on disk, and in memory only while they are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ldm import checkpoint
+from ldm.codecs import Codec, LatentCodec
+from ldm.config import SampleConfig
+from ldm.diffusion import ScheduleConfig
+from ldm.models import AutoencoderKL, UNet
+from ldm.pipelines import Pipeline
+from ldm.text import load_text_encoder_folders
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Everything of a pipeline but its UNet.
+
+    Args:
+        folder: what `Pipeline.save_frozen` wrote: text encoder, tokenizer, codec.
+        index: content of `model_index.json`.
+        sample: defaults of sampling.
+    """
+
+    folder: Path
+    index: dict[str, Any]
+    schedule: ScheduleConfig
+    sample: SampleConfig
+
+    def pipeline(self, unet: nn.Module) -> Pipeline:
+        """Opens the parts and puts them around a network, on its device and in its dtype."""
+        assert isinstance(unet, UNet)
+        codec: Codec
+        if (self.folder / "codec").is_dir():
+            codec = checkpoint.load_pixel_codec(self.folder / "codec")
+        else:
+            autoencoder = checkpoint.load_model(self.folder / "vae", "AutoencoderKL")
+            assert isinstance(autoencoder, AutoencoderKL)
+            codec = LatentCodec(autoencoder, source=self.folder / "vae")
+        pipeline = Pipeline(
+            unet=unet,
+            codec=codec,
+            text_encoder=load_text_encoder_folders(self.folder / "text_encoder", self.folder / "tokenizer"),
+            schedule=self.schedule,
+            guidance_scale=self.sample.guidance_scale,
+            num_inference_steps=self.sample.num_inference_steps,
+        )
+        weight = unet.conv_in.weight
+        return pipeline.to(weight.device, weight.dtype)
+
+    def save(self, folder: Path, unet: nn.Module) -> None:
+        """Writes a pipeline folder around a network; the parts are hard links to `self.folder`."""
+        assert isinstance(unet, UNet)
+        with checkpoint.atomic_folder(folder) as target:
+            checkpoint.write_json(target / "model_index.json", self.index)
+            checkpoint.save_model(target / "unet", unet)
+            checkpoint.save_schedule(target / "scheduler", self.schedule)
+            for part in sorted(self.folder.iterdir()):
+                checkpoint.link_tree(part, target / part.name)
