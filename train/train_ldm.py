@@ -23,8 +23,8 @@ def train(config: LDMConfig, resume: bool) -> Path:
     text = config.text
     text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer).to(run.device)
     codec = parts.make_codec(config, images).to(run.device)
+    images.check_factor(codec.factor)
     parts.report_captions(text_encoder, images, run)
-    shape = codec.latent_shape(config.data.resolution, config.data.resolution)
 
     # The network that learns, its schedule, and the moving average of its weights, which is what is shipped.
     schedule = NoiseSchedule.from_config(config.schedule)
@@ -47,7 +47,7 @@ def train(config: LDMConfig, resume: bool) -> Path:
                 batch.epochs,
                 batch.ids,
                 run.step,
-                shape=shape,
+                shape=codec.latent_shape(*batch.size),
                 num_train_timesteps=schedule.num_train_timesteps,
                 caption_dropout=config.train.caption_dropout,
                 device=run.device,

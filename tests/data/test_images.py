@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images import decode, square, to_rgb
+from ldm.data.images import cover, decode, to_rgb
 
 WHITE = (255, 255, 255)
 GREEN = (0, 128, 0)
@@ -102,7 +102,7 @@ def test_a_square_at_its_own_size_is_cut_out_at_whole_pixels(width: int, height:
         (1 - 1e-9, max(width, height) - 10),
     ):
         cut = pixels[:, :, start : start + 10] if width > height else pixels[:, start : start + 10]
-        result = square(image, 10, place)
+        result = cover(image, (10, 10), place)
         assert (result.dtype, result.shape, result.is_contiguous()) == (torch.uint8, (3, 10, 10), True)
         assert torch.equal(result, cut), (width, height, place)
 
@@ -113,13 +113,13 @@ def test_resizing_and_cutting_in_one_pass_equals_both_in_turn() -> None:
     short_side_first = image.resize((60, 20), Image.Resampling.BICUBIC)
     for place, left in ((0.0, 0), (0.5, 20), (1 - 1e-9, 40)):
         expected = np.asarray(short_side_first)[:, left : left + 20].transpose(2, 0, 1).astype(int)
-        assert np.abs(square(image, 20, place).numpy().astype(int) - expected).max() <= 1
+        assert np.abs(cover(image, (20, 20), place).numpy().astype(int) - expected).max() <= 1
 
 
 def test_shrinking_is_antialiased() -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
-    assert (square(Image.fromarray(stripes), 16).int() - 128).abs().max() < 12
+    assert (cover(Image.fromarray(stripes), (16, 16)).int() - 128).abs().max() < 12
 
 
 def test_rgb_stays_as_it_is() -> None:
