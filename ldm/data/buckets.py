@@ -46,7 +46,7 @@ class Buckets:
         if self.cropped is not None and self.cropped_as_squares is not None:
             text += f"; {self.cropped:.1%} of an image is cropped away (of squares {self.cropped_as_squares:.1%})"
         if self.moved:
-            text += f"; {self.moved} images stand at a neighbouring size, since at their own too few make a batch"
+            text += f"; moved to the next size, since too few at their own make a batch: {self.moved}"
         return text
 
 

@@ -1,5 +1,4 @@
 import itertools
-import time
 from collections import Counter
 
 import pytest
@@ -166,9 +165,7 @@ def test_any_step_is_found_at_once_whatever_came_before() -> None:
     for step in (199, 0, 57, 120):
         assert buckets(*lengths, batch_size=64).batch(step) == walked[step]
     fresh = buckets(*lengths, batch_size=64)
-    started = time.perf_counter()
-    fresh.batch(10**6)
-    assert time.perf_counter() - started < 1  # a resumed run waits for this; a walk from step 0 takes minutes
+    fresh.batch(10**12)  # would never come back if it were walked to
     # The count in closed form is the one that is walked to.
     small = buckets(9, 40, 13, batch_size=8)
     numbers: Counter[int] = Counter()
