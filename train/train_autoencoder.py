@@ -18,7 +18,7 @@ def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
     images, held_out = parts.open_images(config.data, run)
 
     autoencoder = first_stage.make_autoencoder(config).to(run.device)
-    shape = first_stage.latent_shape(autoencoder, config.data.resolution)
+    images.check_factor(autoencoder.factor)
     ema = make_ema(autoencoder, config.train.ema_decay)
     model, optimizer = run.accelerator.prepare(autoencoder, make_optimizer(autoencoder, config.train))
     networks = Networks(model=autoencoder, optimizer=optimizer, ema=ema)
@@ -29,6 +29,7 @@ def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):
+            shape = first_stage.latent_shape(autoencoder, batch.size)
             draws = keyed_draws(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
             pixels = to_signed(batch.images).to(run.device)
             reconstruction, moments = model(pixels, draws.posterior)

@@ -1,5 +1,6 @@
 """Captioned images: sources, split, sampling order, and the data set that training reads."""
 
+from ldm.data.buckets import Buckets, bucket_sizes
 from ldm.data.dataset import (
     Batch,
     CaptionedImages,
@@ -12,12 +13,14 @@ from ldm.data.dataset import (
 )
 from ldm.data.digits import DIGIT_WORDS
 from ldm.data.keyed import generator
-from ldm.data.order import SampleOrder, micro_batches
+from ldm.data.order import BatchOrder, SampleOrder, micro_batches
 from ldm.data.sources import DataConfig, Sample, Skipped, Source, open_source
 
 __all__ = [
     "DIGIT_WORDS",
     "Batch",
+    "BatchOrder",
+    "Buckets",
     "CaptionedImages",
     "DataConfig",
     "Item",
@@ -25,6 +28,7 @@ __all__ = [
     "SampleOrder",
     "Skipped",
     "Source",
+    "bucket_sizes",
     "collate",
     "generator",
     "image_statistics",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images import square
+from ldm.data.buckets import Buckets, assign, bucket_sizes, squares
+from ldm.data.images import cover
 from ldm.data.keyed import generator
+from ldm.data.order import BatchOrder
 from ldm.data.sources import DataConfig, Sample
 
 # One grey level in [-1, 1]: bytes cannot tell a smaller deviation from none.
@@ -24,46 +28,65 @@ MIN_STD = 1 / 127.5
 
 @dataclass(frozen=True)
 class Item:
-    """One sample as it is seen in one epoch; `image` is uint8 [3, R, R], or None where it is not loaded."""
+    """One sample as it is seen in one epoch; `image` is uint8 [3, *size], or None where it is not loaded."""
 
     id: str
     epoch: int
     index: int
     caption: str
     flipped: bool
+    size: tuple[int, int]
     image: Tensor | None
 
 
 class Batch(NamedTuple):
-    """B items: `indices` int64 [B], `flipped` bool [B], `images` uint8 [B, 3, R, R] or None."""
+    """B items of one `size` (h, w): `indices` int64 [B], `flipped` bool [B], `images` uint8 [B, 3, h, w] or None."""
 
     ids: list[str]
     epochs: list[int]
     indices: Tensor
     captions: list[str]
     flipped: Tensor
+    size: tuple[int, int]
     images: Tensor | None
 
 
 class CaptionedImages(Dataset[Item]):
-    """Samples as square images, indexed by (epoch, index): see `SampleOrder`.
+    """Samples as images of a few sizes, or one, indexed by (epoch, index): see `BatchOrder`.
 
     The caption that is drawn, the flip and a random crop are functions of (seed, epoch, sample id), whichever
     process draws them, and however often.
 
     Args:
-        samples: at least one, with distinct ids.
+        samples: at least one, with distinct ids. Where `config.bucketed`, those whose size is not known are loaded
+            here, once, to learn it.
         config: the resolution and what may be drawn.
         seed: any integer.
         cache_bytes: with `crop: center` images are kept in memory once resized, as many as fit into this many
             bytes. Worker processes that are forked share them.
+        batch_size: with buckets, sizes that are nearest to fewer images are given up: see `assign`.
+        sizes: with buckets, the (height, width) to choose from, such as `buckets.sizes` of the training images for
+            those held out; None takes `bucket_sizes`.
 
     Attributes:
+        buckets: which image has which size.
         with_images: at first True; set to False, items are drawn as before but nothing is loaded and
             `Item.image` is None, for those who hold the images encoded.
+
+    Raises:
+        ValueError: if there are no samples, or one that has to be loaded has become unreadable.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: DataConfig, seed: int, cache_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        config: DataConfig,
+        seed: int,
+        cache_bytes: int = 2**30,
+        *,
+        batch_size: int = 1,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         if not samples:
             raise ValueError(f"no images in {config.path}; add captioned images")
         self.samples = tuple(samples)
@@ -71,7 +94,12 @@ class CaptionedImages(Dataset[Item]):
         self.seed = seed
         self.with_images = True
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
-        self._cache = _Cache(len(self.samples), config.resolution, self.cache_bytes)
+        if config.bucketed:
+            choice = sizes or bucket_sizes(config.resolution)
+            self.buckets = assign(_native_sizes(self.samples), choice, batch_size)
+        else:
+            self.buckets = squares(len(self.samples), config.resolution)
+        self._cache = _Cache(self.buckets, self.cache_bytes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,21 +113,56 @@ class CaptionedImages(Dataset[Item]):
         image = None
         if self.with_images and self.config.crop == "random":
             place = float(self._draw("crop", epoch, sample).random())
-            image = square(sample.load(), self.config.resolution, place)  # [3, R, R]
+            image = cover(sample.load(), self.shape_of(index), place)  # [3, h, w]
             image = image.flip(-1) if flipped else image
         elif self.with_images:
             image = self.image_at(index, flipped)
-        return Item(sample.id, epoch, index, sample.captions[choice], flipped, image)
+        return Item(sample.id, epoch, index, sample.captions[choice], flipped, self.shape_of(index), image)
+
+    def shape_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image as it is trained on."""
+        return self.buckets.sizes[self.buckets.assignment[index]]
+
+    def order(self, batch_size: int) -> BatchOrder:
+        """The global batches of `batch_size` images that training sees."""
+        return BatchOrder(self.buckets.members(), self.buckets.sizes, batch_size, self.seed)
+
+    def chunks(self, size: int, limit: int | None = None) -> list[list[int]]:
+        """The first `limit` indices (all of them for None), in lists of at most `size` whose images have one shape.
+
+        Shapes follow each other in the order of `buckets.sizes`; within a shape, indices ascend.
+        """
+        chunks = []
+        for members in self.buckets.members():
+            chosen = [index for index in members if limit is None or index < limit]
+            chunks += [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return chunks
+
+    def check_factor(self, factor: int) -> None:
+        """Refuses sizes that an autoencoder cannot divide by its factor.
+
+        Raises:
+            ValueError: naming size and factor.
+        """
+        for height, width in self.buckets.sizes:
+            if height % factor == 0 and width % factor == 0:
+                continue
+            # Sides of buckets are multiples of an eighth of such a resolution (see `bucket_step`).
+            unit = 8 * factor if self.config.bucketed else factor
+            advice = f"set data.resolution to a multiple of {unit}, such as {_nearest(self.config.resolution, unit)}"
+            if self.config.bucketed and self.config.resolution % factor == 0:
+                advice += ", or data.buckets to false"
+            raise ValueError(f"image size {height}x{width} is not divisible by the codec's factor {factor}; {advice}")
 
     def image_at(self, index: int, flipped: bool = False) -> Tensor:
-        """The image's middle square, without anything drawn; uint8 [3, R, R].
+        """The middle of the image, without anything drawn; uint8 [3, *shape_of(index)].
 
         Raises:
             ValueError: naming the file if it has become unreadable.
         """
         image = self._cache.get(index)
         if image is None:
-            image = square(self.samples[index].load(), self.config.resolution)  # [3, R, R]
+            image = cover(self.samples[index].load(), self.shape_of(index))  # [3, h, w]
             self._cache.put(index, image)
         return image.flip(-1) if flipped else image
 
@@ -112,39 +175,59 @@ class CaptionedImages(Dataset[Item]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cache = _Cache(len(self.samples), self.config.resolution, self.cache_bytes)
+        self._cache = _Cache(self.buckets, self.cache_bytes)
+
+
+def _native_sizes(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    """(width, height) of each image, as found."""
+    # Decoding releases the interpreter lock, so threads use all cores.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda sample: sample.size or sample.load().size, samples))
+
+
+def _nearest(size: int, unit: int) -> int:
+    return max(unit, round(size / unit) * unit)
 
 
 class _Cache:
-    """The first images of a data set, each beside a byte that says whether it is there.
+    """The first images of a data set, one after the other, and a byte for each that says whether it is there.
 
     The memory is an anonymous shared mapping: forked workers fill one cache together, pages that nobody has
     filled cost nothing, and the size of /dev/shm does not bound it. Two workers that fill one place write the
     same bytes.
     """
 
-    def __init__(self, length: int, resolution: int, budget: int) -> None:
-        shape = (3, resolution, resolution)
-        size = math.prod(shape)
-        self.capacity = min(length, budget // (size + 1))
+    def __init__(self, buckets: Buckets, budget: int) -> None:
+        self.buckets = buckets
+        bytes_of = np.array([3 * height * width for height, width in buckets.sizes], dtype=np.int64)
+        ends = np.cumsum(bytes_of[np.array(buckets.assignment)])  # [N]
+        # The bytes of an image and its mark, and of all before it.
+        self.capacity = int(np.searchsorted(ends + np.arange(1, len(ends) + 1), budget, side="right"))
         if self.capacity:
-            memory = np.frombuffer(mmap.mmap(-1, self.capacity * (size + 1)), dtype=np.uint8)
-            self.images = memory[: self.capacity * size].reshape(self.capacity, *shape)  # [N, 3, R, R]
-            self.filled = memory[self.capacity * size :]  # [N]
+            self.starts = np.concatenate([[0], ends[: self.capacity]])  # [N + 1], the last is the end
+            total = int(self.starts[-1])
+            memory = np.frombuffer(mmap.mmap(-1, total + self.capacity), dtype=np.uint8)
+            self.images = memory[:total]
+            self.filled = memory[total:]  # [N]
 
     def get(self, index: int) -> Tensor | None:
         if index >= self.capacity or not self.filled[index]:
             return None
-        return torch.from_numpy(self.images[index].copy())
+        height, width = self.buckets.sizes[self.buckets.assignment[index]]
+        return torch.from_numpy(self._place(index).copy()).view(3, height, width)
 
     def put(self, index: int, image: Tensor) -> None:
         if index < self.capacity:
-            self.images[index] = image.numpy()
+            self._place(index)[:] = image.numpy().ravel()
             self.filled[index] = 1
+
+    def _place(self, index: int) -> np.ndarray:
+        return self.images[self.starts[index] : self.starts[index + 1]]
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Items → one batch, in their order."""
+    """Items of one size → one batch, in their order."""
+    (size,) = {item.size for item in items}
     images = [item.image for item in items if item.image is not None]
     return Batch(
         ids=[item.id for item in items],
@@ -152,7 +235,8 @@ def collate(items: Sequence[Item]) -> Batch:
         indices=torch.tensor([item.index for item in items], dtype=torch.int64),
         captions=[item.caption for item in items],
         flipped=torch.tensor([item.flipped for item in items], dtype=torch.bool),
-        images=torch.stack(images) if images else None,  # [B, 3, R, R]
+        size=size,
+        images=torch.stack(images) if images else None,  # [B, 3, h, w]
     )
 
 
@@ -199,21 +283,21 @@ def _unit_hash(text: str) -> float:
 
 
 def image_statistics(dataset: CaptionedImages) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all images (their middle squares), in [-1, 1].
+    """Mean and standard deviation of each channel over all images (`image_at`), in [-1, 1]; each pixel counts alike.
 
     Returns:
         Two float64 tensors [3]. Summed in integers, so exact and independent of the order. A channel that
         hardly varies gets the deviation of one grey level instead of 0.
     """
-    total = [0, 0, 0]
-    squares = [0, 0, 0]
+    count, total = 0, [0, 0, 0]
+    of_squares = [0, 0, 0]
     for index in range(len(dataset)):
-        flat = dataset.image_at(index).flatten(1).to(torch.int64)  # [3, R·R]
+        flat = dataset.image_at(index).flatten(1).to(torch.int64)  # [3, h·w]
+        count += flat.shape[1]
         total = [a + b for a, b in zip(total, flat.sum(1).tolist(), strict=True)]
-        squares = [a + b for a, b in zip(squares, (flat * flat).sum(1).tolist(), strict=True)]
-    count = len(dataset) * dataset.config.resolution**2
+        of_squares = [a + b for a, b in zip(of_squares, (flat * flat).sum(1).tolist(), strict=True)]
     means = [value / count / 127.5 - 1 for value in total]
     # Var = E[x²] - E[x]², as one fraction of integers: no cancellation.
-    variances = [(count * s - t * t) / count**2 for s, t in zip(squares, total, strict=True)]
+    variances = [(count * s - t * t) / count**2 for s, t in zip(of_squares, total, strict=True)]
     deviations = [max(math.sqrt(variance) / 127.5, MIN_STD) for variance in variances]
     return torch.tensor(means, dtype=torch.float64), torch.tensor(deviations, dtype=torch.float64)

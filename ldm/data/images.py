@@ -1,4 +1,4 @@
-"""From any image file to RGB, and from any RGB image to a square tensor of bytes."""
+"""From any image file to RGB, and from any RGB image to a tensor of bytes of a given size."""
 
 from __future__ import annotations
 
@@ -71,23 +71,28 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, resolution: int, place: float = 0.5) -> Tensor:
-    """The largest square of an RGB image, resized (antialiased bicubic) to uint8 [3, R, R].
+def cover(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tensor:
+    """The largest part of an RGB image with the shape of `size`, resized (antialiased bicubic) to uint8 [3, h, w].
 
-    The same as resizing the short side to R and then cropping at whole pixels, in one pass.
+    The same as resizing until both sides cover `size`, and no further, and then cropping at whole pixels, in one
+    pass.
 
     Args:
-        resolution: the side R.
-        place: where the square lies along the longer side: in [0, 1): 0 at its start, 0.5 in the middle, just
+        size: (h, w) in pixels.
+        place: where the part lies along the side that is cropped, in [0, 1): 0 at its start, 0.5 in the middle, just
             below 1 at its end.
     """
-    width, height = image.size
-    side = min(width, height)
-    scale = side / resolution
-    # Whole pixels of the resized image: with a side of R already, a crop must not blur.
-    spare = (max(width, height) - side) * resolution // side
-    offset = int(place * (spare + 1)) * scale
-    left, top = (offset, 0.0) if width > height else (0.0, offset)
-    box = (left, top, min(left + side, width), min(top + side, height))
-    resized = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # [R, R, 3] → [3, R, R]
+    (height, width), (native_width, native_height) = size, image.size
+    # Whole pixels of the resized image: where the scale is 1 already, a crop must not blur.
+    if native_width * height > native_height * width:
+        spare = native_width * height // native_height - width
+        scale, extent = native_height / height, native_height * width / height
+        left, top = int(place * (spare + 1)) * scale, 0.0
+        right, bottom = min(left + extent, native_width), float(native_height)
+    else:
+        spare = native_height * width // native_width - height
+        scale, extent = native_width / width, native_width * height / width
+        left, top = 0.0, int(place * (spare + 1)) * scale
+        right, bottom = float(native_width), min(top + extent, native_height)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # [h, w, 3] → [3, h, w]

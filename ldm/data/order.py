@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,15 +13,18 @@ from ldm.data.keyed import generator
 @dataclass(frozen=True)
 class SampleOrder:
     """An endless stream of (epoch, index): each epoch is a permutation of `range(length)`, a function of
-    (seed, epoch) alone, and epochs follow each other without a gap, so that no batch is short.
+    (seed, key, epoch) alone, and epochs follow each other without a gap, so that no batch is short.
 
     Args:
         length: number of samples, at least 1.
         seed: any integer.
+        key: sets streams of one seed apart.
     """
 
     length: int
     seed: int
+    key: tuple[int, ...] = ()
+    _permutations: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -32,31 +34,106 @@ class SampleOrder:
         """The (epoch, index) that stand at these positions (0-based, any order) of the stream."""
         return [self._at(position) for position in positions]
 
-    def batch(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """The global batch number `step` (0-based): positions step·batch_size up to (step + 1)·batch_size."""
-        return self.at(range(step * batch_size, (step + 1) * batch_size))
+    def batch(self, number: int, batch_size: int) -> list[tuple[int, int]]:
+        """Batch `number` (0-based) of the stream: positions number·batch_size up to (number + 1)·batch_size."""
+        return self.at(range(number * batch_size, (number + 1) * batch_size))
 
     def _at(self, position: int) -> tuple[int, int]:
         if position < 0:
             raise ValueError(f"positions start at 0, not {position}")
         epoch, offset = divmod(position, self.length)
-        return epoch, int(_permutation(self.length, self.seed, epoch)[offset])
+        return epoch, int(self._permutation(epoch)[offset])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        kept = self._permutations
+        if epoch not in kept:
+            # A batch touches neighbouring epochs, two as a rule; a permutation costs 8 bytes a sample.
+            if len(kept) > 1:
+                del kept[next(iter(kept))]
+            kept[epoch] = generator(self.seed, "order", *self.key, epoch).permutation(self.length)
+        return kept[epoch]
 
 
-# A batch touches at most a few neighbouring epochs; a permutation costs 8 bytes a sample.
-@lru_cache(maxsize=4)
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    permutation = generator(seed, "order", epoch).permutation(length)
-    permutation.setflags(write=False)
-    return permutation
+@dataclass(frozen=True)
+class BatchOrder:
+    """The global batches of a run: each has images of one bucket alone, none is short, and number `step` is a
+    function of (seed, step).
+
+    Every bucket has a stream of its own (a `SampleOrder`), cut into batches that cross its epochs. Round r deals, of
+    each bucket of n images, the batches that its first r + 1 epochs fill and its first r do not: numbers
+    ⌊r·n/B⌋ up to ⌊(r + 1)·n/B⌋. The batches of a round are shuffled as to their bucket. So after r rounds every
+    image has been seen r or r − 1 times if no bucket is smaller than a batch, and the steps before a round are a sum
+    over the buckets. With one bucket, batches are those of its stream, one after the other.
+
+    Args:
+        members: for each bucket the indices of its images; no bucket is empty.
+        sizes: for each bucket its (height, width), which keys its stream where there are several.
+        batch_size: B, the global batch size: samples in one optimizer step, over all processes.
+        seed: any integer.
+    """
+
+    members: tuple[Sequence[int], ...]
+    sizes: tuple[tuple[int, int], ...]
+    batch_size: int
+    seed: int
+    _streams: tuple[SampleOrder, ...] = field(init=False, repr=False, compare=False)
+    _rounds: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # One bucket has the order that squares have always had, whatever its size.
+        keys = self.sizes if len(self.sizes) > 1 else [()]
+        streams = [SampleOrder(len(of), self.seed, key) for of, key in zip(self.members, keys, strict=True)]
+        object.__setattr__(self, "_streams", tuple(streams))
+
+    @property
+    def length(self) -> int:
+        """Number of samples in all buckets."""
+        return sum(len(of) for of in self.members)
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The (epoch, index) of the global batch number `step` (0-based); an epoch is one of the bucket's own.
+
+        An image is there twice only in different epochs.
+        """
+        if step < 0:
+            raise ValueError(f"steps start at 0, not {step}")
+        number_of_round = self._round_of(step)
+        offset = step - self._steps_before(number_of_round)
+        dealt = self._round(number_of_round)
+        bucket = int(dealt[offset])
+        number = self._batches_before(number_of_round, bucket) + int(np.count_nonzero(dealt[:offset] == bucket))
+        members = self.members[bucket]
+        return [(epoch, members[place]) for epoch, place in self._streams[bucket].batch(number, self.batch_size)]
+
+    def _round_of(self, step: int) -> int:
+        # Flooring never deals more than r·N/B steps in r rounds, and at most one a bucket less.
+        number = step * self.batch_size // self.length
+        while self._steps_before(number + 1) <= step:
+            number += 1
+        return number
+
+    def _steps_before(self, number_of_round: int) -> int:
+        return sum(self._batches_before(number_of_round, bucket) for bucket in range(len(self.members)))
+
+    def _batches_before(self, number_of_round: int, bucket: int) -> int:
+        return number_of_round * len(self.members[bucket]) // self.batch_size
+
+    def _round(self, number: int) -> np.ndarray:
+        """The bucket of each batch of a round, in order."""
+        if number not in self._rounds:
+            buckets = range(len(self.members))
+            counts = [self._batches_before(number + 1, k) - self._batches_before(number, k) for k in buckets]
+            dealt = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+            self._rounds.clear()
+            self._rounds[number] = generator(self.seed, "buckets", number).permutation(dealt)
+        return self._rounds[number]
 
 
 def micro_batches(
-    order: SampleOrder,
+    order: BatchOrder,
     *,
     first_step: int,
     last_step: int,
-    batch_size: int,
     accumulation: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -68,7 +145,6 @@ def micro_batches(
     of processes and accumulation steps sees the same samples in the same steps.
 
     Args:
-        batch_size: the global batch size: samples in one optimizer step, over all processes.
         accumulation: micro-batches in a step.
         rank: this process, from 0 to world - 1.
         world: number of processes.
@@ -82,6 +158,7 @@ def micro_batches(
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} processes; it lies between 0 and {world - 1}")
     slices = accumulation * world
+    batch_size = order.batch_size
     if slices < 1 or batch_size < 1 or batch_size % slices:
         raise ValueError(
             f"train.batch_size {batch_size} does not split evenly into {accumulation} accumulation steps "
@@ -92,15 +169,15 @@ def micro_batches(
             f"fewer images than a batch needs: {order.length} training images, "
             f"train.batch_size {batch_size}; set train.batch_size to at most {order.length} or add images"
         )
-    return _slices(order, range(first_step, last_step), batch_size, accumulation, rank, world)
+    return _slices(order, range(first_step, last_step), accumulation, rank, world)
 
 
 def _slices(
-    order: SampleOrder, steps: range, batch_size: int, accumulation: int, rank: int, world: int
+    order: BatchOrder, steps: range, accumulation: int, rank: int, world: int
 ) -> Iterator[list[tuple[int, int]]]:
-    size = batch_size // (accumulation * world)
+    size = order.batch_size // (accumulation * world)
     for step in steps:
-        batch = order.batch(step, batch_size)
+        batch = order.batch(step)
         for micro_batch in range(accumulation):
             start = (micro_batch * world + rank) * size
             yield batch[start : start + size]

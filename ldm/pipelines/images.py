@@ -41,7 +41,7 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = No
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] | None = None, *, size: int = 96
 ) -> Image.Image:
-    """Rows of pictures enlarged to `size` pixels (hard-edged when small), a caption above each row."""
+    """Rows of pictures whose longer side becomes `size` pixels (hard-edged when small), a caption above each row."""
     if not rows or not any(rows):
         raise ValueError("a contact sheet needs at least one picture")
     margin, columns = 4, max(len(row) for row in rows)
@@ -58,8 +58,9 @@ def contact_sheet(
         if captions:
             draw.text((margin, top), captions[i], fill="black", font=font)
         for j, picture in enumerate(row):
-            enlarge = Image.Resampling.NEAREST if picture.width <= size else Image.Resampling.LANCZOS
-            fitted = picture.resize((size, round(size * picture.height / picture.width)), enlarge)
-            fitted = fitted.crop((0, 0, size, size)) if fitted.height > size else fitted
-            sheet.paste(fitted, (margin + j * (size + margin), top + height_of_caption))
+            longer = max(picture.size)
+            enlarge = Image.Resampling.NEAREST if longer <= size else Image.Resampling.LANCZOS
+            w, h = (max(1, round(size * side / longer)) for side in picture.size)
+            corner = margin + j * (size + margin) + (size - w) // 2, top + height_of_caption + (size - h) // 2
+            sheet.paste(picture.resize((w, h), enlarge), corner)
     return sheet

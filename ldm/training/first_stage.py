@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,9 +30,9 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
     return autoencoder
 
 
-def latent_shape(autoencoder: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
-    """(C, h, w) of what an autoencoder makes of square images; ValueError if its factor does not divide them."""
-    return LatentCodec(autoencoder).latent_shape(resolution, resolution)
+def latent_shape(autoencoder: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of what an autoencoder makes of images of `size` (height, width), which its factor divides."""
+    return LatentCodec(autoencoder).latent_shape(*size)
 
 
 def autoencoder_loss(images: Tensor, reconstruction: Tensor, moments: Tensor, kl_weight: float) -> Tensor:
@@ -92,15 +92,18 @@ def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: t
     """Up to twelve images, evenly from the whole data set, above their reconstructions."""
     assert isinstance(averaged, AutoencoderKL)
     count = min(12, len(images))
-    batch = _stack(images, [i * len(images) // count for i in range(count)], device)
-    return contact_sheet([to_pil(batch), to_pil(averaged(batch)[0])], ["images", "reconstructions"])
+    originals, reconstructions = [], []
+    for i in range(count):  # one by one, since their sizes differ
+        image = _stack(images, [i * len(images) // count], device)
+        originals += to_pil(image)
+        reconstructions += to_pil(averaged(image)[0])
+    return contact_sheet([originals, reconstructions], ["images", "reconstructions"])
 
 
 def _in_batches(images: CaptionedImages, device: torch.device, limit: int) -> Iterator[Tensor]:
-    count = min(limit, len(images))
-    for start in range(0, count, IMAGES_AT_ONCE):
-        yield _stack(images, range(start, min(start + IMAGES_AT_ONCE, count)), device)
+    for chunk in images.chunks(IMAGES_AT_ONCE, limit):
+        yield _stack(images, chunk, device)
 
 
-def _stack(images: CaptionedImages, indices: Sequence[int], device: torch.device) -> Tensor:
-    return to_signed(torch.stack([images.image_at(index) for index in indices])).to(device)  # [B, 3, R, R]
+def _stack(images: CaptionedImages, indices: list[int], device: torch.device) -> Tensor:
+    return to_signed(torch.stack([images.image_at(index) for index in indices])).to(device)  # [B, 3, h, w]

@@ -40,9 +40,12 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
         run.print(f"  skipped {skipped.path}: {skipped.reason}")
     if len(source.skipped) > SKIPPED_SHOWN:
         run.print(f"  … and {len(source.skipped) - SKIPPED_SHOWN} more")
-    run.check_data(training)
-    images = CaptionedImages(training, config, run.config.seed)
-    return images, CaptionedImages(held_out, config, run.config.seed) if held_out else None
+    images = CaptionedImages(training, config, run.config.seed, batch_size=run.config.train.batch_size)
+    run.check_data(images)
+    if config.bucketed:
+        run.print(images.buckets.line())
+    sizes = images.buckets.sizes
+    return images, CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
 
 
 def report_captions(text_encoder: TextEncoder, images: CaptionedImages, run: Run) -> None:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
-from ldm.data import Batch, CaptionedImages, Sample, SampleOrder, collate, generator, micro_batches
+from ldm.data import Batch, CaptionedImages, collate, generator, micro_batches
 from ldm.pipelines import save_png
 from ldm.training.files import damage, difference, flattened, hashes, locked, step_of, tensors_digest
 from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer, trained_names
@@ -150,23 +150,26 @@ class Run:
         if self.is_main:
             tqdm.write(text)
 
-    def check_data(self, samples: Sequence[Sample]) -> None:
+    def check_data(self, images: CaptionedImages) -> None:
         """Remembers what is trained on; refuses a batch that cannot be made, and other samples than those resumed.
 
         Raises:
             ValueError: before anything is written.
         """
-        self.micro_batches(len(samples), 0, 0)
+        self.micro_batches(images, 0, 0)
         digest = hashlib.sha256()
-        for sample in samples:
+        for sample in images.samples:
             digest.update(repr((sample.id, sample.digest, sample.captions)).encode("utf-8", "surrogatepass"))
-        self._data = {"samples": len(samples), "sha256": digest.hexdigest()}
+        if len(images.buckets.sizes) > 1:  # the order of batches follows from them
+            digest.update(repr((images.buckets.sizes, images.buckets.assignment)).encode())
+        self._data = {"samples": len(images), "sha256": digest.hexdigest()}
         if self._resumed is not None:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
             if stored != self._data:
                 raise ValueError(
-                    f"{self._resumed} was trained on {stored['samples']} images and now there are {len(samples)}, or "
-                    "other names, pictures or captions; restore the data, or start a new run in another output_dir"
+                    f"{self._resumed} was trained on {stored['samples']} images and now there are {len(images)}, "
+                    "or other names, pictures, captions or aspect ratios; restore the data, or start a new run in "
+                    "another output_dir"
                 )
 
     def settle(self, config: LDMConfig) -> None:
@@ -175,13 +178,14 @@ class Run:
         if self._resumed is not None:
             self._check_config(self._resumed)
 
-    def micro_batches(self, length: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """What this process reads of `length` samples; ValueError if they do not make a batch, or it does not split."""
+    def micro_batches(
+        self, images: CaptionedImages, first_step: int, last_step: int
+    ) -> Iterator[list[tuple[int, int]]]:
+        """What this process reads of the images; ValueError if they do not make a batch, or it does not split."""
         return micro_batches(
-            SampleOrder(length, self.config.seed),
+            images.order(self.config.train.batch_size),
             first_step=first_step,
             last_step=last_step,
-            batch_size=self.config.train.batch_size,
             accumulation=self.config.train.gradient_accumulation_steps,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
@@ -190,7 +194,7 @@ class Run:
     def batches(self, images: CaptionedImages) -> Iterator[Batch]:
         """This process's micro-batches from the present step to the last, in the order of the whole run."""
         train = self.config.train
-        sampler = self.micro_batches(len(images), self.step, train.max_steps)
+        sampler = self.micro_batches(images, self.step, train.max_steps)
         loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=train.num_workers)
         self._bar = tqdm(
             total=train.max_steps,

@@ -1,3 +1,4 @@
+import itertools
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,6 @@ from ldm.data import (
     DataConfig,
     Item,
     Sample,
-    SampleOrder,
     collate,
     image_statistics,
     micro_batches,
@@ -57,8 +57,21 @@ def dataset(count: int = 12, seed: int = 0, **options: object) -> CaptionedImage
     return CaptionedImages(samples(count), config, seed)
 
 
+SHAPES = ((40, 20), (20, 40), (30, 30), (44, 20), (33, 24))  # (width, height)
+
+
+def bucketed(count: int = 20, batch_size: int = 1, **options: object) -> CaptionedImages:
+    """Images of five shapes in turn, at about 16² pixels: two of them near enough to share 12x24."""
+    mixed = [
+        replace(s, decode=partial(noise, width=w, height=h), size=(w, h))
+        for s, (w, h) in zip(samples(count), itertools.cycle(SHAPES))
+    ]
+    config = DataConfig(**{"path": "anything", "resolution": 16, "buckets": True} | options)  # type: ignore[arg-type]
+    return CaptionedImages(mixed, config, 0, batch_size=batch_size)
+
+
 def same(one: Item, other: Item) -> bool:
-    named = [(item.id, item.epoch, item.index, item.caption, item.flipped) for item in (one, other)]
+    named = [(item.id, item.epoch, item.index, item.caption, item.flipped, item.size) for item in (one, other)]
     return named[0] == named[1] and torch.equal(seen(one), seen(other))
 
 
@@ -138,11 +151,12 @@ def test_images_are_kept_within_the_budget(cache_bytes: int, crop: str, loads_of
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_workers_change_nothing_and_share_the_cache(crop: str) -> None:
-    data = dataset(flip=True, crop=crop)
+@pytest.mark.parametrize("buckets", [False, True])
+def test_workers_change_nothing_and_share_the_cache(crop: str, buckets: bool) -> None:
+    data = bucketed(batch_size=4, flip=True, crop=crop) if buckets else dataset(flip=True, crop=crop)
 
     def batches(workers: int) -> list[Batch]:
-        sampler = list(micro_batches(SampleOrder(12, seed=0), first_step=1, last_step=6, batch_size=8))
+        sampler = list(micro_batches(data.order(4), first_step=1, last_step=15))
         context = "fork" if workers else None
         return list(
             DataLoader(
@@ -158,17 +172,18 @@ def test_workers_change_nothing_and_share_the_cache(crop: str) -> None:
     if crop == "center":
         assert data._cache.filled.all()  # by the workers: this process has read nothing so far
     for one, other in zip(forked, batches(0), strict=True):
-        assert (one.ids, one.captions) == (other.ids, other.captions)
+        assert (one.ids, one.captions, one.size) == (other.ids, other.captions, other.size)
         assert torch.equal(one.indices, other.indices)
         assert torch.equal(one.flipped, other.flipped)
         assert torch.equal(seen(one), seen(other))
 
 
-def test_a_data_set_travels_to_a_spawned_process() -> None:
-    data = dataset(flip=True)
+@pytest.mark.parametrize("data", [dataset(flip=True), bucketed(12, flip=True, batch_size=3)])
+def test_a_data_set_travels_to_a_spawned_process(data: CaptionedImages) -> None:
     data.image_at(0)
     travelled = pickle.loads(pickle.dumps(data))
     assert all(same(travelled[1, index], data[1, index]) for index in range(12))
+    assert travelled.order(3).batch(7) == data.order(3).batch(7)
 
 
 def test_without_images_the_draws_are_the_same_and_nothing_is_loaded() -> None:
@@ -183,6 +198,7 @@ def test_without_images_the_draws_are_the_same_and_nothing_is_loaded() -> None:
         positions = [(epoch, index) for epoch in range(4) for index in range(4)]
         batch, full = (collate([one[position] for position in positions]) for one in (without, data))
         assert batch.images is None
+        assert batch.size == full.size == (8, 8)
         assert (batch.ids, batch.epochs, batch.captions) == (full.ids, full.epochs, full.captions)
         assert torch.equal(batch.flipped, full.flipped)
 
@@ -195,8 +211,106 @@ def test_collate_keeps_the_order() -> None:
     assert batch.captions == [data[0, 4].caption, data[1, 2].caption]
     assert (batch.indices.dtype, batch.indices.tolist()) == (torch.int64, [4, 2])
     assert (batch.flipped.dtype, batch.flipped.tolist()) == (torch.bool, [False, False])
+    assert batch.size == (8, 8)
     assert (seen(batch).dtype, seen(batch).shape) == (torch.uint8, (2, 3, 8, 8))
     assert torch.equal(seen(batch)[1], data.image_at(2))
+
+
+def test_buckets_come_with_the_resolution_and_without_them_all_is_square() -> None:
+    def sizes(**options: object) -> tuple[tuple[int, int], ...]:
+        config = DataConfig(path="anything", **options)  # type: ignore[arg-type]
+        return CaptionedImages(samples(4, width=24, height=12), config, 0).buckets.sizes
+
+    assert sizes(resolution=128) == ((128, 128),)
+    assert sizes(resolution=129) != ((129, 129),)
+    assert sizes(resolution=256) == ((192, 352),)
+    assert sizes(resolution=256, buckets=False) == ((256, 256),)
+    assert sizes(resolution=128, buckets=True) == ((96, 176),)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_an_image_has_the_size_of_its_bucket_and_covers_it(crop: str) -> None:
+    data = bucketed(crop=crop)
+    assert data.buckets.sizes == ((24, 12), (16, 16), (12, 20), (12, 24))
+    assert [data.shape_of(index) for index in range(5)] == [(12, 24), (24, 12), (16, 16), (12, 24), (12, 20)]
+    for index in range(20):
+        height, width = data.shape_of(index)
+        item = data[3, index]
+        assert item.size == (height, width)
+        assert data.image_at(index).shape == seen(item).shape == (3, height, width)
+    # 40x20 has the shape of 12x24: all of it is there, whatever is drawn.
+    whole = noise(stored(0), 40, 20).image.resize((24, 12), Image.Resampling.BICUBIC)
+    assert np.array_equal(seen(data[0, 0]).permute(1, 2, 0).numpy(), np.asarray(whole))
+    # 44x20 is resized to a height of 12 and cropped to a width of 24 of 26.
+    seen_parts = {seen(data[epoch, 3]).numpy().tobytes() for epoch in range(40)}
+    assert len(seen_parts) == (1 if crop == "center" else 3)
+
+
+def test_a_size_that_is_not_known_is_learned_from_the_image() -> None:
+    known = bucketed()
+    unknown = CaptionedImages([replace(s, size=None) for s in known.samples], known.config, 0)
+    assert unknown.buckets == known.buckets
+
+    def fail() -> bytes:
+        raise OSError("gone")
+
+    broken = [replace(known.samples[0], read=fail, size=None)]
+    with pytest.raises(ValueError, match="s0 could be read before, and now cannot: gone"):
+        CaptionedImages(broken, known.config, 0)
+    # Squares need no sizes, so nothing is read.
+    CaptionedImages(broken, replace(known.config, buckets=False), 0)
+
+
+def test_small_buckets_are_given_up_and_held_out_images_take_the_sizes_of_training() -> None:
+    merged = bucketed(batch_size=5)
+    assert merged.buckets.sizes == ((16, 16), (12, 24))
+    assert merged.buckets.moved == 8
+    order = merged.order(5)
+    assert {merged.shape_of(index) for step in range(20) for _, index in order.batch(step)} == {(16, 16), (12, 24)}
+    assert all(len({merged.shape_of(i) for _, i in order.batch(step)}) == 1 for step in range(50))
+    held_out = CaptionedImages(merged.samples[1:2], merged.config, 0, sizes=merged.buckets.sizes)
+    assert held_out.shape_of(0) == (16, 16)
+    assert CaptionedImages(merged.samples[1:2], merged.config, 0).shape_of(0) == (24, 12)
+
+
+def test_chunks_have_one_shape_and_all_images() -> None:
+    data = bucketed()
+    chunks = data.chunks(3)
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(20))
+    assert all(len({data.shape_of(index) for index in chunk}) == 1 for chunk in chunks)
+    assert max(map(len, chunks)) == 3
+    assert chunks[:2] == [[1, 6, 11], [16]]
+    assert sorted(index for chunk in data.chunks(3, limit=7) for index in chunk) == list(range(7))
+    assert dataset(8).chunks(3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert dataset(8).chunks(3, limit=4) == [[0, 1, 2], [3]]
+    assert dataset(8).chunks(9, limit=100) == [list(range(8))]
+
+
+def test_images_of_any_shape_are_kept_within_the_budget() -> None:
+    loads: list[str] = []
+    data = bucketed(5)
+    counting = [replace(s, read=partial(counted, loads, s.id, s.read)) for s in data.samples]
+    needed = [3 * h * w + 1 for h, w in map(data.shape_of, range(5))]
+    for fitting in range(6):
+        for spare in (0, min(needed) - 1):
+            kept = CaptionedImages(counting, data.config, 0, sum(needed[:fitting]) + spare * (fitting < 5))
+            loads.clear()
+            for _ in range(2):
+                images = [kept.image_at(index) for index in (4, 2, 0, 3, 1)]
+            assert loads == [f"s{i}" for i in (4, 2, 0, 3, 1)] + [f"s{i}" for i in (4, 2, 0, 3, 1) if i >= fitting]
+            assert all(torch.equal(a, data.image_at(i)) for a, i in zip(images, (4, 2, 0, 3, 1), strict=True))
+
+
+def test_sizes_that_a_codec_does_not_divide_are_refused() -> None:
+    bucketed().check_factor(4)
+    with pytest.raises(ValueError, match=r"24x12 is not .* factor 8; .* multiple of 64, such as 64, or data\.buckets"):
+        bucketed().check_factor(8)
+    with pytest.raises(ValueError, match=r"14x14 .* factor 4; set data\.resolution to a multiple of 32, such as 32$"):
+        CaptionedImages([replace(samples(1)[0], size=(14, 14))], bucketed(resolution=14).config, 0).check_factor(4)
+    with pytest.raises(ValueError, match=r"15x15 .* factor 4; set data\.resolution to a multiple of 4, such as 16$"):
+        dataset(resolution=15).check_factor(4)
+    for resolution in range(64, 1025, 64):  # the way out that is named leads out
+        bucketed(resolution=resolution).check_factor(8)
 
 
 def test_bytes_to_signed_and_back_is_exact_and_rounds_as_diffusers_does() -> None:
@@ -223,6 +337,14 @@ def test_statistics_are_those_of_all_pixels() -> None:
     mirrored = image_statistics(CaptionedImages(data.samples[::-1], data.config, seed=0))
     assert torch.equal(mirrored[0], mean)
     assert torch.equal(mirrored[1], std)
+
+
+def test_statistics_count_pixels_alike_whatever_the_shape() -> None:
+    data = bucketed(7)
+    pixels = torch.cat([data.image_at(index).flatten(1) for index in range(7)], dim=1).double() / 127.5 - 1
+    mean, std = image_statistics(data)
+    torch.testing.assert_close(mean, pixels.mean(1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(std, pixels.std(1, correction=0), rtol=1e-13, atol=0)
 
 
 def test_a_constant_channel_has_a_deviation_to_divide_by() -> None:

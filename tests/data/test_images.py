@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images import decode, square, to_rgb
+from ldm.data.images import cover, decode, to_rgb
 
 WHITE = (255, 255, 255)
 GREEN = (0, 128, 0)
@@ -102,7 +102,7 @@ def test_a_square_at_its_own_size_is_cut_out_at_whole_pixels(width: int, height:
         (1 - 1e-9, max(width, height) - 10),
     ):
         cut = pixels[:, :, start : start + 10] if width > height else pixels[:, start : start + 10]
-        result = square(image, 10, place)
+        result = cover(image, (10, 10), place)
         assert (result.dtype, result.shape, result.is_contiguous()) == (torch.uint8, (3, 10, 10), True)
         assert torch.equal(result, cut), (width, height, place)
 
@@ -113,13 +113,38 @@ def test_resizing_and_cutting_in_one_pass_equals_both_in_turn() -> None:
     short_side_first = image.resize((60, 20), Image.Resampling.BICUBIC)
     for place, left in ((0.0, 0), (0.5, 20), (1 - 1e-9, 40)):
         expected = np.asarray(short_side_first)[:, left : left + 20].transpose(2, 0, 1).astype(int)
-        assert np.abs(square(image, 20, place).numpy().astype(int) - expected).max() <= 1
+        assert np.abs(cover(image, (20, 20), place).numpy().astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("size", "native", "spare"), [
+    ((20, 40), (120, 40), (20, 0)),  # wider than the target: the width is cropped
+    ((20, 40), (60, 50), (0, 13)),
+    ((40, 20), (50, 60), (13, 0)),
+    ((20, 40), (80, 40), (0, 0)),
+    ((20, 40), (20, 11), (0, 2)),  # smaller than the target: enlarged until it is covered
+])  # fmt: skip
+def test_an_image_is_resized_until_it_covers_the_size_and_no_further(
+    size: tuple[int, int], native: tuple[int, int], spare: tuple[int, int]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (native[1], native[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    (height, width), (across, down) = size, spare
+    for place in (0.0, 0.5, 0.3, 1 - 1e-9):
+        left, top = int(place * (across + 1)), int(place * (down + 1))
+        # Both steps in turn; the resized side that is cropped need not be whole, so it is resized with a box.
+        scale = min(native[0] / width, native[1] / height)
+        whole = (width + across, height + down)
+        covering = image.resize(whole, Image.Resampling.BICUBIC, box=(0, 0, *(side * scale for side in whole)))
+        expected = np.asarray(covering)[top : top + height, left : left + width].transpose(2, 0, 1).astype(int)
+        result = cover(image, size, place)
+        assert (result.dtype, tuple(result.shape), result.is_contiguous()) == (torch.uint8, (3, *size), True)
+        assert np.abs(result.numpy().astype(int) - expected).max() <= 1, place
 
 
 def test_shrinking_is_antialiased() -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
-    assert (square(Image.fromarray(stripes), 16).int() - 128).abs().max() < 12
+    assert (cover(Image.fromarray(stripes), (16, 16)).int() - 128).abs().max() < 12
 
 
 def test_rgb_stays_as_it_is() -> None:
