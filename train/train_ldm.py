@@ -36,9 +36,10 @@ def train(config: LDMConfig, resume: bool) -> Path:
     run.start(networks)
     frozen = run.write_once("frozen", pipeline.save_frozen)
 
-    encoded = EncodedImages(images, codec, text_encoder, device=run.device, show_progress=run.is_main)
+    encoders = parts.make_encoders(config, codec, text_encoder, run)
+    encoded = EncodedImages(images, encoders)
     parts.report_latents(encoded, run)
-    held_out_encoded = held_out and EncodedImages(held_out, codec, text_encoder, device=run.device)
+    held_out_encoded = held_out and EncodedImages(held_out, encoders)
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from PIL import Image
@@ -17,7 +19,7 @@ from ldm.models import AutoencoderKL, UNet, UNetConfig, enable_gradient_checkpoi
 from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder
 from ldm.training.draws import keyed_draws
-from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages
+from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders
 from ldm.training.run import Run
 
 SKIPPED_SHOWN = 10
@@ -91,6 +93,30 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder, run: R
     set_attention_backend(unet, config.train.attention)
     enable_gradient_checkpointing(unet, config.train.gradient_checkpointing)
     return unet
+
+
+def make_encoders(config: LDMConfig, codec: Codec, text_encoder: TextEncoder, run: Run) -> Encoders:
+    """What encodes images and captions, a share in each process of the run, into `data.cache_dir`."""
+    return Encoders(
+        codec,
+        text_encoder,
+        config.data.cache_folder,
+        device=run.device,
+        rank=run.accelerator.process_index,
+        world=run.accelerator.num_processes,
+        wait=_patient_barrier(run.accelerator.num_processes),
+        num_workers=config.train.num_workers,
+        print=run.print,
+        show_progress=run.is_main,
+    )
+
+
+def _patient_barrier(processes: int) -> Callable[[], None]:
+    """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
+    if processes == 1:
+        return lambda: None
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return lambda: torch.distributed.barrier(group)
 
 
 def report_latents(encoded: EncodedImages, run: Run) -> None:
