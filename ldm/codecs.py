@@ -7,6 +7,10 @@ assume. Images are float [B, 3, H, W] in [−1, 1]; what is diffused is called l
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models import AutoencoderKL, sample_posterior
+
+Draw = Callable[[Tensor, Tensor | None], Tensor]
+
+# Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
+_NOT_OF_MOMENTS = frozenset(
+    {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "scaling_factor", "shift_factor",
+     "force_upcast"}
+)  # fmt: skip
 
 
 class Codec(Protocol):
@@ -40,6 +52,14 @@ class Codec(Protocol):
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] from moments; `noise` [B, C, h, w] draws from the posterior, None takes its mean."""
+        ...
+
+    def drawing(self) -> Draw:
+        """`draw` as it is now, without a network: all that is needed of the codec once the moments are known."""
+        ...
+
+    def fingerprint(self) -> str | None:
+        """32 hexadecimal digits that name the function `moments`; None where it is the identity."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -94,6 +114,12 @@ class PixelCodec(nn.Module):
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return (moments - self.mean) / self.std
 
+    def drawing(self) -> Draw:
+        return self.draw
+
+    def fingerprint(self) -> str | None:
+        return None
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents * self.std + self.mean
 
@@ -136,10 +162,29 @@ class LatentCodec(nn.Module):
         return self.autoencoder.encode(images)
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        return (sample_posterior(moments, noise) - self.mean) / self.std
+        return _drawn(moments, noise, mean=self.mean, std=self.std)
+
+    def drawing(self) -> Draw:
+        return partial(_drawn, mean=self.mean, std=self.std)
+
+    def fingerprint(self) -> str | None:
+        """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
+        so that first stages which differ in them alone share what is kept.
+        """
+        config = {key: value for key, value in self.autoencoder.config.to_dict().items() if key not in _NOT_OF_MOMENTS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, value in sorted(self.autoencoder.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents * self.std + self.mean)
 
     def project(self, original: Tensor) -> Tensor:
         return original
+
+
+def _drawn(moments: Tensor, noise: Tensor | None, *, mean: float, std: float) -> Tensor:
+    return (sample_posterior(moments, noise) - mean) / std

@@ -5,7 +5,7 @@ accelerate launch train/train_ldm.py --config configs/digits.yaml --set train.ma
 
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config import LDMConfig
 from ldm.data import Batch
@@ -24,7 +24,9 @@ def train(config: LDMConfig, resume: bool) -> Path:
     images, held_out = parts.open_images(config.data, run)
     config = parts.settle(config, images, run)
     pipeline = parts.make_pipeline(config, images, run)
-    codec, schedule = pipeline.codec, NoiseSchedule.from_config(pipeline.schedule)
+    images.check_factor(pipeline.codec.factor)
+    schedule = NoiseSchedule.from_config(pipeline.schedule)
+    prediction_type = pipeline.schedule.prediction_type
 
     # What of it learns, and the moving average of that, which is what is shipped.
     unet = finetune.prepare(pipeline.unet, config)
@@ -35,19 +37,19 @@ def train(config: LDMConfig, resume: bool) -> Path:
 
     # What the frozen networks say of the data is encoded once; then they leave memory, and come back to draw samples.
     frozen = parts.freeze(pipeline, config, run)
-    encoded = EncodedImages.of(images, pipeline, run)
-    held_out_encoded = held_out and EncodedImages.of(held_out, pipeline, run)
+    encoders = parts.make_encoders(config, pipeline, run)
+    encoded = EncodedImages(images, encoders)
+    held_out_encoded = held_out and EncodedImages(held_out, encoders)
     parts.report_encoded(encoded, pipeline.text_encoder, run)
-    prediction_type = pipeline.schedule.prediction_type
-    del pipeline
+    del pipeline, encoders
 
-    def loss_of(batch: Batch) -> Tensor:
+    def loss_of(network: nn.Module, batch: Batch) -> Tensor:
         draws = keyed_draws(
             config.seed,
             batch.epochs,
             batch.ids,
             run.step,
-            shape=codec.latent_shape(*batch.size),
+            shape=encoded.latent_shape(*batch.size),
             num_train_timesteps=schedule.num_train_timesteps,
             caption_dropout=config.train.caption_dropout,
             device=run.device,
@@ -55,7 +57,7 @@ def train(config: LDMConfig, resume: bool) -> Path:
         latents = encoded.latents(batch, draws.posterior)
         condition = drop_conditioning(encoded.text(batch.captions), encoded.null, draws.dropped)
         return diffusion_loss(
-            model,
+            network,
             schedule,
             latents,
             condition,
@@ -64,12 +66,13 @@ def train(config: LDMConfig, resume: bool) -> Path:
             prediction_type=prediction_type,
         ).mean()
 
+    def export(folder: Path) -> None:
+        parts.export(folder, ema.module, frozen, config)
+
     def validate() -> None:
         if held_out_encoded:
-            run.measure(
-                lambda: parts.held_out_loss(ema.module, schedule, prediction_type, config, held_out_encoded)
-            )
-            run.keep_best("held_out_loss", lambda folder: parts.export(folder, ema.module, frozen, config))
+            run.measure(lambda: parts.held_out_loss(ema.module, schedule, prediction_type, config, held_out_encoded))
+            run.keep_best("held_out_loss", export)
 
     def draw_samples() -> None:
         run.save_sheet(lambda: parts.sample_sheet(frozen.pipeline(ema.module), config.sample))
@@ -77,11 +80,11 @@ def train(config: LDMConfig, resume: bool) -> Path:
     if run.step == 0 and config.start_from is not None:  # what the model could do before
         validate()
         draw_samples()
-    parts.plan_run(config, images, held_out, networks, frozen, run, loss_of, validate)
+    parts.plan_run(config, images, held_out, model, networks, frozen, run, loss_of)
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):
-            run.backward(loss_of(batch))
+            run.backward(loss_of(model, batch))
             run.optimize(model, optimizer, batch.ids)
 
         if run.accelerator.sync_gradients:  # an optimizer step, however many micro-batches it took
@@ -92,7 +95,7 @@ def train(config: LDMConfig, resume: bool) -> Path:
             if run.due(config.train.sample_every):
                 draw_samples()
             if run.due(config.train.checkpoint_every):
-                run.save_checkpoint(networks, lambda folder: parts.export(folder, ema.module, frozen, config))
+                run.save_checkpoint(networks, export)
 
     run.finish()
     return run.folder / config.export

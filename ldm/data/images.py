@@ -16,6 +16,9 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 # What is decoded is told by the bytes, not by the suffix, so the formats are limited here too: Pillow knows
 # some that start other programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# Raised when the way from stored bytes to pixels changes what comes out, in any source: encoded images are kept under
+# their bytes and this.
+TRANSFORM_VERSION = 1
 
 
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:

@@ -1,5 +1,7 @@
 """The text encoder: a frozen language model and its tokenizer, from captions to hidden states."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from ldm.text.files import Weights, copy_file, new_folder, write_json, write_wei
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
+# Entries of a config.json that say who wrote it, and how.
+_NOTES = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,29 @@ class TextEncoder:
         """
         tokens = self.tokenizer(_checked(captions), padding=False, truncation=False, verbose=False)
         return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that name this function of captions: weights, tokenizer, length and use of the mask.
+
+        The same for an encoder that was saved and loaded again.
+        """
+        files = self._files
+        tokenizer = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
+        settings = {
+            "config": {key: value for key, value in files.config.items() if key not in _NOTES},
+            # max_length below counts instead
+            "tokenizer": {key: value for key, value in tokenizer.items() if key != "model_max_length"},
+            "max_length": self.max_length,
+            "mask": self.uses_attention_mask,
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for path in files.tokenizer:
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        for name, value in sorted(self.model.state_dict().items()):
+            if not name.startswith("pooler."):  # not used, and random where the weights have none
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
     @property
     def library_classes(self) -> dict[str, tuple[str, str]]:

@@ -1,104 +1,357 @@
-"""What the frozen networks say about the data, encoded once and kept in memory where it fits."""
+"""What the frozen networks say about the data, encoded once and kept on disk.
+
+CACHE/moments/KEY/    posterior moments of images; KEY covers the encoder of the first stage
+CACHE/captions/KEY/   hidden states of captions; KEY covers the text encoder
+
+A row of moments stands under the image's bytes and the transform, a row of states under the caption. So what has
+changed, and nothing else, is encoded again. Only what is deterministic is kept: the posterior is drawn, and flips
+and captions are chosen and dropped, when a batch is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.codecs import Codec
-from ldm.data import Batch, CaptionedImages, to_signed
+from ldm.data import Batch, CaptionedImages, Sample, to_signed
+from ldm.data.images import TRANSFORM_VERSION
+from ldm.data.sources import digest_of
+from ldm.data.store import Rows, Store
 from ldm.text import TextEncoder
 
-CACHE_BYTES = 4 * 2**30
+# Raised when rows of one key come out otherwise than before.
+VERSION = 1
 IMAGES_AT_ONCE = 32
+CAPTIONS_AT_ONCE = 16
+# Larger images are encoded fewer at once: as many pixels as IMAGES_AT_ONCE have at 128 by 128.
+PIXELS_AT_ONCE = 32 * 128**2
+# What a killed process loses, at most.
+SHARD_ROWS, SHARD_BYTES = 256, 64 * 2**20
+STATISTICS_ROWS = 1024
+
+T = TypeVar("T")
 
 
 class EncodedImages:
-    """Posterior moments of the images and hidden states of the captions.
+    """Posterior moments of the images and hidden states of the captions, read from disk batch by batch.
 
-    Only what is deterministic is kept: the posterior is drawn anew, captions are chosen and dropped at batch
-    time. Random crops, or more data than `cache_bytes`, are encoded batch by batch instead, with the same
-    results.
+    With random crops, and on pixels, images are not kept but encoded batch by batch, and then alone the codec is
+    held on to: otherwise whoever made the encoders may free both networks.
 
     Args:
-        images: the data set; told to stop loading images once their moments are kept.
-        device: where the codec and the text encoder run.
+        images: the data set; told to stop loading images where their moments are kept.
+        encoders: what encodes all that is not in the cache yet, now.
+
+    Attributes:
+        null: states of the empty caption, [1, L, D] float32.
+        new_images, new_captions: how many were not in the cache.
     """
 
-    def __init__(
-        self,
-        images: CaptionedImages,
-        codec: Codec,
-        text_encoder: TextEncoder,
-        *,
-        device: torch.device,
-        cache_bytes: int = CACHE_BYTES,
-        show_progress: bool = True,
-    ) -> None:
+    def __init__(self, images: CaptionedImages, encoders: Encoders) -> None:
+        started = time.perf_counter()
         self.images = images
-        self.codec = codec
-        self.text_encoder = text_encoder
-        self.device = device
-        self.show_progress = show_progress
-        self.null = text_encoder([""]).to(device, torch.float32)  # [1, L, D]
-        captions = sorted({caption for sample in images.samples for caption in sample.captions})
-        self._rows = {caption: row for row, caption in enumerate(captions)}
-        self._states = self._encode_captions(captions, cache_bytes)
-        self._moments = self._encode_images(images, cache_bytes)
+        self.device = encoders.device
+        captions = sorted({"", *(caption for sample in images.samples for caption in sample.captions)})
+        self._row_of = {caption: row for row, caption in enumerate(captions)}
+        self._states, self.new_captions = encoders.encode_captions(captions)
+        self._moments, self.new_images = encoders.encode_images(images)
+        self._draw = encoders.codec.drawing()
+        self._codec = encoders.codec if self._moments is None else None
+        self._channels, self._factor = encoders.codec.channels, encoders.codec.factor
+        self.null = self.text([""])
         images.with_images = self._moments is None
+        kept = "" if self._moments is None else f"{self.new_images} of {len(images)} images and "
+        encoders.print(
+            f"encoded {kept}{self.new_captions} of {len(captions)} captions (with the empty one) in "
+            f"{time.perf_counter() - started:.1f} s; all are kept in {encoders.cache_folder}"
+        )
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of images of `height` × `width` pixels."""
+        assert height % self._factor == width % self._factor == 0, (height, width)
+        return self._channels, height // self._factor, width // self._factor
 
     @torch.no_grad()
     def latents(self, batch: Batch, posterior: Tensor | None) -> Tensor:
         """Latents [B, C, h, w] float32, drawn with `posterior` [B, C, h, w]; None takes the mean."""
         if self._moments is None:
-            assert batch.images is not None
-            moments = self.codec.moments(to_signed(batch.images).to(self.device))
+            assert batch.images is not None and self._codec is not None
+            moments = self._codec.moments(to_signed(batch.images).to(self.device))
         else:
-            flip = batch.flipped.to(torch.int64) if self._moments.shape[1] > 1 else torch.zeros_like(batch.indices)
-            moments = self._moments[batch.indices, flip].to(self.device)  # [B, M, h, w]
-        return self.codec.draw(moments, posterior)
+            moments = self._moments[batch.indices + len(self.images) * batch.flipped].to(self.device)  # [B, M, h, w]
+        return self._draw(moments, posterior)
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """Hidden states [B, L, D] float32 of captions of the data, or the empty one."""
+        return self._states[[self._row_of[caption] for caption in captions]].to(self.device)
 
     @torch.no_grad()
-    def text(self, captions: Sequence[str]) -> Tensor:
-        """Hidden states [B, L, D] float32."""
-        if self._states is None:
-            return self.text_encoder(captions).to(self.device, torch.float32)
-        return self._states[[self._rows[caption] for caption in captions]].to(self.device)
-
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation [C] of the latents over the data, from up to 1,024 images; None if nothing is kept."""
+        """Mean and deviation [C] of the latents over the data, from about 1,024 images; None if nothing is kept."""
         if self._moments is None:
             return None
-        moments = self._moments[:: max(1, len(self._moments) // 1024), 0]  # [N, M, h, w]
-        latents = self.codec.draw(moments.to(self.device))
-        return latents.mean(dim=(0, 2, 3)).cpu(), latents.std(dim=(0, 2, 3)).cpu()
+        chosen = range(0, len(self.images), max(1, len(self.images) // STATISTICS_ROWS))
+        shapes = _shapes(self.images)
+        values = []
+        for group in _grouped(chosen, lambda index: shapes[index]).values():
+            for part in _parts(group, IMAGES_AT_ONCE):
+                latents = self._draw(self._moments[part].to(self.device), None)  # [b, C, h, w]
+                values.append(latents.transpose(0, 1).flatten(1).cpu())  # [C, b·h·w]
+        joined = torch.cat(values, dim=1)
+        return joined.mean(dim=1), joined.std(dim=1)
 
-    def _encode_captions(self, captions: list[str], cache_bytes: int) -> Tensor | None:
-        if len(captions) * self.null.numel() * 4 > cache_bytes:
-            return None
-        chunks = self._chunks(captions, "encoding captions")
-        return torch.cat([self.text_encoder(chunk).to("cpu", torch.float32) for chunk in chunks])  # [N, L, D]
 
-    @torch.no_grad()
-    def _encode_images(self, images: CaptionedImages, cache_bytes: int) -> Tensor | None:
+class Encoders:
+    """Both frozen networks, and the stores of what they have said.
+
+    A row is a function of its image or caption alone, bit for bit, whatever else is encoded with it: batches have
+    one size for each shape of image, and arithmetic is float32 whatever the run trains in.
+
+    Several processes encode a share each, then wait for each other.
+
+    Args:
+        cache_folder: holds the stores; made when something is written.
+        device: where both networks are.
+        rank, world: this process, and how many there are.
+        wait: returns when all processes have called it, however long that takes.
+        num_workers: processes that load and decode images; 0 does so in this one.
+        print: is told what was encoded, and of damaged files.
+        show_progress: whether long work shows a bar.
+
+    Raises:
+        ValueError: here and in `encode_…`, if the cache cannot be written or an image has become unreadable.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        cache_folder: Path,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        wait: Callable[[], None] = lambda: None,
+        num_workers: int = 0,
+        print: Callable[[str], None] = print,
+        show_progress: bool = False,
+    ) -> None:
+        self.codec, self.text_encoder = codec, text_encoder
+        self.cache_folder, self.device = cache_folder, device
+        self.print = print
+        self._rank, self._world, self._wait = rank, world, wait
+        self._num_workers, self._show_progress = num_workers, show_progress
+        self._captions = Store(cache_folder / "captions" / f"{text_encoder.fingerprint()}-{VERSION}", print)
+        name = codec.fingerprint()
+        self._moments = None if name is None else Store(cache_folder / "moments" / f"{name}-{VERSION}", print)
+
+    def encode_captions(self, captions: Sequence[str]) -> tuple[Rows, int]:
+        """States of captions, a row [L, D] float32 each, and how many of them were new."""
+        keys = [digest_of(caption.encode("utf-8", "surrogatepass")) for caption in captions]
+
+        def encode(missing: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+            row_bytes = self.text_encoder.max_length * self.text_encoder.hidden_size * 4
+            for part in _parts(missing, _shard_rows(row_bytes)):
+                batches = _parts(part, CAPTIONS_AT_ONCE)
+                yield part, torch.cat([self._states_of([captions[i] for i in batch]) for batch in batches])  # [N, L, D]
+
+        return self._filled(self._captions, keys, len(keys), encode, "captions")
+
+    def encode_images(self, images: CaptionedImages) -> tuple[Rows | None, int]:
+        """Moments of images, a row [M, h, w] float32 each, all unflipped before all flipped, and how many images
+        were new. None where they cannot be kept.
+        """
+        if self._moments is None:  # images themselves are diffused
+            return None, 0
         if images.config.crop == "random":
-            return None
-        flips = (False, True) if images.config.flip else (False,)
+            self.print('latents are not cached: data.crop is "random", so that every step shows other crops')
+            return None, 0
+        keys, shapes, count = _image_keys(images), _shapes(images), len(images)
 
-        def encode(indices: Sequence[int], flipped: bool) -> Tensor:
-            pixels = torch.stack([images.image_at(index, flipped) for index in indices])  # [B, 3, R, R]
-            return self.codec.moments(to_signed(pixels).to(self.device)).cpu()
+        def encode(missing: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+            return self._moments_by_shard(images, shapes, missing)
 
-        if encode([0], False).nbytes * len(flips) * len(images) > cache_bytes:
-            return None
-        chunks = self._chunks(range(len(images)), "encoding images")
-        parts = [torch.stack([encode(chunk, flipped) for flipped in flips], dim=1) for chunk in chunks]
-        return torch.cat(parts)  # [N, flips, M, h, w]
+        return self._filled(self._moments, keys, count, encode, "images")
 
-    def _chunks(self, things: Sequence, what: str) -> Sequence:  # type: ignore[type-arg]
-        starts = range(0, len(things), IMAGES_AT_ONCE)
-        bar = tqdm(starts, desc=what, leave=False, disable=not self.show_progress or len(things) < 500)
-        return [things[start : start + IMAGES_AT_ONCE] for start in bar]
+    # ---- the same for both
+
+    def _filled(
+        self,
+        store: Store,
+        keys: list[str],
+        count: int,
+        encode: Callable[[list[int]], Iterator[tuple[list[int], Tensor]]],
+        what: str,
+    ) -> tuple[Rows, int]:
+        """The rows of `keys`, encoded where they are missing; those at p, p + count, … belong to one thing."""
+        missing = store.missing(keys)
+        new = len({position % count for position in missing})
+        self._wait()  # all have looked before the first writes
+        self._add(store, keys, [p for p in missing if p % count % self._world == self._rank], encode, what)
+        self._wait()
+        # Machines that share no folder each need all rows.
+        self._add(store, keys, store.missing(keys), encode, what)
+        return store.open(keys), new
+
+    def _add(
+        self,
+        store: Store,
+        keys: list[str],
+        missing: list[int],
+        encode: Callable[[list[int]], Iterator[tuple[list[int], Tensor]]],
+        what: str,
+    ) -> None:
+        to_come = len(missing)
+        bar = tqdm(
+            total=to_come,
+            desc=f"encoding {what}",
+            leave=False,
+            delay=3,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            disable=not self._show_progress,
+        )
+        with bar, torch.no_grad(), _exact(self.device):
+            for positions, rows in encode(missing) if missing else ():
+                if not bool(rows.isfinite().all()):
+                    raise ValueError(f"encoding {what} gave numbers that are not finite; the weights must be damaged")
+                to_come -= len(positions)
+                store.add([keys[p] for p in positions], rows, to_come)
+                bar.update(len(positions))
+
+    # ---- what the networks compute
+
+    def _states_of(self, captions: list[str]) -> Tensor:
+        """At most CAPTIONS_AT_ONCE captions → [B, L, D] on the CPU."""
+        padding = [""] * (CAPTIONS_AT_ONCE - len(captions))
+        return self.text_encoder([*captions, *padding])[: len(captions)].to("cpu", torch.float32)
+
+    def _moments_of(self, images: Tensor, size: int) -> Tensor:
+        """uint8 [B, 3, H, W], at most `size` of them → [B, M, h, w] on the CPU."""
+        padding = images[-1:].expand(size - len(images), -1, -1, -1)
+        moments = self.codec.moments(to_signed(torch.cat([images, padding])).to(self.device))
+        return moments[: len(images)].to("cpu", torch.float32)
+
+    def _moments_by_shard(
+        self, images: CaptionedImages, shapes: list[tuple[int, int]], missing: list[int]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Positions and rows of one shape at a time. An image whose two flips are missing is loaded once."""
+        flips = _grouped(missing, lambda position: position % len(images))  # index → its positions
+        groups = _grouped(flips, lambda index: (shapes[index], tuple(p >= len(images) for p in flips[index])))
+        jobs = [
+            (part, _at_once(*shape), flipped)
+            for (shape, flipped), indices in groups.items()
+            for part in _parts(indices, max(1, self._images_a_shard(*shape) // len(flipped)))
+        ]
+        batches = [batch for indices, size, _ in jobs for batch in _parts(indices, size)]
+        loader = iter(
+            DataLoader(
+                _Pixels(images),
+                batch_sampler=batches,
+                num_workers=self._num_workers,
+                collate_fn=list,
+                generator=torch.Generator(),  # a full cache must not change the random numbers of a run
+            )
+        )
+        for indices, size, flipped in jobs:
+            parts = []
+            for _ in _parts(indices, size):
+                pixels = _stacked(next(loader))
+                both = [self._moments_of(pixels.flip(-1) if mirror else pixels, size) for mirror in flipped]
+                parts.append(torch.stack(both))  # [flips, B, M, h, w]
+            positions = [index + len(images) * mirror for mirror in flipped for index in indices]
+            yield positions, torch.cat(parts, dim=1).flatten(0, 1)  # [flips · N, M, h, w]
+
+    def _images_a_shard(self, height: int, width: int) -> int:
+        channels, h, w = self.codec.latent_shape(height, width)
+        return _shard_rows(2 * channels * h * w * 4)  # mean and log-variance, float32
+
+
+class _Pixels(Dataset[Tensor | ValueError]):
+    """Images by index, unflipped, for a DataLoader. An error is handed over: raised in a worker it would be wrapped
+    in a traceback.
+    """
+
+    def __init__(self, images: CaptionedImages) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Tensor | ValueError:
+        try:
+            return self.images.image_at(index)
+        except ValueError as error:
+            return error
+
+
+def _stacked(images: list[Tensor | ValueError]) -> Tensor:
+    tensors = []
+    for image in images:
+        if isinstance(image, ValueError):
+            raise image
+        tensors.append(image)
+    return torch.stack(tensors)  # [B, 3, H, W]
+
+
+def _image_keys(images: CaptionedImages) -> list[str]:
+    """A key for each image, and with flips one more for each mirrored one."""
+    config = images.config
+    transform = (TRANSFORM_VERSION, config.resolution, config.crop, config.background_rgb)
+    # Reading and hashing release the interpreter lock.
+    with ThreadPoolExecutor() as pool:
+        unknown = iter(list(pool.map(_digest, [sample for sample in images.samples if sample.digest is None])))
+    named = list(zip([sample.digest or next(unknown) for sample in images.samples], _shapes(images), strict=True))
+    return [
+        digest_of(repr((*transform, shape, flipped, digest)).encode())
+        for flipped in ((False, True) if config.flip else (False,))
+        for digest, shape in named
+    ]
+
+
+def _digest(sample: Sample) -> str:
+    try:
+        return digest_of(sample.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{sample.id} cannot be read: {error}; restore or remove it") from error
+
+
+def _shapes(images: CaptionedImages) -> list[tuple[int, int]]:
+    """(height, width) of each image as it is encoded."""
+    return [images.shape_of(index) for index in range(len(images))]
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Arithmetic in full float32, in convolutions too, by algorithms that do not depend on what was timed as fastest:
+    what is kept must not depend on who was first to ask for it.
+    """
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.autocast(device.type, enabled=False), cudnn:
+        yield
+
+
+def _at_once(height: int, width: int) -> int:
+    return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+
+
+def _shard_rows(row_bytes: int) -> int:
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
+
+
+def _parts(things: list[T], size: int) -> list[list[T]]:
+    return [things[start : start + size] for start in range(0, len(things), size)]
+
+
+def _grouped(things: Any, key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from PIL import Image
@@ -16,7 +18,7 @@ from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_atte
 from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder, load_text_encoder
 from ldm.training.draws import keyed_draws
-from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages
+from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders
 from ldm.training.run import Run
 from ldm.training.space import load_first_stage
 
@@ -113,6 +115,30 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNe
     return UNet(complete)
 
 
+def make_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Encoders:
+    """What encodes images and captions, a share in each process of the run, into `data.cache_dir`."""
+    return Encoders(
+        pipeline.codec,
+        pipeline.text_encoder,
+        config.data.cache_folder,
+        device=run.device,
+        rank=run.accelerator.process_index,
+        world=run.accelerator.num_processes,
+        wait=_patient_barrier(run.accelerator.num_processes),
+        num_workers=config.train.num_workers,
+        print=run.print,
+        show_progress=run.is_main,
+    )
+
+
+def _patient_barrier(processes: int) -> Callable[[], None]:
+    """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
+    if processes == 1:
+        return lambda: None
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return lambda: torch.distributed.barrier(group)
+
+
 def report_latents(encoded: EncodedImages, run: Run) -> None:
     """Says how far what is diffused is from the zero mean and unit variance that the papers assume."""
     statistics = encoded.statistics()
@@ -199,25 +225,21 @@ def plan_run(
     config: LDMConfig,
     images: CaptionedImages,
     held_out: CaptionedImages | None,
+    model: nn.Module,
     networks: Networks,
     frozen: Frozen,
     run: Run,
-    loss_of: Callable[[Batch], Tensor],
-    predict: Callable[[nn.Module, Batch], Tensor],
+    loss_of: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
-    """Measures what the parts of the run cost, and says what is about to happen.
-
-    Args:
-        predict: one evaluation of a network on a micro-batch, as in validation and sampling.
-    """
-    step = probe.step_seconds(run, networks.model, images, loss_of)
+    """Measures what the parts of the run cost, and says what is about to happen."""
+    step = probe.step_seconds(run, model, images, loss_of)
     costs, trained = None, sum(p.numel() for p in networks.model.parameters() if p.requires_grad)
     export_bytes = 4 * (trained if config.export == "lora" else sum(p.numel() for p in networks.model.parameters()))
     inside = frozen.folder.is_relative_to(run.folder)
     frozen_bytes = sum(path.stat().st_size for path in frozen.folder.rglob("*") if path.is_file()) if inside else 0
     if run.is_main:
         sample = config.sample
-        one = probe.evaluation_seconds(run, networks.ema.module, images, predict)
+        one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         evaluations = 2 * sample.num_inference_steps * sample.images_per_prompt * len(sample.prompts)
         validated = min(len(held_out), config.train.validation_samples) if held_out else 0
         costs = probe.Costs(

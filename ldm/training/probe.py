@@ -34,7 +34,7 @@ class Costs:
     memory: int
 
 
-def step_seconds(run: Run, model: nn.Module, images: CaptionedImages, loss_of: Callable[[Batch], Tensor]) -> float:
+def step_seconds(run: Run, model: nn.Module, images: CaptionedImages, loss_of: Callable[[nn.Module, Batch], Tensor]) -> float:
     """Seconds of an optimizer step: reading, forward, backward, AdamW and the moving average.
 
     Nothing is left behind: gradients are dropped, and the optimizer that is timed works on tensors of its own.
@@ -46,7 +46,7 @@ def step_seconds(run: Run, model: nn.Module, images: CaptionedImages, loss_of: C
     batch = collate([images[position] for position in positions])
 
     def forward_and_backward() -> None:
-        loss_of(batch).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
 
     learning = _seconds(run, forward_and_backward)
     model.zero_grad(set_to_none=True)
@@ -72,12 +72,12 @@ def _optimizer_seconds(run: Run, model: nn.Module) -> float:
 
 @torch.no_grad()
 def evaluation_seconds(
-    run: Run, network: nn.Module, images: CaptionedImages, predict: Callable[[nn.Module, Batch], Tensor]
+    run: Run, network: nn.Module, images: CaptionedImages, loss_of: Callable[[nn.Module, Batch], Tensor]
 ) -> float:
     """Seconds of one evaluation of a network for one image, without gradients, in a batch."""
     positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
     batch = collate([images[position] for position in positions])
-    return _seconds(run, lambda: predict(network, batch), together=False) / len(positions)
+    return _seconds(run, lambda: loss_of(network, batch), together=False) / len(positions)
 
 
 def write_seconds(folder: Path, size: int) -> float:
