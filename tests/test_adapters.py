@@ -188,11 +188,11 @@ def test_tensors_come_back_exactly_or_not_at_all(unet):
 
 
 def test_weights_add_up_and_adapters_go_one_by_one(unet):
-    original, plain = snapshot(unet), output(unet).detach()
+    first, original, plain = copy.deepcopy(unet), snapshot(unet), output(unet).detach()
     everywhere = AdapterConfig(rank=1, target_modules=("conv1", "to_q"))
     alone = {}
     for seed, (name, config) in enumerate({"style": SMALL, "subject": everywhere}.items()):
-        network = copy.deepcopy(unet)
+        network = copy.deepcopy(first)
         for target in (network, unet):
             add_adapter(target, config, name)
             randomise(target, name, seed)
@@ -244,7 +244,7 @@ def test_a_merge_that_overflows_is_refused_and_undone(unet):
     add_adapter(unet, SMALL)
     randomise(unet)
     before = snapshot(unet)
-    set_adapters(unet, {"default": 1e38})
+    set_adapters(unet, {"default": 1e39})
     with pytest.raises(ValueError, match="not finite; lower"):
         merge_adapters(unet)
     assert same_network(unet, before) and not is_merged(unet)
@@ -371,7 +371,17 @@ def broken(folder, how):
         save_file(good | {"unet.conv_in.lora_B.weight": torch.ones(8, 3, 1, 1)}, path)
         return folder, r"conv_in has a weight of shape \[8, 3, 1, 1\], but this model needs \[8, 2, 1, 1\]"
     if how == "twice":
-        save_file(good | {key.replace("unet.", "lora_unet_"): value for key, value in good.items()}, path)
+        save_file(good | {key.replace("unet.", "lora_unet_"): value.clone() for key, value in good.items()}, path)
+        return folder, "holds weights of conv_in under two names"
+    if how == "other form twice":
+        both = {
+            f"down_blocks.1.attentions.0.transformer_blocks.0.attn1.{name}.lora_A.weight"
+            for name in ("to_out", "to_out.0")
+        }
+        save_file(
+            {key: torch.ones(1, 16) for key in both} | {key.replace("_A", "_B"): torch.ones(16, 1) for key in both},
+            path,
+        )
         return folder, "has not exactly one A and one B"
     if how == "alpha that is none":
         save_file(good | {"unet.conv_in.alpha": torch.tensor([1.0, 2.0])}, path)
@@ -406,6 +416,7 @@ def broken(folder, how):
         "rank 0",
         "ranks that differ",
         "twice",
+        "other form twice",
         "alpha that is none",
         "settings that are no JSON",
         "settings that are a list",

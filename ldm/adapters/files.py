@@ -146,7 +146,10 @@ def _sorted_out(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
             )
         prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
         layer = key.removeprefix(prefix).removesuffix(end).replace(".processor.", ".")
-        parts.setdefault(_PREFIXES.get(prefix, "unet"), {}).setdefault(layer, {})[_ROLES[end]] = tensor
+        roles = parts.setdefault(_PREFIXES.get(prefix, "unet"), {}).setdefault(layer, {})
+        if _ROLES[end] in roles:
+            raise ValueError(f"{file.path} holds weights of {layer} under two names; save or download it again")
+        roles[_ROLES[end]] = tensor
     return parts
 
 
@@ -232,6 +235,11 @@ def _settings_of(file: _File, part: str) -> dict[str, Any]:
     numbers = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
     if not all(isinstance(number, int | float) for number in numbers):
         raise ValueError(f"{file.path}: lora_alpha or alpha_pattern in its settings is no number; save it again")
+    for expression in pattern:
+        try:
+            re.compile(expression)
+        except (re.error, TypeError):
+            raise ValueError(f"{file.path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
     return found
 
 

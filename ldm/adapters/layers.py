@@ -208,12 +208,13 @@ def delete_adapter(model: nn.Module, name: str = "default") -> None:
     set_adapters(model, {other: weight for other, weight in state.weights.items() if other != name})
     for path, layer in _lora_layers(model).items():
         if name in layer.lora_A:
+            layer.set_adapter([other for other in layer.lora_A if other != name])  # peft warns where it is on
             layer.delete_adapter(name)
             if not layer.lora_A:
                 _replace(model, path, layer.get_base_layer())
     state.names.remove(name)
     model.peft_config.pop(name)  # type: ignore[operator, union-attr]
-    set_adapters(model, state.weights)  # peft turns another one on where it deletes one
+    set_adapters(model, state.weights)
 
 
 def remove_adapters(model: nn.Module) -> None:
