@@ -6,16 +6,16 @@ import dataclasses
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm import checkpoint
+from ldm import adapters, checkpoint
 from ldm.codecs import Codec, LatentCodec, PixelCodec
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, State, classifier_free_guidance, ddim
 from ldm.models import AutoencoderKL, UNet, set_attention_backend
@@ -132,7 +132,18 @@ class Pipeline:
         Args:
             folder: where; an old folder of that name is replaced when the new one is complete.
             frozen: a folder written by `save_frozen`, whose parts are hard-linked instead of written again.
+
+        Raises:
+            ValueError: for a folder that holds other things, and while LoRAs are loaded that are not merged.
         """
+        loaded = {
+            name for part in self._adapted for name in adapters.adapter_names(part) if not adapters.is_merged(part)
+        }
+        if loaded:
+            raise ValueError(
+                f"the LoRA {min(loaded)!r} is loaded; merge_lora() to save the model with it, unload_lora() to save it "
+                "without"
+            )
         with checkpoint.atomic_folder(Path(folder)) as target:
             checkpoint.write_json(target / "model_index.json", self._index())
             checkpoint.save_model(target / "unet", self.unet)
@@ -140,12 +151,13 @@ class Pipeline:
             if frozen is None:
                 self.save_frozen(target)
             else:
+                assert not adapters.is_merged(self.text_encoder.model)
                 for part in sorted(frozen.iterdir()):
                     checkpoint.link_tree(part, target / part.name)
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
-        self.text_encoder.save(folder)
+        self.text_encoder.save(folder, changed=adapters.is_merged(self.text_encoder.model))
         if isinstance(self.codec, LatentCodec):
             if self.codec.source is None:
                 checkpoint.save_model(folder / "vae", self.codec.autoencoder)
@@ -153,6 +165,62 @@ class Pipeline:
                 checkpoint.copy_model(self.codec.source, folder / "vae")
         elif isinstance(self.codec, PixelCodec):
             checkpoint.save_pixel_codec(folder / "codec", self.codec)
+
+    @property
+    def _adapted(self) -> tuple[nn.Module, nn.Module]:
+        """The networks that a LoRA may change."""
+        return self.unet, self.text_encoder.model
+
+    @property
+    def lora(self) -> dict[str, float]:
+        """The LoRAs that are on, with their weights."""
+        return {name: weight for part in self._adapted for name, weight in adapters.adapter_weights(part).items()}
+
+    def load_lora(self, source: str | os.PathLike[str], *, name: str = "default", weight: float = 1.0) -> None:
+        """Adds a LoRA of diffusers, peft or kohya to UNet and text encoder; others that are loaded stay as they are.
+
+        Args:
+            source: a `.safetensors` file, a folder with one, or a hub id.
+            name: by which `set_lora` and `unload_lora` know it.
+            weight: how much of it is added: 1 as it was trained, 0 nothing.
+
+        Raises:
+            ValueError: naming the file and what is wrong with it; the pipeline is unchanged then.
+        """
+        adapters.load_adapter(self.unet, source, name, weight=weight, text_encoder=self.text_encoder.model)
+
+    def set_lora(self, weights: Mapping[str, float]) -> None:
+        """Turns on the LoRAs that are named, with these weights, and turns off the others; {} is all off."""
+        loaded = [set(adapters.adapter_names(part)) for part in self._adapted]
+        for name in weights.keys() - set.union(*loaded):
+            raise ValueError(
+                f"there is no LoRA {name!r}; loaded are: {', '.join(sorted(set.union(*loaded))) or 'none'}"
+            )
+        for name, weight in weights.items():
+            adapters.check_weight(name, weight)  # before anything is changed
+        for part, names in zip(self._adapted, loaded, strict=True):
+            adapters.set_adapters(part, {name: weight for name, weight in weights.items() if name in names})
+
+    def merge_lora(self) -> None:
+        """Folds the LoRAs that are on into the weights: as fast as without, and `save_pretrained` writes them."""
+        adapted = [part for part in self._adapted if adapters.adapter_names(part)]
+        if not adapted:
+            raise ValueError("no LoRA is loaded; load_lora() first")
+        for part in adapted:
+            adapters.merge_adapters(part)
+
+    def unmerge_lora(self) -> None:
+        """Undoes `merge_lora`, exactly: the LoRAs are loaded and on as they were before."""
+        merged = [part for part in self._adapted if adapters.is_merged(part)]
+        if not merged:
+            raise ValueError("no LoRA is merged; there is nothing to undo")
+        for part in merged:
+            adapters.unmerge_adapters(part)
+
+    def unload_lora(self) -> None:
+        """Takes all LoRAs out, merged ones too: the pipeline is, bit for bit, what it was before the first."""
+        for part in self._adapted:
+            adapters.remove_adapters(part)
 
     def _index(self) -> dict[str, Any]:
         latent = isinstance(self.codec, LatentCodec)

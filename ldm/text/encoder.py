@@ -134,16 +134,21 @@ class TextEncoder:
             "tokenizer": ("transformers", _tokenizer_class(self.tokenizer)),
         }
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, changed: bool = False) -> None:
         """Write `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them.
 
         Files of weights and vocabulary are copied byte for byte from where the encoder was loaded; only
-        `config.json` and `tokenizer_config.json` are written. Each of the two folders appears complete or not
-        at all. `ValueError` where one exists already.
+        `config.json` and `tokenizer_config.json` are written. With `changed`, the weights are those of the model
+        as it is now (an adapter was merged into them). Each of the two folders appears complete or not at all.
+        `ValueError` where one exists already.
         """
         files = self._files
         with new_folder(Path(folder) / "text_encoder") as target:
-            write_weights(files.weights, target, files.other_towers)
+            if changed:
+                with quiet_transformers():
+                    self.model.save_pretrained(target)  # type: ignore[operator]
+            else:
+                write_weights(files.weights, target, files.other_towers)
             write_json(target / "config.json", files.config)
         with new_folder(Path(folder) / "tokenizer") as target:
             for path in files.tokenizer:

@@ -1,0 +1,326 @@
+"""Adapters on disk: `pytorch_lora_weights.safetensors` as diffusers writes and reads it, and the formats before it.
+
+Read are the names of diffusers (`unet.….to_q.lora_A.weight`, and three older ways), of peft and of kohya
+(`lora_unet_…to_q.lora_down.weight`). A name is looked up among the layers that the network has, so that each tensor
+and each alpha finds its layer or the file is refused; nothing is guessed and nothing left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.adapters.layers import adapter_names, adapter_tensors, attach, check_new_name, check_weight, layer_alphas
+from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METADATA = "lora_adapter_metadata"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# The end of a name says which tensor of a layer it is.
+_ROLES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".alpha": "alpha",
+}
+# The beginning says which network; what has none of these is of a UNet alone.
+_PREFIXES = {
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "base_model.model.": "unet",
+}
+
+
+@dataclass(frozen=True)
+class _File:
+    """Tensors of an adapter file, and the settings of peft that came with it (α and its like), if any."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
+def save_adapter(
+    folder: str | os.PathLike[str], unet: nn.Module, name: str = "default", *, text_encoder: nn.Module | None = None
+) -> Path:
+    """Writes an adapter, atomically, as `folder/pytorch_lora_weights.safetensors`; returns that path.
+
+    diffusers reads it with `load_lora_weights(folder)`. Rank and alpha of each layer are in the header of the file.
+    Tensors are written in float32.
+
+    Args:
+        text_encoder: the model of the text encoder, whose part of the adapter is written too, if it has one.
+
+    Raises:
+        ValueError: if there is no such adapter, or it is merged.
+    """
+    parts: dict[str, nn.Module] = {"unet": unet}
+    if text_encoder is not None:
+        parts["text_encoder"] = text_encoder
+    having = {part: model for part, model in parts.items() if name in adapter_names(model)}
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for part, model in (having or {"unet": unet}).items():
+        # Versions of transformers differ in this prefix of CLIP's layers; files have it.
+        clip = part == "text_encoder" and str(getattr(model.config, "model_type", "")).startswith("clip")
+        inner = "text_model." if clip else ""
+        own = {key.removeprefix(inner): value for key, value in adapter_tensors(model, name).items()}
+        ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in own.items() if ".lora_A." in key}
+        alphas = {module.removeprefix(inner): alpha for module, alpha in layer_alphas(model, name).items()}
+        tensors |= {f"{part}.{inner}{key}": value.float().cpu().contiguous() for key, value in own.items()}
+        settings |= {f"{part}.{key}": value for key, value in peft_settings(ranks, alphas).items()}
+    target = Path(folder) / WEIGHTS
+    if target.parent.exists() and not target.parent.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the adapter")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write(target, tensors, {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})
+    return target
+
+
+def load_adapter(
+    unet: nn.Module,
+    source: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    weight: float = 1.0,
+    text_encoder: nn.Module | None = None,
+) -> None:
+    """Puts an adapter from disk into a UNet (and a text encoder), on and frozen; others stay as they are.
+
+    Args:
+        source: a `.safetensors` file, a folder with one, or a hub id `owner/name`.
+        weight: how much of it is added, 1 as it was trained; `set_adapters` changes it.
+        text_encoder: the model of the text encoder, for the part of the file that is meant for it.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it: missing, damaged, pickled, of another kind, made for
+            another model. The networks are unchanged then.
+    """
+    check_weight(name, weight)
+    file = _read(source)
+    networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
+    loras = {part: _fitting(file, part, found, networks) for part, found in _sorted_out(file).items()}
+    for part in loras:
+        check_new_name(networks[part], name)
+    for part, found in loras.items():
+        attach(networks[part], found, name, weight)
+
+
+def _sorted_out(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Network → name of the layer as in the file → role → tensor."""
+    parts: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in file.tensors.items():
+        if key.startswith(("lora_te2_", "text_encoder_2.")):
+            raise ValueError(
+                f"{file.path} is a LoRA for Stable Diffusion XL ({key}); choose one for Stable Diffusion 1.x or 2.x"
+            )
+        end = max((end for end in _ROLES if key.endswith(end)), key=len, default=None)
+        if end is None:
+            raise ValueError(
+                f"{file.path}: {key} is no weight of a LoRA; DoRA, LoHa, LoKr and whole models are not read here, "
+                "choose a plain LoRA"
+            )
+        prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+        layer = key.removeprefix(prefix).removesuffix(end).replace(".processor.", ".")
+        roles = parts.setdefault(_PREFIXES.get(prefix, "unet"), {}).setdefault(layer, {})
+        if _ROLES[end] in roles:
+            raise ValueError(f"{file.path} holds weights of {layer} under two names; save or download it again")
+        roles[_ROLES[end]] = tensor
+    return parts
+
+
+def _fitting(
+    file: _File, part: str, found: Mapping[str, Mapping[str, Tensor]], networks: Mapping[str, nn.Module]
+) -> dict[str, Lora]:
+    """Layer → its adapter, for one network; every layer of the file is there and every tensor fits."""
+    if part not in networks:
+        raise ValueError(
+            f"{file.path} also changes the text encoder ({len(found)} layers); load it into a pipeline (load_lora)"
+        )
+    layers = adaptable_layers(networks[part])
+    names = {alias: name for name in layers for alias in _aliases(name)}
+    unknown = sorted(name for name in found if name not in names)
+    if unknown:
+        raise ValueError(
+            f"{file.path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); "
+            "it was made for another model"
+        )
+    settings = _settings_of(file, part)
+    loras: dict[str, Lora] = {}
+    for written, tensors in found.items():
+        if not {"down", "up"} <= tensors.keys() or names[written] in loras:
+            raise ValueError(f"{file.path}: {written} has not exactly one A and one B; save or download it again")
+        loras[names[written]] = _lora(file, written, tensors, layers[names[written]], settings)
+    return loras
+
+
+def _aliases(name: str) -> Iterator[str]:
+    """All names under which files have a layer."""
+    plain = name.removeprefix("text_model.")
+    short = re.sub(r"\.to_out\.0$", ".to_out", plain)  # old diffusers
+    old = re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", plain)  # old diffusers, text encoder
+    for alias in {plain, short, old}:
+        for full in (alias, f"text_model.{alias}"):
+            yield full
+            yield full.replace(".", "_")  # kohya
+
+
+def _lora(
+    file: _File, written: str, tensors: Mapping[str, Tensor], layer: Adaptable, settings: Mapping[str, Any]
+) -> Lora:
+    """The adapter of one layer, checked and in the shapes of the layer."""
+    down, up = tensors["down"], tensors["up"]
+    rank = down.shape[0] if down.ndim else 0
+    for tensor, wanted in zip((down, up), lora_shapes(layer, rank), strict=True):
+        # A 1x1 convolution and a linear layer are one function; files have either shape for either.
+        flat = wanted[:2] if math.prod(wanted[2:]) == 1 else wanted
+        given = tuple(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tuple(tensor.shape)
+        if rank == 0 or given != flat:
+            raise ValueError(
+                f"{file.path}: {written} has a weight of shape {list(tensor.shape)}, but this model needs "
+                f"{list(wanted)}; it was made for another model"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file.path}: {written} holds numbers that are not finite; train or download it again")
+    if "alpha" in tensors:
+        alpha = float(tensors["alpha"]) if tensors["alpha"].numel() == 1 else math.nan
+    else:
+        alpha = _alpha(written, rank, settings)
+    if not math.isfinite(alpha):
+        raise ValueError(f"{file.path}: alpha of {written} is {alpha}; train or download it again")
+    shape_down, shape_up = lora_shapes(layer, rank)
+    return Lora(down.reshape(shape_down), up.reshape(shape_up), alpha)
+
+
+def _alpha(written: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """α as peft's settings say it; without any the scale is 1."""
+    from peft.utils.other import get_pattern_key
+
+    pattern = settings.get("alpha_pattern") or {}
+    alpha = float(pattern.get(get_pattern_key(list(pattern), written), settings.get("lora_alpha", rank)))
+    # Rank-stabilised LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r.
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _settings_of(file: _File, part: str) -> dict[str, Any]:
+    """The settings for one network; in the file of a UNet alone they have no prefix."""
+    prefixed = any(key.startswith(("unet.", "text_encoder.")) for key in file.settings)
+    prefix = f"{part}." if prefixed else ""
+    found = {k.removeprefix(prefix): v for k, v in file.settings.items() if k.startswith(prefix)}
+    alpha, pattern = found.get("lora_alpha", 1), found.get("alpha_pattern") or {}
+    numbers = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{file.path}: lora_alpha or alpha_pattern in its settings is no number; save it again")
+    for expression in pattern:
+        try:
+            re.compile(expression)
+        except (re.error, TypeError):
+            raise ValueError(f"{file.path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
+    return found
+
+
+def _read(source: str | os.PathLike[str]) -> _File:
+    path = _find(source)
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); save or download it again") from None
+    if not tensors:
+        raise ValueError(f"{path} holds no weights; save or download it again")
+    if METADATA in header:
+        return _File(path, tensors, _settings(path, header[METADATA]))
+    beside = path.parent / PEFT_CONFIG
+    if path.name == PEFT_WEIGHTS and beside.is_file():
+        return _File(path, tensors, _settings(beside, beside.read_text(encoding="utf-8", errors="replace")))
+    return _File(path, tensors, {})
+
+
+def _settings(path: Path, text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has settings that are no JSON ({error}); save or download it again") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} has settings that are no JSON object; save or download it again")
+    return settings
+
+
+def _find(source: str | os.PathLike[str]) -> Path:
+    """The safetensors file that `source` means."""
+    path, text = Path(source).expanduser(), os.fspath(source)
+    if path.is_dir():
+        return path / _choice([child.name for child in path.iterdir() if child.is_file()], text)
+    if path.suffix in PICKLES:
+        raise ValueError(f"{text} is pickled, which is never opened here; convert it to .safetensors first")
+    if path.is_file():
+        return path
+    if path.is_absolute() or text.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise ValueError(f"there is no {text}; name a folder, a .safetensors file or a hub id owner/name")
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    try:
+        chosen = _choice([name for name in list_repo_files(text) if "/" not in name], text)
+        if chosen == PEFT_WEIGHTS:
+            hf_hub_download(text, PEFT_CONFIG)
+        return Path(hf_hub_download(text, chosen))
+    except ValueError as error:
+        raise ValueError(f"hub model {text}: {error}") from None
+    except Exception as error:  # the hub client raises many kinds; each means "not to be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"there is no file or folder {text}, and the hub did not give it ({reason})") from None
+
+
+def _choice(names: list[str], where: str) -> str:
+    """The file of a folder that holds the adapter."""
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    for usual in (WEIGHTS, PEFT_WEIGHTS):
+        if usual in found:
+            return usual
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{where} holds {len(found)} .safetensors files ({', '.join(found[:3])}, …); name one of them")
+    pickled = sorted(name for name in names if name.endswith(PICKLES))
+    if pickled:
+        raise ValueError(f"{where} holds only {pickled[0]}, which is pickled and never opened here; convert it first")
+    raise ValueError(f"{where} holds no {WEIGHTS}; it is no adapter, or only half of one")
+
+
+def _write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """A file of this name that is complete, or the one of before."""
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(descriptor)
+    try:
+        save_file(dict(tensors), scratch, header)
+        os.chmod(scratch, 0o644)  # mkstemp leaves it to its owner alone
+        with open(scratch, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(scratch, target)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
