@@ -116,7 +116,9 @@ def course(points: Sequence[Point]) -> Course | None:
             return Course("rising", rise / values[lowest], points[lowest][0], points[lowest][0])
     window = points[-max(3, math.ceil(len(points) / 3)) :]
     slope, spread = _line(window)
-    change = slope * (window[-1][0] - window[0][0]) / (math.fsum(value for _, value in window) / len(window))
+    mean = math.fsum(value for _, value in window) / len(window)
+    difference = slope * (window[-1][0] - window[0][0])
+    change = difference / max(mean, mean - difference / 2)  # a falling line is measured by where it starts
     clear = change < -WORTH_SAYING and slope < -3 * scatter / math.sqrt(spread)
     return Course("falling" if clear else "flat", change, points[lowest][0], window[0][0])
 
