@@ -1,0 +1,368 @@
+"""`report.html` of a run folder: one page without scripts, network or server, from what the folder holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.training import curves, markup, metrics, sheets
+from ldm.training.curves import Line, Point, smooth
+from ldm.training.markup import escaped, number
+
+BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
+MOST_OTHER_CURVES = 12
+
+PAGE = """<!DOCTYPE html>
+<html xmlns="http://www.w3.org/1999/xhtml" lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<meta name="color-scheme" content="light dark"/>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"/>
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+LAYOUT = """
+*{box-sizing:border-box}
+body{margin:0;font:16px/1.5 system-ui,sans-serif;background:var(--paper);color:var(--ink)}
+main{max-width:64rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:2.5rem 0 .75rem;padding-bottom:.25rem;border-bottom:1px solid var(--rule)}
+h3{font-size:1rem;margin:1.5rem 0 .5rem}h4,h5,h6{font-size:.95rem;margin:1rem 0 .4rem}
+p{margin:.5rem 0;max-width:46rem;overflow-wrap:anywhere}
+.note,figcaption{color:var(--quiet);font-size:.875rem}
+.say{border-left:3px solid var(--accent);padding:.1rem 0 .1rem .75rem}
+.attention{border:1px solid var(--accent);border-radius:6px;padding:.5rem 1rem;margin:.75rem 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1.25rem 0}
+.figures div{border:1px solid var(--rule);border-radius:6px;padding:.5rem .75rem}
+dt{color:var(--quiet);font-size:.875rem}
+dd{margin:0;font-size:1.2rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+dd small{display:block;font-size:.8rem;color:var(--quiet)}
+figure{margin:0 0 1rem;min-width:0}
+.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:.5rem 1.5rem}
+.chart{overflow-x:auto}.chart svg{display:block;width:100%;min-width:23rem;height:auto}
+main>.chart svg{min-width:32rem;max-width:48rem}
+.sheets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));gap:1rem}
+.sheets figure:first-child{grid-column:1/-1}
+img{max-width:100%;height:auto;background:#fff;display:block;border-radius:4px}
+table{border-collapse:collapse;font-size:.9rem}.wide{overflow-x:auto}
+th,td{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0;border-bottom:1px solid var(--rule)}
+th{font-weight:600}td{overflow-wrap:anywhere;min-width:6rem;font-variant-numeric:tabular-nums}
+ul{margin:.4rem 0;padding-left:1.25rem}li{overflow-wrap:anywhere}
+pre{overflow-x:auto;padding:.75rem;border:1px solid var(--rule);border-radius:6px;font-size:.85rem;line-height:1.4}
+summary{cursor:pointer}
+"""
+LIGHT = "--paper:#ffffff;--ink:#1d222b;--quiet:#59616e;--rule:#dfe3ea;--accent:#b4531a"
+DARK = "--paper:#16191f;--ink:#e4e8ee;--quiet:#a3acb9;--rule:#303641;--accent:#ee9a63"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes RUN/report.html from what the run has written so far, whole or not at all.
+
+    Every part of the folder may be missing or damaged; the page then says so. What was written by people (captions,
+    prompts, file names) is escaped.
+
+    Returns:
+        The path of the page; its size stays below 8 MB.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    if not run_folder.is_dir():
+        raise ValueError(f"{run_folder} is no folder; name the folder that a training wrote, such as runs/openmoji")
+    run = _Folder.read(run_folder)
+    body = "\n".join((*_head(run), *_curves(run), *_sheets(run), *_data(run), *_plan(run), *_use(run), *_config(run)))
+    dark = f"@media (prefers-color-scheme:dark){{:root{{{DARK}}}{curves.style(curves.DARK)}}}"
+    style = f":root{{{LIGHT}}}{LAYOUT}{curves.style(curves.LIGHT)}{dark}"
+    page = PAGE.format(title=escaped(run.name), style=style, body=body)
+    path = run_folder / "report.html"
+    handle, temporary = tempfile.mkstemp(prefix=".report.", suffix=".html", dir=run_folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What of a run folder the page stands on; None or empty where the folder does not have it."""
+
+    path: Path
+    metrics: metrics.Metrics
+    config_text: str
+    config: Any
+    best: tuple[int, float] | None
+    plan: dict[str, Any]
+    data: dict[str, Any]
+    troubles: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> _Folder:
+        troubles: list[str] = []
+
+        def read_object(name: str) -> dict[str, Any]:
+            try:
+                return markup.read_object(path / name)
+            except FileNotFoundError:
+                return {}
+            except (ValueError, OSError) as error:
+                troubles.append(f"{error}.")
+                return {}
+
+        config_path = path / "config.yaml"
+        text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
+        try:
+            config = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            config = None
+            troubles.append("config.yaml is no YAML, so this page does not know how many steps were planned.")
+        measured = metrics.read_metrics(path / "metrics.jsonl")
+        troubles += _troubles(measured)
+        return cls(
+            path=path,
+            metrics=measured,
+            config_text=text,
+            config=config,
+            best=_best(read_object("best/best.json")),
+            plan=read_object("plan.json"),
+            data=read_object("data.json"),
+            troubles=troubles,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name or str(self.path)
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the config, or None."""
+        value = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def count(self, *keys: str) -> int | None:
+        """A positive whole number of the config, or None."""
+        value = self.setting(*keys)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53 else None
+
+    @property
+    def step(self) -> int:
+        """The last step that left a trace."""
+        names = (path.name.removeprefix("step_") for path in self.path.glob("checkpoints/step_*"))
+        saved = [int(name) for name in names if re.fullmatch(r"\d{1,12}", name, re.ASCII)]
+        return max([self.metrics.last_step, *saved])
+
+
+def _best(content: dict[str, Any]) -> tuple[int, float] | None:
+    step, loss = content.get("step"), content.get("held_out_loss")
+    return (step, loss) if isinstance(step, int) and isinstance(loss, (int, float)) else None
+
+
+def _troubles(measured: metrics.Metrics) -> Iterator[str]:
+    if measured.damaged:
+        yield f"Lines of metrics.jsonl that are no complete record and are left out: {measured.damaged:,}."
+    for name, (step, count) in list(measured.faults.items())[:20]:
+        yield f"Values of {name} that are not finite and are left out: {count:,}, the first at step {step:,}."
+
+
+# ---- the parts of the page, each yielding its lines
+
+
+def _head(run: _Folder) -> Iterator[str]:
+    planned = run.count("train", "max_steps")
+    if planned is None:
+        status = f"Step {run.step:,}."
+    elif run.step >= planned:
+        status = f"Finished: all of {planned:,} steps."
+    else:
+        status = (
+            f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): not finished when this was written."
+        )
+    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    yield f"<h1 dir='auto'>{escaped(run.name)}</h1>"
+    yield f"<p class='note'>{status} Written {written}.</p>"
+    tiles = "".join(
+        f"<div><dt>{name}</dt><dd>{value}<small>{below}</small></dd></div>" for name, value, below in _figures(run)
+    )
+    yield f"<dl class='figures'>{tiles}</dl>" if tiles else ""
+    yield f"<p class='say'>{escaped(metrics.sentence(run.metrics))}</p>"
+    yield "".join(f"<p class='note'>{escaped(trouble)}</p>" for trouble in run.troubles)
+
+
+def _figures(run: _Folder) -> Iterator[tuple[str, str, str]]:
+    """Headline figures: name, value, what stands below it."""
+    names = {"loss": "Training loss", "held_out_loss": "Held-out loss", "held_out_psnr": "Held-out PSNR"}
+    for key, name in names.items():
+        if points := run.metrics.points(key):
+            step, value = points[-1]
+            yield name, number(value) + (" dB" if key.endswith("psnr") else ""), f"step {step:,}"
+    if run.best is not None:
+        yield "Best held-out loss", number(run.best[1]), f"step {run.best[0]:,}, kept in best/"
+    elif points := run.metrics.points("held_out_loss"):
+        step, value = min(points, key=lambda point: point[1])
+        yield "Best held-out loss", number(value), f"step {step:,}"
+    rates = [point for point in run.metrics.points("samples_per_second") if point[1] > 0]
+    if rates:
+        rate = statistics.median(value for _, value in rates[-10:])
+        yield "Samples a second", number(rate), "median of the last 10 measurements"
+        yield from _times(run, rates, rate)
+
+
+def _times(run: _Folder, rates: list[Point], rate: float) -> Iterator[tuple[str, str, str]]:
+    batch, planned = run.count("train", "batch_size"), run.count("train", "max_steps")
+    if batch is None:
+        return
+    previous = [0, *(step for step, _ in rates)]
+    spent = sum((step - before) * batch / value for before, (step, value) in zip(previous, rates, strict=False))
+    expected = run.plan.get("expected_seconds")
+    below = "without samples and validation"
+    if isinstance(expected, (int, float)) and 0 < expected < 1e9:
+        below += f"; the plan for the whole run was {markup.duration(expected)}"
+    yield "Time in steps", markup.duration(spent), below
+    if planned is not None and run.step < planned:
+        left = markup.duration((planned - run.step) * batch / rate)
+        yield "Still to go", left, "at the last pace, without samples and validation"
+
+
+def _curves(run: _Folder) -> Iterator[str]:
+    found = run.metrics
+    if not found.figures:
+        return
+    yield "<h2>Curves</h2>"
+    losses = [Line("training loss (pale: not smoothed)", smooth(loss), loss)] if (loss := found.points("loss")) else []
+    losses += [Line("held-out loss", points)] if (points := found.points("held_out_loss")) else []
+    if losses:
+        best = run.best[0] if run.best else min(points, key=lambda point: point[1])[0] if points else None
+        mark = (best, f"best held-out: step {best:,}") if best is not None and 0 <= best <= found.last_step else None
+        yield _chart(run, "Loss", losses, logarithmic=True, mark=mark, size=(640, 320))
+    yield "<div class='curves'>"
+    bands = sorted((int(m[1]), int(m[2]), name) for name in found.figures if (m := BAND.fullmatch(name)))
+    if bands:
+        lines = [Line(f"t {low}–{high}", found.points(name)) for low, high, name in bands]
+        caption = (
+            "Held-out loss by band of noise; a small t is little noise (fine detail), a large t mostly noise (layout)"
+        )
+        yield _chart(run, caption, lines, logarithmic=True)
+    for key, title, options in (
+        ("held_out_psnr", "Held-out PSNR in dB", {}),
+        ("learning_rate", "Learning rate", {"from_zero": True}),
+        ("gradient_norm", "Gradient norm before clipping", {"logarithmic": True}),
+        ("samples_per_second", "Samples a second", {"from_zero": True}),
+    ):
+        if points := found.points(key):
+            exact = key == "learning_rate"  # a function of the step, without any scatter to smooth
+            yield _chart(run, title, [Line("", points) if exact else _smoothed(points)], **options)
+    known = {"loss", "held_out_loss", "held_out_psnr", "learning_rate", "gradient_norm", "samples_per_second"}
+    others = [name for name in found.figures if name not in known and not BAND.fullmatch(name)]
+    for name in others[:MOST_OTHER_CURVES]:
+        title = markup.cut(name, 60)
+        yield _chart(run, title, [_smoothed(found.points(name))])
+    yield "</div>"
+    if len(others) > MOST_OTHER_CURVES:
+        yield f"<p class='note'>… and {len(others) - MOST_OTHER_CURVES} more figures in metrics.jsonl.</p>"
+
+
+def _smoothed(points: list[Point]) -> Line:
+    """A noisy figure as its running mean over what was measured; a few values as they are."""
+    few = len(points) <= curves.POINTS_MARKED
+    return Line("", points) if few else Line("running mean (pale: as measured)", smooth(points), points)
+
+
+def _chart(run: _Folder, caption: str, lines: list[Line], **options: Any) -> str:
+    size = options.pop("size", (480, 280))
+    svg = curves.draw(lines, title=caption, last_step=run.metrics.last_step, size=size, **options)
+    return f"<figure class='chart'><figcaption>{escaped(caption)}</figcaption>{svg}</figure>"
+
+
+def _sheets(run: _Folder) -> Iterator[str]:
+    found = sheets.find_sheets(run.path / "samples")
+    if not found:
+        return
+    shown = sheets.spread(found)
+    yield "<h2>Samples, newest first</h2>"
+    prompts = run.setting("sample", "prompts")
+    if isinstance(prompts, list) and prompts:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)][:50]
+        rows = "".join(f"<li dir='auto'>{escaped(markup.cut(text))}</li>" for text in texts)
+        yield f"<details><summary>Prompts, as the config has them now</summary><ol>{rows}</ol></details>"
+    yield f"<div class='sheets'>{sheets.figures(shown)}</div>"
+    if len(shown) < len(found):
+        left_out = [f"{sheet.step:,}" for sheet in found if sheet not in shown]
+        listed = ", ".join(left_out[:30]) + (", …" if len(left_out) > 30 else "")
+        yield f"<p class='note'>Not on this page but in samples/: {len(left_out):,} sheets, of step {listed}.</p>"
+
+
+def _data(run: _Folder) -> Iterator[str]:
+    if not run.data:
+        return
+    yield "<h2>Data</h2>"
+    rest = dict(run.data)
+    attention = rest.pop("needs_attention", None)
+    if isinstance(attention, list) and attention:
+        document = markup.Document("data.json")
+        yield f"<div class='attention'>{document.render({'needs_attention': attention})}</div>"
+    elif attention is not None:
+        yield "<p>Nothing needs attention.</p>"
+    yield markup.Document("data.json").render(rest)
+
+
+def _plan(run: _Folder) -> Iterator[str]:
+    if run.plan:
+        yield "<h2>Plan</h2>"
+        yield markup.Document("plan.json").render(run.plan)
+
+
+def _use(run: _Folder) -> Iterator[str]:
+    """The commands that use what the run has made."""
+    commands: list[tuple[str, str]] = []
+    for inside, which in (("best", "with the lowest held-out loss"), ("", "newest weights")):
+        folder = run.path / inside
+        if (folder / "pipeline" / "model_index.json").is_file():
+            prompts = run.setting("sample", "prompts")
+            first = prompts[0] if isinstance(prompts, list) and prompts and isinstance(prompts[0], str) else ""
+            prompt = shlex.quote(first if first.isprintable() and 0 < len(first) < 200 else "what to draw")
+            model = shlex.quote(str(folder / "pipeline"))
+            commands.append((f"Draw ({which}):", f"ldm generate {prompt} --model {model}"))
+        if (folder / "autoencoder" / "config.json").is_file():
+            setting = shlex.quote(f"first_stage={folder / 'autoencoder'}")
+            commands.append((f"Use as a first stage ({which}):", f"train/train_ldm.py --config … --set {setting}"))
+        if (folder / "lora").is_dir():
+            source = repr(str(folder / "lora"))
+            commands.append((f"Load the adapter in diffusers ({which}):", f"pipeline.load_lora_weights({source})"))
+    saved = sorted(path.name for path in run.path.glob("checkpoints/step_*"))
+    if not commands and not saved:
+        return
+    yield "<h2>Use</h2>"
+    yield "".join(f"<p>{label}</p><pre dir='ltr'>{escaped(command)}</pre>" for label, command in commands)
+    if saved:
+        listed = ", ".join(saved[-20:])
+        resumed = "<code>--resume</code> goes on from the newest"
+        yield f"<p class='note'>Checkpoints ({resumed}): {escaped(listed)}.</p>"
+
+
+def _config(run: _Folder) -> Iterator[str]:
+    if run.config_text:
+        yield "<h2>Config</h2>"
+        yield f"<pre dir='ltr'>{escaped(run.config_text)}</pre>"
