@@ -75,7 +75,7 @@ def is_ours(folder: Path) -> bool:
     """Whether a folder is empty, or a model or a checkpoint that may be replaced by a newer one."""
     if not folder.is_dir():
         return False
-    marks = ("model_index.json", "manifest.json", "config.json")
+    marks = ("model_index.json", "manifest.json", "config.json", "best.json", "pytorch_lora_weights.safetensors")
     return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in marks)
 
 

@@ -5,8 +5,10 @@ accelerate launch train/train_autoencoder.py --config configs/openmoji-first-sta
 
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from ldm.config import AutoencoderTrainingConfig
-from ldm.data import to_signed
+from ldm.data import Batch, to_signed
 from ldm.training import first_stage, launch, parts
 from ldm.training.draws import keyed_draws
 from ldm.training.optimisation import make_ema, make_optimizer
@@ -27,14 +29,18 @@ def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
     def export(folder: Path) -> None:
         first_stage.export_autoencoder(folder, ema.module, images, run.device)
 
+    def loss_of(network: nn.Module, batch: Batch) -> Tensor:
+        shape = first_stage.latent_shape(autoencoder, batch.size)
+        draws = keyed_draws(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
+        pixels = to_signed(batch.images).to(run.device)
+        reconstruction, moments = network(pixels, draws.posterior)
+        return first_stage.autoencoder_loss(pixels, reconstruction, moments, config.loss.kl_weight)
+
+    first_stage.plan_run(config, images, held_out, model, networks, run, loss_of)
+
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):
-            shape = first_stage.latent_shape(autoencoder, batch.size)
-            draws = keyed_draws(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
-            pixels = to_signed(batch.images).to(run.device)
-            reconstruction, moments = model(pixels, draws.posterior)
-            loss = first_stage.autoencoder_loss(pixels, reconstruction, moments, config.loss.kl_weight)
-            run.backward(loss)
+            run.backward(loss_of(model, batch))
             run.optimize(model, optimizer, batch.ids)
 
         if run.accelerator.sync_gradients:  # an optimizer step, however many micro-batches it took
@@ -42,7 +48,7 @@ def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:
             run.advance()
             if held_out and run.due(config.train.validate_every):
                 run.measure(
-                    "held_out_psnr", lambda: first_stage.held_out_psnr(ema.module, held_out, config, run.device)
+                    lambda: {"held_out_psnr": first_stage.held_out_psnr(ema.module, held_out, config, run.device)}
                 )
             if run.due(config.train.sample_every):
                 run.save_sheet(lambda: first_stage.reconstruction_sheet(ema.module, held_out or images, run.device))

@@ -145,7 +145,7 @@ class Pipeline:
                 "without"
             )
         with checkpoint.atomic_folder(Path(folder)) as target:
-            checkpoint.write_json(target / "model_index.json", self._index())
+            checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet)
             checkpoint.save_schedule(target / "scheduler", self.schedule)
             if frozen is None:
@@ -222,7 +222,8 @@ class Pipeline:
         for part in self._adapted:
             adapters.remove_adapters(part)
 
-    def _index(self) -> dict[str, Any]:
+    def index(self) -> dict[str, Any]:
+        """Content of `model_index.json`."""
         latent = isinstance(self.codec, LatentCodec)
         index: dict[str, Any] = {"_class_name": LATENT_CLASS if latent else PIXEL_CLASS}
         # Keys with an underscore are ours; diffusers leaves them alone.

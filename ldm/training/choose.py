@@ -104,7 +104,10 @@ def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     chosen.config["unet"] = unet_keys(size, device)
     network = UNet(
         UNetConfig(
-            **chosen.config["unet"], in_channels=4 if latent else 3, out_channels=4 if latent else 3, cross_attention_dim=384
+            **chosen.config["unet"],
+            in_channels=4 if latent else 3,
+            out_channels=4 if latent else 3,
+            cross_attention_dim=384,
         )
     )
     parameters = sum(p.numel() for p in network.parameters())
@@ -122,7 +125,11 @@ def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     side = wishes.resolution or pipeline.default_size[0]
     data = chosen.config["data"]
     data["resolution"] = side
-    chosen.reasons.append(f"image size: {side}, that of {wishes.start_from}" if wishes.resolution is None else f"image size: {side}, as asked")
+    chosen.reasons.append(
+        f"image size: {side}, that of {wishes.start_from}"
+        if wishes.resolution is None
+        else f"image size: {side}, as asked"
+    )
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
     large = parameters > 2e8
     method = wishes.method or ("lora" if large or len(samples) < 50 else "full")
@@ -134,7 +141,11 @@ def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     shape = pipeline.codec.latent_shape(side, side)
     width = pipeline.text_encoder.hidden_size
     _time(chosen, pipeline.unet, shape, width, batch, len(training), wishes.minutes, device)
-    rate = {"full": 1e-4 if not large else 1e-5, "attention": 1e-4 if not large else 1e-5, "lora": 1e-3 if not large else 1e-4}
+    rate = {
+        "full": 1e-4 if not large else 1e-5,
+        "attention": 1e-4 if not large else 1e-5,
+        "lora": 1e-3 if not large else 1e-4,
+    }
     chosen.config["train"] |= {"learning_rate": rate[method], "lr_schedule": "constant"}
     chosen.config["sample"] = {
         "prompts": prompts(samples),
@@ -173,7 +184,9 @@ def _text_length(samples: Sequence[Sample], encoder: str, chosen: Chosen) -> int
     for length in TEXT_LENGTHS:
         longer = sum(lost > length - TEXT_LENGTHS[0] for lost in overflow)
         if longer <= len(captions) / 100 or length == TEXT_LENGTHS[-1]:
-            chosen.reasons.append(f"captions: {length} tokens; {longer} of {len(captions)} are longer and lose their end")
+            chosen.reasons.append(
+                f"captions: {length} tokens; {longer} of {len(captions)} are longer and lose their end"
+            )
             return length
     raise AssertionError("unreachable")
 
@@ -239,7 +252,9 @@ def _time(
     device: torch.device,
 ) -> None:
     """Precision, and the number of steps that fit into the time, by measuring a few."""
-    seconds = {precision: step_seconds(network, shape, text_width, batch, precision, device) for precision in ("no", "bf16")}
+    seconds = {
+        precision: step_seconds(network, shape, text_width, batch, precision, device) for precision in ("no", "bf16")
+    }
     precision = "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
     steps = int(minutes * 60 / seconds[precision])
     limit = MOST_EPOCHS * count // batch
@@ -248,7 +263,7 @@ def _time(
     reason = f"{minutes:g} minutes" if steps < limit // 100 * 100 else f"{MOST_EPOCHS} times through the data"
     chosen.reasons.append(
         f"steps: {steps} of {batch} images, about {duration(steps * seconds[precision])} at "
-        f"{seconds[precision]:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured), which is {reason}"
+        f"{seconds[precision]:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured): {reason}"
     )
     every = max(50, round(steps / 8, -1))
     chosen.config["train"] = {
@@ -267,7 +282,7 @@ def _time(
 def step_seconds(
     network: UNet, shape: tuple[int, int, int], text_width: int, batch: int, precision: str, device: torch.device
 ) -> float:
-    """Seconds of a step of the network alone, forward and backward; the second of two, or the only one if it is slow."""
+    """Seconds of a step of the network alone, forward and backward: the third, or the first if it is slow."""
     latents = torch.randn(batch, *shape, device=device)
     text = torch.randn(batch, 16, text_width, device=device)
     timesteps = torch.randint(1000, (batch,), device=device)
@@ -277,7 +292,7 @@ def step_seconds(
         started = time.perf_counter()
         with autocast:
             loss = network(latents, timesteps, text).float().square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         network.zero_grad(set_to_none=True)
         elapsed = time.perf_counter() - started
         if elapsed > 20:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from ldm import checkpoint
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig
-from ldm.data import CaptionedImages, to_signed
+from ldm.data import Batch, CaptionedImages, to_signed
 from ldm.models import AutoencoderKL, enable_gradient_checkpointing, kl_divergence
 from ldm.pipelines import contact_sheet, to_pil
+from ldm.training import probe
+from ldm.training.plan import Costs, make_plan
+from ldm.training.run import Networks, Run
 
 IMAGES_AT_ONCE = 32
 
@@ -98,6 +101,45 @@ def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: t
         originals += to_pil(image)
         reconstructions += to_pil(averaged(image)[0])
     return contact_sheet([originals, reconstructions], ["images", "reconstructions"])
+
+
+def plan_run(
+    config: AutoencoderTrainingConfig,
+    images: CaptionedImages,
+    held_out: CaptionedImages | None,
+    model: nn.Module,
+    networks: Networks,
+    run: Run,
+    loss_of: Callable[[nn.Module, Batch], Tensor],
+) -> None:
+    """Measures what the parts of the run cost, and says what is about to happen."""
+    step = probe.step_seconds(run, model, images, loss_of)
+    if run.is_main:
+        one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
+        weights = 4 * sum(p.numel() for p in model.parameters())
+        costs = Costs(
+            step=step,
+            validation=one * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
+            sheet=one * 12,
+            # The statistics of the latents are those of all images; encoding is less than half of the work.
+            checkpoint=probe.write_seconds(run.folder, 5 * weights) + one / 2 * len(images),
+            memory=probe.peak_memory(run.device),
+        )
+        run.announce(
+            make_plan(
+                config,
+                images,
+                held_out,
+                model,
+                step=run.step,
+                space="a first stage: images to latents and back",
+                costs=costs,
+                export_bytes=weights,
+                frozen_bytes=0,
+                device=run.device,
+            )
+        )
+    run.accelerator.wait_for_everyone()
 
 
 def _in_batches(images: CaptionedImages, device: torch.device, limit: int) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""`ldm train FOLDER`: from a folder to a trained model, by the scripts in train/ and configs that anyone could write."""
+"""`ldm train FOLDER`: from a folder to a model, by the scripts in train/ and configs that anyone could write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, to_yaml
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config, to_yaml
 from ldm.data import DataConfig, inspect, open_source
 from ldm.data.account import account_of
 from ldm.training.choose import Wishes, choose_config
@@ -43,29 +43,29 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     for reason in chosen.reasons:
         print(reason)
     with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
-        stages = []
-        for kind, script, content in (
-            (AutoencoderTrainingConfig, "train_autoencoder.py", chosen.first_stage),
-            (LDMConfig, "train_ldm.py", chosen.config),
-        ):
-            if content is None:
-                continue
-            path = Path(scratch) / f"{script}.yaml"
-            path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            complete = load_config(path, overrides if kind is LDMConfig else [], kind)
-            path.write_text(to_yaml(complete), encoding="utf-8")
-            stages.append((script, path))
+        stages = [("train_ldm.py", to_yaml(_overridden(chosen.config, overrides, Path(scratch))))]
+        if chosen.first_stage is not None:
+            first = parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
+            stages.insert(0, ("train_autoencoder.py", to_yaml(first)))
         if plan_only:
-            for _, path in stages:
-                print(f"\n{path.read_text(encoding='utf-8')}", end="")
+            for script, text in stages:
+                print(f"\n# train/{script}\n{text}", end="")
             return 0
-        for script, path in stages:
+        for script, text in stages:
+            path = Path(scratch) / f"{script}.yaml"
+            path.write_text(text, encoding="utf-8")
             print(f"\ntrain/{script}, its config becomes {wishes.output_dir}/config.yaml", flush=True)
             code = run_script(script, ["--config", str(path)])
             if code:
                 return code
     _say_what_now(Path(wishes.output_dir))
     return 0
+
+
+def _overridden(content: dict[str, Any], overrides: Sequence[str], scratch: Path) -> LDMConfig:
+    path = scratch / "chosen.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return load_config(path, overrides, LDMConfig)
 
 
 def resume_run(folder: Path) -> int:

@@ -1,28 +1,35 @@
-"""What `train/train_ldm.py` is made of: data, codec and network from a config; held-out loss; sample grids."""
+"""What `train/train_ldm.py` is made of: data, model and cache from a config; held-out loss; sample grids; the plan."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm import adapters, checkpoint
 from ldm.codecs import Codec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig
-from ldm.data import CaptionedImages, DataConfig, collate, image_statistics, open_source, split
+from ldm.data import Batch, CaptionedImages, DataConfig, collate, image_statistics, open_source, split
 from ldm.diffusion import NoiseSchedule, diffusion_loss
+from ldm.diffusion.schedule import PredictionType
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder, load_text_encoder
+from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders
-from ldm.training.run import Run
-from ldm.training.space import load_first_stage
+from ldm.training.frozen import Frozen
+from ldm.training.plan import Costs, make_plan
+from ldm.training.run import Networks, Run
+from ldm.training.space import choose_space, load_first_stage
 
 BANDS = 4
+SKIPPED_SHOWN = 10
 
 
 def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, CaptionedImages | None]:
@@ -50,14 +57,13 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
     return images, CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
 
 
-def report_captions(text_encoder: TextEncoder, images: CaptionedImages, run: Run) -> None:
-    """Says how many captions there are and how many lose words to the encoder's length."""
-    captions = sorted({caption for sample in images.samples for caption in sample.captions})
-    lost = [tokens for tokens in text_encoder.overflow(captions) if tokens]
-    run.print(
-        f"{len(captions)} different captions, {len(lost)} longer than {text_encoder.max_length} tokens"
-        + (f" ({sum(lost)} tokens are cut; text.max_length allows more)" if lost else "")
-    )
+def settle(config: LDMConfig, images: CaptionedImages, run: Run) -> LDMConfig:
+    """The config with what was left open decided, which the run takes as its own."""
+    config, reason = choose_space(config, images, run.device)
+    if reason is not None:
+        run.print(reason)
+    run.settle(config, reason)
+    return config
 
 
 def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipeline:
@@ -139,8 +145,16 @@ def _patient_barrier(processes: int) -> Callable[[], None]:
     return lambda: torch.distributed.barrier(group)
 
 
-def report_latents(encoded: EncodedImages, run: Run) -> None:
-    """Says how far what is diffused is from the zero mean and unit variance that the papers assume."""
+def report_encoded(encoded: EncodedImages, text_encoder: TextEncoder, run: Run) -> None:
+    """Says how many captions lose words to the encoder's length, and how far what is diffused is from the zero mean and
+    unit variance that the papers assume.
+    """
+    captions = sorted({caption for sample in encoded.images.samples for caption in sample.captions})
+    lost = [tokens for tokens in text_encoder.overflow(captions) if tokens]
+    run.print(
+        f"{len(captions)} different captions, {len(lost)} longer than {text_encoder.max_length} tokens"
+        + (f" ({sum(lost)} tokens are cut; text.max_length allows more)" if lost else "")
+    )
     statistics = encoded.statistics()
     if statistics is None:
         return
@@ -155,7 +169,7 @@ def report_latents(encoded: EncodedImages, run: Run) -> None:
 
 
 def freeze(pipeline: Pipeline, config: LDMConfig, run: Run) -> Frozen:
-    """Puts what does not learn on disk: into the run folder, or, where nothing of it is exported, where it is already."""
+    """Puts what does not learn on disk: into the run folder, or, where it is not exported, where it is already."""
     if config.export == "lora":
         assert config.start_from is not None
         folder = checkpoint.find_pipeline(config.start_from)
@@ -175,7 +189,7 @@ def export(folder: Path, unet: nn.Module, frozen: Frozen, config: LDMConfig) -> 
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module, schedule: NoiseSchedule, prediction_type: str, config: LDMConfig, encoded: EncodedImages
+    unet: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType, config: LDMConfig, encoded: EncodedImages
 ) -> dict[str, float]:
     """L_simple on held-out images with noise and timesteps that never change, and its share of each band of noise.
 
@@ -242,10 +256,10 @@ def plan_run(
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         evaluations = 2 * sample.num_inference_steps * sample.images_per_prompt * len(sample.prompts)
         validated = min(len(held_out), config.train.validation_samples) if held_out else 0
-        costs = probe.Costs(
+        costs = Costs(
             step=step,
             validation=one * validated,
-            sheet=one * evaluations + probe.seconds_of(run, lambda: frozen.pipeline(networks.ema.module)),
+            sheet=one * evaluations + probe.seconds_of(lambda: frozen.pipeline(networks.ema.module)),
             checkpoint=probe.write_seconds(run.folder, 16 * trained + export_bytes),
             memory=probe.peak_memory(run.device),
         )
@@ -256,7 +270,7 @@ def plan_run(
                 held_out,
                 networks.model,
                 step=run.step,
-                space=run.space,
+                space=run.reason or _space_of(config),
                 costs=costs,
                 export_bytes=export_bytes,
                 frozen_bytes=frozen_bytes,
@@ -264,6 +278,12 @@ def plan_run(
             )
         )
     run.accelerator.wait_for_everyone()
+
+
+def _space_of(config: LDMConfig) -> str:
+    if config.start_from is not None:
+        return f"that of {config.start_from}, {config.finetune.method} fine-tuning"
+    return f"{config.space}, as the config says" + (f", of {config.first_stage}" if config.first_stage else "")
 
 
 def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:

@@ -14,9 +14,19 @@ from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig
 from ldm.data import CaptionedImages
-from ldm.training.probe import Costs
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of an optimizer step, of a validation, of a sample grid, of a checkpoint; bytes of memory at the peak."""
+
+    step: float
+    validation: float
+    sheet: float
+    checkpoint: float
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,13 @@ def times_due(first: int, last: int, every: int) -> int:
 
 def quality(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
     """What the nearest of our own measured runs reached: nearest in image size, images and samples seen, as factors."""
-    kind = "first stage" if isinstance(config, AutoencoderTrainingConfig) else "fine-tuning" if config.start_from else "new"
+    kind = (
+        "first stage"
+        if isinstance(config, AutoencoderTrainingConfig)
+        else "fine-tuning"
+        if config.start_from
+        else "new"
+    )
     samples = config.train.max_steps * config.train.batch_size
 
     def distance(run: dict[str, Any]) -> float:
@@ -132,9 +148,11 @@ def quality(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImag
     if not runs:
         return "no run of this kind has been measured yet"
     nearest = min(runs, key=distance)
+    factor = nearest["samples"] / samples
+    less = f"; this run sees {factor:.2g} times fewer samples: expect less" if factor > 1.5 else ""
     return (
         f"the nearest run we measured ({nearest['name']}: {nearest['images']} images, {nearest['resolution']} pixels, "
-        f"{nearest['samples']} samples): {nearest['result']}"
+        f"{nearest['samples']} samples): {nearest['result']}{less}"
     )
 
 

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,23 +17,14 @@ from torch import Tensor, nn
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.run import Run
 
-ENOUGH_SECONDS = 2.0
+ENOUGH_SECONDS = 1.0
 MOST_REPEATS = 12
 WRITTEN_BYTES = 2**24
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of an optimizer step, of a validation, of a sample grid, of a checkpoint; bytes of memory at the peak."""
-
-    step: float
-    validation: float
-    sheet: float
-    checkpoint: float
-    memory: int
-
-
-def step_seconds(run: Run, model: nn.Module, images: CaptionedImages, loss_of: Callable[[nn.Module, Batch], Tensor]) -> float:
+def step_seconds(
+    run: Run, model: nn.Module, images: CaptionedImages, loss_of: Callable[[nn.Module, Batch], Tensor]
+) -> float:
     """Seconds of an optimizer step: reading, forward, backward, AdamW and the moving average.
 
     Nothing is left behind: gradients are dropped, and the optimizer that is timed works on tensors of its own.
@@ -46,7 +36,7 @@ def step_seconds(run: Run, model: nn.Module, images: CaptionedImages, loss_of: C
     batch = collate([images[position] for position in positions])
 
     def forward_and_backward() -> None:
-        loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, batch).backward()
 
     learning = _seconds(run, forward_and_backward)
     model.zero_grad(set_to_none=True)
@@ -92,9 +82,11 @@ def write_seconds(folder: Path, size: int) -> float:
         return (time.perf_counter() - started) * size / WRITTEN_BYTES
 
 
-def seconds_of(run: Run, action: Callable[[], object]) -> float:
-    """Seconds of one call on the run's device, after one that does not count; made by the main process alone."""
-    return _seconds(run, action, together=False)
+def seconds_of(action: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
 
 
 def peak_memory(device: torch.device) -> int:
@@ -106,7 +98,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _seconds(run: Run, action: Callable[[], object], together: bool = True) -> float:
-    """The median time of a call. Processes that make it `together` wait for each other inside: all repeat it as often."""
+    """The median time of a call. Processes that make it `together` wait for each other inside, so all repeat it as
+    often.
+    """
     alone = run.accelerator.num_processes == 1 or not together
     action()
     times: list[float] = []

@@ -44,6 +44,8 @@ from ldm.data import Batch, CaptionedImages, collate, generator, micro_batches
 from ldm.pipelines import save_png
 from ldm.training.files import damage, difference, flattened, hashes, locked, step_of, tensors_digest
 from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer, trained_names
+from ldm.training.plan import Plan, duration
+from ldm.training.report import write_report
 
 # What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
 FREE_TO_CHANGE = (
@@ -130,6 +132,9 @@ class Run:
         self._gradient_norm: Tensor | None = None
         self._seen, self._since = 0, time.perf_counter()
         self._bar: tqdm[Any] | None = None
+        self._plan: dict[str, Any] | None = None
+        self._planned = 0.0
+        self.reason: str | None = None
 
     def start(self, networks: Networks) -> None:
         """Opens the run folder and fills the networks from the checkpoint that is resumed."""
@@ -172,9 +177,10 @@ class Run:
                     "another output_dir"
                 )
 
-    def settle(self, config: LDMConfig) -> None:
-        """Takes the config in which what was left open ("auto") is decided."""
+    def settle(self, config: LDMConfig, reason: str | None) -> None:
+        """Takes the config in which what was left open ("auto") is decided, and the reason, for the plan."""
         self.config = config
+        self.reason = reason
         if self._resumed is not None:
             self._check_config(self._resumed)
 
@@ -268,6 +274,13 @@ class Run:
 
     # ---- what is written
 
+    def announce(self, plan: Plan) -> None:
+        """Prints the plan and keeps it in `plan.json`; what it took is added at the end."""
+        self.print(plan.text())
+        self._plan = plan.to_dict()
+        checkpoint.write_json(self.folder / "plan.json", self._plan)
+        self._planned = time.perf_counter()
+
     def log(self, values: Mapping[str, float]) -> None:
         """Appends to `metrics.jsonl` and TensorBoard."""
         if self.is_main:
@@ -356,6 +369,7 @@ class Run:
                 self._write_training_state(folder / "training", networks)
                 checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})
             self._renew_export(target)
+            write_report(self.folder)
             for old in self._checkpoints()[: -self.config.train.keep_checkpoints]:
                 shutil.rmtree(old)
 
@@ -383,6 +397,13 @@ class Run:
         self.print(f"resumed {resumed}")
 
     def finish(self) -> None:
+        """Says how long it took beside what was planned, and writes the last report."""
+        if self.is_main and self._plan is not None:
+            took = time.perf_counter() - self._planned
+            checkpoint.write_json(self.folder / "plan.json", self._plan | {"took_seconds": took})
+            self.print(f"took {duration(took)}, planned were {duration(self._plan['expected_seconds'])}")
+        if self.is_main:
+            self.print(f"report: {write_report(self.folder)}")
         self.accelerator.end_training()
         if self._lock is not None:
             os.close(self._lock)
@@ -443,8 +464,9 @@ class Run:
 
     def _check_config(self, folder: Path) -> None:
         content = checkpoint.read_json(folder / "training" / "state.json")["config"]
+        kind: Any = type(self.config)
         with suppress(ValueError):  # keys that are newer than the checkpoint stood at their defaults
-            content = yaml.safe_load(to_yaml(parse_config(content, type(self.config), str(folder))))
+            content = yaml.safe_load(to_yaml(parse_config(content, kind, str(folder))))
         stored, present = flattened(content), flattened(yaml.safe_load(to_yaml(self.config)))
         if self.config.train.lr_schedule == "cosine" and stored["train.max_steps"] != self.config.train.max_steps:
             self.print(

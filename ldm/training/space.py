@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -28,7 +29,7 @@ class Choice:
     `train_first_stage` says that a first stage trained on this data would serve better than what there is.
     """
 
-    space: str
+    space: Literal["pixel", "latent"]
     first_stage: str | None
     reason: str
     psnr: float | None = None

@@ -239,7 +239,7 @@ def test_resuming_on_other_data_is_refused(tmp_path, encoder_folder):
     with pytest.raises(ValueError, match=r"codec/config\.json is not what the config names today"):
         run_ldm(arguments, resume=True)
     (folder / "3.txt").write_text("blue")
-    with pytest.raises(ValueError, match="or other names or captions"):
+    with pytest.raises(ValueError, match="or other names, pictures, captions"):
         run_ldm(arguments, resume=True)
 
 
