@@ -191,7 +191,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     _restore(state.merged)
     for path, layer, _ in state.merged:
         base = layer.get_base_layer()
-        layer.train(base.training).to(base.weight.device)  # the network may have moved
+        layer.to(base.weight.device)  # the network may have moved
         _replace(model, path, layer)
     state.merged, model.peft_config, state.peft_config = None, state.peft_config, None
     _freeze(model, state)
