@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from ldm.training.markup import cut, escaped
 
 Point = tuple[int, float]
+Size = tuple[int, int]
+Place = Callable[[float, float], tuple[float, float]]
 
 LEFT, RIGHT, BOTTOM, LEGEND_ROW = 60, 10, 40, 20
 POINTS_DRAWN = 500
@@ -106,8 +108,8 @@ def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
     every = max(1, len(points) // 1000)
     places = sorted({*range(0, len(points), every), *([len(points) - 1] if points else [])})
     windows = (points[max(0, i - half) : i + half + 1] for i in places)
-    # fsum: after one huge spike, a plain or a cumulative sum would have lost the digits of all that is small.
-    return [(points[i][0], math.fsum(v for _, v in w) / len(w)) for i, w in zip(places, windows, strict=True)]
+    # No cumulative sum: after one huge spike it would have lost the digits of all that is small.
+    return [(points[i][0], sum(v for _, v in w) / len(w)) for i, w in zip(places, windows, strict=True)]
 
 
 def thinned(points: Sequence[Point], most: int = POINTS_DRAWN) -> Sequence[Point]:
@@ -131,7 +133,7 @@ def draw(
     from_zero: bool = False,
     last_step: int = 0,
     mark: tuple[int, str] | None = None,
-    size: tuple[int, int] = (640, 320),
+    size: Size = (640, 320),
     standalone: bool = False,
 ) -> str:
     """An SVG of lines over steps, from step 0 to the last one.
@@ -159,6 +161,18 @@ def draw(
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>']
     if standalone:
         parts += [f"<style>{style(LIGHT)}</style>", f'<rect class="paper" width="{width}" height="{height}"/>']
+    parts += _grid(steps, values, place, size)
+    for number, line in enumerate(lines):
+        parts += _polylines(line, number % len(DASHES), place)
+    if mark is not None:
+        parts += _mark(mark, place(mark[0], values.low)[0], top, height - BOTTOM, width)
+    return "\n".join([*parts, *legend, "</svg>"]) + "\n"
+
+
+def _grid(steps: Axis, values: Axis, place: Place, size: Size) -> list[str]:
+    """A line at each round value, and the numbers on both axes."""
+    width, height = size
+    parts = []
     for value in values.ticks():
         _, y = place(0, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -169,14 +183,10 @@ def draw(
         parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="{anchor}">{_step_label(step)}</text>')
     scale = "; values on a logarithmic scale" if values.logarithmic else ""
     parts.append(f'<text x="{width / 2}" y="{height - 5}" text-anchor="middle">step{scale}</text>')
-    for number, line in enumerate(lines):
-        parts += _polylines(line, number % len(DASHES), place)
-    if mark is not None:
-        parts += _mark(mark, place(mark[0], values.low)[0], top, height - BOTTOM, width)
-    return "\n".join([*parts, *legend, "</svg>"]) + "\n"
+    return parts
 
 
-def _polylines(line: Line, number: int, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
+def _polylines(line: Line, number: int, place: Place) -> list[str]:
     def path(points: Sequence[Point]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in thinned(points)))
 

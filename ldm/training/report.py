@@ -184,7 +184,8 @@ def _troubles(measured: metrics.Metrics) -> Iterator[str]:
     if measured.damaged:
         yield f"Lines of metrics.jsonl that are no complete record and are left out: {measured.damaged:,}."
     for name, (step, count) in list(measured.faults.items())[:20]:
-        yield f"Values of {name} that are not finite and are left out: {count:,}, the first at step {step:,}."
+        what = f"Values of {markup.cut(name, 60)} that are not finite and are left out"
+        yield f"{what}: {count:,}, the first at step {step:,}."
 
 
 # ---- the parts of the page, each yielding its lines

@@ -157,6 +157,7 @@ def test_nothing_from_outside_leaves_its_place(tmp_path, hostile):
         (folder / "config.yaml").write_text(yaml.safe_dump(prompts) + f"# {text}\n", "utf-8", "surrogatepass")
         with (folder / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps({"step": step, text: step, "note": text}) + "\n" for step in (1, 2, 3))
+            file.write(json.dumps({"step": 4, text: math.nan}) + "\n")
     trees = [parsed(plain), parsed(attacked)]
     elements = [[element.tag for element in tree.iter()] for tree in trees]
     if "config.yaml is no YAML" in text_of(trees[1]):  # raw control characters: a note, and no prompts
@@ -376,6 +377,17 @@ def test_smoothing_survives_a_spike():
 )
 def test_ticks_are_round(axis, ticks):
     assert axis.ticks() == pytest.approx(ticks)
+
+
+def test_names_in_a_legend_are_escaped_and_wrap():
+    names = ['<b>&"', *(f"a rather long name {i}" for i in range(5))]
+    tree = ElementTree.fromstring(curves.draw([Line(name, [(0, 1.0), (9, 2.0)]) for name in names], title="<'>"))
+    legend = [element for element in tree.iter(f"{SVG}text") if element.text in names]
+    assert [element.text for element in legend] == names and tree.attrib["aria-label"] == "<'>"
+    plot = min(float(line.attrib["y1"]) for line in tree.iter(f"{SVG}line") if line.attrib["class"] == "grid")
+    assert len({element.attrib["y"] for element in legend}) == 3
+    assert max(float(element.attrib["y"]) for element in legend) < plot
+    assert all(float(element.attrib["x"]) + 7 * len(element.text) <= 640 for element in legend)
 
 
 def test_ticks_stand_where_their_values_are():
