@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ldm.data.store import OPEN_FILES, STALE_SECONDS, Store
+from ldm.data import store as module
+from ldm.data.store import STALE_SECONDS, Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,18 +228,20 @@ def test_rows_that_are_gone_are_refused(folder):
         store.open(keys(0, 4, 8))
 
 
-def test_few_files_are_open_at_a_time(folder):
-    count = 2 * OPEN_FILES
+def test_few_files_are_open_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(module, "OPEN_FILES", 4)
+    count = 12
     store = Store(folder)
     for i in range(count):
         store.add(keys(i), rows(i))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     found = store.open(keys(*range(count)))
-    for _ in range(2):
-        assert torch.equal(found[range(count)], rows(*range(count)))
+    held_out = store.open(keys(*range(count)))
+    for one in (found, held_out):
+        assert torch.equal(one[range(count)], rows(*range(count)))
     if before:
-        assert len(os.listdir("/proc/self/fd")) - before <= OPEN_FILES
-        del found
+        assert len(os.listdir("/proc/self/fd")) - before == 4
+        del store, found, held_out, one
         assert len(os.listdir("/proc/self/fd")) <= before
 
 
