@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.training import curves
-from ldm.training.curves import Line, Point, smooth
-from ldm.training.metrics import read_metrics
+from ldm.training.report import curves
+from ldm.training.report.curves import Line, Point, smooth
+from ldm.training.report.metrics import read_metrics
 
 
 def read(run: Path, name: str) -> list[Point]:

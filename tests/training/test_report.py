@@ -15,9 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.training import curves, markup, metrics, sheets
-from ldm.training.curves import Line
-from ldm.training.report import write_report
+from ldm.training.report import curves, markup, metrics, sheets, write_report
+from ldm.training.report.curves import Line
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -422,7 +421,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.training.report.os.replace", full_disk)
+    monkeypatch.setattr("ldm.training.report.page.os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_report(tmp_path)
     assert page.read_bytes() == before

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from ldm.training import curves, markup, metrics, sheets
-from ldm.training.curves import Line, Point, smooth
-from ldm.training.markup import escaped, number
+from ldm.training.report import curves, markup, metrics, sheets
+from ldm.training.report.curves import Line, Point, smooth
+from ldm.training.report.markup import escaped, number
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
 MOST_OTHER_CURVES = 12

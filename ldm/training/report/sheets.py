@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ldm.training.markup import escaped
+from ldm.training.report.markup import escaped
 
 MOST_SHEETS = 12
 MOST_BYTES = 5_000_000  # of all of them; base64 adds a third
