@@ -1,165 +1,249 @@
-"""A folder of one's own: image files, with captions beside them or in one metadata file."""
+"""A folder of image files: what lies in it, and captions that stand in files beside images or in names of folders."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from ldm.data.captions import caption_lines, class_caption, json_captions, printable
 from ldm.data.images import SUFFIXES, decode
-from ldm.data.sources import Sample, Skipped, Source
+from ldm.data.sources import Sample, Skipped
 
-METADATA = "metadata.jsonl"
+# .jfif and .jpe are names that browsers give to JPEG files.
+IMAGES = SUFFIXES | {".jfif", ".jpe"}
+CAPTION_FILES = (".txt", ".caption")
+
+_PICTURES = frozenset(
+    (
+        *(".heic", ".heif", ".avif", ".svg", ".jxl", ".jp2", ".psd", ".xcf", ".ico", ".tga", ".eps", ".exr", ".hdr"),
+        *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+    )
+)
+_VIDEOS = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp"))
+_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+
+# Texts that explain a folder are not captions of missing images.
+_DOCUMENTS = ("readme", "license", "licence", "notice", "copying", "changelog", "credits", "attribution", "classes")
+# Names that say where images are kept, or for what, and never what they show.
+_CONTAINERS = frozenset(
+    (
+        *("data", "dataset", "image", "images", "img", "imgs"),
+        *("train", "training", "val", "valid", "validation", "test", "testing"),
+    )
+)
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """An image that a layout names: its posix path within the folder, its captions, its group."""
+class Found:
+    """The files of a folder and all folders below it, as sorted posix paths within it, and what cannot be read.
 
-    path: str
-    captions: tuple[str, ...]
-    group: str
+    Hidden files and folders (`.name`) and macOS's copies of them (`__MACOSX`) are passed over.
+    """
+
+    root: Path
+    files: list[str]
+    skipped: list[Skipped]
+
+    def ending(self, *suffixes: str) -> list[str]:
+        """The files with one of these suffixes, in any case."""
+        return [path for path in self.files if path.lower().endswith(suffixes)]
 
 
-def open_folder(folder: Path, background: tuple[int, int, int]) -> Source:
-    """Opens a folder of captioned images, in one of two layouts:
+@dataclass
+class Listing:
+    """What a layout makes of a folder.
 
-    - `metadata.jsonl` in the folder itself: one JSON object a line with `file_name`, a path within the
-      folder, and `text`, its caption. Several lines for one file give it several captions.
-    - otherwise `a.txt` beside `a.png`, in the folder and all folders below it: UTF-8, one caption. Images
-      that share a caption file share a group.
+    Args:
+        kind: what gives the captions, as in "the folder is read by …".
+        covered: the files that became a sample, or whose fate `skipped` tells.
+        uncovered: why an image that is not covered is skipped.
+    """
 
-    With both, metadata.jsonl counts alone. Hidden files and folders (`.name`) are passed over, links to
-    folders are not followed. Every captioned image is decoded once, here, so that whatever cannot be trained
-    on is named now.
+    kind: str
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    covered: set[str] = field(default_factory=set)
+    uncovered: str = "no caption"
+
+
+def walk(folder: Path) -> Found:
+    """Lists a folder. Links to files are followed, links to folders are not.
 
     Raises:
-        ValueError: if not one captioned image can be read.
+        ValueError: if the folder itself cannot be read.
     """
-    files = _files(folder)
-    images = [path for path in files if Path(path).suffix.lower() in SUFFIXES]
-    read = _read_metadata if METADATA in files else _read_text_files
-    listed, skipped = read(folder, files, images)
-    captioned = {entry.path for entry in listed} | {entry.path for entry in skipped}
-    skipped += [Skipped(path, "no caption") for path in images if path not in captioned]
-    if not listed:
-        raise ValueError(_no_captions(folder, read is _read_metadata, skipped))
-    # Decoding releases the interpreter lock, so threads use all cores.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = list(pool.map(lambda entry: _fault(folder / entry.path, background), listed))
-    samples = tuple(
-        Sample(
-            entry.path,
-            entry.captions,
-            entry.group,
-            (folder / entry.path).read_bytes,
-            partial(decode, background=background),
-        )
-        for entry, fault in zip(listed, faults, strict=True)
-        if fault is None
-    )
-    unreadable = [Skipped(entry.path, fault) for entry, fault in zip(listed, faults, strict=True) if fault is not None]
-    if not samples:
-        first = unreadable[0]
-        raise ValueError(
-            f"none of the {len(listed)} captioned images in {folder} can be read; the first is {first.path}: "
-            f"{first.reason}; replace them with images that open elsewhere"
-        )
-    return Source(str(folder), samples, tuple(sorted(unreadable + skipped, key=lambda entry: entry.path)))
-
-
-def _no_captions(folder: Path, has_metadata: bool, skipped: list[Skipped]) -> str:
-    problems = [entry for entry in skipped if entry.reason != "no caption"]
-    cause = f" ({problems[0].path}: {problems[0].reason})" if problems else ""
-    if has_metadata:
-        way_out = f'give {METADATA} a line {{"file_name": "a.png", "text": "a caption"}} for each image'
-    else:
-        way_out = f"put a.txt beside each a.png, or one {METADATA} with file_name and text into the folder"
-    return f"no captioned image in {folder}{cause}; {way_out}"
-
-
-def _files(folder: Path) -> list[str]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(folder)
-        found += [(below / name).as_posix() for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _read_text_files(folder: Path, files: list[str], images: list[str]) -> tuple[list[_Listed], list[Skipped]]:
-    texts = {path[: -len(".txt")]: path for path in files if path.lower().endswith(".txt")}
-    listed, skipped = [], []
-    for image in images:
-        stem = image[: -len(Path(image).suffix)]
-        if stem not in texts:
-            continue
+    files: list[str] = []
+    skipped: list[Skipped] = []
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
         try:
-            caption = _caption((folder / texts[stem]).read_bytes().decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            skipped.append(Skipped(image, f"{texts[stem]} is not UTF-8 text"))
-        except ValueError as error:
-            skipped.append(Skipped(image, str(error)))
-        else:
-            listed.append(_Listed(image, (caption,), stem))
-    return listed, skipped
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    _sort_entry(entry, below + entry.name, files, waiting, skipped)
+        except OSError as error:
+            if not below:
+                raise ValueError(
+                    f"the folder {folder} cannot be read: {error.strerror}; mend its permissions"
+                ) from error
+            skipped.append(Skipped(below, f"the folder cannot be read: {error.strerror}"))
+    return Found(folder, sorted(files), skipped)
 
 
-def _read_metadata(folder: Path, files: list[str], images: list[str]) -> tuple[list[_Listed], list[Skipped]]:
-    captions: dict[str, list[str]] = {}
-    skipped = []
-    for number, line in _lines(folder / METADATA):
-        try:
-            path, caption = _metadata_line(line)
-            if not os.path.isfile(folder / path):
-                raise ValueError(f"there is no file {path}")
-        except ValueError as error:
-            skipped.append(Skipped(f"{METADATA}:{number}", str(error)))
-        else:
-            captions.setdefault(path, []).append(caption)
-    return [_Listed(path, tuple(dict.fromkeys(texts)), path) for path, texts in sorted(captions.items())], skipped
+def _sort_entry(
+    entry: os.DirEntry[str], path: str, files: list[str], waiting: list[str], skipped: list[Skipped]
+) -> None:
+    if entry.name.startswith(".") or entry.name == "__MACOSX":
+        return
+    if entry.is_dir(follow_symlinks=False):
+        waiting.append(path + "/")
+    elif entry.is_file():
+        files.append(path)
+    elif entry.is_dir():
+        skipped.append(Skipped(path, "a link to a folder, which is not followed; give that folder itself"))
+    elif suffix(path) in IMAGES:
+        # Reading a pipe would wait for ever.
+        reason = "a link that leads nowhere" if entry.is_symlink() else "not a file that can be read at any place"
+        skipped.append(Skipped(path, reason))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+def suffix(path: str) -> str:
+    """ ".png" of "a/b.PNG"."""
+    return PurePosixPath(path).suffix.lower()
 
 
-def _metadata_line(line: bytes) -> tuple[str, str]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object with file_name and text")
-    for key in ("file_name", "text"):
-        if not isinstance(record.get(key), str):
-            raise ValueError(f"{key} is missing" if key not in record else f"{key} is not a text")
-    path = os.path.normpath(record["file_name"])
-    if os.path.isabs(path) or path.split(os.sep)[0] == "..":
-        raise ValueError(f"file_name {record['file_name']} lies outside the folder")
-    return Path(path).as_posix(), _caption(record["text"])
+def stem(path: str) -> str:
+    """ "a/b" of "a/b.PNG"."""
+    return path[: len(path) - len(PurePosixPath(path).suffix)]
 
 
-def _caption(text: str) -> str:
-    text = text.strip()
-    if not text:
-        raise ValueError("empty caption")
-    # JSON can spell half of a surrogate pair, which no tokenizer takes.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the caption is not valid Unicode (a lone surrogate)")
-    return text
-
-
-def _fault(path: Path, background: tuple[int, int, int]) -> str | None:
-    try:
-        decode(path.read_bytes(), background)
-    except (OSError, ValueError) as error:
-        return str(error)
+def foreign(path: str) -> str | None:
+    """Why a file of pictures in a format that is not read cannot be used; None for all other files."""
+    name = PurePosixPath(path).name.lower()
+    for archive in _ARCHIVES:
+        if name.endswith(archive):
+            return f"{archive} is an archive that cannot be read at any place; unpack it (.tar alone is read)"
+    if suffix(path) in _PICTURES:
+        return f"{suffix(path)} is not read; convert it to PNG or JPEG"
+    if suffix(path) in _VIDEOS:
+        return f"{suffix(path)} is a video; save frames of it as PNG or JPEG"
     return None
+
+
+def sample_of(found: Found, path: str, captions: list[str], group: str, background: tuple[int, int, int]) -> Sample:
+    """A file of the folder as a sample; equal captions count once."""
+    read = partial(_read, os.path.join(found.root, path))
+    return Sample(path, tuple(dict.fromkeys(captions)), group, read, partial(decode, background=background))
+
+
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def list_sidecars(found: Found, column: str | None, background: tuple[int, int, int]) -> Listing | None:
+    """`a.txt`, `a.caption` (or `a.png.txt`) beside `a.png`, each line of it a caption; None where there are none.
+
+    With several such files an image has the captions of all. Where it has none of them, but an `a.json` with a
+    caption under `column` or a usual name, that counts. Images that share a stem share a group.
+    """
+    images = [path for path in found.files if suffix(path) in IMAGES]
+    owners = {owner for path in images for owner in (path, stem(path))}
+    texts: dict[str, list[str]] = {}
+    for kind in (*CAPTION_FILES, ".json"):
+        for path in found.ending(kind):
+            texts.setdefault(stem(path), []).append(path)
+    listing = Listing("captions beside images")
+    for image in images:
+        beside = [*texts.get(image, ()), *texts.get(stem(image), ())]
+        _caption_image(found, image, beside, column, background, listing)
+    if not listing.covered:
+        return None
+    strays = {path for path in found.ending(*CAPTION_FILES) if stem(path) not in owners}
+    foreigners = {stem(path) for path in found.files if foreign(path)}
+    for path in sorted(strays):
+        if stem(path) not in foreigners and not PurePosixPath(path).name.lower().startswith(_DOCUMENTS):
+            listing.skipped.append(Skipped(path, "a caption without an image"))
+    _hint_at_case(images, strays, listing)
+    return listing
+
+
+def _caption_image(
+    found: Found, image: str, beside: list[str], column: str | None, background: tuple[int, int, int], listing: Listing
+) -> None:
+    captions: list[str] = []
+    faults: list[tuple[str, str]] = []
+    plain = [path for path in beside if suffix(path) in CAPTION_FILES]
+    for path in plain or beside:
+        name = PurePosixPath(path).name
+        try:
+            data = (found.root / path).read_bytes()
+            good, reasons = (caption_lines(data), []) if plain else json_captions(data, column)
+        except KeyError:
+            continue  # JSON of another kind, such as boxes
+        except OSError as error:
+            faults.append((path, f"{printable(name)} cannot be read: {error.strerror}"))
+        except ValueError as error:
+            empty = str(error) == "empty caption"
+            faults.append((path, str(error) if empty else f"{printable(name)} {error}"))
+        else:
+            captions += good
+            faults += [(path, reason) for reason in reasons]
+    if captions:
+        listing.samples.append(sample_of(found, image, captions, stem(image), background))
+        listing.skipped += [
+            Skipped(path, f"{reason}; the other captions of {printable(image)} count") for path, reason in faults
+        ]
+    elif faults:
+        listing.skipped.append(Skipped(image, faults[0][1]))
+    if captions or faults:
+        listing.covered.add(image)
+
+
+def _hint_at_case(images: list[str], strays: set[str], listing: Listing) -> None:
+    folded = {stem(path).casefold(): path for path in strays}
+    for image in images:
+        near = folded.get(stem(image).casefold())
+        if image not in listing.covered and near is not None:
+            listing.skipped.append(Skipped(image, f"no caption; {printable(near)} differs in upper and lower case"))
+            listing.covered.add(image)
+
+
+def list_classes(found: Found, background: tuple[int, int, int]) -> Listing | None:
+    """Images in sub-folders, with the name of the folder that holds them as caption; None where there are none.
+
+    `_` and `-` are read as spaces, and the `10_` of "10_my dog" is dropped.
+    """
+    listing = Listing(
+        "the names of sub-folders",
+        uncovered="no caption: it lies in no sub-folder that names its class; put it into one, "
+        "or a .txt with its caption beside it",
+    )
+    for image in [path for path in found.files if suffix(path) in IMAGES and "/" in path]:
+        folder = PurePosixPath(image).parent.name
+        listing.covered.add(image)
+        try:
+            words = class_caption(folder)
+        except ValueError:
+            words = ""
+        if not words or words.lower() in _CONTAINERS:
+            reason = f'no caption: the name of its folder, "{printable(folder)}", does not say what it shows'
+            listing.skipped.append(Skipped(image, reason))
+        else:
+            listing.samples.append(sample_of(found, image, [words], stem(image), background))
+    return listing if listing.covered else None
+
+
+def summary(found: Found) -> str:
+    """What a folder holds, by suffix: "12 .png files, 3 .txt files"."""
+    return ", ".join(_counts(found)) or "no files"
+
+
+def _counts(found: Found) -> Iterator[str]:
+    kinds: dict[str, int] = {}
+    for path in found.files:
+        kinds[suffix(path)] = kinds.get(suffix(path), 0) + 1
+    for kind, count in sorted(kinds.items(), key=lambda item: -item[1])[:6]:
+        yield f"{count} {printable(kind) or 'other'} file{'s' if count > 1 else ''}"

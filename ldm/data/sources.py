@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import os
@@ -68,6 +67,11 @@ class DataConfig:
             raise ValueError(f"data.held_out is {self.held_out}; it is a share of the data, at least 0 and below 1")
         if self.skin_tones and self.path != "openmoji":
             raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
+        for key in ("image_column", "caption_column", "subset"):
+            if getattr(self, key) is not None and self.path in BUILT_IN:
+                raise ValueError(
+                    f'data.{key} is for tables and data sets of the hub, not for "{self.path}"; leave it out'
+                )
         _rgb(self.background)
 
     @property
@@ -176,11 +180,13 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Opens the data set that `config.path` names.
+    """Opens the data set that `config.path` names: built in, or told apart by what is there (`ldm.data.layouts`).
+
+    Nothing is decoded: whatever names itself an image is listed, and what has no caption is skipped.
 
     Raises:
-        ValueError: if there is no such data set, a package that it needs is missing, or it holds no
-            captioned image.
+        ValueError: if there is no such data set, a package that it needs is missing, it holds no captioned image,
+            or columns, split or subset are asked for that it does not have.
     """
     # Each layout imports the records above, and what it needs of other packages only when it is opened.
     if config.path == "digits":
@@ -191,21 +197,9 @@ def open_source(config: DataConfig) -> Source:
         from ldm.data.openmoji import open_openmoji
 
         return open_openmoji(config.resolution, config.background_rgb, skin_tones=config.skin_tones)
-    return _open_path(config)
+    from ldm.data.layouts import open_path
 
-
-def _open_path(config: DataConfig) -> Source:
-    # The place where a path is told apart by what it holds; today all of them are folders of image files.
-    from ldm.data.folder import open_folder
-
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        return open_folder(path, config.background_rgb)
-    if path.exists():
-        raise ValueError(f"data.path {config.path} is a file; give the folder that holds the captioned images")
-    near = difflib.get_close_matches(config.path.lower(), BUILT_IN, n=1)
-    hint = f'did you mean "{near[0]}"?' if near else f"give a folder, or one of {', '.join(BUILT_IN)}"
-    raise ValueError(f"data.path {config.path} does not exist; {hint}")
+    return open_path(config)
 
 
 def require(source: str, *modules: str) -> None:

@@ -1,0 +1,190 @@
+"""Captions as they are written: text files, JSON, cells of tables, names of folders."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable
+
+# In the order in which they are preferred; compared without regard to case, "-" and " " read as "_".
+CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
+
+# A caption has a few hundred bytes. What is larger by a factor of a thousand is not one, and would fill memory.
+MAX_TEXT_BYTES = 2**20
+
+# UTF-32 goes first: its little-endian mark begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def printable(name: str) -> str:
+    """A file name as one line that any terminal takes; what cannot be printed is escaped as in Python."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )
+
+
+def caption(text: object) -> str:
+    """One caption, without white space around it.
+
+    Raises:
+        ValueError: with the reason, if it is not a text that says something.
+    """
+    if text is None:
+        raise ValueError("no caption")
+    if not isinstance(text, str):
+        raise ValueError(f"the caption is not a text but {_kind(text)}")
+    text = text.strip()
+    # Zero-width characters are no white space to str.strip, but no words either.
+    if not any(character.isprintable() for character in text):
+        raise ValueError("empty caption")
+    # JSON can spell half of a surrogate pair, and undecodable bytes of a table are kept as such; no tokenizer
+    # takes them.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the caption is not valid Unicode (a lone surrogate)")
+    if "\0" in text:
+        raise ValueError("the caption holds NUL characters")
+    return text
+
+
+def captions(value: object) -> tuple[list[str], list[str]]:
+    """A cell → (captions, reasons): a text is one caption, a list one an entry, each bad one gives a reason."""
+    if not isinstance(value, list):
+        value = [value]
+    if not value:
+        return [], ["no caption"]
+    good, reasons = [], []
+    for position, entry in enumerate(value, start=1):
+        try:
+            good.append(caption(entry))
+        except ValueError as error:
+            reasons.append(f"{error} (caption {position} of {len(value)})" if len(value) > 1 else str(error))
+    return good, reasons
+
+
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """Bytes → text, in UTF-8 or what a byte order mark names.
+
+    Raises:
+        ValueError: with the reason; UnicodeDecodeError never.
+    """
+    name = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        # A mark of UTF-16 is a promise: what breaks it is not repaired byte by byte.
+        return data.decode(name, errors if name.startswith("utf-8") else "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not {name.upper().removesuffix('-SIG')} text") from error
+
+
+def caption_lines(data: bytes) -> list[str]:
+    """A caption file: every line that is not empty is a caption.
+
+    Raises:
+        ValueError: with the reason, which begins with a verb, so that the file's name can stand before it; an
+            empty file is an "empty caption".
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"holds {len(data) / 2**20:.1f} MiB; a caption file has at most {MAX_TEXT_BYTES >> 20} MiB")
+    try:
+        text = decode_text(data)
+    except ValueError as error:
+        raise ValueError(f"is {error}") from error
+    # ASCII in UTF-16 without a mark is valid UTF-8, with a NUL after each letter.
+    if "\0" in text:
+        raise ValueError("is not UTF-8 text")
+    lines = []
+    for line in re.split(r"[\r\n]+", text):
+        try:
+            lines.append(caption(line))
+        except ValueError:
+            continue  # only emptiness is left to fail: UTF-8 has no surrogates
+    if not lines:
+        raise ValueError("empty caption")
+    return lines
+
+
+def json_captions(data: bytes, column: str | None) -> tuple[list[str], list[str]]:
+    """A JSON object beside an image → (captions, reasons), from its key `column` or one named as captions are.
+
+    Raises:
+        KeyError: if it has no such key, or is not an object.
+        ValueError: with the reason, which begins with a verb, if it is not JSON.
+    """
+    try:
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(f"{len(data) / 2**20:.1f} MiB are more than a caption needs")
+        record = json.loads(decode_text(data))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON that holds a caption: {error}") from error
+    if not isinstance(record, dict):
+        raise KeyError("text")
+    key = column if column is not None else match(record, CAPTION_NAMES)
+    if key is None or key not in record:
+        raise KeyError(column or "text")
+    return captions(record[key])
+
+
+def class_caption(folder: str) -> str:
+    """The name of a folder as a caption: "10_golden-retriever" → "golden retriever".
+
+    Raises:
+        ValueError: with the reason, if the name says nothing.
+    """
+    name = re.sub(r"^\d+_(?=.)", "", folder)  # kohya's number of repeats
+    words = " ".join(re.split(r"[_\-\s]+", name)).strip()
+    return caption(words)
+
+
+def match(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
+    """The column that bears the first of `names`, or None."""
+    found = {re.sub(r"[\s-]+", "_", column.strip()).casefold(): column for column in reversed(list(columns))}
+    return next((found[name] for name in names if name in found), None)
+
+
+def choose(
+    where: str, columns: list[str], possible: list[str], names: tuple[str, ...], key: str, given: str | None
+) -> str:
+    """The column to use: the one the config gives, else the one that is named as usual, else the only one possible.
+
+    Args:
+        where: what has the columns, for the message.
+        columns, possible: all columns, and those whose type fits.
+        names: usual names, the most usual first.
+        key: of the config, "image_column" or "caption_column", and
+        given: its value.
+
+    Raises:
+        ValueError: listing the columns.
+    """
+    listed = ", ".join(printable(column) for column in columns)
+    if given is not None:
+        if given not in columns:
+            raise ValueError(f'data.{key} is "{given}", but {where} has no such column; it has {listed}')
+        return given
+    found = match(possible, names)
+    if found is not None:
+        return found
+    if len(possible) == 1:
+        return possible[0]
+    what = "image" if key == "image_column" else "caption"
+    raise ValueError(
+        f"{where}: which column holds the {what}s cannot be told from the columns {listed}; set data.{key}"
+    )
+
+
+def _kind(value: object) -> str:
+    names = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+        bytes: "bytes",
+    }
+    return names.get(type(value), type(value).__name__)

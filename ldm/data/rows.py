@@ -1,0 +1,175 @@
+"""The rows of text tables: CSV, TSV, JSON lines, and parquet, each row read or named as one that cannot be."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from ldm.data.captions import decode_text
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
+# What programs write into a cell without a value; `datasets`, which reads CSV with pandas, takes them so too.
+_NO_VALUE = frozenset({"nan", "null", "none", "n/a", "<na>", "#n/a"})
+_ROWS_FOR_COLUMNS = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: `number` is its first line, in parquet its row, from 1; `cells` by column; `fault` why it is unusable."""
+
+    number: int
+    cells: dict[str, Any]
+    fault: str | None = None
+
+
+class Rows(Protocol):
+    """An open table."""
+
+    columns: list[str]  # in parquet those of texts and lists of texts
+
+    def read(self, columns: Sequence[str]) -> Iterator[Row]:
+        """All rows in their order, with the cells of these columns, also the rows that cannot be understood."""
+        ...
+
+
+def open_rows(path: Path) -> Rows:
+    """Opens a table by its suffix.
+
+    Raises:
+        ValueError: with the reason, without the name, if it has no columns.
+        OSError: if it cannot be read.
+    """
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _Parquet(path)
+    # Bytes that are not UTF-8 spoil their own row, not the table; in names of files they are how Python spells
+    # the same bytes on disk.
+    text = decode_text(path.read_bytes(), "surrogateescape")
+    return _JsonLines(text) if kind == ".jsonl" else _Csv(text, _DELIMITERS[kind])
+
+
+class _Csv:
+    def __init__(self, text: str, delimiters: str) -> None:
+        # StringIO counts lines as editors do, and makes all their ends alike.
+        self.lines = list(io.StringIO(text, newline=None))
+        self.start = next((number for number, line in enumerate(self.lines) if line.strip()), None)
+        if self.start is None:
+            raise ValueError("the file is empty")
+        heads = {mark: next(csv.reader(self.lines[self.start :], delimiter=mark)) for mark in delimiters}
+        # max takes the first of equals: the usual delimiter of the suffix.
+        self.delimiter = max(heads, key=lambda mark: len(heads[mark]))
+        self.columns = [cell.strip() for cell in heads[self.delimiter]]
+
+    def read(self, columns: Sequence[str]) -> Iterator[Row]:
+        places = {column: self.columns.index(column) for column in columns}
+        records = self._records()
+        next(records)  # the names of the columns
+        for number, cells, fault in records:
+            if fault is None and len(cells) > len(self.columns):
+                # Cutting them off would shorten captions in silence.
+                fault = f"{len(cells)} cells for {len(self.columns)} columns; put quotes around a text with delimiters"
+            picked = {name: cells[place] for name, place in places.items() if place < len(cells)}
+            known = {name: cell for name, cell in picked.items() if cell.strip().casefold() not in _NO_VALUE}
+            yield Row(number, known, fault)
+
+    def _records(self) -> Iterator[tuple[int, list[str], str | None]]:
+        """(first line, cells, fault). A quote that is never closed costs its own line, not all that follow."""
+        start = self.start
+        assert start is not None
+        while start < len(self.lines):
+            rest = (self.lines[index] for index in range(start, len(self.lines)))
+            reader = csv.reader(rest, delimiter=self.delimiter, strict=True)
+            begun = 0
+            try:
+                for cells in reader:
+                    if cells:
+                        yield start + begun + 1, cells, None
+                    begun = reader.line_num
+                return
+            except csv.Error as error:
+                yield start + begun + 1, [], f"not CSV: {error}"
+                start += begun + 1
+
+
+class _JsonLines:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        records = islice((record for _, record in self._lines() if isinstance(record, dict)), _ROWS_FOR_COLUMNS)
+        self.columns = list(dict.fromkeys(key for record in records for key in record))
+        if not self.columns:
+            raise ValueError("no line is a JSON object")
+
+    def read(self, columns: Sequence[str]) -> Iterator[Row]:
+        for number, record in self._lines():
+            if isinstance(record, dict):
+                yield Row(number, {name: record[name] for name in columns if name in record})
+            else:
+                yield Row(number, {}, record if isinstance(record, str) else "not a JSON object")
+
+    def _lines(self) -> Iterator[tuple[int, object]]:
+        for number, line in enumerate(io.StringIO(self.text, newline=None), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, f"not JSON: {error}"
+            else:
+                yield number, record if isinstance(record, dict) else None
+
+
+class _Parquet:
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            schema = parquet.read_schema(path)
+        except pa.ArrowException as error:
+            raise ValueError(f"not parquet: {first_line(error)}") from error
+        self.path = path
+        self.columns = [field.name for field in schema if is_text(field.type) or is_texts(field.type)]
+
+    def read(self, columns: Sequence[str]) -> Iterator[Row]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        number = 0
+        with parquet.ParquetFile(self.path) as file:
+            try:
+                for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
+                    for cells in batch.to_pylist():
+                        number += 1
+                        yield Row(number, cells)
+            except (pa.ArrowException, OSError) as error:
+                yield Row(number + 1, {}, f"this row and those after it cannot be read: {first_line(error)}")
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type holds texts."""
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_texts(kind: Any) -> bool:
+    """Whether an Arrow type holds lists of texts."""
+    import pyarrow as pa
+
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return listed and is_text(kind.value_type)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as one line."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[0].split()) if lines else type(error).__name__

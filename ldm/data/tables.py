@@ -1,0 +1,283 @@
+"""Tables with the images in them: parquet and Arrow files, and data sets that `datasets` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm.data.captions import captions, printable
+from ldm.data.columns import Columns, pick_columns
+from ldm.data.images import decode
+from ldm.data.rows import first_line, is_text
+from ldm.data.sources import DataConfig, Sample, Skipped, digest_of
+
+_ROWS_AT_ONCE = 32  # of images of a few MB each; also what is read for one image of a converted file
+_ROW = "__row__"  # the column of a converted file that says which row of the parquet file a row was
+_TAIL = 1024
+
+
+@dataclass(frozen=True)
+class Table:
+    """An open table: its name in reports, a `datasets.Dataset` whose rows lie on disk, and the columns to use."""
+
+    name: str
+    dataset: Any
+    columns: Columns
+
+
+def open_parquet(path: Path, name: str, config: DataConfig) -> tuple[Table | None, list[Skipped]]:
+    """A parquet file, by way of a copy in Arrow, and the rows of it that cannot be read.
+
+    A row of parquet can only be read with the thousands around it, so the columns that are needed are copied
+    once, a few rows at a time, into the cache folder, where every row can be reached without reading others. The
+    copy's name follows from the file's path, size and times of change: an edited file is copied anew.
+
+    Raises:
+        ValueError: if the columns cannot be told, or the copy cannot be written.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        return None, [Skipped(name, f"not a parquet file that can be read: {first_line(error)}")]
+    columns = pick_columns(printable(name), schema, config)
+    stat = path.stat()
+    # The inode's time of change cannot be set back, as the time of modification can.
+    state = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, columns.names)
+    folder = config.cache_folder / "tables"
+    copy = folder / f"{digest_of(repr(state).encode('utf-8', 'surrogatepass'))}.rows"
+    try:
+        if not copy.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _copy(path, schema, columns, copy)
+        faults = json.loads(copy.with_suffix(".json").read_text(encoding="utf-8"))
+        dataset = Dataset.from_file(str(copy))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be copied into {folder}: {error}; set data.cache_dir to a disk with room"
+        ) from error
+    skipped = [
+        Skipped(f"{name}:{first}-{last}", f"these rows cannot be read: {reason}") for first, last, reason in faults
+    ]
+    return Table(name, dataset, columns), skipped
+
+
+def _copy(path: Path, schema: Any, columns: Columns, target: Path) -> None:
+    import pyarrow as pa
+
+    plain = pa.schema([(name, _plain(schema.field(name).type)) for name in columns.names] + [(_ROW, pa.int64())])
+    faults: list[tuple[int, int, str]] = []
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copy-") as scratch:
+        partly = Path(scratch, "copy")
+        with pa.OSFile(str(partly), "wb") as sink, pa.ipc.new_stream(sink, plain) as writer:
+            for first, batch in _readable(path, columns, faults):
+                rows = pa.array(range(first, first + batch.num_rows), pa.int64())
+                arrays = [batch.column(name).cast(plain.field(name).type) for name in columns.names]
+                writer.write_batch(pa.record_batch([*arrays, rows], schema=plain))
+        noted = Path(scratch, "faults")
+        noted.write_text(json.dumps(faults), encoding="utf-8")
+        # The copy goes last: where it stands, the faults do too. Two runs that copy one file write the same.
+        os.replace(noted, target.with_suffix(".json"))
+        os.replace(partly, target)
+
+
+def _readable(path: Path, columns: Columns, faults: list[tuple[int, int, str]]) -> Iterator[tuple[int, Any]]:
+    """(number of its first row from 1, batch) of all that can be read; the rest goes to `faults`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        row = 1
+        for group in range(file.num_row_groups):
+            end = row + file.metadata.row_group(group).num_rows
+            batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns.names)
+            while row < end:
+                try:
+                    batch = next(batches)
+                except (pa.ArrowException, OSError, StopIteration) as error:
+                    faults.append((row, end - 1, first_line(error)))
+                    break
+                yield row, batch
+                row += batch.num_rows
+            row = end
+
+
+def _plain(kind: Any) -> Any:
+    """The type without encodings that not every reader of Arrow knows: dictionaries and views."""
+    import pyarrow as pa
+
+    if is_text(kind):
+        return pa.large_string()
+    return pa.large_binary() if str(kind) == "binary_view" else kind
+
+
+def open_arrow(path: Path, name: str, config: DataConfig) -> tuple[Table | None, list[Skipped]]:
+    """An Arrow stream, as `datasets` keeps them; ValueError if the columns cannot be told."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    try:
+        dataset = Dataset.from_file(str(path))
+    except (pa.ArrowException, OSError) as error:
+        return None, [Skipped(name, f"not an Arrow stream that can be read: {first_line(error)}")]
+    return Table(name, dataset, pick_columns(printable(name), dataset.features.arrow_schema, config)), []
+
+
+def open_saved(folder: Path, config: DataConfig) -> Table:
+    """A folder that `save_to_disk` wrote; of several splits, `config.split`.
+
+    Raises:
+        ValueError: if it cannot be read, has no such split, or its columns cannot be told.
+    """
+    from datasets import Dataset, load_from_disk
+
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:  # whatever broken JSON or Arrow files bring up
+        raise ValueError(f"{folder} cannot be read as a saved data set: {one_line(error)}; save it again") from error
+    if not isinstance(saved, Dataset):
+        if config.split not in saved:
+            raise ValueError(f'{folder} has no split "{config.split}"; set data.split to one of {", ".join(saved)}')
+        saved = saved[config.split]
+    return Table(str(folder), saved, pick_columns(str(folder), saved.features.arrow_schema, config))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    parts = ("state.json", "dataset_info.json")
+    return (folder / "dataset_dict.json").is_file() or all((folder / part).is_file() for part in parts)
+
+
+def open_hub(config: DataConfig) -> Table:
+    """A data set of the hub by its id, downloaded as `datasets` does; code that comes with it is never run.
+
+    Raises:
+        ValueError: if there is none of that name, it cannot be reached, or its columns cannot be told.
+    """
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(config.path, name=config.subset, split=config.split)
+    except Exception as error:  # network, hub, files and formats each have their own
+        raise ValueError(
+            f"data.path {config.path} is no folder or file here, and no data set that can be loaded from the hub: "
+            f"{one_line(error)}; check the spelling, the network, data.subset and data.split"
+        ) from error
+    return Table(config.path, dataset, pick_columns(config.path, dataset.features.arrow_schema, config))
+
+
+def list_tables(tables: Sequence[Table], folder: Path | None, config: DataConfig) -> tuple[list[Sample], list[Skipped]]:
+    """The rows of tables as samples.
+
+    An id must not change when rows come or go, so it is not the row's number: it is the name that is stored with
+    the image, or the row's key. Where there is none, or it is not alone, the length and the last kilobyte of the
+    image stand for it, which needs no reading of all bytes; where even these are shared, as by copies, a count.
+
+    Args:
+        folder: to which stored paths of images without bytes are relative.
+    """
+    rows = [(table, row) for table in tables for row in _rows(table)]
+    names = Counter(row.name for _, row in rows)
+    seen: Counter[str] = Counter()
+    samples: list[Sample] = []
+    skipped: list[Skipped] = []
+    images = {id(table): table.dataset.select_columns([table.columns.image]).with_format("arrow") for table in tables}
+    for table, row in rows:
+        place = f"{table.name}:{row.number}"
+        file = None if row.path is None else os.path.join(folder or "", row.path)
+        good, reasons = captions(row.caption)
+        if row.fingerprint is None and (file is None or not os.path.isfile(file)):
+            missing = "no image" if file is None else f"no image bytes, and no file {printable(file)[:200]}"
+            skipped.append(Skipped(place, missing))
+            continue
+        skipped += [Skipped(place, reason) for reason in reasons]
+        if not good:
+            continue
+        group = row.name if row.name and names[row.name] == 1 else f"{row.name or 'row'}@{row.fingerprint or row.path}"
+        seen[group] += 1
+        name = group if seen[group] == 1 else f"{group}#{seen[group]}"
+        read = partial(_read_row, images[id(table)], row.index)
+        if row.fingerprint is None:
+            assert file is not None
+            read = partial(_read_file, file)
+        decoder = partial(decode, background=config.background_rgb)
+        samples.append(Sample(name, tuple(dict.fromkeys(good)), group, read, decoder))
+    return samples, skipped
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is known of a row without reading its image; `fingerprint` is None where it has no bytes."""
+
+    index: int
+    number: int
+    name: str
+    caption: object
+    path: str | None
+    fingerprint: str | None
+
+
+def _rows(table: Table) -> Iterator[_Row]:
+    import pyarrow as pa
+    from pyarrow import compute
+
+    columns = table.columns
+    index = 0
+    # Batches as they lie on disk: joining them would read all images.
+    for batch in table.dataset.data.to_batches():
+        image = batch.column(columns.image)
+        stored, paths = image, [None] * len(image)
+        if pa.types.is_struct(image.type):
+            stored = compute.struct_field(image, "bytes")
+            if image.type.get_field_index("path") >= 0:
+                paths = compute.struct_field(image, "path").to_pylist()
+        keys = batch.column(columns.key).to_pylist() if columns.key else [None] * len(image)
+        texts = batch.column(columns.caption).to_pylist()
+        numbers = batch.column(_ROW).to_pylist() if _ROW in batch.schema.names else None
+        for place, (path, key, text) in enumerate(zip(paths, keys, texts, strict=True)):
+            name = path or ("" if key is None else str(key))
+            number = numbers[place] if numbers else index + 1
+            yield _Row(index, number, name, _words(text, columns), path, _fingerprint(stored[place]))
+            index += 1
+
+
+def _words(value: object, columns: Columns) -> object:
+    if columns.classes is None or not isinstance(value, int):
+        return value
+    # -1 stands for no class.
+    return columns.classes[value].replace("_", " ") if 0 <= value < len(columns.classes) else None
+
+
+def _fingerprint(stored: Any) -> str | None:
+    if not stored.is_valid:
+        return None
+    data = memoryview(stored.as_buffer())
+    return hashlib.blake2b(data[-_TAIL:], digest_size=8, salt=len(data).to_bytes(8, "little")).hexdigest()
+
+
+def _read_row(images: Any, index: int) -> bytes:
+    value = images[index].column(0)[0].as_py()
+    data = value["bytes"] if isinstance(value, dict) else value
+    assert isinstance(data, bytes), type(data)  # rows without bytes are not samples that come here
+    return data
+
+
+def _read_file(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, as one line of bearable length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,151 @@
+"""Shards of samples in tar files, as webdataset lays them out."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from ldm.data.captions import MAX_TEXT_BYTES, caption_lines, json_captions, printable
+from ldm.data.folder import CAPTION_FILES, IMAGES, foreign
+from ldm.data.images import decode
+from ldm.data.sources import DataConfig, Sample, Skipped
+
+_KNOWN = IMAGES | {*CAPTION_FILES, ".json"}
+
+
+def list_tar(path: Path, name: str, config: DataConfig) -> tuple[list[Sample], list[Skipped]]:
+    """The samples of one shard: images with the .txt, .caption or .json of the same key.
+
+    A key is the path up to the first dot of its last part (as webdataset has it), or up to the last dot, where
+    what follows the first is no suffix that is read. Members of one key need not stand side by side. Only
+    headers and captions are read; an image is later read from its place in the file, so that no file stays open.
+
+    Args:
+        name: of the shard, with which ids begin: "00000.tar/000000012.jpg".
+    """
+    samples: list[Sample] = []
+    skipped: list[Skipped] = []
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with open(path, "rb") as file:
+        for member in _members(file, name, skipped):
+            _sort_member(member, name, os.fstat(file.fileno()).st_size, groups, skipped)
+        for key, members in groups.items():
+            _list_group(file, path, f"{name}/{key}", members, config, samples, skipped)
+    return samples, skipped
+
+
+def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarfile.TarInfo]:
+    count = 0
+    try:
+        # "r:" takes no compression, in which no member could be reached without reading all before it.
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isdir():
+                    count += 1
+                    yield member
+    # Broken headers surface as whatever the code that meets them raises, such as ValueError and OverflowError.
+    except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
+        after = (
+            f"cut off or broken after {count} members: " if count else "not a tar file that can be read at any place: "
+        )
+        skipped.append(Skipped(name, f"{after}{error}"))
+        return
+    if not count:
+        skipped.append(Skipped(name, "no files in it"))
+
+
+def _sort_member(
+    member: tarfile.TarInfo,
+    name: str,
+    size: int,
+    groups: dict[str, dict[str, tarfile.TarInfo]],
+    skipped: list[Skipped],
+) -> None:
+    path = member.name.removeprefix("./")
+    base = PurePosixPath(path).name
+    if any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts):
+        return
+    key, kind = _key(path)
+    unread = foreign(base)
+    if unread is not None:
+        skipped.append(Skipped(f"{name}/{path}", unread))
+    elif kind not in _KNOWN:
+        return
+    elif not member.isfile() or member.issparse():
+        skipped.append(Skipped(f"{name}/{path}", "a link or a sparse file within the tar; pack it as a plain file"))
+    elif member.offset_data + member.size > size:
+        skipped.append(Skipped(f"{name}/{path}", "cut off at the end of the tar"))
+    else:
+        before = groups.setdefault(key, {}).get(kind)
+        if before is not None:
+            skipped.append(Skipped(f"{name}/{path}", "twice in the tar; the last one counts, as in unpacking"))
+        groups[key][kind] = member
+
+
+def _key(path: str) -> tuple[str, str]:
+    folder, slash, base = path.rpartition("/")
+    first, dot, rest = base.partition(".")
+    if f".{rest.lower()}" not in _KNOWN:
+        first, dot, rest = base.rpartition(".")
+    return f"{folder}{slash}{first}", f"{dot}{rest.lower()}"
+
+
+def _list_group(
+    file: BinaryIO,
+    path: Path,
+    key: str,
+    members: dict[str, tarfile.TarInfo],
+    config: DataConfig,
+    samples: list[Sample],
+    skipped: list[Skipped],
+) -> None:
+    images = [kind for kind in members if kind in IMAGES]
+    if not images:
+        if any(kind in CAPTION_FILES for kind in members):
+            skipped.append(Skipped(key, "a caption without an image"))
+        return
+    captions, reasons = _captions(file, members, config.caption_column)
+    for kind in images:
+        if not captions:
+            skipped.append(Skipped(key + kind, reasons[0] if reasons else "no caption"))
+            continue
+        member = members[kind]
+        read = partial(read_span, str(path), member.offset_data, member.size)
+        decoder = partial(decode, background=config.background_rgb)
+        samples.append(Sample(key + kind, tuple(dict.fromkeys(captions)), key, read, decoder))
+    if captions:
+        skipped += [Skipped(key, f"{reason}; its other captions count") for reason in reasons]
+
+
+def _captions(file: BinaryIO, members: dict[str, tarfile.TarInfo], column: str | None) -> tuple[list[str], list[str]]:
+    plain: Sequence[str] = [kind for kind in CAPTION_FILES if kind in members]
+    captions: list[str] = []
+    faults: list[str] = []
+    for kind in plain or ([".json"] if ".json" in members else []):
+        file.seek(members[kind].offset_data)
+        # One byte more than is allowed tells that there is too much.
+        data = file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))
+        try:
+            good, reasons = (caption_lines(data), []) if plain else json_captions(data, column)
+        except KeyError:
+            continue
+        except ValueError as error:
+            faults.append(str(error) if str(error) == "empty caption" else f"{kind} {error}")
+        else:
+            captions += good
+            faults += reasons
+    return captions, faults
+
+
+def read_span(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset`; OSError if there are fewer."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise OSError(f"{printable(path)} ends before byte {offset + size}")
+    return data
