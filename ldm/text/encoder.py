@@ -14,6 +14,8 @@ from ldm.text.files import Weights, copy_file, new_folder, write_json, write_wei
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
+# Captions whose tokens are held at once where they are only counted.
+_COUNTED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,30 @@ class TextEncoder:
         """
         tokens = self.tokenizer(_checked(captions), padding=False, truncation=False, verbose=False)
         return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
+
+    def lost(self, captions: Sequence[str]) -> list[str]:
+        """The words of each caption that do not fit in `max_length`: "" where all do. A word that is cut is lost.
+
+        `ValueError` as in `__call__`.
+        """
+        captions = _checked(captions)
+        lost = []
+        for start in range(0, len(captions), _COUNTED):
+            some = captions[start : start + _COUNTED]
+            over = self.overflow(some)
+            lost += [self._end(text) if tokens else "" for text, tokens in zip(some, over, strict=True)]
+        return lost
+
+    def _end(self, caption: str) -> str:
+        """The words of a caption that is too long from the cut on."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        settings = {"add_special_tokens": False, "verbose": False}
+        if not self.tokenizer.is_fast:  # tokens that are bytes, with no way back to the words
+            return self.tokenizer.decode(self.tokenizer(caption, **settings)["input_ids"][room:]).strip()
+        tokens = self.tokenizer(caption, return_offsets_mapping=True, **settings)
+        words = tokens.word_ids()
+        first = words.index(words[room])  # where the word begins that the cut falls into
+        return caption[tokens["offset_mapping"][first][0] :].strip()
 
     @property
     def library_classes(self) -> dict[str, tuple[str, str]]:
