@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -94,6 +97,60 @@ def generate(
     sheet = contact_sheet(row, size=max(result.images[0].width, 96))
     save_png(sheet, output, text | {"seed": result.seeds})
     print(output)
+
+
+@data_app.command()
+def check(
+    path: Annotated[str, typer.Argument(help="A folder, a file, or the id of a data set on the hub.")],
+    resolution: Annotated[int, typer.Option(help="That you want to train at, in pixels.")] = 64,
+    encoder: Annotated[
+        str | None, typer.Option(help="The text encoder that captions have to fit into; minilm by default.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a caption that it reads; 32 by default.")] = None,
+    background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set that has several.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Its configuration, where it has several.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the images that training will never see.")] = 0.1,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the whole account as JSON.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
+) -> None:
+    """Say what is in a data set, and what is wrong with it. Exit code 1 when something needs attention."""
+    from ldm.data import DataConfig, account_of, inspect, open_source
+    from ldm.text import load_text_encoder
+
+    config = DataConfig(
+        path=path,
+        resolution=resolution,
+        background=background,
+        image_column=image_column,
+        caption_column=caption_column,
+        split=split,
+        subset=subset,
+        held_out=held_out,
+    )
+    lost, uncounted = None, ""
+    try:
+        lost = load_text_encoder(encoder or "minilm", 32 if max_length is None else max_length).lost
+    except ValueError as error:
+        if encoder is not None or max_length is not None:
+            raise
+        # Nobody asked for this one, and the images can be looked at where it is not installed.
+        uncounted = str(error)
+    inspection = inspect(open_source(config), config, progress=True, everything=True)
+    account = account_of(inspection, config, lost=lost, uncounted=uncounted)
+    if as_json:
+        import json
+
+        print(json.dumps(account.to_dict(), indent=2, allow_nan=False))
+    else:
+        text = account.to_text(everything=everything)
+        # Captions may be in any script, terminals are not.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+    if account.needs_attention:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Captioned images: sources, split, sampling order, and the data set that training reads."""
 
+from ldm.data.account import Account, account_of
 from ldm.data.buckets import Buckets, bucket_sizes
 from ldm.data.dataset import (
     Batch,
@@ -12,26 +13,32 @@ from ldm.data.dataset import (
     to_uint8,
 )
 from ldm.data.digits import DIGIT_WORDS
+from ldm.data.inspection import Duplicate, Inspection, inspect
 from ldm.data.keyed import generator
 from ldm.data.order import BatchOrder, SampleOrder, micro_batches
 from ldm.data.sources import DataConfig, Sample, Skipped, Source, open_source
 
 __all__ = [
     "DIGIT_WORDS",
+    "Account",
     "Batch",
     "BatchOrder",
     "Buckets",
     "CaptionedImages",
     "DataConfig",
+    "Duplicate",
+    "Inspection",
     "Item",
     "Sample",
     "SampleOrder",
     "Skipped",
     "Source",
+    "account_of",
     "bucket_sizes",
     "collate",
     "generator",
     "image_statistics",
+    "inspect",
     "micro_batches",
     "open_source",
     "split",

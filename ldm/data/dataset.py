@@ -254,9 +254,14 @@ def to_uint8(images: Tensor) -> Tensor:
 def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Samples → (training, held out), whole groups at a time, both in the order given.
 
-    A group's side follows from its name alone (a hash below `held_out`), so that it stays when data is added.
-    One exception keeps small data usable: with `held_out` > 0 and two groups or more, neither side is empty;
-    the group whose hash is nearest to the empty side moves there. A single group is trained on.
+    A group's side follows from its name alone (a hash below `held_out`), so that it stays whatever is added or removed.
+    One exception keeps small data usable: with `held_out` > 0 and two groups or more, neither side is empty; the group
+    whose hash is nearest to the empty side stands in, until one that belongs there by its own hash arrives. At a share
+    of 0.1 this concerns 12 % of data sets of 20 groups, 0.5 % of 50, and hardly any above. No rule can do without: a
+    side that never changes is a function of the name alone, and that may leave nothing held out. A single group is
+    trained on.
+
+    Which group a sample is of may depend on what else there is: see `inspect`.
 
     Raises:
         ValueError: if nothing is left to train on.

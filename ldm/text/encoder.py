@@ -19,6 +19,9 @@ _CHUNK = 64
 # Entries of a config.json that say who wrote it, and how.
 _NOTES = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"})
 
+# Captions whose tokens are held at once where they are only counted.
+_COUNTED = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFiles:
@@ -125,6 +128,30 @@ class TextEncoder:
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
+
+    def lost(self, captions: Sequence[str]) -> list[str]:
+        """The words of each caption that do not fit in `max_length`: "" where all do. A word that is cut is lost.
+
+        `ValueError` as in `__call__`.
+        """
+        captions = _checked(captions)
+        lost = []
+        for start in range(0, len(captions), _COUNTED):
+            some = captions[start : start + _COUNTED]
+            over = self.overflow(some)
+            lost += [self._end(text) if tokens else "" for text, tokens in zip(some, over, strict=True)]
+        return lost
+
+    def _end(self, caption: str) -> str:
+        """The words of a caption that is too long from the cut on."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        settings = {"add_special_tokens": False, "verbose": False}
+        if not self.tokenizer.is_fast:  # tokens that are bytes, with no way back to the words
+            return self.tokenizer.decode(self.tokenizer(caption, **settings)["input_ids"][room:]).strip()
+        tokens = self.tokenizer(caption, return_offsets_mapping=True, **settings)
+        words = tokens.word_ids()
+        first = words.index(words[room])  # where the word begins that the cut falls into
+        return caption[tokens["offset_mapping"][first][0] :].strip()
 
     @property
     def library_classes(self) -> dict[str, tuple[str, str]]:

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from ldm import adapters, checkpoint
 from ldm.codecs import Codec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig
-from ldm.data import Batch, CaptionedImages, DataConfig, collate, image_statistics, open_source, split
+from ldm.data import (
+    Batch,
+    CaptionedImages,
+    DataConfig,
+    account_of,
+    collate,
+    image_statistics,
+    inspect,
+    open_source,
+    split,
+)
+from ldm.data.account import printable
 from ldm.diffusion import NoiseSchedule, diffusion_loss
 from ldm.diffusion.schedule import PredictionType
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
@@ -33,24 +44,22 @@ SKIPPED_SHOWN = 10
 
 
 def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """(training, held-out) images; what was skipped is named and counted. Held out is None for a share of 0.
+    """(training, held-out) images; all that is in the data is accounted for. Held out is None for a share of 0.
 
     Raises:
         ValueError: if there are fewer training images than a batch needs, it does not split evenly, or a run is
             resumed on other data.
     """
-    source = open_source(config)
-    training, held_out = split(source.samples, config.held_out)
-    run.print(
-        f"{config.path}: {len(source.samples)} captioned images ({len(training)} to train on, {len(held_out)} held "
-        f"out), {len(source.skipped)} skipped"
-    )
-    for skipped in source.skipped[:SKIPPED_SHOWN]:
-        run.print(f"  skipped {skipped.path}: {skipped.reason}")
-    if len(source.skipped) > SKIPPED_SHOWN:
-        run.print(f"  … and {len(source.skipped) - SKIPPED_SHOWN} more")
+    inspection = inspect(open_source(config), config, progress=run.is_main)
+    account = account_of(inspection, config)
+    run.print(account.line())
+    for skipped in inspection.skipped[:SKIPPED_SHOWN]:
+        run.print(printable(f"  skipped {skipped.path}: {skipped.reason}"))
+    if len(inspection.skipped) > SKIPPED_SHOWN:
+        run.print(f"  … and {len(inspection.skipped) - SKIPPED_SHOWN} more: ldm data check {config.path} --all")
+    training, held_out = split(inspection.used, config.held_out)
     images = CaptionedImages(training, config, run.config.seed, batch_size=run.config.train.batch_size)
-    run.check_data(images)
+    run.check_data(images, account)
     if config.bucketed:
         run.print(images.buckets.line())
     sizes = images.buckets.sizes

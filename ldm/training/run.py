@@ -1,6 +1,9 @@
 """One run of a training script: its processes, its folder, its log and its checkpoints.
 
 RUN/config.yaml         the complete config
+RUN/data.json           the account of the data
+RUN/plan.json           what was planned, and how long it took
+RUN/report.html         all of this as one page
 RUN/metrics.jsonl       a line whenever something was measured
 RUN/samples/            sample grids
 RUN/tensorboard/        the same for TensorBoard
@@ -40,7 +43,7 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
-from ldm.data import Batch, CaptionedImages, collate, generator, micro_batches
+from ldm.data import Account, Batch, CaptionedImages, collate, generator, micro_batches
 from ldm.pipelines import save_png
 from ldm.training.files import damage, difference, flattened, hashes, locked, step_of, tensors_digest
 from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer, trained_names
@@ -128,6 +131,7 @@ class Run:
         torch.manual_seed(config.seed)
         self._lock: int | None = None
         self._data: dict[str, Any] = {}
+        self._account: Account | None = None
         self._losses: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
         self._seen, self._since = 0, time.perf_counter()
@@ -140,6 +144,8 @@ class Run:
         """Opens the run folder and fills the networks from the checkpoint that is resumed."""
         if self.is_main:
             self._open_folder()
+            if self._account is not None:
+                checkpoint.write_json(self.folder / "data.json", self._account.to_dict())
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("tensorboard")
         if self._resumed is not None:
@@ -155,13 +161,14 @@ class Run:
         if self.is_main:
             tqdm.write(text)
 
-    def check_data(self, images: CaptionedImages) -> None:
+    def check_data(self, images: CaptionedImages, account: Account) -> None:
         """Remembers what is trained on; refuses a batch that cannot be made, and other samples than those resumed.
 
         Raises:
             ValueError: before anything is written.
         """
         self.micro_batches(images, 0, 0)
+        self._account = account
         digest = hashlib.sha256()
         for sample in images.samples:
             digest.update(repr((sample.id, sample.digest, sample.captions)).encode("utf-8", "surrogatepass"))

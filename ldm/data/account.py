@@ -1,0 +1,317 @@
+"""The account of a data set: every entry is used, skipped for a stated reason, or an exact copy of another."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ldm.data.dataset import split
+from ldm.data.inspection import Duplicate, Inspection
+from ldm.data.sources import DataConfig, Sample, Skipped
+
+_TOP = 10  # of the captions that most images share
+# Widths to heights; an image counts for the nearest, by ratio.
+_SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
+# More than this share of images below half of the resolution needs attention.
+_MUCH_SMALLER = 0.1
+_FEW = 100
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """A caption of which the text encoder reads a part: an image that has it, and the words that are lost."""
+
+    image: str
+    caption: str
+    lost: str
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of the used images, and those that are lacking.
+
+    Args:
+        total, distinct: how many captions the used images have, and how many different texts.
+        missing, empty: entries that are skipped for that.
+        words: least, median and most words of a text; None without captions.
+        repeated: (text, number of images) of the texts that most images share, at most ten.
+        too_long: None where nobody counted, and
+        uncounted: says why.
+    """
+
+    total: int
+    distinct: int
+    missing: int
+    empty: int
+    words: tuple[int, float, int] | None
+    repeated: tuple[tuple[str, int], ...]
+    too_long: tuple[TooLong, ...] | None
+    uncounted: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Upright sizes of the used images, in pixels; sizes of samples that nobody looked at may be unknown.
+
+    Args:
+        smallest, median, largest: (width, height), by number of pixels; None without images.
+        enlarged, much_enlarged: images below the resolution, and below half of it.
+        shapes: number of images by aspect ratio, width to height, narrow to wide.
+    """
+
+    smallest: Size | None
+    median: Size | None
+    largest: Size | None
+    enlarged: int
+    much_enlarged: int
+    shapes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a data set holds and what is wrong with it; total == used + skipped + duplicate.
+
+    Args:
+        training, held_out: the two parts of `used`.
+        skipped_files, duplicate_files: those entries, with reasons and originals.
+        contradictory: the duplicates whose original did not have their captions.
+        near_duplicates: ids of used images that show one picture; one tuple a picture.
+        formats, modes, traits: number of used images for each; see `Decoded`.
+        treatment: what is done with each trait that occurs.
+        notes: what is worth knowing; `needs_attention`: what should be mended, and how. One line each.
+    """
+
+    name: str
+    resolution: int
+    total: int
+    used: int
+    skipped: int
+    duplicate: int
+    training: int
+    held_out: int
+    skipped_files: tuple[Skipped, ...]
+    duplicate_files: tuple[Duplicate, ...]
+    contradictory: tuple[str, ...]
+    near_duplicates: tuple[tuple[str, ...], ...]
+    captions: Captions
+    sizes: Sizes
+    formats: dict[str, int]
+    modes: dict[str, int]
+    traits: dict[str, int]
+    treatment: dict[str, str]
+    notes: tuple[str, ...]
+    needs_attention: tuple[str, ...]
+
+    def line(self) -> str:
+        """One line, for the start of a training."""
+        return printable(
+            f"{self.name}: {self.total} images: {self.used} used ({self.training} to train on, {self.held_out} held "
+            f"out), {self.skipped} skipped, {self.duplicate} duplicates"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types of JSON: the keys are the names of the fields. No number is NaN or infinite."""
+        plain: dict[str, Any] = asdict(self)
+        return plain
+
+    def to_text(self, *, everything: bool = False) -> str:
+        """The account for a person, safe for a terminal; lists are cut at ten unless `everything` is asked for."""
+        from ldm.data.account_text import account_text
+
+        return account_text(self, everything)
+
+
+def account_of(
+    inspection: Inspection,
+    config: DataConfig,
+    *,
+    lost: Callable[[Sequence[str]], list[str]] | None = None,
+    uncounted: str = "",
+) -> Account:
+    """Counts what an inspection found.
+
+    Args:
+        lost: for captions, the words of each that do not fit into the text encoder: `TextEncoder.lost`.
+        uncounted: why there is no `lost`.
+    """
+    used = inspection.used
+    training, held_out = split(used, config.held_out) if used else ((), ())
+    traits = _counted(trait for kind in inspection.kinds for trait in kind.traits)
+    treatment = _treatment(config.background)
+    account = Account(
+        name=inspection.name,
+        resolution=config.resolution,
+        total=inspection.total,
+        used=len(used),
+        skipped=len(inspection.skipped),
+        duplicate=len(inspection.duplicates),
+        training=len(training),
+        held_out=len(held_out),
+        skipped_files=inspection.skipped,
+        duplicate_files=inspection.duplicates,
+        contradictory=tuple(copy.path for copy in inspection.duplicates if copy.captions),
+        near_duplicates=inspection.near,
+        captions=_captions(inspection, lost, uncounted),
+        sizes=_sizes(used, config),
+        formats=_counted(kind.format or "made here" for kind in inspection.kinds),
+        modes=_counted(kind.mode for kind in inspection.kinds),
+        traits=traits,
+        treatment={trait: treatment.get(trait, "converted to RGB") for trait in traits},
+        notes=(),
+        needs_attention=(),
+    )
+    return replace(
+        account,
+        notes=tuple(printable(line) for line in _notes(account, inspection)),
+        needs_attention=tuple(printable(line) for line in _needs_attention(account, config, used)),
+    )
+
+
+def printable(text: str) -> str:
+    """Any text as one line that a terminal takes: what cannot be printed is escaped as in Python."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def quoted(caption: str, longest: int = 60) -> str:
+    """A caption, or its beginning, in quotation marks."""
+    return f'"{printable(caption)}"' if len(caption) <= longest else f'"{printable(caption[:longest].rstrip())}…"'
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]] | None, uncounted: str) -> Captions:
+    bearers: dict[str, str] = {}
+    images: Counter[str] = Counter()
+    for sample in inspection.used:
+        for text in sample.captions:
+            bearers.setdefault(text, sample.id)
+        images.update(set(sample.captions))
+    words = [len(text.split()) for text in bearers]
+    too_long = None
+    if lost is not None:
+        texts = list(bearers)
+        too_long = tuple(
+            TooLong(bearers[text], text, gone)
+            for text, gone in zip(texts, lost(texts) if texts else [], strict=True)
+            if gone
+        )
+    # The most frequent first; Counter keeps the order of the data among equals.
+    repeated = tuple((text, count) for text, count in images.most_common(_TOP) if count > 1)
+    return Captions(
+        total=sum(len(sample.captions) for sample in inspection.used),
+        distinct=len(bearers),
+        missing=sum(entry.reason.startswith("no caption") for entry in inspection.skipped),
+        empty=sum(entry.reason.startswith("empty caption") for entry in inspection.skipped),
+        words=(min(words), statistics.median(words), max(words)) if words else None,
+        repeated=repeated,
+        too_long=too_long,
+        uncounted="" if lost is not None else uncounted,
+    )
+
+
+def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
+    sizes = sorted((sample.size for sample in used if sample.size), key=lambda size: (size[0] * size[1], size))
+    shapes = Counter(min(_SHAPES, key=lambda shape: _octaves(size, shape)) for size in sizes)
+    sides = [_side(size, config) for size in sizes]
+    return Sizes(
+        smallest=sizes[0] if sizes else None,
+        median=sizes[len(sizes) // 2] if sizes else None,
+        largest=sizes[-1] if sizes else None,
+        enlarged=sum(side < config.resolution for side in sides),
+        much_enlarged=sum(side < config.resolution / 2 for side in sides),
+        shapes={f"{width}:{height}": shapes[width, height] for width, height in _SHAPES if shapes[width, height]},
+    )
+
+
+def _octaves(size: Size, shape: Size) -> float:
+    return abs(math.log2(size[0] * shape[1] / (size[1] * shape[0])))
+
+
+def _side(size: Size, config: DataConfig) -> float:
+    """What is compared with the resolution: with buckets the area counts, of squares the shorter side."""
+    return math.sqrt(size[0] * size[1]) if config.bucketed else min(size)
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _treatment(background: str) -> dict[str, str]:
+    return {
+        "rotated": "turned upright, as EXIF says",
+        "cmyk": "converted to RGB without a colour profile, so colours may shift",
+        "16-bit": "scaled to 8 bits",
+        "palette": "converted to RGB",
+        "transparent": f"laid on {background}; data.background chooses another colour",
+        "animated": "the first frame is used",
+    }
+
+
+def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
+    if account.captions.uncounted:
+        yield f"the lengths of captions were not checked: {account.captions.uncounted}"
+    if 0 < account.used < _FEW:
+        yield f"{plural(account.used, 'image')}: few for a model from scratch, enough to fine-tune one"
+    if account.near_duplicates:
+        alike = sum(len(names) for names in account.near_duplicates)
+        groups = {sample.id: sample.group for sample in inspection.used}
+        together = all(len({groups[name] for name in names}) == 1 for names in account.near_duplicates)
+        yield (
+            f"{alike} images show {plural(len(account.near_duplicates), 'picture')}, re-saved, retouched or mirrored; "
+            + (
+                "all are used, and those of one picture are held out together or not at all"
+                if together
+                else "they are used and held out as this data set groups them"
+            )
+        )
+    if inspection.unkept:
+        yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
+
+
+def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample]) -> Iterable[str]:
+    captions, sizes = account.captions, account.sizes
+    if not account.used:
+        yield "no image can be used; add images that open elsewhere, with captions"
+    if account.skipped:
+        reasons = Counter(entry.reason for entry in account.skipped_files).most_common(3)
+        told = ", ".join(f"{count} × {reason}" for reason, count in reasons)
+        more = " and other reasons" if len({entry.reason for entry in account.skipped_files}) > 3 else ""
+        yield f"{account.skipped} of {account.total} are skipped ({told}{more}); mend or remove them"
+    if captions.too_long:
+        first = captions.too_long[0]
+        yield (
+            f"{plural(len(captions.too_long), 'caption')} longer than the text encoder reads: {first.image} loses "
+            f"{quoted(first.lost)}; shorten them, or raise text.max_length (--max-length)"
+        )
+    if account.contradictory:
+        copy = next(copy for copy in account.duplicate_files if copy.captions)
+        yield (
+            f"{plural(len(account.contradictory), 'exact copy', 'exact copies')} with another caption than the "
+            f"original: {copy.path} says {quoted(copy.captions[0])}, and shows what {copy.of} shows; all captions are "
+            "drawn, so remove those that are wrong"
+        )
+    if account.used > 1 and captions.distinct == 1:
+        yield (
+            f"all {account.used} images have one caption, {quoted(captions.repeated[0][0])}: the text cannot tell them "
+            "apart; describe what each shows"
+        )
+    if account.used and config.held_out > 0 and not account.held_out:
+        yield "nothing can be held out, as all images are of one group; add other images, or set data.held_out to 0"
+    if sizes.much_enlarged > _MUCH_SMALLER * account.used:
+        sides = sorted(_side(sample.size, config) for sample in used if sample.size)
+        fitting = max(1, int(sides[int(_MUCH_SMALLER * len(sides))]))
+        yield (
+            f"{plural(sizes.much_enlarged, 'image')} below half of {account.resolution} pixels would be blurred; "
+            f"choose a resolution of about {fitting}, or larger images"
+        )

@@ -1,0 +1,178 @@
+"""What one decoding tells of an image, kept on disk so that the next start only reads and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from ldm.data.images import FORMATS
+from ldm.data.similar import THUMBNAIL, Bytes, thumbnail
+from ldm.data.sources import DataConfig, Decoded
+
+# Goes up with whatever changes what is kept, or what `decode` makes of the same bytes.
+_VERSION = 1
+
+_DIGEST = 16
+_RECORD = np.dtype(
+    [
+        ("digest", np.uint8, _DIGEST),
+        ("pixels", np.uint8, _DIGEST),
+        ("size", "<u4", 2),
+        ("format", "S8"),
+        ("mode", "S8"),
+        ("traits", "S64"),
+        ("thumbnail", np.uint8, (THUMBNAIL, THUMBNAIL, 3)),
+        ("check", "<u4"),
+    ]
+)
+Records = NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one image.
+
+    Args:
+        pixels: names the decoded RGB pixels: equal for files that show exactly the same.
+        size: width and height in pixels, upright.
+        format, mode, traits: as in `Decoded`.
+        thumbnail: uint8 [16, 16, 3], as `similar.thumbnail` makes it.
+    """
+
+    pixels: bytes
+    size: tuple[int, int]
+    format: str
+    mode: str
+    traits: tuple[str, ...]
+    thumbnail: Bytes
+
+
+def facts_of(decoded: Decoded) -> Facts:
+    """What there is to know of a decoded image."""
+    image = decoded.image
+    hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=_DIGEST)
+    hashed.update(image.tobytes())
+    return Facts(hashed.digest(), image.size, decoded.format, decoded.mode, decoded.traits, thumbnail(image))
+
+
+class FactsStore:
+    """Facts on disk, by the digest of the bytes and whatever else they depend on.
+
+    A folder of files that are written once, aside, and then named: processes that write at the same time do not meet.
+    Every record bears a checksum; what is damaged is as good as absent. Images that cannot be decoded are not kept,
+    so that they are tried again. Files begin with the digests, so that other data sets are passed over quickly.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        depends = repr((_VERSION, PIL.__version__, FORMATS, config.background_rgb, _RECORD.descr))
+        self.folder = config.cache_folder / "facts" / hashlib.blake2b(depends.encode(), digest_size=8).hexdigest()
+
+    def write(self, facts: Sequence[tuple[str, Facts]]) -> None:
+        """Keeps facts by the digest of their image. OSError where the folder cannot be written."""
+        if not facts:
+            return
+        records = np.zeros(len(facts), _RECORD)
+        for record, (digest, known) in zip(records, facts, strict=True):
+            record["digest"] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+            record["pixels"] = np.frombuffer(known.pixels, np.uint8)
+            record["size"] = known.size
+            record["format"], record["mode"] = known.format.encode(), known.mode.encode()
+            record["traits"] = ",".join(known.traits).encode()
+            record["thumbnail"] = known.thumbnail
+            record["check"] = _checksum(record)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = secrets.token_hex(8)
+        aside = self.folder / f".{name}.part"
+        try:
+            with open(aside, "wb") as file:
+                file.write(records["digest"].tobytes() + records.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.folder / f"{name}.facts")
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+
+    def open(self) -> KnownFacts:
+        """What is known now."""
+        return KnownFacts(sorted(self.folder.glob("*.facts")))
+
+
+class KnownFacts:
+    """The facts in some files, found by digest. The digests are in memory, the rest is read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        keys, places = [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.int64)]
+        for number, path in enumerate(paths):
+            found = _keys(path)
+            keys.append(found)
+            places.append(np.stack([np.full(len(found), number), np.arange(len(found))], axis=1))
+        joined = np.concatenate(keys)
+        order = np.argsort(joined, kind="stable")
+        self._keys, self._places, self._paths = joined[order], np.concatenate(places)[order], list(paths)
+        # Data come in much the same order at every start, so that neighbours lie in one file.
+        self._records = lru_cache(maxsize=64)(_records)
+
+    def get(self, digest: str) -> Facts | None:
+        """The facts of an image; None where there are none, or only damaged ones."""
+        wanted = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        key = wanted[:8].view("<u8")[0]
+        start, stop = np.searchsorted(self._keys, [key, key + np.uint64(1)]) if key < _LAST_KEY else (0, 0)
+        for file, row in self._places[start:stop]:
+            records = self._records(self._paths[file])
+            if row < len(records) and (records[row]["digest"] == wanted).all():
+                record = records[row]
+                if record["check"] == _checksum(record):
+                    return _facts(record)
+        return None
+
+
+# What follows it does not fit into 64 bits; an image with this key is decoded at every start.
+_LAST_KEY = np.uint64(2**64 - 1)
+
+
+def _keys(path: Path) -> NDArray[np.uint64]:
+    """The first half of each digest in a file, which finds the records; none where the file is no such file."""
+    try:
+        with open(path, "rb") as file:
+            count, rest = divmod(os.fstat(file.fileno()).st_size, _DIGEST + _RECORD.itemsize)
+            stored = file.read(count * _DIGEST) if not rest else b""
+    except OSError:
+        return np.zeros(0, np.uint64)
+    return np.frombuffer(stored, "<u8")[::2].astype(np.uint64)
+
+
+def _records(path: Path) -> Records:
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return np.zeros(0, _RECORD)
+    count = len(stored) // (_DIGEST + _RECORD.itemsize)
+    return np.frombuffer(stored, _RECORD, count, offset=count * _DIGEST)
+
+
+def _checksum(record: np.void) -> int:
+    return zlib.crc32(record.tobytes()[: _RECORD.itemsize - 4])
+
+
+def _facts(record: np.void) -> Facts:
+    width, height = record["size"].tolist()
+    traits = tuple(record["traits"].decode().split(",")) if record["traits"] else ()
+    return Facts(
+        record["pixels"].tobytes(),
+        (width, height),
+        record["format"].decode(),
+        record["mode"].decode(),
+        traits,
+        record["thumbnail"].copy(),
+    )
