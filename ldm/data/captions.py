@@ -36,7 +36,7 @@ def caption(text: object) -> str:
     Raises:
         ValueError: with the reason, if it is not a text that says something.
     """
-    if text is None:
+    if text is None or text != text:  # pandas writes a missing one as NaN
         raise ValueError("no caption")
     if not isinstance(text, str):
         raise ValueError(f"the caption is not a text but {_kind(text)}")

@@ -30,7 +30,7 @@ _DOCUMENTS = ("readme", "license", "licence", "notice", "copying", "changelog", 
 # Names that say where images are kept, or for what, and never what they show.
 _CONTAINERS = frozenset(
     (
-        *("data", "dataset", "image", "images", "img", "imgs"),
+        *("data", "dataset", "image", "images", "img", "imgs", "pictures", "photos"),
         *("train", "training", "val", "valid", "validation", "test", "testing"),
     )
 )

@@ -55,7 +55,7 @@ def open_path(config: DataConfig) -> Source:
     Raises:
         ValueError: if there is none, nothing in it has a caption, or the config asks for what it does not have.
     """
-    path = Path(config.path).expanduser()
+    path = Path(config.path).expanduser().absolute()  # samples are read wherever the process goes
     if path.is_dir():
         return _open_saved(path, config) if is_saved(path) else _open_folder(path, config)
     if path.exists():
@@ -78,7 +78,7 @@ def _open_folder(folder: Path, config: DataConfig) -> Source:
     tables, broken = _tables_with_images(found)
     # Who names a column of images means a table.
     shards = tables if config.image_column is not None else found.ending(".tar") or tables
-    name, listing = str(folder), list_metadata(found, config) or list_named_table(found, config)
+    name, listing = str(folder), list_metadata(found, tables, config) or list_named_table(found, config)
     if listing is None and config.image_column is None:
         listing = list_sidecars(found, config.caption_column, config.background_rgb)
     if listing is None and shards:

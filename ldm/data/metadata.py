@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -32,11 +32,13 @@ class Table:
     rows: Rows
 
 
-def list_metadata(found: Found, config: DataConfig) -> Listing | None:
+def list_metadata(found: Found, with_images: Collection[str], config: DataConfig) -> Listing | None:
     """metadata.csv, .tsv, .jsonl and .parquet, each for the folder it lies in; None where there is none.
 
-    All of them count: an image that several rows name, of one file or of several, has all their captions. A
-    parquet file with the images in it names none.
+    All of them count: an image that several rows name, of one file or of several, has all their captions.
+
+    Args:
+        with_images: tables with the images in them, which need not name files.
     """
     listing = Listing("metadata", uncovered="no caption: no metadata file names it")
     tables = []
@@ -48,7 +50,7 @@ def list_metadata(found: Found, config: DataConfig) -> Listing | None:
         except (OSError, ValueError) as error:
             listing.skipped.append(Skipped(path, _reason(error)))
             continue
-        if suffix(path) != ".parquet" or _file_column(table, config) is not None:
+        if path not in with_images or _file_column(table, config) is not None:
             tables.append(table)
     if config.image_column is not None and tables and not any(_file_column(table, config) for table in tables):
         columns = tables[0].rows.columns
@@ -177,17 +179,17 @@ class _Disk:
             raise ValueError(f"{shown[:80]} is a URL; URLs are not downloaded, give the name of a file")
         # A backslash is a letter here and a separator where many tables are made.
         spelled = [self._within(base, name), self._within(base, name.replace("\\", "/"))]
-        paths = [path for path in spelled if path is not None]
-        if not paths:
-            raise ValueError(f"{shown} lies outside the folder")
-        for path in paths:
-            if self._is_file(path):
+        for path in spelled:
+            if path is not None and self._is_file(path):
                 return path
+        meant = spelled[-1]
+        if meant is None:
+            raise ValueError(f"{shown} lies outside the folder")
         # macOS decomposes accents in names and tables seldom do: the same letters in other code points.
-        same = self._composed.get(unicodedata.normalize("NFC", paths[-1]))
+        same = self._composed.get(unicodedata.normalize("NFC", meant))
         if same is not None:
             return same
-        raise ValueError(f"there is no file {shown}{self._hint(paths[-1])}")
+        raise ValueError(f"there is no file {shown}{self._hint(meant)}")
 
     def _within(self, base: str, name: str) -> str | None:
         root = self.found.root

@@ -133,7 +133,7 @@ class _Parquet:
 
         try:
             schema = parquet.read_schema(path)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"not parquet: {first_line(error)}") from error
         self.path = path
         self.columns = [field.name for field in schema if is_text(field.type) or is_texts(field.type)]
@@ -146,11 +146,28 @@ class _Parquet:
         with parquet.ParquetFile(self.path) as file:
             try:
                 for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-                    for cells in batch.to_pylist():
+                    for values in zip(*(values_of(batch.column(name)) for name in columns), strict=True):
                         number += 1
-                        yield Row(number, cells)
+                        yield Row(number, dict(zip(columns, values, strict=True)))
             except (pa.ArrowException, OSError) as error:
                 yield Row(number + 1, {}, f"this row and those after it cannot be read: {first_line(error)}")
+
+
+def values_of(array: Any) -> list[Any]:
+    """An Arrow array as Python values; text that is not UTF-8 keeps its bytes as lone surrogates."""
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in array]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if is_text(scalar.type):
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+        return [_value(entry) for entry in scalar.values]
 
 
 def is_text(kind: Any) -> bool:

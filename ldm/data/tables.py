@@ -16,7 +16,7 @@ from typing import Any
 from ldm.data.captions import captions, printable
 from ldm.data.columns import Columns, pick_columns
 from ldm.data.images import decode
-from ldm.data.rows import first_line, is_text
+from ldm.data.rows import first_line, is_text, values_of
 from ldm.data.sources import DataConfig, Sample, Skipped, digest_of
 
 _ROWS_AT_ONCE = 32  # of images of a few MB each; also what is read for one image of a converted file
@@ -241,9 +241,9 @@ def _rows(table: Table) -> Iterator[_Row]:
         if pa.types.is_struct(image.type):
             stored = compute.struct_field(image, "bytes")
             if image.type.get_field_index("path") >= 0:
-                paths = compute.struct_field(image, "path").to_pylist()
-        keys = batch.column(columns.key).to_pylist() if columns.key else [None] * len(image)
-        texts = batch.column(columns.caption).to_pylist()
+                paths = values_of(compute.struct_field(image, "path"))
+        keys = values_of(batch.column(columns.key)) if columns.key else [None] * len(image)
+        texts = values_of(batch.column(columns.caption))
         numbers = batch.column(_ROW).to_pylist() if _ROW in batch.schema.names else None
         for place, (path, key, text) in enumerate(zip(paths, keys, texts, strict=True)):
             name = path or ("" if key is None else str(key))

@@ -30,11 +30,13 @@ def list_tar(path: Path, name: str, config: DataConfig) -> tuple[list[Sample], l
     samples: list[Sample] = []
     skipped: list[Skipped] = []
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    lost: set[str] = set()  # keys of images that are skipped already
     with open(path, "rb") as file:
         for member in _members(file, name, skipped):
-            _sort_member(member, name, os.fstat(file.fileno()).st_size, groups, skipped)
+            _sort_member(member, name, os.fstat(file.fileno()).st_size, groups, lost, skipped)
         for key, members in groups.items():
-            _list_group(file, path, f"{name}/{key}", members, config, samples, skipped)
+            if key not in lost or any(kind in IMAGES for kind in members):
+                _list_group(file, path, f"{name}/{key}", members, config, samples, skipped)
     return samples, skipped
 
 
@@ -49,10 +51,8 @@ def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarf
                     yield member
     # Broken headers surface as whatever the code that meets them raises, such as ValueError and OverflowError.
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
-        after = (
-            f"cut off or broken after {count} members: " if count else "not a tar file that can be read at any place: "
-        )
-        skipped.append(Skipped(name, f"{after}{error}"))
+        cause = f"cut off or broken after {count} members" if count else "not a tar file that can be read at any place"
+        skipped.append(Skipped(name, f"{cause}: {error}"))
         return
     if not count:
         skipped.append(Skipped(name, "no files in it"))
@@ -63,6 +63,7 @@ def _sort_member(
     name: str,
     size: int,
     groups: dict[str, dict[str, tarfile.TarInfo]],
+    lost: set[str],
     skipped: list[Skipped],
 ) -> None:
     path = member.name.removeprefix("./")
@@ -70,15 +71,17 @@ def _sort_member(
     if any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts):
         return
     key, kind = _key(path)
-    unread = foreign(base)
-    if unread is not None:
-        skipped.append(Skipped(f"{name}/{path}", unread))
-    elif kind not in _KNOWN:
+    fault = foreign(base)
+    if fault is None and kind not in _KNOWN:
         return
-    elif not member.isfile() or member.issparse():
-        skipped.append(Skipped(f"{name}/{path}", "a link or a sparse file within the tar; pack it as a plain file"))
-    elif member.offset_data + member.size > size:
-        skipped.append(Skipped(f"{name}/{path}", "cut off at the end of the tar"))
+    if fault is None and (not member.isfile() or member.issparse()):
+        fault = "a link or a sparse file within the tar; pack it as a plain file"
+    if fault is None and member.offset_data + member.size > size:
+        fault = "cut off at the end of the tar"
+    if fault is not None:
+        skipped.append(Skipped(f"{name}/{path}", fault))
+        if kind not in (*CAPTION_FILES, ".json"):
+            lost.add(key)
     else:
         before = groups.setdefault(key, {}).get(kind)
         if before is not None:

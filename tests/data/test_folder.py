@@ -1,32 +1,14 @@
+import codecs
 import json
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, Source, open_source
-
-
-def save(path: Path, colour: str = "red", caption: str | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), colour).save(path)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-
-
-def opened(folder: Path) -> Source:
-    return open_source(DataConfig(path=str(folder), resolution=8))
-
-
-def reasons(source: Source) -> dict[str, str]:
-    return {entry.path: entry.reason for entry in source.skipped}
-
-
-def write_metadata(folder: Path, *lines: object) -> None:
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+from tests.data.pictures import captions, colour, opened, reasons, save
 
 
 def test_captions_beside_images_in_all_folders_below(tmp_path: Path) -> None:
@@ -45,112 +27,179 @@ def test_captions_beside_images_in_all_folders_below(tmp_path: Path) -> None:
     image = source.samples[3].load()
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (8, 6), (0, 0, 255))
     assert pickle.loads(pickle.dumps(source)) == source  # spawned workers get the samples this way
-    assert source.skipped == ()
+    assert (source.name, source.skipped) == (str(tmp_path), ())
 
 
-def test_what_cannot_be_trained_on_is_named_and_the_rest_remains(tmp_path: Path) -> None:
+def test_every_line_of_every_caption_file_is_a_caption(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", caption="one\n\n two \r\nthree\rone\n")
+    (tmp_path / "a.caption").write_text("four")
+    save(tmp_path / "b.png")
+    (tmp_path / "b.png.TXT").write_text("named after the whole file")
+    save(tmp_path / "c.png", caption="fine")
+    (tmp_path / "c.caption").write_text(" \n")
+    source = opened(tmp_path)
+    assert captions(source) == {
+        "a.png": ("one", "two", "three", "four"),
+        "b.png": ("named after the whole file",),
+        "c.png": ("fine",),
+    }
+    assert reasons(source) == {"c.caption": "empty caption; the other captions of c.png count"}
+
+
+def test_json_beside_an_image_counts_where_there_is_no_text_file(tmp_path: Path) -> None:
+    for name in ("a", "b", "boxes", "broken", "half", "number"):
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "a.json").write_text(json.dumps({"url": "http://x", "Caption": ["one", "two"]}))
+    (tmp_path / "b.json").write_text(json.dumps({"caption": "from JSON"}))
+    (tmp_path / "b.txt").write_text("from text")
+    (tmp_path / "boxes.json").write_text(json.dumps({"boxes": [1, 2]}))
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "half.json").write_text(json.dumps({"text": ["good", " "]}))
+    (tmp_path / "number.json").write_text(json.dumps({"text": 3}))
+    source = opened(tmp_path)
+    assert captions(source) == {"a.png": ("one", "two"), "b.png": ("from text",), "half.png": ("good",)}
+    found = reasons(source)
+    assert found.pop("broken.png").startswith("broken.json is not JSON")
+    assert found == {
+        "boxes.png": "no caption",
+        "half.json": "empty caption (caption 2 of 2); the other captions of half.png count",
+        "number.png": "the caption is not a text but a number",
+    }
+    (tmp_path / "a.json").write_text(json.dumps({"alt": "named", "text": "usual"}))
+    assert captions(opened(tmp_path, caption_column="alt"))["a.png"] == ("named",)
+
+
+def test_what_cannot_be_captioned_is_named_and_nothing_is_decoded(tmp_path: Path) -> None:
     save(tmp_path / "good.png", caption="good")
     save(tmp_path / "silent.png")
-    save(tmp_path / "blank.png", caption=" \n")
+    save(tmp_path / "blank.png", caption=" \n\u200b")
     save(tmp_path / "latin.png")
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-500])
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "empty.png").touch()
-    for stem in ("cut", "text", "empty"):
-        (tmp_path / f"{stem}.txt").write_text(stem)
+    save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_bytes("no byte order mark".encode("utf-16-le"))
+    save(tmp_path / "big.png", caption="word " * 300_000)
+    save(tmp_path / "cased.png")
+    (tmp_path / "CASED.txt").write_text("a caption")
+    (tmp_path / "text.png").write_text("not an image: the inspection will find it")
+    (tmp_path / "text.txt").write_text("text")
     (tmp_path / "notes.txt").write_text("a caption of nothing")
-    save(tmp_path / ".hidden.png", caption="hidden")
-    save(tmp_path / ".cache" / "a.png", caption="hidden")
+    (tmp_path / "README.txt").write_text("about these images")
     source = opened(tmp_path)
-    assert [sample.id for sample in source.samples] == ["good.png"]
+    assert set(captions(source)) == {"good.png", "text.png"}
     found = reasons(source)
-    assert list(found) == ["blank.png", "cut.jpg", "empty.png", "latin.png", "silent.png", "text.png"]
-    assert found["blank.png"] == "empty caption"
-    assert "truncated" in found["cut.jpg"]
-    assert found["empty.png"] == "the file is empty"
-    assert found["latin.png"] == "latin.txt is not UTF-8 text"
-    assert found["silent.png"] == "no caption"
-    assert found["text.png"].startswith("not an image in a known format")
-
-
-def test_metadata_with_several_captions_an_image_counts_alone(tmp_path: Path) -> None:
-    save(tmp_path / "a.png", caption="from the text file")
-    save(tmp_path / "sub" / "b.png")
-    save(tmp_path / "other.png", caption="from the text file")
-    write_metadata(
-        tmp_path,
-        "\ufeff" + json.dumps({"file_name": "sub/b.png", "text": " ein Bär ", "license": "mine"}),
-        "",
-        {"file_name": "./a.png", "text": "one"},
-        {"file_name": "a.png", "text": "two"},
-        {"file_name": "a.png", "text": "one"},
-    )
-    source = opened(tmp_path)
-    assert [(sample.id, sample.captions) for sample in source.samples] == [
-        ("a.png", ("one", "two")),
-        ("sub/b.png", ("ein Bär",)),
-    ]
-    assert reasons(source) == {"other.png": "no caption"}
-
-
-def test_each_bad_line_of_metadata_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    save(folder / "a.png")
-    save(tmp_path / "outside.png")
-    write_metadata(
-        folder,
-        {"file_name": "a.png", "text": "good"},
-        '{"file_name": "a.png", "text": ',
-        '["a.png", "text"]',
-        {"text": "no name"},
-        {"file_name": "a.png", "text": 3},
-        {"file_name": "a.png", "text": " "},
-        {"file_name": "../outside.png", "text": "outside"},
-        {"file_name": str(tmp_path / "outside.png"), "text": "outside"},
-        {"file_name": "sub/../../outside.png", "text": "outside"},
-        {"file_name": "gone.png", "text": "gone"},
-        '{"file_name": "a.png", "text": "half a pair: \\ud83d"}',
-    )
-    source = opened(folder)
-    assert [(sample.id, sample.captions) for sample in source.samples] == [("a.png", ("good",))]
-    found = reasons(source)
-    expected = {
-        2: "not JSON",
-        3: "not a JSON object",
-        4: "file_name is missing",
-        5: "text is not a text",
-        6: "empty caption",
-        7: "outside the folder",
-        8: "outside the folder",
-        9: "outside the folder",
-        10: "there is no file gone.png",
-        11: "lone surrogate",
+    assert found == {
+        "CASED.txt": "a caption without an image",
+        "big.png": "big.txt holds 1.4 MiB; a caption file has at most 1 MiB",
+        "blank.png": "empty caption",
+        "cased.png": "no caption; CASED.txt differs in upper and lower case",
+        "latin.png": "latin.txt is not UTF-8 text",
+        "notes.txt": "a caption without an image",
+        "silent.png": "no caption",
+        "wide.png": "wide.txt is not UTF-8 text",
     }
-    assert set(found) == {f"metadata.jsonl:{number}" for number in expected}
-    for number, reason in expected.items():
-        assert reason in found[f"metadata.jsonl:{number}"]
+    assert list(found) == sorted(found)
 
 
-def test_a_folder_that_gives_nothing_says_why_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"no captioned image in .*; put a\.txt beside each a\.png, or one metadata\.jsonl"
-    ):
+@pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF8])
+def test_byte_order_marks_say_how_a_caption_is_encoded(tmp_path: Path, mark: bytes) -> None:
+    names = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be", codecs.BOM_UTF32_LE: "utf-32-le"}
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(mark + "ein grüner Bär".encode(names.get(mark, "utf-8")))
+    assert captions(opened(tmp_path)) == {"a.png": ("ein grüner Bär",)}
+
+
+def test_what_lies_about_in_folders(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    save(data / "a.png", caption="a")
+    for hidden in (".hidden.png", ".cache/a.png", "__MACOSX/a.png", "._a.png"):
+        save(data / hidden, caption="hidden")
+    save(tmp_path / "elsewhere.png", "blue")
+    (data / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    (data / "link.txt").write_text("through a link")
+    (data / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (data / "more").symlink_to(tmp_path)
+    os.mkfifo(data / "pipe.png")
+    for name in ("phone.HEIC", "clip.mp4", "all.zip", "all.tar.gz", "page.html"):
+        (data / name).touch()
+    (data / "phone.txt").write_text("its image is named already")
+    save(data / "line\nbreak.jfif".replace("jfif", "jpg"), caption="a strange name")
+    (data / "line\nbreak.jpg").rename(data / "line\nbreak.jfif")
+    source = opened(data)
+    assert set(captions(source)) == {"a.png", "link.png", "line\nbreak.jfif"}
+    assert colour(source, "link.png") == (0, 0, 255)
+    found = reasons(source)
+    assert found.pop("all.zip").startswith(".zip is an archive")
+    assert found.pop("all.tar.gz").startswith(".tar.gz is an archive")
+    assert found == {
+        "clip.mp4": ".mp4 is a video; save frames of it as PNG or JPEG",
+        "lost.png": "a link that leads nowhere",
+        "more": "a link to a folder, which is not followed; give that folder itself",
+        "phone.HEIC": ".heic is not read; convert it to PNG or JPEG",
+        "pipe.png": "not a file that can be read at any place",
+    }
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a.png", caption="a")
+    save(tmp_path / "locked" / "b.png", caption="b")
+    scandir = os.scandir
+
+    # The tests may run as root, whom no permission stops.
+    def refuse(path: str) -> object:
+        if str(path).rstrip("/").endswith(refused):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused = "locked"
+    source = opened(tmp_path)
+    assert set(captions(source)) == {"a.png"}
+    assert reasons(source) == {"locked/": "the folder cannot be read: Permission denied"}
+    refused = tmp_path.name
+    with pytest.raises(ValueError, match="cannot be read: Permission denied; mend its permissions"):
         opened(tmp_path)
-    save(tmp_path / "a.png", caption=" ")
-    with pytest.raises(ValueError, match=r"\(a\.png: empty caption\)"):
+
+
+def test_names_of_folders_are_captions_where_there_are_no_others(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "golden_retriever" / "1.png", "yellow")
+    save(tmp_path / "10_my-dog" / "1.png")
+    save(tmp_path / "10_my-dog" / "1.webp")
+    save(tmp_path / "2_" / "1.png")
+    save(tmp_path / "images" / "1.png")
+    save(tmp_path / "___" / "1.png")
+    save(tmp_path / "top.png")
+    (tmp_path / "README.md").write_text("two dogs")
+    (tmp_path / "10_my-dog" / "boxes.json").write_text("{}")
+    source = opened(tmp_path)
+    assert captions(source) == {
+        "10_my-dog/1.png": ("my dog",),
+        "10_my-dog/1.webp": ("my dog",),
+        "2_/1.png": ("2",),
+        "train/golden_retriever/1.png": ("golden retriever",),
+    }
+    assert [sample.group for sample in source.samples][:2] == ["10_my-dog/1"] * 2
+    found = reasons(source)
+    assert "put it into one, or a .txt with its caption beside it" in found.pop("top.png")
+    for name in ("___", "images"):
+        assert found.pop(f"{name}/1.png") == f'no caption: the name of its folder, "{name}", does not say what it shows'
+    assert not found
+    save(tmp_path / "top.png", caption="now one caption stands beside an image")
+    assert set(captions(opened(tmp_path))) == {"top.png"}
+
+
+def test_a_folder_that_gives_nothing_says_what_it_holds_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no captioned image in .*, which holds no files; put an a\.txt") as caught:
         opened(tmp_path)
-    (tmp_path / "a.png").write_text("broken")
-    (tmp_path / "a.txt").write_text("a caption")
-    with pytest.raises(ValueError, match=r"none of the 1 captioned images .* a\.png: not an image") as caught:
+    assert "metadata.csv" in str(caught.value) and "sub-folders" in str(caught.value)
+    for number in range(3):
+        save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"which holds 3 \.png files, 1 \.txt file \(0\.png: no caption\); put"):
+        opened(tmp_path)
+    save(tmp_path / "0.png", caption=" ")
+    with pytest.raises(ValueError, match=r"\(0\.png: empty caption\)") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
-    write_metadata(tmp_path, {"file_name": "gone.png", "text": "gone"})
-    with pytest.raises(
-        ValueError, match=r"\(metadata\.jsonl:1: there is no file gone\.png\); give metadata\.jsonl a line"
-    ):
-        opened(tmp_path)
 
 
 def test_a_file_that_breaks_after_opening_is_named(tmp_path: Path) -> None:
@@ -167,5 +216,11 @@ def test_a_file_that_breaks_after_opening_is_named(tmp_path: Path) -> None:
 def test_transparent_images_stand_on_the_background_of_the_config(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("nothing")
-    source = open_source(DataConfig(path=str(tmp_path), resolution=8, background="#0000ff"))
+    source = opened(tmp_path, background="#0000ff")
     assert source.samples[0].load().getpixel((1, 1)) == (0, 0, 255)
+
+
+def test_accents_may_be_written_in_either_form(tmp_path: Path) -> None:
+    save(tmp_path / unicodedata.normalize("NFD", "é.png"))
+    (tmp_path / "metadata.csv").write_text("file_name,text\né.png,an accent\n", encoding="utf-8")
+    assert list(captions(opened(tmp_path)).values()) == [("an accent",)]

@@ -20,6 +20,8 @@ from ldm.data.sources import require
         ({"held_out": -0.1}, r"data\.held_out is -0\.1"),
         ({"background": "whiteish"}, r'data\.background is "whiteish"'),
         ({"background": "#ffffff80"}, r'data\.background is "#ffffff80"'),
+        ({"image_column": "a"}, r'data\.image_column is for tables .*, not for "digits"; leave it out'),
+        ({"subset": "a"}, r'data\.subset is for tables .*, not for "digits"; leave it out'),
         ({"skin_tones": True}, r'data\.skin_tones .* not for "digits"'),
     ],
 )
@@ -43,9 +45,6 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     with pytest.raises(ValueError, match=f"{missing} does not exist; give a folder, or one of digits, openmoji"):
         open_source(DataConfig(path=str(missing), resolution=8))
-    (tmp_path / "a.zip").touch()
-    with pytest.raises(ValueError, match=r"a\.zip is a file; give the folder"):
-        open_source(DataConfig(path=str(tmp_path / "a.zip"), resolution=8))
 
 
 def test_a_missing_package_is_named_with_the_way_out() -> None:
