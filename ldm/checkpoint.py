@@ -104,7 +104,8 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # ASCII: the name of a file may hold half of a surrogate pair, which UTF-8 does not take.
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

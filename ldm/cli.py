@@ -40,6 +40,9 @@ def _options(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A pipeline folder, or a hub id.")],
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA file, folder or hub id on top, NAME or NAME:WEIGHT; repeatable.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("image.png"),
     count: Annotated[
         int,
@@ -64,6 +67,9 @@ def generate(
     from ldm.pipelines import Pipeline, contact_sheet, save_png
 
     pipeline = Pipeline.from_pretrained(model, device=device)
+    for number, entry in enumerate(lora or []):
+        source, weight = _weighted(entry)
+        pipeline.load_lora(source, name=f"lora{number}", weight=weight)
     result = pipeline(
         prompt,
         negative_prompt=negative_prompt,
@@ -77,6 +83,7 @@ def generate(
     )
     settings = {
         "model": model,
+        "lora": lora or [],
         "num_inference_steps": steps or pipeline.num_inference_steps,
         "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
         "eta": eta,
@@ -151,6 +158,65 @@ def check(
         print(text.encode(encoding, "backslashreplace").decode(encoding))
     if account.needs_attention:
         raise typer.Exit(1)
+
+
+def _weighted(entry: str) -> tuple[str, float]:
+    """ "style.safetensors:0.7" → the name and the weight, 1 where there is none."""
+    name, colon, weight = entry.rpartition(":")
+    try:
+        return (name, float(weight)) if colon and name else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0
+
+
+@app.command()
+def train(
+    path: Annotated[
+        str | None, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set on the hub.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The run folder; runs/NAME by default.")] = None,
+    minutes: Annotated[float, typer.Option(help="About how long training may take.")] = 30,
+    resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; chosen by default.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="A model to go on from: a pipeline folder or hub id; else a new one.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="With --start-from: full, attention or lora.")] = None,
+    encoder: Annotated[str, typer.Option(help="The text encoder of a new model.")] = "minilm",
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for the config, over what is chosen; repeatable.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Choose, say why, print the config, and stop.")] = False,
+    resume: Annotated[str | None, typer.Option(help="A run folder to go on with, instead of a new run.")] = None,
+) -> None:
+    """Train a model on captioned images: look at them, choose everything, say why, and start."""
+    from ldm.training.newcomer import resume_run, train_folder
+
+    if resume is not None:
+        if path is not None:
+            raise ValueError(f"--resume {resume} goes on with the data of that run; leave {path} out")
+        raise typer.Exit(resume_run(Path(resume)))
+    if path is None:
+        raise ValueError("there is nothing to train on; name a folder of captioned images")
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"--minutes is {minutes}; it must be more than 0")
+    if method is not None and (start_from is None or method not in ("full", "attention", "lora")):
+        raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
+    from ldm.training.choose import Wishes
+
+    name = Path(path.rstrip("/")).resolve().stem if Path(path).exists() else path.replace("/", "-")
+    wishes = Wishes(
+        output_dir=output or f"runs/{name}",
+        minutes=minutes,
+        resolution=resolution,
+        start_from=start_from,
+        method=method,
+        encoder=encoder,
+    )
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
+    raise typer.Exit(train_folder(data, wishes, settings or [], plan))
 
 
 def main() -> None:

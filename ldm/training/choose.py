@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from ldm.config import LDMConfig, parse_config, to_yaml
 from ldm.data import CaptionedImages, DataConfig, Sample, split
@@ -23,6 +24,10 @@ RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 CPU_RESOLUTION, GPU_RESOLUTION = 64, 256  # what a UNet learns from nothing in hours, by what we measured
 TEXT_LENGTHS = (16, 32, 77)
 MOST_EPOCHS = 1000
+# A network and a size are affordable if the time allows this many samples: 75 a training image made plain emoji
+# recognisable (docs/openmoji.md), and few images are seen more often.
+EPOCHS_NEEDED, FEWEST_SAMPLES_NEEDED, MOST_SAMPLES_NEEDED = 75, 8_000, 200_000
+PROBED_IMAGES = 4
 FEW_IMAGES = 1000
 SHARE_OF_FIRST_STAGE = 0.4
 PROMPTS = 6
@@ -77,45 +82,78 @@ def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     data = chosen.config["data"]
     data["resolution"] = wishes.resolution or _resolution(samples, device, chosen)
     chosen.reasons.append(f"start: a new UNet, for there is no --start-from{_few(len(samples))}")
-    data_config = DataConfig(**data)
-    training, _ = split(samples, data_config.held_out)
-    images = CaptionedImages(training, data_config, 0)
+    images = _training_images(samples, data)
     choice = choose(images, None, device)
     chosen.reasons.append(f"space: {choice.space}, because {choice.reason}")
     minutes = wishes.minutes
-    size = data["resolution"]
-    if choice.train_first_stage and size > 32:
+    if choice.train_first_stage:
         minutes *= 1 - SHARE_OF_FIRST_STAGE
-        chosen.first_stage = first_stage_config(data, wishes, len(training), device)
-        choice = Choice("latent", f"{chosen.first_stage['output_dir']}/autoencoder", "", None)
+        chosen.first_stage = first_stage_config(data, wishes, len(images), device)
+        choice = Choice("latent", f"{chosen.first_stage['output_dir']}/autoencoder", "")
         chosen.reasons.append("first stage: one is trained on these images before, and then space is latent")
+    latent = choice.space == "latent"
     chosen.config["space"] = choice.space
     if choice.first_stage is not None:
         chosen.config["first_stage"] = choice.first_stage
-        size //= 4
-    chosen.config["text"] = {"encoder": wishes.encoder, "max_length": _text_length(samples, wishes.encoder, chosen)}
-    latent = choice.space == "latent"
+    length, width = _text(samples, wishes.encoder, chosen)
+    chosen.config["text"] = {"encoder": wishes.encoder, "max_length": length}
     # Pixels bound what is predicted, so that a schedule that ends in pure noise is safe; v leaves no specks there.
     chosen.config["schedule"] = (
         {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
         if latent
         else {"beta_schedule": "cosine", "prediction_type": "v_prediction"}
     )
-    chosen.config["unet"] = unet_keys(size, device)
-    network = UNet(
-        UNetConfig(
-            **chosen.config["unet"],
-            in_channels=4 if latent else 3,
-            out_channels=4 if latent else 3,
-            cross_attention_dim=384,
-        )
-    )
-    parameters = sum(p.numel() for p in network.parameters())
-    chosen.reasons.append(f"network: {millions(parameters)} parameters on {size}x{size}")
-    batch = _batch_size(len(training), 64)
-    _time(chosen, network.to(device), (4 if latent else 3, size, size), 384, batch, len(training), minutes, device)
+    batch = _batch_size(len(images), 64)
+    network, shape = _affordable(chosen, len(images), minutes, width, wishes.resolution is not None, device)
+    _time(chosen, network, shape, width, batch, len(images), minutes, device)
     chosen.config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
     chosen.config["sample"] = {"prompts": prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
+
+
+def _affordable(
+    chosen: Chosen, count: int, minutes: float, text_width: int, keep_size: bool, device: torch.device
+) -> tuple[UNet, tuple[int, int, int]]:
+    """The largest network, and on pixels the largest images, of which enough samples fit into the time.
+
+    Sets `unet` and, where smaller images are needed, `data.resolution`.
+    """
+    needed = min(MOST_SAMPLES_NEEDED, max(FEWEST_SAMPLES_NEEDED, EPOCHS_NEEDED * count))
+    latent = chosen.config["space"] == "latent"
+    resolution = chosen.config["data"]["resolution"]
+    halvings = 1 if latent or keep_size else max(1, int(math.log2(resolution)) - 3)
+    bases = (64, 32) if device.type != "cuda" else (128, 64)
+    for halving in range(halvings):
+        for base in bases:
+            side = (resolution >> halving) // (4 if latent else 1)
+            channels = 4 if latent else 3
+            keys = unet_keys(side, base)
+            sizes = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": text_width}
+            network = UNet(TypeAdapter(UNetConfig).validate_python(keys | sizes)).to(device)
+            shape = (channels, side, side)
+            speed = PROBED_IMAGES / step_seconds(network, shape, text_width, PROBED_IMAGES, "no", device)
+            possible = int(speed * minutes * 60)
+            last = (halving, base) == (halvings - 1, bases[-1])
+            if possible < needed and not last:
+                continue
+            chosen.config["unet"] = keys
+            chosen.config["data"]["resolution"] = resolution >> halving
+            if halving:
+                chosen.reasons.append(
+                    f"image size: {resolution >> halving} after all; at {resolution} fewer than {needed} samples, which "
+                    f"{count} images need, would fit into {minutes:g} minutes"
+                )
+            chosen.reasons.append(
+                f"network: {millions(sum(p.numel() for p in network.parameters()))} parameters on {side}x{side}"
+                + (f"; too slow for the {needed} samples wanted: raise --minutes" if possible < needed else "")
+            )
+            return network, shape
+    raise AssertionError("the last is always taken")
+
+
+def _training_images(samples: Sequence[Sample], data: dict[str, Any]) -> CaptionedImages:
+    config = DataConfig(**data)
+    training, _ = split(samples, config.held_out)
+    return CaptionedImages(training, config, 0)
 
 
 def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: torch.device) -> None:
@@ -175,28 +213,29 @@ def _few(count: int) -> str:
     )
 
 
-def _text_length(samples: Sequence[Sample], encoder: str, chosen: Chosen) -> int | None:
-    """The shortest of a few lengths into which 99 of 100 captions fit."""
+def _text(samples: Sequence[Sample], encoder: str, chosen: Chosen) -> tuple[int | None, int]:
+    """(tokens of a caption, the encoder's hidden size): of MiniLM the shortest of a few lengths that 99 % fit into."""
     captions = sorted({caption for sample in samples for caption in sample.captions})
     if encoder != "minilm":
-        return None
-    overflow = load_text_encoder(encoder, TEXT_LENGTHS[0]).overflow(captions)
+        return None, load_text_encoder(encoder).hidden_size
+    shortest = load_text_encoder(encoder, TEXT_LENGTHS[0])
+    overflow = shortest.overflow(captions)
     for length in TEXT_LENGTHS:
         longer = sum(lost > length - TEXT_LENGTHS[0] for lost in overflow)
-        if longer <= len(captions) / 100 or length == TEXT_LENGTHS[-1]:
-            chosen.reasons.append(
-                f"captions: {length} tokens; {longer} of {len(captions)} are longer and lose their end"
-            )
-            return length
-    raise AssertionError("unreachable")
+        if longer <= len(captions) / 100:
+            break
+    chosen.reasons.append(f"captions: {length} tokens; {longer} of {len(captions)} are longer and lose their end")
+    return length, shortest.hidden_size
 
 
-def unet_keys(size: int, device: torch.device) -> dict[str, Any]:
-    """A UNet for `size`x`size` latents: levels down to 4 or 8 positions a side, attention from 16 a side on."""
+def unet_keys(size: int, base: int) -> dict[str, Any]:
+    """A UNet for `size`x`size` latents: levels down to 4 or 8 positions a side, attention from 16 a side on.
+
+    Args:
+        base: channels of the first level; level i has i + 1 times as many.
+    """
     levels = min(4, max(2, int(math.log2(size)) - 1))
-    base = 32 if size <= 8 else 64 if device.type != "cuda" else 128
-    sides = [size >> level for level in range(levels)]
-    attends = [side <= 16 and level > 0 for level, side in enumerate(sides)]
+    attends = [size >> level <= 16 and level > 0 for level in range(levels)]
     attends[-1] = True
     return {
         "block_out_channels": [base * (level + 1) for level in range(levels)],
@@ -204,7 +243,7 @@ def unet_keys(size: int, device: torch.device) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "layers_per_block": 1,
         "attention_head_dim": 4,  # heads, as in Stable Diffusion
-        "norm_num_groups": 8 if base == 32 else 16,
+        "norm_num_groups": base // 4,
     }
 
 
@@ -252,8 +291,10 @@ def _time(
     device: torch.device,
 ) -> None:
     """Precision, and the number of steps that fit into the time, by measuring a few."""
+    probed = min(batch, 4 * PROBED_IMAGES)
     seconds = {
-        precision: step_seconds(network, shape, text_width, batch, precision, device) for precision in ("no", "bf16")
+        precision: step_seconds(network, shape, text_width, probed, precision, device) * batch / probed
+        for precision in ("no", "bf16")
     }
     precision = "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
     steps = int(minutes * 60 / seconds[precision])
