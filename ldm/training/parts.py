@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 from PIL import Image
@@ -19,7 +17,7 @@ from ldm.models import AutoencoderKL, UNet, UNetConfig, enable_gradient_checkpoi
 from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder
 from ldm.training.draws import keyed_draws
-from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders
+from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
 from ldm.training.run import Run
 
 SKIPPED_SHOWN = 10
@@ -104,19 +102,11 @@ def make_encoders(config: LDMConfig, codec: Codec, text_encoder: TextEncoder, ru
         device=run.device,
         rank=run.accelerator.process_index,
         world=run.accelerator.num_processes,
-        wait=_patient_barrier(run.accelerator.num_processes),
+        wait=patient_barrier(run.accelerator.num_processes),
         num_workers=config.train.num_workers,
         print=run.print,
         show_progress=run.is_main,
     )
-
-
-def _patient_barrier(processes: int) -> Callable[[], None]:
-    """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
-    if processes == 1:
-        return lambda: None
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    return lambda: torch.distributed.barrier(group)
 
 
 def report_latents(encoded: EncodedImages, run: Run) -> None:
