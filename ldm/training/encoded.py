@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,7 +125,7 @@ class Encoders:
         cache_folder: holds the stores; made when something is written.
         device: where both networks are.
         rank, world: this process, and how many there are.
-        wait: returns when all processes have called it, however long that takes.
+        wait: returns when all processes have called it, however long that takes: `patient_barrier`.
         num_workers: processes that load and decode images; 0 does so in this one.
         print: is told what was encoded, and of damaged files.
         show_progress: whether long work shows a bar.
@@ -275,6 +276,14 @@ class Encoders:
     def _images_a_shard(self, height: int, width: int) -> int:
         channels, h, w = self.codec.latent_shape(height, width)
         return _shard_rows(2 * channels * h * w * 4)  # mean and log-variance, float32
+
+
+def patient_barrier(processes: int) -> Callable[[], None]:
+    """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
+    if processes == 1:
+        return lambda: None
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return lambda: torch.distributed.barrier(group)
 
 
 class _Pixels(Dataset[Tensor | ValueError]):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+<<<<<<< HEAD
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+=======
+>>>>>>> store
 
 import torch
 from PIL import Image
@@ -33,11 +36,16 @@ from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder, load_text_encoder
 from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
+<<<<<<< HEAD
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders
 from ldm.training.frozen import Frozen
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Networks, Run
 from ldm.training.space import choose_space, load_first_stage
+=======
+from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
+from ldm.training.run import Run
+>>>>>>> store
 
 BANDS = 4
 SKIPPED_SHOWN = 10
@@ -139,13 +147,14 @@ def make_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Encoders:
         device=run.device,
         rank=run.accelerator.process_index,
         world=run.accelerator.num_processes,
-        wait=_patient_barrier(run.accelerator.num_processes),
+        wait=patient_barrier(run.accelerator.num_processes),
         num_workers=config.train.num_workers,
         print=run.print,
         show_progress=run.is_main,
     )
 
 
+<<<<<<< HEAD
 def _patient_barrier(processes: int) -> Callable[[], None]:
     """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
     if processes == 1:
@@ -164,6 +173,10 @@ def report_encoded(encoded: EncodedImages, text_encoder: TextEncoder, run: Run) 
         f"{len(captions)} different captions, {len(lost)} longer than {text_encoder.max_length} tokens"
         + (f" ({sum(lost)} tokens are cut; text.max_length allows more)" if lost else "")
     )
+=======
+def report_latents(encoded: EncodedImages, run: Run) -> None:
+    """Says how far what is diffused is from the zero mean and unit variance that the papers assume."""
+>>>>>>> store
     statistics = encoded.statistics()
     if statistics is None:
         return

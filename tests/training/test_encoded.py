@@ -2,9 +2,14 @@
 
 import dataclasses
 import gc
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +27,7 @@ from ldm.training.draws import keyed_draws
 from ldm.training.encoded import EncodedImages, Encoders
 from tests import tiny
 
+ROOT = Path(__file__).parents[2]
 COUNT = 7
 SHAPE = (4, 8, 8)
 
@@ -38,6 +44,10 @@ def text_encoder(text_files):
 
 @pytest.fixture
 def codec():
+    return make_codec()
+
+
+def make_codec():
     torch.manual_seed(0)
     return LatentCodec(AutoencoderKL(AutoencoderConfig(**tiny.VAE)).eval().requires_grad_(False))
 
@@ -381,15 +391,15 @@ def test_pixels_stay_in_the_data_set(folder, tmp_path, text_encoder):
     assert torch.equal(encoded.latents(batch, None), codec.draw(to_signed(batch.images)))
 
 
-def test_the_networks_can_be_freed(folder, tmp_path, codec, text_encoder):
+def test_the_networks_can_be_freed(folder, tmp_path, text_files):
     images = data(folder, tmp_path)
+    codec = make_codec()
+    text_encoder = load_text_encoder_folders(text_files / "text_encoder", text_files / "tokenizer")
     encoders = Encoders(codec, text_encoder, tmp_path / "cache", device=torch.device("cpu"), print=lambda _: None)
     encoded = EncodedImages(images, encoders)
     expected = everything(encoded)
     networks = [weakref.ref(codec.autoencoder), weakref.ref(text_encoder.model)]
-    codec.autoencoder = None
-    text_encoder.model = None
-    del encoders
+    del codec, text_encoder, encoders
     gc.collect()
     assert [network() for network in networks] == [None, None]
     for one, two in zip(everything(encoded), expected, strict=True):
@@ -471,3 +481,25 @@ def test_the_transform_changes_with_its_version_alone(tmp_path):
     images = data(folder, tmp_path, background="orange")
     sums = [int((images.image_at(i).to(torch.int64).flatten() * torch.arange(1, 769)).sum()) for i in range(3)]
     assert (module.TRANSFORM_VERSION, sums) == (1, [32098560, 35984751, 35840640])
+
+
+WAITER = """
+import datetime, sys, time, torch
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+from ldm.training.encoded import patient_barrier
+wait = patient_barrier(2)
+time.sleep(3 * torch.distributed.get_rank())
+wait()
+"""
+
+
+def test_processes_wait_longer_than_their_group_would():
+    port = str(socket.create_server(("127.0.0.1", 0)).getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WAITER]
+    both = [
+        subprocess.Popen(command, env=shared | {"RANK": rank}, cwd=ROOT, stderr=subprocess.PIPE) for rank in ("0", "1")
+    ]
+    for process in both:
+        _, error = process.communicate()
+        assert process.returncode == 0, error.decode()[-500:]
