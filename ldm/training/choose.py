@@ -139,8 +139,8 @@ def _affordable(
             chosen.config["data"]["resolution"] = resolution >> halving
             if halving:
                 chosen.reasons.append(
-                    f"image size: {resolution >> halving} after all; at {resolution} fewer than {needed} samples, which "
-                    f"{count} images need, would fit into {minutes:g} minutes"
+                    f"image size: {resolution >> halving} after all; at {resolution} fewer than {needed} samples, "
+                    f"which {count} images need, would fit into {minutes:g} minutes"
                 )
             chosen.reasons.append(
                 f"network: {millions(sum(p.numel() for p in network.parameters()))} parameters on {side}x{side}"

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< HEAD
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-=======
->>>>>>> store
 
 import torch
 from PIL import Image
@@ -36,16 +32,11 @@ from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder, load_text_encoder
 from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
-<<<<<<< HEAD
-from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders
+from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
 from ldm.training.frozen import Frozen
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Networks, Run
 from ldm.training.space import choose_space, load_first_stage
-=======
-from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
-from ldm.training.run import Run
->>>>>>> store
 
 BANDS = 4
 SKIPPED_SHOWN = 10
@@ -154,15 +145,6 @@ def make_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Encoders:
     )
 
 
-<<<<<<< HEAD
-def _patient_barrier(processes: int) -> Callable[[], None]:
-    """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
-    if processes == 1:
-        return lambda: None
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    return lambda: torch.distributed.barrier(group)
-
-
 def report_encoded(encoded: EncodedImages, text_encoder: TextEncoder, run: Run) -> None:
     """Says how many captions lose words to the encoder's length, and how far what is diffused is from the zero mean and
     unit variance that the papers assume.
@@ -173,10 +155,6 @@ def report_encoded(encoded: EncodedImages, text_encoder: TextEncoder, run: Run) 
         f"{len(captions)} different captions, {len(lost)} longer than {text_encoder.max_length} tokens"
         + (f" ({sum(lost)} tokens are cut; text.max_length allows more)" if lost else "")
     )
-=======
-def report_latents(encoded: EncodedImages, run: Run) -> None:
-    """Says how far what is diffused is from the zero mean and unit variance that the papers assume."""
->>>>>>> store
     statistics = encoded.statistics()
     if statistics is None:
         return

@@ -99,7 +99,7 @@ def test_a_run_writes_what_a_user_needs_and_resumes_bit_for_bit(space, tmp_path,
     result = run_ldm(settings(one, encoder_folder, space, first_stage))
     assert result == one / "pipeline"
     printed = capsys.readouterr().out
-    assert "1797 captioned images (1621 to train on, 176 held out), 0 skipped" in printed
+    assert "1797 images: 1797 used (1621 to train on, 176 held out), 0 skipped, 0 duplicates" in printed
     assert "100 different captions" in printed
 
     # A complete pipeline, in the run folder and in each checkpoint.
@@ -347,7 +347,7 @@ def test_an_unreadable_image_is_named_skipped_and_counted(tmp_path, encoder_fold
     (folder / "8.png").write_bytes((folder / "8.png").read_bytes()[:60])
     run_ldm(settings(tmp_path / "run", encoder_folder), f"data.path={folder}", "data.held_out=0")
     printed = capsys.readouterr().out
-    assert "8 captioned images (8 to train on, 0 held out), 1 skipped" in printed
+    assert "9 images: 8 used (8 to train on, 0 held out), 1 skipped, 0 duplicates" in printed
     assert "skipped 8.png" in printed
     assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline")("red number 3", seed=0).images
 
