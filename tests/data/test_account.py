@@ -107,6 +107,8 @@ def test_what_needs_attention_says_what_to_do() -> None:
     assert '1 caption longer than the text encoder reads: 02.png loses "not fit"; shorten' in too_long
     assert '00c.png says "a small cat", and shows what 00.png shows' in contradictory
     assert any("2 images show 1 picture" in note and "together" in note for note in account.notes)
+    apart = account_of(replace(whole(), near=(("04.png", "05.png"),)), CONFIG)
+    assert any("2 images show 1 picture" in note and "as this data set groups them" in note for note in apart.notes)
     assert any("/nowhere: Permission denied" in note for note in account.notes)
     assert any(note.startswith("40 images: few") for note in account.notes)
 

@@ -211,6 +211,15 @@ def test_facts_that_cannot_be_kept_do_not_stop_anything(tmp_path: Path) -> None:
     assert replace(after, unkept="") == before
 
 
+def test_pixels_in_another_shape_are_another_picture(tmp_path: Path) -> None:
+    save(tmp_path / "data/a.png", Image.new("RGB", (20, 30), "red"))
+    save(tmp_path / "data/b.png", Image.new("RGB", (30, 20), "red"))
+    save(tmp_path / "data/c.gif", Image.new("RGB", (20, 30), "red"))
+    seen = looked(tmp_path / "data")
+    assert [(copy.path, copy.of) for copy in seen.duplicates] == [("c.gif", "a.png")]
+    assert seen.near == ()
+
+
 def test_an_unreadable_file_is_skipped_with_its_reason(tmp_path: Path) -> None:
     save(tmp_path / "data/a.png", 1)
     save(tmp_path / "data/b.png", 2)
@@ -224,10 +233,11 @@ def test_a_picture_so_large_that_pillow_warns_is_used(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     Image.new("1", (9600, 9600)).save(tmp_path / "data/large.png")
     (tmp_path / "data/large.txt").write_text("darkness")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         seen = looked(tmp_path / "data")
-        assert warnings.filters[0][0] == "error"  # the user's settings are back
+        assert warnings.filters[0][0] == "always"  # the user's settings are back
+    assert caught == []
     assert [sample.size for sample in seen.used] == [(9600, 9600)]
 
 
@@ -254,6 +264,7 @@ def test_natural_order() -> None:
     assert sorted(shuffled, key=natural_order) == expected
     odd = ["", ".", "..", "/", "a/", "a", "a.", ".a", "9" * 5000 + ".png", "٣.png", "\udc80.png", "007.png", "7.png"]
     assert len({natural_order(name) for name in odd}) == len(odd)
+    assert natural_order("007.png") < natural_order("10.png")
     mixed = ["٣.png", "a.png", "7.png", "9" * 5000]
     assert sorted(mixed, key=natural_order) == ["7.png", "9" * 5000, "a.png", "٣.png"]
     assert sorted(odd, key=natural_order)[-1] == "\udc80.png"
