@@ -1,6 +1,7 @@
 """The `ldm` command: what it writes and how it fails."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -87,3 +88,95 @@ def test_the_command_is_installed_and_knows_its_version():
     assert done.stdout.strip().count(".") == 2
     wrong = subprocess.run([sys.executable, "-m", "ldm.cli", "generate"], capture_output=True, text=True)
     assert wrong.returncode == 2
+
+
+def dataset(folder, count=30):
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}", encoding="utf-8")
+    return folder
+
+
+def test_a_check_of_clean_data_is_readable_and_ends_well(tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "data", "check", dataset(tmp_path / "clean"), "--resolution", 32) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'clean'}: 30 images: 30 used (" in out
+    assert out.rstrip().endswith("Nothing needs attention.")
+    assert "all fit into the text encoder" in out
+
+
+def test_a_check_says_what_is_wrong_in_text_and_json(tmp_path, monkeypatch, capsys):
+    folder = dataset(tmp_path / "data")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
+    (folder / "4.txt").unlink()
+    (folder / "5.txt").write_text("one two three four five six seven eight nine ten")
+    (folder / "6 copy.png").write_bytes((folder / "6.png").read_bytes())
+    (folder / "6 copy.txt").write_text("\x1b[31mred")
+    arguments = ["data", "check", folder, "--resolution", 32, "--max-length", 8]
+    assert call(monkeypatch, *arguments) == 1
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out
+    assert "3.png" in out and "4.png" in out
+    assert '5.png loses "seven eight nine ten"' in out
+    assert r'6 copy.png says "\x1b[31mred"' in out
+    assert "Needs attention" in out
+    assert err == ""
+    assert call(monkeypatch, *arguments, "--json") == 1
+    account = json.loads(capsys.readouterr().out)
+    assert (account["used"], account["skipped"], account["duplicate"], account["total"]) == (28, 2, 1, 31)
+    assert {entry["path"] for entry in account["skipped_files"]} == {"3.png", "4.png"}
+    assert account["captions"]["missing"] == 1
+    assert [entry["lost"] for entry in account["captions"]["too_long"]] == ["seven eight nine ten"]
+    assert account["training"] + account["held_out"] == 28
+    assert call(monkeypatch, *arguments, "--json", "--held-out", 0.5) == 1
+    assert json.loads(capsys.readouterr().out)["held_out"] > account["held_out"]
+
+
+def test_a_built_in_set_is_looked_at_too(monkeypatch, capsys):
+    assert call(monkeypatch, "data", "check", "digits", "--resolution", 8, "--json") == 0
+    account = json.loads(capsys.readouterr().out)
+    assert (account["total"], account["used"], account["modes"]) == (1797, 1797, {"L": 1797})
+
+
+def test_a_check_does_without_the_default_encoder_but_not_without_the_one_asked_for(tmp_path, monkeypatch, capsys):
+    def missing():
+        raise ValueError("minilm is not installed")
+
+    monkeypatch.setattr("ldm.text.loading._minilm_folder", missing)
+    folder = dataset(tmp_path / "clean")
+    assert call(monkeypatch, "data", "check", folder, "--resolution", 32) == 0
+    assert "the lengths of captions were not checked: minilm is not installed" in capsys.readouterr().out
+    assert call(monkeypatch, "data", "check", folder, "--encoder", "minilm") == 2
+    assert capsys.readouterr().err == "error: minilm is not installed\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nowhere"], "nowhere"),
+        (["digits", "--resolution", "0"], "data.resolution is 0"),
+        (["digits", "--held-out", "1"], "data.held_out is 1"),
+        (["digits", "--background", "clear"], 'data.background is "clear"'),
+        (["digits", "--encoder", "./none"], "none"),
+        (["digits", "--max-length", "1"], "1"),
+    ],
+)
+def test_a_wrong_check_is_one_line_and_exit_code_2(arguments, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "data", "check", *arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert part in error
+
+
+def test_captions_survive_a_terminal_of_another_alphabet(tmp_path):
+    folder = dataset(tmp_path / "data", 2)
+    for number in range(2):
+        (folder / f"{number}.txt").write_text("grün 猫", encoding="utf-8")
+    command = [sys.executable, "-m", "ldm.cli", "data", "check", str(folder)]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1, done.stderr
+    assert rb'"gr\xfcn \u732b"' in done.stdout

@@ -112,7 +112,7 @@ class Account:
         """One line, for the start of a training."""
         return printable(
             f"{self.name}: {self.total} images: {self.used} used ({self.training} to train on, {self.held_out} held "
-            f"out), {self.skipped} skipped, {self.duplicate} duplicates"
+            f"out), {self.skipped} skipped, {plural(self.duplicate, 'duplicate')}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def _paragraphs(account: Account, shown: int | None) -> Iterator[tuple[str, list
     yield "shapes", [_counts(account.sizes.shapes)] if account.sizes.shapes else []
     yield "formats", [_counts(account.formats)] if account.formats else []
     yield "modes", [_counts(account.modes)] if account.modes else []
-    yield "treated", [f"{count} {trait}: {account.treatment[trait]}" for trait, count in account.traits.items()]
+    yield (
+        "treated",
+        [f"{count} {printable(trait)}: {account.treatment[trait]}" for trait, count in account.traits.items()],
+    )
     yield "captions", list(_captions(account, shown))
     yield "alike", _cut([_names(names, shown) for names in account.near_duplicates], shown)
     yield "copies", _cut([f"{printable(copy.path)} = {printable(copy.of)}" for copy in account.duplicate_files], shown)

@@ -86,8 +86,9 @@ class FactsStore:
             record["digest"] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             record["pixels"] = np.frombuffer(known.pixels, np.uint8)
             record["size"] = known.size
-            record["format"], record["mode"] = known.format.encode(), known.mode.encode()
-            record["traits"] = ",".join(known.traits).encode()
+            for field, text in (("format", known.format), ("mode", known.mode), ("traits", ",".join(known.traits))):
+                assert len(text.encode()) <= _RECORD[field].itemsize, f"{text} would be cut short"
+                record[field] = text.encode()
             record["thumbnail"] = known.thumbnail
             record["check"] = _checksum(record)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,11 +143,11 @@ _LAST_KEY = np.uint64(2**64 - 1)
 
 
 def _keys(path: Path) -> NDArray[np.uint64]:
-    """The first half of each digest in a file, which finds the records; none where the file is no such file."""
+    """The first half of each digest in a file, which finds the records; none where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            count, rest = divmod(os.fstat(file.fileno()).st_size, _DIGEST + _RECORD.itemsize)
-            stored = file.read(count * _DIGEST) if not rest else b""
+            count = os.fstat(file.fileno()).st_size // (_DIGEST + _RECORD.itemsize)
+            stored = file.read(count * _DIGEST)
     except OSError:
         return np.zeros(0, np.uint64)
     return np.frombuffer(stored, "<u8")[::2].astype(np.uint64)

@@ -245,3 +245,28 @@ def test_the_users_settings_of_transformers_are_left(hub_bars: bool, save_encode
 
 def _with_project() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_the_words_that_are_lost_are_named(save_encoder: Any) -> None:
+    bert = load_text_encoder(str(save_encoder("bert")), 8)
+    fits, cut = "a red cat on a mat", "A  red cat on a mat,\tblue dog "
+    assert bert.lost([fits, cut, ""]) == ["", ",\tblue dog", ""]
+    clip = load_text_encoder(str(save_encoder("clip")))  # a byte is a token, and there is room for ten
+    # What is cut within is lost as a whole; what is before it is not.
+    assert clip.lost(["red dog abcd", "reddish doggy cat", "grün grün a"]) == ["", "doggy cat", "a"]
+    t5 = load_text_encoder(str(save_encoder("t5")), 4)
+    assert t5.lost(["a red cat", "a red cat on  a mat"]) == ["", "on  a mat"]
+    byt5 = load_text_encoder(str(save_encoder("byt5")))
+    assert byt5.lost(["a red cat", "a red cat on a mat"]) == ["", "n a mat"]
+    for encoder in (bert, clip, t5, byt5):
+        texts = [fits[:length] for length in range(len(fits) + 1)] + [cut, cut * 9]
+        assert [bool(text) for text in encoder.lost(texts)] == [bool(count) for count in encoder.overflow(texts)]
+
+
+def test_many_captions_are_counted_in_pieces(save_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_text_encoder(str(save_encoder("bert")), 4)
+    texts = ["a cat", "a red cat", "a blue dog on a mat", "mat", "on a mat a cat"]
+    whole = encoder.lost(texts)
+    assert whole == ["", "cat", "dog on a mat", "", "mat a cat"]
+    monkeypatch.setattr("ldm.text.encoder._COUNTED", 2)
+    assert encoder.lost(texts) == whole

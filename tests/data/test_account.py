@@ -1,0 +1,205 @@
+"""The account: counts that add up, what is treated how, what needs attention, and text that a terminal survives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from ldm.data import Account, DataConfig, Duplicate, Inspection, Sample, Skipped, account_of
+from ldm.data.account import plural, quoted
+from ldm.data.inspection import Kind
+from ldm.data.sources import Decoded
+
+
+def refuse(_: bytes) -> Decoded:
+    raise AssertionError("an account decodes nothing")
+
+
+def sample(number: int, *captions: str, size: tuple[int, int] = (100, 80), group: str = "") -> Sample:
+    name = f"{number:02}.png"
+    return Sample(name, captions or (f"caption number {number}",), group or name, bytes, refuse, "0" * 32, size)
+
+
+CONFIG = DataConfig(path="things", resolution=64, background="#ff0000")
+RGB = Kind("PNG", "RGB", ())
+
+
+def inspection(samples: Sequence[Sample], **more: object) -> Inspection:
+    settings = {"skipped": (), "kinds": (RGB,) * len(samples)} | more
+    return Inspection("things", tuple(samples), **settings)  # type: ignore[arg-type]
+
+
+def clean(count: int = 120) -> Inspection:
+    return inspection([sample(number) for number in range(count)])
+
+
+def whole() -> Inspection:
+    samples = [sample(number) for number in range(40)]
+    samples[0] = sample(0, "a cat", "a cat", "a small cat", size=(300, 100))
+    samples[1] = sample(1, "a cat", size=(20, 30))
+    samples[2] = sample(2, "a very long caption that does not fit", size=(60, 400))
+    samples[3] = replace(samples[3], group="02.png")
+    kinds = [RGB] * 40
+    kinds[:3] = [
+        Kind("JPEG", "CMYK", ("rotated", "cmyk")),
+        Kind("GIF", "P", ("palette", "transparent", "animated")),
+        Kind("", "I;16", ("16-bit", "striped")),
+    ]
+    return inspection(
+        samples,
+        kinds=tuple(kinds),
+        skipped=(
+            Skipped("a.png", "no caption: no metadata file names it"),
+            Skipped("b.png", "empty caption"),
+            Skipped("c.png", "the file is empty"),
+            Skipped("d.png", "no caption"),
+            Skipped("e.png", "the file is empty"),
+        ),
+        duplicates=(Duplicate("00b.png", "00.png"), Duplicate("00c.png", "00.png", ("a small cat",))),
+        near=(("02.png", "03.png"),),
+        unkept="/nowhere: Permission denied",
+    )
+
+
+def cut(captions: Sequence[str]) -> list[str]:
+    return [" ".join(caption.split()[6:]) for caption in captions]
+
+
+def test_everything_is_counted() -> None:
+    account = account_of(whole(), CONFIG, lost=cut)
+    assert (account.total, account.used, account.skipped, account.duplicate) == (47, 40, 5, 2)
+    assert account.training + account.held_out == 40
+    assert account.held_out > 0
+    captions = account.captions
+    assert (captions.total, captions.distinct, captions.missing, captions.empty) == (42, 40, 2, 1)
+    assert captions.words == (2, 3, 8)
+    assert captions.repeated == (("a cat", 2),)  # on two images, one of which has it twice
+    assert captions.too_long is not None
+    [too_long] = captions.too_long
+    assert (too_long.image, too_long.lost) == ("02.png", "not fit")
+    sizes = account.sizes
+    assert (sizes.smallest, sizes.median, sizes.largest) == ((20, 30), (100, 80), (300, 100))
+    assert (sizes.enlarged, sizes.much_enlarged) == (2, 1)
+    assert sizes.shapes == {"1:3": 1, "2:3": 1, "4:3": 37, "3:1": 1}
+    assert account.formats == {"PNG": 37, "GIF": 1, "JPEG": 1, "made here": 1}
+    assert account.modes == {"RGB": 37, "CMYK": 1, "I;16": 1, "P": 1}
+    assert account.traits == dict.fromkeys(
+        ("16-bit", "animated", "cmyk", "palette", "rotated", "striped", "transparent"), 1
+    )
+    assert account.treatment["rotated"].startswith("turned upright")
+    assert "#ff0000" in account.treatment["transparent"]
+    assert account.treatment["striped"] == "converted to RGB"  # a trait that this file has not heard of
+    assert account.contradictory == ("00c.png",)
+    held_out = account.held_out
+    assert account.line() == (
+        f"things: 47 images: 40 used ({40 - held_out} to train on, {held_out} held out), 5 skipped, 2 duplicates"
+    )
+
+
+def test_what_needs_attention_says_what_to_do() -> None:
+    account = account_of(whole(), CONFIG, lost=cut)
+    skipped, too_long, contradictory = account.needs_attention
+    assert skipped.startswith("5 of 47 are skipped (2 × the file is empty, ")
+    assert skipped.endswith("and other reasons); mend or remove them")
+    assert '1 caption longer than the text encoder reads: 02.png loses "not fit"; shorten' in too_long
+    assert '00c.png says "a small cat", and shows what 00.png shows' in contradictory
+    assert any("2 images show 1 picture" in note and "together" in note for note in account.notes)
+    apart = account_of(replace(whole(), near=(("04.png", "05.png"),)), CONFIG)
+    assert any("2 images show 1 picture" in note and "as this data set groups them" in note for note in apart.notes)
+    assert any("/nowhere: Permission denied" in note for note in account.notes)
+    assert any(note.startswith("40 images: few") for note in account.notes)
+
+
+def test_clean_data_needs_no_attention() -> None:
+    account = account_of(clean(), CONFIG, lost=cut)
+    assert account.needs_attention == () == account.notes
+    assert account.to_text().endswith("Nothing needs attention.")
+    assert account.captions.too_long == ()
+    assert "all fit into the text encoder" in account.to_text()
+
+
+@pytest.mark.parametrize(
+    ("found", "part"),
+    [
+        (inspection([], skipped=(Skipped("a", "broken"),)), "no image can be used"),
+        (inspection([sample(n, "a dog") for n in range(9)]), 'all 9 images have one caption, "a dog"'),
+        (inspection([sample(1)]), "nothing can be held out"),
+        (inspection([sample(n, group="one") for n in range(9)]), "nothing can be held out"),
+        (
+            inspection([sample(n, size=(20 + n, 90)) for n in range(20)]),
+            "12 images below half of 64 pixels would be blurred; choose a resolution of about 22",
+        ),
+    ],
+)
+def test_each_trouble_is_named(found: Inspection, part: str) -> None:
+    assert [line for line in account_of(found, CONFIG).needs_attention if part in line]
+
+
+def test_with_buckets_the_area_counts() -> None:
+    found = inspection([sample(n, size=(32, 128 + n)) for n in range(20)])
+    assert account_of(found, CONFIG).sizes.enlarged == 20
+    assert account_of(found, replace(CONFIG, buckets=True)).sizes.enlarged == 0
+
+
+def test_uncounted_captions_are_said_to_be() -> None:
+    account = account_of(clean(), CONFIG, uncounted="the encoder is not installed")
+    assert account.captions.too_long is None
+    assert account.notes == ("the lengths of captions were not checked: the encoder is not installed",)
+    assert "fit into" not in account.to_text()
+
+
+@pytest.mark.parametrize("found", [whole(), clean(), inspection([]), Inspection("passed through", (sample(1),), ())])
+def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
+    account = account_of(found, CONFIG, lost=cut)
+    text = json.dumps(account.to_dict(), allow_nan=False)
+    plain = json.loads(text)
+    assert set(plain) == set(Account.__dataclass_fields__)
+    assert plain["used"] + plain["skipped"] + plain["duplicate"] == plain["total"] == found.total
+    assert plain["skipped_files"] == [{"path": entry.path, "reason": entry.reason} for entry in found.skipped]
+    assert plain["duplicate_files"] == [
+        {"path": copy.path, "of": copy.of, "captions": list(copy.captions)} for copy in found.duplicates
+    ]
+    assert set(plain["captions"]) == {
+        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted"
+    }  # fmt: skip
+    assert set(plain["sizes"]) == {"smallest", "median", "largest", "enlarged", "much_enlarged", "shapes"}
+
+
+def test_long_lists_are_cut_unless_everything_is_asked_for() -> None:
+    skipped = tuple(Skipped(f"s{number:03}.png", "broken" if number % 2 else "empty") for number in range(100))
+    near = tuple((f"{number}a", f"{number}b") for number in range(30))
+    found = replace(clean(), skipped=skipped)
+    short, long = account_of(found, CONFIG).to_text(), account_of(found, CONFIG).to_text(everything=True)
+    assert short.count(".png") == 20
+    assert short.count("… and 40 more (--all shows them)") == 2
+    assert "50 × broken" in short
+    assert long.count(".png") == 100
+    assert "more" not in long
+    assert plural(1, "copy", "copies") == "1 copy"
+    samples = {name: replace(sample(1), id=name) for names in near for name in names}
+    alike = account_of(inspection(list(samples.values()), near=near), CONFIG).to_text()
+    assert alike.count("a, ") == 10
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\u202egnp.txt\udc80\x00"
+
+
+def test_nothing_reaches_a_terminal_raw() -> None:
+    found = inspection(
+        [replace(sample(1, ESCAPES, ESCAPES + "x"), id=ESCAPES), sample(2, ESCAPES)],
+        skipped=(Skipped(ESCAPES, ESCAPES),),
+        duplicates=(Duplicate(ESCAPES + "2", ESCAPES, (ESCAPES,)),),
+        near=((ESCAPES, "02.png"),),
+        kinds=(Kind(ESCAPES, ESCAPES, (ESCAPES,)),) * 2,
+        unkept=ESCAPES,
+    )
+    account = account_of(replace(found, name=ESCAPES), CONFIG, lost=lambda texts: list(texts))
+    for text in (*account.needs_attention, *account.notes, account.line(), quoted(ESCAPES * 9)):
+        assert text.isprintable(), ascii(text)
+    for everything in (True, False):
+        lines = account.to_text(everything=everything).split("\n")
+        assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
+    json.dumps(account.to_dict(), allow_nan=False).encode("ascii")
