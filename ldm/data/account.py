@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ldm.data.captions import printable
 from ldm.data.dataset import split
 from ldm.data.inspection import Duplicate, Inspection
 from ldm.data.sources import DataConfig, Sample, Skipped
@@ -170,13 +171,6 @@ def account_of(
         account,
         notes=tuple(printable(line) for line in _notes(account, inspection)),
         needs_attention=tuple(printable(line) for line in _needs_attention(account, config, used)),
-    )
-
-
-def printable(text: str) -> str:
-    """Any text as one line that a terminal takes: what cannot be printed is escaped as in Python."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 

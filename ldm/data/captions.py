@@ -23,10 +23,12 @@ _MARKS = (
 )
 
 
-def printable(name: str) -> str:
-    """A file name as one line that any terminal takes; what cannot be printed is escaped as in Python."""
+def printable(text: str) -> str:
+    """Any text, such as a file name, as one line that a terminal takes: what cannot be printed is escaped as in
+    Python.
+    """
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 

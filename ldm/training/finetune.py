@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -33,6 +36,15 @@ def prepare(unet: UNet, config: LDMConfig) -> UNet:
     )
     adapters.add_adapter(unet, settings, ADAPTER, seed=config.seed)
     return unet
+
+
+@contextmanager
+def precision_of(network: nn.Module) -> Iterator[None]:
+    """Evaluates a network in the precision of its weights: those beneath an adapter may be half, the adapter is not."""
+    weight = next(network.parameters())
+    half = weight.dtype in HALF.values()
+    with torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half):
+        yield
 
 
 def attention_layers(unet: UNet) -> list[nn.Module]:

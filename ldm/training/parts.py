@@ -24,7 +24,7 @@ from ldm.data import (
     open_source,
     split,
 )
-from ldm.data.account import printable
+from ldm.data.captions import printable
 from ldm.diffusion import NoiseSchedule, diffusion_loss
 from ldm.diffusion.schedule import PredictionType
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
@@ -217,15 +217,17 @@ def held_out_loss(
         )
         timesteps[chunk] = torch.tensor([(2 * i + 1) * steps // (2 * count) for i in chunk])
         condition = encoded.text([held_out.samples[i].captions[0] for i in chunk])
-        losses[chunk] = diffusion_loss(
-            unet,
-            schedule,
-            latents,
-            condition,
-            timesteps=timesteps[chunk],
-            noise=draws.noise,
-            prediction_type=prediction_type,
-        ).cpu()
+        with finetune.precision_of(unet):
+            loss = diffusion_loss(
+                unet,
+                schedule,
+                latents,
+                condition,
+                timesteps=timesteps[chunk],
+                noise=draws.noise,
+                prediction_type=prediction_type,
+            )
+        losses[chunk] = loss.float().cpu()
     values = {"held_out_loss": float(losses.mean())}
     for band in range(BANDS):
         first, last = band * steps // BANDS, (band + 1) * steps // BANDS - 1

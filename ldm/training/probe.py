@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data import Batch, CaptionedImages, collate
+from ldm.training.finetune import precision_of
 from ldm.training.run import Run
 
 ENOUGH_SECONDS = 1.0
@@ -67,7 +68,8 @@ def evaluation_seconds(
     """Seconds of one evaluation of a network for one image, without gradients, in a batch."""
     positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
     batch = collate([images[position] for position in positions])
-    return _seconds(run, lambda: loss_of(network, batch), together=False) / len(positions)
+    with precision_of(network):
+        return _seconds(run, lambda: loss_of(network, batch), together=False) / len(positions)
 
 
 def write_seconds(folder: Path, size: int) -> float:
