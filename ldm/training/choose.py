@@ -343,7 +343,7 @@ def _steps(chosen: Chosen, network: UNet, shape: tuple[int, int, int], batch: in
         why = f"--minutes {place.minutes:g}" if allowed < limit * second else f"{MOST_EPOCHS} times through the data"
     chosen.reasons.append(
         f"steps: {steps} of {batch} images, about {duration(steps * second + sheets * sheet)} at {second:.2g} s a step "
-        f"({'bf16' if precision == 'bf16' else 'float32'}, measured) with {plural(sheets, "sample grid")}: {why}"
+        f"({'bf16' if precision == 'bf16' else 'float32'}, measured) with {plural(sheets, 'sample grid')}: {why}"
     )
     chosen.config["train"] = {
         "max_steps": steps,

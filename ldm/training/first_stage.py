@@ -114,7 +114,7 @@ def plan_run(
     loss_of: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
-    step = probe.step_seconds(run, model, images, loss_of)
+    step = probe.step_seconds(run, model, networks, images, loss_of)
     if run.is_main:
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         weights = 4 * sum(p.numel() for p in model.parameters())

@@ -269,7 +269,7 @@ def plan_run(
     loss_of: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
-    step = probe.step_seconds(run, model, images, loss_of)
+    step = probe.step_seconds(run, model, networks, images, loss_of)
     if run.is_main:
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         validated = min(len(held_out), config.train.validation_samples) if held_out else 0
