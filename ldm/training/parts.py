@@ -311,9 +311,7 @@ def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, s
         step=step,
         validation=validation + (probe.write_seconds(run.folder, export_bytes, 0) if validation else 0),
         sheet=probe.sheet_seconds(draw, config.sample.num_inference_steps),
-        checkpoint=probe.write_seconds(
-            run.folder, training_bytes + export_bytes, training_bytes + export_bytes + sum(sizes.values())
-        ),
+        checkpoint=probe.checkpoint_seconds(run, training_bytes + export_bytes, sum(sizes.values())),
         memory=probe.peak_memory(run, networks),
         checkpoint_bytes=training_bytes + export_bytes + copied,
         sheet_bytes=sheets[-1],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
+from ldm.training.report import write_report
 from ldm.training.run import Networks, Run
 
 ENOUGH_SECONDS = 1.0
@@ -120,6 +121,13 @@ def write_seconds(folder: Path, written: int, hashed: int) -> float:
         writing = seconds_of(write)
     hashing = seconds_of(lambda: hashlib.sha256(block).hexdigest())
     return (writing * written + hashing * hashed) / WRITTEN_BYTES
+
+
+def checkpoint_seconds(run: Run, written: int, linked: int = 0) -> float:
+    """Seconds of a checkpoint of `written` bytes beside hard links to `linked` ones; all are hashed, and the report is
+    renewed.
+    """
+    return write_seconds(run.folder, written, written + linked) + seconds_of(lambda: write_report(run.folder))
 
 
 def seconds_of(action: Callable[[], object]) -> float:
