@@ -3,6 +3,8 @@
 import gc
 import json
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
 from ldm.codecs import LatentCodec
-from ldm.config import LDMConfig, load_config
-from ldm.data import CaptionedImages, collate, inspect, open_source, split, to_signed
+from ldm.config import LDMConfig, load_config, parse_config
+from ldm.data import CaptionedImages, inspect, open_source, split, to_signed
 from ldm.diffusion import NoiseSchedule
 from ldm.models import AutoencoderKL, UNet
 from ldm.text import TextEncoder
@@ -77,24 +79,61 @@ def moved(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+@dataclass(frozen=True)
+class Made:
+    """A model, a run of four steps from it, and one that was stopped after two; what the model was before."""
+
+    model: Path
+    whole: Path
+    stopped: Path
+    before: dict
+
+    def config(self, method, folder, pictures, **changes):
+        config = content(folder, self.model, pictures, method, **changes)
+        if method == "lora":
+            config["finetune"] |= {"rank": 3, "alpha": 6.0, "target_modules": ["to_q", "to_v", "proj_in"]}
+        return config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pictures):
+    """`Made` by a method, at most once each."""
+    kept = {}
+
+    def by(method):
+        if method not in kept:
+            folder = tmp_path_factory.mktemp(method)
+            tiny.stable_diffusion().save_pretrained(folder / "model")
+            kept[method] = Made(folder / "model", folder / "whole", folder / "stopped", hashes(folder / "model"))
+            run_config(kept[method].config(method, folder / "whole", pictures))
+            run_config(kept[method].config(method, folder / "stopped", pictures, train__max_steps=2))
+        return kept[method]
+
+    return by
+
+
+def stopped_copy(one, tmp_path):
+    shutil.copytree(one.stopped, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
 @pytest.mark.parametrize("method", ["full", "attention"])
-def test_only_what_was_chosen_moves_and_diffusers_draws_the_same(method, tmp_path, stable_diffusion, pictures):
-    before = hashes(stable_diffusion)
-    made = run_config(content(tmp_path / "run", stable_diffusion, pictures, method))
-    assert made == tmp_path / "run" / "pipeline"
-    old, new = load_file(stable_diffusion / UNET), load_file(made / UNET)
+def test_only_what_was_chosen_moves_and_diffusers_draws_the_same(method, made):
+    one = made(method)
+    stable_diffusion, made_here, before = one.model, one.whole / "pipeline", one.before
+    old, new = load_file(stable_diffusion / UNET), load_file(made_here / UNET)
     attention = {name for name in old if ".attn1." in name or ".attn2." in name}
     assert moved(old, new) == (set(old) if method == "full" else attention)
     assert len(attention) > 10
 
     for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert (made / part).read_bytes() == (stable_diffusion / part).read_bytes()
+        assert (made_here / part).read_bytes() == (stable_diffusion / part).read_bytes()
     assert hashes(stable_diffusion) == before
     ours, theirs, base = (
         drawn_by(pipeline, (4, 8, 8))
         for pipeline in (
-            Pipeline.from_pretrained(made),
-            StableDiffusionPipeline.from_pretrained(made),
+            Pipeline.from_pretrained(made_here),
+            StableDiffusionPipeline.from_pretrained(made_here),
             Pipeline.from_pretrained(stable_diffusion),
         )
     )
@@ -115,28 +154,25 @@ def test_a_pixel_model_goes_on_at_another_size(tmp_path, pixel_model, pictures):
     assert Pipeline.from_pretrained(pixel_model)("a", seed=0).images[0].size == (8, 8)
 
 
-def test_a_lora_is_small_and_diffusers_draws_the_same_with_it(tmp_path, stable_diffusion, pictures):
-    before = hashes(stable_diffusion)
-    config = content(tmp_path / "run", stable_diffusion, pictures, "lora")
-    config["finetune"] |= {"rank": 3, "alpha": 6.0, "target_modules": ["to_q", "to_v", "proj_in"]}
-    made = run_config(config)
-    assert made == tmp_path / "run" / "lora"
-    assert hashes(stable_diffusion) == before
+def test_a_lora_is_small_and_diffusers_draws_the_same_with_it(made):
+    one = made("lora")
+    stable_diffusion, adapter = one.model, one.whole / "lora"
+    assert hashes(stable_diffusion) == one.before
 
     # Nothing but the adapter is written, anywhere in the run.
-    weights = {path: load_file(path) for path in (tmp_path / "run").rglob("*.safetensors")}
+    weights = {path: load_file(path) for path in one.whole.rglob("*.safetensors")}
     names = {path.name for path in weights}
     assert names == {
         *("pytorch_lora_weights.safetensors", "model.safetensors", "ema.safetensors", "optimizer.safetensors")
     }
     assert all("lora_" in name for tensors in weights.values() for name in tensors)
-    adapted = {name.split(".lora_")[0] for name in weights[made / "pytorch_lora_weights.safetensors"]}
+    adapted = {name.split(".lora_")[0] for name in weights[adapter / "pytorch_lora_weights.safetensors"]}
     assert {name.split(".")[-1] for name in adapted} == {"to_q", "to_v", "proj_in"}
 
     ours, base = Pipeline.from_pretrained(stable_diffusion), Pipeline.from_pretrained(stable_diffusion)
-    ours.load_lora(made)
+    ours.load_lora(adapter)
     theirs = StableDiffusionPipeline.from_pretrained(stable_diffusion)
-    theirs.load_lora_weights(made)
+    theirs.load_lora_weights(adapter)
     (layer,) = {layer.lora_alpha["default_0"] for layer in theirs.unet.modules() if hasattr(layer, "lora_alpha")}
     assert layer == 6
     latents = (4, 8, 8)
@@ -159,11 +195,9 @@ def test_a_lora_on_half_precision_weights_stays_in_full_precision(tmp_path, stab
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fine_tuning_resumes_bit_for_bit(method, tmp_path, stable_diffusion, pictures):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_config(content(one, stable_diffusion, pictures, method))
-    run_config(content(two, stable_diffusion, pictures, method, train__max_steps=2))
-    run_config(content(two, stable_diffusion, pictures, method), resume=True)
+def test_fine_tuning_resumes_bit_for_bit(method, tmp_path, made, pictures):
+    one, two = made(method).whole, stopped_copy(made(method), tmp_path)
+    run_config(made(method).config(method, two, pictures), resume=True)
     last = "checkpoints/step_00000004"
     assert digests(one / last) == digests(two / last)
     assert len(set(digests(one / last).values())) == 3, "the average is not the weights"
@@ -207,8 +241,6 @@ def test_the_average_shares_what_does_not_learn(method, stable_diffusion, pictur
 
 
 def load_config_of(mapping):
-    from ldm.config import parse_config
-
     return parse_config(mapping, LDMConfig, "the test")
 
 
@@ -222,21 +254,22 @@ def load_config_of(mapping):
         ("full", "text_encoder/model.safetensors", "is not what the config names today"),
     ],
 )
-def test_resuming_on_a_changed_model_is_refused(method, file, part, tmp_path, stable_diffusion, pictures):
-    model = tmp_path / "model"
-    shutil.copytree(stable_diffusion, model)
-    run_config(content(tmp_path / "run", model, pictures, method, train__max_steps=2))
+def test_resuming_on_a_changed_model_is_refused(method, file, part, tmp_path, made, pictures):
+    run, model = stopped_copy(made(method), tmp_path), made(method).model
+    stored = (model / file).read_bytes()
     weights = load_file(model / file)
     # The cache of latents does not depend on the decoder, yet pictures do.
     name = next(name for name in sorted(weights) if name.startswith(("conv_in", "decoder")) or "token_emb" in name)
     weights[name] = weights[name] + 1e-3
-    save_file(weights, model / file, {"format": "pt"})
-    before = digests(tmp_path / "run" / "checkpoints" / "step_00000002")
-    log = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=part):
-        run_config(content(tmp_path / "run", model, pictures, method), resume=True)
-    assert digests(tmp_path / "run" / "checkpoints" / "step_00000002") == before
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == log
+    before, log = digests(run / "checkpoints" / "step_00000002"), (run / "metrics.jsonl").read_text()
+    try:
+        save_file(weights, model / file, {"format": "pt"})
+        with pytest.raises(ValueError, match=part):
+            run_config(made(method).config(method, run, pictures), resume=True)
+    finally:
+        (model / file).write_bytes(stored)
+    assert digests(run / "checkpoints" / "step_00000002") == before
+    assert (run / "metrics.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize(
@@ -322,12 +355,13 @@ def test_both_frozen_networks_leave_memory_while_training(tmp_path, stable_diffu
 
 
 def test_the_held_out_loss_is_what_a_direct_computation_gives(tmp_path, stable_diffusion, pictures):
-    made = run_config(content(tmp_path / "run", stable_diffusion, pictures, data__held_out=0.5))
+    config = content(tmp_path / "run", stable_diffusion, pictures, data__held_out=0.5, train__max_steps=1)
+    exported = run_config(config)
     logged = [entry for entry in metrics(tmp_path / "run") if "held_out_loss" in entry][-1]
     config = load_config(tmp_path / "run" / "config.yaml", [], LDMConfig)
     _, held_out = split(inspect(open_source(config.data), config.data).used, 0.5)
     images = CaptionedImages(held_out, config.data, 0)
-    pipeline = Pipeline.from_pretrained(made)
+    pipeline = Pipeline.from_pretrained(exported)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     expected = {}
     for i, sample in enumerate(held_out):  # one by one, where training takes them in batches
@@ -371,11 +405,3 @@ def test_best_holds_the_export_of_the_lowest_held_out_loss(tmp_path, stable_diff
     assert best != (tmp_path / "run/pipeline" / UNET).read_bytes()
     assert drawn_by(Pipeline.from_pretrained(tmp_path / "run/best/pipeline"), (4, 8, 8)).shape == (16, 16, 3)
     assert next(wanted, None) is None
-
-
-def test_collated_pictures_of_a_batch_are_those_of_the_folder(pictures):
-    """The helpers above stand on this: a sample's picture is its file."""
-    config = load_config_of(content("run", "./model", pictures)).data
-    images = CaptionedImages(open_source(config).samples, config, 0)
-    first = collate([images[0, 0]])
-    assert (first.images[0].permute(1, 2, 0).numpy() == np.asarray(Image.open(pictures / first.ids[0]))).all()
