@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config, to_yaml
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config, to_yaml, with_overrides
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DIGITS = next(path for path in CONFIGS if path.name == "digits.yaml")
@@ -137,3 +137,54 @@ def test_nothing_of_a_config_can_be_executed(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("!!python/object/apply:os.system ['true']")
     assert "not valid YAML" in refused(path=path)
+
+
+FINETUNE = next(path for path in CONFIGS if path.name == "finetune.yaml")
+LORA = next(path for path in CONFIGS if path.name == "lora.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "override", "part"),
+    [
+        (FINETUNE, "unet.layers_per_block=1", "unet follows from start_from"),
+        (FINETUNE, "space=auto", "space follows from start_from"),
+        (FINETUNE, "start_from=runs/finetune/pipeline", "inside output_dir"),
+        (FINETUNE, "finetune.alpha=4", "alpha is for method lora, and method is full"),
+        (FINETUNE, "finetune.methods=lora", "did you mean finetune.method?"),
+        (LORA, "finetune.rank=0", "rank is 0"),
+        (LORA, "finetune.alpha=-1", "alpha is -1"),
+        (LORA, "finetune.target_modules=[]", "target_modules is empty"),
+        (LORA, 'finetune.target_modules=[to_q, ""]', "or names nothing"),
+        (LORA, "finetune.target_modules=to_q", "finetune.target_modules is 'to_q'"),
+        (LORA, "start_from=null", "finetune says how to go on from a model"),
+        (DIGITS, "start_from=runs/x/pipeline", "follows from start_from"),
+        (DIGITS, "finetune.rank=4", "name that model in start_from"),
+        (DIGITS, "unet=null", "unet is missing; describe the network, or name a model to go on from in start_from"),
+    ],
+)
+def test_going_on_from_a_model_takes_all_from_it(path, override, part):
+    assert part in refused(override, path=path)
+
+
+def test_a_run_inside_its_data_is_refused_unless_the_data_is_built_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    message = refused("data.path=./digits", "output_dir=digits/run")
+    assert "output_dir 'digits/run' is inside data.path './digits'" in message
+    load_config(DIGITS, ["output_dir=digits/run"], LDMConfig)
+    load_config(DIGITS, ["data.path=./digits", "output_dir=digits-run"], LDMConfig)
+
+
+def test_overrides_leave_what_they_change_a_copy_of_alone():
+    content = {"train": {"max_steps": 5}}
+    assert with_overrides(content, ["train.max_steps=7", "data.path=x"]) == {
+        "train": {"max_steps": 7},
+        "data": {"path": "x"},
+    }
+    assert content == {"train": {"max_steps": 5}}
+
+
+def test_a_fine_tuning_config_writes_only_what_it_may_say():
+    written = yaml.safe_load(to_yaml(load_config(LORA, [], LDMConfig)))
+    assert not written.keys() & {"unet", "space", "first_stage", "text", "schedule"}
+    assert not yaml.safe_load(to_yaml(load_config(DIGITS, [], LDMConfig))).keys() & {"start_from", "finetune"}

@@ -288,7 +288,10 @@ def test_resuming_on_a_changed_model_is_refused(method, file, part, tmp_path, ma
         ({"finetune": {"method": "lora", "rank": 0}}, "rank is 0"),
         ({"finetune": {"method": "full", "rank": 4}}, "rank is for method lora, and method is full"),
         ({"finetune": {"method": "some"}}, "finetune.method is 'some'"),
-        ({"data": {"resolution": 15}}, "15x15 is not divisible by the codec's factor 2; the nearest size is 16x16"),
+        (
+            {"data": {"resolution": 15}},
+            "15x15 is not divisible by the codec's factor 2; set data.resolution to a multiple of 2, such as 16",
+        ),
     ],
     ids=str,
 )
