@@ -205,7 +205,8 @@ def train(
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
     from ldm.training.choose import Wishes
 
-    name = Path(path.rstrip("/")).resolve().stem if Path(path).exists() else path.replace("/", "-")
+    place = Path(path).expanduser().resolve()
+    name = place.name if place.is_dir() else place.stem if place.is_file() else path.replace("/", "-")
     wishes = Wishes(
         output_dir=output or f"runs/{name}",
         minutes=minutes,
