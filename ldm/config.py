@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.data import DataConfig
+from ldm.data.sources import BUILT_IN
 from ldm.diffusion import NoiseSchedule, ScheduleConfig
 from ldm.diffusion.schedule import check_start
 from ldm.models import AutoencoderConfig, UNetConfig
@@ -56,11 +57,23 @@ def _not_negative(config: object, *keys: str) -> None:
 
 def _outside(output_dir: str, key: str, path: str | None) -> None:
     """Refuses what a run reads inside the folder that it writes: an earlier run there is moved aside."""
-    if not output_dir.strip():
-        raise ValueError("output_dir is empty; name a folder for the run")
     run = Path(output_dir).expanduser().resolve()
     if path is not None and run in (read := Path(path).expanduser().resolve(), *read.parents):
         raise ValueError(f"{key} is {path!r}, inside output_dir {output_dir!r}; choose another output_dir")
+
+
+def _check_output(output_dir: str, data: DataConfig) -> None:
+    if not output_dir.strip():
+        raise ValueError("output_dir is empty; name a folder for the run")
+    _outside(output_dir, "data.path", data.path)
+    folder = Path(data.path).expanduser()
+    # The pictures of a run would be data of the next.
+    if (
+        data.path not in BUILT_IN
+        and folder.is_dir()
+        and folder.resolve() in Path(output_dir).expanduser().resolve().parents
+    ):
+        raise ValueError(f"output_dir {output_dir!r} is inside data.path {data.path!r}; choose another output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +196,11 @@ class FinetuneConfig:
         _positive(self, "rank")
         if self.alpha is not None:
             _positive(self, "alpha")
-        if not self.target_modules:
-            raise ValueError("target_modules is empty; name at least one layer, such as to_q")
+        if not self.target_modules or not all(self.target_modules):
+            raise ValueError("target_modules is empty or names nothing; name at least one layer, such as to_q")
+        for item in dataclasses.fields(self):
+            if self.method != "lora" and item.name != "method" and getattr(self, item.name) != item.default:
+                raise ValueError(f"{item.name} is for method lora, and method is {self.method}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +259,7 @@ class LDMConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _outside(self.output_dir, "data.path", self.data.path)
+        _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "first_stage", self.first_stage)
         _outside(self.output_dir, "start_from", self.start_from)
         if self.start_from is None:
@@ -308,7 +324,7 @@ class AutoencoderTrainingConfig:
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
 
     def __post_init__(self) -> None:
-        _outside(self.output_dir, "data.path", self.data.path)
+        _check_output(self.output_dir, self.data)
         for key in ("use_quant_conv", "use_post_quant_conv"):
             if not getattr(self.autoencoder, key):
                 raise ValueError(
@@ -346,7 +362,7 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
 def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
     """Validates a nested mapping as a config of `kind`; `where` names its origin in errors."""
     if content.get("start_from") is not None:
-        for key in FROM_START & content.keys():
+        for key in sorted(FROM_START & content.keys()):
             raise ValueError(
                 f"{where}: {key} follows from start_from, the model that training goes on from; leave it out"
             )

@@ -26,7 +26,12 @@ def prepare(unet: UNet, config: LDMConfig) -> UNet:
         return unet.requires_grad_(True)
     unet.requires_grad_(False)
     if config.finetune.method == "attention":
-        for layer in attention_layers(unet):
+        layers = attention_layers(unet)
+        if not layers:
+            raise ValueError(
+                f"finetune.method is attention, but the UNet of {config.start_from} has none; choose full or lora"
+            )
+        for layer in layers:
             layer.requires_grad_(True)
         return unet
     if config.train.mixed_precision in HALF:

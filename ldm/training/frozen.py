@@ -33,8 +33,12 @@ class Frozen:
     sample: SampleConfig
 
     def pipeline(self, unet: nn.Module) -> Pipeline:
-        """Opens the parts and puts them around a network, on its device and in its dtype."""
+        """Opens the parts and puts them around a network, on its device and in its dtype.
+
+        The network itself is left as it is: an adapter in it may be of another dtype than the weights beneath.
+        """
         assert isinstance(unet, UNet)
+        device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         codec: Codec
         if (self.folder / "codec").is_dir():
             codec = checkpoint.load_pixel_codec(self.folder / "codec")
@@ -42,16 +46,16 @@ class Frozen:
             autoencoder = checkpoint.load_model(self.folder / "vae", "AutoencoderKL")
             assert isinstance(autoencoder, AutoencoderKL)
             codec = LatentCodec(autoencoder, source=self.folder / "vae")
-        pipeline = Pipeline(
+        text_encoder = load_text_encoder_folders(self.folder / "text_encoder", self.folder / "tokenizer")
+        codec.to(device=device, dtype=dtype)
+        return Pipeline(
             unet=unet,
             codec=codec,
-            text_encoder=load_text_encoder_folders(self.folder / "text_encoder", self.folder / "tokenizer"),
+            text_encoder=text_encoder.to(device, dtype),
             schedule=self.schedule,
             guidance_scale=self.sample.guidance_scale,
             num_inference_steps=self.sample.num_inference_steps,
         )
-        weight = unet.conv_in.weight
-        return pipeline.to(weight.device, weight.dtype)
 
     def save(self, folder: Path, unet: nn.Module) -> None:
         """Writes a pipeline folder around a network; the parts are hard links to `self.folder`."""

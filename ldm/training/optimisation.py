@@ -43,7 +43,8 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     def average(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         n = int(updates)
         own = [(a, c) for a, c in zip(averaged, current, strict=True) if a.data_ptr() != c.data_ptr()]
-        torch._foreach_lerp_([a for a, _ in own], [c for _, c in own], 1 - min(decay, (1 + n) / (10 + n)))
+        if own:  # torch calls this for each dtype, and those beneath an adapter may have one of their own
+            torch._foreach_lerp_([a for a, _ in own], [c for _, c in own], 1 - min(decay, (1 + n) / (10 + n)))
 
     ema = AveragedModel(model, multi_avg_fn=average)
     for averaged, current in zip(ema.module.parameters(), model.parameters(), strict=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm import adapters, checkpoint
-from ldm.codecs import Codec, PixelCodec
+from ldm.codecs import Codec, LatentCodec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig
 from ldm.data import (
     Batch,
@@ -33,6 +34,7 @@ from ldm.text import TextEncoder, load_text_encoder
 from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
+from ldm.training.files import tensors_digest
 from ldm.training.frozen import Frozen
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Networks, Run
@@ -69,7 +71,7 @@ def settle(config: LDMConfig, images: CaptionedImages, run: Run) -> LDMConfig:
     """The config with what was left open decided, which the run takes as its own."""
     config, reason = choose_space(config, images, run.device)
     if reason is not None:
-        run.print(reason)
+        run.print(f"space: {reason}")
     run.settle(config, reason)
     return config
 
@@ -85,7 +87,9 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
         pipeline = Pipeline.from_pretrained(config.start_from, device=run.device)
         pipeline.guidance_scale = config.sample.guidance_scale
         pipeline.num_inference_steps = config.sample.num_inference_steps
-        pipeline.codec.latent_shape(config.data.resolution, config.data.resolution)
+        _, size, _ = pipeline.codec.latent_shape(config.data.resolution, config.data.resolution)
+        # What is drawn while training, and by default with what is exported, has the size of training.
+        pipeline.unet.config = dataclasses.replace(pipeline.unet.config, sample_size=size)
     else:
         text = config.text
         text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer)
@@ -173,9 +177,25 @@ def freeze(pipeline: Pipeline, config: LDMConfig, run: Run) -> Frozen:
     if config.export == "lora":
         assert config.start_from is not None
         folder = checkpoint.find_pipeline(config.start_from)
+        run.write_once("frozen", lambda names: _name_frozen(pipeline, names))
     else:
         folder = run.write_once("frozen", pipeline.save_frozen)
     return Frozen(folder, pipeline.index(), pipeline.schedule, config.sample)
+
+
+def _name_frozen(pipeline: Pipeline, folder: Path) -> None:
+    """Writes fingerprints of the parts that are not copied, so that a resumed run notices if they change."""
+    folder.mkdir()
+    codec = pipeline.codec
+    assert isinstance(codec, nn.Module)
+    settings: dict[str, Any] = codec.autoencoder.config.to_dict() if isinstance(codec, LatentCodec) else {}
+    content = {
+        "text_encoder": pipeline.text_encoder.fingerprint(),
+        "codec": tensors_digest(codec.state_dict()),
+        "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
+        "schedule": dataclasses.asdict(pipeline.schedule),
+    }
+    checkpoint.write_json(folder / "model.json", content)
 
 
 def export(folder: Path, unet: nn.Module, frozen: Frozen, config: LDMConfig) -> None:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,6 +80,7 @@ class Networks:
             raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
         module.load_state_dict(weights, strict=False)
 
+    @cached_property
     def untrained_digest(self) -> str | None:
         """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
         names = set(trained_names(self.model))
@@ -141,7 +143,13 @@ class Run:
         self.reason: str | None = None
 
     def start(self, networks: Networks) -> None:
-        """Opens the run folder and fills the networks from the checkpoint that is resumed."""
+        """Opens the run folder and fills the networks from the checkpoint that is resumed.
+
+        Raises:
+            ValueError: if that checkpoint stands on other weights, or the folder is not ours; nothing is written then.
+        """
+        if self._resumed is not None:
+            self._check_untrained(networks, self._resumed)
         if self.is_main:
             self._open_folder()
             if self._account is not None:
@@ -384,6 +392,14 @@ class Run:
         with checkpoint.atomic_folder(self.folder / self.export) as folder:
             checkpoint.link_tree(newest / self.export, folder)
 
+    def _check_untrained(self, networks: Networks, resumed: Path) -> None:
+        state = checkpoint.read_json(resumed / "training" / "state.json")
+        if state.get("untrained_sha256") != networks.untrained_digest:
+            raise ValueError(
+                f"{resumed} was trained on other weights than those of the model in start_from today; restore that "
+                "model, or start a new run in another output_dir"
+            )
+
     def _restore(self, networks: Networks, resumed: Path) -> None:
         folder = resumed / "training"
         state = checkpoint.read_json(folder / "state.json")
@@ -393,11 +409,6 @@ class Run:
         restore_optimizer(networks.model, networks.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
-        if state.get("untrained_sha256") != networks.untrained_digest():
-            raise ValueError(
-                f"{resumed} was trained on other weights than those of the model in start_from today; restore that "
-                "model, or start a new run in another output_dir"
-            )
         self.step = state["step"]
         if self.is_main and not (self.folder / self.export).exists():
             self._renew_export(resumed)
@@ -429,7 +440,7 @@ class Run:
                 "step": self.step,
                 "data": self._data,
                 "processes": self.accelerator.num_processes,
-                "untrained_sha256": networks.untrained_digest(),
+                "untrained_sha256": networks.untrained_digest,
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "config": yaml.safe_load(to_yaml(self.config)),

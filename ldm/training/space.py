@@ -42,22 +42,24 @@ def choose_space(config: LDMConfig, images: CaptionedImages, device: torch.devic
         return config, None
     choice = choose(images, config.first_stage, device)
     decided = dataclasses.replace(config, space=choice.space, first_stage=choice.first_stage)
-    return decided, f"space: {choice.space}, because {choice.reason}"
+    return decided, f"{choice.space}, because {choice.reason}"
 
 
 def choose(images: CaptionedImages, first_stage: str | None, device: torch.device) -> Choice:
     """Decides for this data; `first_stage` is the one at hand, None the built-in one.
 
     Raises:
-        ValueError: if a first stage that was named cannot be opened.
+        ValueError: if a first stage that was named cannot be opened, or one is needed and does not divide the images.
     """
     resolution, count = images.config.resolution, len(images)
     if resolution <= PIXELS_UP_TO:
         return Choice("pixel", None, f"{resolution} pixels a side are few enough to diffuse directly")
     name = first_stage or DEFAULT_FIRST_STAGE
     codec = load_first_stage(name).to(device)
-    if resolution % codec.factor:
-        psnr = None
+    if resolution > PIXELS_AT_MOST:
+        images.check_factor(codec.factor)
+    psnr = None
+    if any(side % codec.factor for size in images.buckets.sizes for side in size):
         finding = f"the factor {codec.factor} of {name} does not divide {resolution}"
     else:
         psnr = reconstruction_psnr(codec, images, device)
@@ -71,8 +73,6 @@ def choose(images: CaptionedImages, first_stage: str | None, device: torch.devic
     if resolution <= PIXELS_AT_MOST:
         reason = f"{finding}, below {GOOD_PSNR:g}" if psnr is not None else finding
         return Choice("pixel", None, reason + advice, psnr, count >= ENOUGH_IMAGES)
-    if psnr is None:
-        return Choice("pixel", None, finding + advice, psnr, count >= ENOUGH_IMAGES)
     reason = f"{resolution} pixels a side are too many to diffuse directly, though {finding}, below {GOOD_PSNR:g}"
     return Choice("latent", name, reason + advice, psnr, count >= ENOUGH_IMAGES)
 

@@ -1,17 +1,14 @@
 """Both scripts from end to end on tiny networks and real digits: what they write, how they go on, how they fail."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from ldm import Pipeline
@@ -21,76 +18,18 @@ from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
 from ldm.training.files import locked
 from ldm.training.parts import load_first_stage
 from tests import tiny
+from tests.training.runs import (
+    ROOT,
+    captioned_folder,
+    digests,
+    fresh_processes,
+    losses,
+    metrics,
+    run_autoencoder,
+    run_ldm,
+    settings,
+)
 from train import train_autoencoder, train_ldm
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    torch.manual_seed(1)
-    tiny.clip_text_model().save_pretrained(folder)
-    tiny.clip_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def first_stage(tmp_path_factory):
-    """A first stage of two steps."""
-    folder = tmp_path_factory.mktemp("first") / "run"
-    run_autoencoder(folder)
-    return folder
-
-
-def fresh_processes():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-def run_autoencoder(folder, *overrides, resume=False):
-    fresh_processes()
-    small = [
-        f"output_dir={folder}", "data.resolution=16", "autoencoder.block_out_channels=[8,8,8]", "train.max_steps=2",
-        "train.batch_size=8", "train.validation_samples=8", "train.log_every=1", "autoencoder.norm_num_groups=4",
-        "train.cpu_threads=1",
-    ]  # fmt: skip
-    path = ROOT / "configs" / "digits-first-stage.yaml"
-    return train_autoencoder.train(load_config(path, [*small, *overrides], AutoencoderTrainingConfig), resume)
-
-
-def settings(folder, encoder_folder, space="pixel", first_stage=None):
-    small = [
-        f"output_dir={folder}", f"text.encoder={encoder_folder}", "text.max_length=null", "unet.norm_num_groups=4",
-        "unet.block_out_channels=[8,8]", "unet.attention_head_dim=2", "train.max_steps=4", "train.batch_size=8",
-        "train.checkpoint_every=2", "train.validate_every=2", "train.validation_samples=8", "train.log_every=1",
-        "train.sample_every=4", "sample.images_per_prompt=1", "sample.num_inference_steps=2",
-        "sample.prompts=[a handwritten three, the digit 4]", "train.cpu_threads=1",
-    ]  # fmt: skip
-    if space == "latent":
-        small += ["space=latent", f"first_stage={first_stage}/autoencoder", "data.resolution=16"]
-        small += ["schedule.beta_schedule=scaled_linear", "schedule.prediction_type=epsilon"]
-    return small
-
-
-def run_ldm(arguments, *overrides, resume=False):
-    fresh_processes()
-    config = load_config(ROOT / "configs" / "digits.yaml", [*arguments, *overrides], LDMConfig)
-    return train_ldm.train(config, resume)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return [entry["loss"] for entry in metrics(folder) if "loss" in entry]
-
-
-def digests(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "training").glob("*.safetensors")
-    }
 
 
 @pytest.mark.parametrize("space", ["pixel", "latent"])
@@ -388,10 +327,3 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
     else:
         pipeline = Pipeline.from_pretrained(made)
     assert pipeline("a", seed=0, num_inference_steps=2).images
-
-
-def captioned_folder(folder, count):
-    folder.mkdir()
-    for i in range(count):
-        Image.effect_noise((20, 16), 10 + i).convert("RGB").save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"noise number {i}")
