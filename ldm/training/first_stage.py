@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,13 +118,21 @@ def plan_run(
     if run.is_main:
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         weights = 4 * sum(p.numel() for p in model.parameters())
+        sheet = io.BytesIO()
+
+        def draw() -> None:
+            reconstruction_sheet(networks.ema.module, held_out or images, run.device).save(sheet, format="PNG")
+
         costs = Costs(
             step=step,
             validation=one * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
-            sheet=one * 12,
+            sheet=probe.seconds_of(draw),
             # The statistics of the latents are those of all images; encoding is less than half of the work.
-            checkpoint=probe.write_seconds(run.folder, 5 * weights) + one / 2 * len(images),
-            memory=probe.peak_memory(run.device),
+            checkpoint=probe.write_seconds(run.folder, 5 * weights, 5 * weights) + one / 2 * len(images),
+            memory=probe.peak_memory(run, networks),
+            checkpoint_bytes=5 * weights,  # weights, their average, two moments of AdamW, and what is exported
+            sheet_bytes=len(sheet.getvalue()),
+            once_bytes=0,
         )
         run.announce(
             make_plan(
@@ -134,8 +143,6 @@ def plan_run(
                 step=run.step,
                 space="a first stage: images to latents and back",
                 costs=costs,
-                export_bytes=weights,
-                frozen_bytes=0,
                 device=run.device,
             )
         )

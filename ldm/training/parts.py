@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,22 +270,10 @@ def plan_run(
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
     step = probe.step_seconds(run, model, images, loss_of)
-    costs, trained = None, sum(p.numel() for p in networks.model.parameters() if p.requires_grad)
-    export_bytes = 4 * (trained if config.export == "lora" else sum(p.numel() for p in networks.model.parameters()))
-    inside = frozen.folder.is_relative_to(run.folder)
-    frozen_bytes = sum(path.stat().st_size for path in frozen.folder.rglob("*") if path.is_file()) if inside else 0
     if run.is_main:
-        sample = config.sample
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
-        evaluations = 2 * sample.num_inference_steps * sample.images_per_prompt * len(sample.prompts)
         validated = min(len(held_out), config.train.validation_samples) if held_out else 0
-        costs = Costs(
-            step=step,
-            validation=one * validated,
-            sheet=one * evaluations + probe.seconds_of(lambda: frozen.pipeline(networks.ema.module)),
-            checkpoint=probe.write_seconds(run.folder, 16 * trained + export_bytes),
-            memory=probe.peak_memory(run.device),
-        )
+        costs = _costs(config, networks, frozen, run, step=step, validation=one * validated)
         run.announce(
             make_plan(
                 config,
@@ -294,12 +283,42 @@ def plan_run(
                 step=run.step,
                 space=run.reason or _space_of(config),
                 costs=costs,
-                export_bytes=export_bytes,
-                frozen_bytes=frozen_bytes,
                 device=run.device,
             )
         )
     run.accelerator.wait_for_everyone()
+
+
+def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, step: float, validation: float) -> Costs:
+    """`validation` is that of the measurement alone."""
+    lora = config.export == "lora"
+    trained = networks.trained_parameters
+    export_bytes = 4 * (trained if lora else sum(p.numel() for p in networks.model.parameters()))
+    # Of the frozen parts, weights are hard links and small files are copied into each export.
+    sizes = {} if lora else {path: path.stat().st_size for path in frozen.folder.rglob("*") if path.is_file()}
+    copied = sum(size for path, size in sizes.items() if path.suffix != ".safetensors")
+    training_bytes = 4 * 4 * trained  # weights, their average and two moments of AdamW
+    sheets: list[int] = []
+
+    def draw(steps: int) -> None:
+        sample = dataclasses.replace(config.sample, num_inference_steps=steps)
+        file = io.BytesIO()
+        sample_sheet(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
+        sheets.append(len(file.getvalue()))
+
+    exports = 2 if validation else 1  # the newest, which shares its weights with a checkpoint, and the best
+    return Costs(
+        step=step,
+        validation=validation + (probe.write_seconds(run.folder, export_bytes, 0) if validation else 0),
+        sheet=probe.sheet_seconds(draw, config.sample.num_inference_steps),
+        checkpoint=probe.write_seconds(
+            run.folder, training_bytes + export_bytes, training_bytes + export_bytes + sum(sizes.values())
+        ),
+        memory=probe.peak_memory(run, networks),
+        checkpoint_bytes=training_bytes + export_bytes + copied,
+        sheet_bytes=sheets[-1],
+        once_bytes=sum(sizes.values()) + (exports - 1) * export_bytes + exports * copied,
+    )
 
 
 def _space_of(config: LDMConfig) -> str:
@@ -311,6 +330,12 @@ def _space_of(config: LDMConfig) -> str:
 def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
     """A row of pictures a prompt; picture j of every row has seed `config.seed` + j."""
     seeds = [config.seed + j for _ in config.prompts for j in range(config.images_per_prompt)]
-    drawn = pipeline(config.prompts, num_images_per_prompt=config.images_per_prompt, seed=seeds).images
+    drawn = pipeline(
+        config.prompts,
+        num_images_per_prompt=config.images_per_prompt,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        seed=seeds,
+    ).images
     n = config.images_per_prompt
     return contact_sheet([drawn[i * n : (i + 1) * n] for i in range(len(config.prompts))], config.prompts)

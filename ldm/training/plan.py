@@ -12,21 +12,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, TrainConfig
 from ldm.data import CaptionedImages
+from ldm.training.report.sheets import MOST_BYTES, MOST_SHEETS
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of an optimizer step, of a validation, of a sample grid, of a checkpoint; bytes of memory at the peak."""
+    """What the parts of a run cost, as `probe` measured it.
+
+    Args:
+        step, validation, sheet, checkpoint: seconds of an optimizer step, of a measurement on held-out images (and of
+            writing the best export), of a sample grid, of a checkpoint.
+        memory: bytes at the peak.
+        checkpoint_bytes, sheet_bytes: on disk, each; `once_bytes`: of what is there once, whatever is written.
+    """
 
     step: float
     validation: float
     sheet: float
     checkpoint: float
     memory: int
+    checkpoint_bytes: int
+    sheet_bytes: int
+    once_bytes: int
 
 
 @dataclass(frozen=True)
@@ -79,28 +90,16 @@ def make_plan(
     step: int,
     space: str,
     costs: Costs,
-    export_bytes: int,
-    frozen_bytes: int,
     device: torch.device,
 ) -> Plan:
     """Adds up what `probe` measured over the steps from `step` to the last.
 
     Args:
         space: what is diffused, and why, in words; for a first stage what it is.
-        export_bytes: of what a checkpoint exports beside frozen parts; `frozen_bytes`: of those, once a run.
     """
     train = config.train
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = train.max_steps - step
-    seconds = steps * costs.step
-    seconds += times_due(step, train.max_steps, train.validate_every) * costs.validation
-    seconds += times_due(step, train.max_steps, train.sample_every) * costs.sheet
-    seconds += times_due(step, train.max_steps, train.checkpoint_every) * costs.checkpoint
-    # Weights, their average and two moments of AdamW; the newest checkpoints, and the best export.
-    kept = min(train.keep_checkpoints, times_due(0, train.max_steps, train.checkpoint_every))
-    best = export_bytes if held_out is not None and isinstance(config, LDMConfig) else 0
-    disk = kept * (4 * 4 * trained + export_bytes) + best + frozen_bytes
     shape = f"{config.data.resolution}x{config.data.resolution} pixels"
     if config.data.bucketed:
         shape = f"about {shape}, in buckets of one aspect ratio"
@@ -116,17 +115,36 @@ def make_plan(
         f"{train.max_steps / epoch:.3g} epochs or {train.max_steps * train.batch_size} samples",
         epochs=train.max_steps / epoch,
         seconds_per_step=costs.step,
-        expected_seconds=seconds,
+        expected_seconds=_seconds(train, step, costs),
         memory_bytes=costs.memory,
         memory_of=_memory_of(device),
-        disk_bytes=disk,
+        disk_bytes=_bytes_on_disk(train, costs),
         quality=quality(config, images),
     )
 
 
+def _seconds(train: TrainConfig, step: int, costs: Costs) -> float:
+    seconds = (train.max_steps - step) * costs.step
+    for every, cost in (
+        (train.validate_every, costs.validation),
+        (train.sample_every, costs.sheet),
+        (train.checkpoint_every, costs.checkpoint),
+    ):
+        seconds += times_due(step, train.max_steps, every) * cost
+    return seconds
+
+
+def _bytes_on_disk(train: TrainConfig, costs: Costs) -> int:
+    checkpoints = min(train.keep_checkpoints, times_due(0, train.max_steps, train.checkpoint_every))
+    sheets = times_due(0, train.max_steps, train.sample_every)
+    # A sheet is a file, an event for TensorBoard, and a part of the report, whose base64 adds a third.
+    in_report = min(sheets * costs.sheet_bytes, MOST_BYTES, MOST_SHEETS * costs.sheet_bytes)
+    return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * sheets * costs.sheet_bytes + in_report * 4 // 3
+
+
 def times_due(first: int, last: int, every: int) -> int:
     """How often something happens in steps `first` + 1 … `last`, every so many steps and at the last."""
-    return last // every - first // every + (last % every != 0)
+    return last // every - first // every + (last % every != 0 and first < last)
 
 
 def quality(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:

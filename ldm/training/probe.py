@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
-from ldm.training.run import Run
+from ldm.training.run import Networks, Run
 
 ENOUGH_SECONDS = 1.0
 MOST_REPEATS = 12
 WRITTEN_BYTES = 2**24
+# An optimizer takes time in proportion to the parameters, so that it is timed on some of them: timing must not need
+# more memory than training.
+TIMED_PARAMETERS = 2**24
+FEW_STEPS = 5
 
 
 def step_seconds(
@@ -31,13 +35,13 @@ def step_seconds(
     Nothing is left behind: gradients are dropped, and the optimizer that is timed works on tensors of its own.
     """
     train = run.config.train
-    (positions,) = [next(iter(run.micro_batches(images, run.step, run.step + 1)))]
+    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
     # Loading is spread over the worker processes.
     loading = _seconds(run, lambda: collate([images[position] for position in positions]))
     batch = collate([images[position] for position in positions])
 
     def forward_and_backward() -> None:
-        loss_of(model, batch).backward()
+        run.accelerator.backward(loss_of(model, batch))
 
     learning = _seconds(run, forward_and_backward)
     model.zero_grad(set_to_none=True)
@@ -46,10 +50,13 @@ def step_seconds(
 
 
 def _optimizer_seconds(run: Run, model: nn.Module) -> float:
-    scratch = [nn.Parameter(torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scratch: list[nn.Parameter] = []
+    for parameter in learning:
+        if not scratch or sum(p.numel() for p in scratch) + parameter.numel() <= TIMED_PARAMETERS:
+            scratch.append(nn.Parameter(torch.zeros_like(parameter)))
+            scratch[-1].grad = torch.zeros_like(parameter)
     averages = [torch.zeros_like(parameter) for parameter in scratch]
-    for parameter in scratch:
-        parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(scratch)
 
     @torch.no_grad()
@@ -58,7 +65,8 @@ def _optimizer_seconds(run: Run, model: nn.Module) -> float:
         optimizer.step()
         torch._foreach_lerp_(averages, [parameter.data for parameter in scratch], 0.1)
 
-    return _seconds(run, update)
+    share = sum(p.numel() for p in scratch) / sum(p.numel() for p in learning)
+    return _seconds(run, update) / share
 
 
 @torch.no_grad()
@@ -72,16 +80,34 @@ def evaluation_seconds(
         return _seconds(run, lambda: loss_of(network, batch), together=False) / len(positions)
 
 
-def write_seconds(folder: Path, size: int) -> float:
-    """Seconds to write, sync and hash `size` bytes in a folder, from a sample of 16 MB."""
+def sheet_seconds(draw: Callable[[int], object], steps: int) -> float:
+    """Seconds of a sample grid: `draw(s)` draws one with s sampling steps, and is called with few, not with `steps`.
+
+    That also shows what memory a grid takes.
+    """
+    shortest = seconds_of(lambda: draw(1))
+    slow = shortest > ENOUGH_SECONDS
+    if not slow:  # what a first call does besides would count
+        shortest = seconds_of(lambda: draw(1))
+    if steps == 1:
+        return shortest
+    few = 2 if slow else FEW_STEPS
+    return shortest + (steps - 1) * max(0.0, seconds_of(lambda: draw(few)) - shortest) / (few - 1)
+
+
+def write_seconds(folder: Path, written: int, hashed: int) -> float:
+    """Seconds to write and sync `written` bytes in a folder and to hash `hashed` ones, from a sample of 16 MB."""
     block = os.urandom(WRITTEN_BYTES)
     with tempfile.TemporaryFile(dir=folder) as file:
-        started = time.perf_counter()
-        file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        hashlib.sha256(block).hexdigest()
-        return (time.perf_counter() - started) * size / WRITTEN_BYTES
+
+        def write() -> None:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+        writing = seconds_of(write)
+    hashing = seconds_of(lambda: hashlib.sha256(block).hexdigest())
+    return (writing * written + hashing * hashed) / WRITTEN_BYTES
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -91,22 +117,26 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most so far: of the GPU where it computes there, else of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory(run: Run, networks: Networks) -> int:
+    """Bytes that this process will hold at the peak: those that it has held at most so far, after steps without an
+    optimizer, and the two moments of AdamW where they are not there yet. Of the GPU, or else of main memory.
+    """
+    moments = 0 if networks.optimizer.state else 8 * networks.trained_parameters
+    if run.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.device) + moments
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
 
 
 def _seconds(run: Run, action: Callable[[], object], together: bool = True) -> float:
     """The median time of a call. Processes that make it `together` wait for each other inside, so all repeat it as
-    often.
+    often. There are never more repetitions than steps to come.
     """
     alone = run.accelerator.num_processes == 1 or not together
+    most = max(1, min(MOST_REPEATS if alone else 3, run.config.train.max_steps - run.step))
     action()
     times: list[float] = []
-    while not times or (len(times) < (MOST_REPEATS if alone else 3) and (not alone or sum(times) < ENOUGH_SECONDS)):
+    while not times or (len(times) < most and (not alone or sum(times) < ENOUGH_SECONDS)):
         _finish(run.device)
         started = time.perf_counter()
         action()

@@ -68,6 +68,11 @@ class Networks:
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
 
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers learn."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
         """The weights in `module` (the network or its average) that learn."""
         state = module.state_dict()
