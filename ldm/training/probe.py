@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -43,7 +42,14 @@ def step_seconds(
     def forward_and_backward() -> None:
         run.accelerator.backward(loss_of(model, batch))
 
-    learning = _seconds(run, forward_and_backward)
+    try:
+        learning = _seconds(run, forward_and_backward)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a micro-batch of {len(positions)} images does not fit into the memory of {run.device} "
+            f"({str(error).splitlines()[0]}); raise train.gradient_accumulation_steps, or set "
+            "train.gradient_checkpointing=true"
+        ) from error
     model.zero_grad(set_to_none=True)
     micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
     return micro * train.gradient_accumulation_steps + _optimizer_seconds(run, model)
@@ -124,6 +130,12 @@ def peak_memory(run: Run, networks: Networks) -> int:
     moments = 0 if networks.optimizer.state else 8 * networks.trained_parameters
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device) + moments
+    try:
+        import resource
+    except ImportError:  # Windows, which keeps the peak where psutil finds it
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset) + moments
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
 
