@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -152,10 +153,7 @@ def check(
 
         print(json.dumps(account.to_dict(), indent=2, allow_nan=False))
     else:
-        text = account.to_text(everything=everything)
-        # Captions may be in any script, terminals are not.
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        print(account.to_text(everything=everything))
     if account.needs_attention:
         raise typer.Exit(1)
 
@@ -205,8 +203,8 @@ def train(
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
     from ldm.training.choose import Wishes
 
-    place = Path(path).expanduser().resolve()
-    name = place.name if place.is_dir() else place.stem if place.is_file() else path.replace("/", "-")
+    where = Path(path).expanduser().resolve()
+    name = where.name if where.is_dir() else where.stem if where.exists() else path.replace("/", "-")
     wishes = Wishes(
         output_dir=output or f"runs/{name}",
         minutes=minutes,
@@ -222,6 +220,8 @@ def train(
 
 def main() -> None:
     """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # captions may be in any script, terminals are not
     try:
         app()
     except (ValueError, OSError) as error:

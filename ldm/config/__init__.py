@@ -1,6 +1,6 @@
 """Training configs: a YAML file and `--set a.b=value` → validated, frozen objects."""
 
-from ldm.config.files import C, load_config, parse_config, to_yaml
+from ldm.config.files import C, load_config, parse_config, to_yaml, with_overrides
 from ldm.config.schema import (
     AutoencoderLossConfig,
     AutoencoderTrainingConfig,
@@ -25,4 +25,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "to_yaml",
+    "with_overrides",
 ]

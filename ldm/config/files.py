@@ -5,6 +5,7 @@ An unknown key is refused with its dotted path and the nearest valid one, a wron
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import typing
@@ -53,9 +54,15 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path} holds no keys; start from one of the files in configs/")
+    return parse_config(with_overrides(content, overrides), kind, str(path))
+
+
+def with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a nested mapping in which each `a.b=value` is set."""
+    changed = copy.deepcopy(dict(content))
     for override in overrides:
-        _apply(content, override)
-    return parse_config(content, kind, str(path))
+        _apply(changed, override)
+    return changed
 
 
 def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,25 +11,33 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from ldm.config import LDMConfig, parse_config, to_yaml
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.data import CaptionedImages, DataConfig, Sample, split
-from ldm.models import UNet, UNetConfig
+from ldm.data.account import plural
+from ldm.models import AutoencoderKL, UNet, UNetConfig
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder
+from ldm.training import finetune
 from ldm.training.plan import duration, millions
-from ldm.training.space import Choice, choose
+from ldm.training.space import DEFAULT_FIRST_STAGE, Choice, choose, load_first_stage
+from ldm.training.speed import autoencoder_seconds, unet_seconds
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 CPU_RESOLUTION, GPU_RESOLUTION = 64, 256  # what a UNet learns from nothing in hours, by what we measured
 TEXT_LENGTHS = (16, 32, 77)
 MOST_EPOCHS = 1000
+FEWEST_STEPS = 100
 # A network and a size are affordable if the time allows this many samples: 75 a training image made plain emoji
 # recognisable (docs/openmoji.md), and few images are seen more often.
 EPOCHS_NEEDED, FEWEST_SAMPLES_NEEDED, MOST_SAMPLES_NEEDED = 75, 8_000, 200_000
 PROBED_IMAGES = 4
-FEW_IMAGES = 1000
+FEWEST_IMAGES, FEW_IMAGES = 2, 1000
 SHARE_OF_FIRST_STAGE = 0.4
-PROMPTS = 6
+SHARE_OF_SHEETS = 0.2
+MOST_SHEETS = 4
+PROMPTS, LONG_PROMPT = 6, 80
+LARGE = 200_000_000  # parameters: Stable Diffusion has 860 million, ours have 10
+SECONDS_BETWEEN_CHECKPOINTS = 600
 
 
 @dataclass
@@ -50,6 +57,7 @@ class Wishes:
         output_dir: the run folder; a first stage that is trained too gets `-first-stage` behind it.
         minutes: about how long training may take.
         start_from: a pipeline to go on from; `method` is "full", "attention" or "lora".
+        space, first_stage: of a new model, as in `LDMConfig`; "auto" leaves it to us.
     """
 
     output_dir: str
@@ -58,6 +66,8 @@ class Wishes:
     start_from: str | None = None
     method: str | None = None
     encoder: str = "minilm"
+    space: str = "auto"
+    first_stage: str | None = None
 
 
 def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishes, device: torch.device) -> Chosen:
@@ -66,7 +76,12 @@ def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishe
     Args:
         samples: inspected, all that can be used.
         data: the keys of `data` that are given already, at least `path`.
+
+    Raises:
+        ValueError: if there are too few images, or a wish cannot be fulfilled.
     """
+    if len(samples) < FEWEST_IMAGES:
+        raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {FEWEST_IMAGES}")
     chosen = Chosen({"output_dir": wishes.output_dir, "seed": 0, "data": dict(data)})
     if wishes.start_from is not None:
         _go_on(chosen, samples, wishes, device)
@@ -74,6 +89,8 @@ def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishe
         _begin(chosen, samples, wishes, device)
     # What is written is complete and has been validated.
     parse_config(chosen.config, LDMConfig, "the chosen config")
+    if chosen.first_stage is not None:
+        parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
     return chosen
 
 
@@ -83,71 +100,95 @@ def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     data["resolution"] = wishes.resolution or _resolution(samples, device, chosen)
     chosen.reasons.append(f"start: a new UNet, for there is no --start-from{_few(len(samples))}")
     images = _training_images(samples, data)
-    choice = choose(images, None, device)
-    chosen.reasons.append(f"space: {choice.space}, because {choice.reason}")
-    minutes = wishes.minutes
-    if choice.train_first_stage:
-        minutes *= 1 - SHARE_OF_FIRST_STAGE
-        chosen.first_stage = first_stage_config(data, wishes, len(images), device)
-        choice = Choice("latent", f"{chosen.first_stage['output_dir']}/autoencoder", "")
-        chosen.reasons.append("first stage: one is trained on these images before, and then space is latent")
-    latent = choice.space == "latent"
+    choice = _space(chosen, images, wishes, device)
+    minutes = wishes.minutes * (1 - SHARE_OF_FIRST_STAGE if choice.train_first_stage else 1)
     chosen.config["space"] = choice.space
     if choice.first_stage is not None:
         chosen.config["first_stage"] = choice.first_stage
-    length, width = _text(samples, wishes.encoder, chosen)
+    length, *text = _text(samples, wishes.encoder, chosen)
     chosen.config["text"] = {"encoder": wishes.encoder, "max_length": length}
     # Pixels bound what is predicted, so that a schedule that ends in pure noise is safe; v leaves no specks there.
     chosen.config["schedule"] = (
         {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-        if latent
+        if choice.space == "latent"
         else {"beta_schedule": "cosine", "prediction_type": "v_prediction"}
     )
-    batch = _batch_size(len(images), 64)
-    network, shape = _affordable(chosen, len(images), minutes, width, wishes.resolution is not None, device)
-    _time(chosen, network, shape, width, batch, len(images), minutes, device)
-    chosen.config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
+    place = Place((text[0], text[1]), minutes, device)
+    network, shape = _affordable(chosen, choice, len(images), place, keep_size=wishes.resolution is not None)
     chosen.config["sample"] = {"prompts": prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
+    _steps(chosen, network, shape, _batch_size(len(images), 64), len(images), place)
+    chosen.config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
+
+
+def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torch.device) -> Choice:
+    """The space, and a config for a first stage where one is to be trained on these images before."""
+    if wishes.space != "auto":
+        name = (wishes.first_stage or DEFAULT_FIRST_STAGE) if wishes.space == "latent" else None
+        chosen.reasons.append(f"space: {wishes.space}, as asked")
+        return Choice("latent" if wishes.space == "latent" else "pixel", name, "as asked")
+    choice = choose(images, wishes.first_stage, device)
+    chosen.reasons.append(f"space: {choice.space}, because {choice.reason}")
+    if not choice.train_first_stage:
+        return choice
+    chosen.first_stage = first_stage_config(chosen.config["data"], wishes, len(images), device)
+    chosen.reasons.append(
+        f"first stage: one is trained on these images before, {chosen.first_stage['train']['max_steps']} steps in "
+        f"{SHARE_OF_FIRST_STAGE:.0%} of the time, and then space is latent"
+    )
+    return dataclasses.replace(choice, space="latent", first_stage=f"{chosen.first_stage['output_dir']}/autoencoder")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What bounds a network: (tokens, width) of the text's states, minutes, and where it computes."""
+
+    text: tuple[int, int]
+    minutes: float
+    device: torch.device
 
 
 def _affordable(
-    chosen: Chosen, count: int, minutes: float, text_width: int, keep_size: bool, device: torch.device
+    chosen: Chosen, choice: Choice, count: int, place: Place, *, keep_size: bool
 ) -> tuple[UNet, tuple[int, int, int]]:
     """The largest network, and on pixels the largest images, of which enough samples fit into the time.
 
-    Sets `unet` and, where smaller images are needed, `data.resolution`.
+    Sets `unet` and, where smaller images are needed, `data.resolution`. Returns the network and the shape (C, h, w)
+    of what it works on.
     """
     needed = min(MOST_SAMPLES_NEEDED, max(FEWEST_SAMPLES_NEEDED, EPOCHS_NEEDED * count))
-    latent = chosen.config["space"] == "latent"
     resolution = chosen.config["data"]["resolution"]
-    halvings = 1 if latent or keep_size else max(1, int(math.log2(resolution)) - 3)
-    bases = (64, 32) if device.type != "cuda" else (128, 64)
-    for halving in range(halvings):
-        for base in bases:
-            side = (resolution >> halving) // (4 if latent else 1)
-            channels = 4 if latent else 3
-            keys = unet_keys(side, base)
-            sizes = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": text_width}
-            network = UNet(TypeAdapter(UNetConfig).validate_python(keys | sizes)).to(device)
-            shape = (channels, side, side)
-            speed = PROBED_IMAGES / step_seconds(network, shape, text_width, PROBED_IMAGES, "no", device)
-            possible = int(speed * minutes * 60)
-            last = (halving, base) == (halvings - 1, bases[-1])
-            if possible < needed and not last:
-                continue
-            chosen.config["unet"] = keys
-            chosen.config["data"]["resolution"] = resolution >> halving
-            if halving:
-                chosen.reasons.append(
-                    f"image size: {resolution >> halving} after all; at {resolution} fewer than {needed} samples, "
-                    f"which {count} images need, would fit into {minutes:g} minutes"
-                )
-            chosen.reasons.append(
-                f"network: {millions(sum(p.numel() for p in network.parameters()))} parameters on {side}x{side}"
-                + (f"; too slow for the {needed} samples wanted: raise --minutes" if possible < needed else "")
-            )
-            return network, shape
-    raise AssertionError("the last is always taken")
+    halvings = 1 if choice.space == "latent" or keep_size else max(1, int(math.log2(resolution)) - 3)
+    bases = (128, 64) if place.device.type == "cuda" else (64, 32)
+    options = [(resolution >> halving, base) for halving in range(halvings) for base in bases]
+    for side, base in options:
+        shape = _diffused(choice, side)
+        keys = unet_keys(shape[1], base)
+        sizes = {"in_channels": shape[0], "out_channels": shape[0], "cross_attention_dim": place.text[1]}
+        network = UNet(TypeAdapter(UNetConfig).validate_python(keys | sizes)).to(place.device)
+        seconds = unet_seconds(network, shape, place.text, PROBED_IMAGES, place.device, "no") / PROBED_IMAGES
+        possible = int(place.minutes * 60 / seconds)
+        if possible >= needed or (side, base) == options[-1]:
+            break
+    chosen.config["unet"] = keys
+    chosen.config["data"]["resolution"] = side
+    if side < resolution:
+        chosen.reasons.append(
+            f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {count} images need, "
+            f"would fit into --minutes {place.minutes:g}"
+        )
+    size = millions(sum(p.numel() for p in network.parameters()))
+    slow = f"; too slow for the {needed} samples wanted: raise --minutes" if possible < needed else ""
+    chosen.reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
+    return network, shape
+
+
+def _diffused(choice: Choice, side: int) -> tuple[int, int, int]:
+    """(C, h, w) of what is diffused for square images."""
+    if choice.first_stage is None:
+        return 3, side, side
+    if choice.train_first_stage:  # see `first_stage_config`
+        return 4, side // 4, side // 4
+    return load_first_stage(choice.first_stage).latent_shape(side, side)
 
 
 def _training_images(samples: Sequence[Sample], data: dict[str, Any]) -> CaptionedImages:
@@ -163,39 +204,38 @@ def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     side = wishes.resolution or pipeline.default_size[0]
     data = chosen.config["data"]
     data["resolution"] = side
-    chosen.reasons.append(
-        f"image size: {side}, that of {wishes.start_from}"
-        if wishes.resolution is None
-        else f"image size: {side}, as asked"
-    )
+    of = "as asked" if wishes.resolution is not None else f"that of {wishes.start_from}"
+    chosen.reasons.append(f"image size: {side}, {of}")
+    shape = pipeline.codec.latent_shape(side, side)
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
-    large = parameters > 2e8
+    large = parameters > LARGE
     method = wishes.method or ("lora" if large or len(samples) < 50 else "full")
     why = "as asked" if wishes.method else f"for {len(samples)} images and {millions(parameters)} parameters"
     chosen.reasons.append(f"start: {wishes.start_from}, method {method}, {why}")
     chosen.config |= {"start_from": wishes.start_from, "finetune": {"method": method}}
-    training, _ = split(samples, DataConfig(**data).held_out)
-    batch = _batch_size(len(training), 4 if large else 16)
-    shape = pipeline.codec.latent_shape(side, side)
-    width = pipeline.text_encoder.hidden_size
-    _time(chosen, pipeline.unet, shape, width, batch, len(training), wishes.minutes, device)
-    rate = {
-        "full": 1e-4 if not large else 1e-5,
-        "attention": 1e-4 if not large else 1e-5,
-        "lora": 1e-3 if not large else 1e-4,
-    }
-    chosen.config["train"] |= {"learning_rate": rate[method], "lr_schedule": "constant"}
     chosen.config["sample"] = {
         "prompts": prompts(samples),
         "images_per_prompt": 4,
         "guidance_scale": pipeline.guidance_scale,
         "num_inference_steps": pipeline.num_inference_steps,
     }
+    if method != "full":  # an adapter is too small to take time of its own; what counts is where gradients are needed
+        pipeline.unet.requires_grad_(False)
+        for layer in finetune.attention_layers(pipeline.unet):
+            layer.requires_grad_(True)
+    count = len(_training_images(samples, data))
+    encoder = pipeline.text_encoder
+    place = Place((encoder.max_length, encoder.hidden_size), wishes.minutes, device)
+    _steps(chosen, pipeline.unet, shape, _batch_size(count, 4 if large else 16), count, place)
+    rate = (1e-4 if large else 1e-3) if method == "lora" else (1e-5 if large else 1e-4)
+    chosen.config["train"] |= {"learning_rate": rate, "lr_schedule": "constant"}
 
 
 def _resolution(samples: Sequence[Sample], device: torch.device, chosen: Chosen) -> int:
     """The largest of our sizes that the middle image fills, and that this machine learns in hours."""
-    sides = sorted(min(sample.size) for sample in samples if sample.size)
+    # Curated sets are not looked at before training; a few of their images speak for all.
+    seen = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
+    sides = sorted(min(sample.size or sample.load().size) for sample in seen)
     middle = sides[len(sides) // 2]
     most = GPU_RESOLUTION if device.type == "cuda" else CPU_RESOLUTION
     side = max((r for r in RESOLUTIONS if r <= min(middle, most)), default=RESOLUTIONS[0])
@@ -213,19 +253,23 @@ def _few(count: int) -> str:
     )
 
 
-def _text(samples: Sequence[Sample], encoder: str, chosen: Chosen) -> tuple[int | None, int]:
-    """(tokens of a caption, the encoder's hidden size): of MiniLM the shortest of a few lengths that 99 % fit into."""
-    captions = sorted({caption for sample in samples for caption in sample.captions})
+def _text(samples: Sequence[Sample], encoder: str, chosen: Chosen) -> tuple[int | None, int, int]:
+    """(`text.max_length`, tokens, the encoder's hidden size): of MiniLM the shortest of a few lengths that 99 % of the
+    captions fit into; of others their own.
+    """
     if encoder != "minilm":
-        return None, load_text_encoder(encoder).hidden_size
+        loaded = load_text_encoder(encoder)
+        return None, loaded.max_length, loaded.hidden_size
+    captions = sorted({caption for sample in samples for caption in sample.captions})
     shortest = load_text_encoder(encoder, TEXT_LENGTHS[0])
     overflow = shortest.overflow(captions)
     for length in TEXT_LENGTHS:
         longer = sum(lost > length - TEXT_LENGTHS[0] for lost in overflow)
         if longer <= len(captions) / 100:
             break
-    chosen.reasons.append(f"captions: {length} tokens; {longer} of {len(captions)} are longer and lose their end")
-    return length, shortest.hidden_size
+    lose = "; none is longer" if not longer else f"; {longer} of {len(captions)} are longer and lose their end"
+    chosen.reasons.append(f"captions: {length} tokens{lose}")
+    return length, length, shortest.hidden_size
 
 
 def unet_keys(size: int, base: int) -> dict[str, Any]:
@@ -250,11 +294,8 @@ def unet_keys(size: int, base: int) -> dict[str, Any]:
 def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device: torch.device) -> dict[str, Any]:
     """The design of configs/openmoji-first-stage.yaml on these images, as long as its share of the time allows."""
     batch = _batch_size(count, 16)
-    # 70 images a second at 64 pixels on two cores, docs/openmoji.md; a GPU is faster, which the script then says.
-    rate = 70 * (64 / data["resolution"]) ** 2
-    steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE * rate / batch)
-    return {
-        "output_dir": f"{wishes.output_dir}-first-stage",
+    content: dict[str, Any] = {
+        "output_dir": f"{wishes.output_dir.rstrip('/')}-first-stage",
         "seed": 0,
         "data": dict(data),
         "autoencoder": {
@@ -265,14 +306,13 @@ def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device:
             "latent_channels": 4,
             "norm_num_groups": 8,
         },
-        "train": {
-            "max_steps": max(100, min(steps, 10_000)),
-            "batch_size": batch,
-            "learning_rate": 1e-3,
-            "lr_schedule": "cosine",
-            "ema_decay": 0.995,
-        },
+        "train": {"max_steps": 1, "batch_size": batch, "learning_rate": 1e-3, "lr_schedule": "cosine"},
     }
+    config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
+    seconds = autoencoder_seconds(AutoencoderKL(config).to(device), data["resolution"], batch, device)
+    steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE / seconds)
+    content["train"] |= {"max_steps": max(FEWEST_STEPS, min(steps, 10_000) // 100 * 100), "ema_decay": 0.995}
+    return content
 
 
 def _batch_size(count: int, most: int) -> int:
@@ -280,73 +320,66 @@ def _batch_size(count: int, most: int) -> int:
     return 2 ** int(math.log2(max(1, min(most, count))))
 
 
-def _time(
-    chosen: Chosen,
-    network: UNet,
-    shape: tuple[int, int, int],
-    text_width: int,
-    batch: int,
-    count: int,
-    minutes: float,
-    device: torch.device,
-) -> None:
-    """Precision, and the number of steps that fit into the time, by measuring a few."""
+def _steps(chosen: Chosen, network: UNet, shape: tuple[int, int, int], batch: int, count: int, place: Place) -> None:
+    """Precision, the number of steps that fit into the time, and how often is measured, drawn and saved.
+
+    Sets `train`, and where grids would take too much of the time draws fewer pictures.
+    """
     probed = min(batch, 4 * PROBED_IMAGES)
-    seconds = {
-        precision: step_seconds(network, shape, text_width, probed, precision, device) * batch / probed
-        for precision in ("no", "bf16")
+    precisions = {
+        name: unet_seconds(network, shape, place.text, probed, place.device, name) * batch / probed
+        for name in ("no", "bf16")
     }
-    precision = "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
-    steps = int(minutes * 60 / seconds[precision])
-    limit = MOST_EPOCHS * count // batch
-    steps = max(100, min(steps, limit))
-    steps = round(steps, -2)
-    reason = f"{minutes:g} minutes" if steps < limit // 100 * 100 else f"{MOST_EPOCHS} times through the data"
+    precision = "bf16" if precisions["bf16"] < 0.9 * precisions["no"] else "no"
+    second = precisions[precision]
+    limit = max(FEWEST_STEPS, MOST_EPOCHS * count // batch // 100 * 100)
+    allowed = min(place.minutes * 60, limit * second)
+    sheet, sheets = _sheets(chosen.config["sample"], second / batch / 3, allowed)
+    possible = int((allowed - sheets * sheet) / second) // 100 * 100
+    steps = min(limit, max(FEWEST_STEPS, possible))
+    if possible < FEWEST_STEPS:
+        why = f"the fewest that make sense; --minutes {place.minutes:g} is not enough"
+    else:
+        why = f"--minutes {place.minutes:g}" if allowed < limit * second else f"{MOST_EPOCHS} times through the data"
     chosen.reasons.append(
-        f"steps: {steps} of {batch} images, about {duration(steps * seconds[precision])} at "
-        f"{seconds[precision]:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured): {reason}"
+        f"steps: {steps} of {batch} images, about {duration(steps * second + sheets * sheet)} at {second:.2g} s a step "
+        f"({'bf16' if precision == 'bf16' else 'float32'}, measured) with {plural(sheets, 'sample grid')}: {why}"
     )
-    every = max(50, round(steps / 8, -1))
     chosen.config["train"] = {
         "max_steps": steps,
         "batch_size": batch,
         "warmup_steps": min(100, steps // 10),
         "mixed_precision": precision,
         "ema_decay": round(min(0.9999, max(0.9, 1 - 10 / steps)), 4),
-        "validate_every": every,
-        "sample_every": 2 * every,
-        "checkpoint_every": 2 * every,
-        "log_every": min(20, every),
+        "validate_every": math.ceil(steps / 8),
+        "sample_every": math.ceil(steps / sheets),
+        "checkpoint_every": min(steps // 4, max(50, int(SECONDS_BETWEEN_CHECKPOINTS / second))),
+        "log_every": min(20, steps // 10),
     }
 
 
-def step_seconds(
-    network: UNet, shape: tuple[int, int, int], text_width: int, batch: int, precision: str, device: torch.device
-) -> float:
-    """Seconds of a step of the network alone, forward and backward: the third, or the first if it is slow."""
-    latents = torch.randn(batch, *shape, device=device)
-    text = torch.randn(batch, 16, text_width, device=device)
-    timesteps = torch.randint(1000, (batch,), device=device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    elapsed = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        with autocast:
-            loss = network(latents, timesteps, text).float().square().mean()
-        loss.backward()
-        network.zero_grad(set_to_none=True)
-        elapsed = time.perf_counter() - started
-        if elapsed > 20:
-            break
-    return elapsed
+def _sheets(sample: dict[str, Any], evaluation: float, allowed: float) -> tuple[float, int]:
+    """(seconds of a sample grid, how many): fewer pictures, then fewer grids, take at most a fifth of the time.
+
+    Args:
+        evaluation: seconds of the network for one picture; a training step has three (Kaplan et al. 2020, section 2.1:
+            the backward pass costs two forward ones).
+    """
+    steps = sample.get("num_inference_steps", 50)
+
+    def seconds() -> float:
+        return 2 * steps * sample["images_per_prompt"] * len(sample["prompts"]) * evaluation
+
+    while seconds() > allowed * SHARE_OF_SHEETS / 2 and sample["images_per_prompt"] > 1:
+        sample["images_per_prompt"] //= 2
+    while seconds() > allowed * SHARE_OF_SHEETS and len(sample["prompts"]) > 2:
+        sample["prompts"] = sample["prompts"][::2]
+    return seconds(), max(1, min(MOST_SHEETS, int(allowed * SHARE_OF_SHEETS / seconds())))
 
 
 def prompts(samples: Sequence[Sample]) -> list[str]:
-    """A few different captions, evenly from the data, short ones first: what the sample grids draw."""
+    """A few different captions, evenly from the data, what the sample grids draw; long ones only where all are."""
     captions = list(dict.fromkeys(min(sample.captions, key=len) for sample in samples))
-    return [captions[i * len(captions) // min(PROMPTS, len(captions))] for i in range(min(PROMPTS, len(captions)))]
-
-
-def write_yaml(content: dict[str, Any]) -> str:
-    """A chosen config with every default spelled out."""
-    return to_yaml(parse_config(content, LDMConfig, "the chosen config"))
+    captions = [caption for caption in captions if len(caption) <= LONG_PROMPT] or captions
+    count = min(PROMPTS, len(captions))
+    return [captions[i * len(captions) // count] for i in range(count)]

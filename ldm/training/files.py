@@ -36,6 +36,14 @@ def locked(folder: Path) -> int:
     return file
 
 
+def check_new(folder: Path) -> None:
+    """`ValueError` if a folder holds what no run has written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; choose another output_dir")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise ValueError(f"output_dir {folder} holds files that are no run of ldm; choose another output_dir")
+
+
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """The first file that two folders do not share, by the hashes of both."""
     return next((name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ def main(train: Callable[[C, bool], Path], kind: type[C], default_config: Path, 
     )
     parser.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any script, terminals are not
     try:
         config = load_config(arguments.config, arguments.set, kind)
         result = train(config, arguments.resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,10 +14,11 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config, to_yaml
-from ldm.data import DataConfig, inspect, open_source
-from ldm.data.account import account_of
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml, with_overrides
+from ldm.data import account_of, inspect, open_source
+from ldm.data.captions import printable
 from ldm.training.choose import Wishes, choose_config
+from ldm.training.files import check_new
 
 SCRIPTS = Path(__file__).parents[2] / "train"
 
@@ -32,48 +35,90 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
         ValueError: if there is nothing to train on, or a wish cannot be fulfilled.
     """
     _find("train_ldm.py")
-    config = DataConfig(**{"resolution": wishes.resolution or 64} | data)
-    inspection = inspect(open_source(config), config, progress=True)
-    account = account_of(inspection, config)
+    draft = _draft(data, wishes, overrides)
+    wishes = _heard(draft, wishes, overrides)
+    check_new(Path(wishes.output_dir).expanduser())
+    inspection = inspect(open_source(draft.data), draft.data, progress=True)
+    account = account_of(inspection, draft.data)
     print(account.line())
     for line in account.needs_attention:
-        print(f"  {line}")
+        print(printable(f"  {line}"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = choose_config(inspection.used, data, wishes, device)
+    given = with_overrides({"data": data}, [override for override in overrides if override.startswith("data.")])["data"]
+    given.pop("resolution", None)
+    chosen = choose_config(inspection.used, given, wishes, device)
     for reason in chosen.reasons:
         print(reason)
+    final = parse_config(with_overrides(chosen.config, overrides), LDMConfig, "the chosen config")
+    stages = [("train_ldm.py", to_yaml(final))]
+    if chosen.first_stage is not None:
+        first = parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
+        stages.insert(0, ("train_autoencoder.py", to_yaml(first)))
+    if plan_only:
+        for script, text in stages:
+            print(f"\n# train/{script}\n{text}", end="")
+        return 0
+    code = _run_stages(stages)
+    if code == 0:
+        _say_what_now(Path(wishes.output_dir).expanduser())
+    return code
+
+
+def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LDMConfig:
+    """A config of what is known before anything is looked at, so that a wrong key or value costs no time."""
+    content: dict[str, Any] = {
+        "output_dir": wishes.output_dir,
+        "data": {"resolution": wishes.resolution or 64} | data,
+        "train": {"max_steps": 1},
+        "sample": {"prompts": ["a"]},
+    }
+    if wishes.start_from is not None:
+        content["start_from"] = wishes.start_from
+    content = with_overrides(content, overrides)
+    if content.get("start_from") is None:
+        content = {"space": "auto", "unet": {}, "text": {"encoder": wishes.encoder}} | content
+    elif wishes.method is not None:
+        content["finetune"] = {"method": wishes.method} | (content.get("finetune") or {})
+    return parse_config(content, LDMConfig, "ldm train")
+
+
+def _heard(draft: LDMConfig, wishes: Wishes, overrides: Sequence[str]) -> Wishes:
+    """Wishes that are said with --set count as those with options of their own."""
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    return dataclasses.replace(
+        wishes,
+        output_dir=draft.output_dir,
+        resolution=draft.data.resolution if "data.resolution" in keys else wishes.resolution,
+        start_from=draft.start_from,
+        method=draft.finetune.method if "finetune.method" in keys else wishes.method,
+        encoder=draft.text.encoder,
+        space=draft.space,
+        first_stage=draft.first_stage,
+    )
+
+
+def _run_stages(stages: Sequence[tuple[str, str]]) -> int:
+    """Runs scripts with their configs one after the other; the exit code of the first that fails, or 0."""
     with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
-        stages = [("train_ldm.py", to_yaml(_overridden(chosen.config, overrides, Path(scratch))))]
-        if chosen.first_stage is not None:
-            first = parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
-            stages.insert(0, ("train_autoencoder.py", to_yaml(first)))
-        if plan_only:
-            for script, text in stages:
-                print(f"\n# train/{script}\n{text}", end="")
-            return 0
         for script, text in stages:
             path = Path(scratch) / f"{script}.yaml"
             path.write_text(text, encoding="utf-8")
-            print(f"\ntrain/{script}, its config becomes {wishes.output_dir}/config.yaml", flush=True)
+            folder = yaml.safe_load(text)["output_dir"]
+            print(f"\ntrain/{script}, its config becomes {folder}/config.yaml", flush=True)
             code = run_script(script, ["--config", str(path)])
             if code:
                 return code
-    _say_what_now(Path(wishes.output_dir))
     return 0
-
-
-def _overridden(content: dict[str, Any], overrides: Sequence[str], scratch: Path) -> LDMConfig:
-    path = scratch / "chosen.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return load_config(path, overrides, LDMConfig)
 
 
 def resume_run(folder: Path) -> int:
     """Goes on with a run that was interrupted; returns the script's exit code."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no config.yaml, so it is no run to resume; name the folder of a run")
-    code = run_script("train_ldm.py", ["--config", str(folder / "config.yaml"), "--resume"])
-    if code == 0:
+    content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    script = "train_autoencoder.py" if "autoencoder" in content else "train_ldm.py"
+    code = run_script(script, ["--config", str(folder / "config.yaml"), "--set", f"output_dir={folder}", "--resume"])
+    if code == 0 and script == "train_ldm.py":
         _say_what_now(folder)
     return code
 
@@ -98,11 +143,11 @@ def _find(script: str) -> Path:
 
 def _say_what_now(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    prompt = config["sample"]["prompts"][0]
+    prompt = shlex.quote(printable(config["sample"]["prompts"][0]))
     sheets = sorted((folder / "samples").glob("step_*.png"))
     print(f"pictures: {sheets[-1]}" if sheets else "no sample grid was drawn")
     print(f"report:   {folder / 'report.html'}")
     if (folder / "pipeline").is_dir():
-        print(f'draw:     ldm generate "{prompt}" --model {folder / "pipeline"}')
+        print(f"draw:     ldm generate {prompt} --model {folder / 'pipeline'}")
     else:
-        print(f'draw:     ldm generate "{prompt}" --model {config["start_from"]} --lora {folder / "lora"}')
+        print(f"draw:     ldm generate {prompt} --model {config['start_from']} --lora {folder / 'lora'}")

@@ -46,7 +46,7 @@ from ldm import checkpoint
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, micro_batches
 from ldm.pipelines import save_png
-from ldm.training.files import damage, difference, flattened, hashes, locked, step_of, tensors_digest
+from ldm.training.files import check_new, damage, difference, flattened, hashes, locked, step_of, tensors_digest
 from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer, trained_names
 from ldm.training.plan import Plan, duration
 from ldm.training.report import write_report
@@ -505,11 +505,8 @@ class Run:
                 )
 
     def _open_folder(self) -> None:
+        check_new(self.folder)
         if self._resumed is None and self.folder.exists() and any(self.folder.iterdir()):
-            if not (self.folder / "config.yaml").is_file():
-                raise ValueError(
-                    f"output_dir {self.folder} holds files that are no run of ldm; choose another output_dir"
-                )
             os.close(locked(self.folder))
             aside = next(
                 path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists()

@@ -66,15 +66,16 @@ def choose(images: CaptionedImages, first_stage: str | None, device: torch.devic
         finding = f"{name} reconstructs these images at {psnr:.1f} dB"
         if psnr >= GOOD_PSNR:
             return Choice("latent", name, f"{finding}, {GOOD_PSNR:g} or more keep what matters", psnr)
-    if count >= ENOUGH_IMAGES:
+    better = count >= ENOUGH_IMAGES and psnr is not None
+    if better:
         advice = f"; {count} images suffice to train a first stage of one's own: train/train_autoencoder.py"
     else:
-        advice = f" and {count} images are few to train a first stage on"
+        advice = f" and {count} images are few to train a first stage on" if psnr is not None else ""
     if resolution <= PIXELS_AT_MOST:
         reason = f"{finding}, below {GOOD_PSNR:g}" if psnr is not None else finding
-        return Choice("pixel", None, reason + advice, psnr, count >= ENOUGH_IMAGES)
+        return Choice("pixel", None, reason + advice, psnr, better)
     reason = f"{resolution} pixels a side are too many to diffuse directly, though {finding}, below {GOOD_PSNR:g}"
-    return Choice("latent", name, reason + advice, psnr, count >= ENOUGH_IMAGES)
+    return Choice("latent", name, reason + advice, psnr, better)
 
 
 def load_first_stage(name: str) -> LatentCodec:
