@@ -37,8 +37,9 @@ from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
 from ldm.training.files import tensors_digest
 from ldm.training.frozen import Frozen
+from ldm.training.networks import Networks
 from ldm.training.plan import Costs, check_memory, make_plan
-from ldm.training.run import Networks, Run
+from ldm.training.run import Run
 from ldm.training.space import choose_space, load_first_stage
 
 BANDS = 4

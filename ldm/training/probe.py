@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
-from ldm.training.run import Networks, Run
+from ldm.training.networks import Networks
+from ldm.training.run import Run
 
 ENOUGH_SECONDS = 1.0
 MOST_REPEATS = 12

@@ -94,7 +94,7 @@ def test_a_first_stage_that_does_not_divide_the_images(plain):
     choice = choose(images(plain, 50), None, CPU)
     assert choice.space == "pixel"
     assert choice.reason == f"the factor 4 of {BUILT_IN} does not divide 50"
-    with pytest.raises(ValueError, match="image size 70x70 is not divisible by the codec's factor 4; set data.reso"):
+    with pytest.raises(ValueError, match=r"image size 70x70 is not divisible by the codec's factor 4; set data\.reso"):
         choose(images(plain, 70), None, CPU)
 
 
@@ -129,7 +129,7 @@ def test_a_run_keeps_what_was_decided_and_resumes_with_it(tmp_path, encoder_fold
     assert losses(one) == losses(two) == losses(said)
     assert yaml.safe_load((two / "config.yaml").read_text())["space"] == "latent"
     run_ldm(auto(two, encoder_folder, *data), "space=latent", f"first_stage={BUILT_IN}", resume=True)
-    with pytest.raises(ValueError, match="is 'pixel' but .* was trained with 'latent'|first_stage is None but"):
+    with pytest.raises(ValueError, match=r"is 'pixel' but .* was trained with 'latent'|first_stage is None but"):
         run_ldm(auto(two, encoder_folder, *data), "space=pixel", resume=True)
 
 
