@@ -48,7 +48,7 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
 
 
 def _traits(image: Image.Image, deep: bool) -> Iterator[str]:
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):  # all else turns nothing, such as 0
         yield "rotated"
     if image.mode == "CMYK":
         yield "cmyk"

@@ -89,6 +89,14 @@ def test_an_image_that_the_camera_turned_stands_upright(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(decode((tmp_path / "a.png").read_bytes(), WHITE).image), np.asarray(upright))
 
 
+@pytest.mark.parametrize(("orientation", "traits"), [(0, ()), (1, ()), (3, ("rotated",)), (8, ("rotated",)), (99, ())])
+def test_only_what_is_turned_is_said_to_be(tmp_path: Path, orientation: int, traits: tuple[str, ...]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    gradient(12, 6).save(tmp_path / "a.jpg", exif=exif)
+    assert decode((tmp_path / "a.jpg").read_bytes(), WHITE).traits == traits
+
+
 def test_a_moving_image_shows_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
