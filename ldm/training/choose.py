@@ -311,13 +311,18 @@ def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device:
     config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
     seconds = autoencoder_seconds(AutoencoderKL(config).to(device), data["resolution"], batch, device)
     steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE / seconds)
-    content["train"] |= {"max_steps": max(FEWEST_STEPS, min(steps, 10_000) // 100 * 100), "ema_decay": 0.995}
+    content["train"] |= {"max_steps": max(FEWEST_STEPS, _round(min(steps, 10_000))), "ema_decay": 0.995}
     return content
 
 
 def _batch_size(count: int, most: int) -> int:
     """The largest power of two that is not above `most` or the number of images."""
     return 2 ** int(math.log2(max(1, min(most, count))))
+
+
+def _round(steps: int) -> int:
+    """Down to two digits or more."""
+    return steps // 100 * 100 if steps >= 1000 else steps // 10 * 10
 
 
 def _steps(chosen: Chosen, network: UNet, shape: tuple[int, int, int], batch: int, count: int, place: Place) -> None:
@@ -332,10 +337,10 @@ def _steps(chosen: Chosen, network: UNet, shape: tuple[int, int, int], batch: in
     }
     precision = "bf16" if precisions["bf16"] < 0.9 * precisions["no"] else "no"
     second = precisions[precision]
-    limit = max(FEWEST_STEPS, MOST_EPOCHS * count // batch // 100 * 100)
+    limit = max(FEWEST_STEPS, _round(MOST_EPOCHS * count // batch))
     allowed = min(place.minutes * 60, limit * second)
     sheet, sheets = _sheets(chosen.config["sample"], second / batch / 3, allowed)
-    possible = int((allowed - sheets * sheet) / second) // 100 * 100
+    possible = _round(int((allowed - sheets * sheet) / second))
     steps = min(limit, max(FEWEST_STEPS, possible))
     if possible < FEWEST_STEPS:
         why = f"the fewest that make sense; --minutes {place.minutes:g} is not enough"

@@ -115,7 +115,7 @@ def plan_run(
     loss_of: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
-    step = probe.step_seconds(run, model, images, loss_of)
+    step = probe.step_seconds(run, model, networks, images, loss_of)
     if run.is_main:
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         weights = 4 * sum(p.numel() for p in model.parameters())
@@ -129,7 +129,7 @@ def plan_run(
             validation=one * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
             sheet=probe.seconds_of(draw),
             # The statistics of the latents are those of all images; encoding is less than half of the work.
-            checkpoint=probe.write_seconds(run.folder, 5 * weights, 5 * weights) + one / 2 * len(images),
+            checkpoint=probe.checkpoint_seconds(run, 5 * weights) + one / 2 * len(images),
             memory=probe.peak_memory(run, networks),
             checkpoint_bytes=5 * weights,  # weights, their average, two moments of AdamW, and what is exported
             sheet_bytes=len(sheet.getvalue()),

@@ -281,7 +281,7 @@ def plan_run(
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
     check_memory(networks.model, run.device)
-    step = probe.step_seconds(run, model, images, loss_of)
+    step = probe.step_seconds(run, model, networks, images, loss_of)
     if run.is_main:
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
         count = min(len(held_out), config.train.validation_samples) if held_out else 0
@@ -324,9 +324,7 @@ def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, s
         step=step,
         validation=validation + (probe.write_seconds(run.folder, export_bytes, 0) if validation else 0),
         sheet=probe.sheet_seconds(draw, config.sample.num_inference_steps),
-        checkpoint=probe.write_seconds(
-            run.folder, training_bytes + export_bytes, training_bytes + export_bytes + sum(sizes.values())
-        ),
+        checkpoint=probe.checkpoint_seconds(run, training_bytes + export_bytes, sum(sizes.values())),
         memory=probe.peak_memory(run, networks),
         checkpoint_bytes=training_bytes + export_bytes + copied,
         sheet_bytes=sheets[-1],

@@ -16,21 +16,28 @@ from torch import Tensor, nn
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
 from ldm.training.networks import Networks
+from ldm.training.report import write_report
 from ldm.training.run import Run
 
 ENOUGH_SECONDS = 1.0
-MOST_REPEATS = 12
+MOST_REPEATS = 30
 WRITTEN_BYTES = 2**24
 # An optimizer takes time in proportion to the parameters, so that it is timed on some of them: timing must not need
 # more memory than training.
 TIMED_PARAMETERS = 2**24
-FEW_STEPS = 5
 
 
 def step_seconds(
-    run: Run, model: nn.Module, images: CaptionedImages, loss_of: Callable[[nn.Module, Batch], Tensor]
+    run: Run,
+    model: nn.Module,
+    networks: Networks,
+    images: CaptionedImages,
+    loss_of: Callable[[nn.Module, Batch], Tensor],
 ) -> float:
     """Seconds of an optimizer step: reading, forward, backward, AdamW and the moving average.
+
+    Args:
+        model: the network as the script calls it, `networks.model` or what accelerate put around it.
 
     Nothing is left behind: gradients are dropped, and the optimizer that is timed works on tensors of its own.
     """
@@ -51,13 +58,15 @@ def step_seconds(
             f"({str(error).splitlines()[0]}); raise train.gradient_accumulation_steps, or set "
             "train.gradient_checkpointing=true"
         ) from error
+    updating = _update_seconds(run, networks)
     model.zero_grad(set_to_none=True)
     micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
-    return micro * train.gradient_accumulation_steps + _optimizer_seconds(run, model)
+    return micro * train.gradient_accumulation_steps + updating
 
 
-def _optimizer_seconds(run: Run, model: nn.Module) -> float:
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _update_seconds(run: Run, networks: Networks) -> float:
+    """Of clipping, AdamW and the moving average. The gradients that are there are scaled."""
+    learning = [parameter for parameter in networks.model.parameters() if parameter.requires_grad]
     scratch: list[nn.Parameter] = []
     for parameter in learning:
         if not scratch or sum(p.numel() for p in scratch) + parameter.numel() <= TIMED_PARAMETERS:
@@ -68,12 +77,17 @@ def _optimizer_seconds(run: Run, model: nn.Module) -> float:
 
     @torch.no_grad()
     def update() -> None:
-        nn.utils.clip_grad_norm_(scratch, 1.0)
         optimizer.step()
         torch._foreach_lerp_(averages, [parameter.data for parameter in scratch], 0.1)
 
-    share = sum(p.numel() for p in scratch) / sum(p.numel() for p in learning)
-    return _seconds(run, update) / share
+    def clip_and_look_up() -> None:
+        nn.utils.clip_grad_norm_(networks.model.parameters(), 1.0)
+        for module in (networks.model, networks.ema.module):  # in small networks, that they are walked through counts
+            list(module.parameters())
+            list(module.buffers())
+
+    share = sum(p.numel() for p in scratch) / networks.trained_parameters
+    return _seconds(run, update) / share + _seconds(run, clip_and_look_up)
 
 
 @torch.no_grad()
@@ -93,12 +107,11 @@ def sheet_seconds(draw: Callable[[int], object], steps: int) -> float:
     That also shows what memory a grid takes.
     """
     shortest = seconds_of(lambda: draw(1))
-    slow = shortest > ENOUGH_SECONDS
-    if not slow:  # what a first call does besides would count
+    if shortest < ENOUGH_SECONDS:  # what a first call does besides would count
         shortest = seconds_of(lambda: draw(1))
     if steps == 1:
         return shortest
-    few = 2 if slow else FEW_STEPS
+    few = min(steps, 1 + max(1, int(ENOUGH_SECONDS / shortest)))
     return shortest + (steps - 1) * max(0.0, seconds_of(lambda: draw(few)) - shortest) / (few - 1)
 
 
@@ -115,6 +128,13 @@ def write_seconds(folder: Path, written: int, hashed: int) -> float:
         writing = seconds_of(write)
     hashing = seconds_of(lambda: hashlib.sha256(block).hexdigest())
     return (writing * written + hashing * hashed) / WRITTEN_BYTES
+
+
+def checkpoint_seconds(run: Run, written: int, linked: int = 0) -> float:
+    """Seconds of a checkpoint of `written` bytes beside hard links to `linked` ones; all are hashed, and the report is
+    renewed.
+    """
+    return write_seconds(run.folder, written, written + linked) + seconds_of(lambda: write_report(run.folder))
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -142,7 +162,7 @@ def peak_memory(run: Run, networks: Networks) -> int:
 
 
 def _seconds(run: Run, action: Callable[[], object], together: bool = True) -> float:
-    """The median time of a call. Processes that make it `together` wait for each other inside, so all repeat it as
+    """The mean time of a call. Processes that make it `together` wait for each other inside, so all repeat it as
     often. There are never more repetitions than steps to come.
     """
     alone = run.accelerator.num_processes == 1 or not together
@@ -155,7 +175,7 @@ def _seconds(run: Run, action: Callable[[], object], together: bool = True) -> f
         action()
         _finish(run.device)
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+    return sum(times) / len(times)  # a run is a sum of fast and slow ones too
 
 
 def _finish(device: torch.device) -> None:

@@ -94,7 +94,9 @@ def test_a_first_stage_that_does_not_divide_the_images(plain):
     choice = choose(images(plain, 50), None, CPU)
     assert choice.space == "pixel"
     assert choice.reason == f"the factor 4 of {BUILT_IN} does not divide 50"
-    with pytest.raises(ValueError, match=r"image size 70x70 is not divisible by the codec's factor 4; set data\.reso"):
+    with pytest.raises(
+        ValueError, match=r"image size 70x70 is not divisible by the codec's factor 4; set data\.resolution"
+    ):
         choose(images(plain, 70), None, CPU)
 
 

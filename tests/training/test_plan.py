@@ -1,0 +1,189 @@
+"""The plan of a run: what it foresees is what happens."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.config import LDMConfig, load_config
+from ldm.data import CaptionedImages, open_source, split
+from ldm.training import probe
+from ldm.training.optimisation import make_optimizer
+from ldm.training.plan import MEASURED_RUNS, Costs, duration, make_plan, quality, size, times_due
+from ldm.training.run import Networks
+from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
+
+DIGITS = ROOT / "configs" / "digits.yaml"
+
+
+@pytest.mark.parametrize(("first", "last", "every"), [(0, 10, 5), (0, 10, 3), (4, 10, 3), (6, 10, 3), (10, 10, 3)])
+def test_what_is_due_is_counted_as_the_run_counts(first, last, every):
+    happens = [step for step in range(first + 1, last + 1) if step % every == 0 or step == last]
+    assert times_due(first, last, every) == len(happens)
+
+
+def test_words_for_numbers():
+    assert [duration(s) for s in (1, 89, 90, 3600, 3600 * 3 + 305)] == ["1 s", "89 s", "2 min", "60 min", "3 h 05 min"]
+    assert [size(b) for b in (10, 12.4e6, 3.44e9)] == ["1 MB", "12 MB", "3.4 GB"]
+
+
+def digits(*overrides):
+    config = load_config(DIGITS, list(overrides), LDMConfig)
+    training, held_out = split(open_source(config.data).samples, 0.1)
+    return config, CaptionedImages(training, config.data, 0), CaptionedImages(held_out, config.data, 0)
+
+
+def test_a_plan_adds_up():
+    every = [
+        "train.max_steps=1000",
+        "train.batch_size=64",
+        "train.validate_every=100",
+        "train.sample_every=250",
+        "train.checkpoint_every=300",
+    ]
+    config, images, held_out = digits(*every, "train.keep_checkpoints=3")
+    model = nn.Linear(9, 10)
+    model.bias.requires_grad_(False)
+    costs = Costs(
+        step=0.1, validation=1.0, sheet=10.0, checkpoint=100.0,
+        memory=7, checkpoint_bytes=10**6, sheet_bytes=10**4, once_bytes=50,
+    )  # fmt: skip
+    plan = make_plan(
+        config, images, held_out, model, step=200, space="here", costs=costs, device=torch.device("cpu")
+    )  # fmt: skip
+    assert plan.expected_seconds == pytest.approx(800 * 0.1 + 8 * 1 + 4 * 10 + 4 * 100)
+    assert plan.disk_bytes == 3 * 10**6 + 50 + 4 * (2 * 10**4) + 4 * 10**4 * 4 // 3
+    assert (plan.parameters, plan.trained_parameters, plan.memory_bytes) == (100, 90, 7)
+    assert plan.epochs == pytest.approx(1000 * 64 / 1621)
+    text = plan.text()
+    assert "1621 images to train on, 176 held out, 8x8 pixels" in text
+    assert "0.0001 M parameters, of which 9e-05 M learn" in text
+    assert "25.3 steps an epoch; 1000 steps are 39.5 epochs or 64000 samples" in text
+    assert "about 9 min; 0.1 s a step" in text
+    assert json.loads(json.dumps(plan.to_dict()))["space"] == "here"
+
+
+def test_what_to_expect_is_the_nearest_run_that_was_measured():
+    runs = {run["name"]: run for run in json.loads(MEASURED_RUNS.read_text())}
+    config, images, _ = digits("train.max_steps=1000")
+    assert runs["configs/digits.yaml"]["result"] in quality(config, images)
+    assert "expect less" not in quality(config, images)
+    config, images, _ = digits("train.max_steps=100")
+    assert "this run sees 10 times fewer samples: expect less" in quality(config, images)
+    config, images, _ = digits("data.resolution=32")
+    assert runs["configs/digits-latent.yaml"]["result"] in quality(config, images)
+    for run in runs.values():
+        assert run["kind"] in ("new", "fine-tuning", "first stage") and run["result"]
+        assert all(math.isfinite(math.log(run[key])) for key in ("images", "resolution", "samples"))
+
+
+def test_a_sample_grid_is_foreseen_from_short_ones(monkeypatch):
+    clock, drawn = [0.0], []
+
+    def draw(steps):
+        drawn.append(steps)
+        clock[0] += 0.3 + 0.05 * steps + (0.2 if len(drawn) == 1 else 0)  # the first does more
+
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    assert probe.sheet_seconds(draw, 50) == pytest.approx(0.3 + 0.05 * 50)
+    assert drawn == [1, 1, 3]
+    assert probe.sheet_seconds(draw, 1) == pytest.approx(0.35)
+
+
+def test_moments_are_foreseen_until_they_are_there():
+    config, _, _ = digits()
+    model = nn.Linear(10**4, 3000)  # 30 M parameters, 120 MB
+    networks = Networks(model=model, optimizer=make_optimizer(model, config.train), ema=None)
+    run = type("OnTheCPU", (), {"device": torch.device("cpu")})()
+    model(torch.ones(1, 10**4)).sum().backward()
+    so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert probe.peak_memory(run, networks) - so_far == pytest.approx(8 * networks.trained_parameters, abs=2**20)
+    networks.optimizer.step()
+    so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert probe.peak_memory(run, networks) - so_far == pytest.approx(0, abs=2**20)
+
+
+# A run in a process of its own, whose peak of memory is that of the run. Seconds are those of the processor: other
+# programs on the machine do not count, and with one thread nothing else differs.
+MEASURED = """
+import json, resource, sys, time
+time.perf_counter = time.process_time
+from pathlib import Path
+import torch
+from ldm.config import LDMConfig, load_config
+from train import train_ldm
+torch.set_num_threads(1)
+config = load_config(Path(sys.argv[1]), sys.argv[2:], LDMConfig)
+train_ldm.train(config, False)
+unit = 1 if sys.platform == "darwin" else 1024
+print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
+"""
+
+
+def arguments_of(kind, folder, encoder_folder, stable_diffusion):
+    often = ["train.cpu_threads=1", f"output_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"]
+    if kind == "lora":
+        data = captioned_folder(folder / "data", 40)
+        often += [f"start_from={stable_diffusion}", f"data.path={data}", "data.resolution=16", "train.max_steps=150"]
+        return [str(ROOT / "configs" / "lora.yaml"), *often, "train.checkpoint_every=50", "train.sample_every=75"]
+    often += ["train.max_steps=60", "train.checkpoint_every=20", "train.validate_every=20", "train.sample_every=30"]
+    often += ["unet.block_out_channels=[16,32]", "unet.norm_num_groups=8", f"text.encoder={encoder_folder}"]
+    often += ["text.max_length=null", "sample.num_inference_steps=20", "train.batch_size=32"]
+    if kind == "latent":
+        run_autoencoder(folder / "first")
+        often += [f"first_stage={folder / 'first' / 'autoencoder'}", "data.resolution=16"]
+    return [str(ROOT / "configs" / ("digits-latent.yaml" if kind == "latent" else "digits.yaml")), *often]
+
+
+@pytest.mark.parametrize("kind", ["pixel", "lora", pytest.param("latent", marks=pytest.mark.slow)])
+def test_time_disk_and_memory_are_what_was_foreseen(kind, tmp_path, encoder_folder, stable_diffusion):
+    arguments = arguments_of(kind, tmp_path, encoder_folder, stable_diffusion)
+    command = [sys.executable, "-c", textwrap.dedent(MEASURED), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["took_seconds"] > 1
+    assert plan["expected_seconds"] == pytest.approx(plan["took_seconds"], rel=0.3)
+    files = {path.stat().st_ino: path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert plan["disk_bytes"] == pytest.approx(sum(files.values()), rel=0.3)
+    peak = json.loads(done.stdout.splitlines()[-1])["peak"]
+    assert plan["memory_bytes"] == pytest.approx(peak, rel=0.3)
+    assert f"planned were {duration(plan['expected_seconds'])}" in done.stdout
+
+
+def test_a_plan_changes_nothing_of_the_run(tmp_path, encoder_folder, monkeypatch):
+    """Weights after two steps are those of a run that measures nothing beforehand."""
+    from tests.training.runs import digests, run_ldm
+
+    run_ldm(settings(tmp_path / "with", encoder_folder), "unet.dropout=0.2", "train.max_steps=2")
+    monkeypatch.setattr("ldm.training.parts.plan_run", lambda *arguments: None)
+    run_ldm(settings(tmp_path / "without", encoder_folder), "unet.dropout=0.2", "train.max_steps=2")
+    last = "checkpoints/step_00000002"
+    assert digests(tmp_path / "with" / last) == digests(tmp_path / "without" / last)
+
+
+def test_the_plan_stands_in_the_run_folder_and_names_what_learns(tmp_path, stable_diffusion, capsys):
+    data = captioned_folder(tmp_path / "data", 9)
+    run_config(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "start_from": str(stable_diffusion),
+            "finetune": {"method": "attention"},
+            "data": {"path": str(data), "resolution": 16},
+            "train": {"max_steps": 2, "batch_size": 2, "cpu_threads": 1},
+            "sample": {"prompts": ["a"], "images_per_prompt": 1, "num_inference_steps": 2},
+        }
+    )
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert 0 < plan["trained_parameters"] < plan["parameters"]
+    printed = capsys.readouterr().out
+    assert f"that of {stable_diffusion}, attention fine-tuning" in printed
+    assert "took " in printed and ", planned were " in printed
