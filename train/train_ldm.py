@@ -25,7 +25,6 @@ def train(config: LDMConfig, resume: bool) -> Path:
     images, held_out = parts.open_images(config.data, run)
     config = parts.settle(config, images, run)
     pipeline = parts.make_pipeline(config, images, run)
-    images.check_factor(pipeline.codec.factor)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     prediction_type = pipeline.schedule.prediction_type
 

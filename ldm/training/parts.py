@@ -90,6 +90,7 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
         pipeline = Pipeline.from_pretrained(config.start_from, device=run.device)
         pipeline.guidance_scale = config.sample.guidance_scale
         pipeline.num_inference_steps = config.sample.num_inference_steps
+        images.check_factor(pipeline.codec.factor)
         _, size, _ = pipeline.codec.latent_shape(config.data.resolution, config.data.resolution)
         # What is drawn while training, and by default with what is exported, has the size of training.
         pipeline.unet.config = dataclasses.replace(pipeline.unet.config, sample_size=size)
@@ -97,6 +98,7 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
         text = config.text
         text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer)
         codec = make_codec(config, images)
+        images.check_factor(codec.factor)
         pipeline = Pipeline(
             unet=make_unet(config, codec, text_encoder),
             codec=codec,
