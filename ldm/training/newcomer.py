@@ -19,6 +19,7 @@ from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
 from ldm.training.choose import Wishes, choose_config
 from ldm.training.files import check_new
+from ldm.training.space import DEFAULT_FIRST_STAGE
 
 SCRIPTS = Path(__file__).parents[2] / "train"
 
@@ -68,15 +69,18 @@ def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LD
     """A config of what is known before anything is looked at, so that a wrong key or value costs no time."""
     content: dict[str, Any] = {
         "output_dir": wishes.output_dir,
-        "data": {"resolution": wishes.resolution or 64} | data,
+        "data": {"resolution": 64 if wishes.resolution is None else wishes.resolution} | data,
         "train": {"max_steps": 1},
         "sample": {"prompts": ["a"]},
     }
     if wishes.start_from is not None:
         content["start_from"] = wishes.start_from
-    content = with_overrides(content, overrides)
+    # Keys of the network stand beside those that are chosen for it.
+    content = with_overrides(content, [override for override in overrides if not override.startswith("unet.")])
     if content.get("start_from") is None:
         content = {"space": "auto", "unet": {}, "text": {"encoder": wishes.encoder}} | content
+        if content["space"] == "latent" and content.get("first_stage") is None:
+            content["first_stage"] = DEFAULT_FIRST_STAGE
     elif wishes.method is not None:
         content["finetune"] = {"method": wishes.method} | (content.get("finetune") or {})
     return parse_config(content, LDMConfig, "ldm train")

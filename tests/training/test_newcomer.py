@@ -1,0 +1,214 @@
+"""`ldm train FOLDER` from end to end: what is printed, what is left behind, how it goes on, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ldm import Pipeline, cli
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
+from ldm.training import choose, newcomer, space
+from tests.training.runs import captioned_folder, fresh_processes, losses, run_config
+from train import train_autoencoder, train_ldm
+
+SMALL = [
+    "train.max_steps=2", "train.cpu_threads=1", "sample.num_inference_steps=2", "sample.images_per_prompt=1",
+    "train.batch_size=4", "train.log_every=1",
+]  # fmt: skip
+NARROW = ["unet.block_out_channels=[8,8,8]", "unet.norm_num_groups=4", "unet.attention_head_dim=2"]
+
+
+def call(monkeypatch, *arguments, overrides=(), command="train"):
+    settings = [part for override in overrides for part in ("--set", override)]
+    monkeypatch.setattr(sys, "argv", ["ldm", command, *map(str, arguments), *settings])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working folder, a machine of one speed, and networks that take no time to look at."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(choose, "unet_seconds", lambda *arguments: 0.01)
+    monkeypatch.setattr(choose, "autoencoder_seconds", lambda *arguments: 0.01)
+    return tmp_path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Scripts without a process of their own, which takes seconds to start."""
+    kinds = {
+        "train_ldm.py": (train_ldm, LDMConfig),
+        "train_autoencoder.py": (train_autoencoder, AutoencoderTrainingConfig),
+    }
+
+    def run(script, arguments):
+        fresh_processes()
+        module, kind = kinds[script]
+        assert arguments[0] == "--config"
+        changes = [argument for argument in arguments[2:] if "=" in argument]
+        module.train(load_config(Path(arguments[1]), changes, kind), "--resume" in arguments)
+        return 0
+
+    monkeypatch.setattr(newcomer, "run_script", run)
+
+
+def printed_configs(out):
+    """The YAML that `--plan` prints, by script."""
+    _, *parts = out.split("\n# train/")
+    return {part.split("\n", 1)[0]: yaml.safe_load(part.split("\n", 1)[1]) for part in parts}
+
+
+def test_a_folder_becomes_a_model_by_a_script_and_a_config_that_anyone_could_write(
+    here, encoder_folder, monkeypatch, capfd
+):
+    data = captioned_folder(here / "my pictures", 12)
+    arguments = [data, "--encoder", encoder_folder, "--resolution", 16]
+    assert call(monkeypatch, *arguments, "--plan", overrides=SMALL + NARROW) == 0
+    planned = printed_configs(capfd.readouterr().out)
+    assert list(planned) == ["train_ldm.py"] and not (here / "runs").exists()
+
+    assert call(monkeypatch, *arguments, overrides=SMALL + NARROW) == 0
+    out = capfd.readouterr().out
+    run = here / "runs" / "my pictures"
+    assert yaml.safe_load((run / "config.yaml").read_text()) == planned["train_ldm.py"]
+    assert {"config.yaml", "report.html", "pipeline", "data.json", "plan.json", "metrics.jsonl"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert "12 images: 12 used" in out and "space: pixel, because 16 pixels a side are few enough" in out
+    assert "train/train_ldm.py, its config becomes runs/my pictures/config.yaml" in out
+    *_, sheet, report, draw = out.strip().splitlines()
+    assert (here / sheet.split(":", 1)[1].strip()).is_file() and (here / report.split(":", 1)[1].strip()).is_file()
+    assert draw.startswith("draw:     ldm generate 'noise number 0' --model ")
+    assert Pipeline.from_pretrained(run / "pipeline")("noise number 3", seed=0).images[0].size == (16, 16)
+
+    # The script with that config does the same.
+    again = yaml.safe_load((run / "config.yaml").read_text()) | {"output_dir": str(here / "again")}
+    run_config(again)
+    assert losses(here / "again") == losses(run)
+
+
+def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
+    here, encoder_folder, in_this_process, monkeypatch, capfd
+):
+    # As few images and steps as make a run.
+    monkeypatch.setattr(space, "ENOUGH_IMAGES", 20)
+    monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
+    data = captioned_folder(here / "data", 28, 36)
+    arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
+    assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 0
+    out = capfd.readouterr().out
+    assert "first stage: one is trained on these images before, 10 steps" in out
+    first = yaml.safe_load((here / "out-first-stage" / "config.yaml").read_text())
+    config = yaml.safe_load((here / "out" / "config.yaml").read_text())
+    assert config["space"] == "latent" and config["first_stage"] == "out-first-stage/autoencoder"
+    assert first["data"] == config["data"]
+    weights = "diffusion_pytorch_model.safetensors"
+    made = (here / "out-first-stage" / "autoencoder" / weights).read_bytes()
+    assert (here / "out" / "pipeline" / "vae" / weights).read_bytes() == made
+    # Either of the two goes on.
+    assert call(monkeypatch, "--resume", "out-first-stage") == 0
+    assert call(monkeypatch, "--resume", "out") == 0
+    assert "resumed out/checkpoints/step_00000002" in capfd.readouterr().out
+
+
+def test_a_model_learns_a_style_as_a_lora(here, stable_diffusion, in_this_process, monkeypatch, capfd):
+    data = captioned_folder(here / "data", 8)
+    assert call(monkeypatch, data, "--start-from", stable_diffusion, overrides=SMALL) == 0
+    out = capfd.readouterr().out
+    assert "method lora, for 8 images" in out
+    assert f"--model {stable_diffusion} --lora runs/data/lora" in out.splitlines()[-1]
+    picture = here / "drawn.png"
+    arguments = ["noise number 1", "--model", stable_diffusion, "--lora", "runs/data/lora:0.5", "--steps", 2]
+    assert call(monkeypatch, *arguments, "--seed", 3, "-o", picture, command="generate") == 0
+    pipeline = Pipeline.from_pretrained(stable_diffusion)
+    pipeline.load_lora(here / "runs" / "data" / "lora", weight=0.5)
+    expected = pipeline("noise number 1", seed=3, num_inference_steps=2).images[0]
+    assert (np.asarray(Image.open(picture)) == np.asarray(expected)).all()
+    assert json.loads(Image.open(picture).text["settings"])["lora"] == ["runs/data/lora:0.5"]
+
+
+def test_what_is_set_counts_before_anything_is_chosen(here, encoder_folder, monkeypatch, capfd):
+    data = captioned_folder(here / "data", 6, 20)
+    (data / "7.png").write_bytes(b"no picture")
+    (data / "7.txt").write_text("nothing")
+    wishes = [f"text.encoder={encoder_folder}", "data.resolution=40", "data.held_out=0.5", "space=latent"]
+    wishes += ["output_dir=elsewhere", "train.batch_size=2", "data.background=black"]
+    assert call(monkeypatch, data, "--plan", overrides=wishes) == 0
+    out = capfd.readouterr().out
+    config = parse_config(printed_configs(out)["train_ldm.py"], LDMConfig, "the plan")
+    assert (config.space, config.first_stage) == ("latent", "openmoji-first-stage")
+    assert config.data.resolution == 40 and config.data.held_out == 0.5 and config.data.background == "black"
+    assert config.output_dir == "elsewhere" and config.train.batch_size == 2
+    assert config.text.encoder == str(encoder_folder)
+    # Four channels, ten by ten.
+    assert "parameters on 10x10" in out and "space: latent, as asked" in out
+    assert "7 images: 6 used" in out and "1 skipped" in out
+    assert not (here / "elsewhere").exists()
+
+
+def test_captions_of_any_script_are_printed_on_any_terminal(here, encoder_folder):
+    data = captioned_folder(here / "data", 3)
+    for i in range(3):
+        (data / f"{i}.txt").write_text(f"猫 {i} \x1b[31m", encoding="utf-8")
+    command = [sys.executable, "-m", "ldm.cli", "train", str(data), "--plan", "--encoder", str(encoder_folder)]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert rb"\u732b 0" in done.stdout and b"\x1b" not in done.stdout
+
+
+def wrong(here):
+    data = captioned_folder(here / "data", 4)
+    captioned_folder(here / "one", 1)
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter.txt").write_text("years of work")
+    (here / "empty").mkdir()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "there is nothing to train on; name a folder"),
+        (["./nowhere"], "nowhere"),
+        (["empty"], "empty"),
+        (["one"], "one holds 1 image that can be used; training needs 2"),
+        (["data", "--method", "lora"], "--method is lora; it is full, attention or lora, and needs --start-from"),
+        (["data", "--method", "some", "--start-from", "data"], "--method is some"),
+        (["data", "--start-from", "./no_model"], "there is no model folder ./no_model"),
+        (["data", "--minutes", "0"], "--minutes is 0"),
+        (["data", "--minutes", "nan"], "--minutes is nan"),
+        (["data", "--resolution", "0"], "resolution is 0"),
+        (["data", "--encoder", "./no_encoder"], "no_encoder"),
+        (["data", "--set", "train.max_step=5"], "unknown key train.max_step; did you mean train.max_steps?"),
+        (["data", "--set", "data.colour=red"], "unknown key data.colour"),
+        (["data", "--set", "train.max_steps=0"], "max_steps is 0"),
+        (["data", "--set", "finetune.rank=4"], "finetune says how to go on from a model"),
+        (["data", "--set", "first_stage=./no_stage", "--resolution", "64"], "there is no model folder ./no_stage"),
+        (["data", "-o", "data/run"], "output_dir 'data/run' is inside data.path 'data'"),
+        (["data", "-o", "."], "data.path is 'data', inside output_dir '.'"),
+        (["data", "-o", "thesis"], "output_dir thesis holds files that are no run of ldm"),
+        (["data", "-o", "thesis/chapter.txt"], "output_dir thesis/chapter.txt is a file"),
+        (["data", "--resume", "data"], "goes on with the data of that run; leave data out"),
+        (["--resume", "data"], "data holds no config.yaml"),
+        (["data", "--set", "space=latent", "--resolution", "30"], "30x30 is not divisible by the codec's factor 4"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_wishes_are_one_line_and_leave_no_trace(arguments, part, here, monkeypatch, capfd):
+    wrong(here)
+    before = sorted(path for path in here.rglob("*"))
+    assert call(monkeypatch, *arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert part in error
+    assert sorted(path for path in here.rglob("*")) == before
