@@ -270,6 +270,9 @@ def _treatment(background: str) -> dict[str, str]:
     }
 
 
+_SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+
+
 def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
     if account.captions.uncounted:
         yield f"the lengths of captions were not checked: {account.captions.uncounted}"
@@ -290,6 +293,10 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
                 else "they are used and held out as this data set groups them"
             )
         )
+    tops = {sample.id.split("/")[0] for sample in inspection.used if "/" in sample.id}
+    if "train" in tops and tops & _SPLITS:
+        others = ", ".join(f"{name}/" for name in sorted(tops & _SPLITS))
+        yield f"what lies in train/ and {others} is taken together; name the folder train/ itself to leave the rest out"
     if inspection.unkept:
         yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
 

@@ -222,3 +222,13 @@ def test_nothing_reaches_a_terminal_raw() -> None:
         lines = account.to_text(everything=everything).split("\n")
         assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
     json.dumps(account.to_dict(), allow_nan=False).encode("ascii")
+
+
+def test_folders_of_splits_that_are_taken_together_are_named() -> None:
+    def below(*tops: str) -> tuple[str, ...]:
+        samples = [replace(sample(i), id=f"{top}/{i}.png") for i, top in enumerate(tops)]
+        return account_of(inspection(samples), DataConfig(path="here", resolution=64)).notes
+
+    said = "what lies in train/ and test/, val/ is taken together; name the folder train/ itself"
+    assert any(said in note for note in below("train", "test", "val", "train"))
+    assert not any("taken together" in note for note in below("cats", "test") + below("train", "cats"))
