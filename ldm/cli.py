@@ -125,7 +125,7 @@ def check(
     everything: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
     """Say what is in a data set, and what is wrong with it. Exit code 1 when something needs attention."""
-    from ldm.data import DataConfig, account_of, inspect, open_source
+    from ldm.data import DataConfig, NothingCaptionedError, account_of, inspect, open_source
     from ldm.text import load_text_encoder
 
     config = DataConfig(
@@ -146,7 +146,11 @@ def check(
             raise
         # Nobody asked for this one, and the images can be looked at where it is not installed.
         uncounted = str(error)
-    inspection = inspect(open_source(config), config, progress=True, everything=True)
+    try:
+        source = open_source(config)
+    except NothingCaptionedError as error:  # what was skipped, and why, is what the account is for
+        source = error.source
+    inspection = inspect(source, config, progress=True, everything=True)
     account = account_of(inspection, config, lost=lost, uncounted=uncounted)
     if as_json:
         import json

@@ -134,6 +134,18 @@ def test_a_check_says_what_is_wrong_in_text_and_json(tmp_path, monkeypatch, caps
     assert json.loads(capsys.readouterr().out)["held_out"] > account["held_out"]
 
 
+def test_a_folder_without_one_usable_caption_gets_its_account_too(tmp_path, monkeypatch, capsys):
+    folder = dataset(tmp_path / "data", 3)
+    for path in folder.glob("*.txt"):
+        path.write_text("")
+    assert call(monkeypatch, "data", "check", folder, "--json") == 1
+    account = json.loads(capsys.readouterr().out)
+    assert (account["total"], account["used"], account["skipped"], account["captions"]["empty"]) == (3, 0, 3, 3)
+    (tmp_path / "bare").mkdir()
+    assert call(monkeypatch, "data", "check", tmp_path / "bare") == 1
+    assert "no image can be used; put an a.txt with its caption beside each a.png" in capsys.readouterr().out
+
+
 def test_a_built_in_set_is_looked_at_too(monkeypatch, capsys):
     assert call(monkeypatch, "data", "check", "digits", "--resolution", 8, "--json") == 0
     account = json.loads(capsys.readouterr().out)

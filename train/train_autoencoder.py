@@ -11,8 +11,9 @@ from ldm.config import AutoencoderTrainingConfig
 from ldm.data import Batch, to_signed
 from ldm.training import first_stage, launch, parts
 from ldm.training.draws import keyed_draws
+from ldm.training.networks import Networks
 from ldm.training.optimisation import make_ema, make_optimizer
-from ldm.training.run import Networks, Run
+from ldm.training.run import Run
 
 
 def train(config: AutoencoderTrainingConfig, resume: bool) -> Path:

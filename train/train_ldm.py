@@ -13,8 +13,9 @@ from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
 from ldm.training import finetune, launch, parts
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import EncodedImages
+from ldm.training.networks import Networks
 from ldm.training.optimisation import make_ema, make_optimizer
-from ldm.training.run import Networks, Run
+from ldm.training.run import Run
 
 
 def train(config: LDMConfig, resume: bool) -> Path:

@@ -16,7 +16,7 @@ from ldm.data.digits import DIGIT_WORDS
 from ldm.data.inspection import Duplicate, Inspection, inspect
 from ldm.data.keyed import generator
 from ldm.data.order import BatchOrder, SampleOrder, micro_batches
-from ldm.data.sources import DataConfig, Sample, Skipped, Source, open_source
+from ldm.data.sources import DataConfig, NothingCaptionedError, Sample, Skipped, Source, open_source
 
 __all__ = [
     "DIGIT_WORDS",
@@ -29,6 +29,7 @@ __all__ = [
     "Duplicate",
     "Inspection",
     "Item",
+    "NothingCaptionedError",
     "Sample",
     "SampleOrder",
     "Skipped",

@@ -12,7 +12,7 @@ from typing import Any
 from ldm.data.captions import printable
 from ldm.data.dataset import split
 from ldm.data.inspection import Duplicate, Inspection
-from ldm.data.sources import DataConfig, Sample, Skipped
+from ldm.data.sources import WAYS_OUT, DataConfig, Sample, Skipped
 
 _TOP = 10  # of the captions that most images share
 # Widths to heights; an image counts for the nearest, by ratio.
@@ -20,6 +20,10 @@ _SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16,
 # More than this share of images below half of the resolution needs attention.
 _MUCH_SMALLER = 0.1
 _FEW = 100
+_LEAST_RESOLUTION = 8  # below that nobody trains
+# Beyond this ratio of the sides cropping leaves less than half of an image, even with buckets.
+_EXTREME = 4
+_NARROWER, _WIDER = f"narrower than 1:{_EXTREME}", f"wider than {_EXTREME}:1"
 
 Size = tuple[int, int]
 
@@ -82,7 +86,7 @@ class Account:
         training, held_out: the two parts of `used`.
         skipped_files, duplicate_files: those entries, with reasons and originals.
         contradictory: the duplicates whose original did not have their captions.
-        near_duplicates: ids of used images that show one picture; one tuple a picture.
+        near_duplicates: used images that show one picture; one tuple a picture.
         formats, modes, traits: number of used images for each; see `Decoded`.
         treatment: what is done with each trait that occurs.
         notes: what is worth knowing; `needs_attention`: what should be mended, and how. One line each.
@@ -111,8 +115,10 @@ class Account:
 
     def line(self) -> str:
         """One line, for the start of a training."""
+        # What is skipped may also be a row of a table, or one of the captions of an image.
+        what = plural(self.total, "entry", "entries") if self.skipped else plural(self.total, "image")
         return printable(
-            f"{self.name}: {self.total} images: {self.used} used ({self.training} to train on, {self.held_out} held "
+            f"{self.name}: {what}: {self.used} used ({self.training} to train on, {self.held_out} held "
             f"out), {self.skipped} skipped, {plural(self.duplicate, 'duplicate')}"
         )
 
@@ -142,6 +148,7 @@ def account_of(
         uncounted: why there is no `lost`.
     """
     used = inspection.used
+    shown = {sample.id: sample.shown for sample in used}
     training, held_out = split(used, config.held_out) if used else ((), ())
     traits = _counted(trait for kind in inspection.kinds for trait in kind.traits)
     treatment = _treatment(config.background)
@@ -157,7 +164,7 @@ def account_of(
         skipped_files=inspection.skipped,
         duplicate_files=inspection.duplicates,
         contradictory=tuple(copy.path for copy in inspection.duplicates if copy.captions),
-        near_duplicates=inspection.near,
+        near_duplicates=tuple(tuple(shown[name] for name in names) for names in inspection.near),
         captions=_captions(inspection, lost, uncounted),
         sizes=_sizes(used, config),
         formats=_counted(kind.format or "made here" for kind in inspection.kinds),
@@ -189,7 +196,7 @@ def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]]
     images: Counter[str] = Counter()
     for sample in inspection.used:
         for text in sample.captions:
-            bearers.setdefault(text, sample.id)
+            bearers.setdefault(text, sample.shown)
         images.update(set(sample.captions))
     words = [len(text.split()) for text in bearers]
     too_long = None
@@ -216,7 +223,7 @@ def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]]
 
 def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
     sizes = sorted((sample.size for sample in used if sample.size), key=lambda size: (size[0] * size[1], size))
-    shapes = Counter(min(_SHAPES, key=lambda shape: _octaves(size, shape)) for size in sizes)
+    shapes = Counter(map(_shape, sizes))
     sides = [_side(size, config) for size in sizes]
     return Sizes(
         smallest=sizes[0] if sizes else None,
@@ -224,8 +231,19 @@ def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
         largest=sizes[-1] if sizes else None,
         enlarged=sum(side < config.resolution for side in sides),
         much_enlarged=sum(side < config.resolution / 2 for side in sides),
-        shapes={f"{width}:{height}": shapes[width, height] for width, height in _SHAPES if shapes[width, height]},
+        shapes={name: shapes[name] for name in (_NARROWER, *map(_ratio, _SHAPES), _WIDER) if shapes[name]},
     )
+
+
+def _shape(size: Size) -> str:
+    width, height = size
+    if max(width, height) > _EXTREME * min(width, height):
+        return _WIDER if width > height else _NARROWER
+    return _ratio(min(_SHAPES, key=lambda shape: _octaves(size, shape)))
+
+
+def _ratio(shape: Size) -> str:
+    return f"{shape[0]}:{shape[1]}"
 
 
 def _octaves(size: Size, shape: Size) -> float:
@@ -252,15 +270,21 @@ def _treatment(background: str) -> dict[str, str]:
     }
 
 
+_SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+
+
 def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
     if account.captions.uncounted:
         yield f"the lengths of captions were not checked: {account.captions.uncounted}"
     if 0 < account.used < _FEW:
         yield f"{plural(account.used, 'image')}: few for a model from scratch, enough to fine-tune one"
+    extreme = sum(account.sizes.shapes.get(name, 0) for name in (_NARROWER, _WIDER))
+    if extreme:
+        yield f"{plural(extreme, 'image')} beyond {_EXTREME}:1, most of which is cropped away; cut them up"
     if account.near_duplicates:
         alike = sum(len(names) for names in account.near_duplicates)
         groups = {sample.id: sample.group for sample in inspection.used}
-        together = all(len({groups[name] for name in names}) == 1 for names in account.near_duplicates)
+        together = all(len({groups[name] for name in names}) == 1 for names in inspection.near)
         yield (
             f"{alike} images show {plural(len(account.near_duplicates), 'picture')}, re-saved, retouched or mirrored; "
             + (
@@ -269,6 +293,10 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
                 else "they are used and held out as this data set groups them"
             )
         )
+    tops = {sample.id.split("/")[0] for sample in inspection.used if "/" in sample.id}
+    if "train" in tops and tops & _SPLITS:
+        others = ", ".join(f"{name}/" for name in sorted(tops & _SPLITS))
+        yield f"what lies in train/ and {others} is taken together; name the folder train/ itself to leave the rest out"
     if inspection.unkept:
         yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
 
@@ -276,7 +304,7 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
 def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample]) -> Iterable[str]:
     captions, sizes = account.captions, account.sizes
     if not account.used:
-        yield "no image can be used; add images that open elsewhere, with captions"
+        yield f"no image can be used; {WAYS_OUT}"
     if account.skipped:
         reasons = Counter(entry.reason for entry in account.skipped_files).most_common(3)
         told = ", ".join(f"{count} × {reason}" for reason, count in reasons)
@@ -305,7 +333,10 @@ def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample
     if sizes.much_enlarged > _MUCH_SMALLER * account.used:
         sides = sorted(_side(sample.size, config) for sample in used if sample.size)
         fitting = max(1, int(sides[int(_MUCH_SMALLER * len(sides))]))
+        choice = (
+            f"choose a resolution of about {fitting}, or" if fitting >= _LEAST_RESOLUTION else "remove them, or take"
+        )
         yield (
             f"{plural(sizes.much_enlarged, 'image')} below half of {account.resolution} pixels would be blurred; "
-            f"choose a resolution of about {fitting}, or larger images"
+            f"{choice} larger images"
         )

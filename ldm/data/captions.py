@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import json
 import re
@@ -46,8 +47,10 @@ def caption(text: object) -> str:
     # Zero-width characters are no white space to str.strip, but no words either.
     if not any(character.isprintable() for character in text):
         raise ValueError("empty caption")
-    # JSON can spell half of a surrogate pair, and undecodable bytes of a table are kept as such; no tokenizer
-    # takes them.
+    # Undecodable bytes of a table are kept as these, and JSON can spell half of a surrogate pair; no tokenizer takes
+    # either.
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise ValueError("the caption is not UTF-8 text; save the file as UTF-8")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the caption is not valid Unicode (a lone surrogate)")
     if "\0" in text:
@@ -68,6 +71,23 @@ def captions(value: object) -> tuple[list[str], list[str]]:
         except ValueError as error:
             reasons.append(f"{error} (caption {position} of {len(value)})" if len(value) > 1 else str(error))
     return good, reasons
+
+
+def listed(cell: object) -> object:
+    """A cell of a text table in which a list of texts is spelled, in JSON or as pandas writes it → the list.
+
+    All else stays as it is, such as tags in brackets.
+    """
+    if not (isinstance(cell, str) and re.match(r"\s*\[\s*['\"]", cell) and cell.rstrip().endswith("]")):
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return value
+    return cell
 
 
 def decode_text(data: bytes, errors: str = "strict") -> str:

@@ -20,7 +20,7 @@ from ldm.data.similar import THUMBNAIL, Bytes, thumbnail
 from ldm.data.sources import DataConfig, Decoded
 
 # Goes up with whatever changes what is kept, or what `decode` makes of the same bytes.
-_VERSION = 1
+_VERSION = 2
 
 _DIGEST = 16
 _RECORD = np.dtype(

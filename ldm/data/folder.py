@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ CAPTION_FILES = (".txt", ".caption")
 _PICTURES = frozenset(
     (
         *(".heic", ".heif", ".avif", ".svg", ".jxl", ".jp2", ".psd", ".xcf", ".ico", ".tga", ".eps", ".exr", ".hdr"),
+        *(".heics", ".hif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dds", ".qoi", ".j2k", ".jxr", ".icns"),
         *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
     )
 )
@@ -83,7 +85,11 @@ def walk(folder: Path) -> Found:
         try:
             with os.scandir(folder / below) as entries:
                 for entry in entries:
-                    _sort_entry(entry, below + entry.name, files, waiting, skipped)
+                    try:
+                        _sort_entry(entry, below + entry.name, files, waiting, skipped)
+                    except OSError as error:  # such as a link to itself
+                        reason = f"cannot be read: {error.strerror}"
+                        skipped.append(Skipped(below + entry.name, reason))
         except OSError as error:
             if not below:
                 raise ValueError(
@@ -131,6 +137,30 @@ def foreign(path: str) -> str | None:
     if suffix(path) in _VIDEOS:
         return f"{suffix(path)} is a video; save frames of it as PNG or JPEG"
     return None
+
+
+# How files of images begin; a name may end otherwise, as in "photo.jpg_large", or without any suffix.
+_BEGINNINGS = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), ".png"),
+    (re.compile(rb"\xff\xd8\xff"), ".jpg"),
+    (re.compile(rb"GIF8[79]a"), ".gif"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), ".webp"),
+    (re.compile(rb"II\*\0|MM\0\*"), ".tif"),
+)
+_TEXTS = frozenset((*CAPTION_FILES, ".json", ".jsonl", ".csv", ".tsv"))
+
+
+def unnamed_image(found: Found, path: str) -> str | None:
+    """Why a file that is an image, but not by its name, is not used; None for all other files."""
+    if suffix(path) in _TEXTS:  # there may be one for each image
+        return None
+    try:
+        with open(found.root / path, "rb") as file:
+            beginning = file.read(12)
+    except OSError:
+        return None
+    kind = next((kind for pattern, kind in _BEGINNINGS if pattern.match(beginning)), None)
+    return kind and f"an image, but its name does not say so; let it end in {kind}"
 
 
 def sample_of(found: Found, path: str, captions: list[str], group: str, background: tuple[int, int, int]) -> Sample:

@@ -31,23 +31,28 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
         raise ValueError("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # Pillow hands out 16-bit colours as 8 bits, and forgets about it once they are loaded.
+            deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
             upright = ImageOps.exif_transpose(image)
-            return Decoded(to_rgb(upright, background), image.format or "", image.mode, tuple(_traits(image)))
+            return Decoded(to_rgb(upright, background), image.format or "", image.mode, tuple(_traits(image, deep)))
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow stops warning and refuses
+        raise ValueError(f"more than {most:,} pixels, which would fill memory; save it smaller") from error
     # Pillow's decoders raise whatever comes up in the code that meets the broken bytes: OSError, SyntaxError,
-    # struct.error, IndexError, DecompressionBombError and more.
+    # struct.error, IndexError and more.
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(reason or type(error).__name__) from error
 
 
-def _traits(image: Image.Image) -> Iterator[str]:
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+def _traits(image: Image.Image, deep: bool) -> Iterator[str]:
+    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):  # all else turns nothing, such as 0
         yield "rotated"
     if image.mode == "CMYK":
         yield "cmyk"
-    if image.mode.startswith("I;16"):
+    if deep:
         yield "16-bit"
     if image.mode in ("P", "PA"):
         yield "palette"

@@ -33,7 +33,10 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A sample that shows exactly the pixels of another, `of`, and captions which that one did not have."""
+    """A sample that shows exactly the pixels of another, `of`, and captions which that one did not have.
+
+    Both are named as a person finds them: `Sample.shown`.
+    """
 
     path: str
     of: str
@@ -173,7 +176,7 @@ def _look(
             fresh = []
             for place, seen in enumerate(pool.map(lambda sample: _examine(sample, known), block), start):
                 if isinstance(seen, str):
-                    unreadable.append(Skipped(samples[place].id, seen))
+                    unreadable.append(Skipped(samples[place].shown, seen))
                     continue
                 digest, facts, is_fresh = seen
                 if is_fresh:
@@ -241,7 +244,7 @@ def _merged(
             so_far = captions.get(of.sample.id, of.sample.captions)
             added = tuple(text for text in dict.fromkeys(one.sample.captions) if text not in so_far)
             captions[of.sample.id] = so_far + added
-            duplicates.append(Duplicate(one.sample.id, of.sample.id, added))
+            duplicates.append(Duplicate(one.sample.shown, of.sample.shown, added))
     return captions, duplicates
 
 

@@ -33,20 +33,16 @@ from ldm.data.folder import (
     list_sidecars,
     suffix,
     summary,
+    unnamed_image,
     walk,
 )
 from ldm.data.metadata import list_metadata, list_named_table
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
 from ldm.data.rows import first_line
-from ldm.data.sources import BUILT_IN, DataConfig, Skipped, Source
+from ldm.data.sources import BUILT_IN, WAYS_OUT, DataConfig, NothingCaptionedError, Skipped, Source
 from ldm.data.splits import choose_split
 from ldm.data.tables import Table, is_saved, list_tables, open_arrow, open_hub, open_parquet, open_saved
 from ldm.data.tars import list_tar
-
-_WAYS_OUT = (
-    "put an a.txt with its caption beside each a.png, or sort the images into sub-folders named after what they show, "
-    "or add a metadata.csv with the columns file_name and text"
-)
 
 
 def open_path(config: DataConfig) -> Source:
@@ -156,6 +152,8 @@ def _account_for_the_rest(found: Found, shards: set[str], broken: Sequence[Skipp
             listing.skipped.append(Skipped(path, listing.uncovered))
         elif path in shards:
             listing.skipped.append(Skipped(path, f"passed over: the folder is read by {listing.kind}"))
+        elif (reason := unnamed_image(found, path)) is not None:
+            listing.skipped.append(Skipped(path, reason))
 
 
 def _open_file(path: Path, config: DataConfig) -> Source:
@@ -182,6 +180,6 @@ def _source(name: str, listing: Listing, nothing: str) -> Source:
     if not listing.samples:
         telling = [entry for entry in skipped if not entry.reason.startswith("no caption")] or skipped
         cause = f" ({printable(telling[0].path)}: {telling[0].reason})" if telling else ""
-        raise ValueError(f"{nothing}{cause}; {_WAYS_OUT}")
+        raise NothingCaptionedError(f"{nothing}{cause}; {WAYS_OUT}", Source(name, (), skipped))
     assert len({sample.id for sample in listing.samples}) == len(listing.samples)
     return Source(name, tuple(listing.samples), skipped)

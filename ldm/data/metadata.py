@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import PurePosixPath
 
-from ldm.data.captions import CAPTION_NAMES, captions, choose, match, printable
+from ldm.data.captions import CAPTION_NAMES, captions, choose, listed, match, printable
 from ldm.data.folder import IMAGES, Found, Listing, foreign, sample_of, stem, suffix
 from ldm.data.rows import SUFFIXES, Row, Rows, open_rows
 from ldm.data.sources import DataConfig, Skipped
@@ -107,7 +107,7 @@ def _list_tables(found: Found, tables: list[Table], config: DataConfig, listing:
                 continue
             listing.covered.add(path)
             unread = foreign(path)
-            good, reasons = captions(row.cells.get(text_column)) if unread is None else ([], [unread])
+            good, reasons = captions(listed(row.cells.get(text_column))) if unread is None else ([], [unread])
             listing.skipped += [Skipped(place, reason) for reason in reasons]
             if good:
                 texts.setdefault(path, []).extend(good)
@@ -125,7 +125,10 @@ def _columns(found: Found, table: Table, config: DataConfig) -> tuple[str, str]:
     files = choose(where, columns, columns, FILE_NAMES, "image_column", config.image_column)
     # pandas writes its index as a column without a name.
     rest = [column for column in columns if column != files and column.strip()]
-    return files, choose(where, columns, rest, CAPTION_NAMES, "caption_column", config.caption_column)
+    texts = choose(where, columns, rest, CAPTION_NAMES, "caption_column", config.caption_column)
+    if columns.count(texts) > 1:
+        raise ValueError(f'{where} has {columns.count(texts)} columns "{printable(texts)}"; rename all but one of them')
+    return files, texts
 
 
 def _file_column(table: Table, config: DataConfig) -> str | None:

@@ -131,6 +131,7 @@ class Sample:
             Both can be pickled.
         digest: `digest_of` those bytes, and
         size: width and height of the upright image in pixels, once they are known.
+        place: where a person finds it (file:row), if the id does not say.
     """
 
     id: str
@@ -141,6 +142,12 @@ class Sample:
     decode: Callable[[bytes], Decoded] = field(compare=False, repr=False)
     digest: str | None = None
     size: tuple[int, int] | None = None
+    place: str = field(default="", compare=False)
+
+    @property
+    def shown(self) -> str:
+        """What to call it in front of a person."""
+        return self.place or self.id
 
     def load(self) -> Image.Image:
         """The image; ValueError naming the sample if it has become unreadable."""
@@ -148,7 +155,7 @@ class Sample:
             return self.decode(self.read()).image
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self.id} could be read before, and now cannot: {error}; restore or remove it"
+                f"{self.shown} could be read before, and now cannot: {error}; restore or remove it"
             ) from error
 
 
@@ -179,14 +186,30 @@ class Source:
     curated: bool = False
 
 
+# What to do about a data set without captions.
+WAYS_OUT = (
+    "put an a.txt with its caption beside each a.png, or sort the images into sub-folders named after what they show, "
+    "or add a metadata.csv with the columns file_name and text"
+)
+
+
+class NothingCaptionedError(ValueError):
+    """Raised where there is a data set, but no captioned image in it; `source` has what was skipped, and why."""
+
+    def __init__(self, message: str, source: Source) -> None:
+        super().__init__(message)
+        self.source = source
+
+
 def open_source(config: DataConfig) -> Source:
     """Opens the data set that `config.path` names: built in, or told apart by what is there (`ldm.data.layouts`).
 
     Nothing is decoded: whatever names itself an image is listed, and what has no caption is skipped.
 
     Raises:
-        ValueError: if there is no such data set, a package that it needs is missing, it holds no captioned image,
-            or columns, split or subset are asked for that it does not have.
+        NothingCaptionedError: a ValueError, if it holds no captioned image.
+        ValueError: if there is no such data set, a package that it needs is missing, or columns, split or subset are
+            asked for that it does not have.
     """
     # Each layout imports the records above, and what it needs of other packages only when it is opened.
     if config.path == "digits":

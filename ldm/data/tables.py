@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -167,6 +168,10 @@ def open_hub(config: DataConfig) -> Table:
     """
     from datasets import load_dataset
 
+    # It tells of every retry, with addresses; what comes of them is said below.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         dataset = load_dataset(config.path, name=config.subset, split=config.split)
     except Exception as error:  # network, hub, files and formats each have their own
@@ -174,6 +179,8 @@ def open_hub(config: DataConfig) -> Table:
             f"data.path {config.path} is no folder or file here, and no data set that can be loaded from the hub: "
             f"{one_line(error)}; check the spelling, the network, data.subset and data.split"
         ) from error
+    finally:
+        logger.setLevel(level)
     return Table(config.path, dataset, pick_columns(config.path, dataset.features.arrow_schema, config))
 
 
@@ -212,7 +219,8 @@ def list_tables(tables: Sequence[Table], folder: Path | None, config: DataConfig
             assert file is not None
             read = partial(_read_file, file)
         decoder = partial(decode, background=config.background_rgb)
-        samples.append(Sample(name, tuple(dict.fromkeys(good)), group, read, decoder))
+        shown = "" if name == row.path else place
+        samples.append(Sample(name, tuple(dict.fromkeys(good)), group, read, decoder, place=shown))
     return samples, skipped
 
 

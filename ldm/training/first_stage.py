@@ -19,8 +19,9 @@ from ldm.data import Batch, CaptionedImages, to_signed
 from ldm.models import AutoencoderKL, enable_gradient_checkpointing, kl_divergence
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training import probe
+from ldm.training.networks import Networks
 from ldm.training.plan import Costs, make_plan
-from ldm.training.run import Networks, Run
+from ldm.training.run import Run
 
 IMAGES_AT_ONCE = 32
 

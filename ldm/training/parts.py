@@ -37,11 +37,13 @@ from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
 from ldm.training.files import tensors_digest
 from ldm.training.frozen import Frozen
-from ldm.training.plan import Costs, make_plan
-from ldm.training.run import Networks, Run
+from ldm.training.networks import Networks
+from ldm.training.plan import Costs, check_memory, make_plan
+from ldm.training.run import Run
 from ldm.training.space import choose_space, load_first_stage
 
 BANDS = 4
+MOST_LOOKS = 16
 SKIPPED_SHOWN = 10
 
 
@@ -216,41 +218,45 @@ def held_out_loss(
 ) -> dict[str, float]:
     """L_simple on held-out images with noise and timesteps that never change, and its share of each band of noise.
 
-    Timesteps are spread evenly over the schedule, one an image; posteriors are taken at their mean; captions are the
-    first of each image and never dropped.
+    Timesteps are spread evenly over the schedule, one an image; where images are few, each is looked at several times,
+    with other timesteps and noise. Posteriors are taken at their mean; captions are the first of each image and never
+    dropped.
 
     Returns:
-        `held_out_loss`, and for each of four bands of timesteps that an image fell into, such as
+        `held_out_loss`, and for each of four bands of timesteps that was looked at, such as
         `held_out_loss_t000_249`, the mean over its images.
     """
     held_out, steps = encoded.images, schedule.num_train_timesteps
     count = min(len(held_out), config.train.validation_samples)
-    losses, timesteps = torch.empty(count), torch.empty(count, dtype=torch.int64)
-    for chunk in held_out.chunks(IMAGES_AT_ONCE, count):
-        batch = collate([held_out[0, i] for i in chunk])
-        latents = encoded.latents(batch, None)
-        draws = keyed_draws(
-            config.seed,
-            batch.epochs,
-            [f"held out: {name}" for name in batch.ids],
-            0,
-            shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
-            num_train_timesteps=steps,
-            device=latents.device,
-        )
-        timesteps[chunk] = torch.tensor([(2 * i + 1) * steps // (2 * count) for i in chunk])
-        condition = encoded.text([held_out.samples[i].captions[0] for i in chunk])
-        with finetune.precision_of(unet):
-            loss = diffusion_loss(
-                unet,
-                schedule,
-                latents,
-                condition,
-                timesteps=timesteps[chunk],
-                noise=draws.noise,
-                prediction_type=prediction_type,
+    looks = looks_of(count, config.train.validation_samples)
+    losses, timesteps = torch.empty(looks, count), torch.empty(looks, count, dtype=torch.int64)
+    for look in range(looks):
+        for chunk in held_out.chunks(IMAGES_AT_ONCE, count):
+            batch = collate([held_out[0, i] for i in chunk])
+            latents = encoded.latents(batch, None)
+            draws = keyed_draws(
+                config.seed,
+                [look] * len(chunk),
+                [f"held out: {name}" for name in batch.ids],
+                0,
+                shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
+                num_train_timesteps=steps,
+                device=latents.device,
             )
-        losses[chunk] = loss.float().cpu()
+            places = [i * looks + look for i in chunk]
+            timesteps[look, chunk] = torch.tensor([(2 * place + 1) * steps // (2 * count * looks) for place in places])
+            condition = encoded.text([held_out.samples[i].captions[0] for i in chunk])
+            with finetune.precision_of(unet):
+                loss = diffusion_loss(
+                    unet,
+                    schedule,
+                    latents,
+                    condition,
+                    timesteps=timesteps[look, chunk],
+                    noise=draws.noise,
+                    prediction_type=prediction_type,
+                )
+            losses[look, chunk] = loss.float().cpu()
     values = {"held_out_loss": float(losses.mean())}
     for band in range(BANDS):
         first, last = band * steps // BANDS, (band + 1) * steps // BANDS - 1
@@ -258,6 +264,11 @@ def held_out_loss(
         if len(inside):
             values[f"held_out_loss_t{first:03d}_{last:03d}"] = float(inside.mean())
     return values
+
+
+def looks_of(count: int, most: int) -> int:
+    """How often each of `count` held-out images is looked at: 16 times at most, and `most` times for all together."""
+    return max(1, min(MOST_LOOKS, most // count))
 
 
 def plan_run(
@@ -271,10 +282,12 @@ def plan_run(
     loss_of: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
+    check_memory(networks.model, run.device)
     step = probe.step_seconds(run, model, networks, images, loss_of)
     if run.is_main:
         one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
-        validated = min(len(held_out), config.train.validation_samples) if held_out else 0
+        count = min(len(held_out), config.train.validation_samples) if held_out else 0
+        validated = count * looks_of(count, config.train.validation_samples) if count else 0
         costs = _costs(config, networks, frozen, run, step=step, validation=one * validated)
         run.announce(
             make_plan(

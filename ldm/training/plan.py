@@ -54,6 +54,7 @@ class Plan:
     seconds_per_step: float
     expected_seconds: float
     memory_bytes: int
+    fixed_bytes: int
     memory_of: int
     disk_bytes: int
     quality: str
@@ -64,7 +65,10 @@ class Plan:
             f"about {duration(self.expected_seconds)}; {self.seconds_per_step:.3g} s a step, measured just now "
             "(validation, sample grids and checkpoints are counted)"
         )
-        memory = f"about {size(self.memory_bytes)} at the peak, of {size(self.memory_of)}"
+        memory = (
+            f"about {size(self.memory_bytes)} at the peak, of {size(self.memory_of)}; weights, gradients, moments and "
+            f"average alone are {size(self.fixed_bytes)}"
+        )
         rows = {
             "data": self.data,
             "space": self.space,
@@ -117,10 +121,31 @@ def make_plan(
         seconds_per_step=costs.step,
         expected_seconds=_seconds(train, step, costs),
         memory_bytes=costs.memory,
+        fixed_bytes=fixed_bytes(model),
         memory_of=_memory_of(device),
         disk_bytes=_bytes_on_disk(train, costs),
         quality=quality(config, images),
     )
+
+
+def check_memory(model: nn.Module, device: torch.device) -> None:
+    """Refuses a run whose weights, gradients, moments of AdamW and average alone do not fit.
+
+    Raises:
+        ValueError: with what they take and what would take less.
+    """
+    needed, there = fixed_bytes(model), _memory_of(device)
+    if needed > there > 0:
+        raise ValueError(
+            f"weights, gradients, optimizer and moving average take {size(needed)} and there are {size(there)}; choose "
+            "finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
+        )
+
+
+def fixed_bytes(model: nn.Module) -> int:
+    """Bytes of the weights, and for those that learn of a gradient, two moments and an average, all float32."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _seconds(train: TrainConfig, step: int, costs: Costs) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
+from ldm.training.networks import Networks
 from ldm.training.report import write_report
-from ldm.training.run import Networks, Run
+from ldm.training.run import Run
 
 ENOUGH_SECONDS = 1.0
 MOST_REPEATS = 30
@@ -50,7 +50,14 @@ def step_seconds(
     def forward_and_backward() -> None:
         run.accelerator.backward(loss_of(model, batch))
 
-    learning = _seconds(run, forward_and_backward)
+    try:
+        learning = _seconds(run, forward_and_backward)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a micro-batch of {len(positions)} images does not fit into the memory of {run.device} "
+            f"({str(error).splitlines()[0]}); raise train.gradient_accumulation_steps, or set "
+            "train.gradient_checkpointing=true"
+        ) from error
     updating = _update_seconds(run, networks)
     model.zero_grad(set_to_none=True)
     micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
@@ -144,6 +151,12 @@ def peak_memory(run: Run, networks: Networks) -> int:
     moments = 0 if networks.optimizer.state else 8 * networks.trained_parameters
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device) + moments
+    try:
+        import resource
+    except ImportError:  # Windows, which keeps the peak where psutil finds it
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset) + moments
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
 
@@ -156,13 +169,18 @@ def _seconds(run: Run, action: Callable[[], object], together: bool = True) -> f
     most = max(1, min(MOST_REPEATS if alone else 3, run.config.train.max_steps - run.step))
     action()
     times: list[float] = []
-    while not times or (len(times) < most and (not alone or sum(times) < ENOUGH_SECONDS)):
+    while not times or (len(times) < most and (not alone or sum(times) < _enough(len(times)))):
         _finish(run.device)
         started = time.perf_counter()
         action()
         _finish(run.device)
         times.append(time.perf_counter() - started)
     return sum(times) / len(times)  # a run is a sum of fast and slow ones too
+
+
+def _enough(repeats: int) -> float:
+    """Seconds after which no more is measured: a single call may have met another program on the machine."""
+    return ENOUGH_SECONDS if repeats >= 3 else 10 * ENOUGH_SECONDS
 
 
 def _finish(device: torch.device) -> None:

@@ -23,9 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,59 +36,19 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, micro_batches
 from ldm.pipelines import save_png
-from ldm.training.files import check_new, damage, difference, flattened, hashes, locked, step_of, tensors_digest
-from ldm.training.optimisation import learning_rate, optimizer_tensors, restore_optimizer, trained_names
+from ldm.training.files import check_new, difference, hashes, locked
+from ldm.training.networks import Networks
+from ldm.training.optimisation import learning_rate
 from ldm.training.plan import Plan, duration
 from ldm.training.report import write_report
-
-# What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
-FREE_TO_CHANGE = (
-    *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
-    *("train.sample_every", "train.checkpoint_every", "train.keep_checkpoints", "train.num_workers", "sample."),
-    *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
-    "data.cache_dir",
-)
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: AveragedModel
-
-    @property
-    def trained_parameters(self) -> int:
-        """How many numbers learn."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-
-    def trained(self, module: nn.Module) -> dict[str, Tensor]:
-        """The weights in `module` (the network or its average) that learn."""
-        state = module.state_dict()
-        assert len(state) == len(list(module.parameters())), "buffers would be lost"
-        return {name: state[name] for name in trained_names(self.model)}
-
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Puts back what `trained` gave."""
-        if set(weights) != set(trained_names(self.model)):
-            raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
-        module.load_state_dict(weights, strict=False)
-
-    @cached_property
-    def untrained_digest(self) -> str | None:
-        """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
-        names = set(trained_names(self.model))
-        others = {name: value for name, value in self.model.state_dict().items() if name not in names}
-        return tensors_digest(others) if others else None
+from ldm.training.resuming import check_config, checkpoints, cut_log, logged, newest_checkpoint
 
 
 class Run:
@@ -134,7 +92,7 @@ class Run:
         self._resume = resume
         self._resumed = self._newest_checkpoint() if resume else None
         if self._resumed is not None:
-            self._check_config(self._resumed)
+            check_config(self.config, self._resumed, self.print)
         torch.manual_seed(config.seed)
         self._lock: int | None = None
         self._data: dict[str, Any] = {}
@@ -202,7 +160,7 @@ class Run:
         self.config = config
         self.reason = reason
         if self._resumed is not None:
-            self._check_config(self._resumed)
+            check_config(self.config, self._resumed, self.print)
 
     def micro_batches(
         self, images: CaptionedImages, first_step: int, last_step: int
@@ -322,18 +280,12 @@ class Run:
         with self._aside():
             if not self.is_main:
                 return
-            *earlier, (step, latest) = self._logged(name)
+            *earlier, (step, latest) = logged(self.folder, name)
             if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
                 return
             with checkpoint.atomic_folder(self.folder / "best") as folder:
                 export(folder / self.export)
                 checkpoint.write_json(folder / "best.json", {"step": step, name: latest})
-
-    def _logged(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a figure as often as it was logged, in the order of the log."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines if step_of(line) is not None]
-        return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
     def save_sheet(self, draw: Callable[[], Image.Image]) -> None:
         """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
@@ -390,7 +342,7 @@ class Run:
                 checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})
             self._renew_export(target)
             write_report(self.folder)
-            for old in self._checkpoints()[: -self.config.train.keep_checkpoints]:
+            for old in checkpoints(self.folder)[: -self.config.train.keep_checkpoints]:
                 shutil.rmtree(old)
 
     def _renew_export(self, newest: Path) -> None:
@@ -408,10 +360,7 @@ class Run:
     def _restore(self, networks: Networks, resumed: Path) -> None:
         folder = resumed / "training"
         state = checkpoint.read_json(folder / "state.json")
-        networks.load(networks.model, checkpoint.load_tensors(folder / "model.safetensors"), folder)
-        networks.load(networks.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
-        networks.ema.n_averaged.fill_(state["ema_updates"])
-        restore_optimizer(networks.model, networks.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
+        networks.restore(folder, state["ema_updates"])
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.step = state["step"]
@@ -433,10 +382,7 @@ class Run:
 
     def _write_training_state(self, folder: Path, networks: Networks) -> None:
         folder.mkdir()
-        checkpoint.save_tensors(folder / "model.safetensors", networks.trained(networks.model))
-        checkpoint.save_tensors(folder / "ema.safetensors", networks.trained(networks.ema.module))
-        moments = optimizer_tensors(networks.model, networks.optimizer)
-        checkpoint.save_tensors(folder / "optimizer.safetensors", moments)
+        networks.save(folder)
         scaler = self.accelerator.scaler
         packages = ("torch", "numpy", "accelerate", "transformers", "safetensors")
         checkpoint.write_json(
@@ -453,56 +399,13 @@ class Run:
             },
         )
 
-    # ---- the folder
-
-    def _checkpoints(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
-
     def _newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose files are those of its manifest; damaged ones are named and set aside.
-
-        Raises:
-            ValueError: if there are checkpoints but none is intact.
-        """
-        folders = self._checkpoints()
-        intact, damaged = None, []
-        for folder in reversed(folders):
-            wrong = damage(folder)
-            if wrong is None:
-                intact = folder
-                break
-            self.print(f"{folder} is damaged ({wrong}); taking the one before")
-            damaged.append(folder)
-        if folders and intact is None:
-            raise ValueError(
-                f"no checkpoint in {self.folder / 'checkpoints'} is intact; restore one from a copy, or start a "
-                "new run by leaving --resume out"
-            )
+        newest, damaged = newest_checkpoint(self.folder, self.print)
         self.accelerator.wait_for_everyone()
         if self.is_main:
             for folder in damaged:
                 folder.rename(folder.with_name(f"damaged.{folder.name}"))
-        return intact
-
-    def _check_config(self, folder: Path) -> None:
-        content = checkpoint.read_json(folder / "training" / "state.json")["config"]
-        kind: Any = type(self.config)
-        with suppress(ValueError):  # keys that are newer than the checkpoint stood at their defaults
-            content = yaml.safe_load(to_yaml(parse_config(content, kind, str(folder))))
-        stored, present = flattened(content), flattened(yaml.safe_load(to_yaml(self.config)))
-        if self.config.train.lr_schedule == "cosine" and stored["train.max_steps"] != self.config.train.max_steps:
-            self.print(
-                f"train.max_steps was {stored['train.max_steps']} and is {self.config.train.max_steps}: the cosine of "
-                "the learning rate is stretched to it from here on"
-            )
-        for key in sorted(stored.keys() | present.keys()):
-            open_still = present.get("space") == "auto" and key in ("space", "first_stage")  # see `settle`
-            if stored.get(key) != present.get(key) and not key.startswith(FREE_TO_CHANGE) and not open_still:
-                raise ValueError(
-                    f"{key} is {present.get(key)!r} but {folder} was trained with {stored.get(key)!r}; "
-                    "resume with the same value, or start a new run in another output_dir"
-                )
+        return newest
 
     def _open_folder(self) -> None:
         check_new(self.folder)
@@ -519,15 +422,7 @@ class Run:
         self._lock = locked(self.folder)
         (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         if self._resumed is not None:
-            self._cut_metrics(int(self._resumed.name.removeprefix("step_")))
-
-    def _cut_metrics(self, step: int) -> None:
-        """Drops what was logged after the step that is resumed."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step_of(line) is not None and (step_of(line) or 0) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            cut_log(self.folder, int(self._resumed.name.removeprefix("step_")))
 
 
 def _cores() -> int:

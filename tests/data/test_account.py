@@ -83,7 +83,7 @@ def test_everything_is_counted() -> None:
     sizes = account.sizes
     assert (sizes.smallest, sizes.median, sizes.largest) == ((20, 30), (100, 80), (300, 100))
     assert (sizes.enlarged, sizes.much_enlarged) == (2, 1)
-    assert sizes.shapes == {"1:3": 1, "2:3": 1, "4:3": 37, "3:1": 1}
+    assert sizes.shapes == {"narrower than 1:4": 1, "2:3": 1, "4:3": 37, "3:1": 1}
     assert account.formats == {"PNG": 37, "GIF": 1, "JPEG": 1, "made here": 1}
     assert account.modes == {"RGB": 37, "CMYK": 1, "I;16": 1, "P": 1}
     assert account.traits == dict.fromkeys(
@@ -95,7 +95,7 @@ def test_everything_is_counted() -> None:
     assert account.contradictory == ("00c.png",)
     held_out = account.held_out
     assert account.line() == (
-        f"things: 47 images: 40 used ({40 - held_out} to train on, {held_out} held out), 5 skipped, 2 duplicates"
+        f"things: 47 entries: 40 used ({40 - held_out} to train on, {held_out} held out), 5 skipped, 2 duplicates"
     )
 
 
@@ -130,12 +130,31 @@ def test_clean_data_needs_no_attention() -> None:
         (inspection([sample(n, group="one") for n in range(9)]), "nothing can be held out"),
         (
             inspection([sample(n, size=(20 + n, 90)) for n in range(20)]),
-            "12 images below half of 64 pixels would be blurred; choose a resolution of about 22",
+            "12 images below half of 64 pixels would be blurred; choose a resolution of about 22, or larger images",
+        ),
+        (
+            inspection([sample(n, size=(1, 1) if n < 5 else (90, 90)) for n in range(20)]),
+            "5 images below half of 64 pixels would be blurred; remove them, or take larger images",
         ),
     ],
 )
 def test_each_trouble_is_named(found: Inspection, part: str) -> None:
     assert [line for line in account_of(found, CONFIG).needs_attention if part in line]
+
+
+def test_panoramas_are_not_counted_as_ordinary_shapes() -> None:
+    sizes = [(5000, 1), (1, 5000), (400, 100), (401, 100), (100, 300)]
+    account = account_of(inspection([sample(n, size=size) for n, size in enumerate(sizes)]), CONFIG)
+    assert account.sizes.shapes == {"narrower than 1:4": 1, "1:3": 1, "3:1": 1, "wider than 4:1": 2}
+    assert next(iter(account.sizes.shapes)) == "narrower than 1:4"
+    assert any(note.startswith("3 images beyond 4:1, most of which is cropped away") for note in account.notes)
+
+
+def test_the_line_counts_images_and_where_some_are_skipped_entries() -> None:
+    assert account_of(inspection([sample(1)]), CONFIG).line().startswith("things: 1 image: 1 used (1 to train on, ")
+    assert account_of(clean(), CONFIG).line().startswith("things: 120 images: 120 used (")
+    one = account_of(inspection([], skipped=(Skipped("metadata.csv:2", "no caption"),)), CONFIG)
+    assert one.line().startswith("things: 1 entry: 0 used (")
 
 
 def test_with_buckets_the_area_counts() -> None:
@@ -203,3 +222,13 @@ def test_nothing_reaches_a_terminal_raw() -> None:
         lines = account.to_text(everything=everything).split("\n")
         assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
     json.dumps(account.to_dict(), allow_nan=False).encode("ascii")
+
+
+def test_folders_of_splits_that_are_taken_together_are_named() -> None:
+    def below(*tops: str) -> tuple[str, ...]:
+        samples = [replace(sample(i), id=f"{top}/{i}.png") for i, top in enumerate(tops)]
+        return account_of(inspection(samples), DataConfig(path="here", resolution=64)).notes
+
+    said = "what lies in train/ and test/, val/ is taken together; name the folder train/ itself"
+    assert any(said in note for note in below("train", "test", "val", "train"))
+    assert not any("taken together" in note for note in below("cats", "test") + below("train", "cats"))

@@ -1,4 +1,5 @@
 import codecs
+import errno
 import json
 import os
 import pickle
@@ -118,6 +119,7 @@ def test_what_lies_about_in_folders(tmp_path: Path) -> None:
     (data / "link.txt").write_text("through a link")
     (data / "lost.png").symlink_to(tmp_path / "nowhere.png")
     (data / "more").symlink_to(tmp_path)
+    (data / "round.png").symlink_to("round.png")
     os.mkfifo(data / "pipe.png")
     for name in ("phone.HEIC", "clip.mp4", "all.zip", "all.tar.gz", "page.html"):
         (data / name).touch()
@@ -136,6 +138,21 @@ def test_what_lies_about_in_folders(tmp_path: Path) -> None:
         "more": "a link to a folder, which is not followed; give that folder itself",
         "phone.HEIC": ".heic is not read; convert it to PNG or JPEG",
         "pipe.png": "not a file that can be read at any place",
+        "round.png": f"cannot be read: {os.strerror(errno.ELOOP)}",
+    }
+
+
+def test_images_whose_names_do_not_say_so_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    save(tmp_path / "cat" / "a.png")
+    for kind, name in (("PNG", "b"), ("JPEG", "c.jpg_large"), ("GIF", "d.1"), ("WEBP", "e.x"), ("TIFF", "f.part")):
+        Image.new("RGB", (8, 6)).save(tmp_path / "cat" / name, kind)
+    for name in ("notes", "b.md", "LICENSE"):
+        (tmp_path / "cat" / name).write_text("RIFF and text")
+    source = opened(tmp_path)
+    assert captions(source) == {"cat/a.png": ("cat",)}
+    asked = {"b": ".png", "c.jpg_large": ".jpg", "d.1": ".gif", "e.x": ".webp", "f.part": ".tif"}
+    assert reasons(source) == {
+        f"cat/{name}": f"an image, but its name does not say so; let it end in {kind}" for name, kind in asked.items()
     }
 
 

@@ -1,3 +1,6 @@
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,30 @@ def test_16_bit_greys_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> Non
     image = decode((tmp_path / f"a.{suffix}").read_bytes(), WHITE).image
     assert image.mode == "RGB"
     assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def png_of_16_bits(pixels: np.ndarray, colour_type: int) -> bytes:
+    """uint16 [h, w, channels] as a PNG, which Pillow only writes for greys."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_are_reported_of_colours_too(colour_type: int, channels: int) -> None:
+    pixels = np.full((4, 5, channels), 65535, np.uint16)
+    pixels[..., 0] = 257 * 100
+    decoded = decode(png_of_16_bits(pixels, colour_type), WHITE)
+    assert "16-bit" in decoded.traits
+    assert decoded.image.getpixel((0, 0))[0] == 100
+    eight = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(eight, "PNG")
+    assert decode(eight.getvalue(), WHITE).traits == ()
 
 
 def test_transparent_pixels_show_the_background_and_half_transparent_ones_blend(tmp_path: Path) -> None:
@@ -62,6 +89,14 @@ def test_an_image_that_the_camera_turned_stands_upright(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(decode((tmp_path / "a.png").read_bytes(), WHITE).image), np.asarray(upright))
 
 
+@pytest.mark.parametrize(("orientation", "traits"), [(0, ()), (1, ()), (3, ("rotated",)), (8, ("rotated",)), (99, ())])
+def test_only_what_is_turned_is_said_to_be(tmp_path: Path, orientation: int, traits: tuple[str, ...]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    gradient(12, 6).save(tmp_path / "a.jpg", exif=exif)
+    assert decode((tmp_path / "a.jpg").read_bytes(), WHITE).traits == traits
+
+
 def test_a_moving_image_shows_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
@@ -88,7 +123,7 @@ def test_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert str(tmp_path) not in str(caught.value)
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64·64 is more than twice that: a bomb
-    with pytest.raises(ValueError, match="exceeds limit"):
+    with pytest.raises(ValueError, match="more than 2,000 pixels, which would fill memory; save it smaller"):
         decode((tmp_path / "whole.jpg").read_bytes(), WHITE)
 
 

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,28 @@ def test_each_bad_row_of_csv_is_named_and_costs_no_other(tmp_path: Path) -> None
         "metadata.csv:6": "no caption",
         "metadata.csv:7": "no caption",
         "metadata.csv:10": "there is no file gone.png",
-        "metadata.csv:11": "the caption is not valid Unicode (a lone surrogate)",
+        "metadata.csv:11": "the caption is not UTF-8 text; save the file as UTF-8",
         "metadata.csv:12": "empty caption",
     }
+
+
+def test_a_list_spelled_in_a_cell_is_a_list_of_captions(tmp_path: Path) -> None:
+    cells = ['["a cat", "a pet"]', """["it's", 'a dog']""", "[v], a tag [x]", "['open", '["a", 3]', "[sic]"]
+    for number in range(len(cells)):
+        save(tmp_path / f"{number}.png")
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["file_name", "text"], *([f"{n}.png", cell] for n, cell in enumerate(cells))])
+    found = captions(opened(tmp_path))
+    assert found["0.png"] == ("a cat", "a pet")
+    assert found["1.png"] == ("it's", "a dog")
+    assert [found[f"{number}.png"] for number in range(2, 6)] == [(cell,) for cell in cells[2:]]
+
+
+def test_two_columns_of_captions_with_one_name_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,one,two\n")
+    with pytest.raises(ValueError, match=r'metadata\.csv has 2 columns "text"; rename all but one of them'):
+        opened(tmp_path)
 
 
 def test_metadata_in_parquet(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 import pickle
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from PIL import Image
 from pyarrow import parquet
 
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig, account_of, inspect, open_source
 from tests.data.pictures import captions, colour, opened, png, reasons, save
 
 datasets.disable_progress_bars()
@@ -141,6 +142,23 @@ def test_what_is_broken_in_parquet_costs_its_own_rows(tmp_path: Path) -> None:
         opened(tmp_path / "cut.parquet")
 
 
+def test_rows_without_a_name_are_reported_by_their_place(tmp_path: Path) -> None:
+    mirrored = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
+    data = io.BytesIO()
+    mirrored.resize((80, 60)).save(data, "PNG")
+    near = io.BytesIO()
+    mirrored.save(near, "PNG")
+    images = [data.getvalue(), b"broken", data.getvalue(), near.getvalue()]
+    write(tmp_path / "a.parquet", {"png": images, "text": ["a b c", "d", "e", "f"]})
+    config = DataConfig(path=str(tmp_path), resolution=8)
+    account = account_of(inspect(open_source(config), config), config, lost=lambda texts: [text[2:] for text in texts])
+    assert [entry.path for entry in account.skipped_files] == ["a.parquet:2"]
+    (copy,) = account.duplicate_files
+    assert {copy.path, copy.of} == {"a.parquet:1", "a.parquet:3"}
+    assert len(account.near_duplicates) == 1 and "a.parquet:4" in account.near_duplicates[0]
+    assert all(entry.image.startswith("a.parquet:") for entry in account.captions.too_long or ())
+
+
 def test_text_that_is_not_utf8_costs_its_own_rows(tmp_path: Path) -> None:
     broken = pa.array(["grün".encode("latin-1"), b"fine"]).view(pa.string())
     lists = pa.ListArray.from_arrays([0, 1, 2], broken)
@@ -148,12 +166,12 @@ def test_text_that_is_not_utf8_costs_its_own_rows(tmp_path: Path) -> None:
         write(tmp_path / name / "a.parquet", {"png": [png("red"), png("blue")], "text": texts})
         source = opened(tmp_path / name)
         assert list(captions(source).values()) == [("fine",)]
-        assert reasons(source) == {"a.parquet:1": "the caption is not valid Unicode (a lone surrogate)"}
+        assert reasons(source) == {"a.parquet:1": "the caption is not UTF-8 text; save the file as UTF-8"}
     save(tmp_path / "files" / "a.png")
     write(tmp_path / "files" / "metadata.parquet", {"file_name": ["a.png", "a.png"], "text": broken})
     source = opened(tmp_path / "files")
     assert captions(source) == {"a.png": ("fine",)}
-    assert reasons(source) == {"metadata.parquet:1": "the caption is not valid Unicode (a lone surrogate)"}
+    assert reasons(source) == {"metadata.parquet:1": "the caption is not UTF-8 text; save the file as UTF-8"}
 
 
 def test_a_row_may_name_a_file_instead_of_holding_it(tmp_path: Path) -> None:
@@ -246,3 +264,23 @@ def test_ids_of_the_hub_that_cannot_be_reached_end_in_one_line() -> None:
         ) as caught:
             open_source(DataConfig(path=name, resolution=8))
         assert "\n" not in str(caught.value) and "check the spelling, the network" in str(caught.value)
+
+
+def test_retries_of_the_hub_are_not_shown(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("huggingface_hub.utils")
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    level = logging.getLogger("huggingface_hub").level
+
+    def unreachable(*_: object, **__: object) -> None:
+        logger.warning("thrown while requesting HEAD; retrying in 1s")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    try:
+        with pytest.raises(ValueError, match="no network"):
+            open_source(DataConfig(path="someone/no-such-set", resolution=8))
+    finally:
+        logger.removeHandler(handler)
+    assert "retrying" not in capfd.readouterr().err
+    assert logging.getLogger("huggingface_hub").level == level

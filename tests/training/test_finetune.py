@@ -1,6 +1,7 @@
 """Going on from a model: what learns, what stays, what is written, and how it goes on after an interruption."""
 
 import gc
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -367,9 +368,12 @@ def test_the_held_out_loss_is_what_a_direct_computation_gives(tmp_path, stable_d
     pipeline = Pipeline.from_pretrained(exported)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     expected = {}
-    for i, sample in enumerate(held_out):  # one by one, where training takes them in batches
-        t = torch.tensor([(2 * i + 1) * 1000 // (2 * len(held_out))])
-        draws = keyed_draws(0, [0], [f"held out: {sample.id}"], 0, shape=(4, 8, 8), num_train_timesteps=1000)
+    looks = parts.looks_of(len(held_out), config.train.validation_samples)
+    assert looks > 1  # few images are looked at several times
+    # One by one, where training takes them in batches.
+    for (i, sample), look in itertools.product(enumerate(held_out), range(looks)):
+        t = torch.tensor([(2 * (i * looks + look) + 1) * 1000 // (2 * len(held_out) * looks)])
+        draws = keyed_draws(0, [look], [f"held out: {sample.id}"], 0, shape=(4, 8, 8), num_train_timesteps=1000)
         with torch.no_grad():
             pixels = to_signed(images.image_at(i))[None]
             latents = pipeline.codec.draw(pipeline.codec.moments(pixels))

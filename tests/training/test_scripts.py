@@ -290,7 +290,7 @@ def test_an_unreadable_image_is_named_skipped_and_counted(tmp_path, encoder_fold
     (folder / "8.png").write_bytes((folder / "8.png").read_bytes()[:60])
     run_ldm(settings(tmp_path / "run", encoder_folder), f"data.path={folder}", "data.held_out=0")
     printed = capsys.readouterr().out
-    assert "9 images: 8 used (8 to train on, 0 held out), 1 skipped, 0 duplicates" in printed
+    assert "9 entries: 8 used (8 to train on, 0 held out), 1 skipped, 0 duplicates" in printed
     assert "skipped 8.png" in printed
     assert Pipeline.from_pretrained(tmp_path / "run" / "pipeline")("red number 3", seed=0).images
 

@@ -1,0 +1,29 @@
+"""Training configs: a YAML file and `--set a.b=value` → validated, frozen objects."""
+
+from ldm.config.files import C, load_config, parse_config, to_yaml, with_overrides
+from ldm.config.schema import (
+    AutoencoderLossConfig,
+    AutoencoderTrainingConfig,
+    DiffusionTrainConfig,
+    FinetuneConfig,
+    LDMConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AutoencoderLossConfig",
+    "AutoencoderTrainingConfig",
+    "C",
+    "DiffusionTrainConfig",
+    "FinetuneConfig",
+    "LDMConfig",
+    "SampleConfig",
+    "TextConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+    "to_yaml",
+    "with_overrides",
+]

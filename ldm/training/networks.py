@@ -1,0 +1,62 @@
+"""What is trained, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ldm import checkpoint
+from ldm.training.files import tensors_digest
+from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trained_names
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers learn."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def trained(self, module: nn.Module) -> dict[str, Tensor]:
+        """The weights in `module` (the network or its average) that learn."""
+        state = module.state_dict()
+        assert len(state) == len(list(module.parameters())), "buffers would be lost"
+        return {name: state[name] for name in trained_names(self.model)}
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Puts back what `trained` gave."""
+        if set(weights) != set(trained_names(self.model)):
+            raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
+        module.load_state_dict(weights, strict=False)
+
+    @cached_property
+    def untrained_digest(self) -> str | None:
+        """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
+        names = set(trained_names(self.model))
+        others = {name: value for name, value in self.model.state_dict().items() if name not in names}
+        return tensors_digest(others) if others else None
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, average and moments into `folder`."""
+        checkpoint.save_tensors(folder / "model.safetensors", self.trained(self.model))
+        checkpoint.save_tensors(folder / "ema.safetensors", self.trained(self.ema.module))
+        checkpoint.save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.model, self.optimizer))
+
+    def restore(self, folder: Path, ema_updates: int) -> None:
+        """Puts back what `save` wrote."""
+        self.load(self.model, checkpoint.load_tensors(folder / "model.safetensors"), folder)
+        self.load(self.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
+        self.ema.n_averaged.fill_(ema_updates)
+        restore_optimizer(self.model, self.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
