@@ -135,7 +135,12 @@ def arguments_of(kind, folder, encoder_folder, stable_diffusion):
         return [str(ROOT / "configs" / "lora.yaml"), *often, "train.checkpoint_every=50", "train.sample_every=75"]
     often += ["train.max_steps=60", "train.checkpoint_every=20", "train.validate_every=20", "train.sample_every=30"]
     often += ["unet.block_out_channels=[16,32]", "unet.norm_num_groups=8", f"text.encoder={encoder_folder}"]
-    often += ["text.max_length=null", "sample.num_inference_steps=20", "train.batch_size=32"]
+    often += [
+        "text.max_length=null",
+        "sample.num_inference_steps=20",
+        "train.batch_size=32",
+        "sample.images_per_prompt=1",
+    ]
     if kind == "latent":
         run_autoencoder(folder / "first")
         often += [f"first_stage={folder / 'first' / 'autoencoder'}", "data.resolution=16"]
