@@ -195,7 +195,7 @@ def wrong(here):
         (["data", "--set", "first_stage=./no_stage", "--resolution", "64"], "there is no model folder ./no_stage"),
         (["data", "-o", "data/run"], "output_dir 'data/run' is inside data.path 'data'"),
         (["data", "-o", "."], "data.path is 'data', inside output_dir '.'"),
-        (["data", "-o", "thesis"], "output_dir thesis holds files that are no run of ldm"),
+        (["data", "-o", "thesis", "--plan"], "output_dir thesis holds files that are no run of ldm"),
         (["data", "-o", "thesis/chapter.txt"], "output_dir thesis/chapter.txt is a file"),
         (["data", "--resume", "data"], "goes on with the data of that run; leave data out"),
         (["--resume", "data"], "data holds no config.yaml"),
