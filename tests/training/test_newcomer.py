@@ -151,7 +151,7 @@ def test_what_is_set_counts_before_anything_is_chosen(here, encoder_folder, monk
     assert config.text.encoder == str(encoder_folder)
     # Four channels, ten by ten.
     assert "parameters on 10x10" in out and "space: latent, as asked" in out
-    assert "7 images: 6 used" in out and "1 skipped" in out
+    assert "7 entries: 6 used" in out and "1 skipped" in out
     assert not (here / "elsewhere").exists()
 
 
