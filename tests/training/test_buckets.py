@@ -14,7 +14,6 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
 from ldm.training import first_stage
 from ldm.training.parts import load_first_stage
-from tests import tiny
 from train import train_autoencoder, train_ldm
 
 ROOT = Path(__file__).parents[2]
@@ -30,15 +29,6 @@ def folder(tmp_path_factory):
         coarse = random.integers(0, 256, (3, 3, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(shape, Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"picture {number}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    torch.manual_seed(1)
-    tiny.clip_text_model().save_pretrained(folder)
-    tiny.clip_tokenizer().save_pretrained(folder)
     return folder
 
 
