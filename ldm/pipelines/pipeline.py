@@ -126,12 +126,11 @@ class Pipeline:
         self.text_encoder.to(device, dtype)
         return self
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, frozen: Path | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the pipeline folder, atomically; a latent one opens in diffusers' StableDiffusionPipeline.
 
         Args:
             folder: where; an old folder of that name is replaced when the new one is complete.
-            frozen: a folder written by `save_frozen`, whose parts are hard-linked instead of written again.
 
         Raises:
             ValueError: for a folder that holds other things, and while LoRAs are loaded that are not merged.
@@ -148,12 +147,7 @@ class Pipeline:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet)
             checkpoint.save_schedule(target / "scheduler", self.schedule)
-            if frozen is None:
-                self.save_frozen(target)
-            else:
-                assert not adapters.is_merged(self.text_encoder.model)
-                for part in sorted(frozen.iterdir()):
-                    checkpoint.link_tree(part, target / part.name)
+            self.save_frozen(target)
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""

@@ -103,15 +103,6 @@ def test_a_folder_gives_the_same_pictures(pipeline, tmp_path):
     assert not list(tmp_path.glob(".*"))  # nothing temporary is left
 
 
-def test_frozen_parts_are_linked_not_copied(pipeline, tmp_path):
-    pipeline.save_frozen(tmp_path / "frozen")
-    for name in ("one", "two"):
-        pipeline.save_pretrained(tmp_path / name, frozen=tmp_path / "frozen")
-    weights = [tmp_path / name / "text_encoder" / "model.safetensors" for name in ("frozen", "one", "two")]
-    assert len({path.stat().st_ino for path in weights}) == 1
-    assert Pipeline.from_pretrained(tmp_path / "two")("a", seed=0).seeds == [0]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
