@@ -5,8 +5,7 @@
     vae/…                    or codec/config.json for a model that works on pixels
     text_encoder/…  tokenizer/…  scheduler/scheduler_config.json
 
-Names in `config.json` are mapped to our classes in one closed table. Every write goes into a temporary sibling
-first and is renamed when it is complete.
+Names in `config.json` are mapped to our classes in one closed table. Every write is complete or not there: `ldm.disk`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm import disk
 from ldm.codecs import PixelCodec
 from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config_to_diffusers
 from ldm.models import AutoencoderConfig, AutoencoderKL, UNet, UNetConfig
@@ -51,24 +50,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not is_ours(folder):
         raise ValueError(f"{folder} holds files that are no model; nothing was written, choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / folder.name)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with disk.new_folder(folder) as aside:
+        yield aside
 
 
 def is_ours(folder: Path) -> bool:
@@ -77,14 +60,6 @@ def is_ours(folder: Path) -> bool:
         return False
     marks = ("model_index.json", "manifest.json", "config.json", "best.json", "pytorch_lora_weights.safetensors")
     return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in marks)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -105,7 +80,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     # ASCII: the name of a file may hold half of a surrogate pair, which UTF-8 does not take.
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    disk.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,8 +97,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves it to its owner alone, and models are made to be shared
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    with disk.new_file(path) as aside:
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"}
+            )
+        except SafetensorError as error:  # the tensors are sound: what fails is the disk
+            raise OSError(f"{path} cannot be written: {error}") from None
+        aside.chmod(0o644)  # safetensors leaves it to its owner alone, and models are made to be shared
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

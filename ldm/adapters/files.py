@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm import disk
 from ldm.adapters.layers import adapter_names, adapter_tensors, attach, check_new_name, check_weight, layer_alphas
 from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
 
@@ -314,13 +314,9 @@ def _choice(names: list[str], where: str) -> str:
 
 def _write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """A file of this name that is complete, or the one of before."""
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        save_file(dict(tensors), scratch, header)
-        os.chmod(scratch, 0o644)  # mkstemp leaves it to its owner alone
-        with open(scratch, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(scratch, target)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    with disk.new_file(target) as aside:
+        try:
+            save_file(dict(tensors), aside, header)
+        except SafetensorError as error:  # the tensors are sound: what fails is the disk
+            raise OSError(f"{target} cannot be written: {error}") from None
+        aside.chmod(0o644)  # safetensors leaves it to its owner alone

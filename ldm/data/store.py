@@ -32,6 +32,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ldm import disk
+
 
 def _files_allowed() -> int:
     """How many files this process may have open: often 1,024, or 256."""
@@ -205,7 +207,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(self.folder)
+            disk.sync(self.folder)
         except OSError as error:
             raise ValueError(
                 f"the cache {self.folder} cannot be written: {error.strerror or error} ({_size(needed)} more are "
@@ -361,16 +363,6 @@ def _remove_stale(path: Path) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _close(files: OrderedDict[Path, FileIO]) -> None:

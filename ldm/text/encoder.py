@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.text.files import Weights, copy_file, new_folder, write_json, write_weights
+from ldm.text.files import Weights, new_folder, write_json, write_weights
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
@@ -179,7 +180,7 @@ class TextEncoder:
             write_json(target / "config.json", files.config)
         with new_folder(Path(folder) / "tokenizer") as target:
             for path in files.tokenizer:
-                copy_file(path, target / path.name)
+                shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
             write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
 

@@ -1,9 +1,7 @@
 """The files of a text encoder: which ones it consists of, and how they reach another folder unchanged."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ldm import disk
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,19 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, keys in their own order, flushed to the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a file (links, as in the hub's cache, are followed), flushed to the disk."""
-    shutil.copyfile(source, target)
-    with target.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    """Write a JSON object, keys in their own order."""
+    disk.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_weights(folder: Path) -> Weights:
@@ -130,14 +119,17 @@ def write_weights(weights: Weights, folder: Path, other_towers: tuple[str, ...])
                 for name in tensor_names(shard):
                     if not name.startswith(other_towers):
                         kept[name] = tensors.get_tensor(name)
-        save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # the tensors are sound: what fails is the disk
+            raise OSError(f"{folder / WEIGHTS_NAME} cannot be written: {error}") from None
         return
     if weights.index is None:
-        copy_file(weights.shards[0], folder / WEIGHTS_NAME)
+        shutil.copyfile(weights.shards[0], folder / WEIGHTS_NAME)
         return
-    for shard in weights.shards:
-        copy_file(shard, folder / shard.name)
-    copy_file(weights.index, folder / INDEX_NAME)
+    for shard in weights.shards:  # links, as in the hub's cache, are followed
+        shutil.copyfile(shard, folder / shard.name)
+    shutil.copyfile(weights.index, folder / INDEX_NAME)
 
 
 @contextmanager
@@ -148,29 +140,5 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise ValueError(f"{target} exists already: choose another folder or delete it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes folders that others cannot read
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with disk.new_folder(target) as aside:
+        yield aside

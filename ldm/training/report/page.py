@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ldm import disk
 from ldm.training.report import curves, markup, metrics, sheets
 from ldm.training.report.curves import Line, Point, smooth
 from ldm.training.report.markup import escaped, number
@@ -94,14 +93,7 @@ def write_report(run_folder: Path) -> Path:
     style = f":root{{{LIGHT}}}{LAYOUT}{curves.style(curves.LIGHT)}{dark}"
     page = PAGE.format(title=escaped(run.name), style=style, body=body)
     path = run_folder / "report.html"
-    handle, temporary = tempfile.mkstemp(prefix=".report.", suffix=".html", dir=run_folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    disk.write_text(path, page)
     return path
 
 
