@@ -191,6 +191,9 @@ def train(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Choose, say why, print the config, and stop.")] = False,
     resume: Annotated[str | None, typer.Option(help="A run folder to go on with, instead of a new run.")] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="With --resume, a key that may differ from what it was; repeatable.")
+    ] = None,
 ) -> None:
     """Train a model on captioned images: look at them, choose everything, say why, and start."""
     from ldm.training.newcomer import resume_run, train_folder
@@ -198,7 +201,7 @@ def train(
     if resume is not None:
         if path is not None:
             raise ValueError(f"--resume {resume} goes on with the data of that run; leave {path} out")
-        raise typer.Exit(resume_run(Path(resume)))
+        raise typer.Exit(resume_run(Path(resume), accept or []))
     if path is None:
         raise ValueError("there is nothing to train on; name a folder of captioned images")
     if not 0 < minutes < float("inf"):

@@ -3,9 +3,10 @@
 accelerate launch train/train_ldm.py --config configs/digits.yaml --set train.max_steps=500
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.config import LDMConfig
 from ldm.data import Batch
@@ -13,13 +14,14 @@ from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
 from ldm.training import finetune, launch, parts
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import EncodedImages
+from ldm.training.guard import Losses
 from ldm.training.networks import Networks
 from ldm.training.optimisation import make_ema, make_optimizer
 from ldm.training.run import Run
 
 
-def train(config: LDMConfig, resume: bool) -> Path:
-    run = Run(config, export=config.export, resume=resume)
+def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -> Path:
+    run = Run(config, export=config.export, resume=resume, accept=accept)
 
     # The data, and the model at step 0; "auto" is decided here.
     images, held_out = parts.open_images(config.data, run)
@@ -43,7 +45,7 @@ def train(config: LDMConfig, resume: bool) -> Path:
     parts.report_encoded(encoded, pipeline.text_encoder, run)
     del pipeline, encoders
 
-    def loss_of(network: nn.Module, batch: Batch) -> Tensor:
+    def losses_of(network: nn.Module, batch: Batch) -> Losses:
         draws = keyed_draws(
             config.seed,
             batch.epochs,
@@ -56,7 +58,7 @@ def train(config: LDMConfig, resume: bool) -> Path:
         )
         latents = encoded.latents(batch, draws.posterior)
         condition = drop_conditioning(encoded.text(batch.captions), encoded.null, draws.dropped)
-        return diffusion_loss(
+        losses = diffusion_loss(
             network,
             schedule,
             latents,
@@ -64,40 +66,36 @@ def train(config: LDMConfig, resume: bool) -> Path:
             timesteps=draws.timesteps,
             noise=draws.noise,
             prediction_type=prediction_type,
-        ).mean()
+        )
+        return Losses(losses, draws.timesteps)
 
     def export(folder: Path) -> None:
         parts.export(folder, ema.module, frozen, config)
 
-    def validate() -> None:
-        if held_out_encoded:
+    def look() -> None:
+        if held_out_encoded and run.due(config.train.validate_every):
             run.measure(lambda: parts.held_out_loss(ema.module, schedule, prediction_type, config, held_out_encoded))
             run.keep_best("held_out_loss", export)
+        if run.due(config.train.sample_every):
+            run.save_sheet(lambda: parts.sample_sheet(frozen.pipeline(ema.module), config.sample))
 
-    def draw_samples() -> None:
-        run.save_sheet(lambda: parts.sample_sheet(frozen.pipeline(ema.module), config.sample))
-
-    if run.step == 0 and config.start_from is not None:  # what the model could do before
-        validate()
-        draw_samples()
-    parts.plan_run(config, images, held_out, model, networks, frozen, run, loss_of)
+    if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
+        look()
+    parts.plan_run(config, images, held_out, model, networks, frozen, run, losses_of)
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):
-            run.backward(loss_of(model, batch))
-            run.optimize(model, optimizer, batch.ids)
+            run.backward(losses_of(model, batch))
+            moved = run.optimize(model, optimizer)
 
-        if run.accelerator.sync_gradients:  # an optimizer step, however many micro-batches it took
-            ema.update_parameters(unet)
+        if run.accelerator.sync_gradients:  # a step, however many micro-batches it took
+            if moved:
+                ema.update_parameters(unet)
             run.advance()
-            if run.due(config.train.validate_every):
-                validate()
-            if run.due(config.train.sample_every):
-                draw_samples()
-            if run.due(config.train.checkpoint_every):
-                run.save_checkpoint(networks, export)
+            run.save_if_due(networks, export)
+            look()
 
-    run.finish()
+    run.finish(networks, export)
     return run.folder / config.export
 
 

@@ -82,7 +82,11 @@ class TrainConfig:
         num_workers: processes that load images; 0 loads in the main one.
         cpu_threads: threads of a process that computes on the CPU; None shares the machine's cores among the
             processes, whatever OMP_NUM_THREADS says (`accelerate launch` sets it to 1).
+        checkpoint_every: steps between checkpoints, besides the one at the end.
+        checkpoint_minutes: minutes between them at most; None counts steps alone.
         keep_checkpoints: how many of the newest checkpoints stay.
+        keep_every: checkpoints of the steps that this divides stay too.
+        max_nonfinite_steps: so many steps in a row may be skipped since a loss or gradient was not finite.
         validation_samples: how many held-out images the held-out loss looks at, at most.
     """
 
@@ -108,18 +112,22 @@ class TrainConfig:
     validation_samples: int = 256
     sample_every: int = 1000
     checkpoint_every: int = 1000
+    checkpoint_minutes: float | None = 10.0
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
         _positive(
             self,
             *("max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
             *("log_every", "validate_every", "validation_samples", "sample_every", "checkpoint_every"),
-            "keep_checkpoints",
+            *("keep_checkpoints", "max_nonfinite_steps"),
         )
         _not_negative(self, "warmup_steps", "weight_decay", "num_workers")
-        if self.cpu_threads is not None:
-            _positive(self, "cpu_threads")
+        for key in ("cpu_threads", "checkpoint_minutes", "keep_every"):
+            if getattr(self, key) is not None:
+                _positive(self, key)
         for key in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0 and less than 1")

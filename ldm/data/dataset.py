@@ -6,6 +6,7 @@ import hashlib
 import math
 import mmap
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,7 +109,6 @@ class CaptionedImages(Dataset[Item]):
         """The sample `index` as epoch `epoch` shows it, for `position` (epoch, index)."""
         epoch, index = position
         sample = self.samples[index]
-        choice = int(self._draw("caption", epoch, sample).integers(len(sample.captions)))
         flipped = self.config.flip and bool(self._draw("flip", epoch, sample).integers(2))
         image = None
         if self.with_images and self.config.crop == "random":
@@ -117,7 +117,12 @@ class CaptionedImages(Dataset[Item]):
             image = image.flip(-1) if flipped else image
         elif self.with_images:
             image = self.image_at(index, flipped)
-        return Item(sample.id, epoch, index, sample.captions[choice], flipped, self.shape_of(index), image)
+        return Item(sample.id, epoch, index, self.caption_at(epoch, index), flipped, self.shape_of(index), image)
+
+    def caption_at(self, epoch: int, index: int) -> str:
+        """Which of its captions a sample has in an epoch."""
+        sample = self.samples[index]
+        return sample.captions[int(self._draw("caption", epoch, sample).integers(len(sample.captions)))]
 
     def shape_of(self, index: int) -> tuple[int, int]:
         """(height, width) of an image as it is trained on."""
@@ -223,6 +228,12 @@ class _Cache:
 
     def _place(self, index: int) -> np.ndarray:
         return self.images[self.starts[index] : self.starts[index + 1]]
+
+
+def ignore_signals(worker: int) -> None:
+    """What a worker process begins with: the process that started it decides when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.codecs import Codec
-from ldm.data import Batch, CaptionedImages, Sample, to_signed
+from ldm.data import Batch, CaptionedImages, Sample, ignore_signals, to_signed
 from ldm.data.images import TRANSFORM_VERSION
 from ldm.data.sources import digest_of
 from ldm.data.store import Rows, Store
@@ -261,6 +261,7 @@ class Encoders:
                 batch_sampler=batches,
                 num_workers=self._num_workers,
                 collate_fn=list,
+                worker_init_fn=ignore_signals,
                 generator=torch.Generator(),  # a full cache must not change the random numbers of a run
             )
         )

@@ -1,10 +1,9 @@
-"""What a run knows about its files: hashes, damage, the lock, and configs as flat keys."""
+"""What a run knows about its files: hashes, damage, and configs as flat keys."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,6 @@ import torch
 from torch import Tensor
 
 from ldm import checkpoint
-
-
-def locked(folder: Path) -> int:
-    """Locks a run folder until the returned file is closed or the process ends, however it ends.
-
-    Raises:
-        ValueError: if another process holds it.
-    """
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # not on Windows
-    except OSError:
-        os.close(file)
-        raise ValueError(
-            f"{folder} is being written by another run; wait for it, or choose another output_dir"
-        ) from None
-    return file
-
-
-def check_new(folder: Path) -> None:
-    """`ValueError` if a folder holds what no run has written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; choose another output_dir")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-        raise ValueError(f"output_dir {folder} holds files that are no run of ldm; choose another output_dir")
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from ldm.data import Batch, CaptionedImages, to_signed
 from ldm.models import AutoencoderKL, enable_gradient_checkpointing, kl_divergence
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training import probe
+from ldm.training.guard import Losses
 from ldm.training.networks import Networks
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Run
@@ -50,11 +51,11 @@ def autoencoder_loss(images: Tensor, reconstruction: Tensor, moments: Tensor, kl
         moments: [B, 2C, h, w].
 
     Returns:
-        A scalar, the mean over the batch.
+        [B], one a sample.
     """
     values = images[0].numel()
     distance = (images - reconstruction).abs().flatten(1).mean(dim=1)  # [B]
-    return (distance + kl_weight * kl_divergence(moments) / values).mean()
+    return distance + kl_weight * kl_divergence(moments) / values
 
 
 def export_autoencoder(folder: Path, averaged: nn.Module, images: CaptionedImages, device: torch.device) -> None:
@@ -112,12 +113,12 @@ def plan_run(
     model: nn.Module,
     networks: Networks,
     run: Run,
-    loss_of: Callable[[nn.Module, Batch], Tensor],
+    losses_of: Callable[[nn.Module, Batch], Losses],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
-    step = probe.step_seconds(run, model, networks, images, loss_of)
+    step = probe.step_seconds(run, model, networks, images, losses_of)
     if run.is_main:
-        one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
+        one = probe.evaluation_seconds(run, networks.ema.module, images, losses_of)
         weights = 4 * sum(p.numel() for p in model.parameters())
         sheet = io.BytesIO()
 

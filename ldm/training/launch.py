@@ -1,4 +1,7 @@
-"""The command line of the two scripts, and how they fail: one line, exit code 2."""
+"""The command line of the two scripts, and how they end.
+
+Exit code 0: done. 2: one line says what is wrong. 75: told to stop, and saved. 1: a fault of ours, with its traceback.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldm.config import C, load_config
+from ldm.training.interruption import EXIT_CODE, Stopped, interruption
 
 
-def main(train: Callable[[C, bool], Path], kind: type[C], default_config: Path, description: str) -> None:
-    """Parses the arguments, validates the config and runs `train(config, resume)`."""
+def main(train: Callable[..., Path], kind: type[C], default_config: Path, description: str) -> None:
+    """Parses the arguments, validates the config and runs `train(config, resume, accept)`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--config", type=Path, default=default_config, help=f"YAML file (default: configs/{default_config.name})"
@@ -21,14 +25,30 @@ def main(train: Callable[[C, bool], Path], kind: type[C], default_config: Path, 
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. train.max_steps=500"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
+    parser.add_argument(
+        "--accept",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="with --resume, what may differ from the run that is continued, e.g. train.learning_rate data code",
+    )
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any script, terminals are not
     try:
-        config = load_config(arguments.config, arguments.set, kind)
-        result = train(config, arguments.resume)
+        with interruption.handled():
+            config = load_config(arguments.config, arguments.set, kind)
+            result = train(config, arguments.resume, arguments.accept)
     except (ValueError, OSError) as error:
         # An error of a loader's worker process arrives as its whole traceback; the last line is the message.
         print(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as stopped:
+        where = (
+            str(stopped)
+            or "nothing was lost: no step was made since the newest checkpoint, and what is encoded is kept"
+        )
+        print(f"stopped: {where}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
     print(f"done: {result}", flush=True)

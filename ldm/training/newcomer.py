@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_ya
 from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
 from ldm.training.choose import Wishes, choose_config
-from ldm.training.files import check_new
+from ldm.training.folder import check_new
 from ldm.training.space import DEFAULT_FIRST_STAGE
 
 SCRIPTS = Path(__file__).parents[2] / "train"
@@ -115,24 +116,36 @@ def _run_stages(stages: Sequence[tuple[str, str]]) -> int:
     return 0
 
 
-def resume_run(folder: Path) -> int:
+def resume_run(folder: Path, accept: Sequence[str]) -> int:
     """Goes on with a run that was interrupted; returns the script's exit code."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no config.yaml, so it is no run to resume; name the folder of a run")
     content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     script = "train_autoencoder.py" if "autoencoder" in content else "train_ldm.py"
-    code = run_script(script, ["--config", str(folder / "config.yaml"), "--set", f"output_dir={folder}", "--resume"])
+    arguments = ["--config", str(folder / "config.yaml"), "--set", f"output_dir={folder}", "--resume"]
+    code = run_script(script, [*arguments, *(["--accept", *accept] if accept else [])])
     if code == 0 and script == "train_ldm.py":
         _say_what_now(folder)
     return code
 
 
 def run_script(script: str, arguments: list[str]) -> int:
-    """Runs a script of train/ in a process of its own; under `accelerate launch` where there are several GPUs."""
+    """Runs a script of train/ in a process of its own; under `accelerate launch` where there are several GPUs.
+
+    SIGTERM and SIGINT are passed on: the script saves where it is, and ends with a code that says so.
+    """
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    return subprocess.run([*command, str(_find(script)), *arguments]).returncode
+    process = subprocess.Popen([*command, str(_find(script)), *arguments])
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code  # as a shell says that a signal has ended it
 
 
 def _find(script: str) -> Path:

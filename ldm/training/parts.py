@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from ldm import adapters, checkpoint
 from ldm.codecs import Codec, LatentCodec, PixelCodec
@@ -37,6 +37,7 @@ from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
 from ldm.training.files import tensors_digest
 from ldm.training.frozen import Frozen
+from ldm.training.guard import Losses
 from ldm.training.networks import Networks
 from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
@@ -279,13 +280,13 @@ def plan_run(
     networks: Networks,
     frozen: Frozen,
     run: Run,
-    loss_of: Callable[[nn.Module, Batch], Tensor],
+    losses_of: Callable[[nn.Module, Batch], Losses],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
     check_memory(networks.model, run.device)
-    step = probe.step_seconds(run, model, networks, images, loss_of)
+    step = probe.step_seconds(run, model, networks, images, losses_of)
     if run.is_main:
-        one = probe.evaluation_seconds(run, networks.ema.module, images, loss_of)
+        one = probe.evaluation_seconds(run, networks.ema.module, images, losses_of)
         count = min(len(held_out), config.train.validation_samples) if held_out else 0
         validated = count * looks_of(count, config.train.validation_samples) if count else 0
         costs = _costs(config, networks, frozen, run, step=step, validation=one * validated)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
+from ldm.training.guard import Losses
 from ldm.training.networks import Networks
 from ldm.training.report import write_report
 from ldm.training.run import Run
@@ -32,7 +33,7 @@ def step_seconds(
     model: nn.Module,
     networks: Networks,
     images: CaptionedImages,
-    loss_of: Callable[[nn.Module, Batch], Tensor],
+    losses_of: Callable[[nn.Module, Batch], Losses],
 ) -> float:
     """Seconds of an optimizer step: reading, forward, backward, AdamW and the moving average.
 
@@ -48,7 +49,7 @@ def step_seconds(
     batch = collate([images[position] for position in positions])
 
     def forward_and_backward() -> None:
-        run.accelerator.backward(loss_of(model, batch))
+        run.accelerator.backward(losses_of(model, batch).values.mean())
 
     try:
         learning = _seconds(run, forward_and_backward)
@@ -92,13 +93,13 @@ def _update_seconds(run: Run, networks: Networks) -> float:
 
 @torch.no_grad()
 def evaluation_seconds(
-    run: Run, network: nn.Module, images: CaptionedImages, loss_of: Callable[[nn.Module, Batch], Tensor]
+    run: Run, network: nn.Module, images: CaptionedImages, losses_of: Callable[[nn.Module, Batch], Losses]
 ) -> float:
     """Seconds of one evaluation of a network for one image, without gradients, in a batch."""
     positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
     batch = collate([images[position] for position in positions])
     with precision_of(network):
-        return _seconds(run, lambda: loss_of(network, batch), together=False) / len(positions)
+        return _seconds(run, lambda: losses_of(network, batch), together=False) / len(positions)
 
 
 def sheet_seconds(draw: Callable[[int], object], steps: int) -> float:

@@ -1,91 +1,169 @@
-"""Going on with a run: which of its checkpoints, whether the config still means the same, what its log keeps."""
+"""Going on with a run: whether config, data and machine are still what it was, and what its log keeps."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
-from ldm.training.files import damage, flattened, step_of
+from ldm.data import CaptionedImages
+from ldm.data.captions import printable
+from ldm.training.environment import changed
+from ldm.training.files import flattened, step_of
 
 # What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
 FREE_TO_CHANGE = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
-    *("train.sample_every", "train.checkpoint_every", "train.keep_checkpoints", "train.num_workers", "sample."),
+    *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
+    *("train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
     "data.cache_dir",
 )
+NAMES_SHOWN = 5
+
+Differences = dict[str, tuple[Any, Any]]
+"""Key → (what it was, what it is)."""
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    return sorted(path for path in run.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
+def differences(
+    config: LDMConfig | AutoencoderTrainingConfig, present: Mapping[str, Any], folder: Path, say: Callable[[str], None]
+) -> Differences:
+    """In what config and environment differ from those of the checkpoint `folder`, where that changes its meaning.
 
-
-def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint whose files are those of its manifest, the newer ones that are damaged and were named).
-
-    Raises:
-        ValueError: if there are checkpoints but none is intact.
+    Args:
+        present: the environment of this process.
     """
-    folders = checkpoints(run)
-    damaged: list[Path] = []
-    for folder in reversed(folders):
-        wrong = damage(folder)
-        if wrong is None:
-            return folder, damaged
-        say(f"{folder} is damaged ({wrong}); taking the one before")
-        damaged.append(folder)
-    if folders:
-        raise ValueError(
-            f"no checkpoint in {run / 'checkpoints'} is intact; restore one from a copy, or start a new run by leaving "
-            "--resume out"
-        )
-    return None, []
-
-
-def check_config(config: LDMConfig | AutoencoderTrainingConfig, folder: Path, say: Callable[[str], None]) -> None:
-    """Refuses to go on from the checkpoint `folder` under a config that means another run.
-
-    Raises:
-        ValueError: naming the key, what it was and what it is.
-    """
-    content = checkpoint.read_json(folder / "training" / "state.json")["config"]
-    kind: Any = type(config)
-    with suppress(ValueError):  # keys that are newer than the checkpoint stood at their defaults
-        content = yaml.safe_load(to_yaml(parse_config(content, kind, str(folder))))
-    stored, present = flattened(content), flattened(yaml.safe_load(to_yaml(config)))
-    if config.train.lr_schedule == "cosine" and stored["train.max_steps"] != config.train.max_steps:
+    state = checkpoint.read_json(folder / "training" / "state.json")
+    stored = state["config"]
+    if config.train.lr_schedule == "cosine" and stored["train"]["max_steps"] != config.train.max_steps:
         say(
-            f"train.max_steps was {stored['train.max_steps']} and is {config.train.max_steps}: the cosine of the "
+            f"train.max_steps was {stored['train']['max_steps']} and is {config.train.max_steps}: the cosine of the "
             "learning rate is stretched to it from here on"
         )
-    for key in sorted(stored.keys() | present.keys()):
-        open_still = present.get("space") == "auto" and key in ("space", "first_stage")  # see `Run.settle`
-        if stored.get(key) != present.get(key) and not key.startswith(FREE_TO_CHANGE) and not open_still:
-            raise ValueError(
-                f"{key} is {present.get(key)!r} but {folder} was trained with {stored.get(key)!r}; "
-                "resume with the same value, or start a new run in another output_dir"
-            )
+    before = state.get("environment", {})
+    if before and before["processes"] != present["processes"]:
+        say(
+            f"the run had {before['processes']} processes and has {present['processes']}: it sees the same samples and "
+            "noise, and sums are rounded otherwise"
+        )
+    return config_differences(stored, config, str(folder)) | changed(before, dict(present))
+
+
+def config_differences(
+    stored: dict[str, Any], config: LDMConfig | AutoencoderTrainingConfig, where: str
+) -> Differences:
+    """The keys in which a stored config means another run."""
+    kind: Any = type(config)
+    with suppress(ValueError):  # keys that are newer than the run stood at their defaults
+        stored = yaml.safe_load(to_yaml(parse_config(stored, kind, where)))
+    then, now = flattened(stored), flattened(yaml.safe_load(to_yaml(config)))
+    found = {}
+    for key in sorted(then.keys() | now.keys()):
+        open_still = now.get("space") == "auto" and key in ("space", "first_stage")  # see `Run.settle`
+        if then.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE) and not open_still:
+            found[key] = (then.get(key), now.get(key))
+    return found
+
+
+def refuse(found: Differences, accept: Iterable[str], folder: Path, say: Callable[[str], None]) -> None:
+    """Refuses to go on from a checkpoint under other conditions than those that were accepted one by one.
+
+    Raises:
+        ValueError: naming each key, what it was and what it is.
+    """
+    accepted = set(accept)
+    shown = {key: f"{key}: {_shown(then)} → {_shown(now)}" for key, (then, now) in found.items()}
+    refused = [key for key in found if key not in accepted]
+    if refused:
+        raise ValueError(
+            f"{folder} was made under other conditions ({'; '.join(shown[key] for key in refused)}); restore them, "
+            f"accept them with --accept {' '.join(refused)}, or start a new run in another output_dir"
+        )
+    for key in found:
+        say(f"accepted: {shown[key]}")
+
+
+def _shown(value: Any) -> str:
+    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+# ---- the data
+
+
+def fingerprints(images: CaptionedImages) -> dict[str, str]:
+    """Sample id → a hash of its picture's bytes and its captions."""
+    return {sample.id: _hash(repr((sample.digest, sample.captions)))[:16] for sample in images.samples}
+
+
+def digest_of(images: CaptionedImages) -> str:
+    """A hash of all that decides which pictures and captions a step sees."""
+    text = "".join(repr((sample.id, sample.digest, sample.captions)) for sample in images.samples)
+    if len(images.buckets.sizes) > 1:  # the order of batches follows from them
+        text += repr((images.buckets.sizes, images.buckets.assignment))
+    return _hash(text)
+
+
+def data_differences(
+    run: Path, stored: Mapping[str, Any], present: Mapping[str, Any], images: CaptionedImages
+) -> Differences:
+    """{} if the data is what it was, or the one key `data` with a summary of both."""
+    if stored == present:
+        return {}
+    then, now = f"{stored['samples']} images", f"{present['samples']} images"
+    known = run / "fingerprints.json"
+    if known.is_file():
+        before, after = checkpoint.read_json(known), fingerprints(images)
+        groups = {
+            "changed": [name for name in after if name in before and before[name] != after[name]],
+            "new": [name for name in after if name not in before],
+            "gone": [name for name in before if name not in after],
+        }
+        now += "".join(f", {len(names)} {kind} ({_some(names)})" for kind, names in groups.items() if names)
+        if not any(groups.values()):
+            now += ", in another order or with other aspect ratios"
+    return {"data": (then, now)}
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
+    return shown + (", …" if len(names) > NAMES_SHOWN else "")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# ---- the log
 
 
 def logged(run: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of a figure as often as it was logged, in the order of the log."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     entries = [json.loads(line) for line in lines if step_of(line) is not None]
     return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
 
-def cut_log(run: Path, step: int) -> None:
-    """Drops what was logged after the step that is resumed."""
-    path = run / "metrics.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if step_of(line) is not None and (step_of(line) or 0) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+def cut_log(path: Path, step: int, *, evaluated_again: bool) -> None:
+    """Drops what was logged after the step that is resumed, and half a line at the end.
+
+    Args:
+        evaluated_again: whether the figures on held-out images at that step are about to be measured again.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        at = step_of(line)
+        repeated = evaluated_again and at == step and "held_out" in line
+        if at is not None and at <= step and not repeated:
+            kept.append(line)
+    disk.write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,10 +1,11 @@
-"""One run of a training script: its processes, its folder, its log and its checkpoints.
+"""One run of a training script: its steps, its folder, its log and its checkpoints.
 
 RUN/config.yaml         the complete config
-RUN/data.json           the account of the data
+RUN/data.json           the account of the data; fingerprints.json has a hash of each sample
 RUN/plan.json           what was planned, and how long it took
 RUN/report.html         all of this as one page
 RUN/metrics.jsonl       a line whenever something was measured
+RUN/nonfinite.jsonl     a line for each step that was skipped, with its samples
 RUN/samples/            sample grids
 RUN/tensorboard/        the same for TensorBoard
 RUN/checkpoints/step_00001000/   `training/` to resume from, and what the script exports
@@ -14,41 +15,38 @@ RUN/best/               the export with the lowest held-out loss so far, and whi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
-from ldm.data import Account, Batch, CaptionedImages, collate, generator, micro_batches
+from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import save_png
-from ldm.training.files import check_new, difference, hashes, locked
+from ldm.training import guard, resuming, saving
+from ldm.training.environment import environment
+from ldm.training.files import hashes
+from ldm.training.folder import open_folder, write_once
+from ldm.training.guard import Losses
+from ldm.training.interruption import Stopped, interruption
 from ldm.training.networks import Networks
 from ldm.training.optimisation import learning_rate
 from ldm.training.plan import Plan, duration
+from ldm.training.processes import join, total
 from ldm.training.report import write_report
-from ldm.training.resuming import check_config, checkpoints, cut_log, logged, newest_checkpoint
 
 
 class Run:
@@ -59,47 +57,47 @@ class Run:
     Args:
         resume: go on from the newest checkpoint of the folder, or start where there is none. Without it an
             older run of the same folder is moved aside, never overwritten.
+        accept: keys of config and environment (and "data") that may differ from those of the run that is resumed.
         export: name of the folder with the trained model, in each checkpoint and in the run folder.
 
     Attributes:
-        step: optimizer steps done; the position in the data follows from it.
+        step: steps done; the position in the data follows from it.
+        stopping: whether the run ends after this step, since some process of it was told to.
     """
 
-    def __init__(self, config: LDMConfig | AutoencoderTrainingConfig, *, export: str, resume: bool) -> None:
+    def __init__(
+        self,
+        config: LDMConfig | AutoencoderTrainingConfig,
+        *,
+        export: str,
+        resume: bool,
+        accept: Sequence[str] = (),
+    ) -> None:
         self.config = config
         self.folder = Path(config.output_dir).expanduser()
         self.export = export
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        no_accelerator = not torch.accelerator.is_available()
-        self.accelerator = Accelerator(
-            cpu=no_accelerator and processes > 1,  # else several processes without a GPU do not find each other
-            mixed_precision=config.train.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.train.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with="tensorboard",
-            project_dir=self.folder,
-        )
-        if self.accelerator.num_processes != processes:
-            raise ValueError(
-                f"{processes} processes were launched but accelerate joined {self.accelerator.num_processes}; "
-                "launch them with torchrun --nproc_per_node, or a single one"
-            )
+        self.accelerator = join(config.train, self.folder)
         self.device = self.accelerator.device
-        if self.device.type == "cpu":
-            torch.set_num_threads(config.train.cpu_threads or max(1, _cores() // processes))
-        self.step = 0
-        self._resume = resume
-        self._resumed = self._newest_checkpoint() if resume else None
+        self.stopping = False
+        self._resume, self._accept = resume, accept
+        self._environment = environment(self.device, self.accelerator.num_processes)
+        self._resumed, self._damaged = self._newest_checkpoint() if resume else (None, [])
+        self.step = 0 if self._resumed is None else saving.step_of(self._resumed)
         if self._resumed is not None:
-            check_config(self.config, self._resumed, self.print)
+            found = resuming.differences(config, self._environment, self._resumed, self.print)
+            resuming.refuse(found, accept, self._resumed, self.print)
         torch.manual_seed(config.seed)
-        self._lock: int | None = None
+        self._unlock: Callable[[], None] = lambda: None
+        self._images: CaptionedImages | None = None
         self._data: dict[str, Any] = {}
         self._account: Account | None = None
-        self._losses: list[Tensor] = []
-        self._gradient_norm: Tensor | None = None
+        self._micro: list[Losses] = []  # of the present step
+        self._losses: list[float] = []  # of the steps since the last line of the log
+        self._gradient_norm = 0.0
+        self._skipped = {"in_all": 0, "in_a_row": 0}
         self._seen, self._since = 0, time.perf_counter()
+        self._saved = -1 if self._resumed is None else self.step
+        self._saved_at, self._minutes_are_up = time.monotonic(), False
         self._bar: tqdm[Any] | None = None
         self._plan: dict[str, Any] | None = None
         self._planned = 0.0
@@ -114,11 +112,21 @@ class Run:
         if self._resumed is not None:
             self._check_untrained(networks, self._resumed)
         if self.is_main:
-            self._open_folder()
-            if self._account is not None:
+            self._unlock = open_folder(
+                self.folder,
+                self.config,
+                self.step,
+                resume=self._resume,
+                damaged=self._damaged,
+                evaluated_again=self.due(self.config.train.validate_every),
+                say=self.print,
+            )
+            if self._account is not None and self._images is not None:
                 checkpoint.write_json(self.folder / "data.json", self._account.to_dict())
+                checkpoint.write_json(self.folder / "fingerprints.json", resuming.fingerprints(self._images))
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("tensorboard")
+        # What TensorBoard was told after this step is hidden, as it is cut from the log.
+        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
         if self._resumed is not None:
             self._restore(networks, self._resumed)
 
@@ -139,28 +147,21 @@ class Run:
             ValueError: before anything is written.
         """
         self.micro_batches(images, 0, 0)
-        self._account = account
-        digest = hashlib.sha256()
-        for sample in images.samples:
-            digest.update(repr((sample.id, sample.digest, sample.captions)).encode("utf-8", "surrogatepass"))
-        if len(images.buckets.sizes) > 1:  # the order of batches follows from them
-            digest.update(repr((images.buckets.sizes, images.buckets.assignment)).encode())
-        self._data = {"samples": len(images), "sha256": digest.hexdigest()}
+        self._images, self._account = images, account
+        self._data = {"samples": len(images), "sha256": resuming.digest_of(images)}
         if self._resumed is not None:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
-            if stored != self._data:
-                raise ValueError(
-                    f"{self._resumed} was trained on {stored['samples']} images and now there are {len(images)}, "
-                    "or other names, pictures, captions or aspect ratios; restore the data, or start a new run in "
-                    "another output_dir"
-                )
+            found = resuming.data_differences(self.folder, stored, self._data, images)
+            resuming.refuse(found, self._accept, self._resumed, self.print)
 
     def settle(self, config: LDMConfig, reason: str | None) -> None:
         """Takes the config in which what was left open ("auto") is decided, and the reason, for the plan."""
         self.config = config
         self.reason = reason
         if self._resumed is not None:
-            check_config(self.config, self._resumed, self.print)
+            stored = checkpoint.read_json(self._resumed / "training" / "state.json")["config"]
+            found = resuming.config_differences(stored, config, str(self._resumed))
+            resuming.refuse(found, self._accept, self._resumed, lambda _: None)
 
     def micro_batches(
         self, images: CaptionedImages, first_step: int, last_step: int
@@ -176,10 +177,22 @@ class Run:
         )
 
     def batches(self, images: CaptionedImages) -> Iterator[Batch]:
-        """This process's micro-batches from the present step to the last, in the order of the whole run."""
+        """This process's micro-batches from the present step to the last, in the order of the whole run.
+
+        They end early, after a whole step, when the run is told to stop.
+        """
+        if self.stopping:
+            return
+        interruption.may_break_off = False
         train = self.config.train
         sampler = self.micro_batches(images, self.step, train.max_steps)
-        loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=train.num_workers)
+        loader = DataLoader(
+            images,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=train.num_workers,
+            worker_init_fn=ignore_signals,
+        )
         self._bar = tqdm(
             total=train.max_steps,
             initial=self.step,
@@ -187,67 +200,132 @@ class Run:
             disable=not self.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
-        self._since = time.perf_counter()
+        self._since, self._saved_at = time.perf_counter(), time.monotonic()
         for number, batch in enumerate(loader):
             # Dropout inside a network is the one thing that draws from torch's own generator: keyed as well.
             slice_of_step = number % train.gradient_accumulation_steps
             draw = generator(self.config.seed, "torch", self.step, slice_of_step, self.accelerator.process_index)
             torch.manual_seed(int(draw.integers(2**63)))
             yield batch
+            if self.stopping and slice_of_step + 1 == train.gradient_accumulation_steps:
+                break
         self._bar.close()
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a micro-batch's loss, and the loss to what is logged next."""
-        self.accelerator.backward(loss)
-        self._losses.append(loss.detach())
+    def backward(self, losses: Losses) -> None:
+        """Adds the gradient of the mean of a micro-batch's losses."""
+        self.accelerator.backward(losses.values.mean())
+        self._micro.append(Losses(losses.values.detach(), losses.timesteps))
 
-    def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Sequence[str]) -> None:
-        """One step of the optimizer once the gradients of all its micro-batches are there; else nothing.
+    def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        """One step of the optimizer once the gradients of all its micro-batches are there.
+
+        A loss or gradient that is not finite in any process is seen here by all: the optimizer is not run, and the
+        samples are named. The processes also learn here, in the same message, whether one of them was told to stop.
+
+        Returns:
+            Whether the weights have moved.
 
         Raises:
-            ValueError: if the gradient is not finite, before the optimizer moves. (Under fp16 the loss
-                scaler skips overflowing gradients itself, and only the loss is watched.)
+            ValueError: after `train.max_nonfinite_steps` such steps in a row.
         """
+        if not self.accelerator.sync_gradients:
+            return False
         train = self.config.train
-        if self.accelerator.sync_gradients:
-            self._gradient_norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-            assert self._gradient_norm is not None
-            watched = self._losses[-1] if train.mixed_precision == "fp16" else self._gradient_norm
-            if not bool(watched.isfinite()):
-                raise ValueError(
-                    f"the loss or gradient of step {self.step} is not finite (loss {float(self._losses[-1])}, samples "
-                    f"{', '.join(ids[:8])} …); the optimizer was not run; start again with a lower train.learning_rate"
-                )
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        assert norm is not None
+        loss = torch.stack([values.mean() for values, _ in self._micro]).mean()
+        mean, largest, nonfinite = self._meet(loss, norm)
+        scaler = self.accelerator.scaler
+        if nonfinite:
+            self._skip(mean, largest)
+        else:
+            self._losses.append(mean)
+            self._gradient_norm = largest
+            self._skipped["in_a_row"] = 0
+        self._micro = []
+        if not nonfinite or scaler is not None:  # a loss scaler passes over what is not finite, and learns from it
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(train, self.step)
-        optimizer.step()  # accelerate lets it and zero_grad pass until the gradients are synchronised
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return not nonfinite and not self.accelerator.optimizer_step_was_skipped
+
+    def _meet(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
+        """The mean loss of the step and the norm of its gradient, and whether either is not finite anywhere.
+
+        The only moment of a step at which the processes hear of each other and the host of its device. Who was told
+        to stop, and the main process when it is time for a checkpoint, say so too.
+        """
+        scaler = self.accelerator.scaler
+        watched = loss if scaler is not None and scaler.get_scale() > 1 else loss + norm  # its overflows are normal
+        minutes = self.config.train.checkpoint_minutes
+        is_time = self.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        flags = torch.tensor([float(interruption.requested is not None), float(is_time)], device=self.device)
+        share = loss / self.accelerator.num_processes
+        words = torch.cat([torch.stack([share, (~watched.isfinite()).to(share)]), flags.to(share)])
+        if self.accelerator.num_processes > 1:
+            words = self.accelerator.reduce(words, "sum")
+        mean, nonfinite, stop, is_time_for_all, largest = torch.cat([words, norm.detach().to(words).view(1)]).tolist()
+        self.stopping |= stop > 0
+        self._minutes_are_up = is_time_for_all > 0
+        return mean, largest, nonfinite > 0
+
+    def _skip(self, loss: float, norm: float) -> None:
+        """Counts and names a step that is not made."""
+        self._skipped = {key: count + 1 for key, count in self._skipped.items()}
+        values = torch.cat([losses.values.float() for losses in self._micro])  # [M·b]
+        timesteps = [losses.timesteps for losses in self._micro if losses.timesteps is not None]
+        seen_at = torch.cat(timesteps).to(values) if timesteps else torch.full_like(values, -1)
+        gathered = self.accelerator.gather(torch.stack([values, seen_at], dim=1))  # [P·M·b, 2]
+        assert isinstance(gathered, Tensor) and self._images is not None
+        train, processes = self.config.train, self.accelerator.num_processes
+        # Micro-batch m of process p is slice m·P + p of the batch.
+        ordered = (
+            gathered.unflatten(0, (processes, train.gradient_accumulation_steps, -1)).transpose(0, 1).flatten(0, 2)
+        )
+        log = self.folder / "nonfinite.jsonl"
+        if self.is_main:
+            positions = self._images.order(train.batch_size).batch(self.step)
+            samples = guard.suspects(self._images, positions, ordered.tolist())
+            self.print(guard.line_of(self.step + 1, loss, norm, samples))
+            guard.note(log, self.step + 1, loss, norm, samples)
+        if self._skipped["in_a_row"] >= train.max_nonfinite_steps:
+            raise ValueError(
+                f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row, whose samples are "
+                f"in {log}; {self._standing()}; leave these samples out, or go on from there with a lower learning "
+                "rate: --resume --set train.learning_rate=… --accept train.learning_rate"
+            )
 
     def advance(self) -> None:
-        """Counts an optimizer step and logs every `log_every` of them."""
+        """Counts a step and logs every `log_every` of them."""
+        train = self.config.train
         self.step += 1
-        self._seen += self.config.train.batch_size
+        self._seen += train.batch_size
         if self._bar is not None:
             self._bar.update()
-        if not self.due(self.config.train.log_every):
+        if not self._is_multiple(train.log_every):
             return
-        mean = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean")
-        assert isinstance(mean, Tensor) and self._gradient_norm is not None
         rate = self._seen / (time.perf_counter() - self._since)
-        self.log(
-            {
-                "loss": float(mean),
-                "gradient_norm": float(self._gradient_norm),
-                "learning_rate": learning_rate(self.config.train, self.step - 1),
-                "samples_per_second": round(rate, 2),
-            }
-        )
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {float(mean):.4f}, {rate:.0f} samples/s", refresh=False)
-        self._losses, self._seen, self._since = [], 0, time.perf_counter()
+        values = {"learning_rate": learning_rate(train, self.step - 1), "samples_per_second": round(rate, 2)}
+        if self._losses:
+            loss = math.fsum(self._losses) / len(self._losses)
+            values = {"loss": loss, "gradient_norm": self._gradient_norm} | values
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s", refresh=False)
+        if self._skipped["in_all"]:
+            values["skipped_steps"] = self._skipped["in_all"]
+        self.log(values)
+        self._seen, self._since = 0, time.perf_counter()
+        if self.step % train.log_every == 0:  # not at the end alone: a run that is prolonged goes on with them
+            self._losses = []
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens now."""
+        """Whether something that happens every so many steps, and at the end, happens now; never once the run stops:
+        what is left out is made up for when it is resumed.
+        """
+        return self._is_multiple(every) and not self.stopping
+
+    def _is_multiple(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.max_steps
 
     # ---- what is written
@@ -262,8 +340,7 @@ class Run:
     def log(self, values: Mapping[str, float]) -> None:
         """Appends to `metrics.jsonl` and TensorBoard."""
         if self.is_main:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **values}))
         self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
 
     def measure(self, values: Callable[[], Mapping[str, float]]) -> None:
@@ -277,15 +354,17 @@ class Run:
 
         What the log says decides, so that a resumed run decides as an unbroken one.
         """
+        if self.stopping:  # it was not measured to the end
+            return
         with self._aside():
             if not self.is_main:
                 return
-            *earlier, (step, latest) = logged(self.folder, name)
+            *earlier, (step, latest) = resuming.logged(self.folder, name)
             if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
                 return
             with checkpoint.atomic_folder(self.folder / "best") as folder:
                 export(folder / self.export)
-                checkpoint.write_json(folder / "best.json", {"step": step, name: latest})
+                checkpoint.write_json(folder / "best.json", {"step": step, name: latest, "files": hashes(folder)})
 
     def save_sheet(self, draw: Callable[[], Image.Image]) -> None:
         """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
@@ -304,50 +383,107 @@ class Run:
         """
         folder = self.folder / name
         if self.is_main:
-            with TemporaryDirectory(prefix=f".{name}.", dir=self.folder) as scratch:
-                fresh = Path(scratch) / name
-                write(fresh)
-                changed = difference(hashes(folder), hashes(fresh)) if folder.exists() else None
-                if changed is not None:
-                    raise ValueError(
-                        f"{folder / changed} is not what the config names today; restore that part as it was, "
-                        "or start a new run in another output_dir"
-                    )
-                if not folder.exists():
-                    fresh.rename(folder)
+            write_once(folder, write)
         self.accelerator.wait_for_everyone()
         return folder
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Time that does not count as training; the other processes wait."""
-        started = time.perf_counter()
-        yield
-        self.accelerator.wait_for_everyone()
+    def _aside(self, may_break_off: bool = True) -> Iterator[None]:
+        """What the main process does alone, in time that does not count as training. The others wait, and learn
+        whether it has failed, or the run is to stop.
+        """
+        started, error = time.perf_counter(), None
+        try:
+            with interruption.breaking_off(may_break_off and self.is_main):
+                yield
+        except Stopped:
+            pass
+        except Exception as caught:
+            error = caught
+        failed, stop = total(self.accelerator, [float(error is not None), float(interruption.requested is not None)])
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError("the main process of this run has failed; its own message says why")
+        self.stopping |= stop > 0
         self._since += time.perf_counter() - started
 
-    def save_checkpoint(self, networks: Networks, export: Callable[[Path], None]) -> None:
-        """Writes a checkpoint, renews `RUN/<export>/` from it, and drops the oldest ones.
+    def save_if_due(self, networks: Networks, export: Callable[[Path], None]) -> None:
+        """Writes a checkpoint every so many steps and minutes, at the end, and before the run stops.
 
         Args:
             export: writes the trained model into the folder that it is given.
         """
-        with self._aside():
-            if not self.is_main:
-                return
-            target = self.folder / "checkpoints" / f"step_{self.step:08d}"
-            with checkpoint.atomic_folder(target) as folder:
-                export(folder / self.export)
-                self._write_training_state(folder / "training", networks)
-                checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})
-            self._renew_export(target)
-            write_report(self.folder)
-            for old in checkpoints(self.folder)[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(old)
+        due = self._is_multiple(self.config.train.checkpoint_every) or self._minutes_are_up or self.stopping
+        if not due or self._saved == self.step:
+            return
+        with self._aside(may_break_off=False):
+            if self.is_main:
+                self._save(networks, export)
+        self._saved, self._saved_at, self._minutes_are_up = self.step, time.monotonic(), False
+
+    def _save(self, networks: Networks, export: Callable[[Path], None]) -> None:
+        def fill(folder: Path) -> None:
+            export(folder / self.export)
+            self._write_training_state(folder / "training", networks)
+
+        target, train = saving.folder_of(self.folder, self.step), self.config.train
+        for log in self.folder.glob("*.jsonl"):  # never older than the checkpoint
+            disk.sync(log)
+        try:
+            saving.write_checkpoint(target, fill)
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint of step {self.step} cannot be written ({error}); {self._standing()}; mend that, and "
+                "go on with --resume"
+            ) from error
+        self._renew_export(target)
+        saving.prune(self.folder, train.keep_checkpoints, train.keep_every)
+        write_report(self.folder)
+
+    def _standing(self) -> str:
+        newest = saving.checkpoints(self.folder)[-1:]
+        return f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
 
     def _renew_export(self, newest: Path) -> None:
         with checkpoint.atomic_folder(self.folder / self.export) as folder:
             checkpoint.link_tree(newest / self.export, folder)
+
+    def finish(self, networks: Networks, export: Callable[[Path], None]) -> None:
+        """Ends the run: says how long it took beside what was planned, and writes the last report.
+
+        Raises:
+            Stopped: if it was told to stop; where it has come is saved first.
+        """
+        self.save_if_due(networks, export)
+        if self.is_main and self._plan is not None and not self.stopping:
+            took = time.perf_counter() - self._planned
+            checkpoint.write_json(self.folder / "plan.json", self._plan | {"took_seconds": took})
+            self.print(f"took {duration(took)}, planned were {duration(self._plan['expected_seconds'])}")
+        if self.is_main:
+            self.print(f"report: {write_report(self.folder)}")
+        self.accelerator.end_training()
+        self._unlock()
+        if self.stopping:
+            raise Stopped(f"step {self.step} of {self.config.train.max_steps} is saved; go on with --resume")
+
+    # ---- what is resumed
+
+    def _newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
+        """What the main process finds: (the newest that verifies, newer ones that do not)."""
+        newest: Path | None = None
+        damaged: list[Path] = []
+        wrong: ValueError | None = None
+        if self.is_main:
+            try:
+                newest, damaged = saving.newest_checkpoint(self.folder, self.print)
+            except ValueError as error:
+                wrong = error
+        mine = 0.0 if not self.is_main else -2.0 if wrong else -1.0 if newest is None else float(saving.step_of(newest))
+        (step,) = total(self.accelerator, [mine])
+        if step == -2:
+            raise wrong or ValueError(f"no checkpoint in {self.folder} is intact")
+        return (None if step == -1 else saving.folder_of(self.folder, int(step))), damaged
 
     def _check_untrained(self, networks: Networks, resumed: Path) -> None:
         state = checkpoint.read_json(resumed / "training" / "state.json")
@@ -363,28 +499,17 @@ class Run:
         networks.restore(folder, state["ema_updates"])
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
-        self.step = state["step"]
-        if self.is_main and not (self.folder / self.export).exists():
+        assert state["step"] == self.step, (state["step"], self.step)
+        self._losses = state.get("losses", [])
+        self._skipped = state.get("skipped", self._skipped)
+        if self.is_main:  # a process that was killed after its checkpoint has left an older one there, or none
             self._renew_export(resumed)
         self.print(f"resumed {resumed}")
-
-    def finish(self) -> None:
-        """Says how long it took beside what was planned, and writes the last report."""
-        if self.is_main and self._plan is not None:
-            took = time.perf_counter() - self._planned
-            checkpoint.write_json(self.folder / "plan.json", self._plan | {"took_seconds": took})
-            self.print(f"took {duration(took)}, planned were {duration(self._plan['expected_seconds'])}")
-        if self.is_main:
-            self.print(f"report: {write_report(self.folder)}")
-        self.accelerator.end_training()
-        if self._lock is not None:
-            os.close(self._lock)
 
     def _write_training_state(self, folder: Path, networks: Networks) -> None:
         folder.mkdir()
         networks.save(folder)
         scaler = self.accelerator.scaler
-        packages = ("torch", "numpy", "accelerate", "transformers", "safetensors")
         checkpoint.write_json(
             folder / "state.json",
             {
@@ -394,37 +519,9 @@ class Run:
                 "untrained_sha256": networks.untrained_digest,
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                "losses": self._losses,
+                "skipped": self._skipped,
+                "environment": self._environment,
                 "config": yaml.safe_load(to_yaml(self.config)),
-                "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
             },
         )
-
-    def _newest_checkpoint(self) -> Path | None:
-        newest, damaged = newest_checkpoint(self.folder, self.print)
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            for folder in damaged:
-                folder.rename(folder.with_name(f"damaged.{folder.name}"))
-        return newest
-
-    def _open_folder(self) -> None:
-        check_new(self.folder)
-        if self._resumed is None and self.folder.exists() and any(self.folder.iterdir()):
-            os.close(locked(self.folder))
-            aside = next(
-                path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists()
-            )
-            self.folder.rename(aside)
-            self.print(f"{self.folder} held an earlier run, which is now {aside}")
-        if self._resumed is None and self._resume:
-            self.print(f"{self.folder} has no checkpoint to resume; starting at step 0")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.folder)
-        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        if self._resumed is not None:
-            cut_log(self.folder, int(self._resumed.name.removeprefix("step_")))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def fresh_processes() -> None:
         state._reset_state()
 
 
-def run_autoencoder(folder: Path, *overrides: str, resume: bool = False) -> Path:
+def run_autoencoder(folder: Path, *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     fresh_processes()
     small = [
         f"output_dir={folder}", "data.resolution=16", "autoencoder.block_out_channels=[8,8,8]", "train.max_steps=2",
@@ -30,7 +31,8 @@ def run_autoencoder(folder: Path, *overrides: str, resume: bool = False) -> Path
         "train.cpu_threads=1",
     ]  # fmt: skip
     path = ROOT / "configs" / "digits-first-stage.yaml"
-    return train_autoencoder.train(load_config(path, [*small, *overrides], AutoencoderTrainingConfig), resume)
+    config = load_config(path, [*small, *overrides], AutoencoderTrainingConfig)
+    return train_autoencoder.train(config, resume, accept)
 
 
 def settings(folder: Path, encoder_folder: Path, space: str = "pixel", first_stage: Path | None = None) -> list[str]:
@@ -47,10 +49,10 @@ def settings(folder: Path, encoder_folder: Path, space: str = "pixel", first_sta
     return small
 
 
-def run_ldm(arguments: list[str], *overrides: str, resume: bool = False) -> Path:
+def run_ldm(arguments: list[str], *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     fresh_processes()
     config = load_config(ROOT / "configs" / "digits.yaml", [*arguments, *overrides], LDMConfig)
-    return train_ldm.train(config, resume)
+    return train_ldm.train(config, resume, accept)
 
 
 def run_config(content: dict[str, Any], *, resume: bool = False) -> Path:

@@ -15,7 +15,7 @@ from ldm import Pipeline
 from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
-from ldm.training.files import locked
+from ldm.training.folder import lock
 from ldm.training.parts import load_first_stage
 from tests import tiny
 from tests.training.runs import (
@@ -182,8 +182,13 @@ def test_resuming_on_other_data_is_refused(edit, tmp_path, encoder_folder):
     else:
         (folder / "3.png").rename(folder / "three.png")
         (folder / "3.txt").rename(folder / "three.txt")
-    with pytest.raises(ValueError, match="now there are 9, or other names, pictures, captions"):
+    said = r"1 new \(three.png\), 1 gone \(3.png\)" if edit == "name" else r"1 changed \(3.png\)"
+    with pytest.raises(
+        ValueError, match=rf"\(data: 9 images → 9 images, {said}\); restore them, accept .* --accept data"
+    ):
         run_ldm(arguments, resume=True)
+    run_ldm(arguments, resume=True, accept=["data"])
+    assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
@@ -198,11 +203,11 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
 def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
     fresh_processes()
-    other = locked(tmp_path / "run")
+    unlock = lock(tmp_path / "run")
     for resume in (False, True):
         with pytest.raises(ValueError, match="is being written by another run"):
             run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)
-    os.close(other)
+    unlock()
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=2", resume=True)
 
 
@@ -210,7 +215,8 @@ def test_resuming_with_another_meaning_is_refused(tmp_path, encoder_folder):
     arguments = settings(tmp_path / "run", encoder_folder)
     run_ldm(arguments, "train.max_steps=2")
     before = digests(tmp_path / "run" / "checkpoints" / "step_00000002")
-    with pytest.raises(ValueError, match=r"train\.learning_rate is 0\.5 but .* was trained with 0\.001"):
+    refused = r"train\.learning_rate: 0\.001 → 0\.5\); restore them, accept them with --accept train\.learning_rate,"
+    with pytest.raises(ValueError, match=refused):
         run_ldm(arguments, "train.learning_rate=0.5", resume=True)
     assert digests(tmp_path / "run" / "checkpoints" / "step_00000002") == before
 

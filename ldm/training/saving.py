@@ -1,0 +1,79 @@
+"""Checkpoints of a run on disk: from the first on there is always one that verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm import checkpoint, disk
+from ldm.training.files import damage, hashes
+
+PREFIX = "step_"
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"{PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
+    return sorted(path for path in run.glob(f"checkpoints/{PREFIX}*") if (path / "manifest.json").is_file())
+
+
+def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
+    """A folder that `fill` writes, and its manifest of sizes and hashes; read back before anyone relies on it.
+
+    Raises:
+        OSError: if the disk does not take it, or gives it back otherwise; nothing of it stands then.
+    """
+    with disk.new_folder(target) as folder:
+        fill(folder)
+        disk.sync_tree(folder)
+        checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})  # the last file
+    wrong = damage(target)
+    if wrong is not None:
+        disk.remove_folder(target)
+        raise OSError(f"{target} does not read back as it was written ({wrong}); look at the disk")
+
+
+def prune(run: Path, keep: int, keep_every: int | None) -> None:
+    """Removes all but the `keep` newest checkpoints and those of every `keep_every`-th step."""
+    for old in checkpoints(run)[:-keep]:
+        if keep_every is None or step_of(old) % keep_every:
+            disk.remove_folder(old)
+
+
+def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """(the newest checkpoint whose files are those of its manifest, the newer ones that are damaged and were named).
+
+    Raises:
+        ValueError: if there are checkpoints but none is intact.
+    """
+    folders = checkpoints(run)
+    damaged: list[Path] = []
+    for folder in reversed(folders):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, damaged
+        say(f"{folder} is damaged ({wrong}); taking the one before")
+        damaged.append(folder)
+    if folders:
+        raise ValueError(
+            f"no checkpoint in {run / 'checkpoints'} is intact; restore one from a copy, or start a new run by leaving "
+            "--resume out"
+        )
+    return None, []
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Renames damaged checkpoints, so that a new one of the same step can be written."""
+    for folder in damaged:
+        name = f"damaged.{folder.name}"
+        taken = {path.name for path in folder.parent.iterdir()}
+        folder.rename(
+            folder.with_name(next(n for n in (name, *(f"{name}.{i}" for i in range(2, 10**6))) if n not in taken))
+        )
