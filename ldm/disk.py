@@ -44,9 +44,11 @@ def new_file(path: Path) -> Iterator[Path]:
     aside = partial(path)
     try:
         yield aside
-        sync(aside)
+        if not _in_partial(path):
+            sync(aside)
         os.replace(aside, path)
-        sync(path.parent)
+        if not _in_partial(path):
+            sync(path.parent)
     finally:
         with suppress(OSError):  # what is wrong with the disk has been said
             aside.unlink(missing_ok=True)
@@ -76,7 +78,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
-        sync_tree(aside)
+        if not _in_partial(path):
+            sync_tree(aside)
         if path.exists():
             old = partial(path)
             path.rename(old)
@@ -88,7 +91,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             aside.rename(path)
-        sync(path.parent)
+        if not _in_partial(path):
+            sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -107,6 +111,11 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _in_partial(path: Path) -> bool:
+    """Whether a folder above is still under its temporary name: it will be synced as a whole."""
+    return any(folder.name.endswith(PARTIAL) for folder in path.parents)
 
 
 def partial(path: Path) -> Path:

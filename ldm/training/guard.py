@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ldm import disk
@@ -27,6 +29,55 @@ class Losses(NamedTuple):
 
     values: Tensor
     timesteps: Tensor | None = None
+
+
+class Meeting(NamedTuple):
+    """What all processes know after a step.
+
+    Attributes:
+        loss, gradient_norm: the mean over the batch, and the norm of its gradient before clipping.
+        is_finite: whether both are, in every process.
+        stop: whether one of them was told to stop.
+        save: whether the main process wants a checkpoint.
+    """
+
+    loss: float
+    gradient_norm: float
+    is_finite: bool
+    stop: bool
+    save: bool
+
+
+def meet(accelerator: Accelerator, micro: Sequence[Losses], norm: Tensor, *, stop: bool, save: bool) -> Meeting:
+    """The only moment of a step at which the processes hear of each other, and the host of its device.
+
+    Args:
+        micro: the losses of this process's micro-batches.
+        norm: of the gradient, the same in all processes.
+        stop, save: what this process has to say.
+    """
+    loss = torch.stack([losses.values.mean() for losses in micro]).mean()
+    scaler = accelerator.scaler
+    # Gradients that overflow in half precision are what a loss scaler looks for, until it has no scale to give up.
+    watched = loss if scaler is not None and scaler.get_scale() > 1 else loss + norm
+    said = torch.stack([loss / accelerator.num_processes, (~watched.isfinite()).to(loss)])
+    words = torch.cat([said, torch.tensor([float(stop), float(save)], device=loss.device)])
+    if accelerator.num_processes > 1:
+        words = accelerator.reduce(words, "sum")
+    mean, nonfinite, stops, saves, largest = torch.cat([words, norm.detach().to(words).view(1)]).tolist()
+    return Meeting(mean, largest, nonfinite == 0, stops > 0, saves > 0)
+
+
+def in_order(accelerator: Accelerator, micro: Sequence[Losses]) -> Tensor:
+    """Loss and timestep (−1: none) of each sample of the global batch, [B, 2], in its order; all have to call this."""
+    values = torch.cat([losses.values.float() for losses in micro])  # [M·b]
+    timesteps = [losses.timesteps for losses in micro if losses.timesteps is not None]
+    seen_at = torch.cat(timesteps).to(values) if timesteps else torch.full_like(values, -1)
+    gathered = accelerator.gather(torch.stack([values, seen_at], dim=1))  # [P·M·b, 2]
+    assert isinstance(gathered, Tensor)
+    # Micro-batch m of process p is slice m·P + p of the batch.
+    by_process = gathered.unflatten(0, (accelerator.num_processes, len(micro), -1))  # [P, M, b, 2]
+    return by_process.transpose(0, 1).flatten(0, 2)
 
 
 def suspects(
@@ -49,20 +100,16 @@ def suspects(
     return guilty or others
 
 
-def line_of(step: int, loss: float, norm: float, samples: Sequence[dict[str, Any]]) -> str:
-    """What is said of a step that was skipped."""
+def note(path: Path, step: int, met: Meeting, samples: Sequence[dict[str, Any]]) -> str:
+    """Appends a line of JSON with all of a skipped step, and returns what is said of it."""
+    figures = {"loss": str(met.loss), "gradient_norm": str(met.gradient_norm)}
+    disk.append_line(path, json.dumps({"step": step} | figures | {"samples": list(samples)}))
     names = [
         f"{entry['id']}" + (f" at t = {entry['timestep']}" if "timestep" in entry else "")
         for entry in samples[:NAMES_SHOWN]
     ]
     more = f" and {len(samples) - NAMES_SHOWN} more" if len(samples) > NAMES_SHOWN else ""
     return printable(
-        f"step {step} was skipped: its loss is {loss} and its gradient norm {norm} ({', '.join(names)}{more}); "
-        "weights, moments and average are as before"
+        f"step {step} was skipped: its loss is {met.loss} and its gradient norm {met.gradient_norm} "
+        f"({', '.join(names)}{more}); weights, moments and average are as before"
     )
-
-
-def note(path: Path, step: int, loss: float, norm: float, samples: Sequence[dict[str, Any]]) -> None:
-    """Appends a line of JSON with all of it."""
-    entry = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "samples": list(samples)}
-    disk.append_line(path, json.dumps(entry))

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -81,7 +81,7 @@ class Run:
         self.stopping = False
         self._resume, self._accept = resume, accept
         self._environment = environment(self.device, self.accelerator.num_processes)
-        self._resumed, self._damaged = self._newest_checkpoint() if resume else (None, [])
+        self._resumed, self._damaged = saving.find(self.accelerator, self.folder, self.print) if resume else (None, [])
         self.step = 0 if self._resumed is None else saving.step_of(self._resumed)
         if self._resumed is not None:
             found = resuming.differences(config, self._environment, self._resumed, self.print)
@@ -230,70 +230,43 @@ class Run:
         """
         if not self.accelerator.sync_gradients:
             return False
-        train = self.config.train
+        train, micro = self.config.train, self._micro
         norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        assert norm is not None
-        loss = torch.stack([values.mean() for values, _ in self._micro]).mean()
-        mean, largest, nonfinite = self._meet(loss, norm)
-        scaler = self.accelerator.scaler
-        if nonfinite:
-            self._skip(mean, largest)
-        else:
-            self._losses.append(mean)
-            self._gradient_norm = largest
-            self._skipped["in_a_row"] = 0
+        assert norm is not None and self._images is not None
+        minutes = train.checkpoint_minutes
+        is_time = self.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        met = guard.meet(self.accelerator, micro, norm, stop=interruption.requested is not None, save=is_time)
         self._micro = []
-        if not nonfinite or scaler is not None:  # a loss scaler passes over what is not finite, and learns from it
+        self.stopping |= met.stop
+        self._minutes_are_up = met.save
+        if met.is_finite:
+            self._losses.append(met.loss)
+            self._gradient_norm = met.gradient_norm
+            self._skipped["in_a_row"] = 0
+        else:
+            self._skip(met, micro)
+        if met.is_finite or self.accelerator.scaler is not None:  # a loss scaler skips by itself, and learns from it
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(train, self.step)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return not nonfinite and not self.accelerator.optimizer_step_was_skipped
+        return met.is_finite and not self.accelerator.optimizer_step_was_skipped
 
-    def _meet(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
-        """The mean loss of the step and the norm of its gradient, and whether either is not finite anywhere.
-
-        The only moment of a step at which the processes hear of each other and the host of its device. Who was told
-        to stop, and the main process when it is time for a checkpoint, say so too.
-        """
-        scaler = self.accelerator.scaler
-        watched = loss if scaler is not None and scaler.get_scale() > 1 else loss + norm  # its overflows are normal
-        minutes = self.config.train.checkpoint_minutes
-        is_time = self.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        flags = torch.tensor([float(interruption.requested is not None), float(is_time)], device=self.device)
-        share = loss / self.accelerator.num_processes
-        words = torch.cat([torch.stack([share, (~watched.isfinite()).to(share)]), flags.to(share)])
-        if self.accelerator.num_processes > 1:
-            words = self.accelerator.reduce(words, "sum")
-        mean, nonfinite, stop, is_time_for_all, largest = torch.cat([words, norm.detach().to(words).view(1)]).tolist()
-        self.stopping |= stop > 0
-        self._minutes_are_up = is_time_for_all > 0
-        return mean, largest, nonfinite > 0
-
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, met: guard.Meeting, micro: Sequence[Losses]) -> None:
         """Counts and names a step that is not made."""
         self._skipped = {key: count + 1 for key, count in self._skipped.items()}
-        values = torch.cat([losses.values.float() for losses in self._micro])  # [M·b]
-        timesteps = [losses.timesteps for losses in self._micro if losses.timesteps is not None]
-        seen_at = torch.cat(timesteps).to(values) if timesteps else torch.full_like(values, -1)
-        gathered = self.accelerator.gather(torch.stack([values, seen_at], dim=1))  # [P·M·b, 2]
-        assert isinstance(gathered, Tensor) and self._images is not None
-        train, processes = self.config.train, self.accelerator.num_processes
-        # Micro-batch m of process p is slice m·P + p of the batch.
-        ordered = (
-            gathered.unflatten(0, (processes, train.gradient_accumulation_steps, -1)).transpose(0, 1).flatten(0, 2)
-        )
+        assert self._images is not None
+        losses = guard.in_order(self.accelerator, micro)
         log = self.folder / "nonfinite.jsonl"
         if self.is_main:
-            positions = self._images.order(train.batch_size).batch(self.step)
-            samples = guard.suspects(self._images, positions, ordered.tolist())
-            self.print(guard.line_of(self.step + 1, loss, norm, samples))
-            guard.note(log, self.step + 1, loss, norm, samples)
-        if self._skipped["in_a_row"] >= train.max_nonfinite_steps:
+            positions = self._images.order(self.config.train.batch_size).batch(self.step)
+            samples = guard.suspects(self._images, positions, losses.tolist())
+            self.print(guard.note(log, self.step + 1, met, samples))
+        if self._skipped["in_a_row"] >= self.config.train.max_nonfinite_steps:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row, whose samples are "
-                f"in {log}; {self._standing()}; leave these samples out, or go on from there with a lower learning "
-                "rate: --resume --set train.learning_rate=… --accept train.learning_rate"
+                f"in {log}; {saving.standing(self.folder)}; leave these samples out, or go on from there with a lower "
+                "learning rate: --resume --set train.learning_rate=… --accept train.learning_rate"
             )
 
     def advance(self) -> None:
@@ -430,20 +403,10 @@ class Run:
         target, train = saving.folder_of(self.folder, self.step), self.config.train
         for log in self.folder.glob("*.jsonl"):  # never older than the checkpoint
             disk.sync(log)
-        try:
-            saving.write_checkpoint(target, fill)
-        except OSError as error:
-            raise OSError(
-                f"the checkpoint of step {self.step} cannot be written ({error}); {self._standing()}; mend that, and "
-                "go on with --resume"
-            ) from error
+        saving.write_checkpoint(target, fill)
         self._renew_export(target)
         saving.prune(self.folder, train.keep_checkpoints, train.keep_every)
         write_report(self.folder)
-
-    def _standing(self) -> str:
-        newest = saving.checkpoints(self.folder)[-1:]
-        return f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
 
     def _renew_export(self, newest: Path) -> None:
         with checkpoint.atomic_folder(self.folder / self.export) as folder:
@@ -468,22 +431,6 @@ class Run:
             raise Stopped(f"step {self.step} of {self.config.train.max_steps} is saved; go on with --resume")
 
     # ---- what is resumed
-
-    def _newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
-        """What the main process finds: (the newest that verifies, newer ones that do not)."""
-        newest: Path | None = None
-        damaged: list[Path] = []
-        wrong: ValueError | None = None
-        if self.is_main:
-            try:
-                newest, damaged = saving.newest_checkpoint(self.folder, self.print)
-            except ValueError as error:
-                wrong = error
-        mine = 0.0 if not self.is_main else -2.0 if wrong else -1.0 if newest is None else float(saving.step_of(newest))
-        (step,) = total(self.accelerator, [mine])
-        if step == -2:
-            raise wrong or ValueError(f"no checkpoint in {self.folder} is intact")
-        return (None if step == -1 else saving.folder_of(self.folder, int(step))), damaged
 
     def _check_untrained(self, networks: Networks, resumed: Path) -> None:
         state = checkpoint.read_json(resumed / "training" / "state.json")

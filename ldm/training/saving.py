@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from ldm import checkpoint, disk
 from ldm.training.files import damage, hashes
+from ldm.training.processes import total
 
 PREFIX = "step_"
 
@@ -30,14 +33,20 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: if the disk does not take it, or gives it back otherwise; nothing of it stands then.
     """
-    with disk.new_folder(target) as folder:
-        fill(folder)
-        disk.sync_tree(folder)
-        checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})  # the last file
-    wrong = damage(target)
-    if wrong is not None:
-        disk.remove_folder(target)
-        raise OSError(f"{target} does not read back as it was written ({wrong}); look at the disk")
+    try:
+        with disk.new_folder(target) as folder:
+            fill(folder)
+            disk.sync_tree(folder)
+            checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})  # the last file
+        wrong = damage(target)
+        if wrong is not None:
+            disk.remove_folder(target)
+            raise OSError(f"it does not read back as it was written: {wrong}")
+    except OSError as error:
+        raise OSError(
+            f"the checkpoint of step {step_of(target)} cannot be written ({error}); {standing(target.parents[1])}; "
+            "mend that, and go on with --resume"
+        ) from error
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
@@ -67,6 +76,33 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | Non
             "--resume out"
         )
     return None, []
+
+
+def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """What the main process finds with `newest_checkpoint`, told to all: they read the same one.
+
+    Raises:
+        ValueError: in each process, if there are checkpoints but none is intact.
+    """
+    newest: Path | None = None
+    damaged: list[Path] = []
+    wrong: ValueError | None = None
+    if accelerator.is_main_process:
+        try:
+            newest, damaged = newest_checkpoint(run, say)
+        except ValueError as error:
+            wrong = error
+    found = -2.0 if wrong else -1.0 if newest is None else float(step_of(newest))
+    (step,) = total(accelerator, [found if accelerator.is_main_process else 0.0])
+    if step == -2:
+        raise wrong or ValueError(f"no checkpoint in {run / 'checkpoints'} is intact")
+    return (None if step == -1 else folder_of(run, int(step))), damaged
+
+
+def standing(run: Path) -> str:
+    """What there is to go on from, for an error message."""
+    newest = checkpoints(run)[-1:]
+    return f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
 
 
 def set_aside(damaged: list[Path]) -> None:
