@@ -482,7 +482,7 @@ def test_saving_is_atomic_and_needs_an_adapter_that_is_not_merged(unet, tmp_path
         raise OSError("no space left")
 
     with monkeypatch.context() as disk:
-        disk.setattr("ldm.adapters.files.save_file", full)
+        disk.setattr("ldm.adapters.files.save", full)
         with pytest.raises(OSError, match="no space"):
             save_adapter(tmp_path / "b", unet)
     assert [(path.name, path.read_bytes()) for path in (tmp_path / "b").iterdir()] == [(FILE, before)]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm import disk
@@ -315,8 +316,16 @@ def _choice(names: list[str], where: str) -> str:
 def _write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """A file of this name that is complete, or the one of before."""
     with disk.new_file(target) as aside:
-        try:
-            save_file(dict(tensors), aside, header)
-        except SafetensorError as error:  # the tensors are sound: what fails is the disk
-            raise OSError(f"{target} cannot be written: {error}") from None
-        aside.chmod(0o644)  # safetensors leaves it to its owner alone
+        aside.write_bytes(_in_order(save(dict(tensors), header)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of the keys: the library writes them in any, so that two equal
+    adapters had different bytes.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]

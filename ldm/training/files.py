@@ -50,12 +50,12 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, manifest: str = "manifest.json") -> str | None:
     """The first file that is not what the manifest says, or None."""
     try:
-        files = checkpoint.read_json(folder / "manifest.json")["files"]
+        files = checkpoint.read_json(folder / manifest)["files"]
     except (ValueError, KeyError) as error:
-        return f"manifest.json: {error}"
+        return f"{manifest}: {error}"
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():

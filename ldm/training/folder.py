@@ -82,14 +82,12 @@ def open_folder(
     *,
     resume: bool,
     damaged: list[Path],
-    evaluated_again: bool,
     say: Callable[[str], None],
 ) -> Callable[[], None]:
     """Makes or goes on with a run folder at `step`; what holds another run is moved aside.
 
     Args:
         damaged: checkpoints that were passed over.
-        evaluated_again: whether held-out images are looked at again at this step.
 
     Returns:
         What gives the folder's lock back.
@@ -116,8 +114,6 @@ def open_folder(
         disk.remove_partial(inside)
     saving.set_aside(damaged)
     disk.write_text(folder / "config.yaml", to_yaml(config))
-    resuming.cut_log(folder / "metrics.jsonl", step, evaluated_again=evaluated_again)
-    resuming.cut_log(folder / "nonfinite.jsonl", step, evaluated_again=False)
     return unlock
 
 

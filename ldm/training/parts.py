@@ -98,7 +98,7 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
     else:
         text = config.text
         text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer)
-        codec = make_codec(config, images)
+        codec = make_codec(config, images, run)
         images.check_factor(codec.factor)
         pipeline = Pipeline(
             unet=make_unet(config, codec, text_encoder),
@@ -113,9 +113,11 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
     return pipeline
 
 
-def make_codec(config: LDMConfig, images: CaptionedImages) -> Codec:
+def make_codec(config: LDMConfig, images: CaptionedImages, run: Run) -> Codec:
     """The codec of `config.space`: the one place where a config chooses between pixels and latents."""
     if config.first_stage is None:
+        if run.is_resumed:  # its data may have grown meanwhile; what the model stands on stays
+            return checkpoint.load_pixel_codec(run.folder / "frozen" / "codec")
         mean, std = image_statistics(images)
         return PixelCodec(tuple(mean.tolist()), tuple(std.tolist()))
     return load_first_stage(config.first_stage)

@@ -96,6 +96,7 @@ class Run:
         self._gradient_norm = 0.0
         self._skipped = {"in_all": 0, "in_a_row": 0}
         self._seen, self._since = 0, time.perf_counter()
+        self._started_at, self._logs_are_cut = self.step, False
         self._saved = -1 if self._resumed is None else self.step
         self._saved_at, self._minutes_are_up = time.monotonic(), False
         self._bar: tqdm[Any] | None = None
@@ -118,7 +119,6 @@ class Run:
                 self.step,
                 resume=self._resume,
                 damaged=self._damaged,
-                evaluated_again=self.due(self.config.train.validate_every),
                 say=self.print,
             )
             if self._account is not None and self._images is not None:
@@ -131,6 +131,11 @@ class Run:
             self._restore(networks, self._resumed)
 
     # ---- processes, data and the step
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether a checkpoint is gone on from."""
+        return self._resumed is not None
 
     @property
     def is_main(self) -> bool:
@@ -259,6 +264,7 @@ class Run:
         losses = guard.in_order(self.accelerator, micro)
         log = self.folder / "nonfinite.jsonl"
         if self.is_main:
+            self._cut_logs()
             positions = self._images.order(self.config.train.batch_size).batch(self.step)
             samples = guard.suspects(self._images, positions, losses.tolist())
             self.print(guard.note(log, self.step + 1, met, samples))
@@ -313,8 +319,17 @@ class Run:
     def log(self, values: Mapping[str, float]) -> None:
         """Appends to `metrics.jsonl` and TensorBoard."""
         if self.is_main:
+            self._cut_logs()
             disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **values}))
         self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
+
+    def _cut_logs(self) -> None:
+        """Drops, before the first line of this session, what an earlier one wrote after the step it goes on from."""
+        if self._resume and not self._logs_are_cut:
+            step, again = self._started_at, self.due(self.config.train.validate_every)
+            resuming.cut_log(self.folder / "metrics.jsonl", step, evaluated_again=again and self.step == step)
+            resuming.cut_log(self.folder / "nonfinite.jsonl", step, evaluated_again=False)
+        self._logs_are_cut = True
 
     def measure(self, values: Callable[[], Mapping[str, float]]) -> None:
         """Computes figures on the main process and logs them."""
