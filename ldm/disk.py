@@ -43,12 +43,13 @@ def new_file(path: Path) -> Iterator[Path]:
     """A name to write a file under, which then takes the place of `path`, old or new but never half."""
     aside = partial(path)
     try:
-        yield aside
-        if not _in_partial(path):
-            sync(aside)
-        os.replace(aside, path)
-        if not _in_partial(path):
-            sync(path.parent)
+        with _naming(path):
+            yield aside
+            if not _in_partial(path):
+                sync(aside)
+            os.replace(aside, path)
+            if not _in_partial(path):
+                sync(path.parent)
     finally:
         with suppress(OSError):  # what is wrong with the disk has been said
             aside.unlink(missing_ok=True)
@@ -62,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a file in one write, so that a process that is killed leaves all of it or nothing."""
-    with path.open("ab", buffering=0) as file:
+    with _naming(path), path.open("ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
 
 
@@ -111,6 +112,17 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds to an error of the disk the file that it is about: writing and syncing do not say."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _in_partial(path: Path) -> bool:

@@ -18,12 +18,12 @@ from ldm.training.files import difference, hashes
 # A process that was killed may hold its lock a moment longer, while the system clears up after it.
 LOCK_SECONDS = 3.0
 
-_held: set[int] = set()
+_held: dict[Path, int] = {}
 
 
 def _forget() -> None:
     """In a process that was forked: a worker that outlives a killed run must not hold its lock."""
-    for file in _held:
+    for file in _held.values():
         os.close(file)
     _held.clear()
 
@@ -35,9 +35,14 @@ if hasattr(os, "register_at_fork"):
 def lock(folder: Path) -> Callable[[], None]:
     """Locks a run folder until the returned function is called or the process ends, however it ends.
 
+    A run of this process that has failed, in a notebook say, gives way.
+
     Raises:
         ValueError: if another process holds it.
     """
+    name = folder.resolve()
+    if name in _held:
+        os.close(_held.pop(name))
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + LOCK_SECONDS
     while not _lock(file):
@@ -45,12 +50,11 @@ def lock(folder: Path) -> Callable[[], None]:
             os.close(file)
             raise ValueError(f"{folder} is being written by another run; wait for it, or choose another output_dir")
         time.sleep(0.1)
-    _held.add(file)
+    _held[name] = file
 
     def unlock() -> None:
-        if file in _held:
-            _held.remove(file)
-            os.close(file)
+        if _held.get(name) == file:
+            os.close(_held.pop(name))
 
     return unlock
 
@@ -69,9 +73,13 @@ def _lock(file: int) -> bool:
 
 def check_new(folder: Path) -> None:
     """`ValueError` if a folder holds what no run has written."""
-    if folder.exists() and not folder.is_dir():
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; choose another output_dir")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+    # A process that is killed as it opens the folder leaves less than a config.
+    begun = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.endswith(disk.PARTIAL)]
+    if begun and not (folder / "config.yaml").is_file():
         raise ValueError(f"output_dir {folder} holds files that are no run of ldm; choose another output_dir")
 
 
@@ -119,6 +127,8 @@ def open_folder(
 
 def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) -> bool:
     """Whether a run that was stopped before its first checkpoint had a config of the same meaning."""
+    if not (folder / "config.yaml").is_file():
+        return True  # stopped before it had one
     stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     return isinstance(stored, dict) and not resuming.config_differences(stored, config, str(folder / "config.yaml"))
 

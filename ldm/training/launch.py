@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ldm.config import C, load_config
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
 
@@ -42,13 +44,20 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
             result = train(config, arguments.resume, arguments.accept)
     except (ValueError, OSError) as error:
         # An error of a loader's worker process arrives as its whole traceback; the last line is the message.
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
+        _say(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
         sys.exit(2)
     except Stopped as stopped:
         where = (
             str(stopped)
             or "nothing was lost: no step was made since the newest checkpoint, and what is encoded is kept"
         )
-        print(f"stopped: {where}", file=sys.stderr, flush=True)
+        _say(f"stopped: {where}")
         sys.exit(EXIT_CODE)
     print(f"done: {result}", flush=True)
+
+
+def _say(line: str) -> None:
+    """Prints the last line, below the progress bars that were left open."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(line, file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
+from ldm.training.plan import size
 from ldm.training.report import write_report
 from ldm.training.run import Run
 
@@ -119,14 +120,17 @@ def sheet_seconds(draw: Callable[[int], object], steps: int) -> float:
 def write_seconds(folder: Path, written: int, hashed: int) -> float:
     """Seconds to write and sync `written` bytes in a folder and to hash `hashed` ones, from a sample of 16 MB."""
     block = os.urandom(WRITTEN_BYTES)
-    with tempfile.TemporaryFile(dir=folder) as file:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
 
-        def write() -> None:
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
+            def write() -> None:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
 
-        writing = seconds_of(write)
+            writing = seconds_of(write)
+    except OSError as error:  # writing does not say where
+        raise OSError(error.errno, f"cannot write {size(WRITTEN_BYTES)} there: {error.strerror}", str(folder)) from None
     hashing = seconds_of(lambda: hashlib.sha256(block).hexdigest())
     return (writing * written + hashing * hashed) / WRITTEN_BYTES
 

@@ -466,6 +466,7 @@ class Run:
         self._skipped = state.get("skipped", self._skipped)
         if self.is_main:  # a process that was killed after its checkpoint has left an older one there, or none
             self._renew_export(resumed)
+            saving.prune(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
         self.print(f"resumed {resumed}")
 
     def _write_training_state(self, folder: Path, networks: Networks) -> None:

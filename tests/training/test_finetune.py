@@ -399,7 +399,7 @@ def best_of(run):
 
 
 def test_best_holds_the_export_of_the_lowest_held_out_loss(tmp_path, stable_diffusion, pictures, monkeypatch):
-    wanted = iter([3.0, 2.0, 2.5, 2.0])
+    wanted = iter([3.0, 2.0, 2.5, 2.5, 2.0])  # step 2 is looked at once more by the run that goes on from it
     measured = parts.held_out_loss
 
     def falling_then_rising(*arguments):

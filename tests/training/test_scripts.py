@@ -15,7 +15,6 @@ from ldm import Pipeline
 from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
-from ldm.training.folder import lock
 from ldm.training.parts import load_first_stage
 from tests import tiny
 from tests.training.runs import (
@@ -203,11 +202,15 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
 def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
     fresh_processes()
-    unlock = lock(tmp_path / "run")
+    program = "import sys; from pathlib import Path; from ldm.training.folder import lock; lock(Path(sys.argv[1]))"
+    program += "; print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "locked\n"
     for resume in (False, True):
         with pytest.raises(ValueError, match="is being written by another run"):
             run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)
-    unlock()
+    other.communicate()
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=2", resume=True)
 
 
