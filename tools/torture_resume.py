@@ -1,18 +1,18 @@
-"""Proves that a run which is killed anywhere goes on exactly: kills it again and again and compares with one that was not.
+"""Proves that a run which is killed anywhere goes on exactly: kills it again and again, and compares.
 
     python tools/torture_resume.py --kills 200 --seed 0 --out docs/torture.md docs/torture.json
     python tools/torture_resume.py --kills 20 --processes 2 --signal KILL TERM INT
 
-A config is trained once without a break. Then the same is trained in other folders, in real processes that are ended at
-random moments (by default SIGKILL to every process of the run) and started again with --resume, until there were
-enough kills and the last run is done. After each kill the checkpoints are verified with their manifests, by code of this
-file alone: once there was a valid one there must always be one, and never an older one than before. Of each run that is
-done, weights, averages, moments, exported weights, the log (without speeds) and the pixels of all sample grids must be
-those of the unbroken run, bit for bit. Exit code 1 if anything is not.
+A config is trained once without a break. Then it is trained in other folders, in real processes that are ended at
+random moments (by default SIGKILL to every process of the run) and started again with --resume, until there were enough
+kills and the last run is done. After each kill the checkpoints are verified with their manifests, by code of this file
+alone: there must be a valid one, and none older than before, once there was one. Of each run that is done, weights,
+averages, moments, exported weights, the log (without speeds) and the pixels of all sample grids must be those of the
+unbroken run, bit for bit. A run that was asked to stop (TERM, INT) while it trained must have saved its last step and
+end with exit code 75. The exit code of this program is 1 if anything is not so.
 
-Kills are planned from the seed: a phase, which of its moments after the start, and a share of the phase's duration, which
-the unbroken run tells. Where a kill hit is read from what it left on disk. The config is shrunk (see SMALL); --set
-comes after that.
+Kills are planned from the seed: a phase, which of its moments after the start, and a share of the phase's duration in
+the unbroken run. Where a kill hit is read from what it left on disk. The config is made small (SMALL), --set follows.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,17 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 CONFIGS = {"ldm": "digits.yaml", "autoencoder": "digits-first-stage.yaml"}
 SMALL = [
-    "train.max_steps=24", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=2", "train.cpu_threads=1",
+    "train.max_steps=16", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=2", "train.cpu_threads=1",
     "train.validate_every=4", "train.validation_samples=16", "train.sample_every=4",
 ]  # fmt: skip
 SMALL_SAMPLES = ["sample.images_per_prompt=1", "sample.num_inference_steps=4", "sample.prompts=[the digit 5, a seven]"]
-# Of 10 planned kills; start-up is what all others have to pay for.
-MIX = {"start-up": 2, "step": 2, "evaluation": 2, "save": 4}
+# Of 10 kills. "rename" begins when a checkpoint has got its name: the export is renewed, then old ones are pruned.
+MIX = {"start-up": 2, "step": 1, "evaluation": 2, "save": 4, "rename": 1}
 MOST_TURNS = 3
-PHASES = ("start-up", "step", "evaluation", "inside a save", "after a save's rename")  # where kills hit
+# Where kills hit.
+HITS = ("start-up", "step", "evaluation", "save, before the rename", "save, after the rename")
 POLL_SECONDS = 0.002
-STOPPED = 75  # the exit code of a run that was asked to stop, and has saved
+STOPPED = 75
 PATIENCE_SECONDS = 300
 
 
@@ -77,7 +78,7 @@ def sha256(path: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest, or None: all files that are named and no others, as they were."""
+    """What is wrong with a checkpoint, or None: it has all files of its manifest and no others, as they were."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -164,125 +165,103 @@ def checkpoint_of(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Attack:
-    """A planned kill: after the `turn`-th beginning of a phase (1-based), a share `moment` of its usual duration later."""
+    """A planned kill: a share `moment` of a phase's usual duration after its `turn`-th beginning (1-based).
+
+    `rank` says which of several processes is asked to stop, as a share of them.
+    """
 
     phase: str
     turn: int
     moment: float
     signal: str
-    rank: float  # which of several processes is asked to stop, as a share of them
+    rank: float
 
 
-def plan(kills: int, seed: int, signals: list[str]) -> Iterator[Attack]:
-    """As many attacks as there are to be kills, in the proportions of MIX; a function of the arguments alone."""
-    random_ = random.Random(seed)
+def plan(kills: int, seed: int, signals: list[str]) -> list[Attack]:
+    """Attacks in the proportions of MIX; a function of the arguments alone."""
+    draw = random.Random(seed)
     deck: list[str] = []
+    attacks = []
     for _ in range(kills):
         if not deck:
             deck = [phase for phase, count in MIX.items() for _ in range(count)]
-            random_.shuffle(deck)
-        yield Attack(
-            deck.pop(), random_.randint(1, MOST_TURNS), random_.random(), random_.choice(signals), random_.random()
-        )
-
-
-@dataclass
-class Rhythm:
-    """When the unbroken run did what, from its config and as it was watched."""
-
-    run: Path
-    every: dict[str, int]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, run: Path, watch: Watch) -> Rhythm:
-        train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
-        rhythm = cls(run, {key: train[key] for key in ("max_steps", "log_every", "validate_every", "sample_every")})
-        spans: dict[str, list[float]] = {phase: [] for phase in MIX}
-        spans["start-up"] = [watch.events[0][0] - watch.started]
-        for (begin, kind, step), (end, following, _) in zip(
-            watch.events, [*watch.events[1:], watch.ended()], strict=True
-        ):
-            if kind == "save":
-                spans["save"].append(end - begin)
-            elif rhythm.evaluates(step):
-                spans["evaluation"].append(end - begin)
-            elif following != "save":
-                spans["step"].append(end - begin)
-        rhythm.seconds = {phase: statistics.median(times or [0.1]) for phase, times in spans.items()}
-        return rhythm
-
-    def evaluates(self, step: int) -> bool:
-        last = step == self.every["max_steps"]
-        return last or any(step % self.every[key] == 0 for key in ("validate_every", "sample_every"))
+            draw.shuffle(deck)
+        phase = deck.pop()
+        turn = 1 if phase == "start-up" else draw.randint(1, MOST_TURNS)
+        attacks.append(Attack(phase, turn, draw.random(), draw.choice(signals), draw.random()))
+    return attacks
 
 
 @dataclass
 class Watch:
-    """What a session of a run does, seen from outside: it logs a step, or begins to save.
+    """What a session of a run does, seen from outside.
 
     Attributes:
-        events: (time, "log" or "save", the last step that was logged).
+        resumed: step of the checkpoint that it goes on from, 0 without.
+        begun: (time, phase) of each beginning; the log tells of "step" and "evaluation", the folders of the others.
+        steps: those that were logged in this session.
     """
 
     run: Path
-    resumed: int
-    started: float = field(default_factory=time.perf_counter)
-    events: list[tuple[float, str, int]] = field(default_factory=list)
+    resumed: int = 0
+    begun: list[tuple[float, str]] = field(default_factory=lambda: [(time.perf_counter(), "start-up")])
+    steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.old = temporaries(self.run)
+        self._old = temporaries(self.run)  # what earlier kills left, until it is cleared away
         self._saves: set[Path] = set()
-        self._log: tuple[int, int] | None = None
-        self._polled = False
-        self._cut = False  # what was logged after the checkpoint is dropped before anything new is
+        self._seen: object = None
+        self._cut = False  # lines after the checkpoint are dropped before new ones are written
         self.poll()
 
     def poll(self) -> None:
         path, now = self.run / "metrics.jsonl", time.perf_counter()
-        seen = (path.stat().st_ino, path.stat().st_size) if path.exists() else None
-        if seen != self._log or not self._polled:
-            self._log, self._polled = seen, True
+        seen = (path.stat().st_ino, path.stat().st_size) if path.exists() else ()
+        if seen != self._seen:
+            self._seen = seen
             steps = [line["step"] for line in logged(self.run) if "loss" in line]
             self._cut = self._cut or (steps or [0])[-1] <= self.resumed
-            known = max([self.resumed, *(step for _, _, step in self.events)])
-            self.events += [(now, "log", step) for step in steps if self._cut and step > known]
-        for path in temporaries(self.run) - self.old - self._saves:
-            if path.name.startswith(".step_"):
-                self._saves.add(path)
-                self.events.append((now, "save", self.events[-1][2] if self.events else self.resumed))
+            new = [step for step in steps if self._cut and step > (self.steps or [self.resumed])[-1]]
+            self.steps += new
+            self.begun += [(now, "evaluation" if self.evaluated(step) else "step") for step in new]
+        there = temporaries(self.run)
+        self._old &= there
+        saves = {path for path in there - self._old if path.name.startswith(".step_")}
+        self.begun += [(now, "rename")] * len(self._saves - saves) + [(now, "save")] * len(saves - self._saves)
+        self._saves = saves
 
-    def ended(self) -> tuple[float, str, int]:
-        return time.perf_counter(), "end", 0
+    @cached_property
+    def train(self) -> dict[str, Any]:
+        """The part of the config that says when what is done."""
+        config: dict[str, Any] = yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8"))
+        return dict(config["train"])
 
-    @property
-    def step(self) -> int | None:
-        """The last step that this session has logged."""
-        return next((step for _, kind, step in reversed(self.events) if kind == "log"), None)
+    def evaluated(self, step: int) -> bool:
+        return step == self.train["max_steps"] or any(
+            step % self.train[every] == 0 for every in ("validate_every", "sample_every")
+        )
 
-    def due(self, attack: Attack, rhythm: Rhythm) -> float | None:
+    def due(self, attack: Attack, seconds: dict[str, float]) -> float | None:
         """The time of an attack, once its phase has begun."""
-        if attack.phase == "start-up":
-            begins = [self.started]
-        elif attack.phase == "save":
-            begins = [at for at, kind, _ in self.events if kind == "save"]
-        else:
-            evaluation = attack.phase == "evaluation"
-            begins = [at for at, kind, step in self.events if kind == "log" and rhythm.evaluates(step) == evaluation]
-        turn = 1 if attack.phase == "start-up" else attack.turn
-        return begins[turn - 1] + attack.moment * rhythm.seconds[attack.phase] if len(begins) >= turn else None
+        times = [at for at, phase in self.begun if phase == attack.phase]
+        return times[attack.turn - 1] + attack.moment * seconds[attack.phase] if len(times) >= attack.turn else None
 
-    def phase(self, rhythm: Rhythm) -> str:
-        """Where a session was when it ended, by what it left: more is known then than when the attack was made."""
+    def hit(self) -> str:
+        """Where a session was when it ended, by what it left: more is there than when the kill was decided."""
         self.poll()
-        names = {path.name for path in temporaries(self.run) - self.old}
-        if any(name.startswith(".step_") for name in names):
-            return "inside a save"
-        if self.step is None:
-            return "start-up"
-        if self.events[-1][1] == "save":
-            return "after a save's rename"  # the export is renewed, the report written, old ones pruned
-        return "evaluation" if rhythm.evaluates(self.step) else "step"
+        phase = self.begun[-1][1]
+        return {"save": HITS[3], "rename": HITS[4]}.get(phase, phase)
+
+
+def usual_seconds(watch: Watch) -> dict[str, float]:
+    """The median duration of each phase of a session that has just ended."""
+    ends = [*(at for at, _ in watch.begun[1:]), time.perf_counter()]
+    spans: dict[str, list[float]] = {phase: [] for phase in MIX}
+    for (at, phase), following in zip(watch.begun, ends, strict=True):
+        spans[phase].append(following - at)
+    if unseen := [phase for phase, times in spans.items() if len(times) < (1 if phase == "start-up" else MOST_TURNS)]:
+        raise ValueError(f"{unseen[0]} comes too seldom in this run to be hit; raise train.max_steps")
+    return {phase: statistics.median(times) for phase, times in spans.items()}
 
 
 # ---- processes
@@ -336,6 +315,10 @@ class Torture:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
+        self.small = [*SMALL, *(SMALL_SAMPLES if arguments.script == "ldm" else [])]
+        self.attacks = plan(arguments.kills, arguments.seed, arguments.signal)
+        self.seconds: dict[str, float] = {}  # how long a phase takes
+        self.expected: dict[str, Any] = {}
         self.kills: Counter[str] = Counter()  # by where they hit
         self.valid: Counter[str] = Counter()  # of these, after which there was a valid checkpoint
         self.codes: Counter[str] = Counter()  # by signal and exit code
@@ -349,8 +332,7 @@ class Torture:
         launch = [sys.executable]
         if a.processes > 1:
             launch += ["-m", "torch.distributed.run", f"--nproc_per_node={a.processes}", f"--master_port={free_port()}"]
-        small = [*SMALL, *(SMALL_SAMPLES if a.script == "ldm" else [])]
-        settings = [f"output_dir={run}", f"data.cache_dir={run.parent / 'cache'}", *small, *a.set]
+        settings = [f"output_dir={run}", f"data.cache_dir={run.parent / 'cache'}", *self.small, *a.set]
         return [*launch, str(ROOT / "train" / f"train_{a.script}.py"), "--config", str(a.config), "--set", *settings]
 
     def start(self, run: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -360,75 +342,71 @@ class Torture:
         with (run.parent / "output.txt").open("ab") as output:
             return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
 
-    def unbroken(self) -> Rhythm:
+    def unbroken(self) -> None:
         run = self.folder / "unbroken" / "run"
-        watch, process = Watch(run, 0), self.start(run)
+        watch, process = Watch(run), self.start(run)
         while process.poll() is None:
             watch.poll()
             time.sleep(POLL_SECONDS)
         self.check_done(run, process.returncode)
+        self.seconds = usual_seconds(watch)
         self.expected = evidence(run)
-        return Rhythm.of(run, watch)
 
-    def check_done(self, run: Path, code: int) -> None:
-        if code != 0:
-            tail = (run.parent / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-            raise Difference(f"{run} failed with exit code {code}:\n" + "\n".join(tail))
-
-    def break_runs(self, rhythm: Rhythm) -> None:
+    def break_runs(self) -> None:
         """Runs that are killed and resumed until there were enough kills; each is compared when it is done."""
-        attacks = plan(self.arguments.kills, self.arguments.seed, self.arguments.signal)
-        attack = next(attacks, None)
-        while attack is not None:
+        while self.attacks:
             run = self.folder / f"broken-{len(self.sessions) + 1}" / "run"
             newest: int | None = 0
             self.sessions.append(0)
             while newest is not None:
                 self.sessions[-1] += 1
-                hits = self.hits
-                newest = self.session(run, rhythm, attack, newest)
-                if self.hits > hits:
-                    attack = next(attacks, None)
+                newest = self.session(run, newest)
             wrong = differences(self.expected, evidence(run))
-            self.left_over += len(temporaries(run))
             self.differences += [f"{run}, {difference}" for difference in wrong]
+            self.left_over += len(temporaries(run))
             print(f"{run} is done after {self.sessions[-1]} sessions; differences: {len(wrong)}", flush=True)
             if not wrong:
                 shutil.rmtree(run.parent)
 
-    def session(self, run: Path, rhythm: Rhythm, attack: Attack | None, newest: int) -> int | None:
+    def session(self, run: Path, newest: int) -> int | None:
         """Starts a run or goes on with it, and attacks it. The step of its newest checkpoint, None once it is done."""
+        attack = self.attacks[0] if self.attacks else None
         watch, process = Watch(run, newest), self.start(run, "--resume")
         due: float | None = None
         while process.poll() is None and (due is None or time.perf_counter() < due):
             time.sleep(POLL_SECONDS)
             watch.poll()
-            due = due or (watch.due(attack, rhythm) if attack is not None else None)
-        alive = process.poll() is None
-        if attack is not None and alive:
+            due = due or (watch.due(attack, self.seconds) if attack is not None else None)
+        if attack is not None and process.poll() is None:
             end(process, attack, self.arguments.processes)
-        phase, first = watch.phase(rhythm), next((step for _, kind, step in watch.events if kind == "log"), None)
+            hit = watch.hit() if process.returncode else None
+        else:
+            hit = None
         valid = max(valid_checkpoints(run), default=0)
         if valid < newest:
-            raise Difference(f"{run}: the newest valid checkpoint was step {newest}, and after {phase} it is {valid}")
-        if first is not None and first > newest + rhythm.every["log_every"]:
-            raise Difference(f"{run}: checkpoint {newest} was valid, and the session went on with step {first}")
-        if first is not None and newest:
-            self.resumed += 1
-        if not alive or process.returncode == 0:
+            raise Difference(
+                f"{run}: step {newest} had a valid checkpoint; now ({hit or 'done'}) the newest is {valid}"
+            )
+        if watch.steps and watch.steps[0] > newest + watch.train["log_every"]:
+            raise Difference(f"{run}: checkpoint {newest} was valid, and the run went on with step {watch.steps[0]}")
+        self.resumed += bool(watch.steps and newest)
+        if attack is None or hit is None:
             self.check_done(run, process.returncode)
             return None
-        assert attack is not None
-        self.kills[phase] += 1
-        self.valid[phase] += valid > 0
+        self.attacks.pop(0)
+        self.kills[hit] += 1
+        self.valid[hit] += valid > 0
         self.codes[f"SIG{attack.signal}: {process.returncode}"] += 1
-        print(
-            f"kill {self.hits}, SIG{attack.signal} at {phase}, step {watch.step or newest}: {valid} is valid",
-            flush=True,
-        )
-        if attack.signal != "KILL" and watch.step is not None:
-            self.check_stop(run, process.returncode, valid, watch.step)
+        at = f"kill {sum(self.kills.values())}: SIG{attack.signal} in {hit}, step {max([newest, *watch.steps])}"
+        print(f"{at}; {len(watch.begun)} phases begun; checkpoint {valid} is valid", flush=True)
+        if attack.signal != "KILL" and watch.steps:
+            self.check_stop(run, process.returncode, valid, watch.steps[-1])
         return valid
+
+    def check_done(self, run: Path, code: int) -> None:
+        if code != 0:
+            tail = (run.parent / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            raise Difference(f"{run} failed with exit code {code}:\n" + "\n".join(tail))
 
     def check_stop(self, run: Path, code: int, valid: int, step: int) -> None:
         """A run that was asked to stop while it trained has saved its last step and says so by its exit code."""
@@ -437,31 +415,25 @@ class Torture:
         if self.arguments.processes == 1 and code != STOPPED:  # torchrun has exit codes of its own
             self.differences.append(f"{run}: asked to stop at step {step}, it ended with {code} instead of {STOPPED}")
 
-    @property
-    def hits(self) -> int:
-        return sum(self.kills.values())
-
-    def result(self, rhythm: Rhythm, seconds: float) -> dict[str, Any]:
+    def result(self, seconds: float) -> dict[str, Any]:
         a = self.arguments
         packages = {name: version(name) for name in ("torch", "numpy", "accelerate", "transformers", "safetensors")}
         return {
             "script": f"train/train_{a.script}.py",
-            "config": str(
-                a.config.resolve().relative_to(ROOT) if a.config.resolve().is_relative_to(ROOT) else a.config
-            ),
-            "set": [*SMALL, *(SMALL_SAMPLES if a.script == "ldm" else []), *a.set],
+            "config": a.config.name,
+            "set": [*self.small, *a.set],
             "processes": a.processes,
             "seed": a.seed,
-            "kills": {phase: self.kills[phase] for phase in PHASES},
-            "valid_checkpoint_after": {phase: self.valid[phase] for phase in PHASES},
+            "kills": {hit: self.kills[hit] for hit in HITS},
+            "valid_checkpoint_after": {hit: self.valid[hit] for hit in HITS},
             "exit_codes": dict(sorted(self.codes.items())),
-            "sessions_that_went_on": self.resumed,
+            "sessions_resumed": self.resumed,
             "sessions_of_each_run": self.sessions,
-            "compared_of_each_run": len(self.expected),
+            "compared": len(self.expected),
             "temporary_folders_left": self.left_over,
             "differences": self.differences,
-            "seconds": round(seconds),
-            "seconds_of": {phase: round(value, 3) for phase, value in rhythm.seconds.items()},
+            "minutes": round(seconds / 60, 1),
+            "usual_seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), **packages},
         }
@@ -469,36 +441,33 @@ class Torture:
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
-    kills, valid = result["kills"], result["valid_checkpoint_after"]
-    rows = [f"| {phase} | {kills[phase]} | {valid[phase]} |" for phase in PHASES]
-    rows.append(f"| all | {sum(kills.values())} | {sum(valid.values())} |")
+    kills, valid, runs = result["kills"], result["valid_checkpoint_after"], result["sessions_of_each_run"]
+    table = [(hit, kills[hit], valid[hit]) for hit in HITS] + [("all", sum(kills.values()), sum(valid.values()))]
+    rows = "\n".join(f"| {hit} | {count} | {after} |" for hit, count, after in table)
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    faults = [f"- {difference}" for difference in result["differences"]] or ["None."]
-    lines = [
-        "# Runs that were killed, and went on",
-        "",
-        f"`{result['script']}` with `{result['config']}`, made small by `--set {' '.join(map(shlex.quote, result['set']))}`; "
-        f"{result['processes']} process(es), seed {result['seed']}. Written by `tools/torture_resume.py` in "
-        f"{result['seconds'] / 60:.0f} minutes ({result['machine']}; {versions}).",
-        "",
-        "| where the kill hit | kills | of these with a valid checkpoint afterwards |",
-        "|---|--:|--:|",
-        *rows,
-        "",
-        "Where there was none afterwards, there had been none before: the first was not written yet. How sessions ended: "
-        + ", ".join(f"{code} ({count})" for code, count in result["exit_codes"].items())
-        + f". {result['sessions_that_went_on']} sessions went on from a checkpoint, each from the newest one that was valid.",
-        "",
-        f"{len(result['sessions_of_each_run'])} runs were done, in {', '.join(map(str, result['sessions_of_each_run']))} "
-        f"sessions. Each was compared with the unbroken run in {result['compared_of_each_run']} places (SHA-256 of weights, "
-        "averages, moments and exported weights, all lines of the log but for speeds, pixels of all sample grids). "
-        f"Temporary folders that they left behind: {result['temporary_folders_left']}.",
-        "",
-        "## Differences",
-        "",
-        *faults,
-    ]
-    return "\n".join(lines) + "\n"
+    codes = ", ".join(f"{code} ({count} times)" for code, count in result["exit_codes"].items())
+    faults = "\n".join(f"- {difference}" for difference in result["differences"]) or "None."
+    return f"""# Runs that were killed, and went on
+
+Written by `tools/torture_resume.py` in {result["minutes"]} minutes on {result["machine"]}; {versions}.
+`{result["script"]}`, `{result["config"]}`, processes: {result["processes"]}, seed {result["seed"]}, and
+
+    --set {shlex.join(result["set"])}
+
+| where the kill hit | kills | with a valid checkpoint afterwards |
+|---|--:|--:|
+{rows}
+
+The others hit before a run had its first checkpoint. {result["sessions_resumed"]} sessions trained on from the newest
+checkpoint that was valid. Exit codes: {codes}.
+Runs that were done: {len(runs)}, after {", ".join(map(str, runs))} sessions.
+Each was compared with the unbroken one in {result["compared"]} places.
+Temporary folders left in them: {result["temporary_folders_left"]}.
+
+## Differences
+
+{faults}
+"""
 
 
 def parsed() -> argparse.Namespace:
@@ -524,13 +493,13 @@ def main() -> None:
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="ldm-torture-", dir=arguments.folder))
     torture = Torture(arguments, folder)
-    rhythm = torture.unbroken()
-    print("the unbroken run took", ", ".join(f"{v:.2f} s for {k}" for k, v in rhythm.seconds.items()), flush=True)
+    torture.unbroken()
+    print("the unbroken run:", ", ".join(f"{name} {s:.2f} s" for name, s in torture.seconds.items()), flush=True)
     try:
-        torture.break_runs(rhythm)
+        torture.break_runs()
     except Difference as difference:
         torture.differences.append(str(difference))
-    result = torture.result(rhythm, time.perf_counter() - started)
+    result = torture.result(time.perf_counter() - started)
     for path in arguments.out:
         text = markdown(result) if path.suffix == ".md" else json.dumps(result, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Exact resume: a run that was broken off is, from then on, the run that was not; and one process is as good as four.
 
-A run that was killed after step k leaves the checkpoints up to k, and a log, samples and exports that may be ahead of them.
-That is what `broken_off` makes of a run that is done. Kills of real processes: tests/tools/test_torture_resume.py.
+A run that was killed after step k leaves the checkpoints up to k, and a log that may be ahead of them. That is what
+`broken_off` makes of a run that is done. Kills of real processes: tests/training/test_torture.py.
 """
 
 import dataclasses
@@ -22,7 +22,10 @@ from tools.torture_resume import differences, evidence
 
 # 32 of the 40 pictures are trained on, 12 a step: the batches of steps 3 and 6 cross from one epoch to the next.
 PICTURES, HELD_OUT, BATCH, STEPS = 40, 0.2, 12, 7
-CROSSING, WITHIN = 5, 4  # breaks before a batch that lies in two epochs, and before one that does not; no log line there
+CROSSING, WITHIN = (
+    5,
+    4,
+)  # before a batch that lies in two epochs, and one that does not; no log line is there
 
 
 @dataclass(frozen=True)
