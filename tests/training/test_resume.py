@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.training.runs import ROOT, captioned_folder, losses, run_autoencoder, run_ldm, settings
-from tools.torture_resume import differences, evidence
+from tools.torture_resume import differences, evidence, temporaries
 
 # 32 of the 40 pictures are trained on, 12 a step: the batches of steps 3 and 6 cross from one epoch to the next.
 PICTURES, HELD_OUT, BATCH, STEPS = 40, 0.2, 12, 7
@@ -151,6 +151,34 @@ def test_a_run_that_is_killed_again_and_again_is_still_the_same(train, tmp_path)
         last = broken_off(last, tmp_path / str(step), step)
         train(case, last, checkpoint_every=2, resume=True)
         assert differences(expected, evidence(last)) == [], step
+
+
+def test_a_kill_between_the_last_checkpoint_and_its_export_leaves_no_older_export(train, tmp_path):
+    case = Case("pixel", 1, 0, False, 1, CROSSING)
+    train(case, tmp_path / "one")
+    two = broken_off(tmp_path / "one", tmp_path / "two", STEPS)
+    shutil.copytree(two / "checkpoints" / f"step_{CROSSING:08d}" / "pipeline", two / "pipeline")
+    assert differences(evidence(tmp_path / "one"), evidence(two))
+    train(case, two, resume=True)
+    assert differences(evidence(tmp_path / "one"), evidence(two)) == []
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(train, tmp_path):
+    case = Case("pixel", 1, 0, False, 1, CROSSING)
+    train(case, tmp_path / "one")
+    two = broken_off(tmp_path / "one", tmp_path / "two", CROSSING)
+    for name in ("checkpoints/.step_00000007.k1ll3d", "checkpoints/.step_00000006.other", ".pipeline.k1ll3d"):
+        shutil.copytree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:08d}" / "training", two / name / "training")
+    train(case, two, resume=True)
+    assert differences(evidence(tmp_path / "one"), evidence(two)) == []
+    assert temporaries(two) == set()
+
+
+def test_a_kill_while_the_run_folder_is_made_does_not_spoil_it(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # the lock is the first file of a run
+    train(Case("pixel", 1, 0, False, 1, STEPS), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run")
 
 
 # ---- several processes
