@@ -319,6 +319,7 @@ class Torture:
         self.attacks = plan(arguments.kills, arguments.seed, arguments.signal)
         self.seconds: dict[str, float] = {}  # how long a phase takes
         self.expected: dict[str, Any] = {}
+        self.process: subprocess.Popen[bytes] | None = None  # the session that runs
         self.kills: Counter[str] = Counter()  # by where they hit
         self.valid: Counter[str] = Counter()  # of these, after which there was a valid checkpoint
         self.codes: Counter[str] = Counter()  # by signal and exit code
@@ -340,7 +341,10 @@ class Torture:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [*self.command(run), *more]
         with (run.parent / "output.txt").open("ab") as output:
-            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        return self.process
 
     def unbroken(self) -> None:
         run = self.folder / "unbroken" / "run"
@@ -493,12 +497,15 @@ def main() -> None:
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="ldm-torture-", dir=arguments.folder))
     torture = Torture(arguments, folder)
-    torture.unbroken()
-    print("the unbroken run:", ", ".join(f"{name} {s:.2f} s" for name, s in torture.seconds.items()), flush=True)
     try:
+        torture.unbroken()
+        print("the unbroken run:", ", ".join(f"{name} {s:.2f} s" for name, s in torture.seconds.items()), flush=True)
         torture.break_runs()
     except Difference as difference:
         torture.differences.append(str(difference))
+    finally:  # also where this program is interrupted
+        if torture.process is not None and torture.process.poll() is None:
+            end(torture.process, Attack("", 1, 0.0, "KILL", 0.0), arguments.processes)
     result = torture.result(time.perf_counter() - started)
     for path in arguments.out:
         text = markdown(result) if path.suffix == ".md" else json.dumps(result, indent=2) + "\n"
