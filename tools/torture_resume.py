@@ -106,10 +106,16 @@ def step_of(path: Path) -> int:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's log."""
+    """The complete lines of a run's log; one that is no JSON stands under "unreadable"."""
     path = run / "metrics.jsonl"
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines]
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            found.append({"unreadable": line})
+    return found
 
 
 def temporaries(run: Path) -> set[Path]:

@@ -93,6 +93,9 @@ def test_a_figure_a_line_and_a_pixel_are_differences_and_speeds_are_not(done, ru
     (line,) = found([lines[0] | {"loss": lines[0]["loss"] * (1 + 1e-15)}, *lines[1:]])
     assert line.startswith("log line 1: ")
     assert found(lines) == []
+    log.write_text('{"step": 1, "lo' + log.read_text())  # half a line, and the next behind it
+    assert differences(evidence(done), evidence(run))[0].startswith("log line 1: {'unreadable'")
+    assert found(lines) == []
 
     sheet = run / "samples" / "step_00000004.png"
     with Image.open(sheet) as image:
