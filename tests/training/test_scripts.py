@@ -1,9 +1,7 @@
 """Both scripts from end to end on tiny networks and real digits: what they write, how they go on, how they fail."""
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -99,18 +97,6 @@ def test_random_crops_are_encoded_batch_by_batch(tmp_path, encoder_folder, first
     run_ldm(settings(tmp_path / "two", encoder_folder, "latent", first_stage), "data.flip=true", "train.max_steps=2")
     # Square images have one crop, so that both runs see the same pictures.
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "two"), rtol=1e-4)
-
-
-def test_two_processes_see_the_batches_of_one(tmp_path, encoder_folder):
-    run_ldm(settings(tmp_path / "one", encoder_folder))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    command += [str(ROOT / "train" / "train_ldm.py"), "--set", *settings(tmp_path / "two", encoder_folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    state = json.loads((tmp_path / "two/checkpoints/step_00000004/training/state.json").read_text())
-    assert state["processes"] == 2
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def test_dropout_inside_the_network_resumes_bit_for_bit(tmp_path, encoder_folder):
