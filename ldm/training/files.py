@@ -51,16 +51,21 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def damage(folder: Path, manifest: str = "manifest.json") -> str | None:
-    """The first file that is not what the manifest says, or None."""
+    """The first file that is not what the manifest says, or None. Files of other kinds may lie beside them."""
     try:
         files = checkpoint.read_json(folder / manifest)["files"]
-    except (ValueError, KeyError) as error:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{manifest}: {error}"
-    for name, entry in files.items():
+    for path in sorted((*folder.rglob("*.safetensors"), *folder.rglob("*.json"))):
+        name = path.relative_to(folder).as_posix()
+        if name not in expected and name != manifest:
+            return f"{name} is not in {manifest}"
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != digest:
             return f"{name} has changed"
     return None
 

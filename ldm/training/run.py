@@ -313,6 +313,7 @@ class Run:
         """Prints the plan and keeps it in `plan.json`; what it took is added at the end."""
         self.print(plan.text())
         self._plan = plan.to_dict()
+        self._cut_logs()
         checkpoint.write_json(self.folder / "plan.json", self._plan)
         self._planned = time.perf_counter()
 

@@ -167,7 +167,7 @@ def test_what_a_kill_left_half_written_is_cleared_away(train, tmp_path):
     case = Case("pixel", 1, 0, False, 1, CROSSING)
     train(case, tmp_path / "one")
     two = broken_off(tmp_path / "one", tmp_path / "two", CROSSING)
-    for name in ("checkpoints/.step_00000007.k1ll3d", "checkpoints/.step_00000006.other", ".pipeline.k1ll3d"):
+    for name in ("checkpoints/.step_00000007.1.partial", "checkpoints/.step_00000006.2.partial", ".pipeline.3.partial"):
         shutil.copytree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:08d}" / "training", two / name / "training")
     train(case, two, resume=True)
     assert differences(evidence(tmp_path / "one"), evidence(two)) == []

@@ -1,7 +1,7 @@
 """Both scripts from end to end on tiny networks and real digits: what they write, how they go on, how they fail."""
 
-import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
