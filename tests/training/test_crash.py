@@ -535,3 +535,32 @@ def test_another_environment_is_refused_and_accepted_key_by_key(tmp_path, encode
     state = checkpoint.read_json(tmp_path / "run/checkpoints/step_00000004/training/state.json")
     assert state["config"]["train"]["adam_beta1"] == 0.5
     assert state["environment"]["versions.torch"] == "9.9"
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process has which rank is read from /proc")
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, encoder_folder):
+    arguments = [*settings(tmp_path / "run", encoder_folder), "train.max_steps=100000", "train.checkpoint_every=100000"]
+    arguments += ["train.validate_every=100000", "train.sample_every=100000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
+    command += [str(ROOT / "train" / "train_ldm.py"), "--set", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (second,) = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(second), signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (newest,) = saving.checkpoints(tmp_path / "run")
+    last = saving.step_of(newest)
+    assert damage(newest) is None
+    assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, last + 1))
+    assert error.count(f"stopped: step {last} of 100000 is saved; go on with --resume") == 2
+    assert error.count(f"exitcode  : {EXIT_CODE}") == 2
+    assert "SIGTERM: finishing the step" in error
