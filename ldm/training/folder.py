@@ -48,7 +48,7 @@ def lock(folder: Path) -> Callable[[], None]:
     deadline = time.monotonic() + LOCK_SECONDS
     while not _lock(file):
         if time.monotonic() > deadline:
-            holder = os.pread(file, 100, 0).decode(errors="replace").strip()
+            holder = os.read(file, 100).decode(errors="replace").strip()
             os.close(file)
             raise ValueError(
                 f"{folder} is being written by another run{f' ({holder})' if holder else ''}; wait for it, end it, or "
@@ -56,7 +56,7 @@ def lock(folder: Path) -> Callable[[], None]:
             )
         time.sleep(0.1)
     os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
     _held[name] = file
 
     def unlock() -> None:
