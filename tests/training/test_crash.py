@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -220,14 +221,11 @@ def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
     name, at, saved = MOMENTS[moment]
     arguments = settings(tmp_path / "run", encoder_folder, "latent", first_stage)
     arguments += ["train.validate_every=1", "train.sample_every=2", f"data.cache_dir={tmp_path / 'cache'}"]
-    module, _, function = name.rpartition(".")
+    place, _, function = name.rpartition(".")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train_ldm.py", "--set", *arguments])
         called = 0
-        target = pytest.importorskip(module) if module.count(".") < 3 else None
-        owner = (
-            target if target is not None else getattr(sys.modules[module.rpartition(".")[0]], module.rpartition(".")[2])
-        )
+        owner = pkgutil.resolve_name(place)
         original = getattr(owner, function)
 
         def signalled(*positional, **keywords):
