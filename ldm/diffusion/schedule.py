@@ -366,7 +366,7 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
     diffusers refuses to sample with it.
     """
-    names = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
+    names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
     named = config.beta_schedule in names
     table = make_betas(config).tolist() if not named else config.trained_betas
     ours = {"beta_schedule": config.beta_schedule, "own_betas": config.trained_betas is not None}
@@ -388,12 +388,12 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     }
 
 
-def _with_our_name(read: ScheduleConfig, ours: dict[str, Any]) -> ScheduleConfig:
+def _with_our_name(read: ScheduleConfig, ours: Any) -> ScheduleConfig:
     """The config in which the table of betas has its name again; refused where the two do not agree."""
-    if read.trained_betas is None:
-        raise ValueError(f"scheduler {OUR_KEY} names a schedule but trained_betas is missing; drop {OUR_KEY}")
-    named = replace(read, beta_schedule=ours["beta_schedule"])
-    if ours["own_betas"]:
+    if read.trained_betas is None or not isinstance(ours, dict):
+        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
+    named = replace(read, beta_schedule=ours.get("beta_schedule"))
+    if ours.get("own_betas"):
         return named
     named = replace(named, trained_betas=None)
     # The last digits of a cosine differ between machines.
