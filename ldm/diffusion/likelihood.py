@@ -214,8 +214,7 @@ def discretised_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (
     def decode(original: Tensor, predicted: Tensor, log_variance: Tensor) -> Tensor:
         shift, scale = (torch.tensor(v, dtype=predicted.dtype).view(1, -1, 1, 1) for v in (mean, std))
         shift, scale = shift.to(predicted.device), scale.to(predicted.device)
-        pixels = original * scale + shift  # [B, C, H, W]
-        _check_levels(pixels)
+        pixels = _levels(original * scale + shift)  # [B, C, H, W]
         deviation = torch.exp(0.5 * log_variance) * scale
         centre = pixels - (predicted * scale + shift)
         upper, lower = (centre + half) / deviation, (centre - half) / deviation
@@ -235,7 +234,8 @@ def log_normal_between(lower: Tensor, upper: Tensor) -> Tensor:
     return log_high + torch.log(-torch.expm1(log_low - log_high))
 
 
-def _check_levels(pixels: Tensor) -> None:
+def _levels(pixels: Tensor) -> Tensor:
+    """The pixel values less the rounding of whitening, so that neighbouring bins share their edge."""
     places = (pixels + 1) * ((LEVELS - 1) / 2)  # 0 … 255
     nearest = places.round().clamp(0, LEVELS - 1)
     wrong = (places - nearest).abs() > 0.01
@@ -244,6 +244,7 @@ def _check_levels(pixels: Tensor) -> None:
             f"x_0 holds the pixel value {float(pixels[wrong][0]):.6g}; the discretised decoder knows only the {LEVELS} "
             "values k / 127.5 - 1, k = 0 to 255; for continuous data take gaussian_decoder"
         )
+    return nearest / ((LEVELS - 1) / 2) - 1
 
 
 def _check(schedule: NoiseSchedule, prediction_type: PredictionType, variance: Variance) -> None:
