@@ -249,7 +249,7 @@ OWN = tuple(0.01 + 0.001 * i for i in range(20))
 
 
 @pytest.mark.parametrize(
-    ("name", "betas", "rescaled"), itertools.product(get_args(BetaSchedule), (None, OWN), (False, True))
+    ("name", "betas", "rescaled"), list(itertools.product(get_args(BetaSchedule), (None, OWN), (False, True)))
 )
 def test_every_schedule_is_written_for_diffusers_and_read_back_the_same(name, betas, rescaled):
     base = ScheduleConfig(
