@@ -192,6 +192,21 @@ def test_the_bound_does_not_depend_on_what_is_predicted(kind):
     torch.testing.assert_close(found.total, found.prior + found.terms.sum(1))
 
 
+def test_a_projection_that_finds_x_0_leaves_the_decoder_alone():
+    schedule = fixed_forward_process(20)
+    bound = variational_bound(
+        lambda x, t: torch.zeros_like(x),
+        schedule,
+        DATA,
+        noise=lambda: NOISE,
+        decoder=gaussian_decoder,
+        project=lambda x_0: DATA,
+    )
+    torch.testing.assert_close(bound.terms[:, 1:], torch.zeros(4, 19).double(), rtol=0, atol=1e-12)
+    peak = 0.5 * math.log2(2 * math.pi * float(schedule.posterior_variance[1]))  # −log₂ N(x_0; x_0, β̃_1)
+    torch.testing.assert_close(bound.terms[:, 0], torch.full((4,), peak).double(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["sample", "v_prediction", "posterior_mean"])
 def test_without_terminal_signal_the_prior_costs_nothing(kind):
     schedule = NoiseSchedule.from_config(
@@ -267,6 +282,13 @@ def test_the_probabilities_of_all_pixel_values_add_up_to_one(mean, deviation, dt
         upper = 1.0 if k == 255 else float(normal.cdf(PIXELS[k] + 1 / 255))
         lower = 0.0 if k == 0 else float(normal.cdf(PIXELS[k] - 1 / 255))
         assert float(logs[k, 1].exp()) == pytest.approx(upper - lower, abs=tolerance)
+
+
+def test_the_rounding_of_whitening_changes_no_probability():
+    pixels, predicted = PIXELS.view(256, 1, 1, 1), torch.zeros(256, 1, 1, 1).double()
+    log_variance = torch.full_like(pixels, -6.0)
+    decode = discretised_decoder()
+    assert torch.equal(decode(pixels + 1e-6, predicted, log_variance), decode(pixels, predicted, log_variance))
 
 
 def test_intervals_in_both_tails_keep_their_precision():
