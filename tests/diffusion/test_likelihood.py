@@ -204,7 +204,7 @@ def test_a_projection_that_finds_x_0_leaves_the_decoder_alone():
     )
     torch.testing.assert_close(bound.terms[:, 1:], torch.zeros(4, 19).double(), rtol=0, atol=1e-12)
     peak = 0.5 * math.log2(2 * math.pi * float(schedule.posterior_variance[1]))  # −log₂ N(x_0; x_0, β̃_1)
-    torch.testing.assert_close(bound.terms[:, 0], torch.full((4,), peak).double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(bound.terms[:, 0], torch.full((4,), peak, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction", "posterior_mean"])
