@@ -195,7 +195,7 @@ def test_the_corrector_starts_without_signal():
     noise = stream((20, 500))
     *_, last = langevin_corrector(
         exact(schedule, "v_prediction"), noise(), schedule, schedule.grid(100), noise=noise, snr=0.1,
-        prediction_type="v_prediction",
+        predictor=partial(ddpm, variance="large"), prediction_type="v_prediction",
     )  # fmt: skip
     assert float(last.latents.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(last.latents.std()) == pytest.approx(DEVIATION, rel=0.05)
