@@ -47,8 +47,8 @@ def dpm_solver_pp_2m(
         prediction, _ = split_variance(denoise(latents, t), latents)
         original = project(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
         h = half_log_snr(alpha_prev, sigma_prev) - half_log_snr(alpha, sigma)
-        # Algorithm 2, line 7: 1 / (2 r_i) with r_i = h_{i−1} / h_i; 0 where a length is infinite
-        extrapolation = 0.0 if math.isinf(h) or math.isinf(h_last) else h / (2 * h_last)
+        # Algorithm 2, line 7: 1 / (2 r_i) with r_i = h_{i−1} / h_i; it is 0 after an infinite h_{i−1} of its own
+        extrapolation = 0.0 if math.isinf(h) else h / (2 * h_last)
         # Algorithm 2, line 8: D_i; in line 4 x̂_0 alone
         slope = original
         if earlier is not None and extrapolation > 0:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion import NoiseSchedule, ScheduleConfig, Step, dpm_solver_pp_2m, euler_maruyama
+from ldm.diffusion import NoiseSchedule, ScheduleConfig, Step, ddpm, dpm_solver_pp_2m, euler_maruyama
 
 KEYS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
@@ -73,6 +73,17 @@ def test_euler_maruyama_is_its_formula():
     duration = -math.log(0.9)
     score = -network(first.latents, 0) / math.sqrt(0.1)
     torch.testing.assert_close(last.latents, first.latents + duration * (first.latents / 2 + score))
+
+
+def test_euler_maruyama_starts_without_signal_as_ancestral_sampling_does():
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.4, 0.0]))
+    x, z = start().double(), torch.full(SHAPE, 0.3, dtype=torch.float64)
+    keys = {"noise": lambda: z, "prediction_type": "sample", "project": lambda x: x.clamp(-0.5, 0.5)}
+    (state,) = euler_maruyama(network, x, schedule, [Step(2, 1)], **keys)
+    alpha, sigma = schedule.alpha_sigma(1)
+    torch.testing.assert_close(state.latents, alpha * network(x, 2).clamp(-0.5, 0.5) + sigma * z)
+    (other,) = ddpm(network, x, schedule, [Step(2, 1)], **keys)
+    torch.testing.assert_close(state.latents, other.latents)
 
 
 def test_euler_maruyama_follows_a_projected_prediction():
