@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
+from ldm.diffusion.likelihood import interpolated_log_variance
 from ldm.diffusion.prediction import convert, noise_of, original_and_noise, split_variance
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
@@ -232,17 +233,10 @@ def ddpm(
             latents = mean
         elif variance == "learned":
             assert interpolation is not None
-            latents = mean + learned_deviation(interpolation, beta, posterior) * noise()
+            # Improved DDPM, Eq. 15
+            log_small, log_large = math.log(max(posterior, SMALLEST_VARIANCE)), math.log(beta)
+            log_variance = interpolated_log_variance(interpolation, log_small, log_large)
+            latents = mean + torch.exp(0.5 * log_variance) * noise()
         else:
             latents = mean + math.sqrt(posterior if variance == "small" else beta) * noise()
         yield State(index, t, latents, original)
-
-
-def learned_deviation(interpolation: Tensor, beta: float, posterior: float) -> Tensor:
-    """σ_t, [B, C, H, W], from ν of the same shape.
-
-    Improved DDPM, Eq. 15: log σ_t² = v log β + (1 − v) log β̃, with v = (ν + 1) / 2.
-    """
-    low, high = (0.5 * math.log(max(value, SMALLEST_VARIANCE)) for value in (posterior, beta))
-    # log σ = (high + low) / 2 + ν (high − low) / 2
-    return torch.exp(0.5 * (high + low) + 0.5 * (high - low) * interpolation)
