@@ -1,27 +1,51 @@
 """The mathematics of the papers. Imports torch and nothing else."""
 
-from ldm.diffusion.guidance import Denoise, classifier_free_guidance, drop_conditioning
+from ldm.diffusion.guidance import (
+    Denoise,
+    LogLikelihood,
+    Rescale,
+    alpha_sigma_at,
+    classifier_free_guidance,
+    classifier_guidance,
+    conditioned,
+    drop_conditioning,
+    guide_within,
+    rescale_guidance,
+    split_variance,
+)
+from ldm.diffusion.interpolation import slerp
 from ldm.diffusion.objective import Denoiser, diffusion_loss
 from ldm.diffusion.prediction import add_noise, original_and_noise, training_target, velocity
 from ldm.diffusion.sampling import State, ddim, ddpm
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
+from ldm.diffusion.thresholding import dynamic_threshold
 
 __all__ = [
     "Denoise",
     "Denoiser",
+    "LogLikelihood",
     "NoiseSchedule",
     "PredictionType",
+    "Rescale",
     "ScheduleConfig",
     "State",
     "Step",
     "TimestepSpacing",
     "add_noise",
+    "alpha_sigma_at",
     "classifier_free_guidance",
+    "classifier_guidance",
+    "conditioned",
     "ddim",
     "ddpm",
     "diffusion_loss",
     "drop_conditioning",
+    "dynamic_threshold",
+    "guide_within",
     "original_and_noise",
+    "rescale_guidance",
+    "slerp",
+    "split_variance",
     "training_target",
     "velocity",
 ]

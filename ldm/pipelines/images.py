@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -20,6 +21,25 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     unit = (images.to(torch.float32) / 2 + 0.5).clamp(0, 1)
     pixels = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     return [Image.fromarray(array) for array in pixels]
+
+
+def from_pil(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size, RGB or grey → [B, 3, H, W] float32 in [−1, 1].
+
+    Raises:
+        ValueError: for none, for different sizes, and for transparency, whose background only their owner knows.
+    """
+    if not images:
+        raise ValueError("the image list is empty; give at least one picture")
+    sizes = list(dict.fromkeys(image.size for image in images))
+    if len(sizes) > 1:
+        raise ValueError(f"the images have sizes {sizes[0]} and {sizes[1]}; pictures of one call have one size")
+    for image in images:
+        if image.mode not in ("RGB", "L"):
+            raise ValueError(f"an image has mode {image.mode}; bring it to RGB on a background first")
+    pixels = [np.asarray(image.convert("RGB")) for image in images]
+    tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
+    return tensor.to(torch.float32) / 127.5 - 1
 
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = None) -> None:
