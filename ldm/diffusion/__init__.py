@@ -14,10 +14,12 @@ from ldm.diffusion.guidance import (
     split_variance,
 )
 from ldm.diffusion.interpolation import slerp
+from ldm.diffusion.langevin import annealed_langevin, langevin_corrector
 from ldm.diffusion.objective import Denoiser, diffusion_loss
 from ldm.diffusion.prediction import add_noise, original_and_noise, training_target, velocity
-from ldm.diffusion.sampling import State, ddim, ddpm
+from ldm.diffusion.sampling import State, ddim, ddim_inversion, ddpm
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
+from ldm.diffusion.solvers import dpm_solver_pp_2m, euler_maruyama
 from ldm.diffusion.thresholding import dynamic_threshold
 
 __all__ = [
@@ -33,15 +35,20 @@ __all__ = [
     "TimestepSpacing",
     "add_noise",
     "alpha_sigma_at",
+    "annealed_langevin",
     "classifier_free_guidance",
     "classifier_guidance",
     "conditioned",
     "ddim",
+    "ddim_inversion",
     "ddpm",
     "diffusion_loss",
+    "dpm_solver_pp_2m",
     "drop_conditioning",
     "dynamic_threshold",
+    "euler_maruyama",
     "guide_within",
+    "langevin_corrector",
     "original_and_noise",
     "rescale_guidance",
     "slerp",
