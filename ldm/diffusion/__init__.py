@@ -11,12 +11,11 @@ from ldm.diffusion.guidance import (
     drop_conditioning,
     guide_within,
     rescale_guidance,
-    split_variance,
 )
 from ldm.diffusion.interpolation import slerp
 from ldm.diffusion.langevin import annealed_langevin, langevin_corrector
 from ldm.diffusion.objective import Denoiser, diffusion_loss
-from ldm.diffusion.prediction import add_noise, original_and_noise, training_target, velocity
+from ldm.diffusion.prediction import add_noise, as_noise, original_and_noise, split_variance, training_target, velocity
 from ldm.diffusion.sampling import State, ddim, ddim_inversion, ddpm
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
 from ldm.diffusion.solvers import dpm_solver_pp_2m, euler_maruyama
@@ -36,6 +35,7 @@ __all__ = [
     "add_noise",
     "alpha_sigma_at",
     "annealed_langevin",
+    "as_noise",
     "classifier_free_guidance",
     "classifier_guidance",
     "conditioned",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.objective import Denoiser
+from ldm.diffusion.prediction import DIRECT, split_variance
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType
 
 Denoise = Callable[[Tensor, int], Tensor]
@@ -98,13 +99,14 @@ def rescale_guidance(phi: float, schedule: NoiseSchedule, prediction_type: Predi
         phi: φ, 0 (as it was) to 1; 0.7 in the paper.
 
     Raises:
-        ValueError: if φ is outside [0, 1].
+        ValueError: if φ is outside [0, 1], or x_t, α and σ do not say what v is.
     """
     check_rescale(phi)
+    _check_direct(prediction_type)
 
     def rescale(guided: Tensor, conditional: Tensor, x_t: Tensor, t: float) -> Tensor:
         alpha, sigma = alpha_sigma_at(schedule, t)
-        where_v_is_0 = {"epsilon": sigma, "sample": alpha, "v_prediction": 0.0}[prediction_type] * x_t
+        where_v_is_0 = (sigma if prediction_type == "epsilon" else alpha if prediction_type == "sample" else 0) * x_t
         # Both are v times the same number, which Eq. 15 divides out, so that no α or σ of 0 is divided by.
         v, v_conditional = guided - where_v_is_0, conditional - where_v_is_0
         present, wanted = (each.flatten(1).std(dim=1, correction=0) for each in (v, v_conditional))  # Eq. 14, [B]
@@ -134,8 +136,8 @@ def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided:
 
     def denoise(x_t: Tensor, t: int) -> Tensor:
         alpha, sigma = alpha_sigma_at(schedule, t)
-        inside = sigma > low * alpha and (math.isinf(high) or sigma <= high * alpha)  # α may be 0
-        return guided(x_t, t) if inside else unguided(x_t, t)
+        level = sigma / alpha if alpha > 0 else math.inf
+        return guided(x_t, t) if low < level <= high else unguided(x_t, t)
 
     return denoise
 
@@ -164,6 +166,7 @@ def classifier_guidance(
     """
     if not math.isfinite(scale):
         raise ValueError(f"classifier scale is {scale}; it must be a finite number (1 samples p(x | y))")
+    _check_direct(prediction_type)
 
     def guided(x_t: Tensor, t: int) -> Tensor:
         prediction, variance = split_variance(denoise(x_t, t), x_t)
@@ -174,13 +177,16 @@ def classifier_guidance(
     return guided
 
 
-def _shift_of_score(alpha: float, sigma: float, prediction_type: str, t: float) -> float:
+def _check_direct(prediction_type: PredictionType) -> None:
+    if prediction_type not in DIRECT:
+        raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)} (as_noise makes epsilon)")
+
+
+def _shift_of_score(alpha: float, sigma: float, prediction_type: PredictionType, t: float) -> float:
     """By how much a prediction changes when the score changes by 1. ε = −σ score, and x_0 and v follow from ε at x_t:
     x_0 = (x_t − σ ε) / α, and v = α ε − σ x_0 = (ε − σ x_t) / α."""
     if prediction_type == "epsilon":
         return -sigma
-    if prediction_type not in ("sample", "v_prediction"):
-        raise ValueError(f"prediction_type is {prediction_type!r}; choose epsilon, sample or v_prediction")
     if alpha == 0:
         raise ValueError(
             f"classifier guidance at timestep {t} divides by alpha, which is 0 there: x_t says nothing about x_0; "
@@ -208,15 +214,6 @@ def _gradient(log_likelihood: LogLikelihood, x_t: Tensor, t: int) -> Tensor:
             )
         # Images do not see one another, so the gradient of the sum holds the gradient of each.
         return torch.autograd.grad(value.sum(), x)[0].detach()
-
-
-def split_variance(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(prediction [B, C, H, W], ν [B, C, H, W] or None) of what a network gave for x_t: C or 2C channels."""
-    channels = x_t.shape[1]
-    if output.shape[1] == channels:
-        return output, None
-    assert output.shape[1] == 2 * channels, f"the network gives {output.shape[1]} channels for {channels}"
-    return output[:, :channels], output[:, channels:]
 
 
 def alpha_sigma_at(schedule: NoiseSchedule, t: float) -> tuple[float, float]:

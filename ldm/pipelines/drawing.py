@@ -14,7 +14,7 @@ from ldm.diffusion import LogLikelihood, NoiseSchedule, ScheduleConfig, State, S
 from ldm.models import UNet
 from ldm.pipelines.arguments import image_prompts, image_seeds
 from ldm.pipelines.images import to_pil
-from ldm.pipelines.sampling import Settings, bounds, draw_noise, guided, walk
+from ldm.pipelines.sampling import Settings, bounds, direct, draw_noise, guided, walk
 from ldm.pipelines.schedulers import Scheduler
 from ldm.text import TextEncoder
 
@@ -193,16 +193,17 @@ class Drawing:
     ) -> Tensor:
         """From `latents` at the first step of the grid (by default, of the whole one) to its end; all [B, C, h, w]."""
         schedule = NoiseSchedule.from_config(self.schedule)
-        prediction_type = self.schedule.prediction_type
+        network, prediction_type = direct(self.unet, schedule, self.schedule.prediction_type)
         states = walk(
             settings,
-            guided(self.unet, condition, null, schedule, prediction_type, settings),
+            guided(network, condition, null, schedule, prediction_type, settings),
             latents,
             schedule,
             self._grid(settings) if grid is None else grid,
             generators=generators,
             project=bounds(self.codec, settings.dynamic_threshold),
             prediction_type=prediction_type,
+            learned_variance=self.unet.config.out_channels == 2 * self.unet.config.in_channels,
         )
         for state in states:
             latents = state.latents

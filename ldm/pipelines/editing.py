@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.diffusion import NoiseSchedule, State, conditioned, slerp
+from ldm.diffusion import NoiseSchedule, State, conditioned, ddim_inversion, slerp
 from ldm.pipelines.arguments import image_prompts, image_seeds
 from ldm.pipelines.drawing import Drawing, PipelineOutput
 from ldm.pipelines.images import from_pil, to_pil
-from ldm.pipelines.sampling import SAMPLERS, draw_noise
+from ldm.pipelines.sampling import SAMPLERS, direct, draw_noise
 
 
 class Editing(Drawing):
@@ -179,8 +179,6 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the image and what is wrong with it, or the argument.
         """
-        from ldm.diffusion.sampling import ddim_inversion
-
         pictures = [image] if isinstance(image, Image.Image) else list(image)
         texts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
         if len(texts) != len(pictures):
@@ -189,12 +187,14 @@ class Editing(Drawing):
         blank = self._blank(len(images), *images.shape[2:])
         settings = self._settings(num_inference_steps, 1.0)
         prompts, _ = image_prompts(texts, None, 1)
+        schedule = NoiseSchedule.from_config(self.schedule)
+        network, prediction_type = direct(self.unet, schedule, self.schedule.prediction_type)
         states = ddim_inversion(
-            conditioned(self.unet, self._states(prompts)),
+            conditioned(network, self._states(prompts)),
             self.codec.draw(self.codec.moments(images.to(blank))),
-            NoiseSchedule.from_config(self.schedule),
+            schedule,
             self._grid(settings),
-            prediction_type=self.schedule.prediction_type,
+            prediction_type=prediction_type,
         )
         *_, last = states
         return last.latents

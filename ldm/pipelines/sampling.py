@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +23,18 @@ from ldm.diffusion import (
     PredictionType,
     State,
     Step,
+    annealed_langevin,
+    as_noise,
     classifier_free_guidance,
     classifier_guidance,
     conditioned,
     ddim,
     ddpm,
+    dpm_solver_pp_2m,
     dynamic_threshold,
+    euler_maruyama,
     guide_within,
+    langevin_corrector,
     rescale_guidance,
 )
 from ldm.diffusion.guidance import check_interval, check_rescale
@@ -47,6 +55,7 @@ class Run:
     project: Project
     noise: Noise
     eta: float
+    learned_variance: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +73,42 @@ class Sampler:
     draws: bool = False
 
 
-def _ddim(run: Run) -> Iterator[State]:
-    return ddim(
-        run.denoise, run.latents, run.schedule, run.grid,
-        eta=run.eta, noise=run.noise, project=run.project, prediction_type=run.prediction_type,
-    )  # fmt: skip
+def _common(run: Run) -> dict[str, Any]:
+    return {
+        "denoise": run.denoise,
+        "latents": run.latents,
+        "schedule": run.schedule,
+        "grid": run.grid,
+        "project": run.project,
+        "prediction_type": run.prediction_type,
+    }
 
 
-def _ddpm(run: Run) -> Iterator[State]:
-    return ddpm(
-        run.denoise, run.latents, run.schedule, run.grid,
-        noise=run.noise, variance="small", project=run.project, prediction_type=run.prediction_type,
-    )  # fmt: skip
+def _ddpm(run: Run, *, variance: Literal["small", "large"]) -> Iterator[State]:
+    return ddpm(**_common(run), noise=run.noise, variance="learned" if run.learned_variance else variance)
 
 
-def _ddpm_large(run: Run) -> Iterator[State]:
-    return ddpm(
-        run.denoise, run.latents, run.schedule, run.grid,
-        noise=run.noise, variance="large", project=run.project, prediction_type=run.prediction_type,
-    )  # fmt: skip
+def _langevin(run: Run) -> Iterator[State]:
+    """Annealed Langevin dynamics leaves the noise of its last level in the picture; it ends in x̂_0 instead."""
+    last = len(run.grid) - 1
+    for state in annealed_langevin(**_common(run), noise=run.noise):
+        yield dataclasses.replace(state, latents=state.pred_original_sample) if state.index == last else state
 
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
-        "ddim": Sampler(start=_ddim, takes_eta=True),
-        "ddpm": Sampler(start=_ddpm, draws=True),
-        "ddpm-large": Sampler(start=_ddpm_large, draws=True),
+        "ddim": Sampler(start=lambda run: ddim(**_common(run), eta=run.eta, noise=run.noise), takes_eta=True),
+        "ddim-sigma-hat": Sampler(
+            start=lambda run: ddim(**_common(run), eta=1.0, variance="sigma_hat", noise=run.noise), draws=True
+        ),
+        "ddpm": Sampler(start=partial(_ddpm, variance="small"), draws=True),
+        "ddpm-large": Sampler(start=partial(_ddpm, variance="large"), draws=True),
+        "dpm++2m": Sampler(start=lambda run: dpm_solver_pp_2m(**_common(run))),
+        "euler-maruyama": Sampler(start=lambda run: euler_maruyama(**_common(run), noise=run.noise), draws=True),
+        "langevin": Sampler(start=_langevin, draws=True),
+        "predictor-corrector": Sampler(
+            start=lambda run: langevin_corrector(**_common(run), noise=run.noise), draws=True
+        ),
     }
 )
 """Every sampler of our own, by the name that a user gives. Any other is a scheduler object of diffusers."""
@@ -165,6 +184,20 @@ def bounds(codec: Codec, percentile: float | None) -> Project:
     return lambda original: codec.draw(threshold(codec.decode(original)))
 
 
+def direct(
+    network: Denoiser, schedule: NoiseSchedule, prediction_type: PredictionType
+) -> tuple[Denoiser, PredictionType]:
+    """The network and what it predicts, where that gives x_0 and ε directly; a network of μ̃ becomes one of ε."""
+    if prediction_type != "posterior_mean":
+        return network, prediction_type
+
+    def predicts_noise(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        t = int(timesteps[0])  # samplers ask about one timestep at a time
+        return as_noise(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
+
+    return predicts_noise, "epsilon"
+
+
 def guided(
     network: Denoiser,
     condition: Tensor,
@@ -198,11 +231,13 @@ def walk(
     generators: Sequence[torch.Generator],
     project: Project,
     prediction_type: PredictionType,
+    learned_variance: bool,
 ) -> Iterator[State]:
     """From `latents` [B, C, H, W] at the first step of `grid` to its end, with the sampler of the settings.
 
     Args:
         generators: one an image, on the CPU, so that an image does not depend on its batch.
+        learned_variance: whether the network gives 2C channels; then "ddpm" takes its variance from them.
     """
     if not isinstance(settings.sampler, str):
         check_scheduler(settings.sampler, schedule, prediction_type, eta=settings.eta)
@@ -226,6 +261,7 @@ def walk(
         project=project,
         noise=lambda: draw_noise(generators, latents),
         eta=settings.eta,
+        learned_variance=learned_variance,
     )
     return SAMPLERS[settings.sampler].start(run)
 

@@ -13,7 +13,7 @@ CLASSES = 3
 
 def of_class(label, count=1):
     """The condition that selects one class, [count, 1, 4]: which of the Gaussians may be meant."""
-    return (CLASS_OF == label).double().expand(count, 1, -1)
+    return torch.eq(CLASS_OF, label).double().expand(count, 1, -1)
 
 
 def of_all(count=1):

@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
+    Step,
     alpha_sigma_at,
     classifier_free_guidance,
     classifier_guidance,
@@ -31,6 +32,9 @@ SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
 TIMESTEPS = [0, 40, 200, 500, 800, 999]
 TYPES = ["epsilon", "v_prediction", "sample"]
 SIDE = torch.linspace(-4, 4, 9, dtype=torch.float64)
+# 200 steps, the finer the less noise is left.
+DOWN = sorted({round(999 * (i / 220) ** 2) for i in range(221)}, reverse=True)
+FINE = [Step(t, t_prev) for t, t_prev in zip(DOWN, [*DOWN[1:], -1], strict=True)]
 POINTS = torch.cartesian_prod(SIDE, SIDE).view(-1, 2, 1, 1)
 
 
@@ -68,9 +72,7 @@ def test_guided_scores_are_the_closed_form_everywhere(kind, scale, prediction_ty
             guided = classifier_free_guidance(network(prediction_type), chosen, every, scale)
         else:
             unguided = conditioned(network(prediction_type), every)
-            guided = classifier_guidance(
-                unguided, classifier(label), scale, SCHEDULE, prediction_type=prediction_type
-            )
+            guided = classifier_guidance(unguided, classifier(label), scale, SCHEDULE, prediction_type=prediction_type)
         for t in TIMESTEPS:
             alpha, sigma = SCHEDULE.alpha_sigma(t)
             conditional, unconditional = (mixture.score(POINTS, s, alpha, sigma) for s in (chosen, every))
@@ -93,7 +95,7 @@ def test_classifier_guidance_at_scale_1_samples_the_class(sampler, mode):
         unguided = conditioned(network("epsilon"), mixture.of_all(count))
         guided = classifier_guidance(unguided, classifier(0), 1.0, SCHEDULE)
         run = ddim if sampler == "ddim" else functools.partial(ddpm, noise=noise)
-        *_, last = run(guided, start, SCHEDULE, SCHEDULE.grid(200))
+        *_, last = run(guided, start, SCHEDULE, FINE)
     points = last.latents.flatten(1)
     distance = (points[:, None] - mixture.MEANS).norm(dim=-1)  # [B, 4]
     nearest = distance.argmin(dim=1)
@@ -170,16 +172,16 @@ def test_a_classifier_of_the_wrong_kind_is_refused(give, message):
 
 
 def test_a_classifier_has_no_say_where_alpha_is_0():
-    ending = NoiseSchedule.__new__(NoiseSchedule)
-    ending.__dict__.update(SCHEDULE.__dict__)
-    ending.alphas_cumprod = torch.cat([SCHEDULE.alphas_cumprod[:-1], torch.zeros(1, dtype=torch.float64)])
+    ending = NoiseSchedule.from_config(ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction"))
     unguided = conditioned(lambda x, t, states: x, mixture.of_all(4))
-    guided = classifier_guidance(unguided, lambda x, t: x.flatten(1).sum(1), 1.0, ending, prediction_type="v_prediction")
+    guided = classifier_guidance(
+        unguided, lambda x, t: x.flatten(1).sum(1), 1.0, ending, prediction_type="v_prediction"
+    )
     with pytest.raises(ValueError, match="timestep 999 divides by alpha, which is 0"):
         guided(POINTS[:4], 999)
     within = guide_within(ending, (0.0, 100.0), guided, unguided)
     assert torch.equal(within(POINTS[:4], 999), POINTS[:4])
-    assert not torch.equal(within(POINTS[:4], 998), POINTS[:4])
+    assert not torch.equal(within(POINTS[:4], 500), POINTS[:4])
     everywhere = guide_within(ending, (0.0, math.inf), unguided, guided)
     assert torch.equal(everywhere(POINTS[:4], 999), POINTS[:4])
 
@@ -267,6 +269,13 @@ def test_rescaling_is_part_of_guidance_and_leaves_flat_predictions_alone():
         actual = classifier_free_guidance(denoiser, states[1:], states[:1], scale, rescale=rescale)(x, 300)
         torch.testing.assert_close(actual, plain * conditional.std() / plain.std())
     assert torch.equal(rescale(torch.zeros_like(x), torch.zeros_like(x), x, 300), torch.zeros_like(x))
+
+
+def test_the_posterior_mean_is_turned_into_noise_first():
+    with pytest.raises(ValueError, match="prediction_type is 'posterior_mean'; choose epsilon"):
+        rescale_guidance(0.7, SCHEDULE, "posterior_mean")
+    with pytest.raises(ValueError, match="prediction_type is 'posterior_mean'; choose epsilon"):
+        classifier_guidance(lambda x, t: x, classifier(0), 1.0, SCHEDULE, prediction_type="posterior_mean")
 
 
 @pytest.mark.parametrize("phi", [-0.1, 1.5, math.nan])
