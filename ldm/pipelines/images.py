@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from ldm.diffusion import State
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -56,6 +58,36 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = No
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+class ProgressStrip:
+    """x̂_0 at some steps of a run, a row of pictures for each image: what `ldm generate --progress-strip` writes.
+
+    Give it to `on_step`; it keeps a few states of the run, evenly spaced, the last one included.
+
+    Args:
+        preview: from a state to pictures: `Pipeline.preview`.
+        steps: of the run.
+        columns: how many of them are shown, at most.
+    """
+
+    def __init__(self, preview: Callable[[State], list[Image.Image]], steps: int, columns: int = 8) -> None:
+        columns = min(columns, steps)
+        self._shown = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
+        self._preview = preview
+        self.timesteps: list[int] = []
+        self._columns: list[list[Image.Image]] = []
+
+    def __call__(self, state: State) -> None:
+        if state.index in self._shown:
+            self.timesteps.append(state.timestep)
+            self._columns.append(self._preview(state))
+
+    def sheet(self, captions: Sequence[str]) -> Image.Image:
+        """One row an image, under its caption and the timesteps."""
+        rows = list(zip(*self._columns, strict=True))
+        steps = ", ".join(map(str, self.timesteps))
+        return contact_sheet(rows, [f"{caption}, t = {steps}" for caption in captions], size=max(rows[0][0].width, 96))
 
 
 def contact_sheet(

@@ -193,6 +193,11 @@ def direct(
 
     def predicts_noise(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         t = int(timesteps[0])  # samplers ask about one timestep at a time
+        if t != float(timesteps[0]):
+            raise ValueError(
+                f"the sampler asks at timestep {float(timesteps[0])}, but a posterior mean is known at whole ones; "
+                "take another spacing, or one of our own samplers"
+            )
         return as_noise(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
 
     return predicts_noise, "epsilon"
