@@ -116,6 +116,8 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the argument, its value and the range.
         """
+        if count < 1:
+            raise ValueError(f"count is {count}; it must be at least 1")
         prompts, negatives = image_prompts(prompt, negative_prompt, count)
         settings = self._settings(
             num_inference_steps,
