@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
-from ldm.diffusion.prediction import noise_of, original_and_noise
+from ldm.diffusion.prediction import convert, noise_of, original_and_noise, split_variance
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 # log β̃ is −∞ where the step ends without noise; diffusers and the code of Improved DDPM clip it too.
@@ -90,20 +90,16 @@ def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transitio
     return found
 
 
-def without_variance(prediction: Tensor, latents: Tensor) -> Tensor:
-    """The first C channels where a network of learned variance gives 2C, [B, C, H, W]."""
-    return prediction if prediction.shape == latents.shape else prediction[:, : latents.shape[1]]
-
-
 def predict(
-    prediction: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, project: Project
+    output: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, project: Project
 ) -> tuple[Tensor, Tensor]:
-    """(x̂_0, ε̂), both [B, C, H, W], of a prediction at x_t. Where `project` moves x̂_0, ε̂ follows.
+    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `project` moves x̂_0, ε̂ follows.
 
     So the two still add up to x_t. (On digits in pixels at guidance scale 3, 99.8 % of the pictures were right with
     this and 68 % with the ε̂ that was predicted.)
     """
-    original, epsilon = original_and_noise(without_variance(prediction, latents), latents, alpha, sigma, kind)
+    prediction, _ = split_variance(output, latents)
+    original, epsilon = original_and_noise(prediction, latents, alpha, sigma, kind)
     projected = project(original)
     if projected is original:
         return original, epsilon
@@ -186,9 +182,9 @@ def ddim_inversion(
     """
     steps = reversed(transitions(schedule, grid))
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(steps):
-        prediction = without_variance(denoise(latents, t), latents)
+        prediction, _ = split_variance(denoise(latents, t), latents)
         # The network took x for a state at t: what it says is read with α and σ of t.
-        _, epsilon = original_and_noise(prediction, latents, alpha, sigma, prediction_type)
+        epsilon = convert(prediction, latents, prediction_type, "epsilon", alpha=alpha, sigma=sigma)
         original = (latents - sigma_prev * epsilon) / alpha_prev  # DDIM, Eq. 9
         latents = alpha * original + sigma * epsilon
         yield State(index, t_prev, latents, original)
@@ -219,9 +215,13 @@ def ddpm(
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"variance is {variance!r}; choose small (the posterior's), large (beta) or learned")
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
-        prediction = denoise(latents, t)
-        original, _ = original_and_noise(without_variance(prediction, latents), latents, alpha, sigma, prediction_type)
-        original = project(original)
+        prediction, interpolation = split_variance(denoise(latents, t), latents)
+        if variance == "learned" and interpolation is None:
+            raise ValueError(
+                f"variance is learned but the network gives {prediction.shape[1]} channels for as many of the latents, "
+                "so that none are left for the variance; choose variance small or large"
+            )
+        original = project(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
         # β of the whole stride from t_prev to t; on the full grid it is β_t.
         ratio = alpha / alpha_prev
         beta = 1 - ratio**2
@@ -231,26 +231,18 @@ def ddpm(
         if t_prev < 0:  # Algorithm 2, line 3: no noise in the last step
             latents = mean
         elif variance == "learned":
-            latents = mean + learned_deviation(prediction, latents, beta, posterior) * noise()
+            assert interpolation is not None
+            latents = mean + learned_deviation(interpolation, beta, posterior) * noise()
         else:
             latents = mean + math.sqrt(posterior if variance == "small" else beta) * noise()
         yield State(index, t, latents, original)
 
 
-def learned_deviation(prediction: Tensor, latents: Tensor, beta: float, posterior: float) -> Tensor:
-    """σ_t, [B, C, H, W], that the second half of the channels of `prediction` [B, 2C, H, W] asks for.
+def learned_deviation(interpolation: Tensor, beta: float, posterior: float) -> Tensor:
+    """σ_t, [B, C, H, W], from ν of the same shape.
 
     Improved DDPM, Eq. 15: log σ_t² = v log β + (1 − v) log β̃, with v = (ν + 1) / 2.
-
-    Raises:
-        ValueError: if `prediction` has not 2C channels.
     """
-    channels = latents.shape[1]
-    if prediction.shape[1] != 2 * channels:
-        raise ValueError(
-            f"variance is learned but the network gives {prediction.shape[1]} channels for latents of {channels}; "
-            f"it must give {2 * channels}: choose variance small or large, or a network with learned variance"
-        )
     low, high = (0.5 * math.log(max(value, SMALLEST_VARIANCE)) for value in (posterior, beta))
-    # log σ = (low + high) / 2 + ν (high − low) / 2
-    return torch.exp(0.5 * (low + high) + 0.5 * (high - low) * prediction[:, channels:])
+    # log σ = (high + low) / 2 + ν (high − low) / 2
+    return torch.exp(0.5 * (high + low) + 0.5 * (high - low) * interpolation)

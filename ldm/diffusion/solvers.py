@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
-from ldm.diffusion.prediction import original_and_noise
-from ldm.diffusion.sampling import Noise, Project, State, identity, predict, transitions, without_variance
+from ldm.diffusion.prediction import convert, split_variance
+from ldm.diffusion.sampling import Noise, Project, State, identity, predict, transitions
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 
@@ -44,9 +44,8 @@ def dpm_solver_pp_2m(
     """
     earlier, h_last = None, math.inf
     for index, (t, _, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
-        prediction = without_variance(denoise(latents, t), latents)
-        original, _ = original_and_noise(prediction, latents, alpha, sigma, prediction_type)
-        original = project(original)
+        prediction, _ = split_variance(denoise(latents, t), latents)
+        original = project(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
         h = half_log_snr(alpha_prev, sigma_prev) - half_log_snr(alpha, sigma)
         # Algorithm 2, line 7: 1 / (2 r_i) with r_i = h_{i−1} / h_i; 0 where a length is infinite
         extrapolation = 0.0 if math.isinf(h) or math.isinf(h_last) else h / (2 * h_last)

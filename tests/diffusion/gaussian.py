@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -47,7 +48,7 @@ def interior_grid(schedule, steps):
     last = schedule.num_train_timesteps - 1
     assert last % steps == 0
     timesteps = range(last, -1, -last // steps)
-    return [Step(t, t_prev) for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True)]
+    return [Step(t, t_prev) for t, t_prev in itertools.pairwise(timesteps)]
 
 
 def slope(steps, errors):
