@@ -84,7 +84,7 @@ def test_overrides_change_one_key_each():
         ("sample.num_inference_steps=2000", ["num_inference_steps is 2000"]),
         ("space=latent", ["first_stage is not set"]),
         ("first_stage=runs/x", ["space is pixel"]),
-        ("schedule.beta_schedule=sigmoid", ["schedule.beta_schedule", "sigmoid"]),
+        ("schedule.beta_schedule=exp", ["schedule.beta_schedule", "exp"]),
         ("unet.norm_num_groups=7", ["unet", "norm_num_groups"]),
         ("data.path=", ["data.path"]),
         ("train=5", ["train"]),

@@ -3,7 +3,7 @@
 x_t = α x_0 + σ ε                 DDPM (arXiv:2006.11239), Eq. 4, with α = √ᾱ_t and σ = √(1 − ᾱ_t)
 v   = α ε − σ x_0                 Progressive distillation (arXiv:2202.00512), appendix D
 μ̃   = a x_0 + b x_t               DDPM, Eq. 7; a and b are `NoiseSchedule.posterior_mean_coefficients`
-s   = −ε / σ                      Score-based SDEs (arXiv:2011.13456), appendix C: the gradient of log q(x_t | x_0)
+s   = −ε / σ                      NCSN (arXiv:1907.05600), Eq. 5, where x̃ − x is our x_t − α x_0 = σ ε
 
 `alpha` and `sigma` are floats or tensors that broadcast against the images [B, C, H, W]. Where an equation is solved
 by dividing by a coefficient that is 0, the answer does not exist, and a `ValueError` says so.
@@ -11,7 +11,7 @@ by dividing by a coefficient that is 0, the answer does not exist, and a `ValueE
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def posterior_mean(original: Tensor, x_t: Tensor, coefficients: tuple[Coefficien
 
 
 def score_of(noise: Tensor, sigma: Coefficient) -> Tensor:
-    """s = −ε / σ: Score-based SDEs, appendix C.
+    """s = −ε / σ, the gradient of log q(x_t | x_0): NCSN, Eq. 5. For E[ε | x_t] it is that of log q(x_t).
 
     Raises:
         ValueError: where σ is 0.
@@ -221,4 +221,4 @@ def _divisor(value: Coefficient, name: str, reason: str) -> Coefficient:
     zero = bool((value == 0).any()) if isinstance(value, Tensor) else value == 0
     if zero:
         raise ValueError(f"{name} is 0: {reason}")
-    return cast(Coefficient, value)
+    return value

@@ -154,25 +154,23 @@ class NoiseSchedule:
         return formulas.betas_of(self.alphas_cumprod)
 
     @property
-    def previous_alphas_cumprod(self) -> Tensor:
-        """ᾱ_{t−1}, [T] float64. The first is 1, the data, whatever `final_alpha_cumprod` says of sampling."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-
-    @property
     def posterior_variance(self) -> Tensor:
         """β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) · β_t, [T] float64, the first is 0. DDPM, Eq. 7."""
-        return (1 - self.previous_alphas_cumprod) / (1 - self.alphas_cumprod) * self.betas
+        rest = (1 - self.alphas_cumprod[:-1]) / (1 - self.alphas_cumprod[1:]) * self.betas[1:]
+        return torch.cat([torch.zeros(1, dtype=torch.float64), rest])
 
     @property
     def posterior_mean_coefficients(self) -> tuple[Tensor, Tensor]:
-        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64; (1, 0) at t = 0. DDPM, Eq. 7.
+        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64. DDPM, Eq. 7.
 
+        They are (1, 0) at t = 0, before which stands the data, whatever `final_alpha_cumprod` says of sampling.
         a = √ᾱ_{t−1} β_t / (1 − ᾱ_t) and b = √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t).
         """
-        variance = 1 - self.alphas_cumprod
-        original = self.previous_alphas_cumprod.sqrt() * self.betas / variance
-        noisy = (1 - self.betas).sqrt() * (1 - self.previous_alphas_cumprod) / variance
-        return original, noisy
+        betas, previous, variance = self.betas[1:], self.alphas_cumprod[:-1], 1 - self.alphas_cumprod[1:]
+        original = previous.sqrt() * betas / variance
+        noisy = (1 - betas).sqrt() * (1 - previous) / variance
+        end = torch.tensor([1.0, 0.0], dtype=torch.float64)  # nothing is left of x_t where t − 1 is the data
+        return torch.cat([end[:1], original]), torch.cat([end[1:], noisy])
 
     @property
     def snr(self) -> Tensor:
@@ -366,7 +364,7 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
     diffusers refuses to sample with it.
     """
-    names = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
+    names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
     named = config.beta_schedule in names
     table = make_betas(config).tolist() if not named else config.trained_betas
     ours = {"beta_schedule": config.beta_schedule, "own_betas": config.trained_betas is not None}
@@ -388,12 +386,13 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     }
 
 
-def _with_our_name(read: ScheduleConfig, ours: dict[str, Any]) -> ScheduleConfig:
+def _with_our_name(read: ScheduleConfig, ours: Any) -> ScheduleConfig:
     """The config in which the table of betas has its name again; refused where the two do not agree."""
-    if read.trained_betas is None:
-        raise ValueError(f"scheduler {OUR_KEY} names a schedule but trained_betas is missing; drop {OUR_KEY}")
-    named = replace(read, beta_schedule=ours["beta_schedule"])
-    if ours["own_betas"]:
+    if read.trained_betas is None or not isinstance(ours, dict):
+        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
+    name: Any = ours.get("beta_schedule")  # ScheduleConfig checks it
+    named = replace(read, beta_schedule=name)
+    if ours.get("own_betas"):
         return named
     named = replace(named, trained_betas=None)
     # The last digits of a cosine differ between machines.
