@@ -88,16 +88,16 @@ def test_any_scheduler_of_diffusers_draws_what_it_draws_there(name, kind, folder
         size = {"height": 16, "width": 16}
         return theirs(prompts, generator=generators, output_type=kind_of_output, **size, **arguments).images
 
-    seen = []
+    seen, before = [], len(scheduler.timesteps)
     images = ours(prompts, seed=[4, 5], sampler=scheduler, on_step=seen.append, **arguments).images
     expected = drawn("latent")
-    # Ancestral noise is drawn from our generators after x_T only where we drew x_T ourselves; here x_T is given.
     torch.testing.assert_close(seen[-1].latents, expected, rtol=1e-3, atol=1e-4 * max(1.0, float(expected.std())))
     assert np.abs(np.stack([np.asarray(image) for image in images]) / 255 - drawn("np")).max() <= 1.01 / 255
     # x̂_0 is that of the scheduler: where a sampler ends without noise, its last x̂_0 is the picture.
     if name in ("euler", "ddpm", "dpm++ 2m karras"):
         torch.testing.assert_close(seen[-1].pred_original_sample, seen[-1].latents, rtol=1e-3, atol=1e-3)
-    # The scheduler that was given keeps no trace of the run, so that it draws the same again.
+    # The scheduler that was given keeps no trace of the run, and draws the same again.
+    assert len(scheduler.timesteps) == before
     again = last(ours, prompts, sampler=scheduler, **(arguments | {"seed": [4, 5]}))
     assert torch.equal(again, seen[-1].latents)
 
@@ -142,6 +142,13 @@ def test_every_sampler_draws_and_an_image_depends_on_its_seed_alone(name, pipeli
     assert bool(together.isfinite().all())
     torch.testing.assert_close(together[1:], last(pipeline, "a dog", seed=9, **kind), rtol=1e-3, atol=1e-3)
     assert not torch.equal(together[1:], last(pipeline, "a dog", seed=10, **kind))
+
+
+def test_langevin_dynamics_ends_without_the_noise_of_its_last_level(pixels):
+    seen = []
+    pixels("a cat", seed=1, sampler="langevin", num_inference_steps=2, on_step=seen.append)
+    assert torch.equal(seen[1].latents, seen[1].pred_original_sample)
+    assert not torch.equal(seen[0].latents, seen[0].pred_original_sample)
 
 
 def test_each_name_is_another_sampler(pipeline):
