@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import ldm
+
+if TYPE_CHECKING:
+    from ldm.pipelines import PipelineOutput
 
 app = typer.Typer(
     help="Turn captioned images into a text-to-image model, and text into images.",
@@ -55,7 +58,19 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, dpm++2m, …; a wrong name lists them all.")] = "ddim",
     eta: Annotated[float, typer.Option(help="0 is deterministic DDIM, 1 has the variance of DDPM.")] = 0.0,
+    guidance_rescale: Annotated[float, typer.Option(help="0 to 1, against the glare of large guidance scales.")] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Guide only between two noise levels sigma/alpha, the lower first.", metavar="LOW HIGH"),
+    ] = None,
+    dynamic_threshold: Annotated[
+        float | None, typer.Option(help="Models of pixels: the share of pixels that sets their range; 0.995 is usual.")
+    ] = None,
+    progress_strip: Annotated[
+        Path | None, typer.Option(help="Also write a PNG with what the model saw in the noise at eight of the steps.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
@@ -63,37 +78,56 @@ def generate(
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output is {output}; pictures are written as PNG, so let it end in .png")
+    if progress_strip is not None and (progress_strip.suffix.lower() != ".png" or progress_strip == output):
+        raise ValueError(f"--progress-strip is {progress_strip}; it must end in .png, and be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
-    from ldm.pipelines import Pipeline, contact_sheet, save_png
+    from ldm.pipelines import Pipeline, ProgressStrip, save_png
 
     pipeline = Pipeline.from_pretrained(model, device=device)
     for number, entry in enumerate(lora or []):
         source, weight = _weighted(entry)
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
+    drawn: dict[str, Any] = {
+        "sampler": sampler,
+        "eta": eta,
+        "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
+        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": guidance_interval,
+        "dynamic_threshold": dynamic_threshold,
+    }
+    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
     result = pipeline(
         prompt,
         negative_prompt=negative_prompt,
         height=height,
         width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        eta=eta,
         num_images_per_prompt=count,
         seed=seed,
+        on_step=strip,
+        **drawn,
     )
-    settings = {
+    settings = drawn | {
         "model": model,
         "lora": lora or [],
-        "num_inference_steps": steps or pipeline.num_inference_steps,
-        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
-        "eta": eta,
         "height": result.images[0].height,
         "width": result.images[0].width,
         "ldm": ldm.__version__,
     }
     text = {"prompt": prompt, "negative_prompt": negative_prompt or "", "settings": settings}
-    if count == 1:
+    if progress_strip is not None and strip is not None:
+        sheet = strip.sheet([f"seed {its_seed}" for its_seed in result.seeds])
+        save_png(sheet, progress_strip, text | {"seed": result.seeds, "timesteps": strip.timesteps})
+        print(progress_strip)
+    _save_pictures(result, output, text)
+
+
+def _save_pictures(result: PipelineOutput, output: Path, text: dict[str, Any]) -> None:
+    """One picture is `output`; several are files named by their seeds, and `output` a sheet of them."""
+    from ldm.pipelines import contact_sheet, save_png
+
+    if len(result.images) == 1:
         save_png(result.images[0], output, text | {"seed": result.seeds[0]})
         print(output)
         return
@@ -101,8 +135,8 @@ def generate(
         path = output.with_name(f"{output.stem}-{its_seed}{output.suffix}")
         save_png(image, path, text | {"seed": its_seed})
         print(path)
-    row = [result.images[start : start + 8] for start in range(0, count, 8)]
-    sheet = contact_sheet(row, size=max(result.images[0].width, 96))
+    rows = [result.images[start : start + 8] for start in range(0, len(result.images), 8)]
+    sheet = contact_sheet(rows, size=max(result.images[0].width, 96))
     save_png(sheet, output, text | {"seed": result.seeds})
     print(output)
 

@@ -58,9 +58,41 @@ def test_several_pictures_make_a_sheet_beside_them(model, tmp_path, monkeypatch)
     assert Image.open(tmp_path / "c.png").width > 4 * 90
 
 
+def test_sampler_and_guidance_are_written_down_and_drawn_with(model, tmp_path, monkeypatch):
+    path, strip = tmp_path / "a.png", tmp_path / "strips" / "a.png"
+    code = call(
+        monkeypatch, "generate", "a", "-m", model, "--seed", 7, "-n", 2, "-o", path, "--steps", 12, "--sampler", "ddpm",
+        "--guidance-rescale", 0.5, "--guidance-interval", 0.2, 5, "--dynamic-threshold", 0.9, "--progress-strip", strip,
+    )  # fmt: skip
+    assert code == 0
+    settings = json.loads(Image.open(tmp_path / "a-8.png").text["settings"])
+    expected = {
+        "sampler": "ddpm", "num_inference_steps": 12, "guidance_rescale": 0.5, "guidance_interval": [0.2, 5.0],
+        "dynamic_threshold": 0.9, "guidance_scale": 2.0, "eta": 0.0,
+    }  # fmt: skip
+    assert {key: settings[key] for key in expected} == expected
+    again = Pipeline.from_pretrained(model)("a", seed=8, **expected)
+    assert (np.asarray(Image.open(tmp_path / "a-8.png")) == np.asarray(again.images[0])).all()
+    sheet = Image.open(strip)
+    assert (sheet.text["prompt"], json.loads(sheet.text["seed"])) == ("a", [7, 8])
+    timesteps = json.loads(sheet.text["timesteps"])
+    assert len(timesteps) == 8 and timesteps == sorted(timesteps, reverse=True)
+    assert sheet.width > 8 * 96 and sheet.height > 2 * 96
+    # The last column is the picture: x̂_0 of the last step of DDPM.
+    tile = np.asarray(sheet)[4 + 18 : 4 + 18 + 96, 4 + 7 * 100 : 4 + 7 * 100 + 96]
+    assert (tile[::12, ::12] == np.asarray(Image.open(tmp_path / "a-7.png"))).mean() > 0.95
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["--sampler", "dimm"], "did you mean 'ddim'"),
+        (["--guidance-interval", "5", "1"], "guidance_interval is (5, 1), turned round"),
+        (["--guidance-rescale", "2"], "guidance_rescale is 2"),
+        (["--dynamic-threshold", "0"], "dynamic_threshold is 0"),
+        (["--progress-strip", "strip.jpg"], "--progress-strip is strip.jpg"),
+        (["--progress-strip", "same.png", "-o", "same.png"], "--progress-strip is same.png"),
+        (["--progress-strip", "strip.png", "--steps", "0"], "num_inference_steps is 0"),
         (["--model", "./nothing"], "there is no model folder ./nothing"),
         (["--steps", "-3"], "num_inference_steps is -3"),
         (["--steps", "0"], "num_inference_steps is 0"),
