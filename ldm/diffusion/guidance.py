@@ -24,8 +24,8 @@ Denoise = Callable[[Tensor, int], Tensor]
 """(x_t [B, C, H, W], t) → prediction [B, C, H, W], or [B, 2C, H, W] with variances: a denoiser whose condition is
 already inside. All that is built here also answers at a t between two timesteps, where some foreign samplers ask."""
 
-Rescale = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(guided, conditional, x_t, t) → guided, all [B, C, H, W]."""
+Rescale = Callable[[Tensor, Tensor], Tensor]
+"""(guided, conditional) → guided, all [B, C, H, W]."""
 
 LogLikelihood = Callable[[Tensor, int], Tensor]
 """(x_t [B, C, H, W], t) → log p(y | x_t), [B], of the y asked for; differentiable in x_t."""
@@ -82,38 +82,32 @@ def classifier_free_guidance(
         conditional, variance = split_variance(conditional, x_t)
         prediction = unconditional + guidance_scale * (conditional - unconditional)  # [B, C, H, W]
         if rescale is not None:
-            prediction = rescale(prediction, conditional, x_t, t)
+            prediction = rescale(prediction, conditional)
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
     return guided
 
 
-def rescale_guidance(phi: float, schedule: NoiseSchedule, prediction_type: PredictionType) -> Rescale:
-    """Against over-exposure: the guided v gets the deviation, in each sample, of the conditional v, for a share φ.
+def rescale_guidance(phi: float) -> Rescale:
+    """Against over-exposure: the guided output gets the deviation of the conditional one in each sample, for a share φ.
 
-    arXiv:2305.08891, Eq. 14 to 16, where the network predicts v. The quantity matters: v scaled by k gives
-    x̂_0 scaled by k where there is only noise, and unchanged where there is none. ε scaled by k would leave
-    (1 − k) σ/α of the noise in x̂_0. So ε and x_0 are changed as v asks: v = (ε − σ x_t) / α = (α x_t − x_0) / σ.
+    arXiv:2305.08891, Eq. 14 to 16, on the output of the network whatever it predicts, as diffusers does. The paper's
+    network predicts v, and there it works best: v scaled by k scales x̂_0 by k where there is only noise, while ε
+    scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
 
     Args:
         phi: φ, 0 (as it was) to 1; 0.7 in the paper.
 
     Raises:
-        ValueError: if φ is outside [0, 1], or x_t, α and σ do not say what v is.
+        ValueError: if φ is outside [0, 1].
     """
     check_rescale(phi)
-    _check_direct(prediction_type)
 
-    def rescale(guided: Tensor, conditional: Tensor, x_t: Tensor, t: float) -> Tensor:
-        alpha, sigma = alpha_sigma_at(schedule, t)
-        where_v_is_0 = (sigma if prediction_type == "epsilon" else alpha if prediction_type == "sample" else 0) * x_t
-        # Both are v times the same number, which Eq. 15 divides out, so that no α or σ of 0 is divided by.
-        v, v_conditional = guided - where_v_is_0, conditional - where_v_is_0
-        present, wanted = (each.flatten(1).std(dim=1, correction=0) for each in (v, v_conditional))  # Eq. 14, [B]
-        # A constant v, as a new network gives, has no deviation to correct.
+    def rescale(guided: Tensor, conditional: Tensor) -> Tensor:
+        present, wanted = (each.flatten(1).std(dim=1, correction=0) for each in (guided, conditional))  # Eq. 14, [B]
+        # A constant output, as a new network gives, has no deviation to correct.
         factor = torch.where(present > 0, wanted / present, torch.ones_like(present))  # Eq. 15
-        factor = (phi * factor + 1 - phi).view(-1, *[1] * (x_t.ndim - 1))  # Eq. 16, [B, 1, 1, 1]
-        return where_v_is_0 + factor * v
+        return (phi * factor + 1 - phi).view(-1, *[1] * (guided.ndim - 1)) * guided  # Eq. 16
 
     return rescale
 

