@@ -90,8 +90,8 @@ def likelihood(
     Args:
         images: as the model was trained on them; neither flipped nor cropped at random.
         samples: how many of them, drawn without repetition; None takes all.
-        steps_per_image: K: t = 0 and K more timesteps an image, two from each of K/2 equal strata of 1 … T − 1; None
-            takes all T.
+        steps_per_image: K: t = 0 and K more timesteps an image, two from each of K/2 strata of 1 … T − 1, short
+            where t is small; None takes all T.
         variance: σ² of p(x_{t−1} | x_t), β̃ or β; a network that has learned it brings its own.
         seed: of the noise, of the images drawn and of the timesteps.
         progress: is told how many evaluations were done since.
@@ -141,7 +141,11 @@ def _chosen(images: CaptionedImages, samples: int | None, seed: int) -> list[lis
 
 
 def _strata(total: int, steps_per_image: int | None) -> list[range]:
-    """1 … T − 1, cut into equal parts of which two timesteps each are looked at; or each timestep by itself."""
+    """1 … T − 1, cut into parts of which two timesteps each are looked at; or each timestep by itself.
+
+    The parts grow by a ratio, since the terms are largest, and change fastest, where t is small (Improved DDPM,
+    arXiv:2102.09672, Figure 2).
+    """
     if steps_per_image is None:
         return [range(t, t + 1) for t in range(1, total)]
     if steps_per_image % 2 or not 2 <= steps_per_image < total:
@@ -149,8 +153,15 @@ def _strata(total: int, steps_per_image: int | None) -> list[range]:
             f"steps per image is {steps_per_image}; it must be an even number from 2 to {total - 1}, two timesteps of "
             "each of its half as many strata; leave it out to look at all"
         )
-    parts = steps_per_image // 2
-    return [range(1 + k * (total - 1) // parts, 1 + (k + 1) * (total - 1) // parts) for k in range(parts)]
+    strata: list[range] = []
+    start = 1
+    for left in reversed(range(1, steps_per_image // 2 + 1)):  # parts, with this one
+        ratio = (total / start) ** (1 / left)
+        end = min(max(start + 2, round(start * ratio)), total - 2 * (left - 1))
+        strata.append(range(start, end))
+        start = end
+    assert start == total, strata
+    return strata
 
 
 class _Look:
