@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.config import LDMConfig, load_config
-from ldm.data import CaptionedImages, inspect, open_source, split, to_signed
+from ldm.config import LDMConfig, SampleConfig, load_config
+from ldm.data import CaptionedImages, generator, inspect, open_source, split, to_signed
 from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
@@ -25,6 +25,7 @@ from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import SAMPLER_NAMES
 from ldm.pipelines import SAMPLERS, contact_sheet
 from ldm.training.draws import keyed_draws
+from ldm.training.parts import sample_sheet
 from tests import tiny
 from tests.training.runs import captioned_folder, digests, losses, metrics, run_config, run_ldm, settings
 
@@ -75,8 +76,6 @@ def loss_of_silence(config, pipeline):
     noise, loss, kind = draws.noise.double(), config.train.loss, config.schedule.prediction_type
     t, steps = draws.timesteps, config.schedule.num_train_timesteps
     if config.train.timesteps == "stratified":
-        from ldm.data import generator
-
         used = inspect(open_source(config.data), config.data).used
         images = CaptionedImages(split(used, config.data.held_out)[0], config.data, config.seed)
         drawn = []
@@ -306,3 +305,12 @@ def test_a_model_brings_its_sampler(tmp_path):
     (model / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="sampler is 'dppm'; did you mean 'ddpm'"):
         Pipeline.from_pretrained(model)
+
+
+def test_a_sheet_is_drawn_with_the_sampler_of_the_config(tmp_path):
+    pipeline = tiny.pipeline(tmp_path)
+    config = SampleConfig(
+        prompts=("a",), images_per_prompt=1, num_inference_steps=3, guidance_scale=2.0, sampler="ddpm"
+    )
+    drawn = pipeline("a", seed=0, num_inference_steps=3, sampler="ddpm").images
+    assert sample_sheet(pipeline, config) == contact_sheet([drawn], ["a"])
