@@ -10,6 +10,7 @@ state that is asked for.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,20 @@ from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 # log β̃ is −∞ where the step ends without noise; diffusers and the code of Improved DDPM clip it too.
 SMALLEST_VARIANCE = 1e-20
+
+
+SAMPLER_NAMES = (
+    *("ddim", "ddim-sigma-hat", "ddpm", "ddpm-large", "dpm++2m", "euler-maruyama", "langevin", "predictor-corrector"),
+)
+"""What users call the samplers of this package; `ldm.pipelines.SAMPLERS` says what each stands for."""
+
+
+def check_sampler(name: str, *, others: str = "") -> None:
+    """Raises `ValueError` with the nearest name for one that is unknown; `others` is what else would do."""
+    if name not in SAMPLER_NAMES:
+        close = difflib.get_close_matches(name.lower(), SAMPLER_NAMES, n=1, cutoff=0.5)
+        advice = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"sampler is {name!r}; {advice}known are {', '.join(SAMPLER_NAMES)}{others}")
 
 
 @dataclass(frozen=True)

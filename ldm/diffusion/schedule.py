@@ -357,8 +357,16 @@ NAMES: dict[str, BetaSchedule] = {
 OUR_KEY = "_ldm"  # diffusers leaves keys alone that begin with an underscore
 
 
-def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
+def scheduler_class(learned_variance: bool) -> str:
+    """The scheduler of diffusers that a folder names: DDIM, or the one that knows of learned variances."""
+    return "DDPMScheduler" if learned_variance else "DDIMScheduler"
+
+
+def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = False) -> dict[str, Any]:
     """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
+
+    Where the network gives 2C channels it is that of a DDPMScheduler with `variance_type` "learned_range", which is
+    Improved DDPM, Eq. 15; a DDIMScheduler would fail on the channels.
 
     A schedule that it has no name for is written as the table of its betas, and its name into the key `_ldm`, so that
     `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
@@ -369,7 +377,7 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     table = make_betas(config).tolist() if not named else config.trained_betas
     ours = {"beta_schedule": config.beta_schedule, "own_betas": config.trained_betas is not None}
     return {
-        "_class_name": "DDIMScheduler",
+        "_class_name": scheduler_class(learned_variance),
         "beta_schedule": names.get(config.beta_schedule, "linear"),
         "num_train_timesteps": config.num_train_timesteps,
         "beta_start": config.beta_start,
@@ -382,6 +390,7 @@ def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
         "clip_sample": False,
         "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         "thresholding": False,
+        **({"variance_type": "learned_range"} if learned_variance else {}),
         **({} if named else {OUR_KEY: ours}),
     }
 

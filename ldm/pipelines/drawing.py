@@ -14,7 +14,7 @@ from ldm.diffusion import LogLikelihood, NoiseSchedule, ScheduleConfig, State, S
 from ldm.models import UNet
 from ldm.pipelines.arguments import image_prompts, image_seeds
 from ldm.pipelines.images import to_pil
-from ldm.pipelines.sampling import Settings, bounds, direct, draw_noise, guided, walk
+from ldm.pipelines.sampling import Settings, bounds, direct, draw_noise, find_sampler, guided, walk
 from ldm.pipelines.schedulers import Scheduler
 from ldm.text import TextEncoder
 
@@ -33,7 +33,7 @@ class Drawing:
     """The parts of a text-to-image model, and the call that draws.
 
     Args:
-        guidance_scale, num_inference_steps: the defaults of `__call__`, stored with the model.
+        guidance_scale, num_inference_steps, sampler: the defaults of `__call__`, stored with the model.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Drawing:
         schedule: ScheduleConfig,
         guidance_scale: float = 7.5,
         num_inference_steps: int = 50,
+        sampler: str = "ddim",
     ) -> None:
         if unet.config.in_channels != codec.channels:
             raise ValueError(
@@ -56,12 +57,14 @@ class Drawing:
                 f"unet/config.json says cross_attention_dim {unet.config.cross_attention_dim} but the text encoder "
                 f"makes states of size {text_encoder.hidden_size}; the parts are from different models"
             )
+        find_sampler(sampler)
         self.unet = unet
         self.codec = codec
         self.text_encoder = text_encoder
         self.schedule = schedule
         self.guidance_scale = guidance_scale
         self.num_inference_steps = num_inference_steps
+        self.sampler = sampler
 
     @torch.inference_mode()
     def __call__(
@@ -78,7 +81,7 @@ class Drawing:
         dynamic_threshold: float | None = None,
         classifier: LogLikelihood | None = None,
         classifier_scale: float = 1.0,
-        sampler: str | Scheduler = "ddim",
+        sampler: str | Scheduler | None = None,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -102,7 +105,7 @@ class Drawing:
             classifier: a function (x_t [B, C, h, w], t) → log p(y | x_t), [B], whose gradient guides
                 (arXiv:2105.05233); x_t is what is diffused, latents where the model diffuses latents.
             classifier_scale: by how much; 1 samples p(x | prompt, y).
-            sampler: a name of `ldm.pipelines.SAMPLERS`, or a scheduler object of diffusers.
+            sampler: a name of `ldm.pipelines.SAMPLERS`, or a scheduler object of diffusers; None is the model's own.
             eta: of DDIM: 0 (deterministic) to 1 (the variance of DDPM).
             seed: an int (image i gets seed + i), one int an image, or None for fresh ones. Image i equals what
                 its seed gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
@@ -121,7 +124,7 @@ class Drawing:
             dynamic_threshold=dynamic_threshold,
             classifier=classifier,
             classifier_scale=classifier_scale,
-            sampler=sampler,
+            sampler=self.sampler if sampler is None else sampler,
             eta=eta,
         )
         seeds = image_seeds(seed, len(prompts))
@@ -203,7 +206,7 @@ class Drawing:
             generators=generators,
             project=bounds(self.codec, settings.dynamic_threshold),
             prediction_type=prediction_type,
-            learned_variance=self.unet.config.out_channels == 2 * self.unet.config.in_channels,
+            learned_variance=self.unet.config.learned_variance,
         )
         for state in states:
             latents = state.latents

@@ -13,6 +13,7 @@ from torch import nn
 
 from ldm import adapters, checkpoint
 from ldm.codecs import LatentCodec, PixelCodec
+from ldm.diffusion.schedule import scheduler_class
 from ldm.models import AutoencoderKL, UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
 from ldm.text import load_text_encoder_folders
@@ -73,6 +74,7 @@ class Pipeline(Editing):
             schedule=schedule,
             guidance_scale=defaults.get("guidance_scale", 7.5),
             num_inference_steps=defaults.get("num_inference_steps", 50),
+            sampler=defaults.get("sampler", "ddim"),
         )
         pipeline.to(place, dtype)
         set_attention_backend(pipeline.unet, attention)
@@ -105,7 +107,7 @@ class Pipeline(Editing):
         with checkpoint.atomic_folder(Path(folder)) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet)
-            checkpoint.save_schedule(target / "scheduler", self.schedule)
+            checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
             self.save_frozen(target)
 
     def save_frozen(self, folder: Path) -> None:
@@ -183,9 +185,11 @@ class Pipeline(Editing):
         index["_ldm"] = {
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
+            "sampler": self.sampler,
         }
         index |= {name: list(classes) for name, classes in self.text_encoder.library_classes.items()}
-        index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+        scheduler = scheduler_class(self.unet.config.learned_variance)
+        index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", scheduler]}
         if not latent:
             return index | {"codec": ["ldm", "PixelCodec"]}
         index |= {"vae": ["diffusers", "AutoencoderKL"], "requires_safety_checker": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from ldm.diffusion import (
     rescale_guidance,
 )
 from ldm.diffusion.guidance import check_interval, check_rescale
-from ldm.diffusion.sampling import Noise, Project
+from ldm.diffusion.sampling import Noise, Project, check_sampler
 from ldm.diffusion.thresholding import check_percentile
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 
@@ -111,7 +110,8 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         ),
     }
 )
-"""Every sampler of our own, by the name that a user gives. Any other is a scheduler object of diffusers."""
+"""Every sampler of our own, by the name that a user gives: those of `SAMPLER_NAMES`, which configs check as well. Any
+other is a scheduler object of diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +160,7 @@ class Settings:
 
 def find_sampler(name: str) -> Sampler:
     """The row of that name; ValueError with the nearest name where there is none."""
-    if name not in SAMPLERS:
-        close = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0.5)
-        advice = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"sampler is {name!r}; {advice}known are {', '.join(SAMPLERS)}, and diffusers' schedulers")
+    check_sampler(name, others=", and diffusers' schedulers")
     return SAMPLERS[name]
 
 
