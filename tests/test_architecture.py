@@ -42,6 +42,10 @@ FORBIDDEN_CALLS = {
     "torch.load": "unpickles; weights are read with safetensors",
     "torch.serialization.load": "unpickles; weights are read with safetensors",
     "torch.save": "pickles; weights are written with safetensors",
+    "torch.hub.load": "runs code that came with a download",
+    "torch.jit.load": "unpickles",
+    "compile": "makes code of text",
+    "os.system": "runs text as commands",
     "pandas.read_pickle": "unpickles",
     "eval": "runs text as code",
     "exec": "runs text as code",
@@ -51,6 +55,14 @@ FORBIDDEN_CALLS = {
     "yaml.load_all": "may build any object; use yaml.safe_load_all",
     "yaml.full_load": "may build any object; use yaml.safe_load",
     "yaml.unsafe_load": "may build any object; use yaml.safe_load",
+}
+FORBIDDEN_METHODS = {
+    "save_state": "pickles; a checkpoint is written with safetensors and JSON",
+    "load_state": "unpickles; a checkpoint is read with safetensors and JSON",
+    "gather_object": "sends pickles between processes; send tensors",
+    "all_gather_object": "sends pickles between processes; send tensors",
+    "broadcast_object_list": "sends pickles between processes; send tensors",
+    "scatter_object_list": "sends pickles between processes; send tensors",
 }
 FORBIDDEN_KEYWORDS = {
     "trust_remote_code": "runs code that came with a download",
@@ -171,6 +183,15 @@ def dangerous_calls(tree: ast.AST, module: str, is_package: bool) -> Iterator[tu
             called = ".".join([names.get(first, first), *rest])
             if called in FORBIDDEN_CALLS:
                 yield node.lineno, f"{called} {FORBIDDEN_CALLS[called]}"
+            elif called.split(".")[-1] in FORBIDDEN_METHODS:
+                yield node.lineno, f"{called} {FORBIDDEN_METHODS[called.split('.')[-1]]}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+            # Our own pipelines and tokenizers have no weights that could be pickled; models of transformers do.
+            receiver = ast.unparse(node.func).removesuffix(".from_pretrained").split(".")[-1]
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            has_weights = not receiver.lower().endswith(("pipeline", "tokenizer", "tokenizer_class"))
+            if has_weights and keywords.get("use_safetensors") != "True":
+                yield node.lineno, "from_pretrained without use_safetensors=True may unpickle weights"
         elif isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS:
             if ast.unparse(node.value) != "False":
                 yield node.value.lineno, f"{node.arg} {FORBIDDEN_KEYWORDS[node.arg]}"
@@ -233,6 +254,13 @@ OFFENDERS = [
     ("ldm/checkpoint.py", "from torch import load as read\nread('a')", "torch.load unpickles"),
     ("ldm/checkpoint.py", "import torch\ntorch.save(1, 'a')", "torch.save pickles"),
     ("ldm/config.py", "eval('1')", "eval runs text as code"),
+    ("ldm/training/a.py", "accelerator.save_state('a')", "save_state pickles"),
+    ("ldm/training/a.py", "self.accelerator.load_state('a')", "load_state unpickles"),
+    ("ldm/training/a.py", "from accelerate.utils import gather_object\ngather_object([1])", "sends pickles"),
+    ("ldm/training/a.py", "import torch.distributed as d\nd.broadcast_object_list([1])", "sends pickles"),
+    ("ldm/text/a.py", "import transformers\ntransformers.AutoModel.from_pretrained('a')", "without use_safetensors"),
+    ("ldm/text/a.py", "f(x).from_pretrained('a', use_safetensors=False)", "without use_safetensors"),
+    ("ldm/text/a.py", "import torch\ntorch.hub.load('a', 'b')", "torch.hub.load runs code"),
     ("tools/a.py", "exec('1')", "exec runs text as code"),
     ("ldm/config.py", "import yaml\nyaml.load('a', yaml.SafeLoader)", "yaml.load may build any object"),
     ("ldm/config.py", "from yaml import unsafe_load\nunsafe_load('a')", "yaml.unsafe_load"),
@@ -251,7 +279,8 @@ HARMLESS = {
     "ldm/codecs.py": "import torch\nnet = torch.nn.Identity()\nnet.eval()",
     "ldm/evaluation/a.py": "from ldm import Pipeline",
     "ldm/training/a.py": "import ldm.evaluation, ldm.pipelines",
-    "ldm/text/a.py": "f('a', trust_remote_code=False)",
+    "ldm/text/a.py": "f('a', trust_remote_code=False)\nm.AutoModel.from_pretrained('a', use_safetensors=True)",
+    "ldm/text/b.py": "import re\nre.compile('a')\nm.AutoTokenizer.from_pretrained('a')",
     "train/a.py": "from ldm import training",
     "tools/a.py": "import ldm.training\nfrom tools import b",
 }

@@ -204,7 +204,8 @@ class Watch:
 
     Attributes:
         resumed: step of the checkpoint that it goes on from, 0 without.
-        begun: (time, phase) of each beginning; the log tells of "step" and "evaluation", the folders of the others.
+        begun: (time, phase) of each beginning; the log tells of a "step" that is done, folders of a save, and the
+            report, which is renewed after it, that it has ended.
         steps: those that were logged in this session.
     """
 
@@ -218,7 +219,11 @@ class Watch:
         self._saves: set[Path] = set()
         self._seen: object = None
         self._cut = False  # lines after the checkpoint are dropped before new ones are written
+        self._report = self._inode("report.html")
         self.poll()
+
+    def _inode(self, name: str) -> int:
+        return (self.run / name).stat().st_ino if (self.run / name).exists() else 0
 
     def poll(self) -> None:
         path, now = self.run / "metrics.jsonl", time.perf_counter()
@@ -229,12 +234,18 @@ class Watch:
             self._cut = self._cut or (steps or [0])[-1] <= self.resumed
             new = [step for step in steps if self._cut and step > (self.steps or [self.resumed])[-1]]
             self.steps += new
-            self.begun += [(now, "evaluation" if self.evaluated(step) else "step") for step in new]
+            for step in new:
+                self.begun.append((now, "evaluation" if self.evaluated(step) and not self.saved(step) else "step"))
         there = temporaries(self.run)
         self._old &= there
-        saves = {path for path in there - self._old if path.name.startswith(".step_")}
+        present = f".step_{(self.steps or [-1])[-1]:08d}."  # older ones are being removed
+        saves = {path for path in there - self._old if path.name.startswith(present)}
         self.begun += [(now, "rename")] * len(self._saves - saves) + [(now, "save")] * len(saves - self._saves)
         self._saves = saves
+        report = self._inode("report.html")
+        if report != self._report and self.steps:
+            self.begun.append((now, "evaluation" if self.evaluated(self.steps[-1]) else "step"))
+        self._report = report
 
     @cached_property
     def train(self) -> dict[str, Any]:
@@ -246,6 +257,9 @@ class Watch:
         return step == self.train["max_steps"] or any(
             step % self.train[every] == 0 for every in ("validate_every", "sample_every")
         )
+
+    def saved(self, step: int) -> bool:
+        return step == self.train["max_steps"] or step % self.train["checkpoint_every"] == 0
 
     def due(self, attack: Attack, seconds: dict[str, float]) -> float | None:
         """The time of an attack, once its phase has begun."""

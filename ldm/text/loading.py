@@ -197,10 +197,10 @@ def _load_tokenizer(folder: Path, config: Any) -> Any:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: the folder is incomplete, save or download it again")
     # The class by its name, as diffusers loads it: AutoTokenizer takes another where it deems it wrong.
-    named = getattr(transformers, str(_tokenizer_config(folder).get("tokenizer_class")), None)
+    tokenizer_class = getattr(transformers, str(_tokenizer_config(folder).get("tokenizer_class")), None)
     try:
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase):
-            return named.from_pretrained(folder, local_files_only=True)
+        if isinstance(tokenizer_class, type) and issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase):
+            return tokenizer_class.from_pretrained(folder, local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
         )

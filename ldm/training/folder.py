@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -47,9 +48,15 @@ def lock(folder: Path) -> Callable[[], None]:
     deadline = time.monotonic() + LOCK_SECONDS
     while not _lock(file):
         if time.monotonic() > deadline:
+            holder = os.read(file, 100).decode(errors="replace").strip()
             os.close(file)
-            raise ValueError(f"{folder} is being written by another run; wait for it, or choose another output_dir")
+            raise ValueError(
+                f"{folder} is being written by another run{f' ({holder})' if holder else ''}; wait for it, end it, or "
+                "choose another output_dir"
+            )
         time.sleep(0.1)
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
     _held[name] = file
 
     def unlock() -> None:

@@ -66,7 +66,8 @@ class Interruption:
         now = time.monotonic()
         if self.requested is None:
             self.requested, self._since = signal.Signals(number).name, now
-            _say(f"{self.requested}: finishing the step and saving it (Ctrl-C again leaves at once)")
+            doing = "stopping" if self.may_break_off else "finishing the step and saving it"
+            _say(f"{self.requested}: {doing} (Ctrl-C again leaves at once)")
             if self.may_break_off:
                 raise Stopped
         elif number == signal.SIGINT and now - self._since > SAME_SIGNAL_SECONDS:

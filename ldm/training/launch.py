@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,8 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
             or "nothing was lost: no step was made since the newest checkpoint, and what is encoded is kept"
         )
         _say(f"stopped: {where}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as the first process ends, the launcher ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(EXIT_CODE)
     print(f"done: {result}", flush=True)
 

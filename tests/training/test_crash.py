@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -211,24 +212,20 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "moment"), [*((signal.SIGTERM, moment) for moment in MOMENTS), (signal.SIGINT, "a step")]
+)
 def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
     moment, number, tmp_path, encoder_folder, first_stage, unbroken, monkeypatch, capsys
 ):
     name, at, saved = MOMENTS[moment]
-    if moment in ("validating", "saving") and number == signal.SIGINT:
-        pytest.skip("the other signal shows it")
     arguments = settings(tmp_path / "run", encoder_folder, "latent", first_stage)
     arguments += ["train.validate_every=1", "train.sample_every=2", f"data.cache_dir={tmp_path / 'cache'}"]
-    module, _, function = name.rpartition(".")
+    place, _, function = name.rpartition(".")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train_ldm.py", "--set", *arguments])
         called = 0
-        target = pytest.importorskip(module) if module.count(".") < 3 else None
-        owner = (
-            target if target is not None else getattr(sys.modules[module.rpartition(".")[0]], module.rpartition(".")[2])
-        )
+        owner = pkgutil.resolve_name(place)
         original = getattr(owner, function)
 
         def signalled(*positional, **keywords):
@@ -535,3 +532,32 @@ def test_another_environment_is_refused_and_accepted_key_by_key(tmp_path, encode
     state = checkpoint.read_json(tmp_path / "run/checkpoints/step_00000004/training/state.json")
     assert state["config"]["train"]["adam_beta1"] == 0.5
     assert state["environment"]["versions.torch"] == "9.9"
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process has which rank is read from /proc")
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, encoder_folder):
+    arguments = [*settings(tmp_path / "run", encoder_folder), "train.max_steps=100000", "train.checkpoint_every=100000"]
+    arguments += ["train.validate_every=100000", "train.sample_every=100000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
+    command += [str(ROOT / "train" / "train_ldm.py"), "--set", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (second,) = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(second), signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (newest,) = saving.checkpoints(tmp_path / "run")
+    last = saving.step_of(newest)
+    assert damage(newest) is None
+    assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, last + 1))
+    assert error.count(f"stopped: step {last} of 100000 is saved; go on with --resume") == 2
+    assert error.count(f"exitcode  : {EXIT_CODE}") == 2
+    assert "SIGTERM: finishing the step" in error

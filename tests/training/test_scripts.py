@@ -194,7 +194,7 @@ def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout.readline() == "locked\n"
     for resume in (False, True):
-        with pytest.raises(ValueError, match="is being written by another run"):
+        with pytest.raises(ValueError, match=rf"is being written by another run \(process {other.pid} on .*\); wait"):
             run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)
     other.communicate()
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=2", resume=True)
