@@ -229,9 +229,10 @@ def load_schedule(folder: Path) -> ScheduleConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def save_schedule(folder: Path, config: ScheduleConfig) -> None:
+def save_schedule(folder: Path, config: ScheduleConfig, learned_variance: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scheduler_config.json", config_to_diffusers(config))
+    content = config_to_diffusers(config, learned_variance=learned_variance)
+    write_json(folder / "scheduler_config.json", content)
 
 
 def save_pixel_codec(folder: Path, codec: PixelCodec) -> None:

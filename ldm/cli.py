@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import ldm
+
+if TYPE_CHECKING:
+    from ldm.evaluation.likelihood import Likelihood
+    from ldm.pipelines import PipelineOutput
 
 app = typer.Typer(
     help="Turn captioned images into a text-to-image model, and text into images.",
@@ -55,7 +59,22 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, ddpm, dpm++2m, …; a wrong name lists them all. The model's default otherwise."),
+    ] = None,
     eta: Annotated[float, typer.Option(help="0 is deterministic DDIM, 1 has the variance of DDPM.")] = 0.0,
+    guidance_rescale: Annotated[float, typer.Option(help="0 to 1, against the glare of large guidance scales.")] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Guide only between two noise levels sigma/alpha, the lower first.", metavar="LOW HIGH"),
+    ] = None,
+    dynamic_threshold: Annotated[
+        float | None, typer.Option(help="Models of pixels: the share of pixels that sets their range; 0.995 is usual.")
+    ] = None,
+    progress_strip: Annotated[
+        Path | None, typer.Option(help="Also write a PNG with what the model saw in the noise at eight of the steps.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
@@ -63,37 +82,56 @@ def generate(
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output is {output}; pictures are written as PNG, so let it end in .png")
+    if progress_strip is not None and (progress_strip.suffix.lower() != ".png" or progress_strip == output):
+        raise ValueError(f"--progress-strip is {progress_strip}; it must end in .png, and be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
-    from ldm.pipelines import Pipeline, contact_sheet, save_png
+    from ldm.pipelines import Pipeline, ProgressStrip, save_png
 
     pipeline = Pipeline.from_pretrained(model, device=device)
     for number, entry in enumerate(lora or []):
         source, weight = _weighted(entry)
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
+    drawn: dict[str, Any] = {
+        "sampler": pipeline.sampler if sampler is None else sampler,
+        "eta": eta,
+        "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
+        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": guidance_interval,
+        "dynamic_threshold": dynamic_threshold,
+    }
+    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
     result = pipeline(
         prompt,
         negative_prompt=negative_prompt,
         height=height,
         width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        eta=eta,
         num_images_per_prompt=count,
         seed=seed,
+        on_step=strip,
+        **drawn,
     )
-    settings = {
+    settings = drawn | {
         "model": model,
         "lora": lora or [],
-        "num_inference_steps": steps or pipeline.num_inference_steps,
-        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
-        "eta": eta,
         "height": result.images[0].height,
         "width": result.images[0].width,
         "ldm": ldm.__version__,
     }
     text = {"prompt": prompt, "negative_prompt": negative_prompt or "", "settings": settings}
-    if count == 1:
+    if progress_strip is not None and strip is not None:
+        sheet = strip.sheet([f"seed {its_seed}" for its_seed in result.seeds])
+        save_png(sheet, progress_strip, text | {"seed": result.seeds, "timesteps": strip.timesteps})
+        print(progress_strip)
+    _save_pictures(result, output, text)
+
+
+def _save_pictures(result: PipelineOutput, output: Path, text: dict[str, Any]) -> None:
+    """One picture is `output`; several are files named by their seeds, and `output` a sheet of them."""
+    from ldm.pipelines import contact_sheet, save_png
+
+    if len(result.images) == 1:
         save_png(result.images[0], output, text | {"seed": result.seeds[0]})
         print(output)
         return
@@ -101,8 +139,8 @@ def generate(
         path = output.with_name(f"{output.stem}-{its_seed}{output.suffix}")
         save_png(image, path, text | {"seed": its_seed})
         print(path)
-    row = [result.images[start : start + 8] for start in range(0, count, 8)]
-    sheet = contact_sheet(row, size=max(result.images[0].width, 96))
+    rows = [result.images[start : start + 8] for start in range(0, len(result.images), 8)]
+    sheet = contact_sheet(rows, size=max(result.images[0].width, 96))
     save_png(sheet, output, text | {"seed": result.seeds})
     print(output)
 
@@ -223,6 +261,116 @@ def train(
     columns = {"image_column": image_column, "caption_column": caption_column}
     data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
     raise typer.Exit(train_folder(data, wishes, settings or [], plan))
+
+
+@app.command()
+def nll(
+    model: Annotated[str, typer.Argument(help="A pipeline folder of a model of pixels, or a hub id.")],
+    path: Annotated[str, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set.")],
+    split: Annotated[str, typer.Option(help="held-out (what training never saw) or all.")] = "held-out",
+    held_out: Annotated[float, typer.Option(help="The share that training held out: data.held_out.")] = 0.1,
+    samples: Annotated[int | None, typer.Option(help="So many of the images, drawn by --seed; all by default.")] = None,
+    steps_per_image: Annotated[
+        int | None, typer.Option(help="Estimate from so many timesteps an image, an even number; all by default.")
+    ] = None,
+    variance: Annotated[
+        str, typer.Option(help="small or large; a model with learned variances has its own.")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Of the noise, and of images and timesteps that are drawn.")] = 0,
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+) -> None:
+    """Say how well a model of pixels knows images: the variational bound, in bits per dimension."""
+    if split not in ("held-out", "all"):
+        raise ValueError(f"--split is {split}; it is held-out or all")
+    if variance not in ("small", "large"):
+        raise ValueError(f"--variance is {variance}; it is small or large")
+    if output is not None and output.suffix.lower() not in (".svg", ".png"):
+        raise ValueError(f"--output is {output}; the plot is written as SVG or PNG, so let it end in .svg or .png")
+    from tqdm import tqdm
+
+    from ldm.data import CaptionedImages, DataConfig, inspect, open_source
+    from ldm.data import split as split_of
+    from ldm.evaluation.likelihood import likelihood
+    from ldm.pipelines import Pipeline
+
+    pipeline = Pipeline.from_pretrained(model, device=device)
+    config = DataConfig(
+        path=path,
+        resolution=pipeline.default_size[0],
+        held_out=held_out,
+        image_column=image_column,
+        caption_column=caption_column,
+    )
+    used = inspect(open_source(config), config, progress=True).used
+    if split == "held-out":
+        _, used = split_of(used, held_out)
+    if not used:
+        raise ValueError(f"nothing of {path} is held out at a share of {held_out}; take --split all")
+    images = CaptionedImages(used, config, seed)
+    count = len(images) if samples is None else samples
+    steps = pipeline.schedule.num_train_timesteps if steps_per_image is None else steps_per_image + 1
+    with tqdm(total=count * steps, unit="evaluation", delay=2, leave=False) as bar:
+        found = likelihood(
+            pipeline,
+            images,
+            samples=samples,
+            steps_per_image=steps_per_image,
+            variance="small" if variance == "small" else "large",
+            seed=seed,
+            progress=bar.update,
+        )
+    if output is not None:
+        from ldm.training.report.curves import Line
+        from ldm.training.report.plots import save_plot
+
+        points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in found.curve]
+        save_plot(output, Line("L_t, bits per dimension", points), axis="timestep t (0 is L_0)")
+    learned = pipeline.unet.config.learned_variance
+    shape = pipeline.codec.latent_shape(*pipeline.default_size)
+    asked = {"model": model, "data": path, "split": split, "seed": seed, "shape": list(shape)}
+    asked |= {"timesteps_per_image": steps, "variance": "learned" if learned else variance}
+    _say_likelihood(found, asked, as_json=as_json)
+    if output is not None and not as_json:
+        print(output)
+
+
+def _say_likelihood(found: Likelihood, asked: dict[str, Any], *, as_json: bool) -> None:
+    """The bound and its parts, as text or JSON."""
+    figures = {
+        "L_T": found.prior,
+        "sum_of_L_t": found.terms,
+        "L_0": found.decoder,
+        "bits_per_dimension": found.total,
+        "interval_95": found.interval,
+        "timesteps_interval_95": found.timesteps_interval,
+    }
+    if as_json:
+        import json
+        import math
+
+        content: dict[str, Any] = asked | {"images": len(found.ids), "evaluations": found.evaluations}
+        content |= {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        content["curve"] = [[stratum.first, stratum.last, stratum.bits] for stratum in found.curve]
+        print(json.dumps(content, indent=2, allow_nan=False))
+        return
+    channels, height, width = asked["shape"]
+    print(
+        f"{asked['data']}, {asked['split']}: {len(found.ids)} images of {channels}x{height}x{width} values, "
+        f"{asked['timesteps_per_image']} timesteps each, {found.evaluations} evaluations of the network, "
+        f"{asked['variance']} variance; bits per dimension:"
+    )
+    print(f"  L_T          {found.prior:8.4f}   what the last state still tells of an image")
+    print(f"  sum of L_t   {found.terms:8.4f}   t > 0")
+    print(f"  L_0          {found.decoder:8.4f}   the decoder")
+    interval = f" ± {found.interval:.4f}, 95 % over images" if len(found.ids) > 1 else ""
+    drawn = f" (± {found.timesteps_interval:.4f} of it by drawing timesteps)" if found.timesteps_interval else ""
+    print(f"  total        {found.total:8.4f}{interval}{drawn}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -58,9 +59,41 @@ def test_several_pictures_make_a_sheet_beside_them(model, tmp_path, monkeypatch)
     assert Image.open(tmp_path / "c.png").width > 4 * 90
 
 
+def test_sampler_and_guidance_are_written_down_and_drawn_with(model, tmp_path, monkeypatch):
+    path, strip = tmp_path / "a.png", tmp_path / "strips" / "a.png"
+    code = call(
+        monkeypatch, "generate", "a", "-m", model, "--seed", 7, "-n", 2, "-o", path, "--steps", 12, "--sampler", "ddpm",
+        "--guidance-rescale", 0.5, "--guidance-interval", 0.2, 5, "--dynamic-threshold", 0.9, "--progress-strip", strip,
+    )  # fmt: skip
+    assert code == 0
+    settings = json.loads(Image.open(tmp_path / "a-8.png").text["settings"])
+    expected = {
+        "sampler": "ddpm", "num_inference_steps": 12, "guidance_rescale": 0.5, "guidance_interval": [0.2, 5.0],
+        "dynamic_threshold": 0.9, "guidance_scale": 2.0, "eta": 0.0,
+    }  # fmt: skip
+    assert {key: settings[key] for key in expected} == expected
+    again = Pipeline.from_pretrained(model)("a", seed=8, **expected)
+    assert (np.asarray(Image.open(tmp_path / "a-8.png")) == np.asarray(again.images[0])).all()
+    sheet = Image.open(strip)
+    assert (sheet.text["prompt"], json.loads(sheet.text["seed"])) == ("a", [7, 8])
+    timesteps = json.loads(sheet.text["timesteps"])
+    assert len(timesteps) == 8 and timesteps == sorted(timesteps, reverse=True)
+    assert sheet.width > 8 * 96 and sheet.height > 2 * 96
+    # The last column is the picture: x̂_0 of the last step of DDPM.
+    tile = np.asarray(sheet)[4 + 18 : 4 + 18 + 96, 4 + 7 * 100 : 4 + 7 * 100 + 96]
+    assert (tile[::12, ::12] == np.asarray(Image.open(tmp_path / "a-7.png"))).mean() > 0.95
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["--sampler", "dimm"], "did you mean 'ddim'"),
+        (["--guidance-interval", "5", "1"], "guidance_interval is (5, 1), turned round"),
+        (["--guidance-rescale", "2"], "guidance_rescale is 2"),
+        (["--dynamic-threshold", "0"], "dynamic_threshold is 0"),
+        (["--progress-strip", "strip.jpg"], "--progress-strip is strip.jpg"),
+        (["--progress-strip", "same.png", "-o", "same.png"], "--progress-strip is same.png"),
+        (["--progress-strip", "strip.png", "--steps", "0"], "num_inference_steps is 0"),
         (["--model", "./nothing"], "there is no model folder ./nothing"),
         (["--steps", "-3"], "num_inference_steps is -3"),
         (["--steps", "0"], "num_inference_steps is 0"),
@@ -192,3 +225,83 @@ def test_captions_survive_a_terminal_of_another_alphabet(tmp_path):
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 1, done.stderr
     assert rb'"gr\xfcn \u732b"' in done.stdout
+
+
+# ---- nll
+
+
+def test_the_bound_is_said_plotted_and_written_as_json(model, tmp_path, monkeypatch, capsys):
+    arguments = ["nll", model, "digits", "--samples", 5, "--steps-per-image", 6, "--seed", 3]
+    assert call(monkeypatch, *arguments, "-o", tmp_path / "plots" / "terms.svg") == 0
+    out = capsys.readouterr().out
+    assert "digits, held-out: 5 images of 3x8x8 values, 7 timesteps each, 35 evaluations" in out
+    assert call(monkeypatch, *arguments, "--json", "--output", tmp_path / "plots" / "terms.png") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["evaluations"], found["split"], found["variance"]) == (5, 35, "held-out", "small")
+    total = found["L_T"] + found["sum_of_L_t"] + found["L_0"]
+    assert found["bits_per_dimension"] == pytest.approx(total)
+    for name, key in (("total", "bits_per_dimension"), ("L_0", "L_0"), ("sum of L_t", "sum_of_L_t"), ("L_T", "L_T")):
+        assert f"{name:<12} {found[key]:8.4f}" in out
+    assert f"± {found['interval_95']:.4f}, 95 % over images" in out
+    assert f"(± {found['timesteps_interval_95']:.4f} of it by drawing timesteps)" in out
+    assert [stratum[0] for stratum in found["curve"]][:2] == [0, 1]
+    assert (tmp_path / "plots" / "terms.svg").read_text().count("<circle") == len(found["curve"]) == 4
+    assert Image.open(tmp_path / "plots" / "terms.png").size == (1280, 640)
+
+
+def test_the_held_out_side_is_that_of_training(model, monkeypatch, capsys):
+    def figures(*arguments):
+        assert call(monkeypatch, "nll", model, "digits", "--steps-per-image", 2, "--json", *arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert figures()["images"] == 176
+    half = figures("--held-out", 0.5, "--variance", "large")
+    assert 800 < half["images"] < 1000 and half["variance"] == "large"
+    assert figures("--split", "all", "--samples", 1)["interval_95"] is None
+    with pytest.raises(AssertionError):
+        figures("--samples", 177)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["digits", "--split", "training"], "--split is training"),
+        (["digits", "--variance", "learned"], "--variance is learned"),
+        (["digits", "-o", "terms.pdf"], "--output is terms.pdf"),
+        (["digits", "--samples", "0"], "samples is 0"),
+        (["digits", "--steps-per-image", "7"], "steps per image is 7"),
+        (["digits", "--held-out", "0"], "nothing of digits is held out at a share of 0.0; take --split all"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_a_wrong_question_is_one_line_and_exit_code_2(arguments, part, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "nll", model, *arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert part in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_without_a_bound_are_refused_with_the_reason(model, tmp_path, monkeypatch, capsys):
+    tiny.pipeline(tmp_path / "parts", "latent").save_pretrained(tmp_path / "latent")
+    assert call(monkeypatch, "nll", tmp_path / "latent", "digits") == 2
+    assert "this model diffuses latents" in capsys.readouterr().err
+    shutil.copytree(model, tmp_path / "blind")
+    tiny.edit_json(tmp_path / "blind" / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    assert call(monkeypatch, "nll", tmp_path / "blind", "digits") == 2
+    assert "prediction_type is epsilon, but at timestep 999 alpha is 0" in capsys.readouterr().err
+    shutil.copytree(model, tmp_path / "wide")
+    tiny.edit_json(tmp_path / "wide" / "unet" / "config.json", sample_size=[8, 16])
+    assert call(monkeypatch, "nll", tmp_path / "wide", "digits") == 2
+    assert "the model was trained on 16x8 pixels" in capsys.readouterr().err
+
+
+def test_a_model_draws_with_its_own_sampler_unless_told_otherwise(tmp_path, monkeypatch):
+    tiny.pipeline(tmp_path / "parts", sampler="ddpm").save_pretrained(tmp_path / "model")
+    for name, more in (("own", []), ("named", ["--sampler", "ddpm"]), ("ddim", ["--sampler", "ddim"])):
+        arguments = ["-m", tmp_path / "model", "--seed", 1, "-o", tmp_path / f"{name}.png", *more]
+        assert call(monkeypatch, "generate", "a", *arguments) == 0
+    own, named, ddim = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("own", "named", "ddim"))
+    assert (own == named).all() and not (own == ddim).all()
+    assert json.loads(Image.open(tmp_path / "own.png").text["settings"])["sampler"] == "ddpm"

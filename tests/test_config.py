@@ -84,7 +84,7 @@ def test_overrides_change_one_key_each():
         ("sample.num_inference_steps=2000", ["num_inference_steps is 2000"]),
         ("space=latent", ["first_stage is not set"]),
         ("first_stage=runs/x", ["space is pixel"]),
-        ("schedule.beta_schedule=sigmoid", ["schedule.beta_schedule", "sigmoid"]),
+        ("schedule.beta_schedule=exp", ["schedule.beta_schedule", "exp"]),
         ("unet.norm_num_groups=7", ["unet", "norm_num_groups"]),
         ("data.path=", ["data.path"]),
         ("train=5", ["train"]),
@@ -98,6 +98,18 @@ def test_overrides_change_one_key_each():
         ("noequals", ["--set", "noequals"]),
         ("seed.x=5", ["seed is a value, not a section"]),
         ("train.max_steps=[1", ["train.max_steps"]),
+        ("unet.out_channels=6", ["unet.out_channels follows from the codec, and from train.loss.weighting"]),
+        ("sample.sampler=dimm", ["sampler is 'dimm'; did you mean 'ddim'?", "predictor-corrector"]),
+        ("train.timesteps=even", ["train.timesteps", "'even'"]),
+        ("train.los.weighting=vlb", ["unknown key train.los", "train.loss"]),
+        ("train.loss.weight=vlb", ["unknown key train.loss.weight", "did you mean train.loss.weighting?"]),
+        ("train.loss.weighting=snr", ["train.loss.weighting", "'snr'"]),
+        ("train.loss.gamma=3", ["loss.gamma is for weighting min_snr, and weighting is simple"]),
+        ("train.loss.vlb_weight=1", ["loss.vlb_weight is for weighting hybrid"]),
+        ("train.loss.variance=large", ["loss.variance is for weighting vlb"]),
+        ("train.loss={weighting: min_snr, gamma: 0}", ["gamma is 0"]),
+        ("train.loss={weighting: hybrid, vlb_weight: -1}", ["vlb_weight is -1"]),
+        ("schedule.prediction_type=mean", ["schedule.prediction_type", "'mean'"]),
     ],
 )
 def test_wrong_keys_and_values_are_explained(override, parts):
@@ -111,6 +123,33 @@ def test_a_start_that_ruins_latents_is_refused_when_the_config_is_read():
     assert "nothing bounds" in message
     assert "scaled_linear" in message
     load_config(LATENT, ["schedule.beta_schedule=cosine", "schedule.prediction_type=v_prediction"], LDMConfig)
+
+
+ZERO_SNR = "schedule.rescale_betas_zero_snr=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["schedule.prediction_type=epsilon"], ["prediction_type is epsilon", "at timestep 999 alpha is 0"]),
+        (["schedule.prediction_type=posterior_mean"], ["posterior_mean, which samplers read as noise"]),
+        (["train.loss.weighting=min_snr"], ["min_snr, whose weight is 0 where SNR is 0"]),
+        (["sample.sampler=langevin"], ["langevin, which walks in x/alpha and cannot start where alpha is 0"]),
+    ],
+)
+def test_what_makes_no_sense_at_zero_terminal_snr_is_refused(overrides, parts):
+    message = refused(ZERO_SNR, *overrides)
+    for part in (*parts, "rescale_betas_zero_snr"):
+        assert part in message, message
+    load_config(DIGITS, overrides, LDMConfig)  # and makes sense elsewhere
+    load_config(DIGITS, [ZERO_SNR, "train.loss.weighting=vlb", "sample.sampler=ddpm"], LDMConfig)
+
+
+def test_a_variance_needs_a_second_step():
+    few = ["schedule.num_train_timesteps=1", "sample.num_inference_steps=1"]
+    for weighting in ("vlb", "hybrid"):
+        assert "num_train_timesteps is 1" in refused(*few, f"train.loss.weighting={weighting}")
+    load_config(DIGITS, few, LDMConfig)
 
 
 @pytest.mark.parametrize(

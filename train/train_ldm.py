@@ -11,8 +11,9 @@ from torch import nn
 from ldm.config import LDMConfig
 from ldm.data import Batch
 from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
+from ldm.evaluation.likelihood import decoder_of
 from ldm.training import finetune, launch, parts
-from ldm.training.draws import keyed_draws
+from ldm.training.draws import GlobalBatches, keyed_draws
 from ldm.training.encoded import EncodedImages
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
@@ -29,6 +30,7 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
     pipeline = parts.make_pipeline(config, images, run)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     prediction_type = pipeline.schedule.prediction_type
+    decoder = decoder_of(pipeline.codec)
 
     # What of it learns, and the moving average of that, which is what is shipped.
     unet = finetune.prepare(pipeline.unet, config)
@@ -45,6 +47,9 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
     parts.report_encoded(encoded, pipeline.text_encoder, run)
     del pipeline, encoders
 
+    # Timesteps are drawn each by itself, or spread over the global batch of a step.
+    stratified = GlobalBatches(images, config.train.batch_size) if config.train.timesteps == "stratified" else None
+
     def losses_of(network: nn.Module, batch: Batch) -> Losses:
         draws = keyed_draws(
             config.seed,
@@ -54,6 +59,7 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
             shape=encoded.latent_shape(*batch.size),
             num_train_timesteps=schedule.num_train_timesteps,
             caption_dropout=config.train.caption_dropout,
+            places=stratified and stratified.places(batch, run.step),
             device=run.device,
         )
         latents = encoded.latents(batch, draws.posterior)
@@ -66,6 +72,8 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
             timesteps=draws.timesteps,
             noise=draws.noise,
             prediction_type=prediction_type,
+            loss=config.train.loss,
+            decoder=decoder,
         )
         return Losses(losses, draws.timesteps)
 

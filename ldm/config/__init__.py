@@ -10,6 +10,7 @@ from ldm.config.schema import (
     SampleConfig,
     TextConfig,
     TrainConfig,
+    check_objective,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SampleConfig",
     "TextConfig",
     "TrainConfig",
+    "check_objective",
     "load_config",
     "parse_config",
     "to_yaml",

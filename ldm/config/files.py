@@ -21,7 +21,7 @@ from ldm.config.schema import AutoencoderTrainingConfig, LDMConfig
 DERIVED = {
     "unet": {
         "in_channels": "the codec",
-        "out_channels": "the codec",
+        "out_channels": "the codec, and from train.loss.weighting",
         "sample_size": "data.resolution and the codec",
         "cross_attention_dim": "the text encoder",
     },

@@ -10,7 +10,9 @@ from typing import Literal
 
 from ldm.data import DataConfig
 from ldm.data.sources import BUILT_IN
-from ldm.diffusion import NoiseSchedule, ScheduleConfig
+from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
+from ldm.diffusion.likelihood import log_variance_tables
+from ldm.diffusion.sampling import check_sampler
 from ldm.diffusion.schedule import check_start
 from ldm.models import AutoencoderConfig, UNetConfig
 
@@ -140,15 +142,25 @@ class DiffusionTrainConfig(TrainConfig):
     Args:
         caption_dropout: share of samples, drawn one by one, that are trained with the empty caption, 0 to 1.
         attention: "sdpa", or "xformers" where that is installed, on CUDA.
+        loss: what is minimised. With `weighting: hybrid` the network learns variances and gives twice as many channels.
+        timesteps: drawn "uniform", each by itself, or "stratified": one from each of B equal parts of the schedule,
+            B the batch size.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     caption_dropout: float = 0.1
     attention: Literal["sdpa", "xformers"] = "sdpa"
+    loss: LossConfig = field(default_factory=LossConfig)
+    timesteps: Literal["uniform", "stratified"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key, weighting in (("gamma", "min_snr"), ("vlb_weight", "hybrid"), ("variance", "vlb")):
+            if self.loss.weighting != weighting and getattr(self.loss, key) != getattr(LossConfig(), key):
+                raise ValueError(
+                    f"loss.{key} is for weighting {weighting}, and weighting is {self.loss.weighting}; leave it out"
+                )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}; it must be 0 to 1")
 
@@ -189,6 +201,7 @@ class SampleConfig:
 
     Args:
         prompts: a row of the sample grid each; image j of every row has seed `seed` + j.
+        sampler: a name of `ldm.diffusion.sampling.SAMPLER_NAMES`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -198,13 +211,47 @@ class SampleConfig:
     seed: int = 0
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    sampler: str = "ddim"
 
     def __post_init__(self) -> None:
+        check_sampler(self.sampler)
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one text")
         _positive(self, "images_per_prompt", "num_inference_steps")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
+
+
+def check_objective(
+    loss: LossConfig, schedule: NoiseSchedule, prediction_type: PredictionType, sample: SampleConfig
+) -> None:
+    """Refuses pairs of loss, schedule, prediction and sampler that make no sense together.
+
+    Raises:
+        ValueError: naming both keys and the reason.
+    """
+    if loss.weighting == "hybrid":
+        log_variance_tables(schedule)  # refuses schedules between whose variances there is nothing to learn
+    else:
+        weights = loss_weights(schedule, prediction_type, loss)
+        if float(weights[-1]) == 0:
+            raise ValueError(
+                f"train.loss.weighting is {loss.weighting}, whose weight is 0 where SNR is 0, at the last timestep of "
+                "schedule.rescale_betas_zero_snr: sampling starts there, and it would never be trained; choose simple "
+                "or vlb"
+            )
+    if schedule.alphas_cumprod[-1] > 0:
+        return
+    if prediction_type == "posterior_mean":
+        raise ValueError(
+            "schedule.prediction_type is posterior_mean, which samplers read as noise, and where alpha is 0 "
+            "(schedule.rescale_betas_zero_snr) noise says nothing about x_0; choose v_prediction or sample"
+        )
+    if sample.sampler == "langevin":
+        raise ValueError(
+            "sample.sampler is langevin, which walks in x/alpha and cannot start where alpha is 0 "
+            "(schedule.rescale_betas_zero_snr); choose another sampler"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +313,7 @@ class LDMConfig:
                 "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
             )
         schedule = NoiseSchedule.from_config(self.schedule)
+        check_objective(self.train.loss, schedule, self.schedule.prediction_type, self.sample)
         grid = schedule.grid(
             self.sample.num_inference_steps,
             self.schedule.timestep_spacing,

@@ -1,16 +1,34 @@
-"""Both halves of classifier-free guidance (arXiv:2207.12598): dropping in training, guiding in sampling."""
+"""Guidance: functions from denoiser to denoiser, which compose; and the dropping in training that makes one possible.
+
+classifier-free guidance   arXiv:2207.12598, with the rescaling of arXiv:2305.08891
+classifier guidance        arXiv:2105.05233
+a limited interval         arXiv:2404.07724: `guide_within(schedule, interval, guided, unguided)`
+
+A network that also gives variances has 2C channels [prediction, ν] (arXiv:2102.09672). Guidance is about the
+prediction: it changes the first C and hands ν on.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.objective import Denoiser
+from ldm.diffusion.prediction import DIRECT, split_variance
+from ldm.diffusion.schedule import NoiseSchedule, PredictionType
 
 Denoise = Callable[[Tensor, int], Tensor]
-"""(x_t [B, C, H, W], t) → prediction [B, C, H, W]: a denoiser whose condition is already inside."""
+"""(x_t [B, C, H, W], t) → prediction [B, C, H, W], or [B, 2C, H, W] with variances: a denoiser whose condition is
+already inside. All that is built here also answers at a t between two timesteps, where some foreign samplers ask."""
+
+Rescale = Callable[[Tensor, Tensor], Tensor]
+"""(guided, conditional) → guided, all [B, C, H, W]."""
+
+LogLikelihood = Callable[[Tensor, int], Tensor]
+"""(x_t [B, C, H, W], t) → log p(y | x_t), [B], of the y asked for; differentiable in x_t."""
 
 
 def drop_conditioning(condition: Tensor, null: Tensor, dropped: Tensor) -> Tensor:
@@ -24,30 +42,199 @@ def drop_conditioning(condition: Tensor, null: Tensor, dropped: Tensor) -> Tenso
     return torch.where(dropped.to(condition.device).view(-1, 1, 1), null, condition)  # [B, L, D]
 
 
-def classifier_free_guidance(denoiser: Denoiser, condition: Tensor, null: Tensor, guidance_scale: float) -> Denoise:
+def conditioned(denoiser: Denoiser, condition: Tensor) -> Denoise:
+    """The denoiser with `condition` [B, L, D] inside, and no guidance."""
+
+    def denoise(x_t: Tensor, t: float) -> Tensor:
+        dtype = torch.int64 if float(t).is_integer() else torch.float32
+        timesteps = torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
+        prediction: Tensor = denoiser(x_t, timesteps, condition)
+        return prediction
+
+    return denoise
+
+
+def classifier_free_guidance(
+    denoiser: Denoiser, condition: Tensor, null: Tensor, guidance_scale: float, *, rescale: Rescale | None = None
+) -> Denoise:
     """ε_∅ + w (ε_c − ε_∅): Eq. 6 with the w of Imagen and diffusers, where w = 1 is no guidance.
 
     Both halves go through the network as one batch. At w = 1 the unconditional half cancels and is not
-    computed; at w = 0 the conditional one is not.
+    computed; at w = 0 the conditional one is not. ε, v and x_0 are affine in one another at a given x_t, so one
+    formula serves whichever is predicted. Variances are those of the conditional half (at w = 0, of the other).
 
     Args:
         condition: [B, L, D], states of the prompts.
         null: [B, L, D], states of the empty caption or of the negative prompts.
         guidance_scale: w, any finite number.
+        rescale: brings the guided prediction back to the deviation of the conditional one: `rescale_guidance`.
     """
-
-    def evaluate(x_t: Tensor, t: int, states: Tensor) -> Tensor:
-        timesteps = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        prediction: Tensor = denoiser(x_t, timesteps, states)
-        return prediction
+    if guidance_scale == 1:
+        return conditioned(denoiser, condition)
+    if guidance_scale == 0 and rescale is None:
+        return conditioned(denoiser, null)
+    together = conditioned(denoiser, torch.cat([null, condition]))  # [2B, L, D]
 
     def guided(x_t: Tensor, t: int) -> Tensor:
-        if guidance_scale == 1:
-            return evaluate(x_t, t, condition)
-        if guidance_scale == 0:
-            return evaluate(x_t, t, null)
-        both = evaluate(torch.cat([x_t, x_t]), t, torch.cat([null, condition]))  # [2B, C, H, W]
-        unconditional, conditional = both.chunk(2)  # [B, C, H, W] each
-        return unconditional + guidance_scale * (conditional - unconditional)
+        both = together(torch.cat([x_t, x_t]), t)  # [2B, C or 2C, H, W]
+        unconditional, conditional = both.chunk(2)  # [B, C or 2C, H, W] each
+        unconditional, _ = split_variance(unconditional, x_t)
+        conditional, variance = split_variance(conditional, x_t)
+        prediction = unconditional + guidance_scale * (conditional - unconditional)  # [B, C, H, W]
+        if rescale is not None:
+            prediction = rescale(prediction, conditional)
+        return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
     return guided
+
+
+def rescale_guidance(phi: float) -> Rescale:
+    """Against over-exposure: the guided output gets the deviation of the conditional one in each sample, for a share φ.
+
+    arXiv:2305.08891, Eq. 14 to 16, on the output of the network whatever it predicts, as diffusers does. The paper's
+    network predicts v, and there it works best: v scaled by k scales x̂_0 by k where there is only noise, while ε
+    scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
+
+    Args:
+        phi: φ, 0 (as it was) to 1; 0.7 in the paper.
+
+    Raises:
+        ValueError: if φ is outside [0, 1].
+    """
+    check_rescale(phi)
+
+    def rescale(guided: Tensor, conditional: Tensor) -> Tensor:
+        present, wanted = (each.flatten(1).std(dim=1, correction=0) for each in (guided, conditional))  # Eq. 14, [B]
+        # A constant output, as a new network gives, has no deviation to correct.
+        factor = torch.where(present > 0, wanted / present, torch.ones_like(present))  # Eq. 15
+        return (phi * factor + 1 - phi).view(-1, *[1] * (guided.ndim - 1)) * guided  # Eq. 16
+
+    return rescale
+
+
+def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided: Denoise, unguided: Denoise) -> Denoise:
+    """`guided` where the noise level is in (low, high], `unguided` elsewhere, where `guided` is not called at all.
+
+    arXiv:2404.07724, Eq. 5: a weight of 1 outside the interval.
+
+    Args:
+        interval: low and high as the paper has them, in σ/α: the noise level of x_t/α, so that an interval means
+            the same whatever schedule and number of steps. 0 <= low < high; high may be inf.
+        unguided: the conditional denoiser for classifier-free guidance; the one without classifier for that.
+
+    Raises:
+        ValueError: if the interval is turned round, empty, or no interval of noise levels.
+    """
+    check_interval(interval)
+    low, high = interval
+
+    def denoise(x_t: Tensor, t: int) -> Tensor:
+        alpha, sigma = alpha_sigma_at(schedule, t)
+        level = sigma / alpha if alpha > 0 else math.inf
+        return guided(x_t, t) if low < level <= high else unguided(x_t, t)
+
+    return denoise
+
+
+def classifier_guidance(
+    denoise: Denoise,
+    log_likelihood: LogLikelihood,
+    scale: float,
+    schedule: NoiseSchedule,
+    *,
+    prediction_type: PredictionType = "epsilon",
+) -> Denoise:
+    """ε̂ = ε − s σ ∇ log p(y | x_t): arXiv:2105.05233, Algorithm 2, for any differentiable p.
+
+    Scale 1 makes the score of p(x_t) that of p(x_t | y), by Bayes. The gradient is taken even where the caller
+    has turned gradients off (`no_grad`, `inference_mode`). Composes with classifier-free guidance inside it.
+
+    Args:
+        denoise: of p(x_t), or of p(x_t | prompt).
+        log_likelihood: log p(y | x_t) of each image, [B].
+        scale: s, any finite number.
+
+    Raises:
+        ValueError: if the classifier gives anything but [B], or does not depend on x_t; where v or x_0 is
+            predicted and α is 0, because its shift divides by α.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"classifier scale is {scale}; it must be a finite number (1 samples p(x | y))")
+    _check_direct(prediction_type)
+
+    def guided(x_t: Tensor, t: int) -> Tensor:
+        prediction, variance = split_variance(denoise(x_t, t), x_t)
+        factor = _shift_of_score(*alpha_sigma_at(schedule, t), prediction_type, t)
+        prediction = prediction + scale * factor * _gradient(log_likelihood, x_t, t)
+        return prediction if variance is None else torch.cat([prediction, variance], dim=1)
+
+    return guided
+
+
+def _check_direct(prediction_type: PredictionType) -> None:
+    if prediction_type not in DIRECT:
+        raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)} (as_noise makes epsilon)")
+
+
+def _shift_of_score(alpha: float, sigma: float, prediction_type: PredictionType, t: float) -> float:
+    """By how much a prediction changes when the score changes by 1. ε = −σ score, and x_0 and v follow from ε at x_t:
+    x_0 = (x_t − σ ε) / α, and v = α ε − σ x_0 = (ε − σ x_t) / α."""
+    if prediction_type == "epsilon":
+        return -sigma
+    if alpha == 0:
+        raise ValueError(
+            f"classifier guidance at timestep {t} divides by alpha, which is 0 there: x_t says nothing about x_0; "
+            "leave that timestep out with a guidance interval of finite ends"
+        )
+    return sigma**2 / alpha if prediction_type == "sample" else -sigma / alpha
+
+
+def _gradient(log_likelihood: LogLikelihood, x_t: Tensor, t: int) -> Tensor:
+    """∇ log p(y | x_t) in x_t, [B, C, H, W]."""
+    # A tensor of inference mode cannot be differentiated; a copy made outside it can.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x_t.detach().clone().requires_grad_()
+        value = log_likelihood(x, t)
+        if not isinstance(value, Tensor) or value.shape != (len(x),):
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"the classifier gives {shape} for x_t of shape {list(x.shape)}; it must give [{len(x)}], the log "
+                "probability of the wanted class for each image"
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                "the classifier's log probability does not depend on x_t, or was cut off from it; it must be "
+                "differentiable in x_t"
+            )
+        # Images do not see one another, so the gradient of the sum holds the gradient of each.
+        return torch.autograd.grad(value.sum(), x)[0].detach()
+
+
+def alpha_sigma_at(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
+    """(α, σ) at a timestep; between two, linear in σ/α, as the samplers that go there (Euler of diffusers) have it."""
+    if float(t).is_integer():
+        return schedule.alpha_sigma(int(t))
+    below, above = schedule.alpha_sigma(math.floor(t)), schedule.alpha_sigma(math.ceil(t))
+    if above[0] == 0:
+        return above
+    weight = t - math.floor(t)
+    level = (1 - weight) * below[1] / below[0] + weight * above[1] / above[0]
+    return 1 / math.sqrt(1 + level**2), level / math.sqrt(1 + level**2)
+
+
+def check_rescale(phi: float) -> None:
+    if not 0 <= phi <= 1:
+        raise ValueError(f"guidance_rescale is {phi}; it must be 0 (off) to 1 (0.7 is usual)")
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    low, high = interval
+    if low > high:
+        raise ValueError(
+            f"guidance_interval is ({low:g}, {high:g}), turned round; give the lower noise level first: "
+            f"({high:g}, {low:g})"
+        )
+    if not 0 <= low < high:
+        raise ValueError(
+            f"guidance_interval is ({low:g}, {high:g}); it must be two noise levels sigma/alpha, 0 <= low < high"
+        )

@@ -1,20 +1,63 @@
-"""Training losses."""
+"""Training losses, their weights, and which timesteps they look at."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import add_noise, training_target
-from ldm.diffusion.schedule import NoiseSchedule, PredictionType
+from ldm.diffusion.likelihood import Decoder, gaussian_decoder, log_variance_tables, variational_terms
+from ldm.diffusion.prediction import add_noise, split_variance, training_target
+from ldm.diffusion.schedule import NoiseSchedule, PredictionType, gathered
+
+Weighting = Literal["simple", "vlb", "min_snr", "hybrid"]
 
 
 class Denoiser(Protocol):
-    """(x_t [B, C, H, W], timestep [B] int64, condition [B, L, D]) → prediction [B, C, H, W]."""
+    """(x_t [B, C, H, W], timestep [B] int64, condition [B, L, D]) → prediction [B, C or 2C, H, W]."""
 
     def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor, /) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised. The square of (prediction − target) is averaged over a sample and weighted by its timestep.
+
+    Args:
+        weighting: "simple": no weight (DDPM, Eq. 14, for whatever is predicted). "vlb": the term L_t of the
+            variational bound (DDPM, Eq. 12), without what no network can change. "min_snr": min(SNR, γ) as seen in
+            x_0 (arXiv:2303.09556, section 3.4). "hybrid": L_simple + λ L_vlb with learned variances (Improved DDPM,
+            Eq. 16); the denoiser gives 2C channels.
+        gamma: γ of "min_snr", above 0. The paper's 5.
+        vlb_weight: λ of "hybrid", at least 0. The paper's 0.001.
+        variance: σ_t² in the weights of "vlb": "small" is β̃_t, "large" is β_t (DDPM, section 3.2).
+
+    Raises:
+        ValueError: names the key, its value, and the range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    weighting: Weighting = "simple"
+    gamma: float = 5.0
+    vlb_weight: float = 0.001
+    variance: Literal["small", "large"] = "small"
+
+    def __post_init__(self) -> None:
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"weighting is {self.weighting!r}; choose one of {', '.join(get_args(Weighting))}")
+        if self.variance not in ("small", "large"):
+            raise ValueError(f"variance is {self.variance!r}; choose small or large (hybrid learns it)")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and finite")
+        if not 0 <= self.vlb_weight < math.inf:
+            raise ValueError(f"vlb_weight is {self.vlb_weight}; it must be at least 0 and finite")
+
+
+SIMPLE = LossConfig()
 
 
 def diffusion_loss(
@@ -26,20 +69,115 @@ def diffusion_loss(
     timesteps: Tensor,
     noise: Tensor,
     prediction_type: PredictionType = "epsilon",
+    loss: LossConfig = SIMPLE,
+    decoder: Decoder = gaussian_decoder,
 ) -> Tensor:
-    """L_simple of each sample: the mean square of what was predicted less what was true. DDPM, Eq. 14.
+    """The loss of each sample at its timestep: by default L_simple, DDPM, Eq. 14.
 
     Args:
-        latents: x_0, [B, C, H, W] float32, of zero mean and unit variance.
+        latents: x_0, [B, C, H, W] float32 (or float64, and then so is all else), of zero mean and unit variance.
         condition: [B, L, D].
         timesteps: [B] int64, 0 to T − 1, on the CPU.
         noise: ε, [B, C, H, W], on the device of `latents`.
+        decoder: log p(x_0 | x_1), the term of "hybrid" at timestep 0.
 
     Returns:
-        [B] float32; its mean is what is minimised.
+        [B] in the precision of `latents`; its mean is what is minimised. With "vlb" that mean, over timesteps drawn
+        uniformly, is an estimate of the bound in bits per dimension, less what no network can change.
+
+    Raises:
+        ValueError: if the denoiser's channels do not fit the loss, or the schedule does not fit `prediction_type`.
     """
+    schedule.check_prediction(prediction_type)
     alpha, sigma = schedule.coefficients(timesteps, latents)  # [B, 1, 1, 1]
     noisy = add_noise(latents, noise, alpha, sigma)
-    target = training_target(latents, noise, alpha, sigma, prediction_type)
-    prediction = denoiser(noisy, timesteps.to(latents.device), condition)
-    return (prediction.to(torch.float32) - target).square().flatten(1).mean(dim=1)  # [B]
+    a, b = (gathered(table, timesteps, latents) for table in schedule.posterior_mean_coefficients)
+    target = training_target(latents, noise, alpha, sigma, prediction_type, posterior=(a, b))
+    output = denoiser(noisy, timesteps.to(latents.device), condition).to(alpha.dtype)
+    prediction, fraction = split_variance(output, latents)
+    if (fraction is not None) != (loss.weighting == "hybrid"):
+        raise ValueError(
+            f"loss.weighting is {loss.weighting!r} but the denoiser gives {output.shape[1]} channels for "
+            f"{latents.shape[1]}; hybrid learns the variance from twice as many, the others take as many"
+        )
+    squares = (prediction - target).square().flatten(1).mean(dim=1)  # [B]
+    if loss.weighting == "simple":
+        return squares
+    if fraction is None:
+        weights = loss_weights(schedule, prediction_type, loss)
+        return gathered(weights, timesteps, squares) * squares
+    # Improved DDPM, section 3.1: L_vlb teaches the variance alone; the mean stands still in it.
+    terms = variational_terms(
+        torch.cat([prediction.detach(), fraction], dim=1),
+        noisy,
+        latents,
+        schedule,
+        timesteps,
+        decoder=decoder,
+        prediction_type=prediction_type,
+        variance="learned",
+    )
+    # L_vlb is a sum over T terms, of which each sample sees one.
+    return squares + loss.vlb_weight * schedule.num_train_timesteps * terms
+
+
+def loss_weights(schedule: NoiseSchedule, prediction_type: PredictionType, loss: LossConfig) -> Tensor:
+    """What the mean square of (prediction − target) is multiplied by, [T] float64; not for "hybrid".
+
+    A weight stands in terms of x_0 and is carried over by how an error of the prediction grows in x̂_0, squared. So
+    "min_snr" is min(SNR, γ) for x_0, min(1, γ / SNR) for ε and min(SNR, γ) / (SNR + 1) for v. (It is 0 where SNR is
+    0: with zero terminal SNR the last timestep is then not trained.)
+    "vlb" is β_t² / (2 σ_t² α_t (1 − ᾱ_t)) for ε, times T / log 2. At timestep 0 the decoder is taken as a Gaussian
+    density, and where σ² is β̃, which is 0 there, the next one stands in, as in `likelihood`.
+    """
+    gain = original_gain(schedule, prediction_type)
+    if loss.weighting == "simple":
+        return torch.ones_like(gain)
+    if loss.weighting == "min_snr":
+        return schedule.snr.clamp(max=loss.gamma) * gain.square()
+    if loss.weighting != "vlb":
+        raise ValueError("loss.weighting is 'hybrid', which is no weight; choose simple, vlb or min_snr")
+    small, large = log_variance_tables(schedule)
+    variance = (small if loss.variance == "small" else large).exp()
+    # DDPM, Eq. 8 with Eq. 7: L_t = ‖μ̃ − μ‖² / (2 σ_t²), and μ̃ holds x_0 times the first coefficient.
+    in_original = schedule.posterior_mean_coefficients[0].square() / (2 * variance)
+    return in_original * gain.square() * (schedule.num_train_timesteps / math.log(2))
+
+
+def original_gain(schedule: NoiseSchedule, prediction_type: PredictionType) -> Tensor:
+    """By how much an error of the prediction grows in x̂_0, [T] float64: σ/α for ε, 1 for x_0, σ for v, and
+    one over the weight of x_0 in μ̃."""
+    schedule.check_prediction(prediction_type)
+    if prediction_type == "epsilon":
+        return schedule.sigma / schedule.alpha
+    if prediction_type == "sample":
+        return torch.ones_like(schedule.alpha)
+    if prediction_type == "v_prediction":
+        return schedule.sigma
+    return 1 / schedule.posterior_mean_coefficients[0]
+
+
+def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_timesteps: int) -> int:
+    """The timestep of sample `index` of a global batch: ⌊T (index + u) / B⌋, one of the B strata of 0 … T − 1.
+
+    Over a batch the timesteps are spread evenly; over index and u together each is equally likely, exactly, whether
+    or not B divides T (a timestep that two strata share is drawn in each by its share). The low-discrepancy
+    sampler of VDM (arXiv:2107.00630) shifts all strata by one u; here each sample has its own, so that what it draws
+    depends on no other.
+
+    Args:
+        index: place in the global batch, 0 to B − 1.
+        batch_size: B, the global one, however it is spread over processes.
+        uniform: u, in [0, 1).
+        num_train_timesteps: T.
+
+    Raises:
+        ValueError: names the value and the range.
+    """
+    if not 0 <= index < batch_size:
+        raise ValueError(f"index is {index}; it must be 0 to {batch_size - 1}, a place in the global batch")
+    if not 0 <= uniform < 1:
+        raise ValueError(f"uniform is {uniform}; it must be at least 0 and below 1")
+    # In integers: as floats, index + u may round up into the next stratum, and at the end to T itself.
+    numerator, denominator = float(uniform).as_integer_ratio()
+    return num_train_timesteps * (index * denominator + numerator) // (batch_size * denominator)

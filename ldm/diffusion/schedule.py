@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
-PredictionType = Literal["epsilon", "v_prediction"]
+from ldm.diffusion import betas as formulas
+
+BetaSchedule = Literal["linear", "scaled_linear", "cosine", "plain_cosine", "sigmoid"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
 
 # ε-prediction multiplies its error by σ/α in x̂_0. Past this gain the first step of a sampler is noise unless
@@ -39,12 +41,15 @@ class ScheduleConfig:
     """What `scheduler/scheduler_config.json` says: the schedule, what is predicted, and the grid of inference.
 
     Args:
-        beta_schedule: "linear" (DDPM, section 4), "scaled_linear" (linear in √β: LDM, Stable Diffusion) or
-            "cosine" (Improved DDPM, Eq. 17; `beta_start` and `beta_end` have no meaning there).
+        beta_schedule: "linear" (DDPM, section 4), "scaled_linear" (linear in √β: LDM, Stable Diffusion), "sigmoid"
+            (GeoDiff), "cosine" (Improved DDPM, Eq. 17) or "plain_cosine" (ᾱ = (cos(πt/T) + 1) / 2 inside
+            [1e-4, 1 − 1e-4]); `beta_start` and `beta_end` have no meaning for the last two.
         num_train_timesteps: T, at least 1.
         beta_start, beta_end: β_1 and β_T, 0 < beta_start <= beta_end < 1.
-        trained_betas: a table of T betas in (0, 1) that replaces `beta_schedule`.
-        prediction_type: what the network predicts: ε, or v = α ε − σ x_0 (arXiv:2202.00512).
+        trained_betas: a table of T betas in (0, 1) that replaces `beta_schedule`; the last may be 1.
+        rescale_betas_zero_snr: whether ᾱ is rescaled so that the last is 0 (arXiv:2305.08891, Algorithm 1).
+        prediction_type: what the network predicts: ε, x_0 ("sample"), v = α ε − σ x_0 (arXiv:2202.00512), or the
+            mean of q(x_{t−1} | x_t, x_0) (DDPM, Eq. 7), for which diffusers has no name. Where ᾱ ends at 0, not ε.
         timestep_spacing: how S inference steps are laid over T (arXiv:2305.08891, Table 2).
         steps_offset: added to the timesteps of "leading"; 1 is what diffusers makes of every Stable Diffusion.
         set_alpha_to_one: whether sampling ends at ᾱ = 1 or, as Stable Diffusion 1.x does, at ᾱ_0.
@@ -60,6 +65,7 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
     prediction_type: PredictionType = "epsilon"
     timestep_spacing: TimestepSpacing = "trailing"
     steps_offset: int = 1
@@ -87,25 +93,35 @@ class ScheduleConfig:
                 f"trained_betas has {len(self.trained_betas)} entries but num_train_timesteps is "
                 f"{self.num_train_timesteps}; give one beta a timestep"
             )
+        if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
+            raise ValueError("num_train_timesteps is 1; rescale_betas_zero_snr keeps the first step, so it needs 2")
+        if self.rescale_betas_zero_snr or (self.trained_betas is not None and self.trained_betas[-1] == 1):
+            check_no_signal(self.prediction_type, self.num_train_timesteps - 1)
 
 
 class NoiseSchedule:
     """ᾱ_t for t = 0 … T − 1, and what is derived from it. A value: nothing in it ever changes.
 
     Args:
-        alphas_cumprod: [T], strictly falling inside (0, 1]; kept as float64 on the CPU.
+        alphas_cumprod: [T], strictly falling inside [0, 1]; kept as float64 on the CPU. The last is 0 with zero
+            terminal SNR.
         final_alpha_cumprod: ᾱ at t_prev = −1, the end of sampling.
 
     Raises:
-        ValueError: if ᾱ is not one falling row of numbers in (0, 1].
+        ValueError: if ᾱ is not one falling row of numbers in [0, 1].
     """
 
     def __init__(self, alphas_cumprod: Tensor, *, final_alpha_cumprod: float = 1.0) -> None:
         table = alphas_cumprod.detach().to("cpu", torch.float64)
         if table.ndim != 1 or len(table) == 0:
             raise ValueError(f"alphas_cumprod has shape {list(table.shape)}; it must be one row of T numbers")
-        if not bool(((table > 0) & (table <= 1)).all()) or not bool((table.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must fall strictly from step to step inside (0, 1]")
+        for t in torch.nonzero(~((table >= 0) & (table <= 1))).flatten().tolist():
+            raise ValueError(f"alphas_cumprod is {float(table[t])} at timestep {t}; it must be inside [0, 1]")
+        for t in torch.nonzero(table.diff() >= 0).flatten().tolist():
+            raise ValueError(
+                f"alphas_cumprod goes from {float(table[t])} to {float(table[t + 1])} at timestep {t + 1}; "
+                "it must fall strictly from step to step"
+            )
         self.alphas_cumprod = table  # [T]
         self.alpha = table.sqrt()  # [T]
         self.sigma = (1 - table).sqrt()  # [T]
@@ -113,16 +129,20 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True) -> NoiseSchedule:
-        """The schedule of a table of betas [T], each in (0, 1): ᾱ_t = ∏ (1 − β_s), DDPM Eq. 4."""
-        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("betas must be one row of numbers strictly between 0 and 1")
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        return cls(alphas_cumprod, final_alpha_cumprod=1.0 if set_alpha_to_one else float(alphas_cumprod[0]))
+        """The schedule of a table of betas [T], each in (0, 1), the last in (0, 1]: ᾱ_t = ∏ (1 − β_s), DDPM Eq. 4."""
+        return cls._ending(_cumulated(betas), set_alpha_to_one)
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> NoiseSchedule:
-        return cls.from_betas(make_betas(config), set_alpha_to_one=config.set_alpha_to_one)
+        alphas_cumprod = _cumulated(make_betas(config))
+        if config.rescale_betas_zero_snr:
+            alphas_cumprod = formulas.zero_terminal_snr(alphas_cumprod)
+        return cls._ending(alphas_cumprod, config.set_alpha_to_one)
+
+    @classmethod
+    def _ending(cls, alphas_cumprod: Tensor, set_alpha_to_one: bool) -> NoiseSchedule:
+        final = 1.0 if set_alpha_to_one or len(alphas_cumprod) == 0 else float(alphas_cumprod[0])
+        return cls(alphas_cumprod, final_alpha_cumprod=final)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -130,13 +150,31 @@ class NoiseSchedule:
 
     @property
     def betas(self) -> Tensor:
-        """β_t = 1 − ᾱ_t / ᾱ_{t−1}, [T] float64."""
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        return 1 - self.alphas_cumprod / previous
+        """β_t = 1 − ᾱ_t / ᾱ_{t−1}, [T] float64; exactly 1 where ᾱ_t is 0."""
+        return formulas.betas_of(self.alphas_cumprod)
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) · β_t, [T] float64, the first is 0. DDPM, Eq. 7."""
+        rest = (1 - self.alphas_cumprod[:-1]) / (1 - self.alphas_cumprod[1:]) * self.betas[1:]
+        return torch.cat([torch.zeros(1, dtype=torch.float64), rest])
+
+    @property
+    def posterior_mean_coefficients(self) -> tuple[Tensor, Tensor]:
+        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64. DDPM, Eq. 7.
+
+        They are (1, 0) at t = 0, before which stands the data, whatever `final_alpha_cumprod` says of sampling.
+        a = √ᾱ_{t−1} β_t / (1 − ᾱ_t) and b = √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t).
+        """
+        betas, previous, variance = self.betas[1:], self.alphas_cumprod[:-1], 1 - self.alphas_cumprod[1:]
+        original = previous.sqrt() * betas / variance
+        noisy = (1 - betas).sqrt() * (1 - previous) / variance
+        end = torch.tensor([1.0, 0.0], dtype=torch.float64)  # nothing is left of x_t where t − 1 is the data
+        return torch.cat([end[:1], original]), torch.cat([end[1:], noisy])
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ / (1 − ᾱ), [T] float64 (VDM, arXiv:2107.00630, Eq. 2)."""
+        """Signal-to-noise ratio ᾱ / (1 − ᾱ), [T] float64 (VDM, arXiv:2107.00630, Eq. 2); 0 where ᾱ is 0."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def alpha_cumprod_at(self, t: int) -> float:
@@ -151,22 +189,22 @@ class NoiseSchedule:
         return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
 
     def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ for a batch, each [B, 1, …] in float32 on the device of `like` [B, …].
+        """α and σ for a batch, each [B, 1, …] on the device of `like` [B, …]: float64 for float64, else float32.
 
         Args:
             timesteps: [B] int64, 0 to T − 1, best on the CPU where the table is.
         """
-        index = timesteps.to("cpu")
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        alpha, sigma = (
-            table[index].to(torch.float32).to(like.device).view(shape) for table in (self.alpha, self.sigma)
-        )
-        return alpha, sigma
+        return gathered(self.alpha, timesteps, like), gathered(self.sigma, timesteps, like)
 
     def error_gain(self, t: int) -> float:
-        """By how much an error of a predicted ε grows in x̂_0 at timestep `t`: σ/α."""
+        """By how much an error of a predicted ε grows in x̂_0 at timestep `t`: σ/α, infinite where α is 0."""
         alpha, sigma = self.alpha_sigma(t)
-        return sigma / alpha
+        return sigma / alpha if alpha > 0 else math.inf
+
+    def check_prediction(self, prediction_type: PredictionType) -> None:
+        """Raises `ValueError` for ε where ᾱ ends at 0."""
+        if self.alphas_cumprod[-1] == 0:
+            check_no_signal(prediction_type, self.num_train_timesteps - 1)
 
     def grid(
         self, num_inference_steps: int, spacing: TimestepSpacing = "trailing", *, steps_offset: int = 0
@@ -203,22 +241,53 @@ class NoiseSchedule:
         return tuple(Step(t, t_prev) for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True))
 
 
+def gathered(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+    """The entries of a table [T] at timesteps [B] → [B, 1, …], on the device of `like` [B, …], in float64 if that
+    is float64, else in float32."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    values = table[timesteps.to("cpu")].to(dtype)
+    return values.to(like.device).view((-1,) + (1,) * (like.ndim - 1))
+
+
+def _cumulated(betas: Tensor | Sequence[float]) -> Tensor:
+    """ᾱ_t = ∏ (1 − β_s) in float64: DDPM, Eq. 4."""
+    table = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+    if table.ndim != 1:
+        raise ValueError(f"betas have shape {list(table.shape)}; they must be one row of T numbers")
+    last = len(table) - 1
+    for t in torch.nonzero(~((table > 0) & (table < 1))).flatten().tolist():
+        if t < last or table[t] != 1:
+            raise ValueError(
+                f"beta is {float(table[t])} at timestep {t}; it must be strictly between 0 and 1 "
+                "(1 at the last timestep alone, for zero terminal SNR)"
+            )
+    return torch.cumprod(1 - table, dim=0)
+
+
 def make_betas(config: ScheduleConfig) -> Tensor:
-    """β_t for t = 0 … T − 1, [T] float64."""
-    steps = config.num_train_timesteps
+    """β_t for t = 0 … T − 1, [T] float64, before any rescaling to zero terminal SNR."""
+    steps, ends = config.num_train_timesteps, (config.beta_start, config.beta_end)
     if config.trained_betas is not None:
         return torch.tensor(config.trained_betas, dtype=torch.float64)
     if config.beta_schedule == "linear":
-        # DDPM, section 4: β from 1e-4 to 0.02 in equal steps.
-        return torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float64)
+        return formulas.linear(steps, *ends)
     if config.beta_schedule == "scaled_linear":
-        # LDM (arXiv:2112.10752), its published code and Stable Diffusion: equal steps in √β.
-        ends = (math.sqrt(config.beta_start), math.sqrt(config.beta_end))
-        return torch.linspace(*ends, steps, dtype=torch.float64).square()
-    # Improved DDPM (arXiv:2102.09672), Eq. 17, s = 0.008, β clipped to 0.999.
-    time = torch.arange(steps + 1, dtype=torch.float64) / steps
-    f = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        return formulas.scaled_linear(steps, *ends)
+    if config.beta_schedule == "sigmoid":
+        return formulas.sigmoid(steps, *ends)
+    if config.beta_schedule == "plain_cosine":
+        return formulas.plain_cosine(steps)
+    return formulas.cosine(steps)
+
+
+def check_no_signal(prediction_type: str, t: int) -> None:
+    """Raises `ValueError` for a prediction that says nothing about x_0 where ᾱ is 0, at timestep `t`."""
+    if prediction_type == "epsilon":
+        raise ValueError(
+            f"prediction_type is epsilon, but at timestep {t} alpha is 0: there x_t is the noise itself, and to know "
+            "it says nothing about x_0 (arXiv:2305.08891, section 3.2); choose v_prediction or sample, or a schedule "
+            "without rescale_betas_zero_snr"
+        )
 
 
 def check_start(
@@ -233,6 +302,8 @@ def check_start(
         ValueError: with the reason and what to choose.
     """
     first = grid[0].t
+    if schedule.alpha_cumprod_at(first) == 0:
+        check_no_signal(prediction_type, first)
     gain = schedule.error_gain(first)
     if prediction_type == "epsilon" and not bounded and gain > MAX_ERROR_GAIN:
         raise ValueError(
@@ -254,43 +325,88 @@ def config_from_diffusers(config: dict[str, Any]) -> ScheduleConfig:
         ValueError: if the file asks for a schedule or prediction that is not supported, naming key and value.
     """
     name = str(config.get("_class_name", "DDIMScheduler"))
-    betas = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     written = config.get("beta_schedule", "linear")
-    if written not in betas:
-        raise ValueError(f"scheduler beta_schedule is {written!r}; supported are {', '.join(betas)}")
-    for key in ("rescale_betas_zero_snr", "thresholding"):
-        if config.get(key):
-            raise ValueError(f"scheduler {key} is {config[key]!r}, which is not supported yet; it must be false")
+    if written not in NAMES:
+        raise ValueError(f"scheduler beta_schedule is {written!r}; supported are {', '.join(NAMES)}")
+    if config.get("thresholding"):
+        raise ValueError(f"scheduler thresholding is {config['thresholding']!r}; it must be false in the file")
     leading = name.startswith(("DDIM", "DDPM", "PNDM"))
     trained = config.get("trained_betas")
-    return ScheduleConfig(
-        beta_schedule=betas[written],  # type: ignore[arg-type]
+    read = ScheduleConfig(
+        beta_schedule=NAMES[written],
         num_train_timesteps=config.get("num_train_timesteps", 1000),
         beta_start=config.get("beta_start", 0.0001),
         beta_end=config.get("beta_end", 0.02),
         trained_betas=None if trained is None else tuple(trained),
+        rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
         prediction_type=config.get("prediction_type", "epsilon"),
         timestep_spacing=config.get("timestep_spacing", "leading" if leading else "linspace"),
         steps_offset=config.get("steps_offset", 0),
         set_alpha_to_one=config.get("set_alpha_to_one", not name.startswith("PNDM")),
     )
+    return _with_our_name(read, config[OUR_KEY]) if OUR_KEY in config else read
 
 
-def config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
-    """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid."""
-    names = {"cosine": "squaredcos_cap_v2"}
+# What diffusers' files call our schedules. Its DDIMScheduler does not know "sigmoid"; its DDPMScheduler does.
+NAMES: dict[str, BetaSchedule] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+OUR_KEY = "_ldm"  # diffusers leaves keys alone that begin with an underscore
+
+
+def scheduler_class(learned_variance: bool) -> str:
+    """The scheduler of diffusers that a folder names: DDIM, or the one that knows of learned variances."""
+    return "DDPMScheduler" if learned_variance else "DDIMScheduler"
+
+
+def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = False) -> dict[str, Any]:
+    """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
+
+    Where the network gives 2C channels it is that of a DDPMScheduler with `variance_type` "learned_range", which is
+    Improved DDPM, Eq. 15; a DDIMScheduler would fail on the channels.
+
+    A schedule that it has no name for is written as the table of its betas, and its name into the key `_ldm`, so that
+    `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
+    diffusers refuses to sample with it.
+    """
+    names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
+    named = config.beta_schedule in names
+    table = make_betas(config).tolist() if not named else config.trained_betas
+    ours = {"beta_schedule": config.beta_schedule, "own_betas": config.trained_betas is not None}
     return {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": names.get(config.beta_schedule, config.beta_schedule),
+        "_class_name": scheduler_class(learned_variance),
+        "beta_schedule": names.get(config.beta_schedule, "linear"),
         "num_train_timesteps": config.num_train_timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
-        "trained_betas": None if config.trained_betas is None else list(config.trained_betas),
+        "trained_betas": None if table is None else list(table),
         "prediction_type": config.prediction_type,
         "timestep_spacing": config.timestep_spacing,
         "steps_offset": config.steps_offset,
         "set_alpha_to_one": config.set_alpha_to_one,
         "clip_sample": False,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         "thresholding": False,
+        **({"variance_type": "learned_range"} if learned_variance else {}),
+        **({} if named else {OUR_KEY: ours}),
     }
+
+
+def _with_our_name(read: ScheduleConfig, ours: Any) -> ScheduleConfig:
+    """The config in which the table of betas has its name again; refused where the two do not agree."""
+    if read.trained_betas is None or not isinstance(ours, dict):
+        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
+    name: Any = ours.get("beta_schedule")  # ScheduleConfig checks it
+    named = replace(read, beta_schedule=name)
+    if ours.get("own_betas"):
+        return named
+    named = replace(named, trained_betas=None)
+    # The last digits of a cosine differ between machines.
+    if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
+        raise ValueError(
+            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
+        )
+    return named

@@ -119,6 +119,11 @@ class UNetConfig(ComponentConfig):
             if getattr(self, key) % 2 == 0:
                 refuse(key, getattr(self, key), "must be odd, so that the output is as large as the input")
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether half of the output is ν, which says the variance of a step (Improved DDPM, arXiv:2102.09672)."""
+        return self.out_channels == 2 * self.in_channels
+
     def _check_levels(self) -> None:
         """Every tuple has one value a level."""
         levels = len(self.block_out_channels)

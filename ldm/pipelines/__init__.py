@@ -1,6 +1,8 @@
 """From text to images: what a user calls."""
 
-from ldm.pipelines.images import contact_sheet, save_png, to_pil
-from ldm.pipelines.pipeline import Pipeline, PipelineOutput
+from ldm.pipelines.drawing import PipelineOutput
+from ldm.pipelines.images import ProgressStrip, contact_sheet, from_pil, save_png, to_pil
+from ldm.pipelines.pipeline import Pipeline
+from ldm.pipelines.sampling import SAMPLERS
 
-__all__ = ["Pipeline", "PipelineOutput", "contact_sheet", "save_png", "to_pil"]
+__all__ = ["SAMPLERS", "Pipeline", "PipelineOutput", "ProgressStrip", "contact_sheet", "from_pil", "save_png", "to_pil"]

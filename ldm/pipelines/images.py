@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm import disk
+from ldm.diffusion import State
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -20,6 +22,25 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     unit = (images.to(torch.float32) / 2 + 0.5).clamp(0, 1)
     pixels = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     return [Image.fromarray(array) for array in pixels]
+
+
+def from_pil(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size, RGB or grey → [B, 3, H, W] float32 in [−1, 1].
+
+    Raises:
+        ValueError: for none, for different sizes, and for transparency, whose background only their owner knows.
+    """
+    if not images:
+        raise ValueError("the image list is empty; give at least one picture")
+    sizes = list(dict.fromkeys(image.size for image in images))
+    if len(sizes) > 1:
+        raise ValueError(f"the images have sizes {sizes[0]} and {sizes[1]}; pictures of one call have one size")
+    for image in images:
+        if image.mode not in ("RGB", "L"):
+            raise ValueError(f"an image has mode {image.mode}; bring it to RGB on a background first")
+    pixels = [np.asarray(image.convert("RGB")) for image in images]
+    tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
+    return tensor.to(torch.float32) / 127.5 - 1
 
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = None) -> None:
@@ -30,6 +51,36 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = No
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk.new_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
+
+
+class ProgressStrip:
+    """x̂_0 at some steps of a run, a row of pictures for each image: what `ldm generate --progress-strip` writes.
+
+    Give it to `on_step`; it keeps a few states of the run, evenly spaced, the last one included.
+
+    Args:
+        preview: from a state to pictures: `Pipeline.preview`.
+        steps: of the run.
+        columns: how many of them are shown, at most.
+    """
+
+    def __init__(self, preview: Callable[[State], list[Image.Image]], steps: int, columns: int = 8) -> None:
+        columns = min(columns, steps)
+        self._shown = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
+        self._preview = preview
+        self.timesteps: list[int] = []
+        self._columns: list[list[Image.Image]] = []
+
+    def __call__(self, state: State) -> None:
+        if state.index in self._shown:
+            self.timesteps.append(state.timestep)
+            self._columns.append(self._preview(state))
+
+    def sheet(self, captions: Sequence[str]) -> Image.Image:
+        """One row an image, under its caption and the timesteps."""
+        rows = list(zip(*self._columns, strict=True))
+        steps = ", ".join(map(str, self.timesteps))
+        return contact_sheet(rows, [f"{caption}, t = {steps}" for caption in captions], size=max(rows[0][0].width, 96))
 
 
 def contact_sheet(

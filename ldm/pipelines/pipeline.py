@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from ldm import adapters, checkpoint
-from ldm.codecs import Codec, LatentCodec, PixelCodec
-from ldm.diffusion import NoiseSchedule, ScheduleConfig, State, classifier_free_guidance, ddim
+from ldm.codecs import LatentCodec, PixelCodec
+from ldm.diffusion.schedule import scheduler_class
 from ldm.models import AutoencoderKL, UNet, set_attention_backend
-from ldm.pipelines.images import to_pil
-from ldm.text import TextEncoder, load_text_encoder_folders
+from ldm.pipelines.editing import Editing
+from ldm.text import load_text_encoder_folders
 
 LATENT_CLASS = "StableDiffusionPipeline"
 PIXEL_CLASS = "PixelDiffusionPipeline"
@@ -28,47 +24,11 @@ SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
 READ = {"unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"}
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """`images`: PIL, RGB; `seeds`: the seed of each, which gives that image again, alone or in any batch."""
+class Pipeline(Editing):
+    """A text-to-image model: UNet, codec, text encoder and schedule, in a folder, with LoRAs on top.
 
-    images: list[Image.Image]
-    seeds: list[int]
-
-
-class Pipeline:
-    """A text-to-image model: UNet, codec, text encoder and schedule.
-
-    Args:
-        guidance_scale, num_inference_steps: the defaults of `__call__`, stored with the model.
+    Calling it draws; `interpolate`, `variations`, `invert` and `preview` are what else can be done with it.
     """
-
-    def __init__(
-        self,
-        *,
-        unet: UNet,
-        codec: Codec,
-        text_encoder: TextEncoder,
-        schedule: ScheduleConfig,
-        guidance_scale: float = 7.5,
-        num_inference_steps: int = 50,
-    ) -> None:
-        if unet.config.in_channels != codec.channels:
-            raise ValueError(
-                f"unet/config.json says in_channels {unet.config.in_channels} but the codec makes {codec.channels} "
-                "channels; the parts are from different models"
-            )
-        if unet.config.cross_attention_dim != text_encoder.hidden_size:
-            raise ValueError(
-                f"unet/config.json says cross_attention_dim {unet.config.cross_attention_dim} but the text encoder "
-                f"makes states of size {text_encoder.hidden_size}; the parts are from different models"
-            )
-        self.unet = unet
-        self.codec = codec
-        self.text_encoder = text_encoder
-        self.schedule = schedule
-        self.guidance_scale = guidance_scale
-        self.num_inference_steps = num_inference_steps
 
     @classmethod
     def from_pretrained(
@@ -114,6 +74,7 @@ class Pipeline:
             schedule=schedule,
             guidance_scale=defaults.get("guidance_scale", 7.5),
             num_inference_steps=defaults.get("num_inference_steps", 50),
+            sampler=defaults.get("sampler", "ddim"),
         )
         pipeline.to(place, dtype)
         set_attention_backend(pipeline.unet, attention)
@@ -146,7 +107,7 @@ class Pipeline:
         with checkpoint.atomic_folder(Path(folder)) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet)
-            checkpoint.save_schedule(target / "scheduler", self.schedule)
+            checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
             self.save_frozen(target)
 
     def save_frozen(self, folder: Path) -> None:
@@ -224,108 +185,15 @@ class Pipeline:
         index["_ldm"] = {
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
+            "sampler": self.sampler,
         }
         index |= {name: list(classes) for name, classes in self.text_encoder.library_classes.items()}
-        index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+        scheduler = scheduler_class(self.unet.config.learned_variance)
+        index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", scheduler]}
         if not latent:
             return index | {"codec": ["ldm", "PixelCodec"]}
         index |= {"vae": ["diffusers", "AutoencoderKL"], "requires_safety_checker": False}
         return index | {name: [None, None] for name in sorted(SKIPPED)}
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        eta: float = 0.0,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        latents: Tensor | None = None,
-        on_step: Callable[[State], None] | None = None,
-    ) -> PipelineOutput:
-        """Draws images: DDIM with classifier-free guidance, then decoding.
-
-        Args:
-            prompt: one text, or a list; images come in its order, `num_images_per_prompt` of each.
-            negative_prompt: what to lead away from: one text, or one a prompt; "" by default.
-            height, width: in pixels, divisible by the codec's factor; the size of training by default.
-            num_inference_steps: S, 1 to the number of training timesteps.
-            guidance_scale: w of ε_∅ + w (ε_c − ε_∅), finite; 1 is no guidance.
-            eta: 0 (deterministic) to 1 (the variance of DDPM).
-            seed: an int (image i gets seed + i), one int an image, or None for fresh ones. Image i equals what
-                its seed gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
-            latents: x_T instead of noise from the seeds, [images, C, h, w], standard normal.
-            on_step: called with the `State` of every step, for previews.
-
-        Raises:
-            ValueError: naming the argument, its value and the range.
-        """
-        prompts, negatives = _prompts(prompt, negative_prompt, num_images_per_prompt)
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is {scale}; it must be a finite number (1 is no guidance, 7.5 usual)")
-        schedule = NoiseSchedule.from_config(self.schedule)
-        grid = schedule.grid(
-            self.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            self.schedule.timestep_spacing,
-            steps_offset=self.schedule.steps_offset,
-        )
-        seeds = _seeds(seed, len(prompts))
-        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-        default_height, default_width = self.default_size
-        shape = self.codec.latent_shape(
-            default_height if height is None else height, default_width if width is None else width
-        )
-        device, dtype = self.unet.conv_in.weight.device, self.unet.conv_in.weight.dtype
-
-        def noise() -> Tensor:
-            drawn = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-            return drawn.to(device, dtype)  # [B, C, h, w]
-
-        if latents is None:
-            latents = noise()
-        elif tuple(latents.shape) != (len(prompts), *shape):
-            raise ValueError(
-                f"latents have shape {list(latents.shape)}; {len(prompts)} images of this size need "
-                f"{[len(prompts), *shape]}"
-            )
-        denoise = classifier_free_guidance(
-            self.unet, self._states(prompts, dtype), self._states(negatives, dtype), scale
-        )
-        state = None
-        for state in ddim(
-            denoise,
-            latents.to(device, dtype),
-            schedule,
-            grid,
-            eta=eta,
-            noise=noise,
-            project=self.codec.project,
-            prediction_type=self.schedule.prediction_type,
-        ):
-            if on_step is not None:
-                on_step(state)
-        assert state is not None
-        return PipelineOutput(to_pil(self.codec.decode(state.latents)), seeds)
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width of training, in pixels."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) or size is None else size
-        return (height or 64) * self.codec.factor, (width or 64) * self.codec.factor
-
-    def _states(self, prompts: list[str], dtype: torch.dtype) -> Tensor:
-        """Hidden states [B, L, D]; each different prompt is encoded once."""
-        unique = list(dict.fromkeys(prompts))
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-        states = self.text_encoder(unique)
-        return states[rows.to(states.device)].to(dtype)  # [B, L, D]
 
 
 def _usable_device(name: str | torch.device | None) -> torch.device:
@@ -355,36 +223,3 @@ def _check_index(index: dict[str, Any], folder: Path) -> None:
     missing = {"unet", "text_encoder", "tokenizer", "scheduler"} - parts
     if missing:
         raise ValueError(f"{folder / 'model_index.json'} has no {min(missing)}; the model folder is incomplete")
-
-
-def _prompts(
-    prompt: str | Sequence[str], negative: str | Sequence[str] | None, num_images_per_prompt: int
-) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt an image."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("the prompt list is empty; give at least one text")
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
-    negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
-        )
-    for text in [*prompts, *negatives]:
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt is {text!r}; prompts are texts")
-    repeat = range(num_images_per_prompt)
-    return [p for p in prompts for _ in repeat], [n for n in negatives for _ in repeat]
-
-
-def _seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**31 - images)
-    seeds = [seed + i for i in range(images)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != images:
-        raise ValueError(f"there are {len(seeds)} seeds for {images} images; give one int, or one an image")
-    for s in seeds:
-        if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63:
-            raise ValueError(f"seed is {s!r}; it must be a whole number from 0 to 2**63 - 1")
-    return seeds

@@ -218,6 +218,7 @@ def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
         "images_per_prompt": 4,
         "guidance_scale": pipeline.guidance_scale,
         "num_inference_steps": pipeline.num_inference_steps,
+        "sampler": pipeline.sampler,
     }
     if method != "full":  # an adapter is too small to take time of its own; what counts is where gradients are needed
         pipeline.unet.requires_grad_(False)

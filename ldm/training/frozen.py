@@ -55,6 +55,7 @@ class Frozen:
             schedule=self.schedule,
             guidance_scale=self.sample.guidance_scale,
             num_inference_steps=self.sample.num_inference_steps,
+            sampler=self.sample.sampler,
         )
 
     def save(self, folder: Path, unet: nn.Module) -> None:
@@ -63,6 +64,6 @@ class Frozen:
         with checkpoint.atomic_folder(folder) as target:
             checkpoint.write_json(target / "model_index.json", self.index)
             checkpoint.save_model(target / "unet", unet)
-            checkpoint.save_schedule(target / "scheduler", self.schedule)
+            checkpoint.save_schedule(target / "scheduler", self.schedule, unet.config.learned_variance)
             for part in sorted(self.folder.iterdir()):
                 checkpoint.link_tree(part, target / part.name)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm import adapters, checkpoint
 from ldm.codecs import Codec, LatentCodec, PixelCodec
-from ldm.config import LDMConfig, SampleConfig
+from ldm.config import LDMConfig, SampleConfig, check_objective
 from ldm.data import (
     Batch,
     CaptionedImages,
@@ -27,7 +27,7 @@ from ldm.data import (
     split,
 )
 from ldm.data.captions import printable
-from ldm.diffusion import NoiseSchedule, diffusion_loss
+from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_variance
 from ldm.diffusion.schedule import PredictionType
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import Pipeline, contact_sheet
@@ -89,8 +89,10 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
     """
     if config.start_from is not None:
         pipeline = Pipeline.from_pretrained(config.start_from, device=run.device)
+        _check_start_from(pipeline, config)
         pipeline.guidance_scale = config.sample.guidance_scale
         pipeline.num_inference_steps = config.sample.num_inference_steps
+        pipeline.sampler = config.sample.sampler
         images.check_factor(pipeline.codec.factor)
         _, size, _ = pipeline.codec.latent_shape(config.data.resolution, config.data.resolution)
         # What is drawn while training, and by default with what is exported, has the size of training.
@@ -107,10 +109,23 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
             schedule=config.schedule,
             guidance_scale=config.sample.guidance_scale,
             num_inference_steps=config.sample.num_inference_steps,
+            sampler=config.sample.sampler,
         ).to(run.device)
     set_attention_backend(pipeline.unet, config.train.attention)
     enable_gradient_checkpointing(pipeline.unet, config.train.gradient_checkpointing)
     return pipeline
+
+
+def _check_start_from(pipeline: Pipeline, config: LDMConfig) -> None:
+    """Refuses a loss or sampler that the model in `start_from` cannot be trained or sampled with."""
+    loss, learned = config.train.loss, pipeline.unet.config.learned_variance
+    if learned != (loss.weighting == "hybrid"):
+        raise ValueError(
+            f"train.loss.weighting is {loss.weighting}, but {config.start_from} has {'' if learned else 'no '}learned "
+            f"variances; choose {'hybrid' if learned else 'simple, vlb or min_snr'}"
+        )
+    schedule = NoiseSchedule.from_config(pipeline.schedule)
+    check_objective(loss, schedule, pipeline.schedule.prediction_type, config.sample)
 
 
 def make_codec(config: LDMConfig, images: CaptionedImages, run: Run) -> Codec:
@@ -134,7 +149,8 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNe
     complete: UNetConfig = dataclasses.replace(
         config.unet,
         in_channels=codec.channels,
-        out_channels=codec.channels,
+        # Improved DDPM, section 3.1: the prediction, and ν beside it.
+        out_channels=2 * codec.channels if config.train.loss.weighting == "hybrid" else codec.channels,
         sample_size=size,
         cross_attention_dim=text_encoder.hidden_size,
     )
@@ -221,6 +237,7 @@ def held_out_loss(
 ) -> dict[str, float]:
     """L_simple on held-out images with noise and timesteps that never change, and its share of each band of noise.
 
+    Of the prediction alone and without weights, whatever the loss of training, so that runs of other losses compare.
     Timesteps are spread evenly over the schedule, one an image; where images are few, each is looked at several times,
     with other timesteps and noise. Posteriors are taken at their mean; captions are the first of each image and never
     dropped.
@@ -251,7 +268,7 @@ def held_out_loss(
             condition = encoded.text([held_out.samples[i].captions[0] for i in chunk])
             with finetune.precision_of(unet):
                 loss = diffusion_loss(
-                    unet,
+                    _prediction_of(unet),
                     schedule,
                     latents,
                     condition,
@@ -267,6 +284,11 @@ def held_out_loss(
         if len(inside):
             values[f"held_out_loss_t{first:03d}_{last:03d}"] = float(inside.mean())
     return values
+
+
+def _prediction_of(unet: nn.Module) -> Denoiser:
+    """The network without the variances that it may have learned."""
+    return lambda x_t, timesteps, condition: split_variance(unet(x_t, timesteps, condition), x_t)[0]
 
 
 def looks_of(count: int, most: int) -> int:
@@ -351,6 +373,7 @@ def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
         num_images_per_prompt=config.images_per_prompt,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        sampler=config.sampler,
         seed=seeds,
     ).images
     n = config.images_per_prompt

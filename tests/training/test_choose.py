@@ -156,10 +156,11 @@ def test_a_model_to_go_on_from(tmp_path, speed, stable_diffusion):
     assert "method full, as asked" in reasons and "image size: 24, as asked" in reasons
     with pytest.raises(ValueError, match="15x15 is not divisible"):
         chosen(pictures, start_from=str(stable_diffusion), resolution=15)
-    ours = tiny.pipeline(tmp_path / "parts", num_inference_steps=7)
+    ours = tiny.pipeline(tmp_path / "parts", num_inference_steps=7, sampler="ddpm")
     ours.save_pretrained(tmp_path / "model")
     _, config, _ = chosen(pictures, start_from=str(tmp_path / "model"))
     assert config.sample.num_inference_steps == 7 and config.data.resolution == 8
+    assert config.sample.sampler == "ddpm"
 
 
 def test_what_is_measured_for_a_method_is_what_it_trains(tmp_path, stable_diffusion, monkeypatch):

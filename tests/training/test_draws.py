@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldm.config import TrainConfig
-from ldm.training.draws import keyed_draws
+from ldm.data import CaptionedImages, DataConfig, collate, generator, micro_batches, open_source
+from ldm.training.draws import GlobalBatches, Places, keyed_draws
 from ldm.training.optimisation import (
     learning_rate,
     make_ema,
@@ -50,6 +51,61 @@ def test_draws_have_the_distributions_of_the_paper():
     assert abs(np.corrcoef(many.noise.flatten(), many.posterior.flatten())[0, 1]) < 0.02
     assert not bool(draws(["a", "b"], dropout=0.0).dropped.any())
     assert bool(draws(["a", "b"], dropout=1.0).dropped.all())
+
+
+def test_uniform_draws_are_what_they_always_were():
+    """Runs that were begun before timesteps could be stratified go on with the same numbers, in the same order."""
+    drawn = draws(["a", "b"], seed=1, step=3)
+    for i, name in enumerate("ab"):
+        draw = generator(1, "step", 0, name, 3)
+        assert int(drawn.timesteps[i]) == draw.integers(1000)
+        assert bool(drawn.dropped[i]) == (draw.random() < 0.3)
+        for which in ("noise", "posterior"):
+            assert (getattr(drawn, which)[i].numpy() == draw.standard_normal((2, 4, 4), np.float32)).all()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    config = DataConfig(path="digits", resolution=8, flip=True)
+    images = CaptionedImages(open_source(config).samples[:20], config, 5)
+    images.with_images = False
+    return images
+
+
+def spread(images, step, accumulation, world):
+    """(epoch, id) → timestep of a global batch of 16 of 20 images, which crosses epochs, however it is cut up."""
+    batches, found = GlobalBatches(images, 16), {}
+    for rank in range(world):
+        cut = {"first_step": step, "last_step": step + 1, "accumulation": accumulation, "rank": rank, "world": world}
+        for positions in micro_batches(images.order(16), **cut):
+            batch = collate([images[position] for position in positions])
+            drawn = keyed_draws(
+                5, batch.epochs, batch.ids, step, shape=(1, 1, 1), num_train_timesteps=50,
+                places=batches.places(batch, step),
+            )  # fmt: skip
+            found |= dict(zip(zip(batch.epochs, batch.ids, strict=True), drawn.timesteps.tolist(), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_stratified_timesteps_cover_the_schedule_however_a_batch_is_cut_up(step, digits):
+    whole = spread(digits, step, 1, 1)
+    assert len(whole) == 16
+    for place, t in enumerate(whole.values()):  # stratum i of 16 of the 50 timesteps, in whole numbers
+        assert place * 50 // 16 <= t <= ((place + 1) * 50 - 1) // 16
+    for accumulation, world in ((4, 1), (1, 2), (2, 4), (16, 1)):
+        assert spread(digits, step, accumulation, world) == whole
+
+
+def test_stratified_timesteps_are_uniform_over_many_steps():
+    counts = torch.zeros(10, dtype=torch.int64)
+    for step in range(400):
+        drawn = keyed_draws(
+            0, [0] * 4, list("abcd"), step, shape=(1, 1, 1), num_train_timesteps=10, caption_dropout=0.3,
+            places=Places(range(4), 4),
+        )  # fmt: skip
+        counts += torch.bincount(drawn.timesteps, minlength=10)
+    assert float(((counts - 160) ** 2 / 160).sum()) < 27.9  # chi squared, 9 degrees, p = 0.001
 
 
 def test_learning_rates_rise_stay_and_fall():

@@ -421,7 +421,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.training.report.page.os.replace", full_disk)
+    monkeypatch.setattr("ldm.disk.os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_report(tmp_path)
     assert page.read_bytes() == before

@@ -14,6 +14,7 @@ Place = Callable[[float, float], tuple[float, float]]
 
 LEFT, RIGHT, BOTTOM, LEGEND_ROW = 60, 10, 40, 20
 POINTS_DRAWN = 500
+LOGARITHMIC = "; values on a logarithmic scale"
 POINTS_MARKED = 60  # so few points are measurements that stand alone, each with its dot
 
 
@@ -134,6 +135,7 @@ def draw(
     last_step: int = 0,
     mark: tuple[int, str] | None = None,
     size: Size = (640, 320),
+    axis: str = "step",
     standalone: bool = False,
 ) -> str:
     """An SVG of lines over steps, from step 0 to the last one.
@@ -144,6 +146,7 @@ def draw(
         logarithmic: where every value is positive, the values are on a logarithmic axis.
         last_step: the steps reach at least so far, so that several charts share their axis.
         mark: a step to point out, and what to write there.
+        axis: what is written under the steps.
         standalone: with its own colours (a light page) and paper; otherwise the page has `style`.
     """
     assert lines and all(line.points for line in lines)
@@ -161,7 +164,7 @@ def draw(
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>']
     if standalone:
         parts += [f"<style>{style(LIGHT)}</style>", f'<rect class="paper" width="{width}" height="{height}"/>']
-    parts += _grid(steps, values, place, size)
+    parts += _grid(steps, values, place, size, axis)
     for number, line in enumerate(lines):
         parts += _polylines(line, number % len(DASHES), place)
     if mark is not None:
@@ -169,20 +172,20 @@ def draw(
     return "\n".join([*parts, *legend, "</svg>"]) + "\n"
 
 
-def _grid(steps: Axis, values: Axis, place: Place, size: Size) -> list[str]:
+def _grid(steps: Axis, values: Axis, place: Place, size: Size, axis: str) -> list[str]:
     """A line at each round value, and the numbers on both axes."""
     width, height = size
     parts = []
     for value in values.ticks():
         _, y = place(0, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{_label(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value_label(value)}</text>')
     for step in dict.fromkeys(int(tick) for tick in round_ticks(0, steps.high)):
         x, _ = place(step, values.low)
         anchor = "end" if x > width - RIGHT - 20 else "middle"
         parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="{anchor}">{_step_label(step)}</text>')
-    scale = "; values on a logarithmic scale" if values.logarithmic else ""
-    parts.append(f'<text x="{width / 2}" y="{height - 5}" text-anchor="middle">step{scale}</text>')
+    scale = LOGARITHMIC if values.logarithmic else ""
+    parts.append(f'<text x="{width / 2}" y="{height - 5}" text-anchor="middle">{escaped(axis)}{scale}</text>')
     return parts
 
 
@@ -232,7 +235,7 @@ def _step_label(step: int) -> str:
     return f"{step // 1000:,}k" if step >= 10_000 and step % 1000 == 0 else f"{step:,}"
 
 
-def _label(value: float) -> str:
+def value_label(value: float) -> str:
     """0.00015 → "0.00015", 0.00001 → "1e-5", 1500.0 → "1,500"."""
     mantissa, _, exponent = f"{value:,.6g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa

@@ -1,0 +1,215 @@
+"""From text to pictures: the parts of a model, and the call that draws with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.codecs import Codec
+from ldm.diffusion import LogLikelihood, NoiseSchedule, ScheduleConfig, State, Step
+from ldm.models import UNet
+from ldm.pipelines.arguments import image_prompts, image_seeds
+from ldm.pipelines.images import to_pil
+from ldm.pipelines.sampling import Settings, bounds, direct, draw_noise, find_sampler, guided, walk
+from ldm.pipelines.schedulers import Scheduler
+from ldm.text import TextEncoder
+
+OnStep = Callable[[State], None]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: PIL, RGB; `seeds`: the seed of each, which gives that image again, alone or in any batch."""
+
+    images: list[Image.Image]
+    seeds: list[int]
+
+
+class Drawing:
+    """The parts of a text-to-image model, and the call that draws.
+
+    Args:
+        guidance_scale, num_inference_steps, sampler: the defaults of `__call__`, stored with the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        schedule: ScheduleConfig,
+        guidance_scale: float = 7.5,
+        num_inference_steps: int = 50,
+        sampler: str = "ddim",
+    ) -> None:
+        if unet.config.in_channels != codec.channels:
+            raise ValueError(
+                f"unet/config.json says in_channels {unet.config.in_channels} but the codec makes {codec.channels} "
+                "channels; the parts are from different models"
+            )
+        if unet.config.cross_attention_dim != text_encoder.hidden_size:
+            raise ValueError(
+                f"unet/config.json says cross_attention_dim {unet.config.cross_attention_dim} but the text encoder "
+                f"makes states of size {text_encoder.hidden_size}; the parts are from different models"
+            )
+        find_sampler(sampler)
+        self.unet = unet
+        self.codec = codec
+        self.text_encoder = text_encoder
+        self.schedule = schedule
+        self.guidance_scale = guidance_scale
+        self.num_inference_steps = num_inference_steps
+        self.sampler = sampler
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        dynamic_threshold: float | None = None,
+        classifier: LogLikelihood | None = None,
+        classifier_scale: float = 1.0,
+        sampler: str | Scheduler | None = None,
+        eta: float = 0.0,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> PipelineOutput:
+        """Draws images: a sampler with classifier-free guidance, then decoding.
+
+        Args:
+            prompt: one text, or a list; images come in its order, `num_images_per_prompt` of each.
+            negative_prompt: what to lead away from: one text, or one a prompt; "" by default.
+            height, width: in pixels, divisible by the codec's factor; by default that of `latents` where they are
+                given, else the size of training.
+            num_inference_steps: S, 1 to the number of training timesteps.
+            guidance_scale: w of ε_∅ + w (ε_c − ε_∅), finite; 1 is no guidance.
+            guidance_rescale: φ, 0 to 1, against the over-exposure of large scales; 0.7 is usual
+                (arXiv:2305.08891, Eq. 16), with networks of ε rather less.
+            guidance_interval: (low, high), noise levels σ/α with 0 <= low < high; outside them the scale is 1 and
+                the unconditional half is not computed (arXiv:2404.07724).
+            dynamic_threshold: p, in (0, 1], of Imagen's thresholding of x̂_0, for models of pixels; 0.995 is usual.
+            classifier: a function (x_t [B, C, h, w], t) → log p(y | x_t), [B], whose gradient guides
+                (arXiv:2105.05233); x_t is what is diffused, latents where the model diffuses latents.
+            classifier_scale: by how much; 1 samples p(x | prompt, y).
+            sampler: a name of `ldm.pipelines.SAMPLERS`, or a scheduler object of diffusers; None is the model's own.
+            eta: of DDIM: 0 (deterministic) to 1 (the variance of DDPM).
+            seed: an int (image i gets seed + i), one int an image, or None for fresh ones. Image i equals what
+                its seed gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
+            latents: x_T instead of noise from the seeds, [images, C, h, w], standard normal.
+            on_step: called with the `State` of every step; `preview` makes pictures of it.
+
+        Raises:
+            ValueError: naming the argument, its value and the range.
+        """
+        prompts, negatives = image_prompts(prompt, negative_prompt, num_images_per_prompt)
+        settings = self._settings(
+            num_inference_steps,
+            guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            dynamic_threshold=dynamic_threshold,
+            classifier=classifier,
+            classifier_scale=classifier_scale,
+            sampler=self.sampler if sampler is None else sampler,
+            eta=eta,
+        )
+        seeds = image_seeds(seed, len(prompts))
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        if latents is not None and latents.ndim == 4:
+            height = latents.shape[2] * self.codec.factor if height is None else height
+            width = latents.shape[3] * self.codec.factor if width is None else width
+        blank = self._blank(len(prompts), height, width)
+        if latents is None:
+            latents = draw_noise(generators, blank)
+        elif latents.shape != blank.shape:
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; {len(prompts)} images of this size need {list(blank.shape)}"
+            )
+        final = self._walk(
+            self._states(prompts), self._states(negatives), latents.to(blank), settings, generators, on_step=on_step
+        )
+        return PipelineOutput(to_pil(self.codec.decode(final)), seeds)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of training, in pixels."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) or size is None else size
+        return (height or 64) * self.codec.factor, (width or 64) * self.codec.factor
+
+    def _settings(self, num_inference_steps: int | None, guidance_scale: float | None, **others: object) -> Settings:
+        """The settings, with the defaults of this model, checked as far as can be before anything is computed."""
+        settings = Settings(
+            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            **others,  # type: ignore[arg-type]
+        )
+        self._grid(settings)
+        bounds(self.codec, settings.dynamic_threshold)
+        return settings
+
+    def _grid(self, settings: Settings) -> tuple[Step, ...]:
+        return NoiseSchedule.from_config(self.schedule).grid(
+            settings.num_inference_steps, self.schedule.timestep_spacing, steps_offset=self.schedule.steps_offset
+        )
+
+    def _blank(self, images: int, height: int | None, width: int | None) -> Tensor:
+        """Zeros in the shape, [images, C, h, w], and with the dtype and device of what is diffused."""
+        default_height, default_width = self.default_size
+        shape = self.codec.latent_shape(
+            default_height if height is None else height, default_width if width is None else width
+        )
+        weight = self.unet.conv_in.weight
+        return torch.zeros(images, *shape, device=weight.device, dtype=weight.dtype)
+
+    def _states(self, prompts: list[str]) -> Tensor:
+        """Hidden states [B, L, D]; each different prompt is encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+        states = self.text_encoder(unique)
+        return states[rows.to(states.device)].to(self.unet.conv_in.weight.dtype)  # [B, L, D]
+
+    def _walk(
+        self,
+        condition: Tensor,
+        null: Tensor,
+        latents: Tensor,
+        settings: Settings,
+        generators: Sequence[torch.Generator],
+        *,
+        grid: Sequence[Step] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """From `latents` at the first step of the grid (by default, of the whole one) to its end; all [B, C, h, w]."""
+        schedule = NoiseSchedule.from_config(self.schedule)
+        network, prediction_type = direct(self.unet, schedule, self.schedule.prediction_type)
+        states = walk(
+            settings,
+            guided(network, condition, null, schedule, prediction_type, settings),
+            latents,
+            schedule,
+            self._grid(settings) if grid is None else grid,
+            generators=generators,
+            project=bounds(self.codec, settings.dynamic_threshold),
+            prediction_type=prediction_type,
+            learned_variance=self.unet.config.learned_variance,
+        )
+        for state in states:
+            latents = state.latents
+            if on_step is not None:
+                on_step(state)
+        return latents
