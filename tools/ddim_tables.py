@@ -17,53 +17,45 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
 
 from ldm import checkpoint
 from ldm.config import TrainConfig
-from ldm.data import generator, to_signed, to_uint8
+from ldm.data import generator, to_signed
 from ldm.data.digits import DIGIT_WORDS
-from ldm.diffusion import (
-    Denoise,
-    LossConfig,
-    NoiseSchedule,
-    PredictionType,
-    as_noise,
-    conditioned,
-    ddim,
-    ddim_inversion,
-)
-from ldm.diffusion.sampling import identity
+from ldm.diffusion import LossConfig, PredictionType
 from ldm.evaluation.features import DigitFeatures, Features, pixel_features
 from ldm.evaluation.frechet import frechet_distance
-from ldm.models import UNet, UNetConfig
+from ldm.models import UNetConfig
 from ldm.pipelines.images import contact_sheet, save_png, to_pil
-from ldm.pipelines.sampling import draw_noise
+from tools.ddim_tables_cells import (
+    GRIDS,
+    PIECE,
+    VARIANTS,
+    Grid,
+    Model,
+    consistency,
+    pictures,
+    reconstruction_errors,
+)
 from tools.ddim_tables_page import COLUMNS, write_page
-from tools.small_models import SCHEDULE, Data, Recipe, make_unet, read_data, trained_model
+from tools.small_models import Data, Recipe, make_unet, read_data, trained_model
 
 ROOT = Path(__file__).parents[1]
-PIECE = 64  # pictures that are drawn at once and kept as one file
 STEPS = (5, 10, 20, 50, 100, 1000)  # the last is T
 INVERSION_STEPS = (5, 10, 20, 50, 100, 200, 1000)
-# The columns of Table 1: η and the variance of the noise.
-VARIANTS: dict[str, tuple[float, Literal["ddim", "sigma_hat"]]] = {
-    "0": (0.0, "ddim"),
-    "0.2": (0.2, "ddim"),
-    "0.5": (0.5, "ddim"),
-    "1": (1.0, "ddim"),
-    "sigma_hat": (1.0, "sigma_hat"),
-}
-SHEET_STEPS, SHEET_VARIANTS = (5, 20, 100, 1000), ("0", "1", "sigma_hat")
+INVERTED = 64  # held-out images, at most
+SHEET_STEPS, SHEET_VARIANTS, SHEET_WIDTH = (5, 20, 100, 1000), ("0", "1", "sigma_hat"), 14
 # The rows of DDPM, Table 2. Its L is the bound with σ² = β̃.
 ABLATION: dict[str, tuple[PredictionType, LossConfig]] = {
     "mean-L": ("posterior_mean", LossConfig(weighting="vlb")),
@@ -89,10 +81,6 @@ class Domain:
     samples: int
     long_variants: tuple[str, ...]
     features: Callable[[Data], dict[str, Features]]
-
-    def cells(self) -> list[tuple[int, str]]:
-        """(S, column), short ones first."""
-        return [(s, name) for s in STEPS for name in VARIANTS if s < STEPS[-1] or name in self.long_variants]
 
 
 def digit_of(caption: str) -> int:
@@ -151,121 +139,6 @@ OPENMOJI = Domain(
 DOMAINS = {domain.name: domain for domain in (DIGITS, OPENMOJI)}
 
 
-@dataclass(frozen=True)
-class Model:
-    """A trained network with all that draws pictures with it."""
-
-    data: Data
-    unet: UNet
-    prediction_type: PredictionType
-    folder: Path
-
-    def denoise(self, captions: Sequence[str]) -> Denoise:
-        """What predicts ε for these captions, at guidance 1."""
-        denoise = conditioned(self.unet, self.data.condition(captions))
-        if self.prediction_type == "epsilon":
-            return denoise
-        return as_noise(denoise, NoiseSchedule.from_config(SCHEDULE), self.prediction_type)
-
-
-def start_of(data: Data, seed: int, places: Sequence[int]) -> tuple[list[torch.Generator], Tensor]:
-    """A generator for each picture, and its x_T [B, C, H, W]: the same for every S, column and model."""
-    seeds = [int(generator(seed, "x_T", place).integers(2**62)) for place in places]
-    generators = [torch.Generator("cpu").manual_seed(value) for value in seeds]
-    return generators, draw_noise(generators, torch.empty(len(places), *data.images.shape[1:]))
-
-
-@torch.inference_mode()
-def draw_piece(model: Model, steps: int, variant: str, seed: int, places: Sequence[int]) -> Tensor:
-    """Pictures [B, C, H, W] uint8, captions drawn as in the data."""
-    schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec()
-    generators, latents = start_of(model.data, seed, places)
-    _, captions = model.data.draw_captions(seed, places)
-    eta, variance = VARIANTS[variant]
-    *_, last = ddim(
-        model.denoise(captions),
-        latents,
-        schedule,
-        schedule.grid(steps),
-        eta=eta,
-        variance=variance,
-        noise=lambda: draw_noise(generators, latents),
-        project=codec.project,
-    )
-    return to_uint8(codec.decode(last.latents))
-
-
-def pictures(model: Model, steps: int, variant: str, seed: int, count: int) -> tuple[Tensor, float]:
-    """`count` pictures of a cell and the seconds they took, from the folder or drawn now."""
-    pieces, seconds = [], 0.0
-    for first in range(0, count, PIECE):
-        places = range(first, min(first + PIECE, count))
-        path = model.folder / "pictures" / f"{variant}-{steps:04d}" / f"{seed}-{places.start}-{places.stop}.safetensors"
-        if not path.is_file():
-            started = time.perf_counter()
-            drawn = draw_piece(model, steps, variant, seed, places)
-            took = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_tensors(path, {"pictures": drawn, "seconds": took})
-        kept = checkpoint.load_tensors(path)
-        pieces.append(kept["pictures"])
-        seconds += float(kept["seconds"])
-    return torch.cat(pieces), seconds
-
-
-@torch.inference_mode()
-def reconstruction_errors(model: Model, steps: int, count: int) -> list[float]:
-    """Mean square error of held-out images, pixels in [0, 1], after DDIM forwards and back with `steps`; DDIM, Table 2.
-
-    Without bounds on x̂_0 in either direction, as the two are then the same ODE; with the first caption of each image.
-    """
-    path = model.folder / "inversion" / f"{steps:04d}-{count}.json"
-    if path.is_file():
-        return list(checkpoint.read_json(path)["errors"])
-    schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec()
-    errors: list[float] = []
-    for first in range(0, count, PIECE):
-        images = model.data.held_out[first : min(first + PIECE, count)]
-        captions = model.data.captions[model.data.training + first :][: len(images)]
-        denoise, grid = model.denoise([each[0] for each in captions]), schedule.grid(steps)
-        *_, end = ddim_inversion(denoise, codec.draw(images), schedule, grid)
-        *_, back = ddim(denoise, end.latents, schedule, grid, project=identity)
-        difference = (codec.decode(back.latents) - images) / 2
-        errors += difference.square().flatten(1).mean(dim=1).tolist()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, {"errors": errors})
-    return errors
-
-
-def consistency(short: Tensor, long: Tensor, kinds: Sequence[Any]) -> dict[str, float]:
-    """How much pictures [B, …] uint8 of S steps are like those of the same x_T with 1000, and with other x_T.
-
-    The other x_T of a picture is that of the next one of its kind, so that the two do not differ by caption.
-
-    Returns:
-        mean square difference in [0, 1] and correlation over pixels, `same` and `other`; `found`: the share of pictures
-        whose nearest among all of 1000 steps is the one of their own x_T.
-    """
-    a, b = (to_signed(each).double().flatten(1) / 2 + 0.5 for each in (short, long))  # [B, D]
-    ordered = sorted(range(len(kinds)), key=lambda place: (kinds[place], place))
-    other = torch.empty(len(kinds), dtype=torch.int64)
-    other[ordered] = torch.tensor(ordered[1:] + ordered[:1])
-    nearest = torch.cdist(a, b).argmin(dim=1)
-    return {
-        "mse_same": float((a - b).square().mean()),
-        "mse_other": float((a - b[other]).square().mean()),
-        "correlation_same": _correlation(a, b),
-        "correlation_other": _correlation(a, b[other]),
-        "found": float((nearest == torch.arange(len(a))).double().mean()),
-    }
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, over the pixels of each pair, averaged over the pairs; a picture of one tone has 0."""
-    a, b = (each - each.mean(dim=1, keepdim=True) for each in (a, b))
-    return float(torch.cosine_similarity(a, b, dim=1).mean())
-
-
 class Study:
     """The results of one data set, cell by cell, into a dictionary that is JSON."""
 
@@ -302,53 +175,68 @@ class Study:
         size = list(self.data.images.shape[1:])
         return {**about, "machine": machine, "size": size, "floor": floor, "training": training}
 
-    def distances(self, model: Model, steps: int, variant: str, seed: int) -> dict[str, float]:
-        drawn, seconds = pictures(model, steps, variant, seed, self.samples)
+    def distances(self, model: Model, grid: Grid, steps: int, variant: str, seed: int) -> dict[str, float]:
+        drawn, seconds = pictures(model, grid, steps, variant, seed, self.samples)
         found = {
             name: frechet_distance(features(to_signed(drawn)), self.reference[name])
             for name, features in self.features.items()
         }
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        print(f"{model.folder.name} S={steps} {variant} seed {seed}: {shown} ({seconds:.0f} s)", flush=True)
+        print(f"{model.folder.name} {grid} S={steps} {variant} seed {seed}: {shown} ({seconds:.0f} s)", flush=True)
         return {**found, "seconds": seconds}
 
-    def table_1(self, results: dict[str, Any], seed: int) -> None:
-        model = self.model(MAIN)
-        for steps, variant in self.domain.cells():
-            cell = results.setdefault("table_1", {}).setdefault(str(steps), {}).setdefault(variant, [])
-            cell.append(self.distances(model, steps, variant, seed))
-
-    def table_2(self, results: dict[str, Any]) -> None:
-        model, count = self.model(MAIN), min(self.samples, len(self.data.held_out))
-        for steps in INVERSION_STEPS:
-            results.setdefault("table_2", {})[str(steps)] = reconstruction_errors(model, steps, count)
-
-    def same_start(self, results: dict[str, Any], seed: int) -> None:
-        model = self.model(MAIN)
-        chosen, _ = self.data.draw_captions(seed, range(self.samples))
-        kinds = [self.data.captions[image][0] for image in chosen]
-        long, _ = pictures(model, STEPS[-1], "0", seed, self.samples)
+    def parts(self, results: dict[str, Any]) -> Iterator[None]:
+        """Fills in everything about the main model, the cheap cells first; yields whenever a table has grown."""
         for steps in STEPS[:-1]:
-            short, _ = pictures(model, steps, "0", seed, self.samples)
-            found = results.setdefault("same_start", {}).setdefault(str(steps), [])
-            found.append(consistency(short, long, kinds))
+            self.row(results, steps)
+            yield
+        self.inversion(results)
+        yield
+        self.row(results, STEPS[-1])
+        self.same_start(results)
+        yield
 
-    def sheet(self, path: Path) -> None:
-        """The first pictures of seed 0: a column an x_T, a row S and a column of the table."""
-        model, shown = self.model(MAIN), min(14, self.samples)
-        rows, captions = [], []
-        for steps in SHEET_STEPS:
-            for variant in SHEET_VARIANTS:
-                drawn, _ = pictures(model, steps, variant, 0, self.samples)
-                rows.append(to_pil(to_signed(drawn[:shown]).expand(-1, 3, -1, -1)))
-                captions.append(f"S = {steps}, {COLUMNS[variant]}")
-        save_png(contact_sheet(rows, captions, size=48), path)
+    def row(self, results: dict[str, Any], steps: int) -> None:
+        """A row of Table 1, on both grids."""
+        model, columns = self.model(MAIN), VARIANTS if steps < STEPS[-1] else self.domain.long_variants
+        for grid in GRIDS:
+            table = results.setdefault("table_1", {}).setdefault(grid, {})
+            table[str(steps)] = {
+                variant: [self.distances(model, grid, steps, variant, seed) for seed in range(self.seeds)]
+                for variant in columns
+            }
 
-    def ablation(self, results: dict[str, Any], seed: int) -> None:
-        """At S = T = 1000 and η = 1, where a step of DDIM is one of DDPM with σ² = β̃."""
+    def inversion(self, results: dict[str, Any]) -> None:
+        model, count = self.model(MAIN), min(INVERTED, len(self.data.held_out))
+        results["table_2"] = {str(steps): reconstruction_errors(model, steps, count) for steps in INVERSION_STEPS}
+
+    def same_start(self, results: dict[str, Any]) -> None:
+        model, found = self.model(MAIN), results.setdefault("same_start", {})
+        for steps in STEPS[:-1]:
+            found[str(steps)] = []
+            for seed in range(self.seeds):
+                chosen, _ = self.data.draw_captions(seed, range(self.samples))
+                kinds = [self.data.captions[image][0] for image in chosen]
+                short, long = (pictures(model, GRIDS[0], s, "0", seed, self.samples)[0] for s in (steps, STEPS[-1]))
+                found[str(steps)].append(consistency(short, long, kinds))
+
+    def ablation(self, results: dict[str, Any]) -> Iterator[None]:
+        """At S = T and η = 1, where a step of DDIM is one of DDPM with σ² = β̃."""
         for name in ABLATION:
             model = self.model(name)
-            results.setdefault("ablation", {}).setdefault(name, []).append(self.distances(model, STEPS[-1], "1", seed))
+            cells = [self.distances(model, GRIDS[0], STEPS[-1], "1", seed) for seed in range(self.seeds)]
+            results.setdefault("ablation", {})[name] = cells
+            yield
+
+    def sheet(self) -> Image.Image:
+        """The first pictures of seed 0: a column an x_T, a row S and a column of the table."""
+        model, rows, captions = self.model(MAIN), [], []
+        for steps in SHEET_STEPS:
+            for variant in SHEET_VARIANTS:
+                drawn, _ = pictures(model, GRIDS[0], steps, variant, 0, self.samples)
+                rows.append(to_pil(to_signed(drawn[:SHEET_WIDTH]).expand(-1, 3, -1, -1)))
+                captions.append(f"S = {steps}, {COLUMNS[variant]}")
+        return contact_sheet(rows, captions, size=48)
 
 
 def _as_json(recipe: Recipe) -> str:
@@ -356,26 +244,29 @@ def _as_json(recipe: Recipe) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Everything that was asked for, a whole seed after the other; the page is written after each."""
+    """Everything that was asked for; the page is written whenever a table has grown."""
     path = arguments.output / "ddim_tables.json"
     everything: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = [name for name in DOMAINS if name in arguments.only or (name == "digits" and "ablation" in arguments.only)]
-    for name in names:
-        domain = DOMAINS[name]
+    for name, domain in DOMAINS.items():
+        ablation = name == "digits" and "ablation" in arguments.only
+        if name not in arguments.only and not ablation:
+            continue
         study = Study(domain, arguments.work, samples=arguments.samples or domain.samples, seeds=arguments.seeds)
-        fresh: dict[str, Any] = {}
-        if name in arguments.only:
-            study.table_2(fresh)
-        for seed in range(arguments.seeds):
-            if name in arguments.only:
-                study.table_1(fresh, seed)
-                study.same_start(fresh, seed)
-                if seed == 0:
-                    study.sheet(arguments.output / f"ddim_tables-{name}.png")
-            if name == "digits" and "ablation" in arguments.only:
-                study.ablation(fresh, seed)
-            everything[name] = {**everything.get(name, {}), **study.about(), **fresh}
+        old, fresh = everything.get(name, {}), {}
+        wanted = [study.parts(fresh)] * (name in arguments.only) + [study.ablation(fresh)] * ablation
+        for _ in itertools.chain(*wanted):
+            everything[name] = joined(old, study.about(), fresh)
             write_page(everything, arguments.output)
+        if name in arguments.only:
+            save_png(study.sheet(), arguments.output / f"ddim_tables-{name}.png")
+
+
+def joined(old: dict[str, Any], about: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """Old results beside new ones, unless they are of another number of pictures: such do not stand in one table.
+
+    What is dropped is not lost: --work has the pictures.
+    """
+    return {**(old if old.get("samples") == about["samples"] else {}), **about, **fresh}
 
 
 def estimate(domain: Domain, samples: int, seeds: int) -> str:
@@ -395,8 +286,9 @@ def estimate(domain: Domain, samples: int, seeds: int) -> str:
         unet(images, timesteps, condition).square().mean().backward()
         times.append((middle - started, time.perf_counter() - middle))
     forward, step = (min(column) / batch for column in zip(*times, strict=True))
-    evaluations = samples * seeds * sum(steps for steps, _ in domain.cells())
-    evaluations += 2 * sum(INVERSION_STEPS) * min(samples, len(data.held_out))
+    short = len(GRIDS) * len(VARIANTS) * sum(STEPS[:-1])
+    evaluations = samples * seeds * (short + len(domain.long_variants) * STEPS[-1])
+    evaluations += 2 * sum(INVERSION_STEPS) * min(INVERTED, len(data.held_out))
     training = config.max_steps * config.batch_size * step / 3600
     return f"{domain.name}: training {training:.1f} h, drawing and inverting {evaluations * forward / 3600:.1f} h"
 

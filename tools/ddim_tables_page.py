@@ -19,6 +19,13 @@ from ldm.training.report.markup import escaped
 
 READING = "## Reading"
 COLUMNS = {"0": "η = 0", "0.2": "η = 0.2", "0.5": "η = 0.5", "1": "η = 1", "sigma_hat": "σ̂"}
+GRID_TEXTS = {
+    "leading": "Timesteps 0, c, 2c, … as in the code of DDIM: the step before the last ends at timestep 0, and what "
+    "noise it leaves stays.",
+    "trailing": "Timesteps from T − 1 down in strides of c: the last step, of full length, goes to x̂_0 and removes all "
+    "noise. At S = T both grids are\none.",
+}
+FEW_STEPS = 20
 ROWS = {
     "mean-L": "μ̃, L",
     "mean-simple": "μ̃, L_simple",
@@ -39,7 +46,9 @@ def write_page(everything: Results, output: Path) -> None:
     for name, results in everything.items():
         parts += [f"## {name}", *_sections(name, results)]
         if "table_1" in results:
-            disk.write_text(output / f"ddim_tables-{name}.svg", chart(results))
+            for grid, rows in results["table_1"].items():
+                if len(rows) > 1:  # a line needs two ends
+                    disk.write_text(output / f"ddim_tables-{name}-{grid}.svg", chart(rows, results["floor"]))
     disk.write_text(path, "\n\n".join([*parts, READING + reading.rstrip() if found else ""]).rstrip() + "\n")
 
 
@@ -75,9 +84,9 @@ def _introduction(everything: Results) -> str:
         "    python -m tools.ddim_tables --only digits ablation\n"
         "    python -m tools.ddim_tables --only openmoji\n\n"
         "Pixel models, trained by that program with DDPM's linear schedule (T = 1000), captions drawn as in the data, "
-        "guidance 1. The pictures\nof one seed have the same x_T, captions and noise in every cell. Grids are "
-        "trailing: DDIM's τ with τ_S = T. x̂_0 is kept to the range of\nimages. The **Fréchet distance** is that of FID "
-        "on other features, so that it compares within a table alone:\n\n"
+        "guidance 1. The pictures\nof one seed have the same x_T, captions and noise in every cell. x̂_0 is kept to the "
+        "range of images. The **Fréchet distance** is that of FID\non other features, so that it compares within a "
+        "table alone:\n\n"
         "- *digit*: the last hidden layer (32 numbers) of a classifier of the digits;\n"
         "- *pixel*: 64 random directions of 8×8 colours and 4×4 edges, without any network.\n\n"
         "The reference are all images of the data, training and held out. ± is half of the 95 % interval (Student) "
@@ -101,10 +110,15 @@ def _sections(name: str, results: Results) -> list[str]:
     ]
     features = list(results["floor"])
     if "table_1" in results:
-        seeds = max(len(cells) for row in results["table_1"].values() for cells in row.values())
-        parts.append(f"### Fréchet distance against steps and noise (DDIM, Table 1), {seeds} seeds")
-        parts += [_table_1(results, feature) for feature in features]
-        parts += [f"![the distances](ddim_tables-{name}.svg)", *claims_of_table_1(results["table_1"], features[0])]
+        for grid, rows in results["table_1"].items():
+            seeds = max(len(cells) for row in rows.values() for cells in row.values())
+            parts.append(f"### Fréchet distance against steps and noise (DDIM, Table 1): {grid} grid, {seeds} seeds")
+            parts.append(GRID_TEXTS[grid])
+            for feature in features:
+                parts.append(_table_1(rows, feature, results["floor"][feature]))
+                parts.append("\n".join(claims_of_table_1(rows, feature)))
+            if len(rows) > 1:
+                parts.append(f"![the distances](ddim_tables-{name}-{grid}.svg)")
         parts.append(f"A column of pictures has one x_T and one caption:\n\n![pictures](ddim_tables-{name}.png)")
     if "table_2" in results:
         parts += ["### Inversion and back (DDIM, Table 2)", _table_2(results["table_2"])]
@@ -113,16 +127,16 @@ def _sections(name: str, results: Results) -> list[str]:
         parts += ["### One x_T, other numbers of steps (η = 0)", _same_start(results["same_start"])]
     if "ablation" in results:
         parts += ["### What is predicted, and by which loss (DDPM, Table 2)", _ablation(results)]
-        parts.append(claim_of_ablation(results["ablation"], features[0]))
+        parts += [claim_of_ablation(results["ablation"], feature) for feature in features]
     return parts
 
 
-def _table_1(results: Results, feature: str) -> str:
-    rows = []
-    for steps, row in results["table_1"].items():
-        rows.append([steps, *(shown(values_of(row[c], feature)) if c in row else "" for c in COLUMNS)])
-    floor = f"real pictures: {_number(results['floor'][feature])}"
-    return table([f"S; *{feature}* features, {floor}", *COLUMNS.values()], rows)
+def _table_1(rows: Results, feature: str, floor: float) -> str:
+    lines = [
+        [steps, *(shown(values_of(row[column], feature)) if column in row else "" for column in COLUMNS)]
+        for steps, row in rows.items()
+    ]
+    return table([f"S; *{feature}* features, real pictures: {_number(floor)}", *COLUMNS.values()], lines)
 
 
 def _means(row: Results, feature: str) -> dict[str, Interval]:
@@ -134,16 +148,18 @@ def _interval(values: Sequence[float]) -> Interval:
 
 
 def _verdict(claim: str, holds: bool, facts: str) -> str:
-    return f"**{claim}: {'holds' if holds else 'does not hold'}.** {facts}"
+    return f"- **{claim}: {'holds' if holds else 'does not hold'}.** {facts}"
 
 
 def claims_of_table_1(rows: Results, feature: str) -> list[str]:
-    """At the fewest steps η = 0 is best and σ̂ collapses; at the most they meet."""
+    """At few steps η = 0 is best; at the fewest σ̂ collapses; at the most they meet."""
     first, last = (_means(rows[steps], feature) for steps in (min(rows, key=int), max(rows, key=int)))
     few, many = min(rows, key=int), max(rows, key=int)
-    best = min(first, key=lambda column: first[column].mean)
-    facts = ", ".join(f"{COLUMNS[column]} {_number(interval.mean)}" for column, interval in first.items())
-    found = [_verdict(f"At S = {few} η = 0 is best", best == "0", f"{facts}.")]
+    means = {steps: {c: each.mean for c, each in _means(row, feature).items()} for steps, row in rows.items()}
+    best = {steps: min(row, key=row.__getitem__) for steps, row in means.items()}
+    facts = "; ".join(f"S = {steps}: {COLUMNS[column]}" for steps, column in best.items())
+    holds = all(column == "0" for steps, column in best.items() if int(steps) <= FEW_STEPS)
+    found = [_verdict(f"Up to S = {FEW_STEPS} η = 0 is best", holds, f"The lowest mean at {facts}.")]
     collapse = first["sigma_hat"].mean / first["0"].mean
     worst = max(first, key=lambda column: first[column].mean)
     found.append(
@@ -213,16 +229,15 @@ def claim_of_ablation(rows: Results, feature: str) -> str:
     best, *rest = sorted(means, key=lambda name: means[name])
     facts = f"The best is {ROWS[best]} with {_number(means[best])}"
     facts += f", then {ROWS[rest[0]]} with {_number(means[rest[0]])}." if rest else "."
-    return _verdict("ε with L_simple wins", best == "epsilon-simple", facts)
+    return _verdict(f"ε with L_simple wins (*{feature}* features)", best == "epsilon-simple", facts)
 
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 60, 15, 34, 42
 
 
-def chart(results: Results) -> str:
+def chart(rows: Results, floors: Mapping[str, float]) -> str:
     """Distance against S, both logarithmic, a line a column, a bar for each interval, as an SVG."""
-    feature, rows = next(iter(results["floor"])), results["table_1"]
-    floor = results["floor"][feature]
+    feature, floor = next(iter(floors.items()))
     measured = {
         column: [(int(steps), values_of(row[column], feature)) for steps, row in rows.items() if column in row]
         for column in COLUMNS
