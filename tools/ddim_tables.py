@@ -188,23 +188,23 @@ class Study:
     def parts(self, results: dict[str, Any]) -> Iterator[None]:
         """Fills in everything about the main model, the cheap cells first; yields whenever a table has grown."""
         for steps in STEPS[:-1]:
-            self.row(results, steps)
-            yield
+            yield from self.row(results, steps)
         self.inversion(results)
         yield
-        self.row(results, STEPS[-1])
+        yield from self.row(results, STEPS[-1])
         self.same_start(results)
         yield
 
-    def row(self, results: dict[str, Any], steps: int) -> None:
-        """A row of Table 1, on both grids."""
+    def row(self, results: dict[str, Any], steps: int) -> Iterator[None]:
+        """A row of Table 1 on both grids, seed after seed."""
         model, columns = self.model(MAIN), VARIANTS if steps < STEPS[-1] else self.domain.long_variants
-        for grid in GRIDS:
-            table = results.setdefault("table_1", {}).setdefault(grid, {})
-            table[str(steps)] = {
-                variant: [self.distances(model, grid, steps, variant, seed) for seed in range(self.seeds)]
-                for variant in columns
-            }
+        tables = results.setdefault("table_1", {grid: {} for grid in GRIDS})
+        for table in tables.values():
+            table[str(steps)] = {variant: [] for variant in columns}
+        for seed in range(self.seeds):
+            for variant, (grid, table) in itertools.product(columns, tables.items()):
+                table[str(steps)][variant].append(self.distances(model, grid, steps, variant, seed))
+            yield
 
     def inversion(self, results: dict[str, Any]) -> None:
         model, count = self.model(MAIN), min(INVERTED, len(self.data.held_out))
