@@ -69,7 +69,7 @@ def distance_between(one: Gaussian, other: Gaussian) -> float:
     # What is below 0 in the eigenvalues, or in the sum, is rounding.
     shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     squares = (one.mean - other.mean).square().sum()
-    return max(0.0, float(squares + one.covariance.trace() + other.covariance.trace() - 2 * shared))
+    return max(float(squares + one.covariance.trace() + other.covariance.trace() - 2 * shared), 0.0)
 
 
 @dataclass(frozen=True)

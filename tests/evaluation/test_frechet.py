@@ -64,12 +64,13 @@ def test_samples_give_their_unbiased_covariance_in_float64():
     assert Gaussian.fit(features[:, :1]).covariance.shape == (1, 1)
 
 
-def test_a_set_is_at_no_distance_from_itself_nor_from_its_rotation_about_the_mean():
+def test_a_set_is_at_no_distance_from_itself_and_at_that_of_its_mean_when_it_is_moved():
     features = drawn(100, 6, 6) + 1e3
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(features, features + 2) == pytest.approx(24, rel=1e-6)
-    thin = drawn(100, 1, 7) @ torch.ones(1, 6).double()  # a covariance of rank 1
-    assert frechet_distance(thin, thin) == pytest.approx(0, abs=1e-6)
+    for seed in range(10):  # covariances of rank 2, whose other eigenvalues are rounding of either sign
+        thin = drawn(100, 2, seed) @ drawn(2, 12, 100 + seed)
+        assert 0 <= frechet_distance(thin, thin) < 1e-5
 
 
 @pytest.mark.parametrize(
