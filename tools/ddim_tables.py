@@ -142,8 +142,8 @@ DOMAINS = {domain.name: domain for domain in (DIGITS, OPENMOJI)}
 class Study:
     """The results of one data set, cell by cell, into a dictionary that is JSON."""
 
-    def __init__(self, domain: Domain, work: Path, *, samples: int, seeds: int) -> None:
-        self.domain, self.samples, self.seeds = domain, samples, seeds
+    def __init__(self, domain: Domain, work: Path, *, samples: int, seeds: int, device: str) -> None:
+        self.domain, self.samples, self.seeds, self.device = domain, samples, seeds, torch.device(device)
         self.folder = work / domain.name
         self._check_settings()
         self.data = domain.read()
@@ -162,7 +162,8 @@ class Study:
         prediction_type, loss = ABLATION[name]
         recipe = dataclasses.replace(self.domain.recipe, prediction_type=prediction_type, loss=loss)
         folder = self.folder / name
-        return Model(self.data, trained_model(recipe, self.data, folder), prediction_type, folder)
+        unet = trained_model(recipe, self.data, folder, self.device)
+        return Model(self.data, unet, prediction_type, folder, self.device)
 
     def about(self) -> dict[str, Any]:
         """What the numbers stand on, and the distance of real pictures from the rest, as a floor."""
@@ -171,7 +172,10 @@ class Study:
         floor = {name: frechet_distance(features[aside], features[rest]) for name, features in self.reference.items()}
         training = checkpoint.read_json(self.folder / MAIN / "training.json")
         about = {"samples": self.samples, "images": len(self.data.images), "held_out": len(self.data.held_out)}
-        machine = f"{torch.get_num_threads()} thread of a CPU ({platform.machine()}), torch {torch.__version__}"
+        machine = f"{torch.get_num_threads()} thread of a CPU ({platform.machine()})"
+        if self.device.type == "cuda":
+            machine = torch.cuda.get_device_name(self.device)
+        machine += f", torch {torch.__version__}"
         size = list(self.data.images.shape[1:])
         return {**about, "machine": machine, "size": size, "floor": floor, "training": training}
 
@@ -251,7 +255,8 @@ def run(arguments: argparse.Namespace) -> None:
         ablation = name == "digits" and "ablation" in arguments.only
         if name not in arguments.only and not ablation:
             continue
-        study = Study(domain, arguments.work, samples=arguments.samples or domain.samples, seeds=arguments.seeds)
+        samples = arguments.samples or domain.samples
+        study = Study(domain, arguments.work, samples=samples, seeds=arguments.seeds, device=arguments.device)
         old, fresh = everything.get(name, {}), {}
         wanted = [study.parts(fresh)] * (name in arguments.only) + [study.ablation(fresh)] * ablation
         for _ in itertools.chain(*wanted):
@@ -269,28 +274,33 @@ def joined(old: dict[str, Any], about: dict[str, Any], fresh: dict[str, Any]) ->
     return {**(old if old.get("samples") == about["samples"] else {}), **about, **fresh}
 
 
-def estimate(domain: Domain, samples: int, seeds: int) -> str:
+def evaluations(domain: Domain, samples: int, seeds: int) -> int:
+    """How often the network looks at one picture in the tables of the main model."""
+    short = len(GRIDS) * len(VARIANTS) * sum(STEPS[:-1])
+    drawn = samples * seeds * (short + len(domain.long_variants) * STEPS[-1])
+    return drawn + INVERTED * 2 * sum(INVERSION_STEPS)
+
+
+def estimate(domain: Domain, samples: int, seeds: int, device: torch.device) -> str:
     """How long a study will take here, from the speed of its network now."""
     data = domain.read()
-    unet = make_unet(domain.recipe, data)
-    batch, config = min(PIECE, 16), domain.recipe.train
-    images = torch.randn(batch, *data.images.shape[1:])
-    condition = data.condition([captions[0] for captions in data.captions[:batch]])
-    timesteps = torch.zeros(batch, dtype=torch.int64)
+    unet, config = make_unet(domain.recipe, data).to(device), domain.recipe.train
+    batch = PIECE // 4
+    images, timesteps = torch.randn(batch, *data.images.shape[1:], device=device), torch.tensor(0, device=device)
+    condition = data.condition([data.captions[0][0]] * batch).to(device)
     times = []
-    for _ in range(3):
+    for _ in range(4):  # the first is slower
         started = time.perf_counter()
         with torch.no_grad():
-            unet(images, timesteps, condition)
+            float(unet(images, timesteps, condition).sum())  # waits until it is computed
         middle = time.perf_counter()
         unet(images, timesteps, condition).square().mean().backward()
+        float(unet.conv_in.weight.grad.sum())
         times.append((middle - started, time.perf_counter() - middle))
-    forward, step = (min(column) / batch for column in zip(*times, strict=True))
-    short = len(GRIDS) * len(VARIANTS) * sum(STEPS[:-1])
-    evaluations = samples * seeds * (short + len(domain.long_variants) * STEPS[-1])
-    evaluations += 2 * sum(INVERSION_STEPS) * min(INVERTED, len(data.held_out))
-    training = config.max_steps * config.batch_size * step / 3600
-    return f"{domain.name}: training {training:.1f} h, drawing and inverting {evaluations * forward / 3600:.1f} h"
+    forward, both = (min(column) / batch for column in zip(*times, strict=True))
+    training = config.max_steps * config.batch_size * both / 3600
+    drawing = evaluations(domain, samples, seeds) * forward / 3600
+    return f"{domain.name}: training {training:.1f} h, drawing and inverting {drawing:.1f} h"
 
 
 def main() -> None:
@@ -300,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="at least 2, for intervals")
     parser.add_argument("--work", type=Path, default=Path("runs/ddim-tables"))
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--estimate", action="store_true", help="only say how long it will take")
     arguments = parser.parse_args()
@@ -310,7 +321,8 @@ def main() -> None:
         return run(arguments)
     for name in arguments.only:
         if name in DOMAINS:
-            print(estimate(DOMAINS[name], arguments.samples or DOMAINS[name].samples, arguments.seeds))
+            samples = arguments.samples or DOMAINS[name].samples
+            print(estimate(DOMAINS[name], samples, arguments.seeds, torch.device(arguments.device)))
     return None
 
 

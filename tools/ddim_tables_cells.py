@@ -42,27 +42,29 @@ class Model:
     unet: UNet
     prediction_type: PredictionType
     folder: Path
+    device: torch.device
 
     def denoise(self, captions: Sequence[str]) -> Denoise:
         """What predicts ε for these captions, at guidance 1."""
-        denoise = conditioned(self.unet, self.data.condition(captions))
+        denoise = conditioned(self.unet, self.data.condition(captions).to(self.device))
         if self.prediction_type == "epsilon":
             return denoise
         return as_noise(denoise, NoiseSchedule.from_config(SCHEDULE), self.prediction_type)
 
 
-def start_of(data: Data, seed: int, places: Sequence[int]) -> tuple[list[torch.Generator], Tensor]:
+def start_of(model: Model, seed: int, places: Sequence[int]) -> tuple[list[torch.Generator], Tensor]:
     """A generator for each picture, and its x_T [B, C, H, W]: the same for every S, column and model."""
     seeds = [int(generator(seed, "x_T", place).integers(2**62)) for place in places]
     generators = [torch.Generator("cpu").manual_seed(value) for value in seeds]
-    return generators, draw_noise(generators, torch.empty(len(places), *data.images.shape[1:]))
+    blank = torch.empty(len(places), *model.data.images.shape[1:], device=model.device)
+    return generators, draw_noise(generators, blank)
 
 
 @torch.inference_mode()
 def draw_piece(model: Model, grid: Grid, steps: int, variant: str, seed: int, places: Sequence[int]) -> Tensor:
     """Pictures [B, C, H, W] uint8, captions drawn as in the data."""
-    schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec()
-    generators, latents = start_of(model.data, seed, places)
+    schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec().to(model.device)
+    generators, latents = start_of(model, seed, places)
     _, captions = model.data.draw_captions(seed, places)
     eta, variance = VARIANTS[variant]
     *_, last = ddim(
@@ -107,10 +109,10 @@ def reconstruction_errors(model: Model, steps: int, count: int) -> list[float]:
     path = model.folder / "inversion" / f"{steps:04d}-{count}.json"
     if path.is_file():
         return list(checkpoint.read_json(path)["errors"])
-    schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec()
+    schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec().to(model.device)
     errors: list[float] = []
     for first in range(0, count, PIECE):
-        images = model.data.held_out[first : min(first + PIECE, count)]
+        images = model.data.held_out[first : min(first + PIECE, count)].to(model.device)
         captions = model.data.captions[model.data.training + first :][: len(images)]
         denoise, grid = model.denoise([each[0] for each in captions]), schedule.grid(steps, GRIDS[0])
         *_, end = ddim_inversion(denoise, codec.draw(images), schedule, grid)

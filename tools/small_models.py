@@ -59,7 +59,7 @@ class Data:
         return PixelCodec(tuple(pixels.mean(dim=1).tolist()), tuple(pixels.std(dim=1).tolist()))
 
     def condition(self, captions: Sequence[str]) -> Tensor:
-        """[B, L, D]."""
+        """[B, L, D] on the CPU."""
         return torch.stack([self.states[caption] for caption in captions])
 
     def draw_captions(self, seed: int, places: Sequence[int]) -> tuple[list[int], list[str]]:
@@ -120,23 +120,24 @@ def make_unet(recipe: Recipe, data: Data) -> UNet:
     return UNet(dataclasses.replace(recipe.unet, **sizes))
 
 
-def trained_model(recipe: Recipe, data: Data, folder: Path) -> UNet:
+def trained_model(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> UNet:
     """The averaged weights of a training run, from `folder` or made now; the run goes on where it was interrupted.
 
-    Leaves `folder/unet` and `folder/training.json` (steps, seconds, the last losses).
+    On the CPU it ends in the same bits as one that was not. Leaves `folder/unet` and `folder/training.json` (steps,
+    seconds, the last losses).
     """
     if not (folder / "training.json").is_file():
-        _train(recipe, data, folder)
+        _train(recipe, data, folder, device)
     unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel")
     assert isinstance(unet, UNet)
-    return unet.eval().requires_grad_(False)
+    return unet.to(device).requires_grad_(False)
 
 
-def _train(recipe: Recipe, data: Data, folder: Path) -> None:
+def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> None:
     config, schedule = recipe.train, NoiseSchedule.from_config(SCHEDULE)
-    unet = make_unet(recipe, data)
+    unet = make_unet(recipe, data).to(device)
     ema, optimizer = make_ema(unet, config.ema_decay), make_optimizer(unet, config)
-    latents = data.codec().draw(data.images[: data.training])
+    latents = data.codec().draw(data.images[: data.training]).to(device)
     order = SampleOrder(data.training, recipe.seed)
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.safetensors"
@@ -154,7 +155,7 @@ def _train(recipe: Recipe, data: Data, folder: Path) -> None:
         ids = [data.ids[place] for place in places]
         shape = (latents.shape[1], latents.shape[2], latents.shape[3])
         draws = keyed_draws(
-            recipe.seed, epochs, ids, step, shape=shape, num_train_timesteps=schedule.num_train_timesteps
+            recipe.seed, epochs, ids, step, shape=shape, num_train_timesteps=schedule.num_train_timesteps, device=device
         )
         captions = [
             data.captions[place][generator(recipe.seed, "caption", epoch, place).integers(len(data.captions[place]))]
@@ -164,7 +165,7 @@ def _train(recipe: Recipe, data: Data, folder: Path) -> None:
             unet,
             schedule,
             latents[places],
-            data.condition(captions),
+            data.condition(captions).to(device),
             timesteps=draws.timesteps,
             noise=draws.noise,
             prediction_type=recipe.prediction_type,

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ def interval_over(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - reach, mean + reach)
 
 
+@cache
 def student_quantile(confidence: float, freedom: int) -> float:
     """The t with P(|T| < t) = confidence, for Student's distribution with `freedom` degrees of freedom.
 

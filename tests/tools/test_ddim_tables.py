@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 
@@ -13,6 +14,10 @@ from ldm.data import to_uint8
 from ldm.diffusion import LossConfig
 from ldm.evaluation.features import pixel_features
 from tools import ddim_tables, ddim_tables_cells, ddim_tables_page, small_models
+
+CPU = torch.device("cpu")
+# So few that eight pictures are enough for a covariance.
+FEW = {"few": lambda images: pixel_features(images)[:, :3], "tone": lambda images: images.mean((1, 2, 3))[:, None]}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,8 @@ def recipe(steps=4, **changes):
 @pytest.fixture(scope="module")
 def model(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    unet = small_models.trained_model(recipe(), data, folder)
-    return ddim_tables_cells.Model(data, unet, "epsilon", folder)
+    unet = small_models.trained_model(recipe(), data, folder, CPU)
+    return ddim_tables_cells.Model(data, unet, "epsilon", folder, CPU)
 
 
 def test_data_are_grey_and_normalised(data):
@@ -62,7 +67,7 @@ def test_digits_are_read_from_every_phrasing():
 
 def test_an_interrupted_training_ends_in_the_same_weights(data, tmp_path, monkeypatch):
     plan = recipe(steps=5, save_every=2)
-    whole = small_models.trained_model(plan, data, tmp_path / "whole")
+    whole = small_models.trained_model(plan, data, tmp_path / "whole", CPU)
 
     class Killed(Exception):
         pass
@@ -75,9 +80,9 @@ def test_an_interrupted_training_ends_in_the_same_weights(data, tmp_path, monkey
     rate = small_models.learning_rate
     monkeypatch.setattr(small_models, "learning_rate", killed_after_4)
     with pytest.raises(Killed):
-        small_models.trained_model(plan, data, tmp_path / "killed")
+        small_models.trained_model(plan, data, tmp_path / "killed", CPU)
     monkeypatch.setattr(small_models, "learning_rate", lambda config, step: rate(config, step) if step >= 4 else 1 / 0)
-    resumed = small_models.trained_model(plan, data, tmp_path / "killed")
+    resumed = small_models.trained_model(plan, data, tmp_path / "killed", CPU)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     assert any(value.abs().sum() > 0 for name, value in resumed.state_dict().items() if "conv_out" in name)
@@ -91,7 +96,8 @@ def test_prediction_and_loss_reach_the_training(data, tmp_path):
         "vlb": recipe(loss=LossConfig(weighting="vlb")),
     }
     weights = {
-        name: small_models.trained_model(plan, data, tmp_path / name).conv_out.weight for name, plan in plans.items()
+        name: small_models.trained_model(plan, data, tmp_path / name, CPU).conv_out.weight
+        for name, plan in plans.items()
     }
     losses = {name: json.loads((tmp_path / name / "training.json").read_text())["loss"] for name in plans}
     assert 0.5 < losses["epsilon"] < 1.5  # the mean square of noise
@@ -120,7 +126,7 @@ def test_a_model_of_the_mean_draws_as_the_same_model_of_noise(data, model):
         original = (x_t.double() - sigma * model.unet(x_t, timesteps, condition).double()) / alpha
         return a[t] * original + b[t] * x_t.double()
 
-    converted = ddim_tables_cells.Model(data, mean, "posterior_mean", model.folder)
+    converted = ddim_tables_cells.Model(data, mean, "posterior_mean", model.folder, CPU)
     captions, x_t = [data.captions[0][0]] * 2, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for t in (1, 500, 999):
         expected, found = model.denoise(captions)(x_t, t), converted.denoise(captions)(x_t, t)
@@ -141,7 +147,7 @@ def test_more_steps_reconstruct_better(data, tmp_path):
     torch.manual_seed(0)
     for parameter in unet.parameters():  # a new network predicts zero, which any grid takes back
         torch.nn.init.normal_(parameter, std=0.1)
-    model = ddim_tables_cells.Model(data, unet, "epsilon", tmp_path)
+    model = ddim_tables_cells.Model(data, unet, "epsilon", tmp_path, CPU)
     errors = {steps: ddim_tables_cells.reconstruction_errors(model, steps, 8) for steps in (20, 200)}
     assert len(errors[20]) == 8
     assert 0 < sum(errors[200]) < 0.3 * sum(errors[20])
@@ -175,17 +181,18 @@ def study(data, tmp_path_factory):
         read=lambda: data,
         recipe=recipe(2),
         samples=8,
-        features=lambda _: {
-            "few": lambda images: pixel_features(images)[:, :3],
-            "one": lambda x: x.mean((1, 2, 3))[:, None],
-        },
+        features=lambda _: FEW,
     )
     patch.setitem(ddim_tables.DOMAINS, "digits", domain)
-    arguments = Namespace(only=["digits", "ablation"], samples=None, seeds=2, work=folder / "work", output=folder)
+    arguments = Namespace(
+        only=["digits", "ablation"], samples=None, seeds=2, work=folder / "work", output=folder, device="cpu"
+    )
     ddim_tables.run(arguments)
+    drawn_again = ddim_tables_cells.draw_piece
     patch.setattr(ddim_tables_cells, "draw_piece", None)
     (folder / "ddim_tables.md").write_text((folder / "ddim_tables.md").read_text() + "\n## Reading\n\nBy a person.\n")
     ddim_tables.run(arguments)
+    patch.setattr(ddim_tables_cells, "draw_piece", drawn_again)
     yield folder
     patch.undo()
 
@@ -213,7 +220,35 @@ def test_a_study_writes_every_cell_and_keeps_what_a_person_wrote(study):
 def test_pieces_of_another_recipe_are_refused(study, monkeypatch):
     domain = dataclasses.replace(ddim_tables.DOMAINS["digits"], recipe=recipe(3))
     with pytest.raises(ValueError, match="another recipe"):
-        ddim_tables.Study(domain, study / "work", samples=8, seeds=2)
+        ddim_tables.Study(domain, study / "work", samples=8, seeds=2, device="cpu")
+
+
+def test_the_estimate_counts_what_a_study_asks_of_the_network(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ddim_tables, "STEPS", (2, 4))
+    monkeypatch.setattr(ddim_tables, "INVERSION_STEPS", (2,))
+    monkeypatch.setattr(ddim_tables, "INVERTED", 8)
+    domain = dataclasses.replace(
+        ddim_tables.DIGITS,
+        read=lambda: data,
+        recipe=recipe(2),
+        long_variants=("0",),
+        features=lambda _: FEW,
+    )
+    assert re.fullmatch(
+        r"digits: training \d+\.\d h, drawing and inverting \d+\.\d h", ddim_tables.estimate(domain, 9, 2, CPU)
+    )
+    trained, asked = ddim_tables.trained_model, []
+
+    def counted(*arguments):
+        unet = trained(*arguments)
+        unet.register_forward_hook(lambda module, given, out: asked.append(len(out)))
+        return unet
+
+    monkeypatch.setattr(ddim_tables, "trained_model", counted)
+    for _ in ddim_tables.Study(domain, tmp_path, samples=8, seeds=2, device="cpu").parts({}):
+        pass
+    # The longest row is drawn once for both grids where S = T, as it is in earnest.
+    assert sum(asked) == ddim_tables.evaluations(domain, 8, 2) + 8 * 2 * 4
 
 
 def cells(**means):
