@@ -54,6 +54,7 @@ from tools.small_models import Data, Recipe, make_unet, read_data, trained_model
 ROOT = Path(__file__).parents[1]
 STEPS = (5, 10, 20, 50, 100, 1000)  # the last is T
 INVERSION_STEPS = (5, 10, 20, 50, 100, 200, 1000)
+FLOOR_DRAWS = 10
 INVERTED = 64  # held-out images, at most
 SHEET_STEPS, SHEET_VARIANTS, SHEET_WIDTH = (5, 20, 100, 1000), ("0", "1", "sigma_hat"), 14
 # The rows of DDPM, Table 2. Its L is the bound with σ² = β̃.
@@ -167,9 +168,12 @@ class Study:
 
     def about(self) -> dict[str, Any]:
         """What the numbers stand on, and the distance of real pictures from the rest, as a floor."""
-        order = generator(0, "floor").permutation(len(self.data.images))
-        aside, rest = order[: self.samples], order[self.samples :]
-        floor = {name: frechet_distance(features[aside], features[rest]) for name, features in self.reference.items()}
+        floor: dict[str, list[float]] = {name: [] for name in self.reference}
+        for draw in range(FLOOR_DRAWS):
+            order = generator(draw, "floor").permutation(len(self.data.images))
+            aside, rest = order[: self.samples], order[self.samples :]
+            for name, features in self.reference.items():
+                floor[name].append(frechet_distance(features[aside], features[rest]))
         training = checkpoint.read_json(self.folder / MAIN / "training.json")
         about = {"samples": self.samples, "images": len(self.data.images), "held_out": len(self.data.held_out)}
         machine = f"{torch.get_num_threads()} thread of a CPU ({platform.machine()})"

@@ -208,7 +208,7 @@ def test_a_study_writes_every_cell_and_keeps_what_a_person_wrote(study):
     assert results["ablation"]["epsilon-simple"] == leading["4"]["1"]
     assert set(results["same_start"]) == {"2"}
     assert [len(errors) for errors in results["table_2"].values()] == [8, 8]
-    assert 0 < results["floor"]["few"] < math.inf
+    assert len(set(results["floor"]["few"])) == 10 and min(results["floor"]["few"]) > 0
     text = (study / "ddim_tables.md").read_text()
     assert text.endswith("## Reading\n\nBy a person.\n")
     assert (study / "ddim_tables-digits.png").stat().st_size > 1000
