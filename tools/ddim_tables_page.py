@@ -92,8 +92,8 @@ def _introduction(everything: Results) -> str:
         "- *pixel*: 64 random directions of 8×8 colours and 4×4 edges, without any network.\n\n"
         "The reference are all images of the data, training and held out. ± is half of the 95 % interval (Student) "
         "over seeds of sampling, for\none trained model: it does not hold what another training would change. *Real "
-        "pictures*: the distance of as many real images from the\nrest, over ten choices of them. A perfect model would "
-        "get about as much: of few samples, no distance is 0.\n"
+        "pictures*: the distance of as many real images from the\nrest, over ten choices of them. A perfect model "
+        "would get about as much: of few samples, no distance is 0.\n"
         f"Computed on {_machine(everything)}."
     )
 
