@@ -48,7 +48,7 @@ from tools.ddim_tables_cells import (
     pictures,
     reconstruction_errors,
 )
-from tools.ddim_tables_page import COLUMNS, write_page
+from tools.ddim_tables_page import write_page
 from tools.small_models import Data, Recipe, make_unet, read_data, trained_model
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +243,7 @@ class Study:
             for variant in SHEET_VARIANTS:
                 drawn, _ = pictures(model, GRIDS[0], steps, variant, 0, self.samples)
                 rows.append(to_pil(to_signed(drawn[:SHEET_WIDTH]).expand(-1, 3, -1, -1)))
-                captions.append(f"S = {steps}, {COLUMNS[variant]}")
+                captions.append(f"S = {steps}, " + {"sigma_hat": "sigma hat"}.get(variant, f"eta = {variant}"))
         return contact_sheet(rows, captions, size=48)
 
 
