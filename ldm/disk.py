@@ -62,9 +62,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file in one write, so that a process that is killed leaves all of it or nothing."""
+    """Adds a line to a file in one write, so that a process that is killed leaves all of it or nothing.
+
+    Raises:
+        OSError: if the disk does not take all of it; it may then hold half a line.
+    """
+    rest = f"{line}\n".encode()
     with _naming(path), path.open("ab", buffering=0) as file:
-        file.write(f"{line}\n".encode())
+        while rest:  # a disk that is nearly full takes some, and says why with the next write
+            rest = rest[file.write(rest) :]
 
 
 @contextmanager
@@ -83,11 +89,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             sync_tree(aside)
         if path.exists():
             old = partial(path)
-            path.rename(old)
             try:
+                path.rename(old)
                 aside.rename(path)
-            except OSError:
-                old.rename(path)
+            except BaseException:  # a signal too
+                if old.exists() and not path.exists():
+                    old.rename(path)
                 raise
             shutil.rmtree(old, ignore_errors=True)
         else:

@@ -123,6 +123,10 @@ def open_folder(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         unlock = lock(folder)
+    newest = next((path for path in reversed(saving.checkpoints(folder)) if path not in damaged), None)
+    if newest is not None and saving.step_of(newest) != step:
+        unlock()
+        raise ValueError(f"another process has gone on with {folder} meanwhile, to {newest}; start again")
     if resume and not saving.checkpoints(folder):
         say(f"{folder} has no checkpoint to resume; starting at step 0")
     for inside in (folder, folder / "checkpoints", folder / "samples"):

@@ -48,6 +48,12 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
         # An error of a loader's worker process arrives as its whole traceback; the last line is the message.
         _say(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
         sys.exit(2)
+    except RuntimeError as error:
+        lost = _lost_process(str(error))
+        if lost is None:
+            raise
+        _say(f"error: {lost}")
+        sys.exit(2)
     except Stopped as stopped:
         where = (
             str(stopped)
@@ -58,6 +64,19 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(EXIT_CODE)
     print(f"done: {result}", flush=True)
+
+
+def _lost_process(error: str) -> str | None:
+    """What to say if torch reports that another process of the run has died, which is no fault of this one; or None."""
+    reason = error.strip().partition("\n")[0]
+    if reason.startswith("DataLoader worker (pid"):
+        return (
+            f"a process that loads images has died ({reason}), most often for want of memory, in /dev/shm too; lower "
+            "train.num_workers and go on with --resume"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "onnection" in reason:
+        return f"another process of this run has ended ({reason}); its own message says why"
+    return None
 
 
 def _say(line: str) -> None:

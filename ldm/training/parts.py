@@ -64,11 +64,12 @@ def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, Captione
         run.print(f"  … and {len(inspection.skipped) - SKIPPED_SHOWN} more: ldm data check {config.path} --all")
     training, held_out = split(inspection.used, config.held_out)
     images = CaptionedImages(training, config, run.config.seed, batch_size=run.config.train.batch_size)
-    run.check_data(images, account)
+    sizes = images.buckets.sizes
+    measured_on = CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
+    run.check_data(images, measured_on, account)
     if config.bucketed:
         run.print(images.buckets.line())
-    sizes = images.buckets.sizes
-    return images, CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
+    return images, measured_on
 
 
 def settle(config: LDMConfig, images: CaptionedImages, run: Run) -> LDMConfig:

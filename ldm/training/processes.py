@@ -45,12 +45,13 @@ def join(train: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
-def total(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
-    """The sums of numbers over all processes, the same in each; all have to call this."""
+def total(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
+    """The sums of whole numbers over all processes, the same in each; all have to call this."""
     if accelerator.num_processes == 1:
         return list(values)
-    summed = accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), "sum")
-    return [float(value) for value in summed.tolist()]
+    # Whole numbers: float32 would round a step above 2^24.
+    summed = accelerator.reduce(torch.tensor(values, dtype=torch.int64, device=accelerator.device), "sum")
+    return [int(value) for value in summed.tolist()]
 
 
 def _cores() -> int:

@@ -98,21 +98,27 @@ def _shown(value: Any) -> str:
 # ---- the data
 
 
-def fingerprints(images: CaptionedImages) -> dict[str, str]:
+def fingerprints(images: CaptionedImages, held_out: CaptionedImages | None) -> dict[str, str]:
     """Sample id → a hash of its picture's bytes and its captions."""
-    return {sample.id: _hash(repr((sample.digest, sample.captions)))[:16] for sample in images.samples}
+    samples = (*images.samples, *(held_out.samples if held_out else ()))
+    return {sample.id: _hash(repr((sample.digest, sample.captions)))[:16] for sample in samples}
 
 
-def digest_of(images: CaptionedImages) -> str:
-    """A hash of all that decides which pictures and captions a step sees."""
-    text = "".join(repr((sample.id, sample.digest, sample.captions)) for sample in images.samples)
+def digest_of(images: CaptionedImages, held_out: CaptionedImages | None) -> str:
+    """A hash of all that decides which pictures and captions a step sees, and what it is measured on."""
+    sides = (images.samples, held_out.samples if held_out else ())
+    text = repr([[(sample.id, sample.digest, sample.captions) for sample in samples] for samples in sides])
     if len(images.buckets.sizes) > 1:  # the order of batches follows from them
         text += repr((images.buckets.sizes, images.buckets.assignment))
     return _hash(text)
 
 
 def data_differences(
-    run: Path, stored: Mapping[str, Any], present: Mapping[str, Any], images: CaptionedImages
+    run: Path,
+    stored: Mapping[str, Any],
+    present: Mapping[str, Any],
+    images: CaptionedImages,
+    held_out: CaptionedImages | None,
 ) -> Differences:
     """{} if the data is what it was, or the one key `data` with a summary of both."""
     if stored == present:
@@ -120,7 +126,7 @@ def data_differences(
     then, now = f"{stored['samples']} images", f"{present['samples']} images"
     known = run / "fingerprints.json"
     if known.is_file():
-        before, after = checkpoint.read_json(known), fingerprints(images)
+        before, after = checkpoint.read_json(known), fingerprints(images, held_out)
         groups = {
             "changed": [name for name in after if name in before and before[name] != after[name]],
             "new": [name for name in after if name not in before],

@@ -86,9 +86,15 @@ class Run:
         if self._resumed is not None:
             found = resuming.differences(config, self._environment, self._resumed, self.print)
             resuming.refuse(found, accept, self._resumed, self.print)
+            if self.step > config.train.max_steps:
+                raise ValueError(
+                    f"{self._resumed} is beyond train.max_steps {config.train.max_steps}; raise that to {self.step} or "
+                    "more, or start a new run in another output_dir"
+                )
         torch.manual_seed(config.seed)
         self._unlock: Callable[[], None] = lambda: None
         self._images: CaptionedImages | None = None
+        self._held_out: CaptionedImages | None = None
         self._data: dict[str, Any] = {}
         self._account: Account | None = None
         self._micro: list[Losses] = []  # of the present step
@@ -123,7 +129,8 @@ class Run:
             )
             if self._account is not None and self._images is not None:
                 checkpoint.write_json(self.folder / "data.json", self._account.to_dict())
-                checkpoint.write_json(self.folder / "fingerprints.json", resuming.fingerprints(self._images))
+                prints = resuming.fingerprints(self._images, self._held_out)
+                checkpoint.write_json(self.folder / "fingerprints.json", prints)
         self.accelerator.wait_for_everyone()
         # What TensorBoard was told after this step is hidden, as it is cut from the log.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -145,18 +152,19 @@ class Run:
         if self.is_main:
             tqdm.write(text)
 
-    def check_data(self, images: CaptionedImages, account: Account) -> None:
-        """Remembers what is trained on; refuses a batch that cannot be made, and other samples than those resumed.
+    def check_data(self, images: CaptionedImages, held_out: CaptionedImages | None, account: Account) -> None:
+        """Remembers what is trained on and held out; refuses a batch that cannot be made, and other samples than those
+        resumed.
 
         Raises:
             ValueError: before anything is written.
         """
         self.micro_batches(images, 0, 0)
-        self._images, self._account = images, account
-        self._data = {"samples": len(images), "sha256": resuming.digest_of(images)}
+        self._images, self._held_out, self._account = images, held_out, account
+        self._data = {"samples": len(images), "sha256": resuming.digest_of(images, held_out)}
         if self._resumed is not None:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
-            found = resuming.data_differences(self.folder, stored, self._data, images)
+            found = resuming.data_differences(self.folder, stored, self._data, images, held_out)
             resuming.refuse(found, self._accept, self._resumed, self.print)
 
     def settle(self, config: LDMConfig, reason: str | None) -> None:
@@ -389,7 +397,7 @@ class Run:
             pass
         except Exception as caught:
             error = caught
-        failed, stop = total(self.accelerator, [float(error is not None), float(interruption.requested is not None)])
+        failed, stop = total(self.accelerator, [int(error is not None), int(interruption.requested is not None)])
         if error is not None:
             raise error
         if failed:
@@ -464,6 +472,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         assert state["step"] == self.step, (state["step"], self.step)
         self._losses = state.get("losses", [])
+        self._gradient_norm = state.get("gradient_norm", 0.0)
         self._skipped = state.get("skipped", self._skipped)
         if self.is_main:  # a process that was killed after its checkpoint has left an older one there, or none
             self._renew_export(resumed)
@@ -484,6 +493,7 @@ class Run:
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "losses": self._losses,
+                "gradient_norm": self._gradient_norm,
                 "skipped": self._skipped,
                 "environment": self._environment,
                 "config": yaml.safe_load(to_yaml(self.config)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,9 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    return sorted(path for path in run.glob(f"checkpoints/{PREFIX}*") if (path / "manifest.json").is_file())
+    """Folders of complete checkpoints, oldest first. A copy that someone keeps beside them has another name."""
+    named = [path for path in run.glob(f"checkpoints/{PREFIX}*") if re.fullmatch(PREFIX + r"\d{8,}", path.name)]
+    return sorted((path for path in named if (path / "manifest.json").is_file()), key=step_of)
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
@@ -65,7 +67,7 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | Non
     folders = checkpoints(run)
     damaged: list[Path] = []
     for folder in reversed(folders):
-        wrong = damage(folder)
+        wrong = damage(folder) or _misnamed(folder)
         if wrong is None:
             return folder, damaged
         say(f"{folder} is damaged ({wrong}); taking the one before")
@@ -76,6 +78,15 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | Non
             "--resume out"
         )
     return None, []
+
+
+def _misnamed(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that is whole but was made at another step, or None."""
+    try:
+        step = checkpoint.read_json(folder / "training" / "state.json").get("step")
+    except ValueError as error:
+        return str(error)
+    return None if step == step_of(folder) else f"it was made at step {step}"
 
 
 def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
@@ -92,11 +103,11 @@ def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tup
             newest, damaged = newest_checkpoint(run, say)
         except ValueError as error:
             wrong = error
-    found = -2.0 if wrong else -1.0 if newest is None else float(step_of(newest))
-    (step,) = total(accelerator, [found if accelerator.is_main_process else 0.0])
+    found = -2 if wrong else -1 if newest is None else step_of(newest)
+    (step,) = total(accelerator, [found if accelerator.is_main_process else 0])
     if step == -2:
         raise wrong or ValueError(f"no checkpoint in {run / 'checkpoints'} is intact")
-    return (None if step == -1 else folder_of(run, int(step))), damaged
+    return (None if step == -1 else folder_of(run, step)), damaged
 
 
 def standing(run: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import json
+import multiprocessing
 import os
 import pkgutil
 import resource
@@ -21,10 +22,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 from ldm.config import LDMConfig, load_config
 from ldm.training import environment, saving
 from ldm.training.files import damage
+from ldm.training.folder import open_folder
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
 from ldm.training.networks import Networks
 from ldm.training.optimisation import make_ema
@@ -331,6 +333,20 @@ def spoil(monkeypatch, steps, where="loss"):
     monkeypatch.setattr(Run, "batches", counted)
 
 
+def test_the_norm_that_is_logged_after_skipped_steps_outlives_a_kill(tmp_path, encoder_folder, monkeypatch):
+    runs = [tmp_path / "unbroken", tmp_path / "broken"]
+    for run in runs:
+        with monkeypatch.context() as patch:
+            spoil(patch, {3, 4})
+            run_ldm(settings(run, encoder_folder), "train.log_every=4")
+    shutil.rmtree(runs[1] / "checkpoints" / "step_00000004")
+    with monkeypatch.context() as patch:
+        spoil(patch, {1, 2})
+        run_ldm(settings(runs[1], encoder_folder), "train.log_every=4", resume=True)
+    one, two = ([entry["gradient_norm"] for entry in metrics(run) if "loss" in entry] for run in runs)
+    assert one == two and one[0] > 0
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_passed_over_and_named(where, tmp_path, encoder_folder, monkeypatch, capsys):
     arguments = [*settings(tmp_path / "run", encoder_folder), "train.checkpoint_every=1", "train.keep_checkpoints=9"]
@@ -417,6 +433,10 @@ ATTACKS = {
     "a manifest of another kind": lambda folder: (folder / "manifest.json").write_text('{"files": [1]}'),
     "a manifest cut short": lambda folder: os.truncate(folder / "manifest.json", 50),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "the files of another step": lambda folder: (
+        shutil.rmtree(folder),
+        shutil.copytree(folder.with_name("step_00000002"), folder),
+    ),
     "a folder that is a file": lambda folder: (shutil.rmtree(folder), folder.write_text("no")),
 }
 
@@ -492,7 +512,102 @@ os.kill(os.getpid(), 9)
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked, and their death is told by SIGCHLD")
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, encoder_folder, monkeypatch, capsys):
+    arguments = [*settings(tmp_path / "run", encoder_folder), "train.num_workers=1", "train.checkpoint_every=1"]
+    backward, called = Run.backward, 0
+
+    def killing(self, values):
+        nonlocal called
+        called += 1
+        if called == 3:
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            time.sleep(60)  # broken off as soon as torch hears of it
+        backward(self, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "backward", killing)
+        patch.setattr(sys, "argv", ["train_ldm.py", "--set", *arguments])
+        fresh_processes()
+        with pytest.raises(SystemExit) as caught:
+            train_ldm.main()
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: a process that loads images has died (DataLoader worker (pid")
+    assert last.endswith("lower train.num_workers and go on with --resume")
+    run_ldm([*arguments, "train.num_workers=0"], resume=True)
+    assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_an_old_folder_comes_back_if_a_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "old").write_text("old")
+    rename, called = Path.rename, 0
+
+    def interrupted(self, target):
+        nonlocal called
+        called += 1
+        if called == 2:
+            raise Stopped
+        return rename(self, target)
+
+    def replace():
+        with disk.new_folder(tmp_path / "best") as folder:
+            (folder / "new").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(Stopped):
+            replace()
+    assert called == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "old").read_text() == "old"
+
+
+def test_half_a_line_on_a_full_disk_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("x" * 95)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl") as caught:
+            disk.append_line(path, "0123456789")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert path.stat().st_size == 100  # the system has taken a part of it without a word
+
+
 # ---- which checkpoints stay, and what a run must be to go on
+
+
+def test_copies_that_someone_keeps_beside_the_checkpoints_are_left_alone(tmp_path, encoder_folder, finished):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints" / "step_00000004"
+    copies = [newest.with_name(name) for name in ("step_00000004 (copy)", "step_00000099.bak", "step_9")]
+    for copy in copies:
+        shutil.copytree(newest, copy)
+    run_ldm(settings(run, encoder_folder), "train.max_steps=6", "train.keep_checkpoints=1", resume=True)
+    assert [saving.step_of(folder) for folder in saving.checkpoints(run)] == [6]
+    assert all(damage(copy) is None for copy in copies)
+
+
+def test_a_run_is_not_cut_back_to_fewer_steps(tmp_path, encoder_folder, finished):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with pytest.raises(ValueError, match=r"step_00000004 is beyond train.max_steps 3; raise that to 4 or more"):
+        run_ldm(settings(run, encoder_folder), "train.max_steps=3", resume=True)
+
+
+def test_what_another_process_has_added_before_the_lock_was_free_is_not_undone(tmp_path, encoder_folder, finished):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = load_config(ROOT / "configs" / "digits.yaml", settings(run, encoder_folder), LDMConfig)
+    with pytest.raises(ValueError, match=r"another process has gone on with .* to .*step_00000004; start again"):
+        open_folder(run, config, 2, resume=True, damaged=[], say=print)
+    open_folder(run, config, 4, resume=True, damaged=[], say=print)()
 
 
 def test_which_checkpoints_are_kept(tmp_path, encoder_folder):

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm import Pipeline
 from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
-from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_signed
 from ldm.training.parts import load_first_stage
 from tests import tiny
 from tests.training.runs import (
@@ -164,6 +164,22 @@ def test_resuming_on_other_data_is_refused(edit, tmp_path, encoder_folder):
         run_ldm(arguments, resume=True)
     run_ldm(arguments, resume=True, accept=["data"])
     assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_what_is_held_out_is_data_too(tmp_path, encoder_folder):
+    folder = captioned_folder(tmp_path / "mine", 40)
+    arguments = [*settings(tmp_path / "run", encoder_folder), f"data.path={folder}", "data.held_out=0.2"]
+    arguments += ["data.resolution=16"]
+    run_ldm(arguments, "train.max_steps=2")
+    training, held_out = split(
+        inspect(open_source(config := DataConfig(path=str(folder), resolution=16)), config).used, 0.2
+    )
+    edited = held_out[0].id
+    assert edited not in {sample.id for sample in training}
+    Image.new("RGB", (16, 16), "blue").save(folder / edited)
+    with pytest.raises(ValueError, match=rf"\(data: {len(training)} images → .*, 1 changed \({edited}\)\)"):
+        run_ldm(arguments, resume=True)
+    run_ldm(arguments, resume=True, accept=["data"])
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
