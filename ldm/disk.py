@@ -80,7 +80,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     An old folder of this name is moved away first. Between the two renames nothing stands there, and a process
     that is killed in that moment leaves the old one under its temporary name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        sync(path.parent.parent)  # else a first checkpoint could be lost with the folder that it is in
     aside = partial(path)
     try:
         aside.mkdir()

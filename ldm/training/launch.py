@@ -38,6 +38,8 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
         help="with --resume, what may differ from the run that is continued, e.g. train.learning_rate data code",
     )
     arguments = parser.parse_args()
+    if arguments.accept and not arguments.resume:
+        parser.error("--accept says what may differ from a run that is continued; it needs --resume")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any script, terminals are not
     try:

@@ -254,7 +254,8 @@ class Run:
         self._minutes_are_up = met.save
         if met.is_finite:
             self._losses.append(met.loss)
-            self._gradient_norm = met.gradient_norm
+            if math.isfinite(met.gradient_norm):  # not where a loss scaler has found its limit
+                self._gradient_norm = met.gradient_norm
             self._skipped["in_a_row"] = 0
         else:
             self._skip(met, micro)
@@ -280,7 +281,8 @@ class Run:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row, whose samples are "
                 f"in {log}; {saving.standing(self.folder)}; leave these samples out, or go on from there with a lower "
-                "learning rate: --resume --set train.learning_rate=… --accept train.learning_rate"
+                "learning rate: --resume --set train.learning_rate=… --accept train.learning_rate (where its weights "
+                "are spoilt already, move it away first, and the one before is used)"
             )
 
     def advance(self) -> None:

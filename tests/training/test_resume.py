@@ -22,10 +22,8 @@ from tools.torture_resume import differences, evidence, temporaries
 
 # 32 of the 40 pictures are trained on, 12 a step: the batches of steps 3 and 6 cross from one epoch to the next.
 PICTURES, HELD_OUT, BATCH, STEPS = 40, 0.2, 12, 7
-CROSSING, WITHIN = (
-    5,
-    4,
-)  # before a batch that lies in two epochs, and one that does not; no log line is there
+# Breaks before a batch that lies in two epochs, and before one that does not; neither is a line of the log.
+CROSSING, WITHIN = 5, 4
 
 
 @dataclass(frozen=True)
