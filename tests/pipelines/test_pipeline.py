@@ -59,7 +59,10 @@ def test_a_seed_is_that_of_a_torch_generator(pipeline):
 def test_seeds_that_were_not_given_are_reported_and_repeat(pipeline):
     first = pipeline("a cat", num_images_per_prompt=2)
     assert first.seeds[1] == first.seeds[0] + 1
-    assert (pixels(pipeline("a cat", seed=first.seeds[1]).images[:1]) == pixels(first.images[1:])).all()
+    again, before = (
+        pixels(images).astype(int) for images in (pipeline("a cat", seed=first.seeds[1]).images, first.images[1:])
+    )
+    assert np.abs(again - before).max() <= 1  # alone and in a batch sums are rounded otherwise: a level of 256 at most
     assert pipeline("a cat").seeds != first.seeds[:1]
 
 
