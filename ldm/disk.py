@@ -7,13 +7,14 @@ killed process leaves behind is such a sibling, which `remove_partial` knows by 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PARTIAL = ".partial"
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 def sync(path: Path) -> None:
@@ -116,7 +117,9 @@ def remove_folder(path: Path) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Removes what a killed process has left in a folder that has no other writer."""
-    for path in folder.glob(f".*{PARTIAL}"):
+    for path in folder.glob(".*.partial"):
+        if not is_partial(path):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -136,9 +139,14 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _in_partial(path: Path) -> bool:
     """Whether a folder above is still under its temporary name: it will be synced as a whole."""
-    return any(folder.name.endswith(PARTIAL) for folder in path.parents)
+    return any(is_partial(folder) for folder in path.parents)
 
 
 def partial(path: Path) -> Path:
     """A sibling of `path` that does not exist, to be written in its place."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a name is one that `partial` gives; a user's own `thesis.partial` is not."""
+    return _PARTIAL.fullmatch(path.name) is not None

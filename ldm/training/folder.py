@@ -85,7 +85,7 @@ def check_new(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; choose another output_dir")
     # A process that is killed as it opens the folder leaves less than a config.
-    begun = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.endswith(disk.PARTIAL)]
+    begun = [path for path in folder.iterdir() if path.name != ".lock" and not disk.is_partial(path)]
     if begun and not (folder / "config.yaml").is_file():
         raise ValueError(f"output_dir {folder} holds files that are no run of ldm; choose another output_dir")
 

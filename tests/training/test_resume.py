@@ -165,7 +165,11 @@ def test_what_a_kill_left_half_written_is_cleared_away(train, tmp_path):
     case = Case("pixel", 1, 0, False, 1, CROSSING)
     train(case, tmp_path / "one")
     two = broken_off(tmp_path / "one", tmp_path / "two", CROSSING)
-    for name in ("checkpoints/.step_00000007.1.partial", "checkpoints/.step_00000006.2.partial", ".pipeline.3.partial"):
+    for name in (
+        "checkpoints/.step_00000007.11111111.partial",
+        "checkpoints/.step_00000006.22222222.partial",
+        ".pipeline.33333333.partial",
+    ):
         shutil.copytree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:08d}" / "training", two / name / "training")
     train(case, two, resume=True)
     assert differences(evidence(tmp_path / "one"), evidence(two)) == []

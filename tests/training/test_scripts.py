@@ -182,13 +182,14 @@ def test_what_is_held_out_is_data_too(tmp_path, encoder_folder):
     run_ldm(arguments, resume=True, accept=["data"])
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path, encoder_folder):
+@pytest.mark.parametrize("name", ["thesis.txt", "thesis.partial"])
+def test_a_folder_that_is_no_run_is_left_alone(name, tmp_path, encoder_folder):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    (tmp_path / "run" / name).write_text("years of work")
     with pytest.raises(ValueError, match="holds files that are no run of ldm"):
         run_ldm(settings(tmp_path / "run", encoder_folder))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "run" / name).read_text() == "years of work"
 
 
 def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
