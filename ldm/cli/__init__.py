@@ -1,0 +1,52 @@
+"""The `ldm` command, a module a command. Parses its arguments before it imports anything heavy."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+import ldm
+from ldm.cli import data
+from ldm.cli.generate import generate
+from ldm.cli.nll import nll
+from ldm.cli.train import train
+
+app = typer.Typer(
+    help="Turn captioned images into a text-to-image model, and text into images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(train)
+app.command()(nll)
+app.add_typer(data.app, name="data")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(ldm.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # captions may be in any script, terminals are not
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

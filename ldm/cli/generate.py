@@ -1,0 +1,125 @@
+"""`ldm generate`: a prompt to PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import ldm
+
+if TYPE_CHECKING:
+    from ldm.pipelines import PipelineOutput
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A pipeline folder, or a hub id.")],
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA file, folder or hub id on top, NAME or NAME:WEIGHT; repeatable.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("image.png"),
+    count: Annotated[
+        int,
+        typer.Option(
+            "-n", help="How many pictures: -o becomes a sheet of them, beside one file a picture named by its seed."
+        ),
+    ] = 1,
+    seed: Annotated[int | None, typer.Option(help="Picture i has seed + i; a fresh one by default.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, ddpm, dpm++2m, …; a wrong name lists them all. The model's default otherwise."),
+    ] = None,
+    eta: Annotated[float, typer.Option(help="0 is deterministic DDIM, 1 has the variance of DDPM.")] = 0.0,
+    guidance_rescale: Annotated[float, typer.Option(help="0 to 1, against the glare of large guidance scales.")] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Guide only between two noise levels sigma/alpha, the lower first.", metavar="LOW HIGH"),
+    ] = None,
+    dynamic_threshold: Annotated[
+        float | None, typer.Option(help="Models of pixels: the share of pixels that sets their range; 0.995 is usual.")
+    ] = None,
+    progress_strip: Annotated[
+        Path | None, typer.Option(help="Also write a PNG with what the model saw in the noise at eight of the steps.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+) -> None:
+    """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; pictures are written as PNG, so let it end in .png")
+    if progress_strip is not None and (progress_strip.suffix.lower() != ".png" or progress_strip == output):
+        raise ValueError(f"--progress-strip is {progress_strip}; it must end in .png, and be another file than -o")
+    if count < 1:
+        raise ValueError(f"-n is {count}; it must be at least 1")
+    from ldm.pipelines import Pipeline, ProgressStrip, save_png
+
+    pipeline = Pipeline.from_pretrained(model, device=device)
+    for number, entry in enumerate(lora or []):
+        source, weight = _weighted(entry)
+        pipeline.load_lora(source, name=f"lora{number}", weight=weight)
+    drawn: dict[str, Any] = {
+        "sampler": pipeline.sampler if sampler is None else sampler,
+        "eta": eta,
+        "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
+        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": guidance_interval,
+        "dynamic_threshold": dynamic_threshold,
+    }
+    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
+    result = pipeline(
+        prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_images_per_prompt=count,
+        seed=seed,
+        on_step=strip,
+        **drawn,
+    )
+    settings = drawn | {
+        "model": model,
+        "lora": lora or [],
+        "height": result.images[0].height,
+        "width": result.images[0].width,
+        "ldm": ldm.__version__,
+    }
+    text = {"prompt": prompt, "negative_prompt": negative_prompt or "", "settings": settings}
+    if progress_strip is not None and strip is not None:
+        sheet = strip.sheet([f"seed {its_seed}" for its_seed in result.seeds])
+        save_png(sheet, progress_strip, text | {"seed": result.seeds, "timesteps": strip.timesteps})
+        print(progress_strip)
+    _save_pictures(result, output, text)
+
+
+def _save_pictures(result: PipelineOutput, output: Path, text: dict[str, Any]) -> None:
+    """One picture is `output`; several are files named by their seeds, and `output` a sheet of them."""
+    from ldm.pipelines import contact_sheet, save_png
+
+    if len(result.images) == 1:
+        save_png(result.images[0], output, text | {"seed": result.seeds[0]})
+        print(output)
+        return
+    for image, its_seed in zip(result.images, result.seeds, strict=True):
+        path = output.with_name(f"{output.stem}-{its_seed}{output.suffix}")
+        save_png(image, path, text | {"seed": its_seed})
+        print(path)
+    rows = [result.images[start : start + 8] for start in range(0, len(result.images), 8)]
+    sheet = contact_sheet(rows, size=max(result.images[0].width, 96))
+    save_png(sheet, output, text | {"seed": result.seeds})
+    print(output)
+
+
+def _weighted(entry: str) -> tuple[str, float]:
+    """ "style.safetensors:0.7" → the name and the weight, 1 where there is none."""
+    name, colon, weight = entry.rpartition(":")
+    try:
+        return (name, float(weight)) if colon and name else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0

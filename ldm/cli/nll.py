@@ -1,0 +1,120 @@
+"""`ldm nll`: the likelihood of images under a model of pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ldm.evaluation.likelihood import Likelihood
+
+
+def nll(
+    model: Annotated[str, typer.Argument(help="A pipeline folder of a model of pixels, or a hub id.")],
+    path: Annotated[str, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set.")],
+    split: Annotated[str, typer.Option(help="held-out (what training never saw) or all.")] = "held-out",
+    held_out: Annotated[float, typer.Option(help="The share that training held out: data.held_out.")] = 0.1,
+    samples: Annotated[int | None, typer.Option(help="So many of the images, drawn by --seed; all by default.")] = None,
+    steps_per_image: Annotated[
+        int | None, typer.Option(help="Estimate from so many timesteps an image, an even number; all by default.")
+    ] = None,
+    variance: Annotated[
+        str, typer.Option(help="small or large; a model with learned variances has its own.")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Of the noise, and of images and timesteps that are drawn.")] = 0,
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+) -> None:
+    """Say how well a model of pixels knows images: the variational bound, in bits per dimension."""
+    if split not in ("held-out", "all"):
+        raise ValueError(f"--split is {split}; it is held-out or all")
+    if variance not in ("small", "large"):
+        raise ValueError(f"--variance is {variance}; it is small or large")
+    if output is not None and output.suffix.lower() not in (".svg", ".png"):
+        raise ValueError(f"--output is {output}; the plot is written as SVG or PNG, so let it end in .svg or .png")
+    from tqdm import tqdm
+
+    from ldm.data import CaptionedImages, DataConfig, inspect, open_source
+    from ldm.data import split as split_of
+    from ldm.evaluation.likelihood import likelihood
+    from ldm.pipelines import Pipeline
+
+    pipeline = Pipeline.from_pretrained(model, device=device)
+    config = DataConfig(
+        path=path,
+        resolution=pipeline.default_size[0],
+        held_out=held_out,
+        image_column=image_column,
+        caption_column=caption_column,
+    )
+    used = inspect(open_source(config), config, progress=True).used
+    if split == "held-out":
+        _, used = split_of(used, held_out)
+    if not used:
+        raise ValueError(f"nothing of {path} is held out at a share of {held_out}; take --split all")
+    images = CaptionedImages(used, config, seed)
+    count = len(images) if samples is None else samples
+    steps = pipeline.schedule.num_train_timesteps if steps_per_image is None else steps_per_image + 1
+    with tqdm(total=count * steps, unit="evaluation", delay=2, leave=False) as bar:
+        found = likelihood(
+            pipeline,
+            images,
+            samples=samples,
+            steps_per_image=steps_per_image,
+            variance="small" if variance == "small" else "large",
+            seed=seed,
+            progress=bar.update,
+        )
+    if output is not None:
+        from ldm.training.report.curves import Line
+        from ldm.training.report.plots import save_plot
+
+        points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in found.curve]
+        save_plot(output, Line("L_t, bits per dimension", points), axis="timestep t (0 is L_0)")
+    learned = pipeline.unet.config.learned_variance
+    shape = pipeline.codec.latent_shape(*pipeline.default_size)
+    asked = {"model": model, "data": path, "split": split, "seed": seed, "shape": list(shape)}
+    asked |= {"timesteps_per_image": steps, "variance": "learned" if learned else variance}
+    _say_likelihood(found, asked, as_json=as_json)
+    if output is not None and not as_json:
+        print(output)
+
+
+def _say_likelihood(found: Likelihood, asked: dict[str, Any], *, as_json: bool) -> None:
+    """The bound and its parts, as text or JSON."""
+    figures = {
+        "L_T": found.prior,
+        "sum_of_L_t": found.terms,
+        "L_0": found.decoder,
+        "bits_per_dimension": found.total,
+        "interval_95": found.interval,
+        "timesteps_interval_95": found.timesteps_interval,
+    }
+    if as_json:
+        import json
+        import math
+
+        content: dict[str, Any] = asked | {"images": len(found.ids), "evaluations": found.evaluations}
+        content |= {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        content["curve"] = [[stratum.first, stratum.last, stratum.bits] for stratum in found.curve]
+        print(json.dumps(content, indent=2, allow_nan=False))
+        return
+    channels, height, width = asked["shape"]
+    print(
+        f"{asked['data']}, {asked['split']}: {len(found.ids)} images of {channels}x{height}x{width} values, "
+        f"{asked['timesteps_per_image']} timesteps each, {found.evaluations} evaluations of the network, "
+        f"{asked['variance']} variance; bits per dimension:"
+    )
+    print(f"  L_T          {found.prior:8.4f}   what the last state still tells of an image")
+    print(f"  sum of L_t   {found.terms:8.4f}   t > 0")
+    print(f"  L_0          {found.decoder:8.4f}   the decoder")
+    interval = f" ± {found.interval:.4f}, 95 % over images" if len(found.ids) > 1 else ""
+    drawn = f" (± {found.timesteps_interval:.4f} of it by drawing timesteps)" if found.timesteps_interval else ""
+    print(f"  total        {found.total:8.4f}{interval}{drawn}")

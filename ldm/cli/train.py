@@ -1,0 +1,61 @@
+"""`ldm train`: a folder of captioned images to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    path: Annotated[
+        str | None, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set on the hub.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The run folder; runs/NAME by default.")] = None,
+    minutes: Annotated[float, typer.Option(help="About how long training may take.")] = 30,
+    resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; chosen by default.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="A model to go on from: a pipeline folder or hub id; else a new one.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="With --start-from: full, attention or lora.")] = None,
+    encoder: Annotated[str, typer.Option(help="The text encoder of a new model.")] = "minilm",
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for the config, over what is chosen; repeatable.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Choose, say why, print the config, and stop.")] = False,
+    resume: Annotated[str | None, typer.Option(help="A run folder to go on with, instead of a new run.")] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="With --resume, a key that may differ from what it was; repeatable.")
+    ] = None,
+) -> None:
+    """Train a model on captioned images: look at them, choose everything, say why, and start."""
+    from ldm.training.newcomer import resume_run, train_folder
+
+    if resume is not None:
+        if path is not None:
+            raise ValueError(f"--resume {resume} goes on with the data of that run; leave {path} out")
+        raise typer.Exit(resume_run(Path(resume), accept or []))
+    if path is None:
+        raise ValueError("there is nothing to train on; name a folder of captioned images")
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"--minutes is {minutes}; it must be more than 0")
+    if method is not None and (start_from is None or method not in ("full", "attention", "lora")):
+        raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
+    from ldm.training.choose import Wishes
+
+    where = Path(path).expanduser().resolve()
+    name = where.name if where.is_dir() else where.stem if where.exists() else path.replace("/", "-")
+    wishes = Wishes(
+        output_dir=output or f"runs/{name}",
+        minutes=minutes,
+        resolution=resolution,
+        start_from=start_from,
+        method=method,
+        encoder=encoder,
+    )
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
+    raise typer.Exit(train_folder(data, wishes, settings or [], plan))

