@@ -27,14 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from ldm import checkpoint
 from ldm.config import TrainConfig
 from ldm.data import generator, to_signed
 from ldm.data.digits import DIGIT_WORDS
 from ldm.diffusion import LossConfig, PredictionType
-from ldm.evaluation.features import DigitFeatures, Features, pixel_features
+from ldm.evaluation.efficientnet import DIMENSIONS, EfficientNetLite0
+from ldm.evaluation.features import PIXEL_DIMENSIONS, DigitFeatures, Features, pixel_features, random_directions
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models import UNetConfig
 from ldm.pipelines.images import contact_sheet, save_png, to_pil
@@ -55,6 +58,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = (5, 10, 20, 50, 100, 1000)  # the last is T
 INVERSION_STEPS = (5, 10, 20, 50, 100, 200, 1000)
 FLOOR_DRAWS = 10
+SEEN_AT = 64  # pixels a side for EfficientNet, whose maps are halved five times
 INVERTED = 64  # held-out images, at most
 SHEET_STEPS, SHEET_VARIANTS, SHEET_WIDTH = (5, 20, 100, 1000), ("0", "1", "sigma_hat"), 14
 # The rows of DDPM, Table 2. Its L is the bound with σ² = β̃.
@@ -73,6 +77,7 @@ class Domain:
 
     Attributes:
         long_variants: the columns that are measured at S = T too.
+        grids: that Table 1 is measured on.
         features: what the Fréchet distance is measured on, from the data; the first is the one that is discussed.
     """
 
@@ -81,6 +86,7 @@ class Domain:
     recipe: Recipe
     samples: int
     long_variants: tuple[str, ...]
+    grids: tuple[Grid, ...]
     features: Callable[[Data], dict[str, Features]]
 
 
@@ -93,6 +99,19 @@ def digit_of(caption: str) -> int:
 def _digit_features(data: Data) -> dict[str, Features]:
     digits = [digit_of(captions[0]) for captions in data.captions[: data.training]]
     return {"digit": DigitFeatures.fit(data.images[: data.training], digits), "pixel": pixel_features}
+
+
+def _seen_features(data: Data) -> dict[str, Features]:
+    """Colours and edges, and what a network trained on photographs sees, in as many random directions."""
+    network = EfficientNetLite0()
+    directions = random_directions(DIMENSIONS, PIXEL_DIMENSIONS)
+
+    @torch.inference_mode()
+    def seen(images: Tensor) -> Tensor:
+        enlarged = F.interpolate(images.float(), size=SEEN_AT, mode="bicubic", align_corners=False).clamp(-1, 1)
+        return torch.cat([network(batch) for batch in enlarged.split(PIECE)]).double() @ directions
+
+    return {"pixel": pixel_features, "efficientnet": seen}
 
 
 DIGITS = Domain(
@@ -114,6 +133,7 @@ DIGITS = Domain(
     ),
     samples=256,
     long_variants=tuple(VARIANTS),
+    grids=GRIDS,
     features=_digit_features,
 )
 OPENMOJI = Domain(
@@ -121,21 +141,23 @@ OPENMOJI = Domain(
     read=lambda: read_data("openmoji", 32, grey=False, max_length=16),
     recipe=Recipe(
         unet=UNetConfig(
-            block_out_channels=(32, 64, 96),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             attention_head_dim=4,
-            norm_num_groups=16,
+            norm_num_groups=8,
         ),
         train=TrainConfig(
-            max_steps=10_000, batch_size=32, learning_rate=4e-4, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999
+            max_steps=5_000, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998
         ),
+        patch=2,
         save_every=250,
     ),
     samples=512,
     long_variants=("0", "1", "sigma_hat"),
-    features=lambda data: {"pixel": pixel_features},
+    grids=("leading",),
+    features=_seen_features,
 )
 DOMAINS = {domain.name: domain for domain in (DIGITS, OPENMOJI)}
 
@@ -206,7 +228,7 @@ class Study:
     def row(self, results: dict[str, Any], steps: int) -> Iterator[None]:
         """A row of Table 1 on both grids, seed after seed."""
         model, columns = self.model(MAIN), VARIANTS if steps < STEPS[-1] else self.domain.long_variants
-        tables = results.setdefault("table_1", {grid: {} for grid in GRIDS})
+        tables = results.setdefault("table_1", {grid: {} for grid in self.domain.grids})
         for table in tables.values():
             table[str(steps)] = {variant: [] for variant in columns}
         for seed in range(self.seeds):
@@ -280,7 +302,7 @@ def joined(old: dict[str, Any], about: dict[str, Any], fresh: dict[str, Any]) ->
 
 def evaluations(domain: Domain, samples: int, seeds: int) -> int:
     """How often the network looks at one picture in the tables of the main model."""
-    short = len(GRIDS) * len(VARIANTS) * sum(STEPS[:-1])
+    short = len(domain.grids) * len(VARIANTS) * sum(STEPS[:-1])
     drawn = samples * seeds * (short + len(domain.long_variants) * STEPS[-1])
     return drawn + INVERTED * 2 * sum(INVERSION_STEPS)
 
@@ -299,7 +321,7 @@ def estimate(domain: Domain, samples: int, seeds: int, device: torch.device) -> 
             float(unet(images, timesteps, condition).sum())  # waits until it is computed
         middle = time.perf_counter()
         unet(images, timesteps, condition).square().mean().backward()
-        float(unet.conv_in.weight.grad.sum())
+        float(unet.unet.conv_in.weight.grad.sum())
         times.append((middle - started, time.perf_counter() - middle))
     forward, both = (min(column) / batch for column in zip(*times, strict=True))
     training = config.max_steps * config.batch_size * both / 3600

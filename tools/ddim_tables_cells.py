@@ -15,9 +15,8 @@ from ldm import checkpoint
 from ldm.data import generator, to_signed, to_uint8
 from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, as_noise, conditioned, ddim, ddim_inversion
 from ldm.diffusion.sampling import identity
-from ldm.models import UNet
 from ldm.pipelines.sampling import draw_noise
-from tools.small_models import SCHEDULE, Data
+from tools.small_models import SCHEDULE, Data, Patched
 
 PIECE = 64  # pictures that are drawn at once and kept as one file
 # The columns of DDIM, Table 1: η and the variance of the noise.
@@ -39,7 +38,7 @@ class Model:
     """A trained network with all that draws pictures with it."""
 
     data: Data
-    unet: UNet
+    unet: Patched
     prediction_type: PredictionType
     folder: Path
     device: torch.device

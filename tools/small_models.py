@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.codecs import PixelCodec
@@ -100,6 +101,8 @@ class Recipe:
     """How a model is made; its text width, channels and size follow from the data.
 
     Attributes:
+        patch: pixels a side that the network takes as one position with more channels, to be cheaper; a permutation of
+            the pixels, so that what is diffused stays the same.
         save_every: steps between two states on disk, from which an interrupted training goes on.
     """
 
@@ -108,19 +111,35 @@ class Recipe:
     prediction_type: PredictionType = "epsilon"
     loss: LossConfig = SIMPLE
     seed: int = 0
+    patch: int = 1
     save_every: int = 1000
 
 
-def make_unet(recipe: Recipe, data: Data) -> UNet:
+class Patched(nn.Module):
+    """A UNet that sees `patch` × `patch` pixels as one position."""
+
+    def __init__(self, unet: UNet, patch: int) -> None:
+        super().__init__()
+        self.unet, self.patch = unet, patch
+
+    def forward(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        folded = F.pixel_unshuffle(x, self.patch)  # [B, C patch², H / patch, W / patch]
+        return F.pixel_shuffle(self.unet(folded, timesteps, condition), self.patch)
+
+
+def make_unet(recipe: Recipe, data: Data) -> Patched:
     """A new network, a function of the recipe."""
     channels, _, size = data.images.shape[1:]
+    folded = channels * recipe.patch**2
     width = next(iter(data.states.values())).shape[-1]
     torch.manual_seed(recipe.seed)
-    sizes = {"in_channels": channels, "out_channels": channels, "sample_size": size, "cross_attention_dim": width}
-    return UNet(dataclasses.replace(recipe.unet, **sizes))
+    sizes = {"in_channels": folded, "out_channels": folded, "cross_attention_dim": width}
+    unet = UNet(dataclasses.replace(recipe.unet, sample_size=size // recipe.patch, **sizes))
+    return Patched(unet, recipe.patch)
 
 
-def trained_model(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> UNet:
+def trained_model(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> Patched:
     """The averaged weights of a training run, from `folder` or made now; the run goes on where it was interrupted.
 
     On the CPU it ends in the same bits as one that was not. Leaves `folder/unet` and `folder/training.json` (steps,
@@ -130,7 +149,7 @@ def trained_model(recipe: Recipe, data: Data, folder: Path, device: torch.device
         _train(recipe, data, folder, device)
     unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel")
     assert isinstance(unet, UNet)
-    return unet.to(device).requires_grad_(False)
+    return Patched(unet, recipe.patch).to(device).requires_grad_(False)
 
 
 def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> None:
@@ -184,8 +203,8 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
             checkpoint.save_tensors(state, _state(unet, ema, optimizer, step, time.perf_counter() - started))
             print(f"  {folder.name}: step {step}, loss {sum(losses[-100:]) / len(losses[-100:]):.4g}", flush=True)
     averaged = ema.module
-    assert isinstance(averaged, UNet)
-    checkpoint.save_model(folder / "unet", averaged)
+    assert isinstance(averaged, Patched)
+    checkpoint.save_model(folder / "unet", averaged.unet)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     record = {
         "parameters": parameters,
@@ -199,7 +218,7 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
 
 
 def _state(
-    unet: UNet, ema: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
+    unet: Patched, ema: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
 ) -> dict[str, Tensor]:
     parts = {"model": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(unet, optimizer)}
     tensors = {f"{part}.{name}": value for part, content in parts.items() for name, value in content.items()}

@@ -115,7 +115,7 @@ def rescale_guidance(phi: float) -> Rescale:
 def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided: Denoise, unguided: Denoise) -> Denoise:
     """`guided` where the noise level is in (low, high], `unguided` elsewhere, where `guided` is not called at all.
 
-    arXiv:2404.07724, Eq. 5: a weight of 1 outside the interval.
+    arXiv:2404.07724: a weight of 1 outside the interval.
 
     Args:
         interval: low and high as the paper has them, in σ/α: the noise level of x_t/α, so that an interval means

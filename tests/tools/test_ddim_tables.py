@@ -96,7 +96,7 @@ def test_prediction_and_loss_reach_the_training(data, tmp_path):
         "vlb": recipe(loss=LossConfig(weighting="vlb")),
     }
     weights = {
-        name: small_models.trained_model(plan, data, tmp_path / name, CPU).conv_out.weight
+        name: small_models.trained_model(plan, data, tmp_path / name, CPU).unet.conv_out.weight
         for name, plan in plans.items()
     }
     losses = {name: json.loads((tmp_path / name / "training.json").read_text())["loss"] for name in plans}
@@ -284,3 +284,16 @@ def test_numbers_are_shown_with_what_is_known_of_them():
     assert ddim_tables_page.shown([1.0, 3.0]) == "2.00 ± 12.7"
     assert ddim_tables_page.shown([0.0, 0.0]) == "0 ± 0"
     assert ddim_tables_page.shown([1.23e-6]) == "1.23e-06"
+
+
+def test_a_network_of_patches_learns_the_same_images(data, tmp_path):
+    plan = recipe(steps=2, patch=2)
+    unet = small_models.trained_model(plan, data, tmp_path, CPU)
+    assert unet.unet.config.in_channels == 4 and unet.unet.config.sample_size == 4
+    again = small_models.trained_model(plan, data, tmp_path, CPU)  # from the folder
+    x, condition = torch.randn(2, 1, 8, 8), data.condition([data.captions[0][0]] * 2)
+    assert torch.equal(unet(x, torch.tensor(5), condition), again(x, torch.tensor(5), condition))
+    # A network that gives back its input shows that pixels return to their places.
+    unet.unet = torch.nn.Module()
+    unet.unet.forward = lambda folded, timesteps, condition: folded
+    assert torch.equal(unet(x, torch.tensor(5), condition), x)
