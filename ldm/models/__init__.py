@@ -9,11 +9,13 @@ from ldm.models.autoencoder import (
     upgrade_state_dict,
 )
 from ldm.models.layers import enable_gradient_checkpointing
+from ldm.models.perceptual import PerceptualDistance
 from ldm.models.unet import UNet, UNetConfig
 
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
+    "PerceptualDistance",
     "UNet",
     "UNetConfig",
     "enable_gradient_checkpointing",
