@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class PatchDiscriminator(nn.Module):
         widths = [config.channels * min(2**level, 8) for level in range(config.levels)]
         self.conv_in = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
         self.downsamplers = nn.ModuleList(
-            nn.Conv2d(narrow, wide, 4, stride=2, padding=1) for narrow, wide in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(narrow, wide, 4, stride=2, padding=1) for narrow, wide in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(config.norm_num_groups, width) for width in widths[1:])
         self.conv_mid = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
@@ -80,10 +81,10 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Ten
     """
     real, fake = real.float(), fake.float()
     if kind == "hinge":  # Geometric GAN (arXiv:1705.02894)
-        sides = F.relu(1 - real), F.relu(1 + fake)
+        at_images, at_fakes = F.relu(1 - real), F.relu(1 + fake)
     else:  # GAN (arXiv:1406.2661): −log D(x) and −log(1 − D(x̂)), where D is the sigmoid of a logit
-        sides = F.softplus(-real), F.softplus(fake)
-    return 0.5 * (_mean(sides[0]) + _mean(sides[1]))
+        at_images, at_fakes = F.softplus(-real), F.softplus(fake)
+    return 0.5 * (_mean(at_images) + _mean(at_fakes))
 
 
 def generator_loss(fake: Tensor, kind: AdversarialLoss) -> Tensor:
