@@ -10,12 +10,24 @@ from ldm.models.autoencoder import (
 )
 from ldm.models.layers import enable_gradient_checkpointing
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, VQModel, codebook_usage
+
+FirstStage = AutoencoderKL | VQModel
+"""Networks between images and latents. Both have `config`, `factor`, `channels`, `statistics`, `encode`, `draw`,
+`expectations`, `decode` and `fold_statistics`, so that nobody has to ask which one it is."""
 
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
+    "CodebookUsage",
+    "FirstStage",
+    "Quantized",
     "UNet",
     "UNetConfig",
+    "VQConfig",
+    "VQModel",
+    "VectorQuantizer",
+    "codebook_usage",
     "enable_gradient_checkpointing",
     "kl_divergence",
     "sample_posterior",
