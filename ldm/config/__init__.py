@@ -10,7 +10,9 @@ from ldm.config.schema import (
     SampleConfig,
     TextConfig,
     TrainConfig,
+    check_autoencoder,
     check_objective,
+    section_of,
 )
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "SampleConfig",
     "TextConfig",
     "TrainConfig",
+    "check_autoencoder",
     "check_objective",
     "load_config",
     "parse_config",
+    "section_of",
     "to_yaml",
     "with_overrides",
 ]

@@ -8,7 +8,9 @@ from ldm.models.autoencoder import (
     sample_posterior,
     upgrade_state_dict,
 )
+from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.models.layers import enable_gradient_checkpointing
+from ldm.models.perceptual import PerceptualDistance
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, VQModel, codebook_usage
 
@@ -20,7 +22,10 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
     "CodebookUsage",
+    "DiscriminatorConfig",
     "FirstStage",
+    "PatchDiscriminator",
+    "PerceptualDistance",
     "Quantized",
     "UNet",
     "UNetConfig",
@@ -28,7 +33,9 @@ __all__ = [
     "VQModel",
     "VectorQuantizer",
     "codebook_usage",
+    "discriminator_loss",
     "enable_gradient_checkpointing",
+    "generator_loss",
     "kl_divergence",
     "sample_posterior",
     "set_attention_backend",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ class AutoencoderConfig(CoderConfig):
     shift_factor: float | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+
+    def without_statistics(self) -> AutoencoderConfig:
+        """The same network, whose latents are used as they are."""
+        return dataclasses.replace(self, scaling_factor=1.0, shift_factor=None)
 
 
 class CoderBlock(CheckpointedBlock):

@@ -62,6 +62,10 @@ class VQConfig(CoderConfig):
         own = {"latents_mean", "latents_std"}
         return {key: value for key, value in super().to_dict().items() if key not in own or value is not None}
 
+    def without_statistics(self) -> VQConfig:
+        """The same network, whose latents are used as they are."""
+        return dataclasses.replace(self, scaling_factor=1.0, latents_mean=None, latents_std=None)
+
     @property
     def channels(self) -> int:
         """C of codes and latents."""
