@@ -55,8 +55,9 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
     """
     autoencoder: FirstStage
     if config.start_from is None:
-        assert config.network is not None
-        autoencoder = VQModel(config.vq) if config.vq else AutoencoderKL(config.network)
+        described = config.network
+        assert described is not None
+        autoencoder = VQModel(described) if isinstance(described, VQConfig) else AutoencoderKL(described)
     else:
         autoencoder = load_first_stage(config.start_from).autoencoder
         _check_start(autoencoder.config, config)
