@@ -148,6 +148,16 @@ class LatentCodec(nn.Module):
         self.channels = autoencoder.channels
         self.factor = autoencoder.factor
 
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel of the latents that the autoencoder gives."""
+        return self.autoencoder.statistics[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of each channel of the latents that the autoencoder gives."""
+        return self.autoencoder.statistics[1]
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.channels, *_divided(height, width, self.factor))
 
@@ -158,8 +168,7 @@ class LatentCodec(nn.Module):
         return self.drawing()(moments, noise)
 
     def drawing(self) -> Draw:
-        mean, std = self.autoencoder.statistics
-        return partial(_drawn, draw=self.autoencoder.draw, mean=mean, std=std)
+        return partial(_drawn, draw=self.autoencoder.draw, mean=self.mean, std=self.std)
 
     def fingerprint(self) -> str | None:
         """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
@@ -174,8 +183,8 @@ class LatentCodec(nn.Module):
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
-        mean, std = (_by_channel(values, latents) for values in self.autoencoder.statistics)
-        return self.autoencoder.decode((latents * std + mean).to(latents.dtype))
+        scaled = latents * _by_channel(self.std, latents) + _by_channel(self.mean, latents)
+        return self.autoencoder.decode(scaled.to(latents.dtype))
 
     def project(self, original: Tensor) -> Tensor:
         return original
