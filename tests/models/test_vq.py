@@ -150,7 +150,9 @@ def test_codes_and_encoder_each_learn_from_their_own_loss() -> None:
     assert not to_latents[1].any()
     to_latents, to_codes = gradients(found.codebook.sum())
     assert to_latents is None
-    expected = torch.zeros(6, 2).index_add(0, found.indices.flatten(), (2 * (codes - latents) / 18).movedim(1, -1).flatten(0, 2))
+    expected = torch.zeros(6, 2).index_add(
+        0, found.indices.flatten(), (2 * (codes - latents) / 18).movedim(1, -1).flatten(0, 2)
+    )
     torch.testing.assert_close(to_codes, expected)
 
 
@@ -176,7 +178,7 @@ def test_statistics_are_kept_beside_the_network_and_change_nothing_in_it() -> No
     assert VQConfig.from_dict(written) == model.config
     assert model.config.without_statistics() == tiny_vq(scaling_factor=1.0).config
     for mean, std in ((torch.zeros(2), torch.ones(2)), (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))):
-        with pytest.raises(ValueError, match="one number a channel|above zero"):
+        with pytest.raises(ValueError, match=r"one number a channel|above zero"):
             model.fold_statistics(mean, std)
 
 
