@@ -345,7 +345,8 @@ def _task_of(config: AutoencoderTrainingConfig) -> str:
     start = f", from {config.start_from}" if config.start_from else ""
     if config.trained == "decoder":
         return f"the decoder of a first stage{start}; its latents stay as they are"
-    return f"a first stage: images to latents and back{start}"
+    codes = f", by way of {config.vq.num_vq_embeddings} codes" if config.vq else ""
+    return f"a first stage: images to latents and back{codes}{start}"
 
 
 def _pixels(batch: Batch, device: torch.device) -> Tensor:
