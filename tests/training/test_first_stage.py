@@ -291,7 +291,7 @@ def test_a_checkpoint_has_both_networks_and_an_average_of_the_autoencoder_alone(
     assert ema.keys() == model.keys()
     assert {"conv_in.weight", "norm_mid.weight", "conv_out.bias"} <= judge.keys()
     assert moments.keys() == {f"{kind}.{name}" for name in judge for kind in ("exp_avg", "exp_avg_sq", "step")}
-    # What was planned: the discriminator is most of it.
+    # What was planned: the discriminator is most of what is written.
     count = sum(value.numel() for value in judge.values())
     assert f"a discriminator of {count / 1e6:.3g} M beside it" in capsys.readouterr().out
     plan = json.loads((run / "plan.json").read_text())
@@ -299,6 +299,25 @@ def test_a_checkpoint_has_both_networks_and_an_average_of_the_autoencoder_alone(
     assert written > 12 * count
     assert plan["disk_bytes"] == pytest.approx(written, rel=0.1)
     assert plan["fixed_bytes"] > 16 * count
+
+
+def test_until_it_is_heeded_a_discriminator_changes_nothing_of_the_autoencoder(tmp_path, train):
+    """Not its clipping either: each gradient is clipped to the norm of its own network."""
+    clipped = ["train.max_grad_norm=0.01", "train.max_steps=2", "train.learning_rate=0.01", "train.warmup_steps=1"]
+    for name, weight in (("with", 0.5), ("without", 0)):
+        train(tmp_path / name, *ADVERSARIAL, *clipped, f"loss.adversarial_weight={weight}")
+    lines = [[line for line in metrics(tmp_path / name) if "loss" in line] for name in ("with", "without")]
+    assert [line["gradient_norm"] for line in lines[0]] == pytest.approx([line["gradient_norm"] for line in lines[1]])
+    assert lines[0][1]["gradient_norm_discriminator"] > 0.1
+    moments = "checkpoints/step_00000002/training/optimizer.safetensors"
+    one, two = (checkpoint.load_tensors(tmp_path / name / moments) for name in ("with", "without"))
+    for name in one:
+        if name.startswith("exp_avg."):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-8)
+    judged = checkpoint.load_tensors((tmp_path / "with" / moments).with_name("discriminator_optimizer.safetensors"))
+    # AdamW's first average is (1 - beta1) times the gradient.
+    norm = torch.cat([v.flatten() for n, v in judged.items() if n.startswith("exp_avg.")]).norm()
+    assert float(norm) == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
 def test_a_loss_of_the_discriminator_that_is_not_finite_skips_both(tmp_path, monkeypatch, capsys, train):
