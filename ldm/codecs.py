@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.models import AutoencoderKL, sample_posterior
+from ldm.models import FirstStage
 
 Draw = Callable[[Tensor, Tensor | None], Tensor]
 
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
 _NOT_OF_MOMENTS = frozenset(
     {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "scaling_factor", "shift_factor",
-     "force_upcast"}
+     "force_upcast", "num_vq_embeddings", "latents_mean", "latents_std"}
 )  # fmt: skip
 
 
@@ -129,10 +129,11 @@ class PixelCodec(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1).
+    """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1), with a normal posterior or a codebook.
 
     The statistics of the latents stand in the autoencoder itself: folded into its `quant_conv` pair by our own
-    training, or as `scaling_factor` and `shift_factor` in the config of a foreign one.
+    training, or in its config: `scaling_factor` and `shift_factor` of a foreign one, `latents_mean` and `latents_std`
+    of one with a codebook, whose latents are diffused as the encoder gives them and quantised when they are decoded.
 
     Args:
         source: the folder that the autoencoder was read from, which is copied byte for byte when it is saved.
@@ -140,20 +141,22 @@ class LatentCodec(nn.Module):
 
     bounded = False
 
-    def __init__(self, autoencoder: AutoencoderKL, source: Path | None = None) -> None:
+    def __init__(self, autoencoder: FirstStage, source: Path | None = None) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.source = source
-        self.channels = autoencoder.config.latent_channels
+        self.channels = autoencoder.channels
         self.factor = autoencoder.factor
 
     @property
-    def mean(self) -> float:
-        return self.autoencoder.config.shift_factor or 0.0
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel of the latents that the autoencoder gives."""
+        return self.autoencoder.statistics[0]
 
     @property
-    def std(self) -> float:
-        return 1 / self.autoencoder.config.scaling_factor
+    def std(self) -> tuple[float, ...]:
+        """Of each channel of the latents that the autoencoder gives."""
+        return self.autoencoder.statistics[1]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.channels, *_divided(height, width, self.factor))
@@ -162,10 +165,10 @@ class LatentCodec(nn.Module):
         return self.autoencoder.encode(images)
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        return _drawn(moments, noise, mean=self.mean, std=self.std)
+        return self.drawing()(moments, noise)
 
     def drawing(self) -> Draw:
-        return partial(_drawn, mean=self.mean, std=self.std)
+        return partial(_drawn, draw=self.autoencoder.draw, mean=self.mean, std=self.std)
 
     def fingerprint(self) -> str | None:
         """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
@@ -180,11 +183,21 @@ class LatentCodec(nn.Module):
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents * self.std + self.mean)
+        scaled = latents * _by_channel(self.std, latents) + _by_channel(self.mean, latents)
+        return self.autoencoder.decode(scaled.to(latents.dtype))
 
     def project(self, original: Tensor) -> Tensor:
         return original
 
 
-def _drawn(moments: Tensor, noise: Tensor | None, *, mean: float, std: float) -> Tensor:
-    return (sample_posterior(moments, noise) - mean) / std
+def _drawn(
+    moments: Tensor, noise: Tensor | None, *, draw: Draw, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    latents = draw(moments, noise)
+    return ((latents - _by_channel(mean, latents)) / _by_channel(std, latents)).to(latents.dtype)
+
+
+def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
+    """[1, C, 1, 1] in float32 at least: statistics in half precision would shift the whole picture."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return torch.tensor(values, dtype=dtype, device=latents.device).view(1, -1, 1, 1)
