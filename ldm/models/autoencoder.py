@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.models.attention import ImageAttention
 from ldm.models.component_config import ComponentConfig, refuse
 from ldm.models.layers import CheckpointedBlock, Downsample, ResnetBlock, Upsample
+from ldm.models.tiling import decode_in_strips, encode_in_strips
 
 # Encoder and decoder of LDM; no config key of diffusers reaches it.
 NORM_EPS = 1e-6
@@ -202,10 +203,11 @@ class AutoencoderKL(nn.Module):
         """How many pixels of the image stand on one side of a latent position: H / h."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w]: mean, then log-variance (not clamped).
 
-        Raises `ValueError` if H or W is not divisible by `factor`.
+        With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
+        memory. Raises `ValueError` if H or W is not divisible by `factor`.
         """
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
@@ -213,14 +215,14 @@ class AutoencoderKL(nn.Module):
                 f"image of height {height} and width {width}: both must be divisible by {self.factor}, "
                 "by which the autoencoder reduces images"
             )
-        moments = self.encoder(images)
+        moments = self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped."""
+    def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped; `strips` as in `encode`."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What first-stage training needs, in one call: images and noise → reconstructions and moments.
