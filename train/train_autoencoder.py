@@ -11,6 +11,7 @@ from torch import nn
 from ldm.config import AutoencoderTrainingConfig
 from ldm.data import Batch, to_signed
 from ldm.training import first_stage, launch, parts
+from ldm.training.adversarial import Adversary
 from ldm.training.draws import keyed_draws
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
@@ -22,41 +23,59 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
     run = Run(config, export="autoencoder", resume=resume, accept=accept)
     images, held_out = parts.open_images(config.data, run)
 
+    # The autoencoder at step 0, what of it learns, and the moving average of that, which is what is shipped.
     autoencoder = first_stage.make_autoencoder(config).to(run.device)
     images.check_factor(autoencoder.factor)
     ema = make_ema(autoencoder, config.train.ema_decay)
-    model, optimizer = run.accelerator.prepare(autoencoder, make_optimizer(autoencoder, config.train))
-    networks = Networks(model=autoencoder, optimizer=optimizer, ema=ema)
+
+    # What it is judged by: a frozen network that sees, and one that learns to tell reconstructions from images.
+    perceptual = first_stage.make_perceptual(config, run.device)
+    discriminator = first_stage.make_discriminator(config, run.device)
+    optimizer = make_optimizer(autoencoder, config.train, discriminator)
+    model, prepared, optimizer = run.accelerator.prepare(autoencoder, discriminator, optimizer)
+    adversary = discriminator and Adversary(discriminator, prepared, config.loss)
+    networks = Networks(model=autoencoder, optimizer=optimizer, ema=ema, adversary=adversary)
     run.start(networks)
 
-    def export(folder: Path) -> None:
-        first_stage.export_autoencoder(folder, ema.module, images, run.device)
-
-    def losses_of(network: nn.Module, batch: Batch) -> Losses:
+    def losses_of(network: nn.Module, batch: Batch, judge: Adversary | None) -> Losses:
         shape = first_stage.latent_shape(autoencoder, batch.size)
         draws = keyed_draws(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
         pixels = to_signed(batch.images).to(run.device)
         reconstruction, moments = network(pixels, draws.posterior)
-        return Losses(first_stage.autoencoder_loss(pixels, reconstruction, moments, config.loss.kl_weight))
+        return first_stage.autoencoder_loss(
+            pixels,
+            reconstruction,
+            moments,
+            loss=config.loss,
+            perceptual=perceptual,
+            adversary=judge,
+            last_layer=autoencoder.decoder.conv_out.weight,
+        )
+
+    def export(folder: Path) -> None:
+        first_stage.export_autoencoder(folder, ema.module, images, config, run.device)
 
     def look() -> None:
         if held_out and run.due(config.train.validate_every):
-            run.measure(lambda: {"held_out_psnr": first_stage.held_out_psnr(ema.module, held_out, config, run.device)})
+            run.measure(lambda: first_stage.held_out_figures(ema.module, held_out, config, perceptual, run.device))
         if run.due(config.train.sample_every):
             run.save_sheet(lambda: first_stage.reconstruction_sheet(ema.module, held_out or images, run.device))
 
-    if run.step > 0:  # what a resumed run was stopped at
+    if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
         look()
-    first_stage.plan_run(config, images, held_out, model, networks, run, losses_of)
+    first_stage.plan_run(config, images, held_out, model, networks, run, perceptual, losses_of)
 
     for batch in run.batches(images):
-        with run.accelerator.accumulate(model):
-            run.backward(losses_of(model, batch))
-            moved = run.optimize(model, optimizer)
+        judge = adversary if run.step >= config.loss.adversarial_start else None
+        with run.accelerator.accumulate(*filter(None, (model, prepared))):
+            run.backward(losses_of(model, batch, judge))
+            moved = run.optimize(model, optimizer, discriminator)
 
         if run.accelerator.sync_gradients:  # a step, however many micro-batches it took
             if moved:
                 ema.update_parameters(autoencoder)
+            if judge:
+                judge.settle(run.accelerator, moved)
             run.advance()
             run.save_if_due(networks, export)
             look()

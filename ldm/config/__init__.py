@@ -10,6 +10,7 @@ from ldm.config.schema import (
     SampleConfig,
     TextConfig,
     TrainConfig,
+    check_autoencoder,
     check_objective,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "SampleConfig",
     "TextConfig",
     "TrainConfig",
+    "check_autoencoder",
     "check_objective",
     "load_config",
     "parse_config",

@@ -14,7 +14,9 @@ from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleCon
 from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import check_sampler
 from ldm.diffusion.schedule import check_start
-from ldm.models import AutoencoderConfig, UNetConfig
+from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig
+from ldm.models.discriminator import AdversarialLoss
+from ldm.models.perceptual import SMALLEST_SIDE
 
 
 def _positive(config: object, *keys: str) -> None:
@@ -324,14 +326,31 @@ class LDMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLossConfig:
-    """L1 reconstruction + `kl_weight` · KL(q(z|x) ‖ N(0, I)), each summed over an image and divided by its values."""
+    """What a first stage minimises: LDM (arXiv:2112.10752), Eq. 25.
+
+    Args:
+        reconstruction: "l1" or "l2": mean absolute or squared error of an image's values. Its weight is 1.
+        kl_weight: of KL(q(z|x) ‖ N(0, I)), summed over the latents of an image and divided by its number of values.
+        perceptual_weight: of the distance in the maps of EfficientNet-Lite0, which is about 1 between different images.
+        adversarial_weight: of what a patch discriminator says of the reconstructions, times the adaptive weight.
+        adversarial: "hinge" or "non_saturating".
+        adversarial_start: steps without it.
+        adaptive_weight_limit: what the ratio of gradients at the last layer of the decoder is bounded by.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    reconstruction: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-6
+    perceptual_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    adversarial: AdversarialLoss = "hinge"
+    adversarial_start: int = 0
+    adaptive_weight_limit: float = 1e4
 
     def __post_init__(self) -> None:
-        _not_negative(self, "kl_weight")
+        _not_negative(self, "kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start")
+        _positive(self, "adaptive_weight_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,26 +359,76 @@ class AutoencoderTrainingConfig:
 
     Args:
         autoencoder: keys of diffusers' AutoencoderKL.
+        start_from: folder or hub id of an autoencoder (or of a pipeline that holds one) that training goes on from;
+            `autoencoder` is then left out.
+        trained: with `start_from`, "all" of it or the "decoder" alone, which leaves the latents as they are.
+        discriminator: shape of the network that `loss.adversarial_weight` above 0 brings in.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     output_dir: str
     data: DataConfig
-    autoencoder: AutoencoderConfig
     train: TrainConfig
+    autoencoder: AutoencoderConfig | None = None
+    start_from: str | None = None
+    trained: Literal["all", "decoder"] = "all"
     seed: int = 0
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
         _check_output(self.output_dir, self.data)
-        for key in ("use_quant_conv", "use_post_quant_conv"):
-            if not getattr(self.autoencoder, key):
+        _outside(self.output_dir, "start_from", self.start_from)
+        if self.start_from is None:
+            if self.autoencoder is None:
                 raise ValueError(
-                    f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it"
+                    "autoencoder is missing; describe the network, or name one that training goes on from in start_from"
                 )
-        for key in ("in_channels", "out_channels"):
-            if getattr(self.autoencoder, key) != 3:
+            if self.trained == "decoder":
                 raise ValueError(
-                    f"autoencoder.{key} is {getattr(self.autoencoder, key)}; images are RGB, leave it at 3"
+                    "trained is decoder, but a new network has no encoder to leave as it is; name a model in start_from"
                 )
+        if self.autoencoder is not None:
+            check_autoencoder(self.autoencoder, self.trained)
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Refuses terms that never come to bear, or that these images are too small for."""
+        loss, side = self.loss, self.data.resolution
+        if loss.perceptual_weight > 0 and side < SMALLEST_SIDE:
+            raise ValueError(
+                f"data.resolution is {side}, and the perceptual distance needs {SMALLEST_SIDE} pixels a side; set "
+                "loss.perceptual_weight=0"
+            )
+        if loss.adversarial_weight == 0:
+            return
+        if loss.adversarial_start >= self.train.max_steps:
+            raise ValueError(
+                f"loss.adversarial_start is {loss.adversarial_start} and train.max_steps {self.train.max_steps}: the "
+                "discriminator would never start; start it earlier, or set loss.adversarial_weight=0"
+            )
+        if side < self.discriminator.smallest_side:
+            raise ValueError(
+                f"data.resolution is {side}, which discriminator.levels {self.discriminator.levels} would halve to "
+                "nothing; lower it"
+            )
+        if self.train.mixed_precision == "fp16":
+            raise ValueError(
+                "train.mixed_precision is fp16, whose range does not hold the gradients between autoencoder and "
+                "discriminator (loss.adversarial_weight); choose bf16 or no"
+            )
+
+
+def check_autoencoder(autoencoder: AutoencoderConfig, trained: Literal["all", "decoder"]) -> None:
+    """Refuses an autoencoder that `train/train_autoencoder.py` cannot train.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key in ("use_quant_conv", "use_post_quant_conv"):
+        if trained == "all" and not getattr(autoencoder, key):
+            raise ValueError(f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it")
+    for key in ("in_channels", "out_channels"):
+        if getattr(autoencoder, key) != 3:
+            raise ValueError(f"autoencoder.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3")

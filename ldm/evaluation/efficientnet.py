@@ -38,10 +38,14 @@ class EfficientNetLite0(nn.Module):
         """Stays in evaluation: statistics of its batch normalisation are those of ImageNet."""
         return super().train(False)
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] in [−1, 1], H and W from 32 → maps of 16, 24, 40, 112, 320 channels, at 1/2 … 1/32."""
+    def maps(self, images: Tensor, levels: int = len(CHANNELS)) -> list[Tensor]:
+        """Images [B, 3, H, W] in [−1, 1] → maps of 16, 24, 40, 112, 320 channels, at 1/2, 1/4 … 1/32 of H and W.
+
+        Args:
+            levels: how many of them, 1 to 5. H and W are at least 2^levels.
+        """
         x, maps = self._stem(images), []
-        for index, block in enumerate(self.network._blocks):
+        for index, block in enumerate(self.network._blocks[: _ENDS[levels - 1] + 1]):
             x = block(x)
             if index in _ENDS:
                 maps.append(x)

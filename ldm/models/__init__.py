@@ -8,15 +8,22 @@ from ldm.models.autoencoder import (
     sample_posterior,
     upgrade_state_dict,
 )
+from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.models.layers import enable_gradient_checkpointing
+from ldm.models.perceptual import PerceptualDistance
 from ldm.models.unet import UNet, UNetConfig
 
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
+    "DiscriminatorConfig",
+    "PatchDiscriminator",
+    "PerceptualDistance",
     "UNet",
     "UNetConfig",
+    "discriminator_loss",
     "enable_gradient_checkpointing",
+    "generator_loss",
     "kl_divergence",
     "sample_posterior",
     "set_attention_backend",

@@ -310,6 +310,7 @@ def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device:
         "train": {"max_steps": 1, "batch_size": batch, "learning_rate": 1e-3, "lr_schedule": "cosine"},
     }
     config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
+    assert config is not None
     seconds = autoencoder_seconds(AutoencoderKL(config).to(device), data["resolution"], batch, device)
     steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE / seconds)
     content["train"] |= {"max_steps": max(FEWEST_STEPS, _round(min(steps, 10_000))), "ema_decay": 0.995}

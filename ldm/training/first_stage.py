@@ -1,4 +1,4 @@
-"""What `train/train_autoencoder.py` is made of: loss, statistics of the latents, held-out reconstructions."""
+"""What `train/train_autoencoder.py` is made of: networks, loss, statistics of the latents, held-out reconstructions."""
 
 from __future__ import annotations
 
@@ -14,26 +14,83 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.codecs import LatentCodec
-from ldm.config import AutoencoderTrainingConfig
+from ldm.config import AutoencoderLossConfig, AutoencoderTrainingConfig, check_autoencoder
 from ldm.data import Batch, CaptionedImages, to_signed
-from ldm.models import AutoencoderKL, enable_gradient_checkpointing, kl_divergence
+from ldm.evaluation.perceptual import perceptual_distance
+from ldm.models import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    PatchDiscriminator,
+    PerceptualDistance,
+    enable_gradient_checkpointing,
+    kl_divergence,
+)
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training import probe
+from ldm.training.adversarial import Adversary
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Run
+from ldm.training.space import load_first_stage
 
 IMAGES_AT_ONCE = 32
+# What follows from data and training, and may be otherwise in a model that training goes on from.
+_NOT_OF_SHAPE = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}
 
 
 def make_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
-    """The network of `config.autoencoder`; its latents will need no scaling factor (see `export_autoencoder`)."""
-    autoencoder = AutoencoderKL(
-        dataclasses.replace(config.autoencoder, scaling_factor=1.0, sample_size=config.data.resolution)
-    )
+    """The network of the config, with the parameters marked that learn.
+
+    If all of it learns its latents will need no scaling factor (see `export_autoencoder`). If the decoder alone does,
+    encoder and `quant_conv` stay, and with them the config: what stands on the latents goes on to work.
+
+    Raises:
+        ValueError: if `start_from` cannot be opened, or is no autoencoder that can be trained so.
+    """
+    if config.start_from is None:
+        assert config.autoencoder is not None
+        autoencoder = AutoencoderKL(config.autoencoder)
+    else:
+        autoencoder = load_first_stage(config.start_from).autoencoder
+        _check_start(autoencoder.config, config)
+    if config.trained == "decoder":
+        autoencoder.requires_grad_(False)
+        autoencoder.decoder.requires_grad_(True)
+        if autoencoder.post_quant_conv is not None:
+            autoencoder.post_quant_conv.requires_grad_(True)
+    else:
+        autoencoder.requires_grad_(True)
+        autoencoder.config = dataclasses.replace(
+            autoencoder.config, scaling_factor=1.0, shift_factor=None, sample_size=config.data.resolution
+        )
     enable_gradient_checkpointing(autoencoder, config.train.gradient_checkpointing)
     return autoencoder
+
+
+def _check_start(found: AutoencoderConfig, config: AutoencoderTrainingConfig) -> None:
+    """Refuses an autoencoder of another shape than the config asks for, or that cannot be trained."""
+    asked = config.autoencoder or found
+    for key, value in asked.to_dict().items():
+        if key not in _NOT_OF_SHAPE and value != found.to_dict()[key]:
+            raise ValueError(
+                f"autoencoder.{key} is {value}, but {config.start_from} (start_from) has {found.to_dict()[key]}; leave "
+                "autoencoder out, or set it to null"
+            )
+    try:
+        check_autoencoder(found, config.trained)
+    except ValueError as error:
+        raise ValueError(f"{config.start_from} (start_from) cannot be trained: {error}") from None
+
+
+def make_discriminator(config: AutoencoderTrainingConfig, device: torch.device) -> PatchDiscriminator | None:
+    """A new discriminator, if what it says has a weight."""
+    return PatchDiscriminator(config.discriminator).to(device) if config.loss.adversarial_weight > 0 else None
+
+
+def make_perceptual(config: AutoencoderTrainingConfig, device: torch.device) -> PerceptualDistance | None:
+    """The perceptual distance, if it has a weight; ValueError if its network is not installed."""
+    return perceptual_distance(device) if config.loss.perceptual_weight > 0 else None
 
 
 def latent_shape(autoencoder: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -41,30 +98,73 @@ def latent_shape(autoencoder: AutoencoderKL, size: tuple[int, int]) -> tuple[int
     return LatentCodec(autoencoder).latent_shape(*size)
 
 
-def autoencoder_loss(images: Tensor, reconstruction: Tensor, moments: Tensor, kl_weight: float) -> Tensor:
-    """‖x − x̂‖₁ + λ KL(q(z|x) ‖ N(0, I)), each summed over an image and divided by its number of pixel values.
+def autoencoder_loss(
+    images: Tensor,
+    reconstruction: Tensor,
+    moments: Tensor,
+    *,
+    loss: AutoencoderLossConfig,
+    perceptual: PerceptualDistance | None,
+    adversary: Adversary | None,
+    last_layer: Tensor,
+) -> Losses:
+    """LDM (arXiv:2112.10752), Eq. 25: distance + regulariser, and with an adversary what it says of reconstructions.
 
-    LDM (arXiv:2112.10752), Eq. 25 without its perceptual and adversarial terms.
+    `values` hold distance and regulariser. The adversarial term is a move in a game and measures nothing, so that it is
+    not among them; it is in `figures`, as each term is before it is weighted, and in `objectives`.
 
     Args:
         images, reconstruction: [B, 3, H, W] in [−1, 1].
         moments: [B, 2C, h, w].
-
-    Returns:
-        [B], one a sample.
+        adversary: None while there is none, and before its start.
+        last_layer: weight of the last layer of the decoder.
     """
-    values = images[0].numel()
-    distance = (images - reconstruction).abs().flatten(1).mean(dim=1)  # [B]
-    return distance + kl_weight * kl_divergence(moments) / values
+    regularisation = kl_divergence(moments) / images[0].numel()  # [B]
+    seen = reconstruction if adversary is None else reconstruction.detach().requires_grad_()
+    terms = distances(images, seen, loss, perceptual)
+    distance = terms["loss_reconstruction"]
+    if perceptual is not None:
+        distance = distance + loss.perceptual_weight * terms["loss_perceptual"]
+    values = distance + loss.kl_weight * regularisation
+    figures = terms | {"loss_kl": regularisation}
+    if adversary is None:
+        return Losses(values, figures=figures)
+    opinion = adversary.judge(images, reconstruction, seen, distance, last_layer)
+    figures["loss_generator"], figures["loss_discriminator"] = opinion.generator, opinion.discriminator
+    figures["adversarial_weight"] = values.new_tensor(opinion.weight)
+    # The inner product has the gradient that was found at the reconstructions, and takes it into the autoencoder in one
+    # backward pass. The two objectives share no parameter: neither network sees the other's gradient.
+    generated = (reconstruction * opinion.gradient).sum() + loss.kl_weight * regularisation.mean()
+    return Losses(values, figures=figures, objectives=(generated, opinion.discriminator.mean()))
 
 
-def export_autoencoder(folder: Path, averaged: nn.Module, images: CaptionedImages, device: torch.device) -> None:
+def distances(
+    images: Tensor, reconstruction: Tensor, loss: AutoencoderLossConfig, perceptual: PerceptualDistance | None
+) -> dict[str, Tensor]:
+    """How far reconstructions are from images [B, 3, H, W], term by term: name → [B]."""
+    error = images - reconstruction
+    error = error.abs() if loss.reconstruction == "l1" else error.square()
+    terms = {"loss_reconstruction": error.flatten(1).mean(dim=1)}
+    return terms if perceptual is None else terms | {"loss_perceptual": perceptual(images, reconstruction)}
+
+
+def export_autoencoder(
+    folder: Path,
+    averaged: nn.Module,
+    images: CaptionedImages,
+    config: AutoencoderTrainingConfig,
+    device: torch.device,
+) -> None:
     """Writes the autoencoder with the statistics of its latents folded in: it needs no scaling factor.
 
     Mean and deviation a channel, over the posterior of every training image, in float64:
-    E[z] = E[μ], Var[z] = E[σ² + μ²] − E[μ]².
+    E[z] = E[μ], Var[z] = E[σ² + μ²] − E[μ]². Where the decoder alone was trained the latents are what they were, and
+    nothing is folded.
     """
     assert isinstance(averaged, AutoencoderKL)
+    if config.trained == "decoder":
+        checkpoint.save_model(folder, averaged)
+        return
     autoencoder = copy.deepcopy(averaged)
     channels = autoencoder.config.latent_channels
     first, second, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
@@ -81,16 +181,33 @@ def export_autoencoder(folder: Path, averaged: nn.Module, images: CaptionedImage
 
 
 @torch.no_grad()
-def held_out_psnr(
-    averaged: nn.Module, images: CaptionedImages, config: AutoencoderTrainingConfig, device: torch.device
-) -> float:
-    """Peak signal-to-noise ratio of reconstructions from the posterior's mean, in dB, a mean over images."""
+def held_out_figures(
+    averaged: nn.Module,
+    images: CaptionedImages,
+    config: AutoencoderTrainingConfig,
+    perceptual: PerceptualDistance | None,
+    device: torch.device,
+) -> dict[str, float]:
+    """What held-out images lose by going through the posterior's mean and back, means over images.
+
+    Returns:
+        `held_out_psnr` in dB; `held_out_perceptual` where that distance is trained with.
+    """
+    batches = _in_batches(images, device, config.train.validation_samples)
+    measured = [reconstruction_figures(averaged, batch, perceptual) for batch in batches]
+    return {f"held_out_{name}": float(torch.cat([m[name] for m in measured]).mean()) for name in measured[0]}
+
+
+@torch.no_grad()
+def reconstruction_figures(
+    averaged: nn.Module, images: Tensor, perceptual: PerceptualDistance | None
+) -> dict[str, Tensor]:
+    """Of reconstructions of images [B, 3, H, W]: `psnr` (peak signal-to-noise ratio, in dB) and `perceptual`, [B]."""
     assert isinstance(averaged, AutoencoderKL)
-    ratios = []
-    for batch in _in_batches(images, device, config.train.validation_samples):
-        error = (batch - averaged(batch)[0].clamp(-1, 1)).square().flatten(1).mean(dim=1)  # [B]
-        ratios.append(10 * torch.log10(4 / error.clamp(min=1e-12)))  # the range of images is 2
-    return float(torch.cat(ratios).mean())
+    reconstruction = averaged(images)[0].clamp(-1, 1)
+    error = (images - reconstruction).square().flatten(1).mean(dim=1)  # [B]
+    figures = {"psnr": 10 * torch.log10(4 / error.clamp(min=1e-12))}  # the range of images is 2
+    return figures if perceptual is None else figures | {"perceptual": perceptual(images, reconstruction)}
 
 
 @torch.no_grad()
@@ -113,13 +230,28 @@ def plan_run(
     model: nn.Module,
     networks: Networks,
     run: Run,
-    losses_of: Callable[[nn.Module, Batch], Losses],
+    perceptual: PerceptualDistance | None,
+    losses_of: Callable[[nn.Module, Batch, Adversary | None], Losses],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
-    step = probe.step_seconds(run, model, networks, images, losses_of)
+    step = _step_seconds(config, images, model, networks, run, losses_of)
     if run.is_main:
-        one = probe.evaluation_seconds(run, networks.ema.module, images, losses_of)
+
+        def measure(network: nn.Module, batch: Batch) -> None:
+            reconstruction_figures(network, _pixels(batch, run.device), perceptual)
+
+        def encode(network: nn.Module, batch: Batch) -> None:
+            assert isinstance(network, AutoencoderKL)
+            network.encode(_pixels(batch, run.device))
+
+        one = probe.evaluation_seconds(run, networks.ema.module, images, measure)
+        # The statistics of the latents are those of all images.
+        folded = len(images) if config.trained == "all" else 0
+        encoded = probe.evaluation_seconds(run, networks.ema.module, images, encode) * folded
         weights = 4 * sum(p.numel() for p in model.parameters())
+        # What learns and the average of the autoencoder, two moments of AdamW, and what is exported.
+        averaged = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        written = 12 * networks.trained_parameters + averaged + weights
         sheet = io.BytesIO()
 
         def draw() -> None:
@@ -129,10 +261,9 @@ def plan_run(
             step=step,
             validation=one * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
             sheet=probe.seconds_of(draw),
-            # The statistics of the latents are those of all images; encoding is less than half of the work.
-            checkpoint=probe.checkpoint_seconds(run, 5 * weights) + one / 2 * len(images),
+            checkpoint=probe.checkpoint_seconds(run, written) + encoded,
             memory=probe.peak_memory(run, networks),
-            checkpoint_bytes=5 * weights,  # weights, their average, two moments of AdamW, and what is exported
+            checkpoint_bytes=written,
             sheet_bytes=len(sheet.getvalue()),
             once_bytes=0,
         )
@@ -143,12 +274,48 @@ def plan_run(
                 held_out,
                 model,
                 step=run.step,
-                space="a first stage: images to latents and back",
+                space=_task_of(config),
                 costs=costs,
                 device=run.device,
+                beside=networks.adversary.network if networks.adversary else None,
             )
         )
     run.accelerator.wait_for_everyone()
+
+
+def _step_seconds(
+    config: AutoencoderTrainingConfig,
+    images: CaptionedImages,
+    model: nn.Module,
+    networks: Networks,
+    run: Run,
+    losses_of: Callable[[nn.Module, Batch, Adversary | None], Losses],
+) -> float:
+    """The mean over the steps to come, those before and those after the start of the adversary."""
+
+    def seconds(adversary: Adversary | None) -> float:
+        present = dataclasses.replace(networks, adversary=adversary)
+        return probe.step_seconds(run, model, present, images, lambda net, batch: losses_of(net, batch, adversary))
+
+    to_come = config.train.max_steps - run.step
+    alone = min(max(0, config.loss.adversarial_start - run.step), to_come) if networks.adversary else to_come
+    if alone == to_come:  # also where nothing is to come
+        return seconds(None)
+    judged = seconds(networks.adversary)
+    return judged if alone == 0 else (alone * seconds(None) + (to_come - alone) * judged) / to_come
+
+
+def _task_of(config: AutoencoderTrainingConfig) -> str:
+    """What is trained, in words, for the plan."""
+    start = f", from {config.start_from}" if config.start_from else ""
+    if config.trained == "decoder":
+        return f"the decoder of a first stage{start}; its latents stay as they are"
+    return f"a first stage: images to latents and back{start}"
+
+
+def _pixels(batch: Batch, device: torch.device) -> Tensor:
+    assert batch.images is not None
+    return to_signed(batch.images).to(device)  # [B, 3, h, w]
 
 
 def _in_batches(images: CaptionedImages, device: torch.device, limit: int) -> Iterator[Tensor]:

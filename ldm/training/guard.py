@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,26 @@ class Losses(NamedTuple):
     """Losses of the samples of a micro-batch.
 
     Attributes:
-        values: [B] float32; their mean is what is minimised.
+        values: [B] float32; their mean is what is minimised, and logged as the loss.
         timesteps: [B] int64, where there are such.
+        figures: name → tensor whose mean is logged too; it has to be finite as well.
+        objectives: scalars that are minimised instead of the mean of `values`, each in a backward pass of its own.
     """
 
     values: Tensor
     timesteps: Tensor | None = None
+    figures: Mapping[str, Tensor] = MappingProxyType({})
+    objectives: tuple[Tensor, ...] = ()
+
+    def backward(self, accelerator: Accelerator) -> None:
+        """Adds the gradients of a micro-batch to those of the step."""
+        for objective in self.objectives or (self.values.mean(),):
+            accelerator.backward(objective)
+
+    def detached(self) -> Losses:
+        """The numbers alone."""
+        figures = {name: figure.detach().mean() for name, figure in self.figures.items()}
+        return Losses(self.values.detach(), self.timesteps, figures)
 
 
 class Meeting(NamedTuple):
@@ -36,36 +51,56 @@ class Meeting(NamedTuple):
 
     Attributes:
         loss, gradient_norm: the mean over the batch, and the norm of its gradient before clipping.
-        is_finite: whether both are, in every process.
+        figures: the means of all others over the batch.
+        is_finite: whether all of them are, in every process.
         stop: whether one of them was told to stop.
         save: whether the main process wants a checkpoint.
     """
 
     loss: float
     gradient_norm: float
+    figures: dict[str, float]
     is_finite: bool
     stop: bool
     save: bool
 
 
-def meet(accelerator: Accelerator, micro: Sequence[Losses], norm: Tensor, *, stop: bool, save: bool) -> Meeting:
-    """The only moment of a step at which the processes hear of each other, and the host of its device.
+def meet(
+    accelerator: Accelerator,
+    micro: Sequence[Losses],
+    norm: Tensor,
+    *,
+    beside: Mapping[str, Tensor],
+    stop: bool,
+    save: bool,
+) -> Meeting:
+    """The moment of a step at which the processes hear of each other, and the host of its device.
 
     Args:
         micro: the losses of this process's micro-batches.
         norm: of the gradient, the same in all processes.
+        beside: name → another number that has to be finite, the same in all processes.
         stop, save: what this process has to say.
     """
-    loss = torch.stack([losses.values.mean() for losses in micro]).mean()
+    names = list(micro[0].figures)
+    loss, *figures = (
+        torch.stack(values).mean()
+        for values in zip(*([m.values.mean(), *(m.figures[name].mean() for name in names)] for m in micro), strict=True)
+    )
     scaler = accelerator.scaler
     # Gradients that overflow in half precision are what a loss scaler looks for, until it has no scale to give up.
-    watched = loss if scaler is not None and scaler.get_scale() > 1 else loss + norm
-    said = torch.stack([loss / accelerator.num_processes, (~watched.isfinite()).to(loss)])
-    words = torch.cat([said, torch.tensor([float(stop), float(save)], device=loss.device)])
+    watched = [loss, *figures, *beside.values()]
+    watched += [] if scaler is not None and scaler.get_scale() > 1 else [norm]
+    nonfinite = ~torch.stack([number.to(loss) for number in watched]).isfinite().all()
+    said = torch.stack([number.to(loss) / accelerator.num_processes for number in (loss, *figures)])
+    words = torch.cat([said, nonfinite.to(loss)[None], torch.tensor([float(stop), float(save)], device=loss.device)])
     if accelerator.num_processes > 1:
         words = accelerator.reduce(words, "sum")
-    mean, nonfinite, stops, saves, largest = torch.cat([words, norm.detach().to(words).view(1)]).tolist()
-    return Meeting(mean, largest, nonfinite == 0, stops > 0, saves > 0)
+    same = torch.stack([number.detach().to(words) for number in (norm, *beside.values())])
+    mean, *rest = torch.cat([words, same]).tolist()
+    means, (failures, stops, saves, largest, *others) = rest[: len(names)], rest[len(names) :]
+    told = dict(zip([*names, *beside], [*means, *others], strict=True))
+    return Meeting(mean, largest, told, failures == 0, stops > 0, saves > 0)
 
 
 def in_order(accelerator: Accelerator, micro: Sequence[Losses]) -> Tensor:
@@ -103,6 +138,8 @@ def suspects(
 def note(path: Path, step: int, met: Meeting, samples: Sequence[dict[str, Any]]) -> str:
     """Appends a line of JSON with all of a skipped step, and returns what is said of it."""
     figures = {"loss": str(met.loss), "gradient_norm": str(met.gradient_norm)}
+    figures |= {name: str(value) for name, value in met.figures.items()}
+    wrong = [f", {name} {value}" for name, value in met.figures.items() if not math.isfinite(value)]
     disk.append_line(path, json.dumps({"step": step} | figures | {"samples": list(samples)}))
     names = [
         f"{entry['id']}" + (f" at t = {entry['timestep']}" if "timestep" in entry else "")
@@ -110,6 +147,6 @@ def note(path: Path, step: int, met: Meeting, samples: Sequence[dict[str, Any]])
     ]
     more = f" and {len(samples) - NAMES_SHOWN} more" if len(samples) > NAMES_SHOWN else ""
     return printable(
-        f"step {step} was skipped: its loss is {met.loss} and its gradient norm {met.gradient_norm} "
-        f"({', '.join(names)}{more}); weights, moments and average are as before"
+        f"step {step} was skipped: its loss is {met.loss} and its gradient norm {met.gradient_norm}"
+        f"{''.join(wrong)} ({', '.join(names)}{more}); weights, moments and average are as before"
     )

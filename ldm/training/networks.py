@@ -12,22 +12,39 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldm import checkpoint
+from ldm.training.adversarial import Adversary
 from ldm.training.files import tensors_digest
 from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trained_names
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was."""
+    """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was.
+
+    A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
+    adversary: Adversary | None = None
+
+    @property
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        networks = [self.model] if self.adversary is None else [self.model, self.adversary.network]
+        return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
 
     @property
     def trained_parameters(self) -> int:
         """How many numbers learn."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in self.learning)
+
+    def drop_gradients(self) -> None:
+        """Forgets a step that is not made."""
+        self.model.zero_grad(set_to_none=True)
+        if self.adversary is not None:
+            self.adversary.forget()
 
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
         """The weights in `module` (the network or its average) that learn."""
@@ -53,10 +70,28 @@ class Networks:
         checkpoint.save_tensors(folder / "model.safetensors", self.trained(self.model))
         checkpoint.save_tensors(folder / "ema.safetensors", self.trained(self.ema.module))
         checkpoint.save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.model, self.optimizer))
+        if self.adversary is not None:
+            network = self.adversary.network
+            checkpoint.save_tensors(folder / "discriminator.safetensors", network.state_dict())
+            moments = optimizer_tensors(network, self.optimizer)
+            checkpoint.save_tensors(folder / "discriminator_optimizer.safetensors", moments)
 
-    def restore(self, folder: Path, ema_updates: int) -> None:
+    def restore(self, folder: Path, ema_updates: int, adversarial_weight: float | None) -> None:
         """Puts back what `save` wrote."""
         self.load(self.model, checkpoint.load_tensors(folder / "model.safetensors"), folder)
         self.load(self.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
         self.ema.n_averaged.fill_(ema_updates)
         restore_optimizer(self.model, self.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
+        if self.adversary is None:
+            return
+        if adversarial_weight is None:
+            raise ValueError(
+                f"{folder} holds no discriminator, as that run had none; start a new run that goes on from its "
+                "autoencoder: start_from"
+            )
+        network = self.adversary.network
+        network.load_state_dict(checkpoint.load_tensors(folder / "discriminator.safetensors"))
+        restore_optimizer(
+            network, self.optimizer, checkpoint.load_tensors(folder / "discriminator_optimizer.safetensors")
+        )
+        self.adversary.weight = adversarial_weight

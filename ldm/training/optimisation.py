@@ -23,10 +23,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all parameters that are trained."""
+def make_optimizer(model: nn.Module, config: TrainConfig, discriminator: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over all parameters that are trained, those of each network as a group."""
+    networks = [model] if discriminator is None else [model, discriminator]
     return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        [{"params": [p for p in network.parameters() if p.requires_grad]} for network in networks],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,

@@ -95,15 +95,18 @@ def make_plan(
     space: str,
     costs: Costs,
     device: torch.device,
+    beside: nn.Module | None = None,
 ) -> Plan:
     """Adds up what `probe` measured over the steps from `step` to the last.
 
     Args:
         space: what is diffused, and why, in words; for a first stage what it is.
+        beside: a discriminator, which learns too.
     """
     train = config.train
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    judging = sum(p.numel() for p in beside.parameters()) if beside else 0
     shape = f"{config.data.resolution}x{config.data.resolution} pixels"
     if config.data.bucketed:
         shape = f"about {shape}, in buckets of one aspect ratio"
@@ -112,7 +115,8 @@ def make_plan(
         data=f"{len(images)} images to train on, {len(held_out) if held_out else 0} held out, {shape}",
         space=space,
         network=f"{millions(parameters)} parameters"
-        + (f", of which {millions(trained)} learn" if trained < parameters else ""),
+        + (f", of which {millions(trained)} learn" if trained < parameters else "")
+        + (f"; a discriminator of {millions(judging)} beside it" if beside else ""),
         parameters=parameters,
         trained_parameters=trained,
         batch=f"{train.batch_size} images; {epoch:.3g} steps an epoch; {train.max_steps} steps are "
@@ -121,7 +125,7 @@ def make_plan(
         seconds_per_step=costs.step,
         expected_seconds=_seconds(train, step, costs),
         memory_bytes=costs.memory,
-        fixed_bytes=fixed_bytes(model),
+        fixed_bytes=fixed_bytes(model) + 16 * judging,  # it has no average
         memory_of=_memory_of(device),
         disk_bytes=_bytes_on_disk(train, costs),
         quality=quality(config, images),

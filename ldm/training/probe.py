@@ -50,7 +50,7 @@ def step_seconds(
     batch = collate([images[position] for position in positions])
 
     def forward_and_backward() -> None:
-        run.accelerator.backward(losses_of(model, batch).values.mean())
+        losses_of(model, batch).backward(run.accelerator)
 
     try:
         learning = _seconds(run, forward_and_backward)
@@ -61,14 +61,14 @@ def step_seconds(
             "train.gradient_checkpointing=true"
         ) from error
     updating = _update_seconds(run, networks)
-    model.zero_grad(set_to_none=True)
+    networks.drop_gradients()
     micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
     return micro * train.gradient_accumulation_steps + updating
 
 
 def _update_seconds(run: Run, networks: Networks) -> float:
     """Of clipping, AdamW and the moving average. The gradients that are there are scaled."""
-    learning = [parameter for parameter in networks.model.parameters() if parameter.requires_grad]
+    learning = networks.learning
     scratch: list[nn.Parameter] = []
     for parameter in learning:
         if not scratch or sum(p.numel() for p in scratch) + parameter.numel() <= TIMED_PARAMETERS:
@@ -83,7 +83,7 @@ def _update_seconds(run: Run, networks: Networks) -> float:
         torch._foreach_lerp_(averages, [parameter.data for parameter in scratch], 0.1)
 
     def clip_and_look_up() -> None:
-        nn.utils.clip_grad_norm_(networks.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         for module in (networks.model, networks.ema.module):  # in small networks, that they are walked through counts
             list(module.parameters())
             list(module.buffers())
@@ -94,7 +94,7 @@ def _update_seconds(run: Run, networks: Networks) -> float:
 
 @torch.no_grad()
 def evaluation_seconds(
-    run: Run, network: nn.Module, images: CaptionedImages, losses_of: Callable[[nn.Module, Batch], Losses]
+    run: Run, network: nn.Module, images: CaptionedImages, losses_of: Callable[[nn.Module, Batch], object]
 ) -> float:
     """Seconds of one evaluation of a network for one image, without gradients, in a batch."""
     positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))

@@ -99,6 +99,7 @@ class Run:
         self._account: Account | None = None
         self._micro: list[Losses] = []  # of the present step
         self._losses: list[float] = []  # of the steps since the last line of the log
+        self._figures: dict[str, list[float]] = {}  # what else was measured in them
         self._gradient_norm = 0.0
         self._skipped = {"in_all": 0, "in_a_row": 0}
         self._seen, self._since = 0, time.perf_counter()
@@ -225,12 +226,17 @@ class Run:
         self._bar.close()
 
     def backward(self, losses: Losses) -> None:
-        """Adds the gradient of the mean of a micro-batch's losses."""
-        self.accelerator.backward(losses.values.mean())
-        self._micro.append(Losses(losses.values.detach(), losses.timesteps))
+        """Adds the gradients of a micro-batch's losses."""
+        losses.backward(self.accelerator)
+        self._micro.append(losses.detached())
 
-    def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    def optimize(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, discriminator: nn.Module | None = None
+    ) -> bool:
         """One step of the optimizer once the gradients of all its micro-batches are there.
+
+        Args:
+            discriminator: a second network that the optimizer moves, whose gradient is clipped by itself.
 
         A loss or gradient that is not finite in any process is seen here by all: the optimizer is not run, and the
         samples are named. The processes also learn here, in the same message, whether one of them was told to stop.
@@ -246,14 +252,22 @@ class Run:
         train, micro = self.config.train, self._micro
         norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         assert norm is not None and self._images is not None
+        beside = {}
+        if discriminator is not None and any(p.grad is not None for p in discriminator.parameters()):
+            clipped = self.accelerator.clip_grad_norm_(discriminator.parameters(), train.max_grad_norm)
+            assert clipped is not None
+            beside["gradient_norm_discriminator"] = clipped
         minutes = train.checkpoint_minutes
         is_time = self.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        met = guard.meet(self.accelerator, micro, norm, stop=interruption.requested is not None, save=is_time)
+        stop = interruption.requested is not None
+        met = guard.meet(self.accelerator, micro, norm, beside=beside, stop=stop, save=is_time)
         self._micro = []
         self.stopping |= met.stop
         self._minutes_are_up = met.save
         if met.is_finite:
             self._losses.append(met.loss)
+            for name, value in met.figures.items():
+                self._figures.setdefault(name, []).append(value)
             if math.isfinite(met.gradient_norm):  # not where a loss scaler has found its limit
                 self._gradient_norm = met.gradient_norm
             self._skipped["in_a_row"] = 0
@@ -298,7 +312,8 @@ class Run:
         values = {"learning_rate": learning_rate(train, self.step - 1), "samples_per_second": round(rate, 2)}
         if self._losses:
             loss = math.fsum(self._losses) / len(self._losses)
-            values = {"loss": loss, "gradient_norm": self._gradient_norm} | values
+            figures = {name: math.fsum(seen) / len(seen) for name, seen in self._figures.items()}
+            values = {"loss": loss, **figures, "gradient_norm": self._gradient_norm} | values
             if self._bar is not None:
                 self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s", refresh=False)
         if self._skipped["in_all"]:
@@ -306,7 +321,7 @@ class Run:
         self.log(values)
         self._seen, self._since = 0, time.perf_counter()
         if self.step % train.log_every == 0:  # not at the end alone: a run that is prolonged goes on with them
-            self._losses = []
+            self._losses, self._figures = [], {}
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now; never once the run stops:
@@ -469,11 +484,11 @@ class Run:
     def _restore(self, networks: Networks, resumed: Path) -> None:
         folder = resumed / "training"
         state = checkpoint.read_json(folder / "state.json")
-        networks.restore(folder, state["ema_updates"])
+        networks.restore(folder, state["ema_updates"], state.get("adversarial_weight"))
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         assert state["step"] == self.step, (state["step"], self.step)
-        self._losses = state.get("losses", [])
+        self._losses, self._figures = state.get("losses", []), state.get("figures", {})
         self._gradient_norm = state.get("gradient_norm", 0.0)
         self._skipped = state.get("skipped", self._skipped)
         if self.is_main:  # a process that was killed after its checkpoint has left an older one there, or none
@@ -495,6 +510,8 @@ class Run:
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "losses": self._losses,
+                "figures": self._figures,
+                "adversarial_weight": networks.adversary and networks.adversary.weight,
                 "gradient_norm": self._gradient_norm,
                 "skipped": self._skipped,
                 "environment": self._environment,
