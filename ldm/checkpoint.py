@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ldm import disk
 from ldm.codecs import PixelCodec
 from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config_to_diffusers
-from ldm.models import AutoencoderConfig, AutoencoderKL, UNet, UNetConfig
+from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -36,7 +36,9 @@ BUILT_IN = {"openmoji-first-stage": Path(__file__).parent / "assets" / "openmoji
 COMPONENTS: dict[str, tuple[type, type]] = {
     "UNet2DConditionModel": (UNet, UNetConfig),
     "AutoencoderKL": (AutoencoderKL, AutoencoderConfig),
+    "VQModel": (VQModel, VQConfig),
 }
+FIRST_STAGES = ("AutoencoderKL", "VQModel")
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or half-written ({error}); copy or train it again") from None
 
 
-def save_model(folder: Path, model: UNet | AutoencoderKL, dtype: torch.dtype = torch.float32) -> None:
+def save_model(folder: Path, model: UNet | FirstStage, dtype: torch.dtype = torch.float32) -> None:
     """Writes `config.json` and the weights of a network into `folder`, which stock diffusers can open."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config.to_dict())
@@ -139,7 +141,7 @@ def copy_model(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name.replace(".fp16", ""))
 
 
-def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) -> UNet | AutoencoderKL:
+def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) -> UNet | FirstStage:
     """Builds the network that `folder/config.json` describes and fills it, strictly.
 
     Args:
@@ -148,24 +150,48 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
     Raises:
         ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is missing; the model folder is incomplete, copy or train it again")
-    config = read_json(folder / "config.json")
+    config = _read_config(folder)
     name = config.get("_class_name", expected)
     if name != expected:
-        raise ValueError(f"{folder / 'config.json'} describes a {name}; a {expected} is needed here")
+        raise ValueError(f"{folder / 'config.json'} describes {_a(name)}; {_a(expected)} is needed here")
     network, network_config = COMPONENTS[expected]
     try:
         built = network_config.from_dict(config)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     with torch.device("meta"):
-        model: UNet | AutoencoderKL = network(built)
+        model: UNet | FirstStage = network(built)
     weights = read_weights(folder)
-    if expected == "AutoencoderKL":
+    if expected in FIRST_STAGES:
         weights = upgrade_state_dict(weights)
     fill(model, weights, folder, dtype)
     return model.eval()
+
+
+def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstStage:
+    """The first stage of a folder, of whichever class of `FIRST_STAGES` its `config.json` names.
+
+    Raises:
+        ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
+    """
+    name = _read_config(folder).get("_class_name", "AutoencoderKL")
+    if name not in FIRST_STAGES:
+        raise ValueError(
+            f"{folder / 'config.json'} describes {_a(name)}; a first stage is {' or '.join(map(_a, FIRST_STAGES))}"
+        )
+    model = load_model(folder, name, dtype)
+    assert not isinstance(model, UNet)
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing; the model folder is incomplete, copy or train it again")
+    return read_json(folder / "config.json")
+
+
+def _a(name: str) -> str:
+    return f"{'an' if str(name)[:1] in 'AEIO' else 'a'} {name}"
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: torch.dtype | None = None) -> None:

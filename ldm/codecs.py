@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.models import AutoencoderKL, sample_posterior
+from ldm.models import FirstStage
 
 Draw = Callable[[Tensor, Tensor | None], Tensor]
-Compute = Callable[[AutoencoderKL, Tensor], Tensor]
+Compute = Callable[[FirstStage, Tensor], Tensor]
 Tile = int | Literal["auto", "off"]
 
 # An autoencoder computes an image as a whole up to this many bytes, by an estimate: Stable Diffusion's does so at the
@@ -39,7 +39,7 @@ HIGH_RESOLUTION = 1024**2
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
 _NOT_OF_MOMENTS = frozenset(
     {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "scaling_factor", "shift_factor",
-     "force_upcast"}
+     "force_upcast", "num_vq_embeddings", "latents_mean", "latents_std"}
 )  # fmt: skip
 
 
@@ -151,10 +151,11 @@ class PixelCodec(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1).
+    """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1), with a normal posterior or a codebook.
 
     The statistics of the latents stand in the autoencoder itself: folded into its `quant_conv` pair by our own
-    training, or as `scaling_factor` and `shift_factor` in the config of a foreign one.
+    training, or in its config: `scaling_factor` and `shift_factor` of a foreign one, `latents_mean` and `latents_std`
+    of one with a codebook, whose latents are diffused as the encoder gives them and quantised when they are decoded.
 
     Args:
         source: the folder that the autoencoder was read from, which is copied byte for byte when it is saved.
@@ -162,21 +163,13 @@ class LatentCodec(nn.Module):
 
     bounded = False
 
-    def __init__(self, autoencoder: AutoencoderKL, source: Path | None = None) -> None:
+    def __init__(self, autoencoder: FirstStage, source: Path | None = None) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.source = source
-        self.channels = autoencoder.config.latent_channels
+        self.channels = autoencoder.channels
         self.factor = autoencoder.factor
         self._tile: Tile = "auto"
-
-    @property
-    def mean(self) -> float:
-        return self.autoencoder.config.shift_factor or 0.0
-
-    @property
-    def std(self) -> float:
-        return 1 / self.autoencoder.config.scaling_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.channels, *_divided(height, width, self.factor))
@@ -186,10 +179,11 @@ class LatentCodec(nn.Module):
         return self._in_range(lambda network, x: network.encode(x, self._strips(network, x, *size)), images, *size)
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        return _drawn(moments, noise, mean=self.mean, std=self.std)
+        return self.drawing()(moments, noise)
 
     def drawing(self) -> Draw:
-        return partial(_drawn, mean=self.mean, std=self.std)
+        mean, std = self.autoencoder.statistics
+        return partial(_drawn, draw=self.autoencoder.draw, mean=mean, std=std)
 
     def fingerprint(self) -> str | None:
         """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
@@ -204,8 +198,8 @@ class LatentCodec(nn.Module):
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
-        size = [self.factor * side for side in latents.shape[2:]]
-        raw = latents * self.std + self.mean
+        mean, std = (_by_channel(values, latents) for values in self.autoencoder.statistics)
+        raw, size = (latents * std + mean).to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
         return self._in_range(lambda network, x: network.decode(x, self._strips(network, x, *size)), raw, *size)
 
     def project(self, original: Tensor) -> Tensor:
@@ -223,7 +217,7 @@ class LatentCodec(nn.Module):
         """
         self._tile = _check_tile(size)
 
-    def _strips(self, network: AutoencoderKL, x: Tensor, height: int, width: int) -> int | None:
+    def _strips(self, network: FirstStage, x: Tensor, height: int, width: int) -> int | None:
         """How many pixels of an image of `height` × `width` are computed at a time; None for all, with gradients too.
 
         A function of the size of one image, so that it does not matter which others are in the batch.
@@ -274,5 +268,14 @@ def _check_tile(size: Tile) -> Tile:
     raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {FEWEST_TILE} on")
 
 
-def _drawn(moments: Tensor, noise: Tensor | None, *, mean: float, std: float) -> Tensor:
-    return (sample_posterior(moments, noise) - mean) / std
+def _drawn(
+    moments: Tensor, noise: Tensor | None, *, draw: Draw, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    latents = draw(moments, noise)
+    return ((latents - _by_channel(mean, latents)) / _by_channel(std, latents)).to(latents.dtype)
+
+
+def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
+    """[1, C, 1, 1] in float32 at least: statistics in half precision would shift the whole picture."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return torch.tensor(values, dtype=dtype, device=latents.device).view(1, -1, 1, 1)

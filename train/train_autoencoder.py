@@ -34,18 +34,21 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
     optimizer = make_optimizer(autoencoder, config.train, discriminator)
     model, prepared, optimizer = run.accelerator.prepare(autoencoder, discriminator, optimizer)
     adversary = discriminator and Adversary(discriminator, prepared, config.loss)
-    networks = Networks(model=autoencoder, optimizer=optimizer, ema=ema, adversary=adversary)
+    codebook = first_stage.make_codebook(config, autoencoder, ema.module, optimizer)
+    networks = Networks(model=autoencoder, optimizer=optimizer, ema=ema, adversary=adversary, codebook=codebook)
     run.start(networks)
 
     def losses_of(network: nn.Module, batch: Batch, judge: Adversary | None) -> Losses:
         shape = first_stage.latent_shape(autoencoder, batch.size)
         draws = keyed_draws(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
         pixels = to_signed(batch.images).to(run.device)
-        reconstruction, moments = network(pixels, draws.posterior)
+        reconstruction, latents = network(pixels, draws.posterior)
+        if codebook:
+            codebook.see(latents, batch.epochs, batch.ids)
         return first_stage.autoencoder_loss(
             pixels,
             reconstruction,
-            moments,
+            latents,
             loss=config.loss,
             perceptual=perceptual,
             adversary=judge,
@@ -76,7 +79,9 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
                 ema.update_parameters(autoencoder)
             if judge:
                 judge.settle(run.accelerator, moved)
-            run.advance()
+            if codebook:
+                codebook.settle(run.accelerator, run.step, moved)
+            run.advance(codebook)
             run.save_if_due(networks, export)
             look()
 

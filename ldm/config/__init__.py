@@ -12,6 +12,7 @@ from ldm.config.schema import (
     TrainConfig,
     check_autoencoder,
     check_objective,
+    section_of,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_objective",
     "load_config",
     "parse_config",
+    "section_of",
     "to_yaml",
     "with_overrides",
 ]

@@ -30,6 +30,12 @@ DERIVED = {
         "scaling_factor": "the statistics of the latents, which training folds into quant_conv",
         "shift_factor": "the statistics of the latents, which training folds into quant_conv",
     },
+    "vq": {
+        "sample_size": "data.resolution",
+        "scaling_factor": "the statistics of the latents, which training measures",
+        "latents_mean": "the statistics of the latents, which training measures",
+        "latents_std": "the statistics of the latents, which training measures",
+    },
 }
 
 

@@ -14,7 +14,7 @@ from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleCon
 from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import check_sampler
 from ldm.diffusion.schedule import check_start
-from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig
+from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
 from ldm.models.perceptual import SMALLEST_SIDE
 
@@ -331,6 +331,9 @@ class AutoencoderLossConfig:
     Args:
         reconstruction: "l1" or "l2": mean absolute or squared error of an image's values. Its weight is 1.
         kl_weight: of KL(q(z|x) ‖ N(0, I)), summed over the latents of an image and divided by its number of values.
+        codebook_weight: with a codebook, of |sg(z) − e|², the mean squared distance of latents to their codes, which
+            moves the codes (VQ-VAE, arXiv:1711.00937, Eq. 3).
+        commitment_weight: of |z − sg(e)|², which moves the encoder: β there.
         perceptual_weight: of the distance in the maps of EfficientNet-Lite0, which is about 1 between different images.
         adversarial_weight: of what a patch discriminator says of the reconstructions, times the adaptive weight.
         adversarial: "hinge" or "non_saturating".
@@ -342,6 +345,8 @@ class AutoencoderLossConfig:
 
     reconstruction: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-6
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     adversarial: AdversarialLoss = "hinge"
@@ -349,7 +354,8 @@ class AutoencoderLossConfig:
     adaptive_weight_limit: float = 1e4
 
     def __post_init__(self) -> None:
-        _not_negative(self, "kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start")
+        _not_negative(self, "kl_weight", "codebook_weight", "commitment_weight", "perceptual_weight")
+        _not_negative(self, "adversarial_weight", "adversarial_start")
         _positive(self, "adaptive_weight_limit")
 
 
@@ -358,9 +364,11 @@ class AutoencoderTrainingConfig:
     """A run of `train/train_autoencoder.py`.
 
     Args:
-        autoencoder: keys of diffusers' AutoencoderKL.
+        autoencoder: keys of diffusers' AutoencoderKL: a first stage with a normal posterior, held by `loss.kl_weight`.
+        vq: instead of it, keys of diffusers' VQModel: a first stage with a codebook.
+        revive_codes_after: steps without use after which a code is put where a latent is; null revives none.
         start_from: folder or hub id of an autoencoder (or of a pipeline that holds one) that training goes on from;
-            `autoencoder` is then left out.
+            `autoencoder` and `vq` are then left out.
         trained: with `start_from`, "all" of it or the "decoder" alone, which leaves the latents as they are.
         discriminator: shape of the network that `loss.adversarial_weight` above 0 brings in.
     """
@@ -371,6 +379,8 @@ class AutoencoderTrainingConfig:
     data: DataConfig
     train: TrainConfig
     autoencoder: AutoencoderConfig | None = None
+    vq: VQConfig | None = None
+    revive_codes_after: int | None = 100
     start_from: str | None = None
     trained: Literal["all", "decoder"] = "all"
     seed: int = 0
@@ -380,18 +390,46 @@ class AutoencoderTrainingConfig:
     def __post_init__(self) -> None:
         _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "start_from", self.start_from)
+        if self.autoencoder is not None and self.vq is not None:
+            raise ValueError(
+                "autoencoder and vq are both set; a first stage has a normal posterior (autoencoder) or a codebook (vq)"
+            )
         if self.start_from is None:
-            if self.autoencoder is None:
+            if self.network is None:
                 raise ValueError(
-                    "autoencoder is missing; describe the network, or name one that training goes on from in start_from"
+                    "autoencoder is missing; describe the network (or one with a codebook: vq), or name one that "
+                    "training goes on from in start_from"
                 )
             if self.trained == "decoder":
                 raise ValueError(
                     "trained is decoder, but a new network has no encoder to leave as it is; name a model in start_from"
                 )
-        if self.autoencoder is not None:
-            check_autoencoder(self.autoencoder, self.trained)
+        if self.revive_codes_after is not None:
+            _positive(self, "revive_codes_after")
+        if self.network is not None:
+            check_autoencoder(self.network, self.trained)
+            self.check_regulariser(self.network)
         self._check_loss()
+
+    @property
+    def network(self) -> AutoencoderConfig | VQConfig | None:
+        """The autoencoder that is described, of whichever kind; None if it is that of `start_from`."""
+        return self.vq or self.autoencoder
+
+    def check_regulariser(self, network: AutoencoderConfig | VQConfig) -> None:
+        """Refuses what is set for the other kind of first stage than `network`.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        is_kl = isinstance(network, AutoencoderConfig)
+        wrong = ("codebook_weight", "commitment_weight") if is_kl else ("kl_weight",)
+        kind = "a normal posterior" if is_kl else "a codebook"
+        for key in wrong:
+            if getattr(self.loss, key) != getattr(AutoencoderLossConfig(), key):
+                raise ValueError(f"loss.{key} is set, but a first stage with {kind} has no such term; leave it out")
+        if is_kl and self.revive_codes_after != type(self).revive_codes_after:
+            raise ValueError("revive_codes_after is set, but a first stage with a normal posterior has no codes; leave it out")
 
     def _check_loss(self) -> None:
         """Refuses terms that never come to bear, or that these images are too small for."""
@@ -420,15 +458,20 @@ class AutoencoderTrainingConfig:
             )
 
 
-def check_autoencoder(autoencoder: AutoencoderConfig, trained: Literal["all", "decoder"]) -> None:
+def section_of(network: AutoencoderConfig | VQConfig) -> str:
+    """The section of a config that describes such a network."""
+    return "vq" if isinstance(network, VQConfig) else "autoencoder"
+
+
+def check_autoencoder(autoencoder: AutoencoderConfig | VQConfig, trained: Literal["all", "decoder"]) -> None:
     """Refuses an autoencoder that `train/train_autoencoder.py` cannot train.
 
     Raises:
         ValueError: naming the key.
     """
     for key in ("use_quant_conv", "use_post_quant_conv"):
-        if trained == "all" and not getattr(autoencoder, key):
+        if trained == "all" and isinstance(autoencoder, AutoencoderConfig) and not getattr(autoencoder, key):
             raise ValueError(f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it")
     for key in ("in_channels", "out_channels"):
         if getattr(autoencoder, key) != 3:
-            raise ValueError(f"autoencoder.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3")
+            raise ValueError(f"{section_of(autoencoder)}.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3")

@@ -12,15 +12,27 @@ from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, di
 from ldm.models.layers import enable_gradient_checkpointing
 from ldm.models.perceptual import PerceptualDistance
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, VQModel, codebook_usage
+
+FirstStage = AutoencoderKL | VQModel
+"""Networks between images and latents. Both have `config`, `factor`, `channels`, `statistics`, `encode`, `draw`,
+`expectations`, `decode` and `fold_statistics`, so that nobody has to ask which one it is."""
 
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
+    "CodebookUsage",
     "DiscriminatorConfig",
+    "FirstStage",
     "PatchDiscriminator",
     "PerceptualDistance",
+    "Quantized",
     "UNet",
     "UNetConfig",
+    "VQConfig",
+    "VQModel",
+    "VectorQuantizer",
+    "codebook_usage",
     "discriminator_loss",
     "enable_gradient_checkpointing",
     "generator_loss",

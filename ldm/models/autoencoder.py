@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,20 +22,11 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(ComponentConfig):
-    """Shape of an autoencoder: keys, meanings and defaults of diffusers' `AutoencoderKL`.
+class CoderConfig(ComponentConfig):
+    """What the configs of all first stages share: the shape of encoder and decoder.
 
-    `scaling_factor`, `shift_factor`, `sample_size` and `force_upcast` do not concern the network; they are
-    for those who use it.
+    `scaling_factor`, `sample_size` and `force_upcast` do not concern the network; they are for those who use it.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
-    diffusers_class: ClassVar[str] = "AutoencoderKL"
-    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "act_fn": ("silu",),
-        "latents_mean": (None,),
-        "latents_std": (None,),
-    }
 
     in_channels: int = 3
     out_channels: int = 3
@@ -46,10 +38,7 @@ class AutoencoderConfig(ComponentConfig):
     norm_num_groups: int = 32
     sample_size: int | tuple[int, int] = 32
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
     force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -79,6 +68,41 @@ class AutoencoderConfig(ComponentConfig):
                     f"must divide the {channels} channels of every level",
                 )
 
+    @property
+    def factor(self) -> int:
+        """How many pixels of the image stand on one side of a latent position: H / h."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def check_size(self, images: Tensor) -> None:
+        """Raises `ValueError` if height or width of images [B, 3, H, W] is not divisible by `factor`."""
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"image of height {height} and width {width}: both must be divisible by {self.factor}, "
+                "by which the autoencoder reduces images"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(CoderConfig):
+    """Shape of an autoencoder: keys, meanings and defaults of diffusers' `AutoencoderKL`."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+    diffusers_class: ClassVar[str] = "AutoencoderKL"
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    def without_statistics(self) -> AutoencoderConfig:
+        """The same network, whose latents are used as they are."""
+        return dataclasses.replace(self, scaling_factor=1.0, shift_factor=None)
+
 
 class CoderBlock(CheckpointedBlock):
     """One level of the encoder or the decoder, or the middle of either.
@@ -88,7 +112,7 @@ class CoderBlock(CheckpointedBlock):
 
     def __init__(
         self,
-        config: AutoencoderConfig,
+        config: CoderConfig,
         in_channels: int,
         out_channels: int,
         *,
@@ -123,9 +147,9 @@ class CoderBlock(CheckpointedBlock):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] → moments before `quant_conv` [B, 2 C, h, w]."""
+    """Images [B, 3, H, W] → what `quant_conv` is given, [B, D, h, w]: D is `out_channels`."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: CoderConfig, out_channels: int) -> None:
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -141,10 +165,10 @@ class Encoder(nn.Module):
         )
         self.mid_block = CoderBlock(config, widths[-1], widths[-1], layers=2, attention=config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] → [B, 2 C, h, w]."""
+        """[B, 3, H, W] → [B, D, h, w]."""
         x = self.conv_in(images)
         for block in self.down_blocks:
             x = block(x)
@@ -155,7 +179,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents after `post_quant_conv` [B, C, h, w] → images [B, 3, H, W]."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: CoderConfig) -> None:
         super().__init__()
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
@@ -193,7 +217,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config
         moments, latents = 2 * config.latent_channels, config.latent_channels
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, moments)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
@@ -201,7 +225,18 @@ class AutoencoderKL(nn.Module):
     @property
     def factor(self) -> int:
         """How many pixels of the image stand on one side of a latent position: H / h."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return self.config.factor
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.config.latent_channels
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation that users of this network assume of each channel of its latents: from the config."""
+        config = self.config
+        return (config.shift_factor or 0.0,) * self.channels, (1 / config.scaling_factor,) * self.channels
 
     def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w]: mean, then log-variance (not clamped).
@@ -209,12 +244,7 @@ class AutoencoderKL(nn.Module):
         With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
         memory. Raises `ValueError` if H or W is not divisible by `factor`.
         """
-        height, width = images.shape[2:]
-        if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"image of height {height} and width {width}: both must be divisible by {self.factor}, "
-                "by which the autoencoder reduces images"
-            )
+        self.config.check_size(images)
         moments = self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
@@ -223,6 +253,17 @@ class AutoencoderKL(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
+
+    @staticmethod
+    def draw(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents from moments: `sample_posterior`."""
+        return sample_posterior(moments, noise)
+
+    @staticmethod
+    def expectations(moments: Tensor) -> tuple[Tensor, Tensor]:
+        """E[z] and E[z²] of the posterior of each latent: [B, 2 C, h, w] → [B, C, h, w] both."""
+        mean, log_variance = _mean_and_log_variance(moments)
+        return mean, mean.square() + log_variance.exp()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What first-stage training needs, in one call: images and noise → reconstructions and moments.
@@ -243,17 +284,7 @@ class AutoencoderKL(nn.Module):
         """
         if self.quant_conv is None or self.post_quant_conv is None:
             raise ValueError("use_quant_conv and use_post_quant_conv must be true to fold statistics into them")
-        channels = self.config.latent_channels
-        if mean.shape != (channels,) or std.shape != (channels,):
-            raise ValueError(
-                f"mean and deviation of shapes {tuple(mean.shape)} and {tuple(std.shape)}: must be "
-                f"{(channels,)}, one number a channel of the latents"
-            )
-        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-            raise ValueError(
-                f"mean {mean.tolist()} and deviation {std.tolist()}: must be finite, the latter above zero; "
-                "where a channel never changes, train with fewer latent_channels"
-            )
+        check_statistics(mean, std, self.channels)
         weight, bias = _as_float64(self.quant_conv)
         mean, std = mean.to(weight), std.to(weight)
         divisor = torch.cat([std, torch.ones_like(std)])  # [2 C]: mean, log-variance
@@ -284,6 +315,20 @@ def kl_divergence(moments: Tensor) -> Tensor:
     mean, log_variance = _mean_and_log_variance(moments.to(torch.promote_types(moments.dtype, torch.float32)))
     # -KL = ½ Σ (1 + log σ² - μ² - σ²)
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
+
+
+def check_statistics(mean: Tensor, std: Tensor, channels: int) -> None:
+    """Raises `ValueError` unless there is one finite mean and one finite deviation above zero for each channel."""
+    if mean.shape != (channels,) or std.shape != (channels,):
+        raise ValueError(
+            f"mean and deviation of shapes {tuple(mean.shape)} and {tuple(std.shape)}: must be "
+            f"{(channels,)}, one number a channel of the latents"
+        )
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise ValueError(
+            f"mean {mean.tolist()} and deviation {std.tolist()}: must be finite, the latter above zero; "
+            "where a channel never changes, train with fewer latent_channels"
+        )
 
 
 def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ from torch import nn
 from ldm import adapters, checkpoint
 from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion.schedule import scheduler_class
-from ldm.models import AutoencoderKL, UNet, set_attention_backend
+from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
 from ldm.text import load_text_encoder_folders
 
 LATENT_CLASS = "StableDiffusionPipeline"
+CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
 PIXEL_CLASS = "PixelDiffusionPipeline"
+CLASSES = {"AutoencoderKL": LATENT_CLASS, "VQModel": CODEBOOK_CLASS, None: PIXEL_CLASS}  # by the first stage
 SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
 READ = {"unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"}
 
@@ -59,9 +61,7 @@ class Pipeline(Editing):
         if "codec" in index:
             codec = checkpoint.load_pixel_codec(folder / "codec")
         else:
-            autoencoder = checkpoint.load_model(folder / "vae", "AutoencoderKL", dtype)
-            assert isinstance(autoencoder, AutoencoderKL)
-            codec = LatentCodec(autoencoder, source=folder / "vae")
+            codec = LatentCodec(checkpoint.load_autoencoder(folder / "vae", dtype), source=folder / "vae")
         schedule = checkpoint.load_schedule(folder / "scheduler")
         if not index.get("_ldm"):
             # diffusers' StableDiffusionPipeline sets this whatever the file says.
@@ -89,6 +89,8 @@ class Pipeline(Editing):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the pipeline folder, atomically; a latent one opens in diffusers' StableDiffusionPipeline.
+
+        Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
             folder: where; an old folder of that name is replaced when the new one is complete.
@@ -179,8 +181,8 @@ class Pipeline(Editing):
 
     def index(self) -> dict[str, Any]:
         """Content of `model_index.json`."""
-        latent = isinstance(self.codec, LatentCodec)
-        index: dict[str, Any] = {"_class_name": LATENT_CLASS if latent else PIXEL_CLASS}
+        stage = self.codec.autoencoder.config.diffusers_class if isinstance(self.codec, LatentCodec) else None
+        index: dict[str, Any] = {"_class_name": CLASSES[stage]}
         # Keys with an underscore are ours; diffusers leaves them alone.
         index["_ldm"] = {
             "guidance_scale": self.guidance_scale,
@@ -190,9 +192,9 @@ class Pipeline(Editing):
         index |= {name: list(classes) for name, classes in self.text_encoder.library_classes.items()}
         scheduler = scheduler_class(self.unet.config.learned_variance)
         index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", scheduler]}
-        if not latent:
+        if stage is None:
             return index | {"codec": ["ldm", "PixelCodec"]}
-        index |= {"vae": ["diffusers", "AutoencoderKL"], "requires_safety_checker": False}
+        index |= {"vae": ["diffusers", stage], "requires_safety_checker": False}
         return index | {name: [None, None] for name in sorted(SKIPPED)}
 
 
@@ -208,7 +210,7 @@ def _usable_device(name: str | torch.device | None) -> torch.device:
 
 def _check_index(index: dict[str, Any], folder: Path) -> None:
     name = index.get("_class_name")
-    if name not in (LATENT_CLASS, PIXEL_CLASS):
+    if name not in CLASSES.values():
         raise ValueError(
             f"{folder / 'model_index.json'} describes a {name}; supported are {LATENT_CLASS} (1.x and 2.x) and "
             "the models of ldm itself"

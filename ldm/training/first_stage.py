@@ -14,20 +14,25 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.codecs import LatentCodec
-from ldm.config import AutoencoderLossConfig, AutoencoderTrainingConfig, check_autoencoder
+from ldm.config import AutoencoderLossConfig, AutoencoderTrainingConfig, check_autoencoder, section_of
 from ldm.data import Batch, CaptionedImages, to_signed
 from ldm.evaluation.perceptual import perceptual_distance
 from ldm.models import (
     AutoencoderConfig,
     AutoencoderKL,
+    FirstStage,
     PatchDiscriminator,
     PerceptualDistance,
+    Quantized,
+    VQConfig,
+    VQModel,
     enable_gradient_checkpointing,
     kl_divergence,
 )
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training import probe
 from ldm.training.adversarial import Adversary
+from ldm.training.codebook import Codebook
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
 from ldm.training.plan import Costs, make_plan
@@ -36,21 +41,22 @@ from ldm.training.space import load_first_stage
 
 IMAGES_AT_ONCE = 32
 # What follows from data and training, and may be otherwise in a model that training goes on from.
-_NOT_OF_SHAPE = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}
+_NOT_OF_SHAPE = {"sample_size", "scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std"}
 
 
-def make_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
+def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
     """The network of the config, with the parameters marked that learn.
 
     If all of it learns its latents will need no scaling factor (see `export_autoencoder`). If the decoder alone does,
-    encoder and `quant_conv` stay, and with them the config: what stands on the latents goes on to work.
+    encoder, `quant_conv` and a codebook stay, and with them the config: what stands on the latents goes on to work.
 
     Raises:
         ValueError: if `start_from` cannot be opened, or is no autoencoder that can be trained so.
     """
+    autoencoder: FirstStage
     if config.start_from is None:
-        assert config.autoencoder is not None
-        autoencoder = AutoencoderKL(config.autoencoder)
+        assert config.network is not None
+        autoencoder = VQModel(config.vq) if config.vq else AutoencoderKL(config.network)
     else:
         autoencoder = load_first_stage(config.start_from).autoencoder
         _check_start(autoencoder.config, config)
@@ -61,24 +67,30 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
             autoencoder.post_quant_conv.requires_grad_(True)
     else:
         autoencoder.requires_grad_(True)
-        autoencoder.config = dataclasses.replace(
-            autoencoder.config, scaling_factor=1.0, shift_factor=None, sample_size=config.data.resolution
-        )
+        learned = autoencoder.config.without_statistics()
+        autoencoder.config = dataclasses.replace(learned, sample_size=config.data.resolution)
     enable_gradient_checkpointing(autoencoder, config.train.gradient_checkpointing)
     return autoencoder
 
 
-def _check_start(found: AutoencoderConfig, config: AutoencoderTrainingConfig) -> None:
+def _check_start(found: AutoencoderConfig | VQConfig, config: AutoencoderTrainingConfig) -> None:
     """Refuses an autoencoder of another shape than the config asks for, or that cannot be trained."""
-    asked = config.autoencoder or found
+    asked = config.network or found
+    section = section_of(asked)
+    if type(asked) is not type(found):
+        raise ValueError(
+            f"{section} describes {asked.diffusers_class}, but {config.start_from} (start_from) is "
+            f"{found.diffusers_class}; leave {section} out, or set it to null"
+        )
     for key, value in asked.to_dict().items():
         if key not in _NOT_OF_SHAPE and value != found.to_dict()[key]:
             raise ValueError(
-                f"autoencoder.{key} is {value}, but {config.start_from} (start_from) has {found.to_dict()[key]}; leave "
-                "autoencoder out, or set it to null"
+                f"{section}.{key} is {value}, but {config.start_from} (start_from) has {found.to_dict()[key]}; leave "
+                f"{section} out, or set it to null"
             )
     try:
         check_autoencoder(found, config.trained)
+        config.check_regulariser(found)
     except ValueError as error:
         raise ValueError(f"{config.start_from} (start_from) cannot be trained: {error}") from None
 
@@ -93,7 +105,19 @@ def make_perceptual(config: AutoencoderTrainingConfig, device: torch.device) -> 
     return perceptual_distance(device) if config.loss.perceptual_weight > 0 else None
 
 
-def latent_shape(autoencoder: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
+def make_codebook(
+    config: AutoencoderTrainingConfig, autoencoder: FirstStage, averaged: nn.Module, optimizer: torch.optim.Optimizer
+) -> Codebook | None:
+    """What looks after the codes, if there are such and they learn."""
+    if not isinstance(autoencoder, VQModel) or not autoencoder.quantize.embedding.weight.requires_grad:
+        return None
+    assert isinstance(averaged, VQModel)
+    return Codebook(
+        autoencoder.quantize, averaged.quantize, optimizer, seed=config.seed, revive_after=config.revive_codes_after
+    )
+
+
+def latent_shape(autoencoder: FirstStage, size: tuple[int, int]) -> tuple[int, int, int]:
     """(C, h, w) of what an autoencoder makes of images of `size` (height, width), which its factor divides."""
     return LatentCodec(autoencoder).latent_shape(*size)
 
@@ -101,7 +125,7 @@ def latent_shape(autoencoder: AutoencoderKL, size: tuple[int, int]) -> tuple[int
 def autoencoder_loss(
     images: Tensor,
     reconstruction: Tensor,
-    moments: Tensor,
+    latents: Tensor | Quantized,
     *,
     loss: AutoencoderLossConfig,
     perceptual: PerceptualDistance | None,
@@ -115,18 +139,18 @@ def autoencoder_loss(
 
     Args:
         images, reconstruction: [B, 3, H, W] in [−1, 1].
-        moments: [B, 2C, h, w].
+        latents: what the autoencoder gives beside reconstructions: moments [B, 2C, h, w], or latents and their codes.
         adversary: None while there is none, and before its start.
         last_layer: weight of the last layer of the decoder.
     """
-    regularisation = kl_divergence(moments) / images[0].numel()  # [B]
+    regularisation, figures = regulariser(images, latents, loss)
     seen = reconstruction if adversary is None else reconstruction.detach().requires_grad_()
     terms = distances(images, seen, loss, perceptual)
     distance = terms["loss_reconstruction"]
     if perceptual is not None:
         distance = distance + loss.perceptual_weight * terms["loss_perceptual"]
-    values = distance + loss.kl_weight * regularisation
-    figures = terms | {"loss_kl": regularisation}
+    values = distance + regularisation
+    figures = terms | figures
     if adversary is None:
         return Losses(values, figures=figures)
     opinion = adversary.judge(images, reconstruction, seen, distance, last_layer)
@@ -134,8 +158,19 @@ def autoencoder_loss(
     figures["adversarial_weight"] = values.new_tensor(opinion.weight)
     # The inner product has the gradient that was found at the reconstructions, and takes it into the autoencoder in one
     # backward pass. The two objectives share no parameter: neither network sees the other's gradient.
-    generated = (reconstruction * opinion.gradient).sum() + loss.kl_weight * regularisation.mean()
+    generated = (reconstruction * opinion.gradient).sum() + regularisation.mean()
     return Losses(values, figures=figures, objectives=(generated, opinion.discriminator.mean()))
+
+
+def regulariser(
+    images: Tensor, latents: Tensor | Quantized, loss: AutoencoderLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What keeps latents in bounds: ([B], what of it is logged), the first weighted and the second not."""
+    if isinstance(latents, Quantized):
+        weighted = loss.codebook_weight * latents.codebook + loss.commitment_weight * latents.commitment
+        return weighted, {"loss_quantisation": latents.codebook}  # both are the same number
+    divergence = kl_divergence(latents) / images[0].numel()
+    return loss.kl_weight * divergence, {"loss_kl": divergence}
 
 
 def distances(
@@ -155,24 +190,23 @@ def export_autoencoder(
     config: AutoencoderTrainingConfig,
     device: torch.device,
 ) -> None:
-    """Writes the autoencoder with the statistics of its latents folded in: it needs no scaling factor.
+    """Writes the autoencoder with the statistics of its latents in it: see `fold_statistics` of both kinds.
 
-    Mean and deviation a channel, over the posterior of every training image, in float64:
-    E[z] = E[μ], Var[z] = E[σ² + μ²] − E[μ]². Where the decoder alone was trained the latents are what they were, and
-    nothing is folded.
+    Mean and deviation a channel, over every training image (and its posterior), in float64: Var[z] = E[z²] − E[z]².
+    Where the decoder alone was trained the latents are what they were, and nothing is folded.
     """
-    assert isinstance(averaged, AutoencoderKL)
+    assert isinstance(averaged, FirstStage)
     if config.trained == "decoder":
         checkpoint.save_model(folder, averaged)
         return
     autoencoder = copy.deepcopy(averaged)
-    channels = autoencoder.config.latent_channels
+    channels = autoencoder.channels
     first, second, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
     for batch in _in_batches(images, device, len(images)):
         with torch.no_grad():
-            mean, log_variance = autoencoder.encode(batch).double().cpu().chunk(2, dim=1)  # [B, C, h, w]
+            mean, square = autoencoder.expectations(autoencoder.encode(batch).double().cpu())  # [B, C, h, w]
         first += mean.sum(dim=(0, 2, 3))
-        second += (mean.square() + log_variance.clamp(-30, 20).exp()).sum(dim=(0, 2, 3))
+        second += square.sum(dim=(0, 2, 3))
         count += mean[:, 0].numel()
     mean_of_channels = first / count
     deviation = (second / count - mean_of_channels.square()).clamp(min=1e-12).sqrt()
@@ -203,7 +237,7 @@ def reconstruction_figures(
     averaged: nn.Module, images: Tensor, perceptual: PerceptualDistance | None
 ) -> dict[str, Tensor]:
     """Of reconstructions of images [B, 3, H, W]: `psnr` (peak signal-to-noise ratio, in dB) and `perceptual`, [B]."""
-    assert isinstance(averaged, AutoencoderKL)
+    assert isinstance(averaged, FirstStage)
     reconstruction = averaged(images)[0].clamp(-1, 1)
     error = (images - reconstruction).square().flatten(1).mean(dim=1)  # [B]
     figures = {"psnr": 10 * torch.log10(4 / error.clamp(min=1e-12))}  # the range of images is 2
@@ -213,7 +247,7 @@ def reconstruction_figures(
 @torch.no_grad()
 def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: torch.device) -> Image.Image:
     """Up to twelve images, evenly from the whole data set, above their reconstructions."""
-    assert isinstance(averaged, AutoencoderKL)
+    assert isinstance(averaged, FirstStage)
     count = min(12, len(images))
     originals, reconstructions = [], []
     for i in range(count):  # one by one, since their sizes differ
@@ -241,7 +275,7 @@ def plan_run(
             reconstruction_figures(network, _pixels(batch, run.device), perceptual)
 
         def encode(network: nn.Module, batch: Batch) -> None:
-            assert isinstance(network, AutoencoderKL)
+            assert isinstance(network, FirstStage)
             network.encode(_pixels(batch, run.device))
 
         one = probe.evaluation_seconds(run, networks.ema.module, images, measure)

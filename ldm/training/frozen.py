@@ -12,7 +12,7 @@ from ldm import checkpoint
 from ldm.codecs import Codec, LatentCodec
 from ldm.config import SampleConfig
 from ldm.diffusion import ScheduleConfig
-from ldm.models import AutoencoderKL, UNet
+from ldm.models import UNet
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder_folders
 
@@ -43,9 +43,7 @@ class Frozen:
         if (self.folder / "codec").is_dir():
             codec = checkpoint.load_pixel_codec(self.folder / "codec")
         else:
-            autoencoder = checkpoint.load_model(self.folder / "vae", "AutoencoderKL")
-            assert isinstance(autoencoder, AutoencoderKL)
-            codec = LatentCodec(autoencoder, source=self.folder / "vae")
+            codec = LatentCodec(checkpoint.load_autoencoder(self.folder / "vae"), source=self.folder / "vae")
         text_encoder = load_text_encoder_folders(self.folder / "text_encoder", self.folder / "tokenizer")
         codec.to(device=device, dtype=dtype)
         return Pipeline(

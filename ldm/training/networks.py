@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ldm import checkpoint
 from ldm.training.adversarial import Adversary
+from ldm.training.codebook import Codebook
 from ldm.training.files import tensors_digest
 from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trained_names
 
@@ -21,13 +22,15 @@ from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trai
 class Networks:
     """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was.
 
-    A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average.
+    A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average, and a
+    codebook, whose use is counted.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
     adversary: Adversary | None = None
+    codebook: Codebook | None = None
 
     @property
     def learning(self) -> list[nn.Parameter]:
@@ -45,6 +48,8 @@ class Networks:
         self.model.zero_grad(set_to_none=True)
         if self.adversary is not None:
             self.adversary.forget()
+        if self.codebook is not None:
+            self.codebook.forget()
 
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
         """The weights in `module` (the network or its average) that learn."""
@@ -70,6 +75,8 @@ class Networks:
         checkpoint.save_tensors(folder / "model.safetensors", self.trained(self.model))
         checkpoint.save_tensors(folder / "ema.safetensors", self.trained(self.ema.module))
         checkpoint.save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.model, self.optimizer))
+        if self.codebook is not None:
+            checkpoint.save_tensors(folder / "codebook.safetensors", self.codebook.state())
         if self.adversary is not None:
             network = self.adversary.network
             checkpoint.save_tensors(folder / "discriminator.safetensors", network.state_dict())
@@ -82,6 +89,8 @@ class Networks:
         self.load(self.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
         self.ema.n_averaged.fill_(ema_updates)
         restore_optimizer(self.model, self.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
+        if self.codebook is not None:
+            self.codebook.restore(checkpoint.load_tensors(folder / "codebook.safetensors"))
         if self.adversary is None:
             return
         if adversarial_weight is None:

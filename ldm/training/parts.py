@@ -220,6 +220,8 @@ def _name_frozen(pipeline: Pipeline, folder: Path) -> None:
         "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
         "schedule": dataclasses.asdict(pipeline.schedule),
     }
+    # Of a codebook; not so for others, whose runs may be older than these keys.
+    content |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
     checkpoint.write_json(folder / "model.json", content)
 
 

@@ -37,6 +37,7 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import save_png
 from ldm.training import guard, resuming, saving
+from ldm.training.codebook import Codebook
 from ldm.training.environment import environment
 from ldm.training.files import hashes
 from ldm.training.folder import open_folder, write_once
@@ -299,8 +300,8 @@ class Run:
                 "are spoilt already, move it away first, and the one before is used)"
             )
 
-    def advance(self) -> None:
-        """Counts a step and logs every `log_every` of them."""
+    def advance(self, codebook: Codebook | None = None) -> None:
+        """Counts a step and logs every `log_every` of them, and the use of a codebook since the last line."""
         train = self.config.train
         self.step += 1
         self._seen += train.batch_size
@@ -316,12 +317,16 @@ class Run:
             values = {"loss": loss, **figures, "gradient_norm": self._gradient_norm} | values
             if self._bar is not None:
                 self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s", refresh=False)
+        if codebook is not None:
+            values = codebook.figures() | values
         if self._skipped["in_all"]:
             values["skipped_steps"] = self._skipped["in_all"]
         self.log(values)
         self._seen, self._since = 0, time.perf_counter()
         if self.step % train.log_every == 0:  # not at the end alone: a run that is prolonged goes on with them
             self._losses, self._figures = [], {}
+            if codebook is not None:
+                codebook.start_over()
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now; never once the run stops:

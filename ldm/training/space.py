@@ -12,7 +12,6 @@ from ldm import checkpoint
 from ldm.codecs import LatentCodec
 from ldm.config import LDMConfig
 from ldm.data import CaptionedImages, to_signed
-from ldm.models import AutoencoderKL
 
 DEFAULT_FIRST_STAGE = "openmoji-first-stage"
 PIXELS_UP_TO = 32  # pixels a side: below, latents save nothing (a factor of 4 would leave 8 x 8)
@@ -81,8 +80,7 @@ def choose(images: CaptionedImages, first_stage: str | None, device: torch.devic
 def load_first_stage(name: str) -> LatentCodec:
     """The autoencoder of a folder or hub id, or of the pipeline folder that holds it as `vae/`."""
     folder = checkpoint.find_autoencoder(name)
-    autoencoder = checkpoint.load_model(folder, "AutoencoderKL")
-    assert isinstance(autoencoder, AutoencoderKL)
+    autoencoder = checkpoint.load_autoencoder(folder)
     autoencoder.requires_grad_(False)
     return LatentCodec(autoencoder, source=folder)
 

@@ -1,0 +1,241 @@
+"""The first stage with a codebook: latents are the nearest of learned codes when they are decoded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import CoderConfig, Decoder, Encoder, check_statistics
+from ldm.models.component_config import refuse
+from ldm.models.tiling import decode_in_strips, encode_in_strips
+
+# Of the table of distances that is held at once: 16 MB in float32.
+DISTANCES_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig(CoderConfig):
+    """Shape of an autoencoder with a codebook: keys, meanings and defaults of diffusers' `VQModel`.
+
+    `vq_embed_dim` is C, the channels of codes and latents; null is that of `latent_channels`, which stand on the other
+    side of the 1x1 convolutions.
+
+    `latents_mean` and `latents_std` are keys of our own, one number for each of the C channels, or null. As with
+    other autoencoders of diffusers, what is diffused is (z - mean) · scaling_factor / std of the latents z. diffusers'
+    `VQModel` does not know them: it says so when it opens the folder, and gives and takes z.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+    diffusers_class: ClassVar[str] = "VQModel"
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "norm_type": ("group",),
+        "lookup_from_codebook": (False, True),  # concerns decoding without quantisation, which is not done here
+    }
+
+    latent_channels: int = 3
+    num_vq_embeddings: int = 256
+    vq_embed_dim: int | None = None
+    force_upcast: bool = False
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("num_vq_embeddings")
+        if self.vq_embed_dim is not None:
+            self.check_positive("vq_embed_dim")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            refuse("latents_mean", self.latents_mean, "needs latents_std beside it, and the other way round")
+        for key in ("latents_mean", "latents_std"):
+            values = getattr(self, key)
+            if values is not None and len(values) != self.channels:
+                refuse(key, values, f"needs {self.channels} numbers, one for each channel of the codes")
+        if self.latents_std is not None:
+            self.check_positive("latents_std")
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"latents_mean", "latents_std"}
+        return {key: value for key, value in super().to_dict().items() if key not in own or value is not None}
+
+    def without_statistics(self) -> VQConfig:
+        """The same network, whose latents are used as they are."""
+        return dataclasses.replace(self, scaling_factor=1.0, latents_mean=None, latents_std=None)
+
+    @property
+    def channels(self) -> int:
+        """C of codes and latents."""
+        return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
+
+
+class Quantized(NamedTuple):
+    """Latents z and their nearest codes e.
+
+    Attributes:
+        moments: z, [B, C, h, w], as the encoder gives them.
+        latents: e, [B, C, h, w], in the dtype of the codebook. Their gradient is that of z (straight through).
+        indices: which codes, [B, h, w] int64.
+        codebook: |sg(z) - e|² as a mean over the latents of a sample, [B] float32: it moves the codes.
+        commitment: |z - sg(e)|², the same number; it moves the encoder.
+    """
+
+    moments: Tensor
+    latents: Tensor
+    indices: Tensor
+    codebook: Tensor
+    commitment: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of K codes [C].
+
+    Neural discrete representation learning (van den Oord et al. 2017), section 3.
+    """
+
+    def __init__(self, codes: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, channels)
+        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """The code with the smallest Euclidean distance to each latent: [B, C, h, w] → [B, h, w] int64.
+
+        Eq. 1. The first one where several are equally near. In float32 at least, and in as many parts as
+        the table of distances needs to stay small.
+        """
+        channels = latents.shape[1]
+        with torch.autocast(latents.device.type, enabled=False):
+            wide = torch.promote_types(latents.dtype, torch.float32)
+            codes = self.embedding.weight.to(wide)  # [K, C]
+            # |z - e|² = |z|² - 2 z·e + |e|² cancels where all are far from zero, but not around the codes' middle.
+            middle = codes.mean(dim=0)
+            codes = codes - middle
+            squares = codes.square().sum(dim=1)  # [K]
+            rows = latents.to(wide).movedim(1, -1).reshape(-1, channels) - middle  # [B·h·w, C]
+            parts = rows.split(max(1, DISTANCES_AT_ONCE // len(codes)))
+            nearest = [torch.addmm(squares, part, codes.T, alpha=-2).argmin(dim=1) for part in parts]
+        return torch.cat(nearest).view(latents.shape[0], *latents.shape[2:])
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """[B, C, h, w] → their codes, and the two losses of each sample. Eq. 2 and the last two terms of Eq. 3."""
+        indices = self.nearest(latents)
+        codes = self.embedding(indices).movedim(-1, 1)  # [B, C, h, w]
+        wide = torch.promote_types(latents.dtype, torch.float32)
+        z, e = latents.to(wide), codes.to(wide)
+        return Quantized(
+            moments=latents,
+            # The value is that of the code, to the last bit; the gradient is that of z.
+            latents=codes.detach() + (z - z.detach()).to(codes.dtype),
+            indices=indices,
+            codebook=(z.detach() - e).square().flatten(1).mean(dim=1),
+            commitment=(z - e.detach()).square().flatten(1).mean(dim=1),
+        )
+
+
+class VQModel(nn.Module):
+    """Images to latents, and latents by way of their nearest codes to images.
+
+    High-resolution image synthesis with latent diffusion models (Rombach et al. 2022), section 3.1: what is diffused
+    are the latents before quantisation, which is thus a layer of the decoder.
+    Parameters are named as in diffusers' `VQModel`, so that weights load both ways.
+    """
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, config.latent_channels)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.channels, 1)
+        self.quantize = VectorQuantizer(config.num_vq_embeddings, config.channels)
+        self.post_quant_conv = nn.Conv2d(config.channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of the image stand on one side of a latent position: H / h."""
+        return self.config.factor
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.config.channels
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation that users of this network assume of each channel of its latents: from the config."""
+        mean = self.config.latents_mean or (0.0,) * self.channels
+        std = self.config.latents_std or (1.0,) * self.channels
+        return mean, tuple(value / self.config.scaling_factor for value in std)
+
+    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] → latents [B, C, h, w], not quantised; `strips` as in `AutoencoderKL`.
+
+        Raises `ValueError` if H or W is not divisible by `factor`.
+        """
+        self.config.check_size(images)
+        return self.quant_conv(self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips))
+
+    def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
+        """Latents [B, C, h, w] → their nearest codes → images [B, 3, H, W], about in [-1, 1] but not clamped."""
+        return self.decode_codes(self.quantize(latents).latents, strips)
+
+    def decode_codes(self, codes: Tensor, strips: int | None = None) -> Tensor:
+        """Latents that are codes already, [B, C, h, w] → images [B, 3, H, W]."""
+        latents = self.post_quant_conv(codes)
+        return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
+
+    @staticmethod
+    def draw(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The latents, which are all that `encode` gives: there is no posterior to draw from, and noise is not used."""
+        return moments
+
+    @staticmethod
+    def expectations(moments: Tensor) -> tuple[Tensor, Tensor]:
+        """z and z², [B, C, h, w] both."""
+        return moments, moments.square()
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
+        """What first-stage training needs, in one call: images → reconstructions, and the latents with their codes.
+
+        Shapes and errors as in `encode` and `decode`; `noise` is not used. Wrappers such as DistributedDataParallel
+        only see calls of the module itself.
+        """
+        quantized = self.quantize(self.encode(images))
+        return self.decode_codes(quantized.latents), quantized
+
+    def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Keeps mean [C] and deviation [C] of the latents in the config, in place of any scaling_factor.
+
+        Into the 1x1 convolutions they cannot go: with another scale for each channel other codes would be nearest.
+        Raises `ValueError` for other shapes, and for a deviation that is not a finite number above zero.
+        """
+        check_statistics(mean, std, self.channels)
+        self.config = dataclasses.replace(
+            self.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()), scaling_factor=1.0
+        )
+
+
+class CodebookUsage(NamedTuple):
+    """How a codebook of K codes is used.
+
+    Attributes:
+        perplexity: exp of the entropy of how often each code is used, 1 to K: the number of codes that would give as
+            much variety if all were used equally often.
+        used: the share of codes that are used at all, 0 to 1.
+    """
+
+    perplexity: float
+    used: float
+
+
+def codebook_usage(counts: Tensor) -> CodebookUsage:
+    """Of how often each code was used, [K], once at least in all."""
+    assert bool(counts.sum() > 0)
+    shares = counts.double() / counts.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    return CodebookUsage(float(entropy.exp()), float((counts > 0).double().mean()))
