@@ -178,7 +178,9 @@ class VQModel(nn.Module):
         Raises `ValueError` if H or W is not divisible by `factor`.
         """
         self.config.check_size(images)
-        return self.quant_conv(self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips))
+        return self.quant_conv(
+            self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
+        )
 
     def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
         """Latents [B, C, h, w] → their nearest codes → images [B, 3, H, W], about in [-1, 1] but not clamped."""
