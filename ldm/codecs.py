@@ -7,12 +7,14 @@ assume. Images are float [B, 3, H, W] in [−1, 1]; what is diffused is called l
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,19 @@ from torch import Tensor, nn
 from ldm.models import FirstStage
 
 Draw = Callable[[Tensor, Tensor | None], Tensor]
+Compute = Callable[[FirstStage, Tensor], Tensor]
+Tile = int | Literal["auto", "off"]
+
+# An autoencoder computes an image as a whole up to this many bytes, by an estimate: Stable Diffusion's does so at the
+# 512 and 768 pixels that it was trained at, in float32; at 1024 it would need 4 GiB, and at 2048 16.
+WHOLE_BYTES = 3 * 2**30
+STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which is larger where strips set in
+# Measured on the CPU: bytes a pixel at the peak were 3.8 and 4.1 times the second level's channels in decoders, and
+# 5.1 and 6.0 times the first level's in encoders (those of OpenMoji, and of half of Stable Diffusion's width).
+MAPS_OF_DECODER, MAPS_OF_ENCODER = 4, 6
+FEWEST_TILE = 16  # pixels; below, most of a strip is its neighbours' rows
+# "high resolution" of `force_upcast`: where diffusers' pipelines heed it; those that draw 512 or 768 pixels do not.
+HIGH_RESOLUTION = 1024**2
 
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
 _NOT_OF_MOMENTS = frozenset(
@@ -68,6 +83,10 @@ class Codec(Protocol):
 
     def project(self, original: Tensor) -> Tensor:
         """Bounds a predicted x_0 [B, C, h, w] by what an image can be."""
+        ...
+
+    def tile(self, size: Tile) -> None:
+        """Says how much of a large image is encoded or decoded at a time: about size² pixels; "auto", "off"."""
         ...
 
 
@@ -127,6 +146,9 @@ class PixelCodec(nn.Module):
         low, high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         return original.clamp(low.to(original.dtype), high.to(original.dtype))
 
+    def tile(self, size: Tile) -> None:
+        _check_tile(size)  # there is nothing to do a part at a time
+
 
 class LatentCodec(nn.Module):
     """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1), with a normal posterior or a codebook.
@@ -147,6 +169,7 @@ class LatentCodec(nn.Module):
         self.source = source
         self.channels = autoencoder.channels
         self.factor = autoencoder.factor
+        self._tile: Tile = "auto"
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -162,7 +185,8 @@ class LatentCodec(nn.Module):
         return (self.channels, *_divided(height, width, self.factor))
 
     def moments(self, images: Tensor) -> Tensor:
-        return self.autoencoder.encode(images)
+        size = images.shape[2:]
+        return self._in_range(lambda network, x: network.encode(x, self._strips(network, x, *size)), images, *size)
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.drawing()(moments, noise)
@@ -183,11 +207,74 @@ class LatentCodec(nn.Module):
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents * _by_channel(self.std, latents) + _by_channel(self.mean, latents)
-        return self.autoencoder.decode(scaled.to(latents.dtype))
+        mean, std = (_by_channel(values, latents) for values in (self.mean, self.std))
+        raw, size = (latents * std + mean).to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
+        return self._in_range(lambda network, x: network.decode(x, self._strips(network, x, *size)), raw, *size)
 
     def project(self, original: Tensor) -> Tensor:
         return original
+
+    def tile(self, size: Tile) -> None:
+        """Says how much of a large image is encoded or decoded at a time; the result is the same up to rounding.
+
+        Args:
+            size: about size² pixels of an image that has more, so many strips of its width; less memory and up to
+                twice the time. "auto", as a codec begins, does so from `WHOLE_BYTES` on; "off" never.
+
+        Raises:
+            ValueError: for anything else, and a size below 16.
+        """
+        self._tile = _check_tile(size)
+
+    def _strips(self, network: FirstStage, x: Tensor, height: int, width: int) -> int | None:
+        """How many pixels of an image of `height` × `width` are computed at a time; None for all, with gradients too.
+
+        A function of the size of one image, so that it does not matter which others are in the batch.
+        """
+        weight = network.encoder.conv_in.weight
+        if self._tile == "off" or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            return None
+        if self._tile != "auto":
+            return self._tile**2 if height * width > self._tile**2 else None
+        widths = network.config.block_out_channels
+        each = weight.element_size() * max(MAPS_OF_DECODER * max(widths[:2]), MAPS_OF_ENCODER * widths[0])
+        return STRIP_BYTES // each if height * width * each > WHOLE_BYTES else None
+
+    def _in_range(self, compute: Compute, x: Tensor, height: int, width: int) -> Tensor:
+        """`compute` of the autoencoder on x [B, ...]; in float32 what half precision cannot hold, image by image."""
+        dtype = self.autoencoder.encoder.conv_in.weight.dtype
+        if dtype == torch.float16 and self.autoencoder.config.force_upcast and height * width >= HIGH_RESOLUTION:
+            return self._in_float32(compute, x).to(dtype)
+        result = compute(self.autoencoder, x)
+        if result.dtype not in (torch.float16, torch.bfloat16):
+            return result
+        # What is broken already is not mended by better arithmetic.
+        lost = x.isfinite().flatten(1).all(dim=1) & ~result.isfinite().flatten(1).all(dim=1)  # [B]
+        if bool(lost.any()):
+            _warn_of_overflow(result.dtype)
+            result[lost] = self._in_float32(compute, x[lost]).to(result.dtype)
+        return result
+
+    def _in_float32(self, compute: Compute, x: Tensor) -> Tensor:
+        # A copy for this once: what the others compute must not depend on what came before.
+        with torch.autocast(x.device.type, enabled=False):
+            return compute(copy.deepcopy(self.autoencoder).float(), x.float())
+
+
+@cache
+def _warn_of_overflow(dtype: torch.dtype) -> None:
+    """Once a process."""
+    warnings.warn(
+        f"the autoencoder left the range of {str(dtype).removeprefix('torch.')}; what it lost is computed again in "
+        "float32, which takes longer and is said once; a model opened in torch.bfloat16 or torch.float32 spares it",
+        stacklevel=4,
+    )
+
+
+def _check_tile(size: Tile) -> Tile:
+    if size in ("auto", "off") or (type(size) is int and size >= FEWEST_TILE):
+        return size
+    raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {FEWEST_TILE} on")
 
 
 def _drawn(

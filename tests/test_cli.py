@@ -104,6 +104,8 @@ def test_sampler_and_guidance_are_written_down_and_drawn_with(model, tmp_path, m
         (["-o", "picture.jpg"], "picture.jpg"),
         (["--height", "-8"], "-8"),
         (["--device", "abacus"], "abacus"),
+        (["--tile", "small"], "tile is 'small'"),
+        (["--tile", "8"], "tile is 8"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, part, model, tmp_path, monkeypatch, capsys):

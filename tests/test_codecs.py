@@ -1,11 +1,17 @@
 """Both charts: statistics, bounds, shapes."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from ldm.codecs import LatentCodec, PixelCodec
+from ldm.codecs import LatentCodec, PixelCodec, _warn_of_overflow
 from ldm.data import CaptionedImages, DataConfig, image_statistics, open_source, to_signed
 from ldm.models import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
+from ldm.models.layers import ResnetBlock
+from ldm.training.space import load_first_stage
 from tests import tiny
 
 
@@ -119,3 +125,181 @@ def test_sizes_that_the_factor_does_not_divide_are_refused(height, width, neares
 def test_wrong_statistics_are_refused(mean, std):
     with pytest.raises(ValueError, match="one entry a channel"):
         PixelCodec(mean, std)
+
+
+# ---- large images: strips
+
+
+def test_strips_give_the_picture_and_the_moments_of_the_whole():
+    codec = latent_codec()
+    images, latents = torch.rand(2, 3, 44, 32).double() * 2 - 1, torch.randn(2, 4, 22, 16).double()
+    with torch.no_grad():
+        whole = codec.moments(images), codec.decode(latents)
+        for size in (16, 23, 37):  # strips of 8 rows, of 16 and 28 left over, of 42 and 2 left over
+            codec.tile(size)
+            torch.testing.assert_close(codec.moments(images), whole[0], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(codec.decode(latents), whole[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_large_emoji_has_no_seams():
+    """On the built-in first stage: its picture in strips differs from the whole by rounding, and as little across the
+    border of two strips as elsewhere.
+    """
+    codec = load_first_stage("openmoji-first-stage")
+    config = DataConfig(path="openmoji", resolution=256)
+    data = CaptionedImages([open_source(config).samples[123]], config, 0)
+    image = to_signed(data.image_at(0))[None]
+    with torch.no_grad():
+        latents = codec.draw(codec.moments(image))
+        whole = codec.decode(latents)
+        codec.tile(64)  # strips of 16 rows
+        torch.testing.assert_close(codec.draw(codec.moments(image)), latents, rtol=0, atol=1e-4)
+        difference = (codec.decode(latents) - whole).abs()
+    assert 0 < float(difference.max()) < 1e-4  # a grey level is 8e-3
+    jumps = difference.diff(dim=2).abs().mean(dim=(0, 1, 3))  # [255]
+    seams = torch.zeros(255, dtype=torch.bool)
+    seams[15::16] = True
+    assert float(jumps[seams].mean()) < 2 * float(jumps[~seams].mean())
+
+
+def test_strips_take_less_memory():
+    # What is held at once, seen by torch itself.
+    shape = {"block_out_channels": (8, 32), "mid_block_add_attention": False}
+    codec = LatentCodec(AutoencoderKL(AutoencoderConfig(**(tiny.VAE | shape))).eval())
+    latents, peaks = torch.randn(1, 4, 64, 64), {}
+    for size in ("off", 16):
+        codec.tile(size)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            codec.decode(latents)
+        peaks[size] = _peak(seen)
+    assert peaks["off"] > 128 * 128 * 32 * 4 * 2
+    assert peaks[16] < peaks["off"] / 3
+
+
+def _peak(seen):
+    held = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_strips_set_in_by_the_memory_that_an_image_would_need(monkeypatch):
+    codec, asked = latent_codec(force_upcast=False).float(), []
+    monkeypatch.setattr("ldm.codecs.WHOLE_BYTES", 2**22)
+    monkeypatch.setattr("ldm.codecs.STRIP_BYTES", 2**20)
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, x, strips=None: asked.append(strips) or x)
+    codec.requires_grad_(False)
+    each = 4 * 4 * 16  # bytes, maps, channels of the second level
+    rows = 2**22 // (each * 128)
+    for height in (rows // 2, rows // 2 + 1):
+        codec.decode(torch.zeros(3, 4, height, 64))
+    codec.half().decode(torch.zeros(1, 4, rows // 2 + 1, 64, dtype=torch.float16))
+    assert asked == [None, 2**20 // each, None]
+    codec.float().tile("off")
+    codec.decode(torch.zeros(1, 4, rows, 64))
+    codec.tile(64)
+    codec.decode(torch.zeros(1, 4, 32, 32))
+    codec.decode(torch.zeros(1, 4, 33, 32))
+    assert asked[3:] == [None, None, 4096]
+
+
+def test_gradients_flow_through_a_decoder_that_is_tiled():
+    codec = latent_codec()
+    codec.tile(16)
+    latents = torch.randn(1, 4, 16, 16).double().requires_grad_()
+    codec.decode(latents).sum().backward()
+    assert float(latents.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("size", [0, -64, 15, 64.0, True, "64", "none", None])
+def test_wrong_tiles_are_refused(size):
+    for codec in (latent_codec(), PixelCodec((0.0,), (1.0,))):
+        codec.tile("auto")
+        with pytest.raises(ValueError, match="it is auto, off, or the side of a square in pixels from 16 on"):
+            codec.tile(size)
+
+
+# ---- half precision
+
+
+def loud_codec(gain, **changes):
+    """A real autoencoder in float16 whose inner maps are `gain` times larger, with the same output but for rounding."""
+    autoencoder = AutoencoderKL(AutoencoderConfig(**(tiny.VAE | {"mid_block_add_attention": False} | changes)))
+    with torch.no_grad():
+        for part in (autoencoder.encoder, autoencoder.decoder):
+            part.conv_in.weight *= gain
+            for block in [*part.modules()]:
+                if isinstance(block, ResnetBlock):
+                    block.conv2.weight *= gain
+                    block.conv2.bias *= gain
+            part.conv_in.bias *= gain
+    return LatentCodec(autoencoder.eval().requires_grad_(False).half())
+
+
+@pytest.fixture
+def fresh_warning():
+    _warn_of_overflow.cache_clear()
+    yield
+    _warn_of_overflow.cache_clear()
+
+
+def quiet():
+    return warnings.catch_warnings(record=True)
+
+
+def test_what_half_precision_cannot_hold_is_computed_again_in_float32_and_said_once(fresh_warning):
+    codec = loud_codec(1e5, scaling_factor=1.0)
+    exact = LatentCodec(copy.deepcopy(codec.autoencoder).float())
+    images, latents = torch.rand(2, 3, 16, 16).half() * 2 - 1, torch.randn(2, 4, 8, 8).half()
+    assert not codec.autoencoder.decode(latents).isfinite().all()
+    assert not codec.autoencoder.encode(images).isfinite().all()
+    with pytest.warns(UserWarning, match=r"left the range of float16; what it lost is computed again in float32"):
+        decoded = codec.decode(latents)
+    with quiet() as caught:
+        warnings.simplefilter("always")
+        moments = codec.moments(images)
+        torch.testing.assert_close(codec.decode(latents), decoded, rtol=0, atol=0)
+    assert not caught
+    assert decoded.dtype == moments.dtype == torch.float16
+    assert codec.autoencoder.encoder.conv_in.weight.dtype == torch.float16
+    torch.testing.assert_close(decoded, exact.decode(latents.float()).half())
+    torch.testing.assert_close(moments, exact.moments(images.float()).half())
+
+
+def test_only_the_images_that_overflow_are_computed_again(fresh_warning):
+    """So that a picture does not depend on the others of its batch, nor on those before."""
+    codec = loud_codec(4e3, scaling_factor=1.0)
+    latents = torch.randn(3, 4, 8, 8).half() * torch.tensor([1.0, 100.0, 1.0]).half()[:, None, None, None]
+    alone = codec.autoencoder.decode(latents)
+    assert alone.isfinite().flatten(1).all(dim=1).tolist() == [True, False, True]
+    with pytest.warns(UserWarning, match="float16"):
+        decoded = codec.decode(latents)
+    assert decoded.isfinite().all()
+    torch.testing.assert_close(decoded[::2], alone[::2], rtol=0, atol=0)
+    latents[0, 0, 0, 0] = torch.nan  # which no arithmetic mends
+    assert codec.decode(latents).isfinite().flatten(1).all(dim=1).tolist() == [False, True, True]
+
+
+def test_high_resolution_is_upcast_where_the_config_says_so(fresh_warning, monkeypatch):
+    monkeypatch.setattr("ldm.codecs.HIGH_RESOLUTION", 16 * 16)
+    latents = torch.randn(1, 4, 8, 8).half()
+    forced, free = loud_codec(1e5, force_upcast=True), loud_codec(1e5, force_upcast=False)
+    with quiet() as caught:
+        warnings.simplefilter("always")
+        assert forced.decode(latents).isfinite().all()
+        assert not caught
+        assert forced.decode(latents[:, :, :7]).isfinite().all()  # smaller: half precision first
+        assert len(caught) == 1
+    _warn_of_overflow.cache_clear()
+    with pytest.warns(UserWarning, match="float16"):
+        assert free.decode(latents).isfinite().all()
+
+
+def test_a_first_stage_in_autocast_is_computed_again_without(fresh_warning):
+    codec = LatentCodec(loud_codec(1e5).autoencoder.float())
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"):
+        decoded = codec.decode(latents)
+    torch.testing.assert_close(decoded, codec.decode(latents).half())

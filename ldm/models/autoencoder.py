@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.models.attention import ImageAttention
 from ldm.models.component_config import ComponentConfig, refuse
 from ldm.models.layers import CheckpointedBlock, Downsample, ResnetBlock, Upsample
+from ldm.models.tiling import decode_in_strips, encode_in_strips
 
 # Encoder and decoder of LDM; no config key of diffusers reaches it.
 NORM_EPS = 1e-6
@@ -237,20 +238,21 @@ class AutoencoderKL(nn.Module):
         config = self.config
         return (config.shift_factor or 0.0,) * self.channels, (1 / config.scaling_factor,) * self.channels
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w]: mean, then log-variance (not clamped).
 
-        Raises `ValueError` if H or W is not divisible by `factor`.
+        With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
+        memory. Raises `ValueError` if H or W is not divisible by `factor`.
         """
         self.config.check_size(images)
-        moments = self.encoder(images)
+        moments = self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped."""
+    def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped; `strips` as in `encode`."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
 
     @staticmethod
     def draw(moments: Tensor, noise: Tensor | None = None) -> Tensor:

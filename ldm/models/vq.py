@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.autoencoder import CoderConfig, Decoder, Encoder, check_statistics
 from ldm.models.component_config import refuse
+from ldm.models.tiling import decode_in_strips, encode_in_strips
 
 # Of the table of distances that is held at once: 16 MB in float32.
 DISTANCES_AT_ONCE = 2**22
@@ -171,21 +172,24 @@ class VQModel(nn.Module):
         std = self.config.latents_std or (1.0,) * self.channels
         return mean, tuple(value / self.config.scaling_factor for value in std)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → latents [B, C, h, w], not quantised.
+    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] → latents [B, C, h, w], not quantised; `strips` as in `AutoencoderKL`.
 
         Raises `ValueError` if H or W is not divisible by `factor`.
         """
         self.config.check_size(images)
-        return self.quant_conv(self.encoder(images))
+        return self.quant_conv(
+            self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
+        )
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
         """Latents [B, C, h, w] → their nearest codes → images [B, 3, H, W], about in [-1, 1] but not clamped."""
-        return self.decode_codes(self.quantize(latents).latents)
+        return self.decode_codes(self.quantize(latents).latents, strips)
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor, strips: int | None = None) -> Tensor:
         """Latents that are codes already, [B, C, h, w] → images [B, 3, H, W]."""
-        return self.decoder(self.post_quant_conv(codes))
+        latents = self.post_quant_conv(codes)
+        return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
 
     @staticmethod
     def draw(moments: Tensor, noise: Tensor | None = None) -> Tensor:

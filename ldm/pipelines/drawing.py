@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.codecs import Codec
+from ldm.codecs import Codec, Tile
 from ldm.diffusion import LogLikelihood, NoiseSchedule, ScheduleConfig, State, Step
 from ldm.models import UNet
 from ldm.pipelines.arguments import image_prompts, image_seeds
@@ -143,6 +143,17 @@ class Drawing:
             self._states(prompts), self._states(negatives), latents.to(blank), settings, generators, on_step=on_step
         )
         return PipelineOutput(to_pil(self.codec.decode(final)), seeds)
+
+    def tile(self, size: Tile) -> None:
+        """Says how much of a large picture the first stage encodes or decodes at a time: about size² pixels.
+
+        The pictures stay the same up to rounding. "auto", as a model begins, does so where a picture as a whole would
+        need more than 3 GiB; "off" never. A model of pixels has nothing to decode, and does not mind.
+
+        Raises:
+            ValueError: for anything else, and a size below 16.
+        """
+        self.codec.tile(size)
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Pipeline(Editing):
         Raises:
             ValueError: naming the file that is missing, damaged or of another model.
         """
-        place = _usable_device(device)
+        place = usable_device(device)
         folder = checkpoint.find_pipeline(name)
         index = checkpoint.read_json(folder / "model_index.json")
         _check_index(index, folder)
@@ -198,7 +198,8 @@ class Pipeline(Editing):
         return index | {name: [None, None] for name in sorted(SKIPPED)}
 
 
-def _usable_device(name: str | torch.device | None) -> torch.device:
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, None for CUDA where there is one, else the CPU; ValueError if it cannot be used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -33,6 +33,8 @@ EPOCHS_NEEDED, FEWEST_SAMPLES_NEEDED, MOST_SAMPLES_NEEDED = 75, 8_000, 200_000
 PROBED_IMAGES = 4
 FEWEST_IMAGES, FEW_IMAGES = 2, 1000
 SHARE_OF_FIRST_STAGE = 0.4
+# A decoder that starts from one for other images has most of what it gains after 120 steps: `ldm.evaluation.readout`.
+MOST_STEPS, MOST_TUNING_STEPS = 10_000, 2_000
 SHARE_OF_SHEETS = 0.2
 MOST_SHEETS = 4
 PROMPTS, LONG_PROMPT = 6, 80
@@ -101,9 +103,11 @@ def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     chosen.reasons.append(f"start: a new UNet, for there is no --start-from{_few(len(samples))}")
     images = _training_images(samples, data)
     choice = _space(chosen, images, wishes, device)
-    minutes = wishes.minutes * (1 - SHARE_OF_FIRST_STAGE if choice.train_first_stage else 1)
+    minutes = wishes.minutes * (1 if chosen.first_stage is None else 1 - SHARE_OF_FIRST_STAGE)
     chosen.config["space"] = choice.space
-    if choice.first_stage is not None:
+    if chosen.first_stage is not None:
+        chosen.config["first_stage"] = f"{chosen.first_stage['output_dir']}/autoencoder"
+    elif choice.first_stage is not None:
         chosen.config["first_stage"] = choice.first_stage
     length, *text = _text(samples, wishes.encoder, chosen)
     chosen.config["text"] = {"encoder": wishes.encoder, "max_length": length}
@@ -128,14 +132,21 @@ def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torc
         return Choice("latent" if wishes.space == "latent" else "pixel", name, "as asked")
     choice = choose(images, wishes.first_stage, device)
     chosen.reasons.append(f"space: {choice.space}, because {choice.reason}")
-    if not choice.train_first_stage:
+    name: str | None = None
+    if choice.tune_decoder:
+        name = wishes.first_stage or DEFAULT_FIRST_STAGE
+        chosen.first_stage = tuning_config(chosen.config["data"], name, wishes, len(images), device)
+        what = f"the decoder of {name} is fine-tuned"
+    elif choice.train_first_stage:
+        chosen.first_stage = first_stage_config(chosen.config["data"], wishes, len(images), device)
+        what = "one is trained"
+    else:
         return choice
-    chosen.first_stage = first_stage_config(chosen.config["data"], wishes, len(images), device)
     chosen.reasons.append(
-        f"first stage: one is trained on these images before, {chosen.first_stage['train']['max_steps']} steps in "
-        f"{SHARE_OF_FIRST_STAGE:.0%} of the time, and then space is latent"
+        f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
+        f"up to {SHARE_OF_FIRST_STAGE:.0%} of the time, and then space is latent"
     )
-    return dataclasses.replace(choice, space="latent", first_stage=f"{chosen.first_stage['output_dir']}/autoencoder")
+    return dataclasses.replace(choice, space="latent", first_stage=name)
 
 
 @dataclass(frozen=True)
@@ -184,9 +195,9 @@ def _affordable(
 
 def _diffused(choice: Choice, side: int) -> tuple[int, int, int]:
     """(C, h, w) of what is diffused for square images."""
-    if choice.first_stage is None:
+    if choice.space == "pixel":
         return 3, side, side
-    if choice.train_first_stage:  # see `first_stage_config`
+    if choice.first_stage is None:  # one is trained: see `first_stage_config`
         return 4, side // 4, side // 4
     return load_first_stage(choice.first_stage).latent_shape(side, side)
 
@@ -312,9 +323,32 @@ def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device:
     config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
     assert config is not None
     seconds = autoencoder_seconds(AutoencoderKL(config).to(device), data["resolution"], batch, device)
-    steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE / seconds)
-    content["train"] |= {"max_steps": max(FEWEST_STEPS, _round(min(steps, 10_000))), "ema_decay": 0.995}
+    content["train"] |= _first_steps(wishes, seconds, MOST_STEPS)
     return content
+
+
+def tuning_config(
+    data: dict[str, Any], first_stage: str, wishes: Wishes, count: int, device: torch.device
+) -> dict[str, Any]:
+    """The decoder of a first stage goes on learning on these images, as long as its share of the time allows."""
+    batch = _batch_size(count, 16)
+    network = load_first_stage(first_stage).autoencoder.requires_grad_(True).to(device)
+    seconds = autoencoder_seconds(network, data["resolution"], batch, device)  # with the encoder: an upper bound
+    return {
+        "output_dir": f"{wishes.output_dir.rstrip('/')}-first-stage",
+        "seed": 0,
+        "data": dict(data),
+        "start_from": first_stage,
+        "trained": "decoder",
+        "train": {"batch_size": batch, "learning_rate": 1e-3, "lr_schedule": "cosine"}
+        | _first_steps(wishes, seconds, MOST_TUNING_STEPS),
+    }
+
+
+def _first_steps(wishes: Wishes, seconds: float, most: int) -> dict[str, Any]:
+    """How long a first stage is trained at so many seconds a step, and how long its weights are averaged over."""
+    steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE / seconds)
+    return {"max_steps": max(FEWEST_STEPS, _round(min(steps, most))), "ema_decay": 0.995}
 
 
 def _batch_size(count: int, most: int) -> int:

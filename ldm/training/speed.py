@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.models import AutoencoderKL, UNet
+from ldm.models import FirstStage, UNet
 
 ENOUGH_SECONDS = 2.0
 MOST_REPEATS = 3
@@ -36,7 +36,7 @@ def unet_seconds(
     return _least_seconds(loss, unet, device)
 
 
-def autoencoder_seconds(autoencoder: AutoencoderKL, resolution: int, batch: int, device: torch.device) -> float:
+def autoencoder_seconds(autoencoder: FirstStage, resolution: int, batch: int, device: torch.device) -> float:
     """Seconds of a forward and a backward pass for `batch` square images."""
     images = torch.randn(batch, 3, resolution, resolution, device=device)
     return _least_seconds(lambda: autoencoder(images)[0].square().mean(), autoencoder, device)

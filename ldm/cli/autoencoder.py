@@ -1,0 +1,122 @@
+"""`ldm autoencoder`: looking at a first stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look at first stages: autoencoders between images and latents.", no_args_is_help=True)
+
+
+@app.callback()
+def _options() -> None:
+    """Keeps the name of the command where there is one alone."""
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A folder of an autoencoder or of a pipeline, a built-in name, or a hub id.")
+    ],
+    path: Annotated[str, typer.Argument(help="Images: a folder, a file, or the id of a data set.")],
+    split: Annotated[
+        str, typer.Option(help="held-out (what training never saw), or all for one that never saw this data.")
+    ] = "held-out",
+    held_out: Annotated[float, typer.Option(help="The share that training held out: data.held_out.")] = 0.1,
+    samples: Annotated[int | None, typer.Option(help="So many of the images, drawn by --seed; all by default.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="In pixels; that of the autoencoder by default.")] = None,
+    buckets: Annotated[
+        bool | None, typer.Option("--buckets/--squares", help="Images of several shapes: above 128 pixels by default.")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="Of the Fréchet distance: efficientnet, pixel, inception or clip.")
+    ] = "efficientnet",
+    weights: Annotated[str | None, typer.Option(help="Of inception or clip: a path, or MODEL:TAG.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn.")] = 0,
+    background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A PNG with the twelve worst reconstructions.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
+    tile: Annotated[str, typer.Option(help="As in ldm generate.", metavar="PIXELS")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+) -> None:
+    """Say what a first stage does to images, and whether to use it, fine-tune its decoder, train one, or do without."""
+    if split not in ("held-out", "all"):
+        raise ValueError(f"--split is {split}; it is held-out or all")
+    if output is not None and output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; the picture is written as PNG, so let it end in .png")
+    if samples is not None and samples < 2:
+        raise ValueError(f"--samples is {samples}; it must be at least 2")
+    from tqdm import tqdm
+
+    from ldm.data import CaptionedImages, DataConfig, generator, inspect, open_source
+    from ldm.data import split as split_of
+    from ldm.evaluation.features import feature_space
+    from ldm.evaluation.first_stage import evaluate_first_stage, worst_sheet
+    from ldm.evaluation.perceptual import perceptual_distance
+    from ldm.pipelines import save_png
+    from ldm.pipelines.pipeline import usable_device
+    from ldm.training.space import load_first_stage
+
+    place = usable_device(device)
+    codec = load_first_stage(model).to(place)
+    codec.tile(int(tile) if tile.isdecimal() else tile)
+    space = feature_space(features, device=place, weights=weights)
+    config = DataConfig(
+        path=path,
+        resolution=_size_of(codec.autoencoder.config.sample_size) if resolution is None else resolution,
+        buckets=buckets,
+        held_out=held_out,
+        background=background,
+        image_column=image_column,
+        caption_column=caption_column,
+    )
+    everything = inspect(open_source(config), config, progress=True).used
+    learned, used = split_of(everything, held_out)
+    if split == "all":
+        learned, used = (), everything
+    if not used:
+        raise ValueError(f"nothing of {path} is held out at a share of {held_out}; take --split all")
+    if samples is not None and samples > len(used):
+        raise ValueError(f"--samples is {samples}; there are {len(used)} images ({split})")
+    if samples is not None:
+        chosen = generator(seed, "autoencoder", "images").permutation(len(used))[:samples]
+        used = tuple(used[index] for index in sorted(chosen.tolist()))
+    images = CaptionedImages(used, config, seed)
+    with tqdm(total=len(images), unit="image", delay=2, leave=False) as bar:
+        report = evaluate_first_stage(
+            codec,
+            model,
+            images,
+            CaptionedImages(learned, config, seed) if learned else None,
+            space=space,
+            perceptual=perceptual_distance(place),
+            device=place,
+            training_images=len(everything) if split == "all" else len(learned),
+            seed=seed,
+            progress=bar.update,
+        )
+    if output is not None:
+        save_png(worst_sheet(codec, images, report, place), output)
+    sizes = ", ".join(f"{width}x{height}" for height, width in report.sizes)
+    if as_json:
+        import json
+
+        asked = {"model": model, "data": path, "split": split, "resolution": config.resolution, "seed": seed}
+        print(json.dumps(asked | report.to_dict(), indent=2, allow_nan=False))
+        return
+    print(f"{model} on {path}, {split}: {report.images} images of {sizes}; means, with 95 % intervals over images")
+    for line in report.lines():
+        print(line)
+    if output is not None:
+        print(output)
+
+
+def _size_of(sample_size: int | tuple[int, int]) -> int:
+    """The side of squares that a first stage was trained on."""
+    return sample_size if isinstance(sample_size, int) else min(sample_size)
