@@ -1,0 +1,302 @@
+"""Learning or memorising: are generated pictures nearer to single training images than unseen real images are?
+
+What is measured of a picture is the ratio of two distances: to the nearest training image, and to the nearest of the
+others. A copy has a ratio near 0, however noisy it is, or dull; a picture that resembles many training images, such as
+their average, has one near 1, though it may be nearer to all of them than any real image. Where training images come in
+variants, those of the nearest one do not count as others, for else a copy of one would lie near the next as well.
+(Nearest over further distances: arXiv:2301.13188, section 5; a third sample of unseen data to compare with:
+arXiv:2004.05675.)
+
+How low is too low is read from real images that were not trained on: held-out ones or, where these are few, training
+images left out in turn. An unseen image is exchangeable with them, so that the number of pictures below their
+quantile has a known distribution, for calibrations of any size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.data import generator
+from ldm.evaluation.loss_gap import LossGap, least_growth
+from ldm.evaluation.nearness import Known, check, near
+from ldm.pipelines import contact_sheet
+
+GRID = 8
+LEVEL = 0.05
+"""The share of unseen real images that lie below the threshold."""
+ENOUGH_HELD_OUT = 100
+MOST_LEFT_OUT = 2048
+
+# Of 480 comparisons with held-out images as pictures (20 to 300 training images of digits and OpenMoji) the least
+# probable had a chance of 7e-5.
+CHANCE, MANY = 1e-5, 0.1
+CHANCE_OF_SOME = 1e-3
+TOO_WIDE = 0.25
+BY_HEART = 0.25
+
+NORMAL_95 = 1.96
+
+
+def copy_features(images: Tensor) -> Tensor:
+    """Colours averaged to 8×8 places: images [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64.
+
+    Not the features of the Fréchet distance: a network that knows what a picture shows sees noise as well, and calls a
+    noisy copy something new, while the places of colours hardly change under noise, blur or an autoencoder.
+
+    Raises:
+        ValueError: for images below 8×8.
+    """
+    if min(images.shape[-2:]) < GRID:
+        raise ValueError(f"images are {images.shape[-2]}x{images.shape[-1]}; to find copies they need {GRID}x{GRID}")
+    return F.adaptive_avg_pool2d(images.to(torch.float64).expand(-1, 3, -1, -1), GRID).flatten(1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """`count` of `total`, with Wilson's 95 % interval of the share."""
+
+    count: int
+    total: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        return self.count / self.total
+
+    @classmethod
+    def of(cls, marked: Tensor) -> Share:
+        """From a bool [N], N at least 1."""
+        count, total = int(marked.sum()), len(marked)
+        share, z = count / total, NORMAL_95**2 / total
+        middle = (share + z / 2) / (1 + z)
+        reach = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
+        return cls(count, total, max(middle - reach, 0.0), min(middle + reach, 1.0))
+
+
+@dataclass(frozen=True)
+class Copying:
+    """How near generated pictures are to training images.
+
+    Attributes:
+        nearest: [M] int64: of each picture, the index of its nearest training image.
+        distance: [M] float64, in the units of the features.
+        ratio: [M] float64: distance over that to the nearest other training image; from 0, a copy, to 1.
+        threshold: ratios below it are `suspect`.
+        suspect: [M] bool.
+        suspects: their share.
+        expected: the share of unseen real images that would be suspect.
+        chance: how probable so many suspects are, or more, among M unseen real images.
+        held_out: the share of suspects among held-out images; None without any.
+        closer: the share of pictures closer to their nearest training image than that is to any other.
+        held_out_closer: the same of held-out images.
+        calibrated_on: how many held-out images, and training images left out, the threshold is from.
+    """
+
+    nearest: Tensor
+    distance: Tensor
+    ratio: Tensor
+    threshold: float
+    suspect: Tensor
+    suspects: Share
+    expected: float
+    chance: float
+    held_out: Share | None
+    closer: Share
+    held_out_closer: Share | None
+    calibrated_on: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types of JSON."""
+        plain: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor | tuple):
+                value = list(value) if isinstance(value, tuple) else value.tolist()
+            plain[name] = vars(value) | {"share": value.share} if isinstance(value, Share) else value
+        return plain
+
+
+def copying(
+    generated: Tensor,
+    training: Tensor,
+    held_out: Tensor | None,
+    *,
+    groups: Sequence[str] | None = None,
+    mirrored: Tensor | None = None,
+    seed: int = 0,
+) -> Copying:
+    """Compares pictures with all training images, and how near they are with how near unseen real images are.
+
+    The threshold is the ratio that a share `LEVEL` of unseen images has at most: of the held-out images alone, where
+    they are `ENOUGH_HELD_OUT`, else of these and of training images (each compared with those of other groups).
+
+    Args:
+        generated, training, held_out: features [M, D], [N, D], [H, D], such as those of `copy_features`.
+        groups: of the training images, one a variant of the same picture: `Sample.group`. Held-out images must be of
+            other groups, as `ldm.data.split` makes sure. None takes each image for itself.
+        mirrored: [N, D] of the training images flipped; to be given where training flips.
+        seed: of the training images that are left out in turn, where they are more than 2,048.
+
+    Raises:
+        ValueError: for features that do not fit together or are not finite, and for fewer than 10 training groups.
+    """
+    known = Known.of(training, groups, mirrored)
+    for name, features in (("generated", generated), ("held-out", held_out)):
+        if features is not None:
+            check(name, features, known.variants[0].shape[1])
+    if not len(generated):
+        raise ValueError("there are no generated pictures; draw some")
+    unseen = None if held_out is None or not len(held_out) else near(held_out, known)
+    calibration = [] if unseen is None else [unseen.ratio]
+    left_out = 0
+    if unseen is None or len(unseen.ratio) < ENOUGH_HELD_OUT:
+        order = torch.from_numpy(generator(seed, "left out").permutation(len(training))[:MOST_LEFT_OUT])
+        calibration.append(near(training[order], known, leave_out=order).ratio)
+        left_out = len(order)
+    ratios = torch.cat(calibration).sort().values
+    rank = max(1, math.floor(LEVEL * (len(ratios) + 1)))
+    threshold = float(ratios[rank - 1])
+    found = near(generated, known)
+    suspect = found.ratio < threshold
+    suspects = Share.of(suspect)
+    return Copying(
+        nearest=found.nearest,
+        distance=found.distance,
+        ratio=found.ratio,
+        threshold=threshold,
+        suspect=suspect,
+        suspects=suspects,
+        expected=rank / (len(ratios) + 1),
+        chance=_chance(suspects.count, suspects.total, rank, len(ratios) + 1 - rank),
+        held_out=None if unseen is None else Share.of(unseen.ratio < threshold),
+        closer=Share.of(found.closer),
+        held_out_closer=None if unseen is None else Share.of(unseen.closer),
+        calibrated_on=(0 if unseen is None else len(unseen.ratio), left_out),
+    )
+
+
+def _chance(count: int, total: int, below: int, above: int) -> float:
+    """P(X >= count) of X, the number of `total` new values below the `below`-th of below + above − 1 old ones.
+
+    All of one distribution, X is beta-binomial, whatever that is: it counts in that the threshold is itself a sample.
+    """
+
+    def log_beta(a: float, b: float) -> float:
+        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+    terms = [
+        math.exp(
+            math.lgamma(total + 1)
+            - math.lgamma(x + 1)
+            - math.lgamma(total - x + 1)
+            + log_beta(x + below, total - x + above)
+            - log_beta(below, above)
+        )
+        for x in range(count, total + 1)
+    ]
+    return min(math.fsum(terms), 1.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`kind`, and one sentence that says what was counted and what follows."""
+
+    kind: Literal["memorising", "learning", "undecided"]
+    sentence: str
+
+
+def verdict(copying: Copying, gap: LossGap | None) -> Verdict:
+    """Memorising, learning, or undecided, from the pictures; the loss may raise doubts, but convicts no picture.
+
+    - memorising: more suspects than unseen real images could have by chance (below `CHANCE`), and more than `MANY`;
+    - undecided: some suspects too many; too few pictures; nothing held out, so that nobody knows whether the model
+      draws what it has not seen; or a loss so much lower on training images that the model knows them by heart;
+    - learning: none of these.
+    """
+    counted, seen = _counted(copying), _seen(gap)
+    some = copying.chance < CHANCE_OF_SOME and copying.suspects.low > 1.5 * copying.expected
+    if copying.chance < CHANCE and copying.suspects.low > MANY:
+        return Verdict("memorising", f"Memorising: {counted}{seen}; the model gives back what it was trained on.")
+    if some:
+        return Verdict(
+            "undecided", f"Undecided: {counted}{seen}; some are copies, see the closest beside their nearest."
+        )
+    if copying.held_out is None:
+        return Verdict("undecided", f"Undecided: {counted}{seen}; no copies, but nothing is held out to compare with.")
+    if copying.suspects.high > TOO_WIDE:
+        return Verdict("undecided", f"Undecided: {counted}{seen}; that is too wide, so draw more pictures.")
+    if gap is not None and least_growth(gap.widest()) > BY_HEART:
+        return Verdict(
+            "undecided",
+            f"Undecided: {counted}{seen}; no copies, yet the model knows its training images by heart.",
+        )
+    return Verdict("learning", f"Learning: {counted}{seen}; the pictures are no nearer than unseen real images are.")
+
+
+def _counted(copying: Copying) -> str:
+    """The numbers of the pictures, as the middle of a sentence."""
+    share = copying.suspects
+    held_out, left_out = copying.calibrated_on
+    kinds = [f"{held_out} held-out images"] if held_out else []
+    kinds += [f"{left_out} training images left out in turn"] if left_out else []
+    own = f", of the held-out images {_percent(copying.held_out.share)}" if copying.held_out else ""
+    return (
+        f"{share.count} of {share.total} pictures ({_percent(share.share)}, 95 % interval {_percent(share.low)} to "
+        f"{_percent(share.high)}) are as close to one training image as {_percent(copying.expected)} of unseen images "
+        f"would be{own} (calibrated on {' and '.join(kinds)})"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _seen(gap: LossGap | None) -> str:
+    if gap is None:
+        return ""
+    band = gap.widest()
+    reach = "" if math.isnan(band.interval) else f" ± {band.interval:.2g}"
+    return (
+        f", and at timesteps {band.first} to {band.last} the loss is {band.training:.3g} on training and "
+        f"{band.held_out:.3g} on held-out images (gap {band.gap:.2g}{reach})"
+    )
+
+
+def nearest_sheet(
+    generated: Sequence[Image.Image],
+    training: Sequence[Image.Image],
+    copying: Copying,
+    *,
+    most: int = 24,
+    pairs: int = 4,
+    size: int = 96,
+) -> Image.Image:
+    """The pictures with the lowest ratios, each beside its nearest training image, the closest first.
+
+    Args:
+        generated, training: in the order of the features that `copying` was given; of `training` only those that are
+            shown are read.
+        most: pictures at most; `pairs` of them in a row.
+        size: of the longer side of each, in pixels.
+
+    Raises:
+        ValueError: for another number of pictures than `copying` is about.
+    """
+    if len(generated) != len(copying.ratio):
+        raise ValueError(f"there are {len(generated)} pictures but {len(copying.ratio)} were compared; give the same")
+    order = copying.ratio.argsort(stable=True)[:most].tolist()
+    rows, captions = [], []
+    for start in range(0, len(order), pairs):
+        some = order[start : start + pairs]
+        rows.append([image for i in some for image in (generated[i], training[int(copying.nearest[i])])])
+        ratios = ", ".join(f"{float(copying.ratio[i]):.2f}" for i in some)
+        captions.append(f"generated | nearest: {ratios} (suspect below {copying.threshold:.2f})")
+    return contact_sheet(rows, captions, size=size)
