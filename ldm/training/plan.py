@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, TrainConfig
 from ldm.data import CaptionedImages
-from ldm.training.report.sheets import MOST_BYTES, MOST_SHEETS
+from ldm.report.sheets import MOST_BYTES, MOST_SHEETS
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 
