@@ -60,7 +60,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     if config is None:
         raise ValueError(f"open_clip knows no model {model!r}: open_clip.list_models() lists all")
     text = _plain_text_config(model, config)
-    path = _weights_path(open_clip, model, bool(config.get("quick_gelu")), source)
+    path = weights_path(open_clip, model, bool(config.get("quick_gelu")), source)
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
     (folder / "text_encoder").mkdir()
@@ -86,7 +86,7 @@ def _plain_text_config(model: str, config: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> Path:
+def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> Path:
     """The safetensors file of `source`: a path, or a tag whose weights open_clip downloads."""
     tags = open_clip.list_pretrained_tags_by_model(model)
     if source in tags:
