@@ -81,9 +81,9 @@ class Gallery:
         """For each caption the indices of the images that are its own, ascending.
 
         Those that bear it: a text cannot say which of them is meant ("a handwritten three"). And those that are the
-        same picture, to the last pixel, as one that bears it: no feature can say which of them was drawn (in
-        OpenMoji 65 of 1,918: flags of one pattern, "astronaut" and "man astronaut"). Near-duplicates do not count: whoever asks for four o'clock and gets three has not
-        got what was asked for.
+        same picture, to the last pixel, as one that bears it: no feature can say which of them was drawn (in OpenMoji
+        65 of 1,918: flags of one pattern, "astronaut" and "man astronaut"). Near-duplicates do not count: whoever asks
+        for four o'clock and gets three has not got what was asked for.
 
         Raises:
             ValueError: for a caption that no image bears.
