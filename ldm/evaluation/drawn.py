@@ -47,6 +47,7 @@ def draw(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     at_once: int,
+    first: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """One picture a caption, uint8 [N, 3, H, W] on the CPU, in the size of training.
@@ -57,6 +58,7 @@ def draw(
     Args:
         num_inference_steps, guidance_scale: None takes the defaults that are stored with the model.
         at_once: how many go through the network together.
+        first: the number of the first of these pictures, where those before it are drawn already.
         progress: is told how many pictures were finished since.
 
     Raises:
@@ -66,7 +68,7 @@ def draw(
         raise ValueError(f"at_once is {at_once}; it must be at least 1 picture")
     if not captions:
         raise ValueError("there are no captions to draw; give at least one")
-    seeds = [int(generator(seed, "drawn", place).integers(2**63 - 1)) for place in range(len(captions))]
+    seeds = [int(generator(seed, "drawn", place).integers(2**63 - 1)) for place in range(first, first + len(captions))]
     parts = []
     for start in range(0, len(captions), at_once):
         chunk = slice(start, start + at_once)

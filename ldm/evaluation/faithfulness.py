@@ -63,7 +63,7 @@ class Gallery:
                     pictures = torch.stack([images.image_at(index) for index in chunk])  # [b, 3, h, w]
                     places = [before + index for index in chunk]
                     for place, picture in zip(places, pictures, strict=True):
-                        looks[place] = _look(picture)
+                        looks[place] = look_of(picture)
                     order.extend(places)
                     yield to_signed(pictures)
                 before += len(images)
@@ -101,7 +101,8 @@ class Gallery:
         return [known[caption] for caption in captions]
 
 
-def _look(picture: Tensor) -> str:
+def look_of(picture: Tensor) -> str:
+    """32 hexadecimal digits that name the pixels of uint8 [3, h, w]."""
     digest = hashlib.blake2b(str(tuple(picture.shape)).encode(), digest_size=16)
     digest.update(picture.numpy().tobytes())
     return digest.hexdigest()

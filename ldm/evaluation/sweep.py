@@ -305,7 +305,7 @@ def sweep(
         check_storable(store_in)
     question = _Question(captions, torch.tensor([asked.index(index) for index in own]), seed, at_once, gallery, space)
     places = gallery.places([held_out[index] for index in asked])
-    kept = _Record(record, question.identity() | {"models": {name: _digest(model) for name, model in models.items()}})
+    kept = _Record(record, question.identity() | {"models": {name: model_digest(model) for name, model in models.items()}})
     cells = []
     for name, pipeline in models.items():
         for scale, steps in grid.pairs():
@@ -465,7 +465,7 @@ class _Record:
         checkpoint.write_json(self.path, {"of": self.identity, "cells": [asdict(c) for c in self.cells.values()]})
 
 
-def _digest(pipeline: Pipeline) -> str:
+def model_digest(pipeline: Pipeline) -> str:
     """32 hexadecimal digits that name all that a picture depends on, apart from its settings."""
     digest = hashlib.blake2b(f"{pipeline.sampler} {pipeline.schedule}".encode(), digest_size=16)
     parts = (pipeline.unet, pipeline.codec, pipeline.text_encoder.model)
