@@ -1,8 +1,8 @@
 """Fréchet distances with intervals, and their ratio where there are too few samples for the distance itself.
 
-N samples of D features have a covariance of rank N − 1 at most. Up to N = D the distance of their Gaussian to another is
-mostly what the missing directions amount to, so it means nothing alone: `Gaussian.fit` refuses. That part is the same
-for any N images, though, so that the ratio of two such distances, to one reference and at equal N, still orders them.
+The covariance of N samples has rank N − 1 at most. Up to N = D the distance of their Gaussian to another is mostly what
+the missing directions amount to, so it means nothing alone: `Gaussian.fit` refuses. Other N images miss as much, so
+that the ratio of two such distances, to one reference and at equal N, still orders sets of images.
 
 For N ≤ D no [D, D] matrix is decomposed: with rows X the centred samples, Σ₁ Σ₂ = Xᵀ X Σ₂ / (N − 1) has the eigenvalues
 of the [N, N] matrix X Σ₂ Xᵀ / (N − 1), besides zeros.
