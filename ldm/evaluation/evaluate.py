@@ -143,7 +143,9 @@ def evaluate(
         quality=_quality(torch.cat(list(features.values())), reference, seed, left_out),
         found={side.side: _found(side, features[side.side], reference, seed) for side in asked},
         read={side.side: _read(side, reference) for side in asked if reference.reader is not None},
-        clip={side.side: clip_score(clip, side.pictures, side.captions) for side in asked if clip and len(side.own) > 1},
+        clip={
+            side.side: clip_score(clip, side.pictures, side.captions) for side in asked if clip and len(side.own) > 1
+        },
         copies=copies,
         gap=gap,
         verdict=None if copies is None else verdict(copies, gap),
@@ -205,14 +207,17 @@ class _Drawing:
     def __call__(self, side: str, captions: list[str], own: list[int]) -> Asked:
         with self.bars(f"pictures of {side} captions", len(captions)) as done:
             pictures = self.draw(
-                self.pipeline, captions, seed=_seed(self.seed, side), at_once=self.at_once, progress=done, **self.settings
+                self.pipeline,
+                captions,
+                seed=_seed(self.seed, side),
+                at_once=self.at_once,
+                progress=done,
+                **self.settings,
             )
         return Asked(side, tuple(captions), tuple(own), pictures)
 
 
-def _gap(
-    pipeline: Pipeline, training: CaptionedImages, held_out: CaptionedImages, seed: int, bars: Bars
-) -> LossGap:
+def _gap(pipeline: Pipeline, training: CaptionedImages, held_out: CaptionedImages, seed: int, bars: Bars) -> LossGap:
     total = sum(min(GAP_IMAGES, len(images)) for images in (training, held_out)) * BANDS * GAP_DRAWS
     with bars("loss of both sides", total) as done:
         return loss_gap(pipeline, training, held_out, images=GAP_IMAGES, draws=GAP_DRAWS, seed=seed, progress=done)

@@ -56,8 +56,7 @@ def stored_features(
         rows = space.of(_batches(images, chunk, progress))  # [n, D]
         left -= len(chunk)
         store.add([keys[i] for i in chunk], rows.to(torch.float32), left)
-    rows = store.open(keys)
-    return rows[range(len(keys))].to(torch.float64)
+    return store.open(keys)[range(len(keys))].to(torch.float64)
 
 
 def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable[[int], object]) -> Iterator[Tensor]:

@@ -305,7 +305,9 @@ def sweep(
         check_storable(store_in)
     question = _Question(captions, torch.tensor([asked.index(index) for index in own]), seed, at_once, gallery, space)
     places = gallery.places([held_out[index] for index in asked])
-    kept = _Record(record, question.identity() | {"models": {name: model_digest(model) for name, model in models.items()}})
+    kept = _Record(
+        record, question.identity() | {"models": {name: model_digest(model) for name, model in models.items()}}
+    )
     cells = []
     for name, pipeline in models.items():
         for scale, steps in grid.pairs():

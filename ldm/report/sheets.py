@@ -80,6 +80,17 @@ def figure(path: Path, *, name: str, alt: str, caption: str, most_bytes: int) ->
     )
 
 
+def embedded(image: Image.Image, most_bytes: int) -> str:
+    """A picture in memory as the `src` of an `<img>`: PNG, or JPEG where that takes more bytes than it may."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    media = "image/png"
+    if buffer.tell() > most_bytes:
+        buffer, media = io.BytesIO(), "image/jpeg"
+        image.convert("RGB").save(buffer, format="JPEG", quality=85)
+    return f"data:{media};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
 def encoded(path: Path, most_bytes: int) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
     """A picture in at most so many bytes: as it is, else as JPEG, else as ever smaller JPEG.
 

@@ -48,6 +48,7 @@ figure{margin:0 0 1rem;min-width:0}
 main>.chart svg{min-width:32rem;max-width:48rem}
 .sheets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));gap:1rem}
 .sheets figure:first-child{grid-column:1/-1}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.5rem 1rem}
 img{max-width:100%;height:auto;background:#fff;display:block;border-radius:4px}
 table{border-collapse:collapse;font-size:.9rem}.wide{overflow-x:auto}
 th,td{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0;border-bottom:1px solid var(--rule)}
