@@ -38,6 +38,9 @@ def evaluate(
     clip: Annotated[
         str | None, typer.Option(help="Also the CLIP score, by MODEL:TAG or MODEL:FILE.safetensors of open_clip.")
     ] = None,
+    reference: Annotated[
+        int, typer.Option(help="Compare with so many images of either side at most, drawn by --seed.")
+    ] = 20000,
     held_out: Annotated[
         float | None, typer.Option(help="The share that training held out; a run knows its own, else 0.1.")
     ] = None,
@@ -76,6 +79,7 @@ def evaluate(
             _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),
             columns={"image_column": image_column, "caption_column": caption_column},
             held_out=held_out,
+            most=reference,
             features=(features, weights),
             clip_name=clip,
             sweep=None if grid is None else (grid, sweep_samples, store),
@@ -113,6 +117,7 @@ def _evaluate(
     *,
     columns: dict[str, str | None],
     held_out: float | None,
+    most: int,
     features: tuple[str, str | None],
     clip_name: str | None,
     sweep: tuple[Grid, int, bool] | None,
@@ -123,7 +128,7 @@ def _evaluate(
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.kept import KeptPictures
     from ldm.evaluation.page import Account
-    from ldm.evaluation.reference import Reference
+    from ldm.evaluation.reference import Reference, some_of
     from ldm.evaluation.said import said
     from ldm.evaluation.sweep import model_digest
     from ldm.training.trained import open_model
@@ -139,7 +144,11 @@ def _evaluate(
     )
     for note in notes:
         asked.say(f"note: {note}")
-    reference = Reference.of(training, unseen, space, bars=_bars, print=asked.say)
+    about = _about(asked, opened, training, unseen)
+    if max(len(training), len(unseen or ())) > most:
+        asked.say(f"note: pictures are compared with {most:,} images of either side at most (--reference)")
+    compared = some_of(training, most, asked.seed), unseen and some_of(unseen, most, asked.seed)
+    reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
     asked.folder.mkdir(parents=True, exist_ok=True)
     swept = None if sweep is None else _sweep(asked, pipeline, reference, space, *sweep)
     if swept is not None and swept.chosen.decided:
@@ -157,8 +166,9 @@ def _evaluate(
         bars=_bars,
         say=asked.say,
     )
-    about = _about(asked, opened, digest, training, unseen)
-    account = Account(f"{asked.model} on {training.config.path}", about, notes, found, reference, swept)
+    account = Account(
+        f"{asked.model} on {training.config.path}", about | {"model_digest": digest}, notes, found, reference, swept
+    )
     page = account.write(asked.folder)
     if asked.as_json:
         import json
@@ -216,7 +226,7 @@ def _data(
             "known to be trained on"
         )
     elif (change := asked.run.change_of_data(training, unseen)) is not None:
-        notes.append(f"{change}: images that it was trained on may be among the held-out ones")
+        notes.append(f"{change}; images that it was trained on may be among the held-out ones")
     if unseen is None:
         notes.append(
             "nothing is held out, so that there is no yardstick for quality, no text that the model has not seen, and "
@@ -302,15 +312,12 @@ def _models(asked: _Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Pat
     }, run.folder / "pipeline"
 
 
-def _about(
-    asked: _Asked, opened: str, digest: str, training: CaptionedImages, unseen: CaptionedImages | None
-) -> dict[str, Any]:
+def _about(asked: _Asked, opened: str, training: CaptionedImages, unseen: CaptionedImages | None) -> dict[str, Any]:
     import ldm
     from ldm.training.resuming import digest_of
 
     return {
         "model": opened,
-        "model_digest": digest,
         "run": None if asked.run is None else str(asked.run.folder),
         "data": training.config.path,
         "data_sha256": digest_of(training, unseen),

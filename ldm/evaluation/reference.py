@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.data import CaptionedImages, to_signed
+from ldm.data import CaptionedImages, generator, to_signed
 from ldm.evaluation.digits import DigitReader
 from ldm.evaluation.faithfulness import Gallery, look_of
 from ldm.evaluation.features import FeatureSpace
@@ -84,6 +84,21 @@ class Reference:
             gallery=Gallery(samples, torch.cat(features), looks),
             reader=DigitReader.fit(training.samples) if training.config.path == "digits" else None,
         )
+
+
+def some_of(images: CaptionedImages, most: int, seed: int) -> CaptionedImages:
+    """All of the images or, where there are more, `most` of them, drawn without repetition, in their order.
+
+    Raises:
+        ValueError: for fewer than one.
+    """
+    if most < 1:
+        raise ValueError(f"there are to be {most} images to compare with; give at least 1")
+    if len(images) <= most:
+        return images
+    chosen = sorted(generator(seed, "reference").permutation(len(images))[:most].tolist())
+    samples = [images.samples[index] for index in chosen]
+    return CaptionedImages(samples, images.config, images.seed, cache_bytes=0, sizes=images.buckets.sizes)
 
 
 def _seen(images: CaptionedImages, progress: Callable[[int], object]) -> list[tuple[Tensor, Tensor, str]]:

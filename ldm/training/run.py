@@ -47,6 +47,7 @@ from ldm.training.optimisation import learning_rate
 from ldm.training.plan import Plan, duration
 from ldm.training.processes import join, total
 from ldm.training.report import write_report
+from ldm.training.report.names import PREFIX as EVALUATION
 
 
 class Run:
@@ -337,11 +338,12 @@ class Run:
     def _cut_logs(self) -> None:
         """Drops, before the first line of this session, what an earlier one wrote after the step it goes on from."""
         if self._resume and not self._logs_are_cut:
-            train, again = self.config.train, []
+            train = self.config.train
+            again: list[str] = []
             if self.step == self._started_at:
                 again += ["held_out"] if self.due(train.validate_every) else []
                 is_due = isinstance(train, DiffusionTrainConfig) and self.due(train.evaluate_every)
-                again += ["evaluation_"] if is_due else []
+                again += [EVALUATION] if is_due else []
             resuming.cut_log(self.folder / "metrics.jsonl", self._started_at, again=again)
             resuming.cut_log(self.folder / "nonfinite.jsonl", self._started_at, again=())
         self._logs_are_cut = True

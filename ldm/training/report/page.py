@@ -17,7 +17,7 @@ from ldm.report import curves, markup, sheets
 from ldm.report.curves import Line, Point, smooth
 from ldm.report.markup import escaped, number
 from ldm.report.shell import write_page
-from ldm.training.report import metrics
+from ldm.training.report import metrics, names
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
 MOST_OTHER_CURVES = 12
@@ -215,6 +215,10 @@ def _curves(run: _Folder) -> Iterator[str]:
             exact = key == "learning_rate"  # a function of the step, without any scatter to smooth
             yield _chart(run, title, [Line("", points) if exact else _smoothed(points)], **options)
     known = {"loss", "held_out_loss", "held_out_psnr", "learning_rate", "gradient_norm", "samples_per_second"}
+    for name in found.figures:
+        if (in_words := names.title_of(name)) is not None:
+            yield _chart(run, in_words, [Line("", found.points(name))])
+            known.add(name)
     others = [name for name in found.figures if name not in known and not BAND.fullmatch(name)]
     for name in others[:MOST_OTHER_CURVES]:
         title = markup.cut(name, 60)
