@@ -74,4 +74,5 @@ def test_images_of_several_shapes(tmp_path, counted):
     torch.testing.assert_close(unkept, found, rtol=1e-6, atol=1e-6)
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
     for i in range(6):
-        torch.testing.assert_close(found[i], space.extract(to_signed(images.image_at(i))[None])[0], rtol=1e-5, atol=1e-5)
+        expected = space.extract(to_signed(images.image_at(i))[None])[0]
+        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)
