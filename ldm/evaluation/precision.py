@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.evaluation.frechet import Interval, check_features
+from ldm.evaluation.frechet import NORMAL_95, Interval, check_features
 
 NEIGHBOURS = 3
 GROUPS = 20
 _ENTRIES = 2**24  # of a matrix of distances that are held at a time: 128 MiB
-_NORMAL_95 = 1.959964  # standard deviations on both sides that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def precision_recall(features: Tensor, reference: Tensor) -> PrecisionRecall:
 
 def wilson(share: float, count: float) -> Interval:
     """Wilson's 95 % interval for a share, 0 to 1, of `count` independent draws; right near 0 and 1 too."""
-    z = _NORMAL_95
+    z = NORMAL_95
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     reach = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     # At 0 and 1 the ends are exact but for rounding.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ldm.evaluation import inception
+from ldm.evaluation.clip import load_clip
 from ldm.evaluation.efficientnet import EfficientNetLite0
 from ldm.evaluation.features import FeatureSpace, feature_space, pixel_features, resized
 from ldm.evaluation.few_samples import frechet_interval
@@ -104,13 +105,16 @@ def test_inception_names_the_packages_it_needs(tmp_path: Path, monkeypatch):
 
 @pytest.mark.skipif(WITHOUT_TORCH_FIDELITY, reason='torch-fidelity is not installed: pip install "ldm[metrics]"')
 def test_inception_is_the_network_of_torch_fidelity_with_its_resize(tmp_path: Path, monkeypatch):
-    torch_fidelity = pytest.importorskip("torch_fidelity")
-    theirs = torch_fidelity.FeatureExtractorInceptionV3.__new__(torch_fidelity.FeatureExtractorInceptionV3)
+    import torch_fidelity
+
+    # Random weights stand in for the file that is not at hand: the network is built once without loading any.
     weights = tmp_path / "weights.pth"
-    # The layers with random weights stand in for the file that is not at hand.
-    monkeypatch.setattr(torch, "load", lambda *_, **__: _random_state(theirs))
-    weights.write_bytes(b"random")
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(b"random").hexdigest())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(torch_fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        blank = torch_fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
+    torch.save(blank.state_dict(), weights)
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     space = feature_space("inception", device=CPU, weights=weights)
     assert space.is_fid and space.dimensions == 2048
     assert space.label() == "Inception v3 features (2048, images resized to 299 bilinear as TensorFlow 1)"
@@ -150,6 +154,10 @@ def test_clip_is_the_image_tower_of_open_clip(tmp_path: Path):
     # A wide image: its height is resized, and its middle cut out.
     wide = pictures(1, 32, 64)
     torch.testing.assert_close(space.of([wide]), space.of([wide[..., 16:48]]))
+    captions = ["a corgi", "a red hat"]
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.tokenizer.tokenize(captions, context_length=20))
+    torch.testing.assert_close(load_clip(f"tiny-features:{weights}", CPU).embed_texts(captions), expected)
     with pytest.raises(ValueError, match="knows no model 'ViT-Z'"):
         feature_space("clip", device=CPU, weights="ViT-Z:x")
 
@@ -174,7 +182,3 @@ def test_torchmetrics_has_the_same_numbers_from_the_same_features():
     ours = space.of([drawn]), space.of([real])
     assert frechet_interval(*ours).mean == pytest.approx(float(theirs.compute()), rel=1e-5)
     assert kid(ours[0], ours[1][:80]).mean == pytest.approx(float(theirs_kid.compute()[0]), rel=1e-9)
-
-
-def _random_state(extractor):
-    raise NotImplementedError
