@@ -29,7 +29,7 @@ Features = Callable[[Tensor], Tensor]
 PIXEL_DIMENSIONS = 64
 GRID, GRADIENT_GRID = 8, 4
 EFFICIENTNET_SIZE = 128
-IMAGES_AT_ONCE = 32  # so that 299 pixels in Inception need some hundred megabytes, whatever the batches are
+IMAGES_AT_ONCE = 16  # fastest on a CPU (11 ms an image at 128 pixels, 17 with 32), and memory stays small at 299
 
 
 @dataclass(frozen=True)

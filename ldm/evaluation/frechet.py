@@ -32,21 +32,44 @@ class Gaussian:
             ValueError: for any other shape, for numbers that are not finite, and for D samples or fewer: their
                 covariance is singular whatever they show, so that most of a distance would be the missing samples.
         """
-        if features.ndim != 2:
-            raise ValueError(f"features have shape {list(features.shape)}; they must be [samples, dimensions]")
-        count, dimensions = features.shape
+        values = _finite(features)
+        count, dimensions = values.shape
         if count <= dimensions:
             raise ValueError(
                 f"there are {count} samples of {dimensions} features each; their covariance needs at least "
                 f"{dimensions + 1}: give more samples, or project the features to fewer dimensions"
             )
-        values = features.detach().to("cpu", torch.float64)
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"{int((~values.isfinite()).any(dim=1).sum())} of {count} samples have features that "
-                "are not finite; look at the pictures they come from"
-            )
         return cls(values.mean(dim=0), torch.cov(values.T).view(dimensions, dimensions))
+
+
+def check_features(features: Tensor, reference: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Two sets of the same features [N, D] and [M, D], as float64 on the CPU.
+
+    Raises:
+        ValueError: for other shapes, numbers that are not finite, and fewer than `least` samples on a side.
+    """
+    one, other = _finite(features), _finite(reference)
+    if one.shape[1] != other.shape[1]:
+        raise ValueError(_unlike(one.shape[1], other.shape[1]))
+    if min(len(one), len(other)) < least:
+        raise ValueError(f"there are {len(one)} samples against {len(other)}; give at least {least} on either side")
+    return one, other
+
+
+def _finite(features: Tensor) -> Tensor:
+    if features.ndim != 2:
+        raise ValueError(f"features have shape {list(features.shape)}; they must be [samples, dimensions]")
+    values = features.detach().to("cpu", torch.float64)
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{int((~values.isfinite()).any(dim=1).sum())} of {len(values)} samples have features that "
+            "are not finite; look at the pictures they come from"
+        )
+    return values
+
+
+def _unlike(one: int, other: int) -> str:
+    return f"the two sets have {one} and {other} features a sample; they must be the same features"
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -61,9 +84,7 @@ def distance_between(one: Gaussian, other: Gaussian) -> float:
     matrix is taken, which can fail or turn complex where a covariance is nearly singular.
     """
     if one.mean.shape != other.mean.shape:
-        raise ValueError(
-            f"the two sets have {len(one.mean)} and {len(other.mean)} features a sample; they must be the same features"
-        )
+        raise ValueError(_unlike(len(one.mean), len(other.mean)))
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # [D, D]
     product = root @ other.covariance @ root
