@@ -108,11 +108,11 @@ class Sweep:
                 "of evidence; take more"
             ]
         else:
-            said = [
-                f"chosen: {mine.cell.named()} ({mine.cell.evaluations:g} evaluations a picture), the cheapest of "
-                f"{mine.equal} that cannot be told from the best: KID, then rank, to one standard error of the paired "
-                f"difference{'' if self.stored is None else f'; stored as the defaults of {self.stored}'}"
-            ]
+            why = "no other is within one standard error of it, in KID and then in rank"
+            if mine.equal > 1:
+                why = f"the cheapest of {mine.equal} within one standard error of the best, in KID and then in rank"
+            stored = "" if self.stored is None else f"; stored as the defaults of {self.stored}"
+            said = [f"chosen: {mine.cell.named()} ({mine.cell.evaluations:g} evaluations a picture): {why}{stored}"]
         for name, other in list(self.choices.items())[1:]:
             kid, error = difference(other.cell, mine.cell, "kid")
             said.append(
