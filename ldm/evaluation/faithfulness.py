@@ -8,7 +8,6 @@ are. `read_as_asked` asks a classifier, where the data are digits.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +23,9 @@ from ldm.evaluation.clip import Clip
 from ldm.evaluation.digits import DigitReader
 from ldm.evaluation.features import IMAGES_AT_ONCE, FeatureSpace
 from ldm.evaluation.frechet import Interval, interval_over
+from ldm.evaluation.precision import wilson
 
 NEAREST = (1, 5, 10)
-NORMAL_95 = 1.96  # standard deviations on both sides that hold 95 % of a normal distribution
 RESAMPLES = 1000
 ROWS_AT_ONCE = 256
 CLIPSCORE_W = 2.5  # CLIPScore (arXiv:2104.08718), section 3
@@ -266,11 +265,7 @@ def share_interval(hits: Tensor, groups: Tensor | None = None) -> Interval:
             effective = min(max(count * independent / max(grouped, 1e-12), 1.0), count)
         else:
             effective = present
-    # Wilson, Journal of the American Statistical Association 22, 1927.
-    square = NORMAL_95**2 / effective
-    middle = (share + square / 2) / (1 + square)
-    reach = NORMAL_95 * math.sqrt(share * (1 - share) / effective + square / (4 * effective)) / (1 + square)
-    return Interval(share, max(middle - reach, 0.0), min(middle + reach, 1.0))
+    return wilson(share, round(effective))
 
 
 def _median_interval(ranks: Tensor, groups: Tensor, seed: int) -> Interval:

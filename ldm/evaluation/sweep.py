@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,154 +22,17 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.data import Sample, to_signed
+from ldm.evaluation.cells import Cell, Choice, Grid, choose, difference, front
 from ldm.evaluation.defaults import check_storable, store_defaults
 from ldm.evaluation.drawn import captions_of, draw
 from ldm.evaluation.faithfulness import Gallery, retrieval
 from ldm.evaluation.features import IMAGES_AT_ONCE, FeatureSpace
-from ldm.evaluation.paired import jackknife_error, kid_without_each, mean_without_each
+from ldm.evaluation.paired import kid_without_each, mean_without_each
 from ldm.pipelines import Pipeline
 
-FEWEST_IMAGES = 16  # below, an error that is estimated by leaving out one at a time is itself off by a quarter or more
+# Below, an error that is estimated by leaving out one at a time is itself off by a fifth or more: 1/√(2(M − 1)).
+FEWEST_IMAGES = 16
 NEAR = 10
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is tried: every guidance scale with every number of steps.
-
-    Raises:
-        ValueError: naming the value, for none, for one given twice, and for one out of range.
-    """
-
-    guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)
-    steps: tuple[int, ...] = (5, 10, 20, 50)
-
-    def __post_init__(self) -> None:
-        for name, values in (("guidance_scales", self.guidance_scales), ("steps", self.steps)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} of a sweep are {list(values)}; give at least one, each once")
-        for scale in self.guidance_scales:
-            if not math.isfinite(scale):
-                raise ValueError(f"guidance_scales of a sweep hold {scale}; each must be finite (1 is no guidance)")
-        for steps in self.steps:
-            if steps < 1:
-                raise ValueError(f"steps of a sweep hold {steps}; each must be at least 1")
-
-    def pairs(self) -> list[tuple[float, int]]:
-        """(guidance scale, steps), the cheapest first."""
-        every = [(float(scale), steps) for scale in self.guidance_scales for steps in self.steps]
-        return sorted(every, key=lambda pair: (evaluations_of(*pair), pair))
-
-    def evaluations(self, models: int, count: int) -> int:
-        """Of the network, for `count` pictures a cell: what `progress` of `sweep` adds up to, with a sampler that asks
-        once a step.
-        """
-        return models * count * sum(evaluations_of(*pair) for pair in self.pairs())
-
-
-def evaluations_of(guidance_scale: float, steps: int) -> int:
-    """Evaluations of the network for a picture: guidance asks twice a step, with the text and without."""
-    return steps * (1 if guidance_scale in (0, 1) else 2)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What was measured at one setting.
-
-    Attributes:
-        weights: whose they are: a key of the models of `sweep`.
-        evaluations: of the network a picture, as counted.
-        seconds: a picture.
-        kid: KID to the held-out images asked for; `kid_without` its values without each of these images.
-        log_rank: mean of ln(rank of the caption's own image); `log_rank_without` likewise. A mean of logarithms tells
-            settings apart with far fewer captions than a median, or the share among the ten nearest.
-        near: the share of captions whose rank is at most 10.
-    """
-
-    weights: str
-    guidance_scale: float
-    num_inference_steps: int
-    evaluations: float
-    seconds: float
-    kid: float
-    log_rank: float
-    near: float
-    kid_without: tuple[float, ...]
-    log_rank_without: tuple[float, ...]
-
-    @property
-    def typical_rank(self) -> float:
-        """The geometric mean of the ranks."""
-        return math.exp(self.log_rank)
-
-    @property
-    def setting(self) -> tuple[str, float, int]:
-        return self.weights, self.guidance_scale, self.num_inference_steps
-
-    def named(self) -> str:
-        """The setting in words."""
-        return f"guidance {self.guidance_scale:g}, {self.num_inference_steps} steps"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a report: without the values that leave out an image, and with the standard errors that they give."""
-        content = {key: value for key, value in asdict(self).items() if not key.endswith("_without")}
-        content["kid_error"] = jackknife_error(torch.tensor(self.kid_without, dtype=torch.float64))
-        return content | {"typical_rank": self.typical_rank}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The cell to take of some: `choose`.
-
-    Attributes:
-        best: the one with the lowest KID.
-        equal: how many cannot be told from the best, in quality and in faithfulness.
-        decided: whether any can: else the cheapest is merely the cheapest, and more pictures are needed.
-    """
-
-    cell: Cell
-    best: Cell
-    equal: int
-    decided: bool
-
-
-def choose(cells: Sequence[Cell]) -> Choice:
-    """The cheapest cell that cannot be told from the best.
-
-    1. Of all cells, those whose KID is at most one standard error (of the paired difference) above the lowest.
-    2. Of these, those whose mean log rank is at most one standard error above the lowest among them.
-    3. Of these, the fewest evaluations of the network; the lower KID where they are equal.
-
-    One standard error is the usual measure for taking the simpler of two models (Breiman et al., Classification and
-    Regression Trees, 1984): with a 95 % interval, few pictures would let nearly all pass, and the cheapest would win
-    for want of evidence.
-    """
-    best = min(cells, key=lambda cell: cell.kid)
-    good = [cell for cell in cells if not _is_above(cell, best, "kid")]
-    nearest = min(good, key=lambda cell: cell.log_rank)
-    equal = [cell for cell in good if not _is_above(cell, nearest, "log_rank")]
-    chosen = min(equal, key=lambda cell: (cell.evaluations, cell.kid))
-    return Choice(chosen, best, len(equal), decided=len(equal) < len(cells) or len(cells) == 1)
-
-
-def difference(one: Cell, other: Cell, figure: str) -> tuple[float, float]:
-    """`figure` ("kid" or "log_rank") of one cell less that of another, and its standard error."""
-    without = [torch.tensor(getattr(cell, f"{figure}_without"), dtype=torch.float64) for cell in (one, other)]
-    return getattr(one, figure) - getattr(other, figure), jackknife_error(without[0] - without[1])
-
-
-def _is_above(one: Cell, other: Cell, figure: str) -> bool:
-    above, error = difference(one, other, figure)
-    return above > error
-
-
-def front(cells: Sequence[Cell]) -> list[Cell]:
-    """Those for which no other is as cheap and better, or as good and cheaper; by price, ascending."""
-    kept: list[Cell] = []
-    for cell in sorted(cells, key=lambda cell: (cell.evaluations, cell.kid)):
-        if not kept or cell.kid < kept[-1].kid:
-            kept.append(cell)
-    return kept
 
 
 @dataclass(frozen=True)
@@ -229,15 +91,13 @@ class Sweep:
         said = [
             f"sweep: {self.captions} captions of {self.images} held-out images, the same noise in all cells (seed "
             f"{self.seed}); KID to these images and the caption's own image among all {self.gallery}, {self.features}",
-            f"  {'weights':8s} guidance  steps  evaluations  KID ± standard error  own image among {NEAR}  typical rank",
+            f"  weights  guidance  steps  evaluations  KID ± standard error  own image among {NEAR}  typical rank",
         ]
         for cell in sorted(self.cells, key=lambda cell: (cell.evaluations, cell.kid)):
-            error = cell.to_dict()["kid_error"]
-            said.append(
-                f"  {cell.weights:8s} {cell.guidance_scale:8g}  {cell.num_inference_steps:5d}  {cell.evaluations:11g}  "
-                f"{cell.kid:9.5f} ± {error:.5f}  {100 * cell.near:18.1f} %  {cell.typical_rank:12.1f}"
-                f"{'  *' if cell.setting in best else ''}"
-            )
+            weights, scale, steps = cell.setting
+            row = f"  {weights:7s}  {scale:8g}  {steps:5d}  {cell.evaluations:11g}  "
+            row += f"{cell.kid:9.5f} ± {cell.kid_error:.5f}  {100 * cell.near:18.1f} %  {cell.typical_rank:12.1f}"
+            said.append(row + ("  *" if cell.setting in best else ""))
         return [*said, "  * nothing that is as cheap is better", *self._said_of_choice()]
 
     def _said_of_choice(self) -> list[str]:
@@ -248,11 +108,11 @@ class Sweep:
                 "of evidence; take more"
             ]
         else:
-            said = [
-                f"chosen: {mine.cell.named()} ({mine.cell.evaluations:g} evaluations a picture), the cheapest of "
-                f"{mine.equal} that cannot be told from the best: KID, then rank, to one standard error of the paired "
-                f"difference{'' if self.stored is None else f'; stored as the defaults of {self.stored}'}"
-            ]
+            why = "no other is within one standard error of it, in KID and then in rank"
+            if mine.equal > 1:
+                why = f"the cheapest of {mine.equal} within one standard error of the best, in KID and then in rank"
+            stored = "" if self.stored is None else f"; stored as the defaults of {self.stored}"
+            said = [f"chosen: {mine.cell.named()} ({mine.cell.evaluations:g} evaluations a picture): {why}{stored}"]
         for name, other in list(self.choices.items())[1:]:
             kid, error = difference(other.cell, mine.cell, "kid")
             said.append(

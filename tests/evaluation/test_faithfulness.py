@@ -137,7 +137,7 @@ def test_wilsons_interval():
     assert (found.mean, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-3)
     none = share_interval(torch.zeros(20))
     assert (none.mean, none.low) == (0, 0)
-    assert none.high == pytest.approx(1.96**2 / (20 + 1.96**2))
+    assert none.high == pytest.approx(1.959964**2 / (20 + 1.959964**2))
     assert share_interval(torch.ones(20)).low == pytest.approx(1 - none.high)
 
 
