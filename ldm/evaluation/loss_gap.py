@@ -109,9 +109,7 @@ def loss_gap(
 class _Look:
     """The loss of images, by band."""
 
-    def __init__(
-        self, pipeline: Pipeline, draws: int, seed: int, progress: Callable[[int], object] | None
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, draws: int, seed: int, progress: Callable[[int], object] | None) -> None:
         self.pipeline, self.draws, self.seed, self.progress = pipeline, draws, seed, progress
         self.schedule = NoiseSchedule.from_config(pipeline.schedule)
         self.like = pipeline.unet.conv_in.weight
