@@ -12,9 +12,10 @@ import typer
 
 if TYPE_CHECKING:
     from ldm.data import CaptionedImages, DataConfig
+    from ldm.evaluation.cells import Grid
     from ldm.evaluation.features import FeatureSpace
     from ldm.evaluation.reference import Reference
-    from ldm.evaluation.sweep import Grid, Sweep
+    from ldm.evaluation.sweep import Sweep
     from ldm.pipelines import Pipeline
     from ldm.training.trained import Trained
 
@@ -124,7 +125,7 @@ def _evaluate(
     device: str | None,
 ) -> None:
     from ldm.evaluation.clip import load_clip
-    from ldm.evaluation.evaluate import evaluate
+    from ldm.evaluation.evaluate import evaluate, expected
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.kept import KeptPictures
     from ldm.evaluation.page import Account
@@ -137,7 +138,10 @@ def _evaluate(
     place = pipeline.unet.conv_in.weight.device
     space = feature_space(features[0], device=place, weights=features[1])
     clip = None if clip_name is None else load_clip(clip_name, place)
+    asked.say(expected(pipeline, asked.samples, num_inference_steps=asked.steps, guidance_scale=asked.guidance))
     training, unseen, notes = _data(asked, pipeline, columns, held_out)
+    if sweep is not None and unseen is None:
+        raise ValueError("--sweep measures on held-out images, and nothing is held out; leave it out")
     asked.say(
         f"{training.config.path}: {len(training):,} training images, {len(unseen) if unseen else 0:,} held out; "
         f"{space.label()}"
@@ -148,8 +152,8 @@ def _evaluate(
     if max(len(training), len(unseen or ())) > most:
         asked.say(f"note: pictures are compared with {most:,} images of either side at most (--reference)")
     compared = some_of(training, most, asked.seed), unseen and some_of(unseen, most, asked.seed)
-    reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
     asked.folder.mkdir(parents=True, exist_ok=True)
+    reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
     swept = None if sweep is None else _sweep(asked, pipeline, reference, space, *sweep)
     if swept is not None and swept.chosen.decided:
         asked.steps, asked.guidance = swept.chosen.cell.num_inference_steps, swept.chosen.cell.guidance_scale
@@ -164,7 +168,6 @@ def _evaluate(
         clip=clip,
         keep=KeptPictures(asked.folder / "pictures", digest),
         bars=_bars,
-        say=asked.say,
     )
     account = Account(
         f"{asked.model} on {training.config.path}", about | {"model_digest": digest}, notes, found, reference, swept
@@ -180,7 +183,7 @@ def _evaluate(
 
 
 def _grid(guidance: str, steps: str) -> Grid:
-    from ldm.evaluation.sweep import Grid
+    from ldm.evaluation.cells import Grid
 
     return Grid(tuple(_numbers("--sweep-guidance", guidance, float)), tuple(_numbers("--sweep-steps", steps, int)))
 
@@ -270,8 +273,7 @@ def _sweep(
     from ldm.evaluation.reference import pictures_at_once
     from ldm.evaluation.sweep import sweep
 
-    if reference.held_out is None:
-        raise ValueError("--sweep measures on held-out images, and nothing is held out; leave it out")
+    assert reference.held_out is not None
     models, folder = _models(asked, pipeline)
     total = grid.evaluations(len(models), count)
     with _bars(f"sweep of {len(models) * len(grid.pairs())} settings", total) as done:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import CaptionedImages, generator, to_signed
+from ldm.evaluation.cells import evaluations_of
 from ldm.evaluation.clip import Clip
 from ldm.evaluation.digits import label
 from ldm.evaluation.drawn import captions_of, draw
@@ -106,7 +107,6 @@ def evaluate(
     with_loss_gap: bool = True,
     keep: KeptPictures | None = None,
     bars: Bars = no_bars,
-    say: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Draws and measures.
 
@@ -117,7 +117,6 @@ def evaluate(
         clip: for the CLIP score.
         with_loss_gap: whether the loss is measured on both sides of the split.
         keep: keeps pictures as they are drawn; None draws all of them.
-        say: is told, before the work, how long it takes; a picture is drawn to know that.
 
     Raises:
         ValueError: for too few samples, a model of another image size than the data, and settings out of range.
@@ -128,8 +127,6 @@ def evaluate(
     scale = pipeline.guidance_scale if guidance_scale is None else guidance_scale
     drawing = _Drawing(pipeline, steps, scale, seed, keep, bars)
     wanted = captions_wanted(reference, samples, seed)
-    if say is not None:
-        say(drawing.expected(wanted))
     asked = tuple(drawing(side, captions, own) for side, (captions, own) in wanted.items())
     gap = None
     if with_loss_gap and reference.held_out is not None:
@@ -174,6 +171,31 @@ def measure(
     )
 
 
+def expected(pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None) -> str:
+    """How long an evaluation takes, in words. One picture is drawn, for its time; in a batch each takes less.
+
+    Raises:
+        ValueError: for too few samples and settings out of range, before anything else is done.
+    """
+    check_samples(samples)
+    steps = pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = pipeline.guidance_scale if guidance_scale is None else guidance_scale
+
+    def one() -> float:
+        started = time.perf_counter()
+        draw(pipeline, ["a"], seed=0, num_inference_steps=steps, guidance_scale=scale, at_once=1)
+        return time.perf_counter() - started
+
+    seconds = one()
+    if seconds < FIRST_CALL:
+        seconds = one()
+    looks = 2 * GAP_IMAGES * BANDS * GAP_DRAWS / evaluations_of(scale, steps)
+    return (
+        f"{samples} pictures at {seconds:.2g} s each or less, and the loss of {2 * GAP_IMAGES} images: at most "
+        f"{_duration((samples + looks) * seconds)}"
+    )
+
+
 def check_samples(samples: int) -> None:
     """Refuses a number of pictures of which nothing could be said."""
     if samples < MINIMUM:
@@ -207,7 +229,7 @@ def _seed(seed: int, side: str) -> int:
 
 
 class _Drawing:
-    """Draws the pictures of one side, and says before how long it takes."""
+    """Draws the pictures of one side."""
 
     def __init__(
         self, pipeline: Pipeline, steps: int, scale: float, seed: int, keep: KeptPictures | None, bars: Bars
@@ -216,19 +238,6 @@ class _Drawing:
         self.draw = draw if keep is None else keep.draw
         self.settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
         self.at_once = pictures_at_once(*pipeline.default_size)
-
-    def expected(self, wanted: dict[str, tuple[list[str], list[int]]]) -> str:
-        """One picture is drawn, for its time; in a batch each takes less."""
-        seconds = self._seconds(wanted["training"][0][:1])
-        if seconds < FIRST_CALL:
-            seconds = self._seconds(wanted["training"][0][:1])
-        count = sum(len(captions) for captions, _ in wanted.values())
-        return f"{count} pictures at {seconds:.2g} s each or less: at most {_duration(count * seconds)}"
-
-    def _seconds(self, caption: list[str]) -> float:
-        started = time.perf_counter()
-        draw(self.pipeline, caption, seed=self.seed, at_once=1, **self.settings)
-        return time.perf_counter() - started
 
     def __call__(self, side: str, captions: list[str], own: list[int]) -> Asked:
         with self.bars(f"pictures of {side} captions", len(captions)) as done:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_signed
-from ldm.evaluation.evaluate import Asked, captions_wanted, evaluate, measure
+from ldm.evaluation.evaluate import Asked, captions_wanted, evaluate, expected, measure
 from ldm.evaluation.faithfulness import retrieval
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.kept import KeptPictures
@@ -141,19 +141,36 @@ def test_too_few_pictures_and_other_sizes_are_refused(pipeline, noise, tmp_path)
         evaluate(pipeline, dataclasses.replace(noise, training=larger), samples=50)
 
 
-def test_the_time_is_said_before_the_work(pipeline, noise):
-    told, bars = [], []
+def test_what_is_done_is_told(pipeline, noise):
+    told = []
 
     def bar(what, total):
-        bars.append(what)
+        told.append((what, total))
         return no_bars(what, total)
 
-    evaluate(
-        pipeline, noise, samples=50, with_loss_gap=False, bars=bar, say=lambda text: told.append((text, list(bars)))
+    evaluate(pipeline, noise, samples=50, with_loss_gap=False, bars=bar)
+    assert told == [
+        ("pictures of training captions", 25),
+        ("pictures of held-out captions", 25),
+        ("features of the pictures", 50),
+    ]
+
+
+def test_the_time_is_that_of_one_picture_times_all_of_them(pipeline, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("ldm.evaluation.evaluate.time.perf_counter", lambda: clock[0])
+    hook = pipeline.unet.register_forward_pre_hook(lambda *_: clock.__setitem__(0, clock[0] + 3))
+    text = expected(pipeline, 100, num_inference_steps=4, guidance_scale=1.0)
+    hook.remove()
+    # 4 evaluations of 3 s a picture, and 4096 for the losses.
+    assert (
+        text
+        == f"100 pictures at 12 s each or less, and the loss of 256 images: at most {(1200 + 4096 * 3) / 60:.0f} min"
     )
-    ((text, before),) = told
-    assert text.startswith("50 pictures at ") and "or less: at most" in text and before == []
-    assert bars == ["pictures of training captions", "pictures of held-out captions", "features of the pictures"]
+    with pytest.raises(ValueError, match="num_inference_steps is 0"):
+        expected(pipeline, 100, num_inference_steps=0, guidance_scale=None)
+    with pytest.raises(ValueError, match="samples is 3"):
+        expected(pipeline, 3, num_inference_steps=None, guidance_scale=None)
 
 
 def test_a_part_of_many_images_is_compared_with(noise):

@@ -15,16 +15,10 @@ from ldm.pipelines import Pipeline
 from ldm.training.measuring import figures
 from ldm.training.report.names import PREFIX, name_of, title_of
 from ldm.training.trained import find_run
-from tests.training.runs import captioned_folder, metrics, run_ldm, settings
+from tests.training.runs import captioned_folder, evaluations, run_ldm, settings
 
 N = 60
 EVALUATED = [f"train.evaluation_samples={N}", "train.evaluation_features=pixel", "train.evaluate_every=2"]
-
-
-def evaluations(folder):
-    """(step, the figures) of each evaluation in the log."""
-    lines = [line for line in metrics(folder) if any(key.startswith(PREFIX) for key in line)]
-    return [(line.pop("step"), line) for line in lines]
 
 
 @pytest.fixture(scope="module")
