@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.training.report import curves
-from ldm.training.report.curves import Line, Point, smooth
+from ldm.report import curves
+from ldm.report.curves import Line, Point, smooth
 from ldm.training.report.metrics import read_metrics
 
 

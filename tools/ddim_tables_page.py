@@ -15,8 +15,8 @@ from typing import Any
 
 from ldm import checkpoint, disk
 from ldm.evaluation.frechet import interval_over
-from ldm.training.report.curves import DASHES, LIGHT, Axis, style
-from ldm.training.report.markup import escaped
+from ldm.report.curves import DASHES, LIGHT, Axis, style
+from ldm.report.markup import escaped
 
 READING = "## Reading"
 COLUMNS = {"0": "η = 0", "0.2": "η = 0.2", "0.5": "η = 0.5", "1": "η = 1", "sigma_hat": "σ̂"}

@@ -16,6 +16,7 @@ from ldm.training import finetune, launch, parts
 from ldm.training.draws import GlobalBatches, keyed_draws
 from ldm.training.encoded import EncodedImages
 from ldm.training.guard import Losses
+from ldm.training.measuring import Evaluator
 from ldm.training.networks import Networks
 from ldm.training.optimisation import make_ema, make_optimizer
 from ldm.training.run import Run
@@ -31,6 +32,7 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     prediction_type = pipeline.schedule.prediction_type
     decoder = decoder_of(pipeline.codec)
+    evaluator = Evaluator(config, images, held_out, run) if config.train.evaluate_every else None
 
     # What of it learns, and the moving average of that, which is what is shipped.
     unet = finetune.prepare(pipeline.unet, config)
@@ -86,10 +88,12 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
             run.keep_best("held_out_loss", export)
         if run.due(config.train.sample_every):
             run.save_sheet(lambda: parts.sample_sheet(frozen.pipeline(ema.module), config.sample))
+        if evaluator and run.due(config.train.evaluate_every):
+            run.measure(lambda: evaluator(frozen.pipeline(ema.module)))
 
     if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
         look()
-    parts.plan_run(config, images, held_out, model, networks, frozen, run, losses_of)
+    parts.plan_run(config, images, held_out, model, networks, frozen, run, losses_of, evaluator)
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 import ldm
-from ldm.cli import autoencoder, data
+from ldm.cli import data
+from ldm.cli.evaluate import evaluate
 from ldm.cli.generate import generate
 from ldm.cli.nll import nll
 from ldm.cli.train import train
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(train)
 app.command()(nll)
+app.command()(evaluate)
 app.add_typer(data.app, name="data")
 app.add_typer(autoencoder.app, name="autoencoder")
 

@@ -73,8 +73,8 @@ def nll(
             progress=bar.update,
         )
     if output is not None:
-        from ldm.training.report.curves import Line
-        from ldm.training.report.plots import save_plot
+        from ldm.report.curves import Line
+        from ldm.report.plots import save_plot
 
         points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in found.curve]
         save_plot(output, Line("L_t, bits per dimension", points), axis="timestep t (0 is L_0)")

@@ -147,6 +147,10 @@ class DiffusionTrainConfig(TrainConfig):
         loss: what is minimised. With `weighting: hybrid` the network learns variances and gives twice as many channels.
         timesteps: drawn "uniform", each by itself, or "stratified": one from each of B equal parts of the schedule,
             B the batch size.
+        evaluate_every: steps between evaluations of pictures that the moving average draws (quality, faithfulness to
+            the text, copies of training images), besides the one at the end; None makes none.
+        evaluation_samples: pictures that an evaluation draws.
+        evaluation_features: the network whose features compare pictures: see `ldm.evaluation.features`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -155,9 +159,15 @@ class DiffusionTrainConfig(TrainConfig):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     loss: LossConfig = field(default_factory=LossConfig)
     timesteps: Literal["uniform", "stratified"] = "uniform"
+    evaluate_every: int | None = None
+    evaluation_samples: int = 128
+    evaluation_features: Literal["efficientnet", "pixel"] = "efficientnet"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _positive(self, "evaluation_samples")
+        if self.evaluate_every is not None:
+            _positive(self, "evaluate_every")
         for key, weighting in (("gamma", "min_snr"), ("vlb_weight", "hybrid"), ("variance", "vlb")):
             if self.loss.weighting != weighting and getattr(self.loss, key) != getattr(LossConfig(), key):
                 raise ValueError(

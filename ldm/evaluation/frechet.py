@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+NORMAL_95 = 1.959964  # standard deviations on both sides that hold 95 % of a normal distribution
+
 
 @dataclass(frozen=True)
 class Gaussian:

@@ -12,11 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.evaluation.frechet import Interval, check_features
+from ldm.evaluation.frechet import NORMAL_95, Interval, check_features
 
 AT_MOST = 10_000
 _ENTRIES = 2**24  # of a kernel matrix that are held at a time: 128 MiB
-_NORMAL_95 = 1.959964  # standard deviations on both sides that hold 95 % of a normal distribution
 
 
 def kid(features: Tensor, reference: Tensor) -> Interval:
@@ -43,7 +42,7 @@ def kid(features: Tensor, reference: Tensor) -> Interval:
         )
     # Dealt out in turn: features may come sorted, by caption or class.
     values, variances = zip(*(_mmd2(one[i::blocks], other[i::blocks]) for i in range(blocks)), strict=True)
-    mean, reach = sum(values) / blocks, _NORMAL_95 * math.sqrt(sum(variances)) / blocks
+    mean, reach = sum(values) / blocks, NORMAL_95 * math.sqrt(sum(variances)) / blocks
     return Interval(mean, mean - reach, mean + reach)
 
 

@@ -38,6 +38,7 @@ from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patien
 from ldm.training.files import tensors_digest
 from ldm.training.frozen import Frozen
 from ldm.training.guard import Losses
+from ldm.training.measuring import Evaluator
 from ldm.training.networks import Networks
 from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
@@ -308,6 +309,7 @@ def plan_run(
     frozen: Frozen,
     run: Run,
     losses_of: Callable[[nn.Module, Batch], Losses],
+    evaluator: Evaluator | None,
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
     check_memory(networks.model, run.device)
@@ -317,6 +319,10 @@ def plan_run(
         count = min(len(held_out), config.train.validation_samples) if held_out else 0
         validated = count * looks_of(count, config.train.validation_samples) if count else 0
         costs = _costs(config, networks, frozen, run, step=step, validation=one * validated)
+        if evaluator is not None:
+            drawn = costs.sheet / (len(config.sample.prompts) * config.sample.images_per_prompt) * evaluator.samples
+            size = frozen.pipeline(networks.ema.module).default_size
+            costs = dataclasses.replace(costs, evaluation=drawn + evaluator.seconds(size))
         run.announce(
             make_plan(
                 config,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, TrainConfig
+from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, TrainConfig
 from ldm.data import CaptionedImages
-from ldm.training.report.sheets import MOST_BYTES, MOST_SHEETS
+from ldm.report.sheets import MOST_BYTES, MOST_SHEETS
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 
@@ -26,6 +26,7 @@ class Costs:
     Args:
         step, validation, sheet, checkpoint: seconds of an optimizer step, of a measurement on held-out images (and of
             writing the best export), of a sample grid, of a checkpoint.
+        evaluation: seconds of an evaluation of drawn pictures.
         memory: bytes at the peak.
         checkpoint_bytes, sheet_bytes: on disk, each; `once_bytes`: of what is there once, whatever is written.
     """
@@ -38,6 +39,7 @@ class Costs:
     checkpoint_bytes: int
     sheet_bytes: int
     once_bytes: int
+    evaluation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Plan:
     memory_of: int
     disk_bytes: int
     quality: str
+    evaluation_seconds: float = 0.0
 
     def text(self) -> str:
         """A few aligned lines."""
@@ -65,6 +68,9 @@ class Plan:
             f"about {duration(self.expected_seconds)}; {self.seconds_per_step:.3g} s a step, measured just now "
             "(validation, sample grids and checkpoints are counted)"
         )
+        if self.evaluation_seconds:
+            share = self.evaluation_seconds / self.expected_seconds
+            time += f"; evaluations of drawn pictures take {100 * share:.2g} % of it"
         memory = (
             f"about {size(self.memory_bytes)} at the peak, of {size(self.memory_of)}; weights, gradients, moments and "
             f"average alone are {size(self.fixed_bytes)}"
@@ -129,6 +135,7 @@ def make_plan(
         memory_of=_memory_of(device),
         disk_bytes=_bytes_on_disk(train, costs),
         quality=quality(config, images),
+        evaluation_seconds=times_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
     )
 
 
@@ -158,9 +165,14 @@ def _seconds(train: TrainConfig, step: int, costs: Costs) -> float:
         (train.validate_every, costs.validation),
         (train.sample_every, costs.sheet),
         (train.checkpoint_every, costs.checkpoint),
+        (_evaluate_every(train), costs.evaluation),
     ):
         seconds += times_due(step, train.max_steps, every) * cost
     return seconds
+
+
+def _evaluate_every(train: TrainConfig) -> int | None:
+    return train.evaluate_every if isinstance(train, DiffusionTrainConfig) else None
 
 
 def _bytes_on_disk(train: TrainConfig, costs: Costs) -> int:
@@ -171,8 +183,10 @@ def _bytes_on_disk(train: TrainConfig, costs: Costs) -> int:
     return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * sheets * costs.sheet_bytes + in_report * 4 // 3
 
 
-def times_due(first: int, last: int, every: int) -> int:
-    """How often something happens in steps `first` + 1 … `last`, every so many steps and at the last."""
+def times_due(first: int, last: int, every: int | None) -> int:
+    """How often something happens in steps `first` + 1 … `last`, every so many steps and at the last; None is never."""
+    if every is None:
+        return 0
     return last // every - first // every + (last % every != 0 and first < last)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
     *("train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
+    *("train.evaluate_every", "train.evaluation_samples", "train.evaluation_features"),
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
     "data.cache_dir",
 )
@@ -158,18 +159,18 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
 
-def cut_log(path: Path, step: int, *, evaluated_again: bool) -> None:
+def cut_log(path: Path, step: int, *, again: Sequence[str]) -> None:
     """Drops what was logged after the step that is resumed, and half a line at the end.
 
     Args:
-        evaluated_again: whether the figures on held-out images at that step are about to be measured again.
+        again: how the names of figures begin that are about to be measured again at that step.
     """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         at = step_of(line)
-        repeated = evaluated_again and at == step and "held_out" in line
+        repeated = at == step and any(f'"{name}' in line for name in again)
         if at is not None and at <= step and not repeated:
             kept.append(line)
     disk.write_text(path, "".join(f"{line}\n" for line in kept))

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm import checkpoint, disk
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
+from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import save_png
 from ldm.training import guard, resuming, saving
@@ -48,6 +48,7 @@ from ldm.training.optimisation import learning_rate
 from ldm.training.plan import Plan, duration
 from ldm.training.processes import join, total
 from ldm.training.report import write_report
+from ldm.training.report.names import PREFIX as EVALUATION
 
 
 class Run:
@@ -328,11 +329,11 @@ class Run:
             if codebook is not None:
                 codebook.start_over()
 
-    def due(self, every: int) -> bool:
+    def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now; never once the run stops:
-        what is left out is made up for when it is resumed.
+        what is left out is made up for when it is resumed. None never happens.
         """
-        return self._is_multiple(every) and not self.stopping
+        return every is not None and self._is_multiple(every) and not self.stopping
 
     def _is_multiple(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.max_steps
@@ -357,9 +358,14 @@ class Run:
     def _cut_logs(self) -> None:
         """Drops, before the first line of this session, what an earlier one wrote after the step it goes on from."""
         if self._resume and not self._logs_are_cut:
-            step, again = self._started_at, self.due(self.config.train.validate_every)
-            resuming.cut_log(self.folder / "metrics.jsonl", step, evaluated_again=again and self.step == step)
-            resuming.cut_log(self.folder / "nonfinite.jsonl", step, evaluated_again=False)
+            train = self.config.train
+            again: list[str] = []
+            if self.step == self._started_at:
+                again += ["held_out"] if self.due(train.validate_every) else []
+                is_due = isinstance(train, DiffusionTrainConfig) and self.due(train.evaluate_every)
+                again += [EVALUATION] if is_due else []
+            resuming.cut_log(self.folder / "metrics.jsonl", self._started_at, again=again)
+            resuming.cut_log(self.folder / "nonfinite.jsonl", self._started_at, again=())
         self._logs_are_cut = True
 
     def measure(self, values: Callable[[], Mapping[str, float]]) -> None:

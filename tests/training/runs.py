@@ -72,6 +72,12 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in metrics(folder) if "loss" in entry]
 
 
+def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, the figures) of each evaluation of drawn pictures in the log."""
+    lines = [line for line in metrics(folder) if any(key.startswith("evaluation_") for key in line)]
+    return [(line.pop("step"), line) for line in lines]
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "training").glob("*.safetensors")

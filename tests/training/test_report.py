@@ -15,8 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.training.report import curves, markup, metrics, sheets, write_report
-from ldm.training.report.curves import Line
+from ldm.report import curves, markup, sheets
+from ldm.report.curves import Line
+from ldm.training.report import metrics, write_report
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 SVG = "{http://www.w3.org/2000/svg}"

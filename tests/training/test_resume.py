@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.training.runs import ROOT, captioned_folder, losses, run_autoencoder, run_ldm, settings
+from tests.training.runs import ROOT, captioned_folder, evaluations, losses, run_autoencoder, run_ldm, settings
 from tools.torture_resume import differences, evidence, temporaries
 
 # 32 of the 40 pictures are trained on, 12 a step: the batches of steps 3 and 6 cross from one epoch to the next.
@@ -198,6 +198,7 @@ def many_steps(folder, encoder_folder, pictures):
     more = [f"data.path={pictures}", "data.held_out=0.1", "data.resolution=16", "data.flip=true", "data.crop=random"]
     more += ["train.max_steps=20", "train.checkpoint_every=7", "train.keep_checkpoints=9", "train.validate_every=20"]
     more += ["train.sample_every=20", "train.learning_rate=0.001", "train.warmup_steps=4"]
+    more += ["train.evaluate_every=20", "train.evaluation_samples=50", "train.evaluation_features=pixel"]
     return [*settings(folder, encoder_folder), *more]
 
 
@@ -234,9 +235,13 @@ def one_process(tmp_path_factory, encoder_folder, pictures):
 
 
 def test_two_processes_train_as_one(tmp_path, encoder_folder, pictures, one_process):
+    """One of them evaluates what it draws, while the other waits."""
     torchrun(2, many_steps(tmp_path / "run", encoder_folder, pictures))
     assert processes_of(tmp_path / "run") == {7: 2, 14: 2, 20: 2}
     assert_same_losses(tmp_path / "run", one_process)
+    found, expected = evaluations(tmp_path / "run"), evaluations(one_process)
+    assert [step for step, _ in found] == [20] and len(expected[0][1]) >= 3
+    assert found[0][1] == pytest.approx(expected[0][1], abs=0.05)  # weights differ by rounding
 
 
 @pytest.mark.slow

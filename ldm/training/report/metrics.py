@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ldm.training.report.curves import Point
+from ldm.report.curves import Point
 
 LARGEST = 3.4e38  # of float32: what is measured on a network is no larger, unless it is infinite
 FEWEST = 5  # measurements before anything is said about their course

@@ -1,4 +1,4 @@
-"""The sample sheets of a run as images inside a page of bounded size."""
+"""Pictures inside a page of bounded size: the sample sheets of a run, and any other PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ldm.training.report.markup import escaped
+from ldm.report.markup import escaped
 
 MOST_SHEETS = 12
 MOST_BYTES = 5_000_000  # of all of them; base64 adds a third
@@ -43,9 +43,26 @@ def figures(sheets: Sequence[Sheet]) -> str:
 
 
 def _figure(sheet: Sheet, most_bytes: int) -> str:
-    name = escaped(f"samples/{sheet.path.name}")
+    return figure(
+        sheet.path,
+        name=f"samples/{sheet.path.name}",
+        alt=f"sample sheet of step {sheet.step:,}",
+        caption=f"step {sheet.step:,}",
+        most_bytes=most_bytes,
+    )
+
+
+def figure(path: Path, *, name: str, alt: str, caption: str, most_bytes: int) -> str:
+    """A PNG file inside a page, as a `<figure>` of so many bytes at most (base64 adds a third).
+
+    Args:
+        name: what the page calls the file, where it cannot be read: its own path is nobody's business.
+        alt: what a screen reader says.
+        caption: below the picture; says too where it is smaller than its file.
+    """
+    name = escaped(name)
     try:
-        content, media, shown, full = encoded(sheet.path, most_bytes)
+        content, media, shown, full = encoded(path, most_bytes)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these leave Pillow
         # That message holds the whole path, which is nobody's business on a page that is passed on.
         reason = "it is no PNG" if isinstance(error, UnidentifiedImageError) else error
@@ -58,9 +75,20 @@ def _figure(sheet: Sheet, most_bytes: int) -> str:
     source = f"data:{media};base64,{base64.b64encode(content).decode('ascii')}"
     size = f"width='{shown[0]}' height='{shown[1]}'"
     return (
-        f"<figure><img src='{source}' {size} alt='sample sheet of step {sheet.step:,}'/>"
-        f"<figcaption>step {sheet.step:,}{note}</figcaption></figure>"
+        f"<figure><img src='{source}' {size} alt='{escaped(alt)}'/>"
+        f"<figcaption>{escaped(caption)}{note}</figcaption></figure>"
     )
+
+
+def embedded(image: Image.Image, most_bytes: int) -> str:
+    """A picture in memory as the `src` of an `<img>`: PNG, or JPEG where that takes more bytes than it may."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    media = "image/png"
+    if buffer.tell() > most_bytes:
+        buffer, media = io.BytesIO(), "image/jpeg"
+        image.convert("RGB").save(buffer, format="JPEG", quality=85)
+    return f"data:{media};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def encoded(path: Path, most_bytes: int) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ldm.training.report.markup import cut, escaped
+from ldm.report.markup import cut, escaped
 
 Point = tuple[int, float]
 Size = tuple[int, int]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.training.report.curves import BOTTOM, LEFT, LIGHT, RIGHT, Line
-from ldm.training.report.plots import SCALE, TOP, raster, save_plot
+from ldm.report.curves import BOTTOM, LEFT, LIGHT, RIGHT, Line
+from ldm.report.plots import SCALE, TOP, raster, save_plot
 
 POINTS = [(0, 1.0), (50, 0.1), (100, 0.01)]  # a straight line on a logarithmic axis
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ldm import disk
 from ldm.pipelines import save_png
-from ldm.training.report import curves
-from ldm.training.report.curves import BOTTOM, LEFT, LIGHT, RIGHT, Line, Size, axis_of, round_ticks, thinned
+from ldm.report import curves
+from ldm.report.curves import BOTTOM, LEFT, LIGHT, RIGHT, Line, Size, axis_of, round_ticks, thinned
 
 TOP = 30
 SCALE = 2  # pixels of a PNG for one of an SVG

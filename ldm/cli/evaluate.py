@@ -1,0 +1,336 @@
+"""`ldm evaluate`: how good a model is, whether it draws what it is asked for, and whether it copies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ldm.data import CaptionedImages, DataConfig
+    from ldm.evaluation.cells import Grid
+    from ldm.evaluation.features import FeatureSpace
+    from ldm.evaluation.reference import Reference
+    from ldm.evaluation.sweep import Sweep
+    from ldm.pipelines import Pipeline
+    from ldm.training.trained import Trained
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, a pipeline folder, or a hub id.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA]",
+            help="Captioned images: a folder, a file, or the id of a data set. A run knows its own.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pictures to draw: half for captions of held-out images.")] = 256,
+    features: Annotated[
+        str, typer.Option(help="What pictures are compared by: efficientnet, pixel, inception (FID) or clip.")
+    ] = "efficientnet",
+    weights: Annotated[
+        str | None, typer.Option(help="With --features inception or clip: the file, or MODEL:TAG of open_clip.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Also the CLIP score, by MODEL:TAG or MODEL:FILE.safetensors of open_clip.")
+    ] = None,
+    reference: Annotated[
+        int, typer.Option(help="Compare with so many images of either side at most, drawn by --seed.")
+    ] = 20000,
+    held_out: Annotated[
+        float | None, typer.Option(help="The share that training held out; a run knows its own, else 0.1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    seed: Annotated[int, typer.Option(help="Of captions, noise and intervals.")] = 0,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Try guidance scales and steps first, and make the best the defaults.")
+    ] = False,
+    sweep_guidance: Annotated[str, typer.Option(help="The guidance scales of --sweep.")] = "1,2,3,5,8",
+    sweep_steps: Annotated[str, typer.Option(help="The numbers of steps of --sweep.")] = "5,10,20,50",
+    sweep_samples: Annotated[int, typer.Option(help="Pictures for each of these.")] = 64,
+    store: Annotated[bool, typer.Option(help="With --sweep: store the best as the defaults of the model.")] = True,
+    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of page, JSON and sheets; evaluation by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+) -> None:
+    """Draw pictures for captions of the data, and measure them against its images. Writes a page with all of it."""
+    from ldm.evaluation.evaluate import check_samples
+    from ldm.training.trained import find_run
+
+    check_samples(samples)
+    if sweep and (steps is not None or guidance is not None):
+        raise ValueError("--sweep chooses steps and guidance; say with --sweep-steps and --sweep-guidance what to try")
+    grid = _grid(sweep_guidance, sweep_steps) if sweep else None
+    run = find_run(model)
+    folder = output or _own_folder(model, run)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output is {folder}, a file; name a folder")
+    try:
+        _evaluate(
+            _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),
+            columns={"image_column": image_column, "caption_column": caption_column},
+            held_out=held_out,
+            most=reference,
+            features=(features, weights),
+            clip_name=clip,
+            sweep=None if grid is None else (grid, sweep_samples, store),
+            device=device,
+        )
+    except KeyboardInterrupt:
+        print(f"stopped; what was drawn is kept in {folder}, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+class _Asked:
+    """The arguments that most parts need."""
+
+    def __init__(
+        self,
+        model: str,
+        path: str | None,
+        run: Trained | None,
+        folder: Path,
+        samples: int,
+        seed: int,
+        steps: int | None,
+        guidance: float | None,
+        as_json: bool,
+    ) -> None:
+        self.model, self.path, self.run, self.folder = model, path, run, folder
+        self.samples, self.seed, self.steps, self.guidance, self.as_json = samples, seed, steps, guidance, as_json
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+
+def _evaluate(
+    asked: _Asked,
+    *,
+    columns: dict[str, str | None],
+    held_out: float | None,
+    most: int,
+    features: tuple[str, str | None],
+    clip_name: str | None,
+    sweep: tuple[Grid, int, bool] | None,
+    device: str | None,
+) -> None:
+    from ldm.evaluation.clip import load_clip
+    from ldm.evaluation.evaluate import evaluate, expected
+    from ldm.evaluation.features import feature_space
+    from ldm.evaluation.kept import KeptPictures
+    from ldm.evaluation.page import Account
+    from ldm.evaluation.reference import Reference, some_of
+    from ldm.evaluation.said import said
+    from ldm.evaluation.sweep import model_digest
+    from ldm.training.trained import open_model
+
+    pipeline, opened = open_model(asked.model, asked.run, device)
+    place = pipeline.unet.conv_in.weight.device
+    space = feature_space(features[0], device=place, weights=features[1])
+    clip = None if clip_name is None else load_clip(clip_name, place)
+    asked.say(expected(pipeline, asked.samples, num_inference_steps=asked.steps, guidance_scale=asked.guidance))
+    training, unseen, notes = _data(asked, pipeline, columns, held_out)
+    if sweep is not None and unseen is None:
+        raise ValueError("--sweep measures on held-out images, and nothing is held out; leave it out")
+    asked.say(
+        f"{training.config.path}: {len(training):,} training images, {len(unseen) if unseen else 0:,} held out; "
+        f"{space.label()}"
+    )
+    for note in notes:
+        asked.say(f"note: {note}")
+    about = _about(asked, opened, training, unseen)
+    if max(len(training), len(unseen or ())) > most:
+        asked.say(f"note: pictures are compared with {most:,} images of either side at most (--reference)")
+    compared = some_of(training, most, asked.seed), unseen and some_of(unseen, most, asked.seed)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
+    swept = None if sweep is None else _sweep(asked, pipeline, reference, space, *sweep)
+    if swept is not None and swept.chosen.decided:
+        asked.steps, asked.guidance = swept.chosen.cell.num_inference_steps, swept.chosen.cell.guidance_scale
+    digest = model_digest(pipeline)
+    found = evaluate(
+        pipeline,
+        reference,
+        samples=asked.samples,
+        seed=asked.seed,
+        num_inference_steps=asked.steps,
+        guidance_scale=asked.guidance,
+        clip=clip,
+        keep=KeptPictures(asked.folder / "pictures", digest),
+        bars=_bars,
+    )
+    account = Account(
+        f"{asked.model} on {training.config.path}", about | {"model_digest": digest}, notes, found, reference, swept
+    )
+    page = account.write(asked.folder)
+    if asked.as_json:
+        import json
+
+        print(json.dumps(account.to_dict(), indent=2, allow_nan=False))
+        return
+    print("\n".join(said(found)))
+    print(f"\npage: {page}")
+
+
+def _grid(guidance: str, steps: str) -> Grid:
+    from ldm.evaluation.cells import Grid
+
+    return Grid(tuple(_numbers("--sweep-guidance", guidance, float)), tuple(_numbers("--sweep-steps", steps, int)))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}; give numbers with commas between them, such as 1,2,5") from None
+
+
+def _own_folder(model: str, run: Trained | None) -> Path:
+    """RUN/evaluation for a run folder, else `evaluation` here."""
+    is_run = run is not None and Path(model).expanduser().resolve() == run.folder
+    return run.folder / "evaluation" if run is not None and is_run else Path("evaluation")
+
+
+# ---- the data
+
+
+def _data(
+    asked: _Asked, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
+) -> tuple[CaptionedImages, CaptionedImages | None, list[str]]:
+    """Both sides of the split, and what a reader has to know of it."""
+    from ldm.data import CaptionedImages, inspect, open_source
+    from ldm.data import split as split_of
+
+    config, known = _data_config(asked, pipeline, columns, held_out)
+    used = inspect(open_source(config), config, progress=True).used
+    ours, theirs = split_of(used, config.held_out)
+    batch_size = asked.run.config.train.batch_size if asked.run is not None and known else 1
+    training = CaptionedImages(ours, config, asked.seed, batch_size=batch_size)
+    unseen = CaptionedImages(theirs, config, asked.seed, sizes=training.buckets.sizes) if theirs else None
+    notes = []
+    if asked.run is None:
+        notes.append(
+            f"no run folder says what {asked.model} was trained on: its training images may be among those that count "
+            "as held out, which would flatter it and hide copies"
+        )
+    elif not known:
+        notes.append(
+            f"{asked.model} was trained on {asked.run.config.data.path}, not on {config.path}: none of these images is "
+            "known to be trained on"
+        )
+    elif (change := asked.run.change_of_data(training, unseen)) is not None:
+        notes.append(f"{change}; images that it was trained on may be among the held-out ones")
+    if unseen is None:
+        notes.append(
+            "nothing is held out, so that there is no yardstick for quality, no text that the model has not seen, and "
+            "little to tell learning from memorising by (data.held_out)"
+        )
+    return training, unseen, notes
+
+
+def _data_config(
+    asked: _Asked, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
+) -> tuple[DataConfig, bool]:
+    """The data to take, and whether it is what the model is known to have been trained on."""
+    from ldm.data import DataConfig
+    from ldm.training.trained import data_of, is_its_data
+
+    if asked.run is not None and (asked.path is None or is_its_data(asked.run, asked.path)):
+        return data_of(asked.run, held_out=held_out, **columns), True
+    if asked.path is None:
+        raise ValueError(
+            f"{asked.model} is no run folder, so that its data is not known; name it: ldm evaluate MODEL DATA"
+        )
+    height, width = pipeline.default_size
+    if height != width:
+        raise ValueError(f"{asked.model} draws {width}x{height} pixels; only models of squares can be evaluated")
+    share = 0.1 if held_out is None else held_out
+    return DataConfig(path=asked.path, resolution=height, held_out=share, **columns), False  # type: ignore[arg-type]
+
+
+# ---- the rest
+
+
+def _sweep(
+    asked: _Asked,
+    pipeline: Pipeline,
+    reference: Reference,
+    space: FeatureSpace,
+    grid: Grid,
+    count: int,
+    store: bool,
+) -> Sweep:
+    from ldm.evaluation.reference import pictures_at_once
+    from ldm.evaluation.sweep import sweep
+
+    assert reference.held_out is not None
+    models, folder = _models(asked, pipeline)
+    total = grid.evaluations(len(models), count)
+    with _bars(f"sweep of {len(models) * len(grid.pairs())} settings", total) as done:
+        found = sweep(
+            models,
+            reference.held_out.samples,
+            reference.gallery,
+            space,
+            grid=grid,
+            count=count,
+            seed=asked.seed,
+            at_once=pictures_at_once(*pipeline.default_size),
+            record=asked.folder / "sweep.json",
+            store_in=folder if store else None,
+            progress=done,
+        )
+    if not asked.as_json:
+        print("\n".join(found.lines()), end="\n\n")
+    return found
+
+
+def _models(asked: _Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path | None]:
+    """The weights that a sweep tries, and the folder whose defaults it may change."""
+    from ldm.evaluation.sweep import raw_model
+    from ldm.training.saving import checkpoints
+
+    run, where = asked.run, Path(asked.model).expanduser()
+    if run is None:
+        return {"own": pipeline}, where if where.is_dir() else None
+    if where.resolve() != run.folder:
+        return {"EMA": pipeline}, where
+    if run.config.export != "pipeline":
+        asked.say("note: the defaults of a LoRA stand with the model that it is loaded on; none are stored")
+        return {"EMA": pipeline}, None
+    return {
+        "EMA": pipeline,
+        "raw": raw_model(pipeline, checkpoints(run.folder)[-1] / "training"),
+    }, run.folder / "pipeline"
+
+
+def _about(asked: _Asked, opened: str, training: CaptionedImages, unseen: CaptionedImages | None) -> dict[str, Any]:
+    import ldm
+    from ldm.training.resuming import digest_of
+
+    return {
+        "model": opened,
+        "run": None if asked.run is None else str(asked.run.folder),
+        "data": training.config.path,
+        "data_sha256": digest_of(training, unseen),
+        "held_out": training.config.held_out,
+        "ldm": ldm.__version__,
+    }
+
+
+@contextmanager
+def _bars(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, delay=2, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+        yield bar.update

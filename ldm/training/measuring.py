@@ -1,0 +1,94 @@
+"""Evaluations of the pictures that a model draws while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from ldm.config import LDMConfig
+from ldm.data import CaptionedImages
+from ldm.evaluation.evaluate import Asked, Evaluation, captions_wanted, check_samples, evaluate, measure
+from ldm.evaluation.features import feature_space
+from ldm.evaluation.reference import Reference, some_of
+from ldm.pipelines import Pipeline
+from ldm.training.report.names import name_of
+from ldm.training.run import Run
+
+# Features of more images take longer than they are worth before a run: 5,000 at 17 ms are a minute and a half.
+REFERENCE_IMAGES = 5000
+
+
+class Evaluator:
+    """Draws `train.evaluation_samples` pictures at the settings of `sample`, and measures them against the data.
+
+    Captions and noise are the same each time, so that figures of two steps compare, and a resumed run measures what
+    an unbroken one would have.
+
+    Args:
+        images, held_out: of which at most 5,000 each are compared with, drawn by the seed of the run.
+
+    Raises:
+        ValueError: for too few pictures, and where a package is missing: before training, not at the first evaluation.
+    """
+
+    def __init__(self, config: LDMConfig, images: CaptionedImages, held_out: CaptionedImages | None, run: Run) -> None:
+        train = config.train
+        try:
+            check_samples(train.evaluation_samples)
+        except ValueError as error:
+            raise ValueError(f"train.evaluation_{error}") from None
+        self.samples, self.seed = train.evaluation_samples, config.seed
+        self._images, self._held_out, self._print = images, held_out, run.print
+        self._space = feature_space(train.evaluation_features, device=run.device)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The images that pictures are compared with; read, and their features computed, when first asked for."""
+        images, held_out = (
+            part and some_of(part, REFERENCE_IMAGES, self.seed) for part in (self._images, self._held_out)
+        )
+        assert images is not None
+        return Reference.of(images, held_out, self._space, print=self._print)
+
+    def __call__(self, pipeline: Pipeline) -> dict[str, float]:
+        """The figures of a model, for the log."""
+        found = evaluate(pipeline, self.reference, samples=self.samples, seed=self.seed, with_loss_gap=False)
+        return figures(found, self._space.name)
+
+    def seconds(self, size: tuple[int, int]) -> float:
+        """Of all but drawing, with noise for pictures of this (height, width)."""
+        reference = self.reference
+        noise = torch.Generator().manual_seed(0)  # of its own: a plan must not change the random numbers of a run
+        asked = tuple(
+            Asked(
+                side, tuple(captions), tuple(own), torch.randint(0, 256, (len(own), 3, *size), generator=noise).byte()
+            )
+            for side, (captions, own) in captions_wanted(reference, self.samples, self.seed).items()
+        )
+        started = time.perf_counter()
+        measure(asked, reference, seed=self.seed, how={})
+        return time.perf_counter() - started
+
+
+def figures(found: Evaluation, features: str) -> dict[str, float]:
+    """What an evaluation says, under names that carry what each number stands on."""
+    values: dict[str, float] = {}
+    if found.quality is not None:
+        generated = found.quality.generated
+        fields: Mapping[str, object] = {"frechet_ratio": found.quality.frechet_ratio, **vars(generated)}
+        for name, figure in fields.items():
+            if figure is not None:
+                values[name_of(name, samples=figure.samples, features=features)] = figure.value  # type: ignore[attr-defined]
+    for side in found.asked:
+        name, count = side.side.replace("-", "_"), len(side.captions)
+        near = found.found[side.side].within[10].mean
+        values[name_of(f"within_10_{name}", samples=count, features=features)] = near
+        if side.side in found.read:
+            values[name_of(f"read_as_asked_{name}", samples=count)] = found.read[side.side].mean
+    if found.copies is not None:
+        suspects = found.copies.suspects
+        values[name_of("suspected_copies", samples=suspects.total)] = suspects.share
+    return values

@@ -1,0 +1,139 @@
+"""What is known of how a model was trained: the run that its folder lies in, and whether its data is still the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from ldm import checkpoint
+from ldm.config import LDMConfig, parse_config
+from ldm.data import CaptionedImages, DataConfig
+from ldm.pipelines import Pipeline
+from ldm.training import resuming, saving
+
+CONFIG = "config.yaml"
+# RUN/pipeline, RUN/best/pipeline and RUN/checkpoints/step_…/pipeline.
+DEEPEST = 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The run that made a model.
+
+    Attributes:
+        folder: the run folder.
+        config: that it was trained with.
+        samples, sha256: how many images it was trained on, and `resuming.digest_of` its data; None before the first
+            checkpoint.
+    """
+
+    folder: Path
+    config: LDMConfig
+    samples: int | None
+    sha256: str | None
+
+    def change_of_data(self, images: CaptionedImages, held_out: CaptionedImages | None) -> str | None:
+        """What to say if these are not the images that the run trained on and held out; None if they are."""
+        if self.sha256 is None:
+            return f"{self.folder} has no checkpoint that says which images it was trained on"
+        before = {"samples": self.samples, "sha256": self.sha256}
+        present = {"samples": len(images), "sha256": resuming.digest_of(images, held_out)}
+        found = resuming.data_differences(self.folder, before, present, images, held_out)
+        if not found:
+            return None
+        then, now = found["data"]
+        older = "" if (self.folder / "fingerprints.json").is_file() else ", as far as its older version of ldm tells"
+        return f"the data is not what {self.folder} was trained on{older}: {then} then, {now} now"
+
+
+def find_run(model: str) -> Trained | None:
+    """The run that a folder is, or lies in; None for other folders and for hub ids.
+
+    Raises:
+        ValueError: for the run of a first stage, and one whose config cannot be read.
+    """
+    where = Path(model).expanduser()
+    if not where.is_dir():
+        return None
+    folders = [where.resolve(), *where.resolve().parents[:DEEPEST]]
+    folder = next((path for path in folders if (path / CONFIG).is_file() and _is_of(path, where.resolve())), None)
+    if folder is None:
+        return None
+    path = folder / CONFIG
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); name a pipeline folder") from None
+    if not isinstance(content, dict) or "data" not in content:
+        return None
+    if "autoencoder" in content:
+        raise ValueError(f"{folder} is the run of a first stage, which draws nothing; name the run of a model")
+    saved = saving.checkpoints(folder)
+    data = checkpoint.read_json(saved[-1] / "training" / "state.json")["data"] if saved else {}
+    config = parse_config(content, LDMConfig, str(path))
+    return Trained(folder, config, data.get("samples"), data.get("sha256"))
+
+
+def _is_of(run: Path, model: Path) -> bool:
+    """Whether a run folder is meant, or has written the model folder that is meant."""
+    if run == model:
+        return True
+    inside = model.relative_to(run).parts
+    return inside in (("pipeline",), ("best", "pipeline")) or (
+        len(inside) == DEEPEST and inside[0] == "checkpoints" and inside[2] == "pipeline"
+    )
+
+
+def open_model(model: str, run: Trained | None, device: str | torch.device | None) -> tuple[Pipeline, str]:
+    """The pipeline of a run folder, of a pipeline folder or of a hub id, and what it was read from.
+
+    A run that trained a LoRA gives the model it started from, with the LoRA on, at the size of training.
+
+    Raises:
+        ValueError: if it cannot be opened.
+    """
+    if run is None or Path(model).expanduser().resolve() != run.folder:
+        return Pipeline.from_pretrained(model, device=device), model
+    folder = run.folder / run.config.export
+    if not folder.is_dir():
+        raise ValueError(
+            f"{model} has no {run.config.export}/ yet: that is written with its first checkpoint; train it further, or "
+            "name a pipeline folder"
+        )
+    if run.config.export == "pipeline":
+        return Pipeline.from_pretrained(folder, device=device), str(folder)
+    assert run.config.start_from is not None
+    pipeline = Pipeline.from_pretrained(run.config.start_from, device=device)
+    pipeline.load_lora(folder)
+    resolution = run.config.data.resolution
+    _, size, _ = pipeline.codec.latent_shape(resolution, resolution)
+    pipeline.unet.config = dataclasses.replace(pipeline.unet.config, sample_size=size)
+    for key in ("guidance_scale", "num_inference_steps", "sampler"):
+        setattr(pipeline, key, getattr(run.config.sample, key))
+    return pipeline, f"{run.config.start_from} with {folder}"
+
+
+def is_its_data(run: Trained, path: str) -> bool:
+    """Whether a path names the data of a run."""
+    own = run.config.data.path
+    return path == own or Path(path).expanduser().resolve() == Path(own).expanduser().resolve()
+
+
+def data_of(run: Trained, **changes: str | float | None) -> DataConfig:
+    """The data of a run with what was asked for otherwise; None leaves a key as it is.
+
+    Raises:
+        ValueError: for another share of held-out images than that of training: the model has seen some of them.
+    """
+    share = changes.get("held_out")
+    if share is not None and share != run.config.data.held_out:
+        raise ValueError(
+            f"held_out is {share}, but {run.folder} was trained with {run.config.data.held_out}: images that it has "
+            "seen would count as held out; leave the option out"
+        )
+    given = {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.replace(run.config.data, **given)  # type: ignore[arg-type]
