@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import ldm
-from ldm.cli import data
+from ldm.cli import autoencoder, data
 from ldm.cli.evaluate import evaluate
 from ldm.cli.generate import generate
 from ldm.cli.nll import nll
