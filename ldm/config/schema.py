@@ -348,7 +348,9 @@ class AutoencoderLossConfig:
         adversarial_weight: of what a patch discriminator says of the reconstructions, times the adaptive weight.
         adversarial: "hinge" or "non_saturating".
         adversarial_start: steps without it.
-        adaptive_weight_limit: what the ratio of gradients at the last layer of the decoder is bounded by.
+        adaptive_weight_limit: what the ratio of gradients at the last layer of the decoder is bounded by. It is 0.5 to
+            1 while the discriminator tells images from reconstructions, and grows where it does not: its gradient
+            then says little, and unbounded would count as much as that of the distance.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -361,7 +363,7 @@ class AutoencoderLossConfig:
     adversarial_weight: float = 0.0
     adversarial: AdversarialLoss = "hinge"
     adversarial_start: int = 0
-    adaptive_weight_limit: float = 1e4
+    adaptive_weight_limit: float = 10.0
 
     def __post_init__(self) -> None:
         _not_negative(self, "kl_weight", "codebook_weight", "commitment_weight", "perceptual_weight")
