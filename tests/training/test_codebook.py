@@ -153,6 +153,31 @@ def test_new_places_are_drawn_by_the_squared_distance_to_the_codes():
     assert np.mean([place == -far for place in drawn]) == pytest.approx(far**2 / (far**2 + near**2), abs=0.05)
 
 
+def test_a_latent_that_is_its_code_is_no_new_place():
+    quantizer, _, _, codebook = made()
+    z = torch.stack([quantizer.embedding.weight[3], torch.full((CHANNELS,), 7.0)]).detach()
+    before = quantizer.embedding.weight.detach().clone()
+    see(codebook, quantizer, z.T[None, :, None])  # [1, C, 1, 2]
+    codebook.settle(One(), 0, moved=True)
+    changed = (quantizer.embedding.weight != before).any(dim=1)
+    assert int(changed.sum()) == int(codebook.revived) == 1
+    assert torch.equal(quantizer.embedding.weight[changed][0], z[1])
+
+
+def test_which_code_goes_where_does_not_follow_from_distances():
+    """They are rounded otherwise in other processes, and two that are nearly equal would change places."""
+    orders = []
+    for scale in (torch.linspace(2, 3, 8), torch.linspace(3, 2, 8)):
+        quantizer, _, _, codebook = made()
+        torch.nn.init.zeros_(quantizer.embedding.weight)
+        see(codebook, quantizer, scale.view(8, 1, 1, 1).expand(8, CHANNELS, 1, 1))  # fewer than dead codes
+        codebook.settle(One(), 0, moved=True)
+        codes = quantizer.embedding.weight[quantizer.embedding.weight.any(dim=1), 0]
+        orders.append([(scale == code).nonzero().item() for code in codes.detach()])
+    assert len(orders[0]) == 8
+    assert orders[0] == orders[1]
+
+
 def test_a_step_that_is_skipped_counts_for_nothing():
     parts = _, _, _, codebook = made()
     before = {name: value.clone() for name, value in everything(*parts).items()}
