@@ -88,8 +88,6 @@ def _near_few(features: Tensor, known: Known, own: Tensor | None) -> Near:
     distance, nearest = distances.min(dim=1)
     between = known.distances(known.variants[0][nearest])  # [n, N]
     not_other = known.variants_of(nearest, between)
-    if own is not None:
-        not_other |= gone
     others = distances.masked_fill(not_other, math.inf).amin(dim=1)
     apart = between.masked_fill(not_other, math.inf).amin(dim=1)
     ratio = distance / others

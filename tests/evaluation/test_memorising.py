@@ -116,6 +116,9 @@ def test_training_images_are_left_out_with_their_whole_group(tones):
     with_names = copying(copy_features(held_out), far, None, groups=groups)
     without = copying(copy_features(held_out), far, None)
     assert with_names.threshold > without.threshold
+    # Names are believed: what they tell apart is not left out, however near it is.
+    apart = copying(copy_features(held_out), copy_features(training), None, groups=[str(i) for i in range(360)])
+    assert apart.threshold < 0.5 * copying(copy_features(held_out), copy_features(training), None).threshold
 
 
 def test_mirrored_copies_are_found_where_training_flips(digits):
