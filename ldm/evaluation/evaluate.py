@@ -191,7 +191,7 @@ def expected(pipeline: Pipeline, samples: int, *, num_inference_steps: int | Non
         seconds = one()
     looks = 2 * GAP_IMAGES * BANDS * GAP_DRAWS / evaluations_of(scale, steps)
     return (
-        f"{samples} pictures at {seconds:.2g} s each or less, and the loss of {2 * GAP_IMAGES} images: at most "
+        f"{samples} pictures at {_duration(seconds)} each or less, and the loss of {2 * GAP_IMAGES} images: at most "
         f"{_duration((samples + looks) * seconds)}"
     )
 
@@ -316,4 +316,6 @@ def _settings(reference: Reference, asked: tuple[Asked, ...], seed: int) -> dict
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -24,8 +24,9 @@ def kid(features: Tensor, reference: Tensor) -> Interval:
     The interval is that of the jackknife over single images of both sides (Arvesen 1969, Jackknifing U-statistics): it
     says where MMD² of what the two sets were drawn from lies. What is printed elsewhere as "±", the deviation over
     random subsets, is no interval of the mean: it is the noise of one subset, grows as subsets shrink, and subsets
-    that share images are not independent. Where both sets come from one source the jackknife is too wide (the first
-    term of MMD² vanishes there; measured: 0 is inside 99 times of 100), elsewhere it holds what it says.
+    that share images are not independent. Where both sides come from one source the jackknife is too wide (the first
+    term of MMD² vanishes there): on normal features 0 was inside 99 times of 100, on EfficientNet-Lite0 features of
+    OpenMoji 95 to 98 times. Elsewhere it holds what it says.
 
     Above 10,000 images on a side both sides are dealt out to equally many blocks, whose estimates are averaged: still
     unbiased, and the cost grows with N rather than N².

@@ -35,6 +35,7 @@ def data(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty folder to work in, with a cache of its own."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ldm.evaluation.evaluate.GAP_IMAGES", 4)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

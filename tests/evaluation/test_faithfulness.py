@@ -152,6 +152,18 @@ def test_captions_of_one_image_count_once():
     assert share_interval(torch.zeros(8), torch.arange(2).repeat(4)) == share_interval(torch.zeros(2))
 
 
+def test_retrieval_knows_that_captions_of_one_image_are_no_new_evidence():
+    draws = torch.Generator().manual_seed(0)
+    gallery = torch.randn(200, 6, generator=draws)
+    generated = gallery[:40] + 0.8 * torch.randn(40, 6, generator=draws)
+    once = retrieval(generated, gallery, [(i,) for i in range(40)])
+    fourfold = retrieval(generated.repeat(4, 1), gallery, [(i,) for i in range(40)] * 4)
+    assert fourfold.median == once.median  # the same images, drawn again the same way
+    assert once.median.low < once.median.mean < once.median.high
+    one, four = (found.within[5].high - found.within[5].low for found in (once, fourfold))
+    assert four == pytest.approx(one, rel=0.05)
+
+
 def test_intervals_hold_what_they_promise():
     """Captions of 40 images, five each, whose hits depend on the image: the share of all is inside 95 times in 100."""
     random = np.random.default_rng(0)
@@ -211,6 +223,17 @@ def test_real_pictures_lead_back_and_others_do_not(emoji):
     assert f"among the 10 nearest  {100 * found.within[10].mean:.1f} %".replace("  ", " ") in said.replace("  ", " ")
 
 
+def test_features_stand_in_the_order_of_the_samples_whatever_their_shapes(emoji):
+    config = dataclasses.replace(emoji[0].config, resolution=64, buckets=True)
+    sizes = [(64, 64), (40, 80), (80, 40), (64, 64), (80, 40)]
+    samples = [dataclasses.replace(s, size=size) for s, size in zip(emoji[0].samples, sizes, strict=False)]
+    images = CaptionedImages(samples, config, 0)
+    assert [index for chunk in images.chunks(32) for index in chunk] != list(range(5))
+    space = feature_space("pixel", device=CPU)
+    alone = torch.cat([space.of([to_signed(images.image_at(index)[None])]) for index in range(5)])
+    torch.testing.assert_close(Gallery.of([images], space).features, alone)
+
+
 def test_own_images_bear_the_caption_or_are_the_same_picture(emoji, digits):
     training, held_out = emoji
     gallery = Gallery.of([training, held_out], feature_space("pixel", device=CPU))
@@ -249,11 +272,11 @@ class ColourModel(torch.nn.Module):
         return images.mean(dim=(2, 3))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.eye(3)[tokens] * 7
+        return torch.cat([torch.eye(3), -torch.eye(3)])[tokens] * 7
 
 
 def colour_clip() -> Clip:
-    names = ["red", "green", "blue"]
+    names = ["red", "green", "blue", "no red"]
     return Clip(
         name="colours",
         model=ColourModel(),
@@ -274,6 +297,10 @@ def test_clip_score_by_hand():
     assert found.hundred.low < found.hundred.mean < found.hundred.high
     assert found.score == pytest.approx(2.5 * 2.6 / 3, abs=3e-3)
     assert found.others == pytest.approx(100 * (0 + 1 + 0 + 0 + 0.6 + 0) / 6, abs=0.1)
+    # What is less than unlike is 0 for CLIPScore, and not for the cosine.
+    opposite = clip_score(colour_clip(), pictures, ["no red", "green", "blue"])
+    assert opposite.hundred.mean == pytest.approx(100 * (-1 + 1 + 0.8) / 3, abs=0.1)
+    assert opposite.score == pytest.approx(2.5 * 1.8 / 3, abs=3e-3)
     said = " ".join(found.lines())
     assert "100 x cosine" in said
     assert "colours" in said

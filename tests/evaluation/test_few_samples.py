@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.data import generator as keyed
 from ldm.evaluation import few_samples
 from ldm.evaluation.few_samples import frechet_interval, frechet_ratio
 from ldm.evaluation.frechet import Gaussian, distance_between, frechet_distance, student_quantile
@@ -53,6 +54,29 @@ def test_both_forms_are_the_same_number():
         for left_out, rows in ((None, one), (3, one[kept])):
             expected = distance_between(singular(rows), singular(reference))
             assert distances(left_out) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_of_a_ratio_adds_the_variances_of_both_sides():
+    one, held, reference = drawn(30, 60, 17, 1.2), drawn(30, 60, 18), drawn(90, 60, 19)
+    variance = 0.0
+    for features in (one, held):
+        kept = [torch.arange(30) % 20 != group for group in range(20)]
+        distances = [distance_between(singular(features[rows]), singular(reference)) for rows in kept]
+        variance += 19 * float(torch.tensor(distances, dtype=torch.float64).log().var(unbiased=False))
+    interval = frechet_ratio(one, held, reference)
+    reach = student_quantile(0.95, 19) * math.sqrt(variance)
+    assert math.log(interval.high / interval.mean) == pytest.approx(reach, rel=1e-5)
+    assert math.log(interval.mean / interval.low) == pytest.approx(reach, rel=1e-5)
+
+
+def test_subsets_share_what_they_have_in_common():
+    # 24 of 80: 0.3 of the variance is that of all images, the rest is averaged over 8 subsets.
+    many, reference = drawn(80, 40, 20), drawn(100, 40, 21)
+    anchor = few_samples._Reference(reference.mean(dim=0), reference.T.cov())
+    first = torch.from_numpy(keyed(3, "frechet", "generated").permutation(80)[:24])
+    alone = few_samples._logarithm(many[first], anchor)
+    together = few_samples._of_subsets(many, 24, anchor, 3, "generated")
+    assert together.variance == pytest.approx(alone.variance * (0.3 + 0.7 / 8))
 
 
 def test_the_distance_of_gaussians_is_found_and_held():

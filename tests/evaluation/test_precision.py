@@ -43,11 +43,11 @@ def test_it_agrees_with_all_distances_at_once_in_whatever_parts(monkeypatch):
         radii = distances.sort(dim=1).values[:, 2]
         return float((torch.cdist(points, centres) <= radii).any(dim=1).double().mean())
 
-    whole = precision_recall(x + 1e4, y + 1e4)  # far from 0, where squares lose digits
+    whole = precision_recall(x + 1e7, y + 1e7)  # far from 0, where squares lose digits
     assert (whole.precision.mean, whole.recall.mean) == (inside(x, y), inside(y, x))
     assert 0 < whole.recall.mean < 1 and 0 < whole.precision.mean < 1
     monkeypatch.setattr(module, "_ENTRIES", 1000)
-    assert precision_recall(x + 1e4, y + 1e4) == whole
+    assert precision_recall(x + 1e7, y + 1e7) == whole
 
 
 def test_copies_of_one_another_are_each_others_neighbours():

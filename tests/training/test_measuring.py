@@ -7,15 +7,17 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
+from ldm.config import LDMConfig, load_config
 from ldm.data import CaptionedImages, inspect, open_source, split
 from ldm.evaluation.evaluate import evaluate
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.reference import Reference
 from ldm.pipelines import Pipeline
-from ldm.training.measuring import figures
+from ldm.training.measuring import Evaluator, figures
 from ldm.training.report.names import PREFIX, name_of, title_of
 from ldm.training.trained import find_run
-from tests.training.runs import captioned_folder, evaluations, run_ldm, settings
+from tests.test_cli import call
+from tests.training.runs import ROOT, captioned_folder, evaluations, run_ldm, settings
 
 N = 60
 EVALUATED = [f"train.evaluation_samples={N}", "train.evaluation_features=pixel", "train.evaluate_every=2"]
@@ -26,9 +28,14 @@ def run(tmp_path_factory, encoder_folder):
     folder = tmp_path_factory.mktemp("measured")
     data = captioned_folder(folder / "data", 80, side=8)
     arguments = [*settings(folder / "run", encoder_folder), f"data.path={data}", "data.resolution=8", *EVALUATED]
-    arguments += ["train.max_steps=4", "train.sample_every=100", "data.flip=true"]
+    arguments += ["train.max_steps=4", "train.sample_every=100", "data.flip=true", "data.held_out=0.3"]
     run_ldm(arguments)
     return folder / "run", arguments
+
+
+@pytest.fixture(autouse=True)
+def few_looks(monkeypatch):
+    monkeypatch.setattr("ldm.evaluation.evaluate.GAP_IMAGES", 4)
 
 
 def test_names_say_what_their_numbers_stand_on(run):
@@ -65,22 +72,75 @@ def test_the_figures_are_those_of_the_exported_weights(run):
     assert figures(found, "pixel") == pytest.approx(last)
 
 
-def test_a_resumed_run_measures_what_an_unbroken_one_does(run, tmp_path):
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_resumed_run_measures_what_an_unbroken_one_does(kept, run, tmp_path):
     """It was killed between its checkpoint of step 2 and the evaluation there, or after that."""
     folder, arguments = run
-    expected = evaluations(folder)
-    for name, kept in (("before", False), ("after", True)):
-        again = tmp_path / name
-        shutil.copytree(folder, again)
-        shutil.rmtree(again / "checkpoints" / "step_00000004")
-        lines = (again / "metrics.jsonl").read_text().splitlines(keepends=True)
-        lines = [line for line in lines if json.loads(line)["step"] <= 2 and (kept or PREFIX not in line)]
-        (again / "metrics.jsonl").write_text("".join(lines))
-        run_ldm(arguments, f"output_dir={again}", resume=True)
-        assert evaluations(again) == expected
+    again = shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "step_00000004")
+    lines = (again / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = [line for line in lines if json.loads(line)["step"] <= 2 and (kept or PREFIX not in line)]
+    (again / "metrics.jsonl").write_text("".join(lines))
+    run_ldm(arguments, f"output_dir={again}", resume=True)
+    assert evaluations(again) == evaluations(folder)
 
 
 def test_the_plan_counts_evaluations(run):
     folder, _ = run
     plan = json.loads((folder / "plan.json").read_text())
     assert 0 < plan["evaluation_seconds"] < plan["expected_seconds"]
+
+
+def test_a_wrong_number_of_pictures_is_refused(tmp_path, encoder_folder):
+    def config(*more):
+        return load_config(ROOT / "configs" / "digits.yaml", [*settings(tmp_path, encoder_folder), *more], LDMConfig)
+
+    with pytest.raises(ValueError, match="evaluate_every is 0"):
+        config("train.evaluate_every=0")
+    with pytest.raises(ValueError, match="evaluation_samples is 0"):
+        config("train.evaluation_samples=0")
+    few = config("train.evaluation_samples=49", "train.evaluate_every=2")
+    with pytest.raises(ValueError, match=r"train\.evaluation_samples is 49; at least 50 pictures"):
+        Evaluator(few, images=None, held_out=None, run=None)  # refused before it looks at any
+
+
+def test_a_run_folder_is_evaluated_on_its_own_data(run, tmp_path, monkeypatch, capsys):
+    folder, arguments = run
+    data = next(text.removeprefix("data.path=") for text in arguments if text.startswith("data.path="))
+    quick = ["--samples", 50, "--features", "pixel"]
+    assert call(monkeypatch, "evaluate", folder, *quick) == 0
+    out = capsys.readouterr().out
+    content = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert content["data"] == data and content["held_out"] == 0.3 and content["run"] == str(folder)
+    assert "note:" not in out, "its data is what it was trained on"
+    state = json.loads((folder / "checkpoints" / "step_00000004" / "training" / "state.json").read_text())
+    assert content["data_sha256"] == state["data"]["sha256"]
+
+    # The exported model inside it is known by the run; other data, and data that has changed, are named.
+    copied = shutil.copytree(data, tmp_path / "data")
+    inside = folder / "pipeline"
+    assert call(monkeypatch, "evaluate", inside, copied, *quick, "-o", tmp_path / "a") == 0
+    assert f"note: {inside} was trained on {data}, not on {copied}" in capsys.readouterr().out
+    run_copy = shutil.copytree(folder, tmp_path / "run")
+    (run_copy / "config.yaml").write_text((folder / "config.yaml").read_text().replace(data, str(copied)))
+    (copied / "0.txt").write_text("another caption")
+    assert call(monkeypatch, "evaluate", run_copy, *quick) == 0
+    out = capsys.readouterr().out
+    assert "1 changed (0.png) now; images that it was trained on may be among the held-out ones" in out
+    assert call(monkeypatch, "evaluate", run_copy, *quick, "--held-out", 0.5) == 2
+    assert "held_out is 0.5, but" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_run_tries_raw_weights_too_and_stores_what_it_decides(run, tmp_path, monkeypatch, capsys):
+    copied = shutil.copytree(run[0], tmp_path / "run")
+    arguments = ["evaluate", copied, "--samples", 50, "--features", "pixel", "--sweep"]
+    assert call(monkeypatch, *arguments, "--sweep-guidance", "1", "--sweep-steps", "1,2", "--sweep-samples", 30) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n  EMA ") == out.count("\n  raw ") == 2
+    sweep = json.loads((copied / "evaluation" / "evaluation.json").read_text())["sweep"]
+    _, guidance, steps = sweep["chosen"]["EMA"]["setting"]
+    stored = json.loads((copied / "pipeline" / "model_index.json").read_text())["_ldm"]
+    before = json.loads((run[0] / "pipeline" / "model_index.json").read_text())["_ldm"]
+    chosen = before | {"guidance_scale": guidance, "num_inference_steps": steps}
+    assert stored == (chosen if sweep["chosen"]["EMA"]["decided"] else before)

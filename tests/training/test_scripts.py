@@ -304,7 +304,8 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
         train_autoencoder.train(load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False)
         assert load_first_stage(str(tmp_path / "run" / "autoencoder")).factor == 4
         return
-    small += ["sample.num_inference_steps=2", "sample.images_per_prompt=1"]
+    # Evaluations read all of the data (tests/training/test_measuring.py).
+    small += ["sample.num_inference_steps=2", "sample.images_per_prompt=1", "train.evaluate_every=null"]
     if "start_from" in path.read_text():
         tiny.stable_diffusion().save_pretrained(tmp_path / "model")
         captioned_folder(tmp_path / "mine", 4)
