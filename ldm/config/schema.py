@@ -429,7 +429,9 @@ class AutoencoderTrainingConfig:
             if getattr(self.loss, key) != getattr(AutoencoderLossConfig(), key):
                 raise ValueError(f"loss.{key} is set, but a first stage with {kind} has no such term; leave it out")
         if is_kl and self.revive_codes_after != type(self).revive_codes_after:
-            raise ValueError("revive_codes_after is set, but a first stage with a normal posterior has no codes; leave it out")
+            raise ValueError(
+                "revive_codes_after is set, but a first stage with a normal posterior has no codes; leave it out"
+            )
 
     def _check_loss(self) -> None:
         """Refuses terms that never come to bear, or that these images are too small for."""
@@ -474,4 +476,6 @@ def check_autoencoder(autoencoder: AutoencoderConfig | VQConfig, trained: Litera
             raise ValueError(f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it")
     for key in ("in_channels", "out_channels"):
         if getattr(autoencoder, key) != 3:
-            raise ValueError(f"{section_of(autoencoder)}.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3")
+            raise ValueError(
+                f"{section_of(autoencoder)}.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3"
+            )
