@@ -171,6 +171,16 @@ class LatentCodec(nn.Module):
         self.factor = autoencoder.factor
         self._tile: Tile = "auto"
 
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel of the latents that the autoencoder gives."""
+        return self.autoencoder.statistics[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of each channel of the latents that the autoencoder gives."""
+        return self.autoencoder.statistics[1]
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.channels, *_divided(height, width, self.factor))
 
@@ -182,8 +192,7 @@ class LatentCodec(nn.Module):
         return self.drawing()(moments, noise)
 
     def drawing(self) -> Draw:
-        mean, std = self.autoencoder.statistics
-        return partial(_drawn, draw=self.autoencoder.draw, mean=mean, std=std)
+        return partial(_drawn, draw=self.autoencoder.draw, mean=self.mean, std=self.std)
 
     def fingerprint(self) -> str | None:
         """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
@@ -198,8 +207,8 @@ class LatentCodec(nn.Module):
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
-        mean, std = (_by_channel(values, latents) for values in self.autoencoder.statistics)
-        raw, size = (latents * std + mean).to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
+        scaled = latents * _by_channel(self.std, latents) + _by_channel(self.mean, latents)
+        raw, size = scaled.to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
         return self._in_range(lambda network, x: network.decode(x, self._strips(network, x, *size)), raw, *size)
 
     def project(self, original: Tensor) -> Tensor:

@@ -167,3 +167,36 @@ def test_a_first_stage_is_found_wherever_it_stands(saved, tmp_path):
     for name in ("nobody/nothing", "./nowhere", "nowhere"):
         with pytest.raises(ValueError, match="there is no model folder"):
             checkpoint.find_autoencoder(name)
+
+
+def test_a_pipeline_with_a_codebook_is_kept_byte_for_byte_and_opens_part_by_part_in_diffusers(tmp_path):
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel, VQModel
+
+    pipeline = tiny.pipeline(tmp_path / "parts", "codebook")
+    pipeline.save_pretrained(tmp_path / "model")
+    again = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
+    assert again.codec.autoencoder.config == pipeline.codec.autoencoder.config
+    images = [model("a", seed=3, height=16, width=16).images[0].tobytes() for model in (pipeline, again)]
+    assert images[0] == images[1]
+    again.save_pretrained(tmp_path / "copy")
+    for name in ("model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert (index["_class_name"], index["vae"]) == ("CodebookDiffusionPipeline", ["diffusers", "VQModel"])
+
+    theirs = VQModel.from_pretrained(tmp_path / "model" / "vae")
+    UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet")
+    latents = torch.randn(1, 4, 8, 8)
+    z = latents * torch.tensor(again.codec.std).view(1, 4, 1, 1) + torch.tensor(again.codec.mean).view(1, 4, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(again.codec.decode(latents), theirs.decode(z).sample, rtol=1e-4, atol=1e-5)
+        # Stable Diffusion cannot decode with it, and says so instead of drawing something else.
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            StableDiffusionPipeline.from_pretrained(tmp_path / "model")("a", num_inference_steps=1, output_type="np")
+
+
+def test_a_first_stage_of_another_class_is_named(saved):
+    tiny.edit_json(saved / "vae" / "config.json", _class_name="AutoencoderTiny")
+    assert "describes an AutoencoderTiny; a first stage is an AutoencoderKL or a VQModel" in fault(saved)
+    tiny.edit_json(saved / "vae" / "config.json", _class_name="VQModel")
+    assert "vae/config.json" in fault(saved)

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ldm.codecs import LatentCodec, PixelCodec, _warn_of_overflow
 from ldm.data import CaptionedImages, DataConfig, image_statistics, open_source, to_signed
-from ldm.models import AutoencoderConfig, AutoencoderKL
+from ldm.models import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
 from ldm.models.layers import ResnetBlock
 from ldm.training.space import load_first_stage
 from tests import tiny
@@ -50,6 +50,53 @@ def test_latents_are_scaled_as_stable_diffusion_scales_them():
     torch.testing.assert_close(codec.draw(moments), (mean - 0.3) * 0.2)
     latents = torch.randn(2, 4, 8, 8).double()
     torch.testing.assert_close(codec.decode(latents), codec.autoencoder.decode(latents / 0.2 + 0.3))
+
+
+def codebook_codec(**changes):
+    torch.manual_seed(0)
+    return LatentCodec(VQModel(VQConfig(**(tiny.VQ | changes))).double())
+
+
+def test_a_codebook_is_looked_up_when_latents_are_decoded():
+    codec = codebook_codec()
+    images = torch.rand(2, 3, 16, 16).double() * 2 - 1
+    z = codec.moments(images)
+    mean, std = (torch.tensor(tiny.VQ[key]).double().view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(z, codec.autoencoder.quant_conv(codec.autoencoder.encoder(images)))
+    latents = codec.draw(z)
+    torch.testing.assert_close(latents, (z - mean) / std)
+    assert torch.equal(codec.draw(z, torch.randn_like(z)), latents), "there is no posterior"
+    torch.testing.assert_close(codec.drawing()(z, None), latents)
+    decoded = codec.decode(latents)
+    codes = codec.autoencoder.quantize(z).latents
+    assert not torch.allclose(codes, z, atol=1e-2)
+    torch.testing.assert_close(decoded, codec.autoencoder.decoder(codec.autoencoder.post_quant_conv(codes)))
+    assert codec.latent_shape(16, 8) == (4, 8, 4)
+    half = codebook_codec(scaling_factor=0.5)
+    torch.testing.assert_close(half.draw(z), 0.5 * latents)
+    torch.testing.assert_close(half.decode(half.draw(half.moments(images))), decoded)
+
+
+def test_the_statistics_of_half_precision_latents_keep_their_digits():
+    codec = latent_codec(scaling_factor=0.18215, shift_factor=0.3)
+    moments = torch.linspace(-4, 4, 1024).view(1, 8, 16, 8).half()
+    expected = (moments.double()[:, :4] - 0.3) * 0.18215
+    assert codec.draw(moments).dtype == torch.float16
+    assert torch.equal(codec.draw(moments), expected.half())
+
+
+def test_what_is_kept_of_images_depends_on_the_encoder_alone():
+    """Codes and statistics come in when latents are made of it, or decoded."""
+    codec = codebook_codec()
+    with torch.no_grad():
+        codec.autoencoder.quantize.embedding.weight.zero_()
+    assert codec.fingerprint() == codebook_codec().fingerprint()
+    assert codebook_codec(latents_std=(1.0,) * 4).fingerprint() == codec.fingerprint()
+    with torch.no_grad():
+        codec.autoencoder.quant_conv.bias[0] += 1
+    assert codec.fingerprint() != codebook_codec().fingerprint()
+    kept = {name: value for name, value in tiny.VQ.items() if name in tiny.VAE}
+    assert latent_codec(**kept).fingerprint() != codebook_codec().fingerprint()
 
 
 def test_the_posterior_is_drawn_with_the_noise_that_is_given():
@@ -256,3 +303,19 @@ def test_a_first_stage_in_autocast_is_computed_again_without(fresh_warning):
     with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"):
         decoded = codec.decode(latents)
     torch.testing.assert_close(decoded, codec.decode(latents).half())
+
+
+def test_a_first_stage_with_a_codebook_works_in_strips_and_in_half_precision_too(fresh_warning):
+    shape = {key: value for key, value in tiny.VAE.items() if key != "latent_channels"}
+    codec = LatentCodec(
+        VQModel(VQConfig(**shape, latent_channels=3, num_vq_embeddings=16)).eval().requires_grad_(False)
+    )
+    images = torch.rand(1, 3, 40, 32) * 2 - 1
+    moments = codec.moments(images)
+    whole = codec.decode(moments)
+    codec.tile(16)
+    torch.testing.assert_close(codec.moments(images), moments, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(codec.decode(moments), whole, rtol=1e-4, atol=1e-4)
+    codec.half().autoencoder.decoder.conv_out.bias.fill_(torch.inf)  # which float32 does not mend, but tries to
+    with pytest.warns(UserWarning, match="float16"):
+        codec.decode(moments.half())

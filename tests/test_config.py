@@ -227,3 +227,43 @@ def test_a_fine_tuning_config_writes_only_what_it_may_say():
     written = yaml.safe_load(to_yaml(load_config(LORA, [], LDMConfig)))
     assert not written.keys() & {"unet", "space", "first_stage", "text", "schedule"}
     assert not yaml.safe_load(to_yaml(load_config(DIGITS, [], LDMConfig))).keys() & {"start_from", "finetune"}
+
+
+FIRST_STAGE = next(path for path in CONFIGS if path.name == "openmoji-first-stage.yaml")
+ADVERSARIAL = ["loss.adversarial_weight=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss.perceptual_weight=-1"], "loss: perceptual_weight is -1"),
+        (["loss.adversarial_weight=.nan"], "loss: adversarial_weight is nan"),
+        (["loss.adversarial_start=-5"], "loss: adversarial_start is -5"),
+        (["loss.adaptive_weight_limit=0"], "loss: adaptive_weight_limit is 0"),
+        (["loss.reconstruction=l3"], "loss.reconstruction is 'l3'"),
+        (["loss.adversarial=wasserstein"], "loss.adversarial is 'wasserstein'"),
+        (["discriminator.channel=8"], "did you mean discriminator.channels?"),
+        (["discriminator={channels: 12}"], "discriminator: norm_num_groups = 8: must divide the 12 channels"),
+        ([*ADVERSARIAL, "loss.adversarial_start=5000"], "adversarial_start is 5000 and train.max_steps 5000"),
+        ([*ADVERSARIAL, "data.resolution=4"], "resolution is 4, which discriminator.levels 3 would halve to nothing"),
+        ([*ADVERSARIAL, "train.mixed_precision=fp16"], "mixed_precision is fp16, whose range does not hold"),
+        (["loss.perceptual_weight=1", "data.resolution=4"], "the perceptual distance needs 8 pixels a side"),
+        (["autoencoder=null"], "autoencoder is missing; describe the network, or name one"),
+        (["trained=decoder"], "trained is decoder, but a new network has no encoder"),
+        (["trained=encoder"], "trained is 'encoder'"),
+        (["start_from=runs/openmoji-first-stage/autoencoder"], "start_from is 'runs/openmoji-first-stage/autoencoder'"),
+        (["autoencoder.use_quant_conv=false"], "autoencoder.use_quant_conv is false"),
+    ],
+)
+def test_a_first_stage_that_cannot_be_meant_is_refused_when_the_config_is_read(overrides, said):
+    assert said in refused(*overrides, path=FIRST_STAGE, kind=AutoencoderTrainingConfig)
+
+
+def test_a_first_stage_that_goes_on_from_another_leaves_its_shape_out():
+    start = ["start_from=openmoji-first-stage", "autoencoder=null", "trained=decoder"]
+    config = load_config(FIRST_STAGE, start, AutoencoderTrainingConfig)
+    assert (config.autoencoder, config.trained) == (None, "decoder")
+    assert parse_config(yaml.safe_load(to_yaml(config)), AutoencoderTrainingConfig, "again") == config
+    # What a term needs is asked of runs that have it.
+    load_config(FIRST_STAGE, ["train.mixed_precision=fp16", "data.resolution=4"], AutoencoderTrainingConfig)
+    load_config(FIRST_STAGE, [*ADVERSARIAL, "loss.adversarial_start=4999"], AutoencoderTrainingConfig)

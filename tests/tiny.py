@@ -37,6 +37,14 @@ VAE: dict[str, Any] = {
 }
 
 
+VQ: dict[str, Any] = VAE | {
+    "num_vq_embeddings": 32,
+    "latents_mean": (0.1, -0.2, 0.3, 0.0),
+    "latents_std": (0.5, 1.5, 1.0, 2.0),
+    "scaling_factor": 1.0,
+}
+
+
 def clip_tokenizer() -> Any:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -94,6 +102,8 @@ def pipeline(folder: Path, space: str = "pixel", **settings: Any) -> Pipeline:
     codec: PixelCodec | LatentCodec
     if space == "pixel":
         codec = PixelCodec((-0.5, 0.0, 0.2), (0.5, 1.0, 0.7))
+    elif space == "codebook":
+        codec = LatentCodec(models.VQModel(models.VQConfig(**VQ)))
     else:
         codec = LatentCodec(models.AutoencoderKL(models.AutoencoderConfig(**VAE, scaling_factor=1.0)))
     channels = {"in_channels": codec.channels, "out_channels": codec.channels}

@@ -397,8 +397,8 @@ class AutoencoderTrainingConfig:
         if self.start_from is None:
             if self.network is None:
                 raise ValueError(
-                    "autoencoder is missing; describe the network (or one with a codebook: vq), or name one that "
-                    "training goes on from in start_from"
+                    "autoencoder is missing; describe the network, or name one that training goes on from in "
+                    "start_from (a network with a codebook is described in vq)"
                 )
             if self.trained == "decoder":
                 raise ValueError(

@@ -55,8 +55,9 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
     """
     autoencoder: FirstStage
     if config.start_from is None:
-        assert config.network is not None
-        autoencoder = VQModel(config.vq) if config.vq else AutoencoderKL(config.network)
+        described = config.network
+        assert described is not None
+        autoencoder = VQModel(described) if isinstance(described, VQConfig) else AutoencoderKL(described)
     else:
         autoencoder = load_first_stage(config.start_from).autoencoder
         _check_start(autoencoder.config, config)
@@ -344,7 +345,8 @@ def _task_of(config: AutoencoderTrainingConfig) -> str:
     start = f", from {config.start_from}" if config.start_from else ""
     if config.trained == "decoder":
         return f"the decoder of a first stage{start}; its latents stay as they are"
-    return f"a first stage: images to latents and back{start}"
+    codes = f", by way of {config.vq.num_vq_embeddings} codes" if config.vq else ""
+    return f"a first stage: images to latents and back{codes}{start}"
 
 
 def _pixels(batch: Batch, device: torch.device) -> Tensor:

@@ -22,8 +22,8 @@ from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trai
 class Networks:
     """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was.
 
-    A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average, and a
-    codebook, whose use is counted.
+    A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average,
+    and a codebook, whose use is counted.
     """
 
     model: nn.Module

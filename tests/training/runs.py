@@ -23,15 +23,18 @@ def fresh_processes() -> None:
         state._reset_state()
 
 
-def run_autoencoder(folder: Path, *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
-    fresh_processes()
-    small = [
+def autoencoder_settings(folder: Path) -> list[str]:
+    return [
         f"output_dir={folder}", "data.resolution=16", "autoencoder.block_out_channels=[8,8,8]", "train.max_steps=2",
         "train.batch_size=8", "train.validation_samples=8", "train.log_every=1", "autoencoder.norm_num_groups=4",
         "train.cpu_threads=1",
     ]  # fmt: skip
+
+
+def run_autoencoder(folder: Path, *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
+    fresh_processes()
     path = ROOT / "configs" / "digits-first-stage.yaml"
-    config = load_config(path, [*small, *overrides], AutoencoderTrainingConfig)
+    config = load_config(path, [*autoencoder_settings(folder), *overrides], AutoencoderTrainingConfig)
     return train_autoencoder.train(config, resume, accept)
 
 

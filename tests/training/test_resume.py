@@ -76,6 +76,10 @@ def train(pictures, encoder_folder, first_stage):
         more += [f"train.gradient_checkpointing={case.checkpointing}", f"train.log_every={case.log_every}"]
         if case.kind == "autoencoder":
             assert case.dropout == 0, "the autoencoder has none"
+            # Broken off while the discriminator plays, and before its first step.
+            start = 2 if case.broken_after == WITHIN else CROSSING
+            more += ["loss.perceptual_weight=0.5", "loss.adversarial_weight=0.5", f"loss.adversarial_start={start}"]
+            more += ["discriminator={channels: 8, levels: 2, norm_num_groups: 4}"]
             return run_autoencoder(folder, *more, resume=resume)
         space = "pixel" if case.kind == "pixel" else "latent"
         more += ["data.crop=random"] * (case.kind != "latent-cached") + [f"unet.dropout={case.dropout}"]
@@ -121,6 +125,9 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_were_not(case, train, tmp_pa
     figures = {key for name, line in expected.items() if name.startswith("log line") for key in line}
     held_out = "held_out_psnr" if case.kind == "autoencoder" else "held_out_loss"
     assert {"loss", "gradient_norm", "learning_rate", held_out} <= figures
+    if case.kind == "autoencoder":
+        assert {"discriminator.safetensors", "discriminator_optimizer.safetensors"} <= names_of(expected)
+        assert {"adversarial_weight", "loss_discriminator", "held_out_perceptual"} <= figures
 
     two = broken_off(tmp_path / "one", tmp_path / "two", case.broken_after)
     assert max(checkpoints_of(two)) == case.broken_after, "nothing would be left to be done"
@@ -194,12 +201,12 @@ def many_steps(folder, encoder_folder, pictures):
     return [*settings(folder, encoder_folder), *more]
 
 
-def torchrun(processes, arguments, *more):
+def torchrun(processes, arguments, *more, script="train_ldm.py"):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += [str(ROOT / "train" / "train_ldm.py"), *more, "--set", *arguments]
+    command += [str(ROOT / "train" / script), *more, "--set", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
