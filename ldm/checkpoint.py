@@ -296,6 +296,8 @@ def find_autoencoder(name: str) -> Path:
     inside = Path(name).expanduser() / "vae"
     if (inside / "config.json").is_file():
         return inside
+    if (inside.parent / "codec" / "config.json").is_file():
+        raise ValueError(f"{inside.parent} is a model of pixels, which has no autoencoder; name one of latents")
     local = _find_local(name, "config.json")
     return local or _download(name, ["config.json", f"{WEIGHTS}*", "vae/*"], ".", "vae")
 

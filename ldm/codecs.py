@@ -207,8 +207,8 @@ class LatentCodec(nn.Module):
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:
-        mean, std = (_by_channel(values, latents) for values in (self.mean, self.std))
-        raw, size = (latents * std + mean).to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
+        scaled = latents * _by_channel(self.std, latents) + _by_channel(self.mean, latents)
+        raw, size = scaled.to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
         return self._in_range(lambda network, x: network.decode(x, self._strips(network, x, *size)), raw, *size)
 
     def project(self, original: Tensor) -> Tensor:

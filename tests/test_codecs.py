@@ -303,3 +303,19 @@ def test_a_first_stage_in_autocast_is_computed_again_without(fresh_warning):
     with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"):
         decoded = codec.decode(latents)
     torch.testing.assert_close(decoded, codec.decode(latents).half())
+
+
+def test_a_first_stage_with_a_codebook_works_in_strips_and_in_half_precision_too(fresh_warning):
+    shape = {key: value for key, value in tiny.VAE.items() if key != "latent_channels"}
+    codec = LatentCodec(
+        VQModel(VQConfig(**shape, latent_channels=3, num_vq_embeddings=16)).eval().requires_grad_(False)
+    )
+    images = torch.rand(1, 3, 40, 32) * 2 - 1
+    moments = codec.moments(images)
+    whole = codec.decode(moments)
+    codec.tile(16)
+    torch.testing.assert_close(codec.moments(images), moments, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(codec.decode(moments), whole, rtol=1e-4, atol=1e-4)
+    codec.half().autoencoder.decoder.conv_out.bias.fill_(torch.inf)  # which float32 does not mend, but tries to
+    with pytest.warns(UserWarning, match="float16"):
+        codec.decode(moments.half())

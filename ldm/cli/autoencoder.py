@@ -65,7 +65,7 @@ def evaluate(
 
     place = usable_device(device)
     codec = load_first_stage(model).to(place)
-    codec.tile(int(tile) if tile.isdecimal() else tile)
+    codec.tile(int(tile) if tile.isdecimal() else tile)  # type: ignore[arg-type]
     space = feature_space(features, device=place, weights=weights)
     config = DataConfig(
         path=path,

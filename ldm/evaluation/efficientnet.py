@@ -98,7 +98,8 @@ def _load() -> Any:
     except ImportError as error:
         raise _missing(error) from None
     weights = _weights()
-    network = EfficientNet.from_name("efficientnet-lite0")
+    with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not move what is drawn later
+        network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
     return network
 

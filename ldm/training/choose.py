@@ -132,11 +132,11 @@ def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torc
         return Choice("latent" if wishes.space == "latent" else "pixel", name, "as asked")
     choice = choose(images, wishes.first_stage, device)
     chosen.reasons.append(f"space: {choice.space}, because {choice.reason}")
-    name: str | None = None
+    base: str | None = None
     if choice.tune_decoder:
-        name = wishes.first_stage or DEFAULT_FIRST_STAGE
-        chosen.first_stage = tuning_config(chosen.config["data"], name, wishes, len(images), device)
-        what = f"the decoder of {name} is fine-tuned"
+        base = wishes.first_stage or DEFAULT_FIRST_STAGE
+        chosen.first_stage = tuning_config(chosen.config["data"], base, wishes, len(images), device)
+        what = f"the decoder of {base} is fine-tuned"
     elif choice.train_first_stage:
         chosen.first_stage = first_stage_config(chosen.config["data"], wishes, len(images), device)
         what = "one is trained"
@@ -146,7 +146,7 @@ def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torc
         f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
         f"up to {SHARE_OF_FIRST_STAGE:.0%} of the time, and then space is latent"
     )
-    return dataclasses.replace(choice, space="latent", first_stage=name)
+    return dataclasses.replace(choice, space="latent", first_stage=base)
 
 
 @dataclass(frozen=True)

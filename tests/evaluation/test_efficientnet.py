@@ -49,3 +49,10 @@ def test_another_file_of_weights_is_refused(tmp_path: Path, monkeypatch: pytest.
     wrong.unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         EfficientNetLite0()
+
+
+def test_making_the_network_draws_nothing():
+    """`space: auto` makes it before the network that is trained, whose weights must not depend on that."""
+    before = torch.get_rng_state()
+    EfficientNetLite0()
+    assert torch.equal(torch.get_rng_state(), before)

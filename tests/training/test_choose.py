@@ -144,6 +144,17 @@ def test_two_thousand_pictures(tmp_path, speed):
     assert (config.space, config.first_stage) == ("latent", "openmoji-first-stage")
 
 
+def test_latents_that_hold_more_than_their_decoder_shows(tmp_path, speed):
+    samples = used("digits")[:40]
+    choice, config, reasons = chosen("digits", samples, resolution=64)
+    assert (config.space, config.first_stage) == ("latent", "runs/test-first-stage/autoencoder")
+    first = parse_config(choice.first_stage, AutoencoderTrainingConfig, "the test")
+    assert (first.start_from, first.trained) == ("openmoji-first-stage", "decoder")
+    assert first.data == config.data and first.train.max_steps == 2000 and first.train.batch_size == 16
+    assert "first stage: the decoder of openmoji-first-stage is fine-tuned on these images before" in reasons
+    assert "parameters on 16x16" in reasons
+
+
 def test_a_model_to_go_on_from(tmp_path, speed, stable_diffusion):
     pictures = folder_of(tmp_path / "pictures", 24, 24)
     _, config, reasons = chosen(pictures, start_from=str(stable_diffusion))

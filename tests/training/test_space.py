@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw
 
 from ldm.config import LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
-from ldm.training.space import GOOD_PSNR, choose, choose_space, load_first_stage, reconstruction_psnr
+from ldm.evaluation.advice import GOOD_PSNR, advise, look
+from ldm.evaluation.perceptual import perceptual_distance
+from ldm.training import space
+from ldm.training.space import choose, choose_space, load_first_stage
 from tests.training.runs import ROOT, captioned_folder, digests, losses, run_ldm, settings
 
 CPU = torch.device("cpu")
@@ -68,13 +71,27 @@ def test_latents_are_taken_where_they_keep_the_picture(plain):
         levels = ((again.double() + 1) * 127.5).clamp(0, 255)
         ratios.append(10 * torch.log10(255**2 / (levels - pixels).square().mean()))
     assert choice.psnr == pytest.approx(float(torch.stack(ratios).mean()), abs=1e-3)
-    assert reconstruction_psnr(codec, data, CPU) == choice.psnr
+    # The command gives the same advice for the same reason.
+    found = look(codec, BUILT_IN, data, CPU, perceptual_distance())
+    assert (found.psnr, advise(found).why, choice.advice) == (choice.psnr, choice.reason, "use")
+
+
+def test_without_the_packages_of_the_perceptual_distance_psnr_decides(plain, monkeypatch):
+    with_it = choose(images(plain, 40), None, CPU)
+    assert " dB and a perceptual distance of 0.0" in with_it.reason
+    monkeypatch.setattr(space, "is_installed", lambda: False)
+    without = choose(images(plain, 40), None, CPU)
+    assert (
+        without.reason == f"{BUILT_IN} reconstructs these images at {without.psnr:.1f} dB, 24 or more keep what matters"
+    )
+    assert without.psnr == with_it.psnr
 
 
 def test_latents_that_lose_the_picture_are_taken_only_where_pixels_are_too_many(noise):
     small, large = choose(images(noise, 64), None, CPU), choose(images(noise, 68), None, CPU)
     assert small.space == "pixel" and small.first_stage is None
-    assert f"at {small.psnr:.1f} dB, below 24 and 10 images are few to train a first stage on" in small.reason
+    assert f"at {small.psnr:.1f} dB and a perceptual distance of " in small.reason
+    assert small.reason.endswith(", below 24 and 10 images are few to train a first stage on")
     assert large.space == "latent" and large.first_stage == BUILT_IN
     assert "68 pixels a side are too many to diffuse directly" in large.reason
     assert not small.train_first_stage and not large.train_first_stage
@@ -88,6 +105,19 @@ def test_many_images_deserve_a_first_stage_of_their_own(noise):
     # One that cannot divide the images would be of no use.
     odd = choose(images(noise, 38, times=100), None, CPU)
     assert (odd.space, odd.train_first_stage) == ("pixel", False)
+
+
+def test_latents_that_hold_more_than_their_decoder_shows_deserve_a_better_one(tmp_path):
+    """Scans of digits: nothing like emoji, and the built-in decoder makes coloured patches of them."""
+    config = DataConfig(path="digits", resolution=64)
+    few = CaptionedImages(open_source(config).samples[:40], config, 0)
+    choice = choose(few, None, CPU)
+    assert (choice.space, choice.first_stage, choice.tune_decoder) == ("pixel", None, True)
+    assert "but its latents hold more" in choice.reason and "trained: decoder" in choice.reason
+    # Too large for pixels, its latents are used, and the decoder can be exchanged later: they stay as they are.
+    config = dataclasses.replace(config, resolution=80, buckets=False)
+    large = choose(CaptionedImages(few.samples[:12], config, 0), None, CPU)
+    assert (large.space, large.first_stage, large.tune_decoder) == ("latent", BUILT_IN, True)
 
 
 def test_a_first_stage_that_does_not_divide_the_images(plain):
