@@ -35,6 +35,7 @@ SHEET_PAIRS, SHEET_COLUMNS = 48, 4
 PICTURE_BYTES, SHEET_BYTES = 60_000, 2_000_000
 SIDE = 96
 LARGEST_SIDE = 256
+DRAWN = "generated"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Account:
         yield f"<h1 dir='auto'>{escaped(self.title)}</h1>"
         yield f"<p class='note'>{escaped(asked_for(evaluation))}.</p>"
         if self.notes:
-            yield f"<div class='attention'>{''.join(f'<p>{escaped(note)}</p>' for note in self.notes)}</div>"
+            yield f"<div class='attention'>{''.join(f'<p>Note: {escaped(note)}.</p>' for note in self.notes)}</div>"
         if evaluation.verdict is not None:
             yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
         tiles = "".join(
@@ -135,9 +136,16 @@ class Account:
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         """Headline figures: name, value, what stands below it."""
         evaluation = self.evaluation
-        for figure in [] if evaluation.quality is None else evaluation.quality.figures():
-            if figure.images == "generated":
-                below = f"{number(figure.low)} to {number(figure.high)}; {figure.samples:,} pictures against "
+        figures = [] if evaluation.quality is None else evaluation.quality.figures()
+        real = {
+            figure.name: f"held-out images {number(figure.value)}; " for figure in figures if figure.images != DRAWN
+        }
+        for figure in figures:
+            if figure.images == DRAWN:
+                yardstick = "as far as held-out images are: 1; " if figure.yardstick else real.get(figure.name, "")
+                below = (
+                    f"{number(figure.low)} to {number(figure.high)}; {yardstick}{figure.samples:,} pictures against "
+                )
                 below += f"{figure.reference_samples:,} training images, {figure.features}"
                 yield figure.name, number(figure.value), below
         for side, found in evaluation.found.items():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_signed
+from ldm.evaluation.drawn import draw
 from ldm.evaluation.evaluate import Asked, captions_wanted, evaluate, expected, measure
 from ldm.evaluation.faithfulness import retrieval
 from ldm.evaluation.features import feature_space
@@ -212,7 +213,9 @@ def kept(pipeline, folder, count, *, progress=lambda done: None, model="a", guid
 
 def test_an_interruption_loses_the_last_few_pictures_only(pipeline, tmp_path):
     whole, count = kept(pipeline, tmp_path / "whole", 30)
-    assert count == 30 and whole.shape == (30, 3, 8, 8)
+    captions = [f"noise number {i}" for i in range(30)]
+    at_once = draw(pipeline, captions, seed=0, num_inference_steps=1, guidance_scale=1.0, at_once=4)
+    assert count == 30 and torch.equal(whole, at_once)
     done = []
 
     def stop(pictures):
