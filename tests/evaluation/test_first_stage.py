@@ -85,6 +85,12 @@ def forgetful(autoencoder):
     autoencoder.quant_conv.weight[:4] = autoencoder.quant_conv.weight[:1] * 0.02
 
 
+def uncertain(autoencoder):
+    """A wide posterior; reconstructions are from its mean, so that they stay what they were."""
+    autoencoder.quant_conv.weight[4:] = 0
+    autoencoder.quant_conv.bias[4:] = -0.5
+
+
 def pictures(images, count):
     return [to_signed(images.image_at(i))[None] for i in range(count)]
 
@@ -196,7 +202,7 @@ def report_of(codec, images, training, space, perceptual, **more):
 
 
 def test_figures_are_means_over_all_images_whatever_is_computed_at_once(images, pixel, perceptual, monkeypatch):
-    codec, told = load_first_stage(BUILT_IN), []
+    codec, told = changed(uncertain), []
     monkeypatch.setattr(first_stage, "PIXELS_AT_ONCE", 7 * 32 * 32)
     report = report_of(codec, images, None, pixel, perceptual, progress=told.append)
     assert sum(told) == len(images) == report.images == 80 and max(told) == 7
@@ -211,8 +217,8 @@ def test_figures_are_means_over_all_images_whatever_is_computed_at_once(images, 
     # Statistics of the latents: drawn from the posterior often, they are the same.
     noise = torch.randn(40, *moments[:, :4].shape)
     drawn = torch.stack([codec.draw(moments, n) for n in noise]).movedim(2, 0).flatten(1)  # [4, …]
-    torch.testing.assert_close(torch.tensor(report.latents.mean), drawn.mean(dim=1), atol=2e-3, rtol=0)
-    torch.testing.assert_close(torch.tensor(report.latents.std), drawn.std(dim=1), atol=2e-3, rtol=0)
+    torch.testing.assert_close(torch.tensor(report.latents.mean), drawn.mean(dim=1), atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.tensor(report.latents.std), drawn.std(dim=1), atol=0.01, rtol=0)
     assert report.latents.kl == pytest.approx(float(kl_divergence(moments).mean()) / (4 * 8 * 8), rel=1e-4)
     # With more images than features it is the distance itself, of the two sets to each other.
     expected = frechet_interval(pixel.of([y]), pixel.of([x]))
