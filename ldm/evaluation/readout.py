@@ -12,6 +12,7 @@ the decoder after 120 steps of 4 of these (AdamW, 1e-3), "all" encoder and decod
     images                     decoder   readout   tuned    all
     digits                       11.5      33.8     35.0    35.1
     crops of photographs         13.8      23.6     24.0    24.3
+    noise of 24x24 cells         10.1      14.2     14.4    14.8
     OpenMoji, noisy decoder      23.4      25.4     28.5    28.6    (30.6 before the noise)
     OpenMoji, new decoder         6.8      17.8     18.3    18.4
 """

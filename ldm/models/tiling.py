@@ -6,9 +6,13 @@ the attention in the middle, whose keys and values are held whole. So the strips
 have, up to rounding: there is no seam to blend. What is stored whole is one map a residual block, in place; what lies
 between is computed when it is asked for, some of it twice or three times.
 
-Tiles that are normalised each by itself, and blended where they overlap, are faster but another picture: at 512 pixels
-OpenMoji differed by 2.4 of 255 levels in the mean, 99 at most; with statistics from a smaller copy or a sample of the
-image by 1 to 2, 35 to 80 at most.
+Tiles normalised each by itself are faster but another picture: six OpenMoji at 512 pixels, in tiles of 128 with
+an overlap that covers what the convolutions see, differed by 2.4 of 255 levels in the mean and 99 at most, with jumps
+across their borders four times those elsewhere. With statistics from a smaller copy or a sample of the image there
+were no seams, but still differences of 1 to 2 levels, 35 to 80 at most. Strips differ by 1e-6.
+
+The built-in first stage decodes 2048x2048 pixels in 0.5 GB where the whole would take 2, in 1.4 times the time; a
+decoder like Stable Diffusion's takes 0.4 of the memory at 384 pixels, less at more, and 1.9 times the time.
 """
 
 from __future__ import annotations

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from ldm import Pipeline, cli
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
-from ldm.training import choose, newcomer, space
+from ldm.data import DataConfig, open_source
+from ldm.evaluation import advice
+from ldm.training import choose, newcomer
+from ldm.training.space import load_first_stage
 from tests.training.runs import captioned_folder, fresh_processes, losses, run_config
 from train import train_autoencoder, train_ldm
 
@@ -100,7 +104,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
     # As few images and steps as make a run.
-    monkeypatch.setattr(space, "ENOUGH_IMAGES", 20)
+    monkeypatch.setattr(advice, "ENOUGH_IMAGES", 20)
     monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
@@ -118,6 +122,27 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
     assert call(monkeypatch, "--resume", "out-first-stage") == 0
     assert call(monkeypatch, "--resume", "out") == 0
     assert "resumed out/checkpoints/step_00000002" in capfd.readouterr().out
+
+
+def test_a_decoder_is_tuned_before_where_the_latents_hold_more_than_it_shows(
+    here, encoder_folder, in_this_process, monkeypatch, capfd
+):
+    monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
+    (here / "data").mkdir()
+    for i, sample in enumerate(open_source(DataConfig(path="digits", resolution=8)).samples[:12]):
+        sample.load().resize((64, 64), Image.Resampling.BICUBIC).save(here / "data" / f"{i}.png")
+        (here / "data" / f"{i}.txt").write_text(sample.captions[0])
+    arguments = [here / "data", "--encoder", encoder_folder, "--resolution", 64, "--minutes", 0.0001, "-o", "out"]
+    assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 0
+    assert "the decoder of openmoji-first-stage is fine-tuned on these images before, 10" in capfd.readouterr().out
+    config = yaml.safe_load((here / "out" / "config.yaml").read_text())
+    assert (config["space"], config["first_stage"]) == ("latent", "out-first-stage/autoencoder")
+    codec, tuned = load_first_stage("openmoji-first-stage"), load_first_stage("out-first-stage/autoencoder")
+    assert tuned.fingerprint() == codec.fingerprint()
+    weights = [network.autoencoder.decoder.conv_out.weight for network in (codec, tuned)]
+    assert not torch.equal(*weights)
+    used = load_first_stage("out/pipeline").autoencoder.decoder.conv_out.weight
+    assert torch.equal(used, weights[1])
 
 
 def test_a_model_learns_a_style_as_a_lora(here, stable_diffusion, in_this_process, monkeypatch, capfd):
