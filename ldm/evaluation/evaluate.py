@@ -30,6 +30,7 @@ from ldm.evaluation.reference import Bars, Reference, no_bars, pictures_at_once
 from ldm.pipelines import Pipeline
 
 GAP_IMAGES, GAP_DRAWS = 128, 4
+NOTHING_LIKE = 0.25  # of the precision of held-out images: below it there is no model to judge
 FIRST_CALL = 5.0  # seconds: in less, what a first call does besides would count
 
 
@@ -155,10 +156,11 @@ def measure(
         features = {side.side: _features(side.pictures, reference, done) for side in asked}
     left_out: list[str] = []
     copies = _copies(asked, reference, seed, left_out)
+    figures = _quality(torch.cat(list(features.values())), reference, seed, left_out)
     return Evaluation(
         settings=_settings(reference, asked, seed) | how,
         asked=asked,
-        quality=_quality(torch.cat(list(features.values())), reference, seed, left_out),
+        quality=figures,
         found={side.side: _found(side, features[side.side], reference, seed) for side in asked},
         read={side.side: _read(side, reference) for side in asked if reference.reader is not None},
         clip={
@@ -166,9 +168,23 @@ def measure(
         },
         copies=copies,
         gap=gap,
-        verdict=None if copies is None else verdict(copies, gap),
+        verdict=None if copies is None else _judged(verdict(copies, gap), figures),
         left_out=tuple(left_out),
     )
+
+
+def _judged(found: Verdict, figures: Quality | None) -> Verdict:
+    """The verdict, unless the pictures are nothing like the data: noise copies nobody, and has learnt nothing."""
+    if found.kind != "learning" or figures is None or figures.held_out is None:
+        return found
+    drawn, real = figures.generated.precision, figures.held_out.precision
+    if drawn.high >= NOTHING_LIKE * real.low:
+        return found
+    reason = (
+        f"; yet few of the pictures look like the data (precision {100 * drawn.value:.0f} %, of held-out images "
+        f"{100 * real.value:.0f} %), so there is little to judge"
+    )
+    return Verdict("undecided", found.sentence.replace("Learning:", "Undecided:", 1).rstrip(".") + reason + ".")
 
 
 def expected(pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None) -> str:

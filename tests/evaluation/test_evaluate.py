@@ -115,6 +115,11 @@ def test_digits_are_read(tmp_path):
     sides = {"training": training, "held-out": held_out}
     found = measure(asked_with(reference, lambda side, own: real(sides[side], own)), reference, seed=0, how={})
     assert found.read["training"].mean == 1 and found.read["held-out"].mean > 0.9
+    assert "look like the data" not in found.verdict.sentence
+    noise = torch.Generator().manual_seed(0)
+    blank = lambda side, own: torch.randint(256, (len(own), 3, 8, 8), generator=noise, dtype=torch.uint8)  # noqa: E731
+    nothing = measure(asked_with(reference, blank), reference, seed=0, how={}).verdict
+    assert nothing.kind == "undecided" and "few of the pictures look like the data (precision 0 %" in nothing.sentence
     wrong = measure(asked_with(reference, lambda side, own: real(training, [0] * len(own))), reference, seed=0, how={})
     assert wrong.read["held-out"].mean < 0.4
     assert any("read as the digit asked for 100.0 %" in line for line in faithfulness(found, "training"))
