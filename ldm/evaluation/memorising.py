@@ -35,13 +35,13 @@ LEVEL = 0.05
 ENOUGH_HELD_OUT = 100
 MOST_LEFT_OUT = 2048
 
-# Of 480 comparisons with held-out images as pictures (20 to 300 training images of digits and OpenMoji) the least
+# Of 480 comparisons with held-out images as pictures (20 to 300 training images of digits or OpenMoji) the least
 # probable had a chance of 7e-5.
 CHANCE, MANY = 1e-5, 0.1
 CHANCE_OF_SOME = 1e-3
 TOO_WIDE = 0.25
-# A loss twice that on training images. A model of OpenMoji that draws new pictures had 1.4 times, one that was
-# overfitted to 50 scans 15 times.
+# A loss twice that on training images. A model of OpenMoji that draws new pictures had 1.4 times, those
+# overfitted to 50 images 15 times.
 BY_HEART = 1.0
 
 NORMAL_95 = 1.96
