@@ -115,8 +115,8 @@ def test_held_out_psnr_is_a_mean_over_images_of_all_shapes(folder, first_run):
         with torch.no_grad():
             error = (image - autoencoder(image[None])[0][0].clamp(-1, 1)).square().mean()
         ratios.append(float(10 * torch.log10(4 / error)))
-    found = first_stage.held_out_psnr(autoencoder, images, config, torch.device("cpu"))
-    assert found == pytest.approx(np.mean(ratios), abs=1e-4)
+    found = first_stage.held_out_figures(autoencoder, images, config, None, torch.device("cpu"))
+    assert found == {"held_out_psnr": pytest.approx(np.mean(ratios), abs=1e-4)}
 
 
 # Random crops are not encoded beforehand; the other way is the business of the cache.
