@@ -219,6 +219,7 @@ def test_a_wrong_check_is_one_line_and_exit_code_2(arguments, part, tmp_path, mo
     assert part in error
 
 
+@pytest.mark.slow
 def test_captions_survive_a_terminal_of_another_alphabet(tmp_path):
     folder = dataset(tmp_path / "data", 2)
     for number in range(2):

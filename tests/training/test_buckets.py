@@ -120,7 +120,7 @@ def test_held_out_psnr_is_a_mean_over_images_of_all_shapes(folder, first_run):
 
 
 # Random crops are not encoded beforehand; the other way is the business of the cache.
-@pytest.mark.parametrize("space", ["pixel", "latent"])
+@pytest.mark.parametrize("space", [pytest.param("pixel", marks=pytest.mark.slow), "latent"])
 def test_a_denoiser_learns_from_all_shapes_and_resumes_bit_for_bit(space, tmp_path, folder, encoder_folder, first_run):
     more = ["data.crop=random", "data.flip=true"]
     if space == "latent":

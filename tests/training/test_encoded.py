@@ -482,6 +482,7 @@ wait()
 """
 
 
+@pytest.mark.slow
 def test_processes_wait_longer_than_their_group_would():
     port = str(socket.create_server(("127.0.0.1", 0)).getsockname()[1])
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}

@@ -100,6 +100,7 @@ def test_a_folder_becomes_a_model_by_a_script_and_a_config_that_anyone_could_wri
     assert losses(here / "again") == losses(run)
 
 
+@pytest.mark.slow
 def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
@@ -124,6 +125,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
     assert "resumed out/checkpoints/step_00000002" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_decoder_is_tuned_before_where_the_latents_hold_more_than_it_shows(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):

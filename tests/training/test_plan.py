@@ -147,7 +147,8 @@ def arguments_of(kind, folder, stable_diffusion):
     return [str(ROOT / "configs" / ("digits-latent.yaml" if kind == "latent" else "digits.yaml")), *often]
 
 
-@pytest.mark.parametrize("kind", ["pixel", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "latent"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pixel", "lora", "latent"])
 def test_time_disk_and_memory_are_what_was_foreseen(kind, tmp_path, stable_diffusion):
     # Even seconds of the processor vary when other programs share its caches, so a run may be tried again.
     for attempt in range(3):
