@@ -162,7 +162,7 @@ def look(
     return found if found.good else dataclasses.replace(found, readout=readout_of(codec, pictures))
 
 
-def readout_of(codec: LatentCodec, images: Sequence[Tensor]) -> float | None:
-    """The mean of `readout_psnr`, None where there are too few images."""
-    read = readout_psnr(codec, images)
-    return None if read is None else float(read.mean())
+def readout_of(codec: LatentCodec, images: Sequence[Tensor], helping: Sequence[Tensor] = ()) -> float | None:
+    """The mean of `readout_psnr` over `images`, None where there are too few; `helping` images are fitted to as well."""
+    read = readout_psnr(codec, [*images, *helping])
+    return None if read is None else float(read[: len(images)].mean())

@@ -90,7 +90,8 @@ class FirstStageReport:
         ssim: None where an image has less than 11 pixels a side.
         perceptual: 0 for the same image, about 1 for two different ones.
         frechet: None where there are too few images.
-        readout: PSNR of a linear readout of latents and reconstruction, on up to 64 images.
+        readout: PSNR of a linear readout of latents and reconstruction, on up to 64 images; where there are fewer it is
+            fitted to training images too.
         worst: (id, perceptual distance) of the worst images by it, the worst first.
         left_out: a sentence for what is None.
     """
@@ -177,8 +178,7 @@ def evaluate_first_stage(
     frechet = measure.frechet(training, seed)
     if isinstance(frechet, str):
         left_out.append(frechet)
-    evenly = [i * len(images) // min(MEASURED_IMAGES, len(images)) for i in range(min(MEASURED_IMAGES, len(images)))]
-    readout = readout_of(codec, [_pixels(images, [index], device) for index in evenly])
+    readout = _readout(codec, images, training, device)
     if readout is None:
         left_out.append("Left out: the linear readout of the latents, for there are too few images to fit one to.")
     psnr_of, perceptual_of = interval_over(measure.psnr), interval_over(list(measure.perceptual.values()))
@@ -199,6 +199,25 @@ def evaluate_first_stage(
         worst=tuple((images.samples[index].id, measure.perceptual[index]) for index in worst),
         left_out=tuple(left_out),
     )
+
+
+def _readout(
+    codec: LatentCodec, images: CaptionedImages, training: CaptionedImages | None, device: torch.device
+) -> float | None:
+    """The readout of up to 64 images, in dB; None where there are too few.
+
+    Fitted to fewer it says less than the latents hold, and the advice would not be that of `space: auto`: so training
+    images make up what is missing. They are not measured.
+    """
+    measured = _evenly(images, MEASURED_IMAGES, device)
+    helping = _evenly(training, MEASURED_IMAGES - len(measured), device) if training is not None else []
+    return readout_of(codec, measured, helping)
+
+
+def _evenly(images: CaptionedImages, most: int, device: torch.device) -> list[Tensor]:
+    """Up to `most` images [1, 3, h, w], evenly from all."""
+    count = min(most, len(images))
+    return [_pixels(images, [i * len(images) // count], device) for i in range(count)]
 
 
 @torch.no_grad()

@@ -247,6 +247,16 @@ def test_latents_that_are_not_standard_are_named(pixel, perceptual):
     assert "Left out: the linear readout" in text
 
 
+def test_few_held_out_images_get_the_advice_that_training_follows(pixel, perceptual):
+    codec, held_out, training = changed(mirrored), emoji(6), emoji(20, start=7)
+    assert report_of(codec, held_out, None, pixel, perceptual).readout is None
+    report = report_of(codec, held_out, training, pixel, perceptual)
+    assert report.advice.action == advise(look(codec, "it", training, CPU, perceptual)).action == "tune"
+    # Measured on the held-out images alone.
+    parts = [*pictures(held_out, 6), *pictures(training, 20)]
+    assert report.readout == pytest.approx(float(readout_psnr(codec, parts)[:6].mean()), abs=1e-3)
+
+
 def test_few_images_get_a_ratio_that_knows_better_from_worse(pixel, perceptual):
     good, held_out, training = load_first_stage(BUILT_IN), emoji(24, 32), emoji(40, 32, start=7)
     ratio = report_of(good, held_out, training, pixel, perceptual).frechet
