@@ -163,6 +163,6 @@ def look(
 
 
 def readout_of(codec: LatentCodec, images: Sequence[Tensor], helping: Sequence[Tensor] = ()) -> float | None:
-    """The mean of `readout_psnr` over `images`, None where there are too few; `helping` images are fitted to as well."""
+    """The mean of `readout_psnr` over `images`, None where there are too few; it is fitted to `helping` images too."""
     read = readout_psnr(codec, [*images, *helping])
     return None if read is None else float(read[: len(images)].mean())

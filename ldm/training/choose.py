@@ -131,7 +131,8 @@ def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torc
         chosen.reasons.append(f"space: {wishes.space}, as asked")
         return Choice("latent" if wishes.space == "latent" else "pixel", name, "as asked")
     choice = choose(images, wishes.first_stage, device)
-    chosen.reasons.append(f"space: {choice.space}, because {choice.reason}")
+    learns = choice.tune_decoder or choice.train_first_stage
+    chosen.reasons.append(f"space: {'latent' if learns else choice.space}, because {choice.reason}")
     base: str | None = None
     if choice.tune_decoder:
         base = wishes.first_stage or DEFAULT_FIRST_STAGE
@@ -144,7 +145,7 @@ def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torc
         return choice
     chosen.reasons.append(
         f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
-        f"up to {SHARE_OF_FIRST_STAGE:.0%} of the time, and then space is latent"
+        f"up to {SHARE_OF_FIRST_STAGE:.0%} of the time"
     )
     return dataclasses.replace(choice, space="latent", first_stage=base)
 

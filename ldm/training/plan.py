@@ -192,13 +192,11 @@ def times_due(first: int, last: int, every: int | None) -> int:
 
 def quality(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
     """What the nearest of our own measured runs reached: nearest in image size, images and samples seen, as factors."""
-    kind = (
-        "first stage"
-        if isinstance(config, AutoencoderTrainingConfig)
-        else "fine-tuning"
-        if config.start_from
-        else "new"
-    )
+    if isinstance(config, AutoencoderTrainingConfig):
+        # One that goes on from a model begins where another ends: samples seen from nothing say little of it.
+        kind = "first stage" if config.start_from is None else "first stage from another"
+    else:
+        kind = "new" if config.start_from is None else "fine-tuning"
     samples = config.train.max_steps * config.train.batch_size
 
     def distance(run: dict[str, Any]) -> float:

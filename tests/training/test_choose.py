@@ -152,6 +152,7 @@ def test_latents_that_hold_more_than_their_decoder_shows(tmp_path, speed):
     assert (first.start_from, first.trained) == ("openmoji-first-stage", "decoder")
     assert first.data == config.data and first.train.max_steps == 2000 and first.train.batch_size == 16
     assert "first stage: the decoder of openmoji-first-stage is fine-tuned on these images before" in reasons
+    assert "space: latent, because" in reasons and "space: pixel" not in reasons
     assert "parameters on 16x16" in reasons
 
 

@@ -1,5 +1,6 @@
 """The plan of a run: what it foresees is what happens."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import LDMConfig, load_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, open_source, split
 from ldm.training import probe
 from ldm.training.optimisation import make_optimizer
@@ -79,6 +80,10 @@ def test_what_to_expect_is_the_nearest_run_that_was_measured():
     assert "this run sees 10 times fewer samples: expect less" in quality(config, images)
     config, images, _ = digits("data.resolution=32")
     assert runs["configs/digits-latent.yaml"]["result"] in quality(config, images)
+    stage = load_config(ROOT / "configs" / "openmoji-first-stage.yaml", [], AutoencoderTrainingConfig)
+    assert runs["configs/openmoji-first-stage.yaml"]["result"] in quality(stage, images)
+    tuned = dataclasses.replace(stage, autoencoder=None, start_from="openmoji-first-stage", trained="decoder")
+    assert quality(tuned, images) == "no run of this kind has been measured yet"
     for run in runs.values():
         assert run["kind"] in ("new", "fine-tuning", "first stage") and run["result"]
         assert all(math.isfinite(math.log(run[key])) for key in ("images", "resolution", "samples"))
@@ -117,7 +122,7 @@ import json, resource, sys, time
 time.perf_counter = time.process_time
 from pathlib import Path
 import torch
-from ldm.config import LDMConfig, load_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from train import train_ldm
 torch.set_num_threads(1)
 config = load_config(Path(sys.argv[1]), sys.argv[2:], LDMConfig)
