@@ -308,10 +308,11 @@ def _models(asked: _Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Pat
     if run.config.export != "pipeline":
         asked.say("note: the defaults of a LoRA stand with the model that it is loaded on; none are stored")
         return {"EMA": pipeline}, None
-    return {
-        "EMA": pipeline,
-        "raw": raw_model(pipeline, checkpoints(run.folder)[-1] / "training"),
-    }, run.folder / "pipeline"
+    saved = checkpoints(run.folder)
+    if not saved:
+        asked.say(f"note: {run.folder} has no checkpoint, so that the weights without averaging are not tried")
+        return {"EMA": pipeline}, run.folder / "pipeline"
+    return {"EMA": pipeline, "raw": raw_model(pipeline, saved[-1] / "training")}, run.folder / "pipeline"
 
 
 def _about(asked: _Asked, opened: str, training: CaptionedImages, unseen: CaptionedImages | None) -> dict[str, Any]:

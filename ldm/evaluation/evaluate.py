@@ -30,7 +30,7 @@ from ldm.evaluation.reference import Bars, Reference, no_bars, pictures_at_once
 from ldm.pipelines import Pipeline
 
 GAP_IMAGES, GAP_DRAWS = 128, 4
-NOTHING_LIKE = 0.25  # of the precision of held-out images: below it there is no model to judge
+NOTHING_LIKE = 0.25  # of the precision or recall of held-out images: below it there is no model to judge
 FIRST_CALL = 5.0  # seconds: in less, what a first call does besides would count
 
 
@@ -174,17 +174,23 @@ def measure(
 
 
 def _judged(found: Verdict, figures: Quality | None) -> Verdict:
-    """The verdict, unless the pictures are nothing like the data: noise copies nobody, and has learnt nothing."""
+    """The verdict, unless the pictures are nothing like the data: noise copies nobody, and has learnt nothing.
+
+    Precision alone does not see that: what lies in the middle of the data, noise in pixel features or one grey square,
+    is inside the balls of real images, but hardly a real image is near it.
+    """
     if found.kind != "learning" or figures is None or figures.held_out is None:
         return found
-    drawn, real = figures.generated.precision, figures.held_out.precision
-    if drawn.high >= NOTHING_LIKE * real.low:
-        return found
-    reason = (
-        f"; yet few of the pictures look like the data (precision {100 * drawn.value:.0f} %, of held-out images "
-        f"{100 * real.value:.0f} %), so there is little to judge"
-    )
-    return Verdict("undecided", found.sentence.replace("Learning:", "Undecided:", 1).rstrip(".") + reason + ".")
+    for name, few in (("precision", "pictures look like the data"), ("recall", "real images look like the pictures")):
+        drawn, real = getattr(figures.generated, name), getattr(figures.held_out, name)
+        if drawn.high < NOTHING_LIKE * real.low:
+            reason = (
+                f"; yet few of the {few} ({name} {100 * drawn.value:.0f} %, of held-out images "
+                f"{100 * real.value:.0f} %), so there is little to judge"
+            )
+            sentence = found.sentence.replace("Learning:", "Undecided:", 1).rstrip(".") + reason + "."
+            return Verdict("undecided", sentence)
+    return found
 
 
 def expected(pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None) -> str:

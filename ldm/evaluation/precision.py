@@ -54,7 +54,9 @@ def precision_recall(features: Tensor, reference: Tensor) -> PrecisionRecall:
     recall, variance = float(shares[0]), (groups - 1) * float(shares[1:].var(unbiased=False))
     count: float = min(len(one), len(other))
     if variance > 0:
-        count = min(count, recall * (1 - recall) / variance)
+        # A share of M images is known to half an image: at 0 and 1 as well, it may hang on some of the pictures.
+        inner = min(max(recall, 0.5 / len(other)), 1 - 0.5 / len(other))
+        count = min(count, inner * (1 - inner) / variance)
     return PrecisionRecall(wilson(precision, len(one)), wilson(recall, count))
 
 

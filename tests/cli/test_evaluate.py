@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
+from ldm.config import LDMConfig, load_config, to_yaml
 from tests import tiny
 from tests.test_cli import call
-from tests.training.runs import captioned_folder
+from tests.training.runs import ROOT, captioned_folder
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 QUICK = ["--samples", 50, "--features", "pixel"]
@@ -95,6 +96,18 @@ def test_a_sweep_chooses_stores_and_is_drawn(model, data, here, monkeypatch, cap
     chosen = content["sweep"]["chosen"]["own"]
     if chosen["decided"]:
         assert [content["guidance_scale"], content["num_inference_steps"]] == chosen["setting"][1:]
+
+
+def test_a_run_whose_checkpoints_were_removed_is_swept_without_its_raw_weights(model, data, here, monkeypatch, capsys):
+    shutil.copytree(model, here / "run" / "pipeline")
+    overrides = [f"data.path={data}", "data.held_out=0.3", f"output_dir={here / 'run'}"]
+    config = load_config(ROOT / "configs" / "digits.yaml", overrides, LDMConfig)
+    (here / "run" / "config.yaml").write_text(to_yaml(config))
+    arguments = ["--sweep", "--sweep-samples", 20, "--sweep-guidance", "1", "--sweep-steps", "1,2"]
+    assert call(monkeypatch, "evaluate", "run", *QUICK, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "has no checkpoint, so that the weights without averaging are not tried" in out
+    assert out.count("\n  EMA ") == 2 and "\n  raw " not in out
 
 
 def test_an_interrupt_says_that_the_same_command_goes_on(model, data, here, monkeypatch, capsys):

@@ -120,6 +120,12 @@ def test_digits_are_read(tmp_path):
     blank = lambda side, own: torch.randint(256, (len(own), 3, 8, 8), generator=noise, dtype=torch.uint8)  # noqa: E731
     nothing = measure(asked_with(reference, blank), reference, seed=0, how={}).verdict
     assert nothing.kind == "undecided" and "few of the pictures look like the data (precision 0 %" in nothing.sentence
+    # Their mean, with a little noise: inside the balls of the data, but alike all of them.
+    mean = torch.stack([training.image_at(index) for index in range(len(training))]).double().mean(dim=0)
+    alike = lambda side, own: (mean + 3 * torch.randn(len(own), 3, 8, 8, generator=noise)).clamp(0, 255).byte()  # noqa: E731
+    dull = measure(asked_with(reference, alike), reference, seed=0, how={})
+    assert dull.quality.generated.precision.value > 0.9 and dull.verdict.kind == "undecided"
+    assert "few of the real images look like the pictures (recall 0 %" in dull.verdict.sentence
     wrong = measure(asked_with(reference, lambda side, own: real(training, [0] * len(own))), reference, seed=0, how={})
     assert wrong.read["held-out"].mean < 0.4
     assert any("read as the digit asked for 100.0 %" in line for line in faithfulness(found, "training"))

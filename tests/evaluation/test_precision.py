@@ -97,6 +97,18 @@ def test_the_variance_of_recall_is_that_of_leaving_groups_out():
     assert few.high - few.low >= wilson(few.mean, 30).high - wilson(few.mean, 30).low - 1e-12
 
 
+def test_a_recall_of_all_or_nothing_that_hangs_on_some_pictures_has_an_interval_too():
+    generator = torch.Generator().manual_seed(5)
+    # The ball of the far picture alone reaches the real images: without it, recall falls from 1 to 0.
+    close, real = torch.randn(40, 2, generator=generator), 0.1 * torch.randn(60, 2, generator=generator)
+    held = precision_recall(torch.cat([close, torch.tensor([[30.0, 0.0]])]), real + torch.tensor([31.0, 0.0])).recall
+    assert held.mean == held.high == 1.0 and 0.0 < held.low < 0.5
+    # Two pairs of pictures far off: without the first of a pair, a ball of the other reaches back over the real images.
+    pairs = torch.tensor([[0.0, 0.0], [0.0, 0.1], [0.1, 0.0], [0.1, 0.1]])
+    missed = precision_recall(torch.cat([close, pairs + 30]), real + torch.tensor([25.0, 25.0])).recall
+    assert missed.mean == missed.low == 0.0 and 0.5 < missed.high < 1.0
+
+
 @pytest.mark.parametrize(
     ("x", "y", "said"),
     [
