@@ -149,7 +149,7 @@ OPENMOJI = Domain(
             norm_num_groups=8,
         ),
         train=TrainConfig(
-            max_steps=5_000, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998
+            max_steps=15_000, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999
         ),
         patch=2,
         save_every=250,
