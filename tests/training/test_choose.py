@@ -97,6 +97,7 @@ def parameters(config):
     return sum(p.numel() for p in UNet(dataclasses.replace(config.unet, **sizes)).parameters())
 
 
+@pytest.mark.slow
 def test_a_slow_machine_gets_smaller_pictures_before_it_gets_too_few_steps(tmp_path, speed):
     photos = folder_of(tmp_path / "photos", 40, 80)
     speed["factor"] = 2.0

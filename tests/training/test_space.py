@@ -97,6 +97,7 @@ def test_latents_that_lose_the_picture_are_taken_only_where_pixels_are_too_many(
     assert not small.train_first_stage and not large.train_first_stage
 
 
+@pytest.mark.slow
 def test_many_images_deserve_a_first_stage_of_their_own(noise):
     choice = choose(images(noise, 36, times=100), None, CPU)
     assert choice.train_first_stage
