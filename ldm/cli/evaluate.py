@@ -87,7 +87,9 @@ def evaluate(
             device=device,
         )
     except KeyboardInterrupt:
-        print(f"stopped; what was drawn is kept in {folder}, and the same command goes on from there", file=sys.stderr)
+        kept = any(path.is_file() for path in (folder / "pictures").rglob("*"))
+        goes_on = f"; what was drawn is kept in {folder}, and the same command goes on from there" if kept else ""
+        print(f"stopped{goes_on}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -132,12 +134,13 @@ def _evaluate(
     from ldm.evaluation.reference import Reference, some_of
     from ldm.evaluation.said import said
     from ldm.evaluation.sweep import model_digest
+    from ldm.pipelines.pipeline import usable_device
     from ldm.training.trained import open_model
 
-    pipeline, opened = open_model(asked.model, asked.run, device)
-    place = pipeline.unet.conv_in.weight.device
-    space = feature_space(features[0], device=place, weights=features[1])
+    place = usable_device(device)
+    space = feature_space(features[0], device=place, weights=features[1])  # refused before a model is loaded
     clip = None if clip_name is None else load_clip(clip_name, place)
+    pipeline, opened = open_model(asked.model, asked.run, device)
     asked.say(expected(pipeline, asked.samples, num_inference_steps=asked.steps, guidance_scale=asked.guidance))
     training, unseen, notes = _data(asked, pipeline, columns, held_out)
     if sweep is not None and unseen is None:

@@ -190,3 +190,17 @@ train: {max_steps: 1}
 sample: {prompts: [a]}
 unet: {}
 """
+
+
+def test_an_interrupt_before_anything_was_drawn_promises_nothing(model, data, here, monkeypatch, capsys):
+    def stop(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm.evaluation.evaluate.expected", stop)
+    assert call(monkeypatch, "evaluate", model, data, *QUICK) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+
+
+def test_features_are_refused_before_a_model_is_looked_for(data, here, monkeypatch, capsys):
+    assert call(monkeypatch, "evaluate", "no/model", data, "--features", "foo") == 2
+    assert "foo" in capsys.readouterr().err
