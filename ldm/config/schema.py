@@ -81,6 +81,8 @@ class TrainConfig:
         max_steps: optimizer steps in all.
         batch_size: images a step, over all processes and accumulated micro-batches.
         lr_schedule: after `warmup_steps` of linear rise, "constant" or "cosine" down to 0 at `max_steps`.
+        cooldown_steps: the last of `max_steps`, in which a constant rate falls linearly to 0 (arXiv:2405.18392). Until it
+            begins a run can be made longer and loses nothing.
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
@@ -102,6 +104,7 @@ class TrainConfig:
     learning_rate: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 100
+    cooldown_steps: int = 0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.01
@@ -128,7 +131,11 @@ class TrainConfig:
             *("log_every", "validate_every", "validation_samples", "sample_every", "checkpoint_every"),
             *("keep_checkpoints", "max_nonfinite_steps"),
         )
-        _not_negative(self, "warmup_steps", "weight_decay", "num_workers")
+        _not_negative(self, "warmup_steps", "cooldown_steps", "weight_decay", "num_workers")
+        if self.cooldown_steps and self.lr_schedule != "constant":
+            raise ValueError(
+                f'cooldown_steps is for lr_schedule "constant", and lr_schedule is "{self.lr_schedule}"; leave it out'
+            )
         for key in ("cpu_threads", "checkpoint_minutes", "keep_every"):
             if getattr(self, key) is not None:
                 _positive(self, key)

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -34,6 +34,7 @@ class DataConfig:
         held_out: share of the groups, in [0, 1), that training never sees.
         background: the colour behind transparent images, as CSS names it ("white", "#f0f0f0").
         skin_tones: with openmoji, its variants in five skin tones too.
+        caption_templates: each caption counts once more with every one of these, "a photo of {}", around it.
 
     Raises:
         ValueError: naming key and value.
@@ -50,6 +51,7 @@ class DataConfig:
     held_out: float = 0.1
     background: str = "white"
     skin_tones: bool = False
+    caption_templates: tuple[str, ...] = ()
     image_column: str | None = None
     caption_column: str | None = None
     split: str = "train"
@@ -67,6 +69,11 @@ class DataConfig:
             raise ValueError(f"data.held_out is {self.held_out}; it is a share of the data, at least 0 and below 1")
         if self.skin_tones and self.path != "openmoji":
             raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
+        for template in self.caption_templates:
+            if template.count("{}") != 1:
+                raise ValueError(
+                    f'data.caption_templates has "{template}"; each needs one {{}}, where the caption goes: "a photo of {{}}"'
+                )
         for key in ("image_column", "caption_column", "subset"):
             if getattr(self, key) is not None and self.path in BUILT_IN:
                 raise ValueError(
@@ -211,6 +218,14 @@ def open_source(config: DataConfig) -> Source:
         ValueError: if there is no such data set, a package that it needs is missing, or columns, split or subset are
             asked for that it does not have.
     """
+    source = _opened(config)
+    if not config.caption_templates:
+        return source
+    samples = (replace(sample, captions=_said(sample.captions, config.caption_templates)) for sample in source.samples)
+    return replace(source, samples=tuple(samples))
+
+
+def _opened(config: DataConfig) -> Source:
     # Each layout imports the records above, and what it needs of other packages only when it is opened.
     if config.path == "digits":
         from ldm.data.digits import open_digits
@@ -223,6 +238,12 @@ def open_source(config: DataConfig) -> Source:
     from ldm.data.layouts import open_path
 
     return open_path(config)
+
+
+def _said(captions: tuple[str, ...], templates: tuple[str, ...]) -> tuple[str, ...]:
+    """The captions, and after them each in each template, where that says something new."""
+    templated = dict.fromkeys(template.replace("{}", caption) for template in templates for caption in captions)
+    return (*captions, *(text for text in templated if text not in captions))
 
 
 def require(source: str, *modules: str) -> None:

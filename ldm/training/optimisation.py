@@ -17,7 +17,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of optimizer step `step` (0-based): a function of the step, without a state."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.lr_schedule == "constant":
-        return config.learning_rate * warmup
+        left = (config.max_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
+        return config.learning_rate * warmup * min(1.0, max(0.0, left))
     # SGDR (arXiv:1608.03983), Eq. 5, one period that ends at 0.
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))

@@ -22,7 +22,7 @@ from ldm.training.files import flattened, step_of
 FREE_TO_CHANGE = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
-    *("train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
+    *("train.cooldown_steps", "train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
     *("train.evaluate_every", "train.evaluation_samples", "train.evaluation_features"),
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
     "data.cache_dir",
@@ -48,6 +48,10 @@ def differences(
             f"train.max_steps was {stored['train']['max_steps']} and is {config.train.max_steps}: the cosine of the "
             "learning rate is stretched to it from here on"
         )
+    begun = stored["train"]["max_steps"] - stored["train"].get("cooldown_steps", 0)
+    falls = any(stored["train"].get(key, 0) != getattr(config.train, key) for key in ("max_steps", "cooldown_steps"))
+    if falls and begun < state["step"] < stored["train"]["max_steps"]:
+        say("the learning rate was cooling down already; from here on it is as the config says now")
     before = state.get("environment", {})
     if before and before["processes"] != present["processes"]:
         say(

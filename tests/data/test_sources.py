@@ -22,6 +22,8 @@ from ldm.data.sources import require
         ({"background": "#ffffff80"}, r'data\.background is "#ffffff80"'),
         ({"image_column": "a"}, r'data\.image_column is for tables .*, not for "digits"; leave it out'),
         ({"subset": "a"}, r'data\.subset is for tables .*, not for "digits"; leave it out'),
+        ({"caption_templates": ("a photo",)}, r'data\.caption_templates has "a photo"; each needs one {}'),
+        ({"caption_templates": ("{} {}",)}, r'data\.caption_templates has "{} {}"; each needs one {}'),
         ({"skin_tones": True}, r'data\.skin_tones .* not for "digits"'),
     ],
 )
@@ -37,6 +39,18 @@ def test_a_config_is_validated_by_pydantic_and_drops_no_unknown_key() -> None:
     with pytest.raises(ValidationError, match="flipp"):
         adapter.validate_python({"path": "digits", "resolution": 8, "flipp": True})
     assert DataConfig(path="digits", resolution=8, background="#010203").background_rgb == (1, 2, 3)
+
+
+def test_templates_say_every_caption_once_more_and_none_twice() -> None:
+    plain = open_source(DataConfig(path="digits", resolution=8))
+    known = plain.samples[0].captions
+    templates = ("{}", "a print of {}", f"{known[0]}{{}}")
+    said = open_source(DataConfig(path="digits", resolution=8, caption_templates=templates))
+    expected = known + tuple(f"a print of {text}" for text in known) + tuple(f"{known[0]}{text}" for text in known)
+    assert said.samples[0].captions == expected
+    assert [sample.id for sample in said.samples] == [sample.id for sample in plain.samples]
+    with_braces = DataConfig(path="digits", resolution=8, caption_templates=("{} {0}",))
+    assert open_source(with_braces).samples[0].captions[-1] == f"{known[-1]} {{0}}"
 
 
 def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:

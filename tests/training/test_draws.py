@@ -111,6 +111,8 @@ def test_stratified_timesteps_are_uniform_over_many_steps():
 def test_learning_rates_rise_stay_and_fall():
     constant = TrainConfig(max_steps=100, learning_rate=0.5, warmup_steps=10)
     assert [learning_rate(constant, step) for step in (0, 4, 9, 50)] == pytest.approx([0.05, 0.25, 0.5, 0.5])
+    cooled = TrainConfig(max_steps=100, learning_rate=0.5, warmup_steps=10, cooldown_steps=40)
+    assert [learning_rate(cooled, step) for step in (0, 50, 60, 80, 100)] == pytest.approx([0.05, 0.5, 0.5, 0.25, 0])
     cosine = TrainConfig(max_steps=110, learning_rate=0.5, warmup_steps=10, lr_schedule="cosine")
     assert learning_rate(cosine, 10) == pytest.approx(0.5)
     assert learning_rate(cosine, 60) == pytest.approx(0.25)
