@@ -10,6 +10,7 @@ Names in `config.json` are mapped to our classes in one closed table. Every writ
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -31,8 +32,11 @@ from ldm.models.autoencoder import upgrade_state_dict
 
 WEIGHTS = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
-# First stages that are part of the package, by the name under which a config asks for them.
-BUILT_IN = {"openmoji-first-stage": Path(__file__).parent / "assets" / "openmoji-first-stage"}
+ASSETS = Path(__file__).parent / "assets"
+# First stages and pipelines that are part of the package, by the name under which they are asked for. A folder of
+# such a name is written "./openmoji-64".
+BUILT_IN = {"openmoji-first-stage": ASSETS / "openmoji-first-stage"}
+BUILT_IN_PIPELINES = {"openmoji-64": ASSETS / "openmoji-64"}
 COMPONENTS: dict[str, tuple[type, type]] = {
     "UNet2DConditionModel": (UNet, UNetConfig),
     "AutoencoderKL": (AutoencoderKL, AutoencoderConfig),
@@ -124,13 +128,52 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or half-written ({error}); copy or train it again") from None
 
 
-def save_model(folder: Path, model: UNet | FirstStage, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `config.json` and the weights of a network into `folder`, which stock diffusers can open."""
+def save_model(
+    folder: Path, model: UNet | FirstStage, dtype: torch.dtype = torch.float32, shard_bytes: int | None = None
+) -> None:
+    """Writes `config.json` and the weights of a network into `folder`, which stock diffusers can open.
+
+    Args:
+        shard_bytes: weights that take more are split into files that take no more, with an index beside them.
+
+    Raises:
+        ValueError: if one tensor alone takes more.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config.to_dict())
-    save_tensors(
-        folder / f"{WEIGHTS}.safetensors", {name: value.to(dtype) for name, value in model.state_dict().items()}
-    )
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    shards = _shards(weights, shard_bytes)
+    if len(shards) == 1:
+        save_tensors(folder / f"{WEIGHTS}.safetensors", weights)
+        return
+    names = [f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        save_tensors(folder / file, shard)
+    places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    size = sum(map(_bytes_of, weights.values()))
+    write_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shards(weights: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:
+    """The tensors in their order, in as many parts as are needed for none to take more than `most` bytes."""
+    if most is None:
+        return [dict(weights)]
+    shards: list[dict[str, Tensor]] = [{}]
+    room = most
+    for name, tensor in weights.items():
+        size = _bytes_of(tensor)
+        if size > most:
+            raise ValueError(f"{name} alone takes {size:,} bytes, more than the {most:,} of a file; allow more")
+        if size > room:
+            shards.append({})
+            room = most
+        shards[-1][name] = tensor
+        room -= size
+    return shards
 
 
 def copy_model(source: Path, target: Path) -> None:
@@ -276,11 +319,13 @@ def load_pixel_codec(folder: Path) -> PixelCodec:
 
 
 def find_pipeline(name: str | os.PathLike[str]) -> Path:
-    """The folder of a pipeline: a local one, or the hub snapshot of an id `owner/name`.
+    """The folder of a pipeline: a built-in one, a local one, or the hub snapshot of an id `owner/name`.
 
     Raises:
         ValueError: naming what was looked for and where.
     """
+    if name in BUILT_IN_PIPELINES:
+        return BUILT_IN_PIPELINES[os.fspath(name)]
     local = _find_local(name, "model_index.json")
     return local or _download(os.fspath(name), ["model_index.json", *(f"{part}/*" for part in PARTS)], ".")
 
@@ -293,6 +338,8 @@ def find_autoencoder(name: str) -> Path:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if name in BUILT_IN_PIPELINES:
+        return BUILT_IN_PIPELINES[name] / "vae"
     inside = Path(name).expanduser() / "vae"
     if (inside / "config.json").is_file():
         return inside
@@ -312,7 +359,9 @@ def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
         hint = f"; did you mean {inside[0]}?" if inside else "; it is not a model folder, or only half of one"
         raise ValueError(f"{folder} holds no {wanted}{hint}")
     if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        raise ValueError(f"there is no model folder {text}; train one first, or name a folder or a hub id owner/name")
+        near = difflib.get_close_matches(text.lower(), (*BUILT_IN, *BUILT_IN_PIPELINES), n=1)
+        hint = f'did you mean "{near[0]}"?' if near else "train one first, or name a folder or a hub id owner/name"
+        raise ValueError(f"there is no model folder {text}; {hint}")
     return None
 
 

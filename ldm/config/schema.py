@@ -81,8 +81,8 @@ class TrainConfig:
         max_steps: optimizer steps in all.
         batch_size: images a step, over all processes and accumulated micro-batches.
         lr_schedule: after `warmup_steps` of linear rise, "constant" or "cosine" down to 0 at `max_steps`.
-        cooldown_steps: the last of `max_steps`, in which a constant rate falls linearly to 0 (arXiv:2405.18392). Until it
-            begins a run can be made longer and loses nothing.
+        cooldown_steps: the last of `max_steps`, in which a constant rate falls linearly to 0 (arXiv:2405.18392). Until
+            it begins a run can be made longer and loses nothing.
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.

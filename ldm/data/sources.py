@@ -72,7 +72,8 @@ class DataConfig:
         for template in self.caption_templates:
             if template.count("{}") != 1:
                 raise ValueError(
-                    f'data.caption_templates has "{template}"; each needs one {{}}, where the caption goes: "a photo of {{}}"'
+                    f'data.caption_templates has "{template}"; each needs one {{}}, where the caption goes: '
+                    '"a photo of {}"'
                 )
         for key in ("image_column", "caption_column", "subset"):
             if getattr(self, key) is not None and self.path in BUILT_IN:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion.schedule import scheduler_class
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
-from ldm.text import load_text_encoder_folders
+from ldm.text import REFERENCE, load_text_encoder_folders, reference_to
 
 LATENT_CLASS = "StableDiffusionPipeline"
 CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
@@ -41,7 +41,7 @@ class Pipeline(Editing):
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
     ) -> Pipeline:
-        """Opens a pipeline folder, ours or a Stable Diffusion 1.x/2.x one of diffusers, or a hub id.
+        """Opens a pipeline folder, ours or a Stable Diffusion 1.x/2.x one of diffusers, a hub id, or "openmoji-64".
 
         Args:
             device: where it runs; None takes CUDA where there is one, else the CPU.
@@ -87,16 +87,28 @@ class Pipeline(Editing):
         self.text_encoder.to(device, dtype)
         return self
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        shard_bytes: int | None = None,
+        text_encoder: Literal["files", "reference"] = "files",
+    ) -> None:
         """Writes the pipeline folder, atomically; a latent one opens in diffusers' StableDiffusionPipeline.
 
         Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
             folder: where; an old folder of that name is replaced when the new one is complete.
+            dtype: of the stored weights of the UNet.
+            shard_bytes: they are split into files of at most so many bytes; None writes one.
+            text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
+                for a small folder; diffusers cannot open that.
 
         Raises:
-            ValueError: for a folder that holds other things, and while LoRAs are loaded that are not merged.
+            ValueError: for a folder that holds other things, a text encoder that no package holds where it is to be
+                named, and while LoRAs are loaded that are not merged.
         """
         loaded = {
             name for part in self._adapted for name in adapters.adapter_names(part) if not adapters.is_merged(part)
@@ -106,15 +118,24 @@ class Pipeline(Editing):
                 f"the LoRA {min(loaded)!r} is loaded; merge_lora() to save the model with it, unload_lora() to save it "
                 "without"
             )
+        reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
         with checkpoint.atomic_folder(Path(folder)) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
-            checkpoint.save_model(target / "unet", self.unet)
+            checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
             checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
-            self.save_frozen(target)
+            if reference is None:
+                self.save_frozen(target)
+            else:
+                (target / "text_encoder").mkdir()
+                checkpoint.write_json(target / "text_encoder" / REFERENCE, reference)
+                self._save_codec(target)
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
         self.text_encoder.save(folder, changed=adapters.is_merged(self.text_encoder.model))
+        self._save_codec(folder)
+
+    def _save_codec(self, folder: Path) -> None:
         if isinstance(self.codec, LatentCodec):
             if self.codec.source is None:
                 checkpoint.save_model(folder / "vae", self.codec.autoencoder)

