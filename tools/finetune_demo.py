@@ -1,6 +1,6 @@
 """A model of OpenMoji learns a new style, line drawings, from 20 captioned pictures; and what it forgets meanwhile.
 
-    python tools/finetune_demo.py --start-from runs/openmoji/pipeline --method lora
+    python tools/finetune_demo.py --method lora
 
 The 20 pictures are emoji without their colours (the `line` group of OpenMoji's SVG files), captioned "line drawing of
 …". Then the style is asked for of things that were not among them, and other prompts are drawn again. Leaves
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldm.checkpoint import find_pipeline
 from ldm.data import DataConfig, open_source
 from ldm.data.openmoji import render
 from ldm.pipelines import Pipeline, contact_sheet, save_png
@@ -79,16 +80,15 @@ def shifted(rows: list[list[Image.Image]]) -> list[list[Image.Image]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start-from", default="runs/openmoji/pipeline", help="a model of OpenMoji")
+    parser.add_argument("--start-from", default="openmoji-64", help="a model of OpenMoji")
     parser.add_argument("--method", choices=("full", "attention", "lora"), default="lora")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune-demo"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_args()
-    if not (Path(arguments.start_from) / "model_index.json").is_file():
-        parser.error(
-            f"there is no model in {arguments.start_from}; train one first: "
-            "accelerate launch train/train_ldm.py --config configs/openmoji.yaml"
-        )
+    try:
+        find_pipeline(arguments.start_from)
+    except ValueError as error:
+        parser.error(str(error))
     run = arguments.output / arguments.method
     demo = arguments.output / f"{arguments.method}-demo"
     names = write_folder(demo / "pictures")
