@@ -1,4 +1,4 @@
-"""Does the built-in model understand words that it has never seen? Known captions beside other words for the same things.
+"""Does the built-in model understand words that it has never seen? Known captions beside others for the same things.
 
     python tools/unseen_phrasings.py                             # prints; -o writes JSON
 
@@ -10,7 +10,6 @@ are drawn from the same noise.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ldm import Pipeline, checkpoint
