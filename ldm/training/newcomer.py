@@ -19,7 +19,8 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_ya
 from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
 from ldm.training.choose import Wishes, choose_config
-from ldm.training.folder import check_new
+from ldm.training.folder import check_new, open_folder
+from ldm.training.saving import checkpoints, step_of
 from ldm.training.space import DEFAULT_FIRST_STAGE
 
 SCRIPTS = Path(__file__).parents[2] / "train"
@@ -52,7 +53,7 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     for reason in chosen.reasons:
         print(reason)
     final = parse_config(with_overrides(chosen.config, overrides), LDMConfig, "the chosen config")
-    stages = [("train_ldm.py", to_yaml(final))]
+    stages, first = [("train_ldm.py", to_yaml(final))], None
     if chosen.first_stage is not None:
         first = parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
         stages.insert(0, ("train_autoencoder.py", to_yaml(first)))
@@ -60,7 +61,10 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
         for script, text in stages:
             print(f"\n# train/{script}\n{text}", end="")
         return 0
-    code = _run_stages(stages)
+    if first is not None:  # from here on either folder knows its config, so that --resume finds what is left to do
+        for config in (first, final):
+            open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], say=print)()
+    code = _run_stages(stages, begun=first is not None)
     if code == 0:
         _say_what_now(Path(wishes.output_dir).expanduser())
     return code
@@ -102,15 +106,19 @@ def _heard(draft: LDMConfig, wishes: Wishes, overrides: Sequence[str]) -> Wishes
     )
 
 
-def _run_stages(stages: Sequence[tuple[str, str]]) -> int:
-    """Runs scripts with their configs one after the other; the exit code of the first that fails, or 0."""
+def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool) -> int:
+    """Runs scripts with their configs one after the other; the exit code of the first that fails, or 0.
+
+    Args:
+        begun: the run folders are there already, with these configs.
+    """
     with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
         for script, text in stages:
             path = Path(scratch) / f"{script}.yaml"
             path.write_text(text, encoding="utf-8")
             folder = yaml.safe_load(text)["output_dir"]
             print(f"\ntrain/{script}, its config becomes {folder}/config.yaml", flush=True)
-            code = run_script(script, ["--config", str(path)])
+            code = run_script(script, ["--config", str(path), *(["--resume"] if begun else [])])
             if code:
                 return code
     return 0
@@ -122,11 +130,31 @@ def resume_run(folder: Path, accept: Sequence[str]) -> int:
         raise ValueError(f"{folder} holds no config.yaml, so it is no run to resume; name the folder of a run")
     content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     script = "train_autoencoder.py" if "autoencoder" in content else "train_ldm.py"
+    unfinished = _unfinished_first_stage(folder, content)
+    if unfinished is not None:
+        print(f"its first stage comes before, {unfinished}", flush=True)
+        code = resume_run(unfinished, ())
+        if code:
+            return code
     arguments = ["--config", str(folder / "config.yaml"), "--set", f"output_dir={folder}", "--resume"]
     code = run_script(script, [*arguments, *(["--accept", *accept] if accept else [])])
     if code == 0 and script == "train_ldm.py":
         _say_what_now(folder)
     return code
+
+
+def _unfinished_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
+    """The run of the first stage that a run without a checkpoint waits for, if that has not come to its end."""
+    if checkpoints(folder) or not content.get("first_stage"):
+        return None
+    run = Path(content["first_stage"]).expanduser().parent
+    if not (run / "config.yaml").is_file():
+        return None
+    first = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(first, dict) or "autoencoder" not in first:
+        return None
+    saved = checkpoints(run)
+    return None if saved and step_of(saved[-1]) >= first["train"]["max_steps"] else run
 
 
 def run_script(script: str, arguments: list[str]) -> int:

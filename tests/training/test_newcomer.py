@@ -126,6 +126,41 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
 
 
 @pytest.mark.slow
+def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
+    here, encoder_folder, in_this_process, monkeypatch, capfd
+):
+    monkeypatch.setattr(advice, "ENOUGH_IMAGES", 20)
+    monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
+    data = captioned_folder(here / "data", 28, 36)
+    arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
+    whole, called = newcomer.run_script, []
+
+    def killed(script, arguments):
+        called.append(script)
+        return 137
+
+    with monkeypatch.context() as broken:
+        broken.setattr(newcomer, "run_script", killed)
+        assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 137
+    assert called == ["train_autoencoder.py"]
+    planned = (here / "out" / "config.yaml").read_text()
+
+    def one_of_them(script, arguments):
+        called.append(script)
+        return whole(script, arguments)
+
+    monkeypatch.setattr(newcomer, "run_script", one_of_them)
+    assert call(monkeypatch, "--resume", "out") == 0
+    assert "its first stage comes before, out-first-stage" in capfd.readouterr().out
+    assert called[1:] == ["train_autoencoder.py", "train_ldm.py"]
+    assert (here / "out" / "config.yaml").read_text() == planned
+    assert (here / "out" / "pipeline" / "model_index.json").is_file()
+    called.clear()
+    assert call(monkeypatch, "--resume", "out") == 0
+    assert called == ["train_ldm.py"]
+
+
+@pytest.mark.slow
 def test_a_decoder_is_tuned_before_where_the_latents_hold_more_than_it_shows(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
