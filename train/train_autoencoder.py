@@ -53,6 +53,7 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
             perceptual=perceptual,
             adversary=judge,
             last_layer=autoencoder.decoder.conv_out.weight,
+            regularised=config.trained == "all",
         )
 
     def export(folder: Path) -> None:

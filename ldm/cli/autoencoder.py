@@ -59,6 +59,7 @@ def evaluate(
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.first_stage import evaluate_first_stage, worst_sheet
     from ldm.evaluation.perceptual import perceptual_distance
+    from ldm.models.perceptual import SMALLEST_SIDE
     from ldm.pipelines import save_png
     from ldm.pipelines.pipeline import usable_device
     from ldm.training.space import load_first_stage
@@ -76,6 +77,10 @@ def evaluate(
         image_column=image_column,
         caption_column=caption_column,
     )
+    if config.resolution < SMALLEST_SIDE:
+        raise ValueError(
+            f"--resolution is {config.resolution}; reconstructions are judged from {SMALLEST_SIDE} pixels a side on"
+        )
     everything = inspect(open_source(config), config, progress=True).used
     learned, used = split_of(everything, held_out)
     if split == "all":

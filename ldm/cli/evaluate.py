@@ -68,6 +68,8 @@ def evaluate(
     from ldm.training.trained import find_run
 
     check_samples(samples)
+    if reference < 1:
+        raise ValueError(f"--reference is {reference}; it is a number of images, at least 1")
     if sweep and (steps is not None or guidance is not None):
         raise ValueError("--sweep chooses steps and guidance; say with --sweep-steps and --sweep-guidance what to try")
     grid = _grid(sweep_guidance, sweep_steps) if sweep else None
@@ -126,6 +128,7 @@ def _evaluate(
     sweep: tuple[Grid, int, bool] | None,
     device: str | None,
 ) -> None:
+    from ldm.data.layouts import check_path
     from ldm.evaluation.clip import load_clip
     from ldm.evaluation.evaluate import evaluate, expected
     from ldm.evaluation.features import feature_space
@@ -137,12 +140,14 @@ def _evaluate(
     from ldm.pipelines.pipeline import usable_device
     from ldm.training.trained import open_model
 
+    if asked.path is not None:
+        check_path(asked.path)
     place = usable_device(device)
     space = feature_space(features[0], device=place, weights=features[1])  # refused before a model is loaded
     clip = None if clip_name is None else load_clip(clip_name, place)
     pipeline, opened = open_model(asked.model, asked.run, device)
-    asked.say(expected(pipeline, asked.samples, num_inference_steps=asked.steps, guidance_scale=asked.guidance))
     training, unseen, notes = _data(asked, pipeline, columns, held_out)
+    asked.say(expected(pipeline, asked.samples, num_inference_steps=asked.steps, guidance_scale=asked.guidance))
     if sweep is not None and unseen is None:
         raise ValueError("--sweep measures on held-out images, and nothing is held out; leave it out")
     asked.say(

@@ -56,12 +56,19 @@ def open_path(config: DataConfig) -> Source:
         return _open_saved(path, config) if is_saved(path) else _open_folder(path, config)
     if path.exists():
         return _open_file(path, config)
-    near = difflib.get_close_matches(config.path.lower(), BUILT_IN, n=1)
-    if near or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", config.path):
-        hint = f'did you mean "{near[0]}"?' if near else f"give a folder, or one of {', '.join(BUILT_IN)}"
-        raise ValueError(f"data.path {config.path} does not exist; {hint}")
+    check_path(config.path)
     listing = Listing("", *list_tables([open_hub(config)], None, config))
     return _source(config.path, listing, f"data set {config.path} has no captioned image")
+
+
+def check_path(name: str) -> None:
+    """`ValueError` if `name` is no data set that is built in, no file or folder, and cannot be an id on the hub."""
+    if name in BUILT_IN or Path(name).expanduser().exists():
+        return
+    near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
+    if near or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        hint = f'did you mean "{near[0]}"?' if near else f"give a folder, or one of {', '.join(BUILT_IN)}"
+        raise ValueError(f"data.path {name} does not exist; {hint}")
 
 
 def _open_saved(folder: Path, config: DataConfig) -> Source:

@@ -161,8 +161,8 @@ def micro_batches(
     batch_size = order.batch_size
     if slices < 1 or batch_size < 1 or batch_size % slices:
         raise ValueError(
-            f"train.batch_size {batch_size} does not split evenly into {accumulation} accumulation steps "
-            f"of {world} processes; choose a positive multiple of {slices}"
+            f"train.batch_size {batch_size} does not split evenly into {slices} parts (accumulation steps "
+            f"{accumulation} × processes {world}); choose a positive multiple of {slices}"
         )
     if order.length < batch_size:
         raise ValueError(

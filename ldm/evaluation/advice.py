@@ -119,8 +119,8 @@ def advise(found: Findings) -> Advice:
         if found.images >= ENOUGH_IMAGES:
             return Advice(
                 "train",
-                f"{why}, and {found.images} images suffice to train a first stage of one's own: "
-                "train/train_autoencoder.py",
+                f"{why}, and {found.images} images suffice to train a first stage of one's own (or that one longer, if "
+                "it is one): train/train_autoencoder.py",
             )
         why += f" and {found.images} images are few to train a first stage on"
     if small:

@@ -132,6 +132,7 @@ def autoencoder_loss(
     perceptual: PerceptualDistance | None,
     adversary: Adversary | None,
     last_layer: Tensor,
+    regularised: bool = True,
 ) -> Losses:
     """LDM (arXiv:2112.10752), Eq. 25: distance + regulariser, and with an adversary what it says of reconstructions.
 
@@ -143,8 +144,9 @@ def autoencoder_loss(
         latents: what the autoencoder gives beside reconstructions: moments [B, 2C, h, w], or latents and their codes.
         adversary: None while there is none, and before its start.
         last_layer: weight of the last layer of the decoder.
+        regularised: whether the encoder learns; if not, the regulariser acts on nothing, and is left out.
     """
-    regularisation, figures = regulariser(images, latents, loss)
+    regularisation, figures = regulariser(images, latents, loss) if regularised else (images.new_zeros(len(images)), {})
     seen = reconstruction if adversary is None else reconstruction.detach().requires_grad_()
     terms = distances(images, seen, loss, perceptual)
     distance = terms["loss_reconstruction"]

@@ -195,6 +195,7 @@ def quality(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImag
     if isinstance(config, AutoencoderTrainingConfig):
         # One that goes on from a model begins where another ends: samples seen from nothing say little of it.
         kind = "first stage" if config.start_from is None else "first stage from another"
+        kind += " with a codebook" if config.vq is not None else ""
     else:
         kind = "new" if config.start_from is None else "fine-tuning"
     samples = config.train.max_steps * config.train.batch_size

@@ -141,7 +141,7 @@ def test_without_held_out_images_it_says_what_cannot_be_known(model, data, here,
         (["--held-out", "1"], "data.held_out is 1"),
         (["--steps", "0"], "num_inference_steps is 0"),
         (["--guidance", "nan"], "guidance_scale is nan"),
-        (["--reference", "0"], "there are to be 0 images"),
+        (["--reference", "0"], "--reference is 0"),
         (["--sweep", "--steps", "4"], "--sweep chooses steps and guidance"),
         (["--sweep", "--sweep-steps", "4;5"], "--sweep-steps is '4;5'"),
         (["--sweep", "--sweep-guidance", "1,1"], "guidance_scales of a sweep are [1.0, 1.0]"),
@@ -168,6 +168,7 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(arguments, part, model, da
     [
         (["./nothing", "digits"], "there is no model folder ./nothing"),
         (["MODEL", "./nowhere"], "nowhere"),
+        (["./nothing", "./nowhere"], "data.path ./nowhere does not exist"),  # before any model is opened
         (["MODEL"], "name it: ldm evaluate MODEL DATA"),
         (["FIRST_STAGE", "digits"], "is the run of a first stage"),
         (["UNFINISHED"], "has no pipeline/ yet"),

@@ -182,7 +182,7 @@ def test_shards_that_we_write_open_in_diffusers(tmp_path):
     for name, value in ours.unet.state_dict().items():
         assert torch.equal(theirs[name], value)
     same_picture(tmp_path / "several")
-    with pytest.raises(ValueError, match="alone takes .* bytes, more than the 100 of a file"):
+    with pytest.raises(ValueError, match=r"alone takes .* bytes, more than the 100 of a file"):
         ours.save_pretrained(tmp_path / "several", shard_bytes=100)
     same_picture(tmp_path / "several")  # as it was
 

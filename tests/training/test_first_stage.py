@@ -372,6 +372,7 @@ def test_the_decoder_alone_learns_and_the_latents_stay_bit_for_bit(whose, tmp_pa
     learned = checkpoint.load_tensors(run / "checkpoints" / "step_00000004" / "training" / "model.safetensors")
     assert {name.split(".")[0] for name in learned} == {"decoder", "post_quant_conv"}
     assert [line["step"] for line in metrics(run) if "held_out_psnr" in line] == [0, 4], "it is measured before, too"
+    assert not any("loss_kl" in line for line in metrics(run)), "what the encoder alone could change is no loss"
 
     if whose == "ours":
         two = broken_off(run, tmp_path / "two", 2)

@@ -84,6 +84,8 @@ def test_what_to_expect_is_the_nearest_run_that_was_measured():
     assert runs["configs/openmoji-first-stage.yaml"]["result"] in quality(stage, images)
     tuned = dataclasses.replace(stage, autoencoder=None, start_from="openmoji-first-stage", trained="decoder")
     assert quality(tuned, images) == "no run of this kind has been measured yet"
+    coded = load_config(ROOT / "configs" / "openmoji-first-stage-vq.yaml", [], AutoencoderTrainingConfig)
+    assert quality(coded, images) == "no run of this kind has been measured yet"
     for run in runs.values():
         assert run["kind"] in ("new", "fine-tuning", "first stage") and run["result"]
         assert all(math.isfinite(math.log(run[key])) for key in ("images", "resolution", "samples"))
