@@ -27,11 +27,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_optimizer(model: nn.Module, config: TrainConfig, discriminator: nn.Module | None = None) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over all parameters that are trained, those of each network as a group."""
     networks = [model] if discriminator is None else [model, discriminator]
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     return torch.optim.AdamW(
         [{"params": [p for p in network.parameters() if p.requires_grad]} for network in networks],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
+        fused=on_cpu,  # one pass over the memory instead of seven; on CUDA torch has its own way by default
     )
 
 

@@ -6,9 +6,10 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ldm.models import AutoencoderConfig, AutoencoderKL, set_attention_backend
-from ldm.models.attention import Attention, sdpa
+from ldm.models.attention import SHORT, Attention, sdpa
 
 
 def test_sdpa_is_the_softmax_of_scaled_scores() -> None:
@@ -73,3 +74,19 @@ def test_xformers_agrees_with_sdpa_where_it_is_installed_and_is_refused_where_no
     expected = autoencoder.encode(images)
     set_attention_backend(autoencoder, "xformers")
     torch.testing.assert_close(autoencoder.encode(images), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [16, 200])  # of 100: short enough for the plain formula, and not
+def test_bfloat16_on_a_cpu_has_the_values_and_gradients_of_torchs_kernel(length: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, n, 4, 8, dtype=torch.bfloat16, requires_grad=True) for n in (100, length, length)]
+    assert (100 * length <= SHORT) == (length == 16)
+    outgoing = torch.randn(2, 100, 4, 8, dtype=torch.bfloat16)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    kernel = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact)).transpose(1, 2)
+    values = sdpa(*inputs)
+    torch.testing.assert_close(values.float(), kernel, atol=0.02, rtol=0.02)
+    ours = torch.autograd.grad(values, inputs, outgoing)
+    theirs = torch.autograd.grad(kernel, exact, outgoing.float())
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.float(), other, atol=0.04, rtol=0.04)
