@@ -134,7 +134,7 @@ def save_model(
     """Writes `config.json` and the weights of a network into `folder`, which stock diffusers can open.
 
     Args:
-        shard_bytes: weights that take more are split into files that take no more, with an index beside them.
+        shard_bytes: weights that take more are split into files with no more of them each, and an index beside them.
 
     Raises:
         ValueError: if one tensor alone takes more.
@@ -324,8 +324,8 @@ def find_pipeline(name: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: naming what was looked for and where.
     """
-    if name in BUILT_IN_PIPELINES:
-        return BUILT_IN_PIPELINES[os.fspath(name)]
+    if name in BUILT_IN_PIPELINES:  # a Path is a folder, whatever its name
+        return BUILT_IN_PIPELINES[str(name)]
     local = _find_local(name, "model_index.json")
     return local or _download(os.fspath(name), ["model_index.json", *(f"{part}/*" for part in PARTS)], ".")
 
@@ -359,7 +359,8 @@ def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
         hint = f"; did you mean {inside[0]}?" if inside else "; it is not a model folder, or only half of one"
         raise ValueError(f"{folder} holds no {wanted}{hint}")
     if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        near = difflib.get_close_matches(text.lower(), (*BUILT_IN, *BUILT_IN_PIPELINES), n=1)
+        known = BUILT_IN_PIPELINES if wanted == "model_index.json" else (*BUILT_IN, *BUILT_IN_PIPELINES)
+        near = difflib.get_close_matches(text.lower(), known, n=1) if isinstance(name, str) else []
         hint = f'did you mean "{near[0]}"?' if near else "train one first, or name a folder or a hub id owner/name"
         raise ValueError(f"there is no model folder {text}; {hint}")
     return None

@@ -1,4 +1,4 @@
-"""Does the built-in model understand words that it has never seen? Known captions beside others for the same things.
+"""Does the built-in model understand what it was never told so? Known captions beside others for the same things.
 
     python tools/unseen_phrasings.py                             # prints; -o writes JSON
 

@@ -305,10 +305,14 @@ def _sweep(
 
 def _models(asked: _Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path | None]:
     """The weights that a sweep tries, and the folder whose defaults it may change."""
+    from ldm.checkpoint import BUILT_IN_PIPELINES
     from ldm.evaluation.sweep import raw_model
     from ldm.training.saving import checkpoints
 
     run, where = asked.run, Path(asked.model).expanduser()
+    if asked.model in BUILT_IN_PIPELINES:
+        asked.say("note: the defaults of a built-in model stay as they are; none are stored")
+        return {"own": pipeline}, None
     if run is None:
         return {"own": pipeline}, where if where.is_dir() else None
     if where.resolve() != run.folder:

@@ -136,6 +136,11 @@ class TrainConfig:
             raise ValueError(
                 f'cooldown_steps is for lr_schedule "constant", and lr_schedule is "{self.lr_schedule}"; leave it out'
             )
+        if self.cooldown_steps and self.warmup_steps + self.cooldown_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and cooldown_steps {self.cooldown_steps} are more than max_steps "
+                f"{self.max_steps}; make them fewer (train.cooldown_steps=0), or the run longer"
+            )
         for key in ("cpu_threads", "checkpoint_minutes", "keep_every"):
             if getattr(self, key) is not None:
                 _positive(self, key)

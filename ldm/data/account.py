@@ -43,6 +43,7 @@ class Captions:
 
     Args:
         total, distinct: how many captions the used images have, and how many different texts.
+        templated: how many of them `data.caption_templates` has made of others.
         missing, empty: entries that are skipped for that.
         words: least, median and most words of a text; None without captions.
         repeated: (text, number of images) of the texts that most images share, at most ten.
@@ -58,6 +59,7 @@ class Captions:
     repeated: tuple[tuple[str, int], ...]
     too_long: tuple[TooLong, ...] | None
     uncounted: str
+    templated: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]]
         repeated=repeated,
         too_long=too_long,
         uncounted="" if lost is not None else uncounted,
+        templated=sum(sample.templated for sample in inspection.used),
     )
 
 

@@ -64,6 +64,7 @@ def _captions(account: Account, shown: int | None) -> Iterator[str]:
         yield (
             f"{captions.total} on {plural(account.used, 'image')}, {captions.distinct} different, "
             f"{least} to {most} words, median {median:g}"
+            + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
         )
     if captions.missing or captions.empty:
         yield f"{captions.missing} missing, {captions.empty} empty"

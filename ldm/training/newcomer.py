@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import yaml
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml, with_overrides
 from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
-from ldm.training.choose import Wishes, choose_config
+from ldm.training.choose import FIRST_STAGE, Wishes, choose_config
 from ldm.training.folder import check_new, open_folder
-from ldm.training.saving import checkpoints, step_of
+from ldm.training.saving import checkpoints
 from ldm.training.space import DEFAULT_FIRST_STAGE
 
+REFUSED = 2  # the exit code of a script whose config or data is wrong
 SCRIPTS = Path(__file__).parents[2] / "train"
 
 
@@ -65,9 +67,18 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
         for config in (first, final):
             open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], say=print)()
     code = _run_stages(stages, begun=first is not None)
+    if code == REFUSED and first is not None:
+        for config in (first, final):
+            _forget_unbegun(Path(config.output_dir).expanduser())
     if code == 0:
         _say_what_now(Path(wishes.output_dir).expanduser())
     return code
+
+
+def _forget_unbegun(folder: Path) -> None:
+    """Removes a run folder that holds its config and nothing else: what was refused leaves no trace."""
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", ".lock"}:
+        shutil.rmtree(folder)
 
 
 def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LDMConfig:
@@ -130,10 +141,10 @@ def resume_run(folder: Path, accept: Sequence[str]) -> int:
         raise ValueError(f"{folder} holds no config.yaml, so it is no run to resume; name the folder of a run")
     content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     script = "train_autoencoder.py" if "autoencoder" in content else "train_ldm.py"
-    unfinished = _unfinished_first_stage(folder, content)
+    unfinished = _own_first_stage(folder, content)
     if unfinished is not None:
         print(f"its first stage comes before, {unfinished}", flush=True)
-        code = resume_run(unfinished, ())
+        code = resume_run(unfinished, accept)
         if code:
             return code
     arguments = ["--config", str(folder / "config.yaml"), "--set", f"output_dir={folder}", "--resume"]
@@ -143,18 +154,18 @@ def resume_run(folder: Path, accept: Sequence[str]) -> int:
     return code
 
 
-def _unfinished_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
-    """The run of the first stage that a run without a checkpoint waits for, if that has not come to its end."""
-    if checkpoints(folder) or not content.get("first_stage"):
+def _own_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
+    """The run of the first stage that `train_folder` began with a run, while that has no checkpoint.
+
+    One that is finished goes on too: where it was killed at its very end, its export is made again. One whose
+    checkpoints someone has removed is taken as it is.
+    """
+    run = folder.with_name(f"{folder.name}{FIRST_STAGE}")
+    stage = content.get("first_stage")
+    if checkpoints(folder) or stage is None or Path(stage).expanduser().resolve() != (run / "autoencoder").resolve():
         return None
-    run = Path(content["first_stage"]).expanduser().parent
-    if not (run / "config.yaml").is_file():
-        return None
-    first = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(first, dict) or "autoencoder" not in first:
-        return None
-    saved = checkpoints(run)
-    return None if saved and step_of(saved[-1]) >= first["train"]["max_steps"] else run
+    thrown_away = (run / "autoencoder").is_dir() and not checkpoints(run)
+    return run if (run / "config.yaml").is_file() and not thrown_away else None
 
 
 def run_script(script: str, arguments: list[str]) -> int:

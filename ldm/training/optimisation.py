@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_optimizer(model: nn.Module, config: TrainConfig, discriminator: nn.Module | None = None) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over all parameters that are trained, those of each network as a group."""
     networks = [model] if discriminator is None else [model, discriminator]
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return torch.optim.AdamW(
+    return adamw(
         [{"params": [p for p in network.parameters() if p.requires_grad]} for network in networks],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
-        fused=on_cpu,  # one pass over the memory instead of seven; on CUDA torch has its own way by default
     )
+
+
+def adamw(groups: list[dict[str, list[nn.Parameter]]], **settings: Any) -> torch.optim.AdamW:
+    """AdamW in the way that is fastest: on a CPU fused, one pass over the memory; elsewhere what torch chooses."""
+    on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, **settings, fused=True if on_cpu else None)
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:

@@ -17,6 +17,7 @@ from ldm.data import Batch, CaptionedImages, collate
 from ldm.training.finetune import precision_of
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
+from ldm.training.optimisation import adamw
 from ldm.training.plan import size
 from ldm.training.report import write_report
 from ldm.training.run import Run
@@ -75,7 +76,7 @@ def _update_seconds(run: Run, networks: Networks) -> float:
             scratch.append(nn.Parameter(torch.zeros_like(parameter)))
             scratch[-1].grad = torch.zeros_like(parameter)
     averages = [torch.zeros_like(parameter) for parameter in scratch]
-    optimizer = torch.optim.AdamW(scratch)
+    optimizer = adamw([{"params": scratch}])
 
     @torch.no_grad()
     def update() -> None:

@@ -50,7 +50,7 @@ def differences(
         )
     begun = stored["train"]["max_steps"] - stored["train"].get("cooldown_steps", 0)
     falls = any(stored["train"].get(key, 0) != getattr(config.train, key) for key in ("max_steps", "cooldown_steps"))
-    if falls and begun < state["step"] < stored["train"]["max_steps"]:
+    if falls and begun < state["step"]:
         say("the learning rate was cooling down already; from here on it is as the config says now")
     before = state.get("environment", {})
     if before and before["processes"] != present["processes"]:

@@ -57,7 +57,7 @@ def find_run(model: str) -> Trained | None:
         ValueError: for the run of a first stage, and one whose config cannot be read.
     """
     where = Path(model).expanduser()
-    if not where.is_dir():
+    if model in checkpoint.BUILT_IN_PIPELINES or not where.is_dir():
         return None
     folders = [where.resolve(), *where.resolve().parents[:DEEPEST]]
     folder = next((path for path in folders if (path / CONFIG).is_file() and _is_of(path, where.resolve())), None)

@@ -79,14 +79,17 @@ def test_xformers_agrees_with_sdpa_where_it_is_installed_and_is_refused_where_no
 @pytest.mark.parametrize("length", [16, 200])  # of 100: short enough for the plain formula, and not
 def test_bfloat16_on_a_cpu_has_the_values_and_gradients_of_torchs_kernel(length: int) -> None:
     torch.manual_seed(0)
-    inputs = [torch.randn(2, n, 4, 8, dtype=torch.bfloat16, requires_grad=True) for n in (100, length, length)]
+    # Scores of deviation 8: rounded to bfloat16 before the softmax they would be off by more than is allowed here.
+    drawn = [torch.randn(2, n, 4, 8) * scale for n, scale in ((100, 8), (length, 1), (length, 1))]
+    inputs = [x.bfloat16().requires_grad_() for x in drawn]
     assert (100 * length <= SHORT) == (length == 16)
     outgoing = torch.randn(2, 100, 4, 8, dtype=torch.bfloat16)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     kernel = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact)).transpose(1, 2)
-    values = sdpa(*inputs)
-    torch.testing.assert_close(values.float(), kernel, atol=0.02, rtol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = sdpa(*inputs)
+    assert float((values - kernel).norm() / kernel.norm()) < 0.005
     ours = torch.autograd.grad(values, inputs, outgoing)
     theirs = torch.autograd.grad(kernel, exact, outgoing.float())
     for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own.float(), other, atol=0.04, rtol=0.04)
+        assert float((own - other).norm() / other.norm()) < 0.02

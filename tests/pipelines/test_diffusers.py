@@ -15,6 +15,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
+from ldm.text import load_text_encoder, loading
 from tests import tiny
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -189,6 +190,35 @@ def test_shards_that_we_write_open_in_diffusers(tmp_path):
     ours.save_pretrained(tmp_path / "half", dtype=torch.float16)
     half = Pipeline.from_pretrained(tmp_path / "half").unet.state_dict()
     assert all(torch.equal(half[name], value.half().float()) for name, value in ours.unet.state_dict().items())
+
+
+def test_a_packaged_text_encoder_is_saved_by_its_name_and_with_its_files(tmp_path, monkeypatch):
+    package = tiny.text_folder(tmp_path / "package")
+    for path in (package / "tokenizer").iterdir():  # of a package, all files lie in one folder
+        path.rename(package / "text_encoder" / path.name)
+    monkeypatch.setitem(loading._PACKAGED, "minilm", lambda: package / "text_encoder")
+    ours = tiny.pipeline(tmp_path / "parts", "latent")
+    with pytest.raises(ValueError, match="text_encoder is 'name'; it is 'files' or 'reference'"):
+        ours.save_pretrained(tmp_path / "small", text_encoder="name")
+    length = ours.text_encoder.max_length
+    ours.text_encoder = load_text_encoder("minilm", length)
+    ours.save_pretrained(tmp_path / "small", text_encoder="reference")
+    assert [path.name for path in (tmp_path / "small" / "text_encoder").iterdir()] == ["reference.json"]
+    assert not (tmp_path / "small" / "tokenizer").exists()
+    small = Pipeline.from_pretrained(tmp_path / "small")
+    small.save_pretrained(tmp_path / "whole")
+    drawn = [
+        np.asarray(pipeline("a cat", seed=1).images[0])
+        for pipeline in (ours, small, Pipeline.from_pretrained(tmp_path / "whole"))
+    ]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] == drawn[2]).all()
+    same_picture(tmp_path / "whole")
+
+    for parameter in ours.text_encoder.model.parameters():
+        parameter.data.add_(0.1)
+    with pytest.raises(ValueError, match="none that a package holds"):
+        ours.save_pretrained(tmp_path / "small", text_encoder="reference")
+    Pipeline.from_pretrained(tmp_path / "small")  # as it was
 
 
 @pytest.mark.parametrize("steps", [4, 50])

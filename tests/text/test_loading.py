@@ -50,6 +50,14 @@ def test_a_reference_stands_for_the_files_of_an_encoder_that_a_package_holds(
     named = load_text_encoder_folders(reference.parent, tmp_path / "no tokenizer")
     assert torch.equal(named(captions), copied(captions))
 
+    (tmp_path / "named" / "text_encoder").mkdir()
+    (tmp_path / "named" / "text_encoder" / "reference.json").write_text(json.dumps(content))
+    (tmp_path / "named" / "model_index.json").write_text("{}")
+    assert load_text_encoder(str(tmp_path / "named")).max_length == 8  # of a whole pipeline
+    assert load_text_encoder(str(tmp_path / "named"), 6).max_length == 6
+    with pytest.raises(ValueError, match=r"is in torch\.bfloat16"):
+        reference_to(load_text_encoder("minilm", 8).to(dtype=torch.bfloat16))
+
     for change, message in (
         ({"name": "../elsewhere"}, "names the text encoder '../elsewhere'"),
         ({"name": ["minilm"]}, "names the text encoder"),
