@@ -2,7 +2,8 @@
 
     python tools/release_model.py runs/openmoji-64 --guidance 3 --steps 50
 
-Writes ldm/assets/NAME, with the model card docs/NAME.md as its README.md.
+Writes ldm/assets/NAME, with the model card docs/NAME.md as its README.md, and with the config of the run and the digest
+of its data, so that `ldm evaluate NAME` knows what was held out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ldm import Pipeline, checkpoint
+from ldm.training import trained
 
 ROOT = Path(__file__).parents[1]
 FILE_BYTES = 15 * 2**20
@@ -28,12 +30,17 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
     """
     if not card.is_file():
         raise ValueError(f"{card} is missing; a model without a card is not released")
+    found = trained.find_run(str(run))
+    if found is None or found.sha256 is None:
+        raise ValueError(f"{run} is no run folder with a checkpoint; name one that train/train_ldm.py has written")
     pipeline = Pipeline.from_pretrained(run / "pipeline")
     pipeline.guidance_scale = pipeline.guidance_scale if guidance is None else guidance
     pipeline.num_inference_steps = pipeline.num_inference_steps if steps is None else steps
     with checkpoint.atomic_folder(target) as aside:
         pipeline.save_pretrained(aside, dtype=torch.float16, shard_bytes=FILE_BYTES, text_encoder="reference")
         shutil.copyfile(card, aside / "README.md")
+        shutil.copyfile(run / "config.yaml", aside / trained.CONFIG)
+        checkpoint.write_json(aside / trained.DATA, {"samples": found.samples, "sha256": found.sha256})
         size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
         if size > ALL_BYTES:
             raise ValueError(f"the model takes {size:,} bytes, and {ALL_BYTES:,} may be; train a smaller one")

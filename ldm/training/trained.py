@@ -16,6 +16,7 @@ from ldm.pipelines import Pipeline
 from ldm.training import resuming, saving
 
 CONFIG = "config.yaml"
+DATA = "data.json"  # of a built-in model: how many images it was trained on, and their digest
 # RUN/pipeline, RUN/best/pipeline and RUN/checkpoints/step_…/pipeline.
 DEEPEST = 3
 
@@ -56,8 +57,10 @@ def find_run(model: str) -> Trained | None:
     Raises:
         ValueError: for the run of a first stage, and one whose config cannot be read.
     """
+    if model in checkpoint.BUILT_IN_PIPELINES:
+        return _of_built_in(checkpoint.BUILT_IN_PIPELINES[model])
     where = Path(model).expanduser()
-    if model in checkpoint.BUILT_IN_PIPELINES or not where.is_dir():
+    if not where.is_dir():
         return None
     folders = [where.resolve(), *where.resolve().parents[:DEEPEST]]
     folder = next((path for path in folders if (path / CONFIG).is_file() and _is_of(path, where.resolve())), None)
@@ -76,6 +79,16 @@ def find_run(model: str) -> Trained | None:
     data = checkpoint.read_json(saved[-1] / "training" / "state.json")["data"] if saved else {}
     config = parse_config(content, LDMConfig, str(path))
     return Trained(folder, config, data.get("samples"), data.get("sha256"))
+
+
+def _of_built_in(folder: Path) -> Trained | None:
+    """What `tools/release_model.py` has kept of the run beside the model."""
+    if not (folder / CONFIG).is_file():
+        return None
+    path = folder / CONFIG
+    config = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), LDMConfig, str(path))
+    data = checkpoint.read_json(folder / DATA)
+    return Trained(folder, config, data["samples"], data["sha256"])
 
 
 def _is_of(run: Path, model: Path) -> bool:

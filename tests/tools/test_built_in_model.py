@@ -1,14 +1,18 @@
 """The tools of the built-in model: what is asked of it, and how it is packed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from ldm import Pipeline
+from ldm import Pipeline, checkpoint
 from ldm.data import DataConfig, open_source
 from ldm.text import load_text_encoder, loading
+from ldm.training.trained import find_run
 from tests import tiny
 from tools import release_model, unseen_phrasings
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_hundred_phrasings_mean_names_of_the_data_and_are_no_captions_of_it() -> None:
@@ -28,6 +32,15 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     pipeline.text_encoder = load_text_encoder("minilm", pipeline.text_encoder.max_length)
     pipeline.save_pretrained(tmp_path / "run" / "pipeline")
     card, target = tmp_path / "card.md", tmp_path / "released"
+    card.write_text("# A model")
+    with pytest.raises(ValueError, match="run is no run folder with a checkpoint"):
+        release_model.release(tmp_path / "run", target, card, 3.0, 5)
+    (tmp_path / "run" / "config.yaml").write_text((ROOT / "configs" / "openmoji-64.yaml").read_text())
+    state = tmp_path / "run" / "checkpoints" / "step_00000001" / "training" / "state.json"
+    state.parent.mkdir(parents=True)
+    (state.parents[1] / "manifest.json").write_text("{}")
+    state.write_text(json.dumps({"data": {"samples": 7, "sha256": "abc"}}))
+    card.unlink()
     with pytest.raises(ValueError, match=r"card\.md is missing; a model without a card is not released"):
         release_model.release(tmp_path / "run", target, card, 3.0, 5)
     card.write_text("# A model")
@@ -35,7 +48,10 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     size = release_model.release(tmp_path / "run", target, card, 3.0, 5)
     assert size == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     assert (target / "README.md").read_text() == "# A model"
-    released = Pipeline.from_pretrained(target)
+    monkeypatch.setitem(checkpoint.BUILT_IN_PIPELINES, "openmoji-64", target)
+    known = find_run("openmoji-64")
+    assert known is not None and (known.samples, known.sha256, known.config.data.path) == (7, "abc", "openmoji")
+    released = Pipeline.from_pretrained("openmoji-64")
     assert (released.guidance_scale, released.num_inference_steps) == (3.0, 5)
     assert json.loads((target / "text_encoder" / "reference.json").read_text())["name"] == "minilm"
 
