@@ -130,7 +130,8 @@ class Study:
         self.train("train_ldm.py", "openmoji", run, self.unet_steps, settings + quiet)
         command = ("evaluate", str(run), "--samples", "200", "--steps", "20", "-o", str(run / "evaluation"))
         found = self.evaluated(run / "evaluation.json", *command)
-        return {"took": checkpoint.read_json(run / "plan.json")["took_seconds"], "found": found}
+        kept = {key: found[key] for key in ("samples", "num_inference_steps", "guidance_scale", "quality", "retrieval")}
+        return {"took": checkpoint.read_json(run / "plan.json")["took_seconds"], "found": kept}
 
     def sheet(self, names: list[str]) -> Image.Image:
         """Held-out emoji above what each design makes of them."""
