@@ -88,6 +88,8 @@ def test_overrides_change_one_key_each():
         ("unet.norm_num_groups=7", ["unet", "norm_num_groups"]),
         ("data.path=", ["data.path"]),
         ("train=5", ["train"]),
+        ("data.caption_templates=a {}", ["data.caption_templates is 'a {}': write a list, [a {}]"]),
+        ("data.caption_templates=[a]", ['data.caption_templates has "a"; each needs one {}']),
         ("text.layer=middle", ["text.layer", "middle"]),
         ("unet=5", ["unet"]),
         ("train.learning_rate=.nan", ["learning_rate is nan"]),

@@ -124,6 +124,8 @@ def _explain(error: ValidationError, kind: type) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{path}: {message}" if path else message
+    if fault["type"] == "tuple_type":
+        return f"{path} is {fault['input']!r}: write a list, [{fault['input']}]"
     return f"{path} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from ldm.checkpoint import find_pipeline
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml, with_overrides
 from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
@@ -42,6 +43,8 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     _find("train_ldm.py")
     draft = _draft(data, wishes, overrides)
     wishes = _heard(draft, wishes, overrides)
+    if wishes.start_from is not None:
+        find_pipeline(wishes.start_from)
     check_new(Path(wishes.output_dir).expanduser())
     inspection = inspect(open_source(draft.data), draft.data, progress=True)
     account = account_of(inspection, draft.data)
@@ -86,7 +89,7 @@ def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LD
     content: dict[str, Any] = {
         "output_dir": wishes.output_dir,
         "data": {"resolution": 64 if wishes.resolution is None else wishes.resolution} | data,
-        "train": {"max_steps": 1},
+        "train": {"max_steps": 10**9},  # whatever is said of steps fits: they are counted later
         "sample": {"prompts": ["a"]},
     }
     if wishes.start_from is not None:
