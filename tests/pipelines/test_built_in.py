@@ -1,0 +1,52 @@
+"""The model that is part of the package."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from ldm import Pipeline, checkpoint
+from tests.pipelines.test_diffusers import same_picture
+
+NAME = "openmoji-64"
+FOLDER = checkpoint.BUILT_IN_PIPELINES[NAME]
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_is_small_enough_for_any_host_and_has_its_card() -> None:
+    sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
+    assert max(sizes.values()) < 16 * 2**20 and sum(sizes.values()) <= 30e6
+    assert {path.suffix for path in sizes} == {".json", ".safetensors", ".md", ".yaml"}
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert card == (ROOT / "docs" / f"{NAME}.md").read_text(encoding="utf-8")
+    for word in ("CC BY-SA 4.0", "configs/openmoji-64.yaml", "memoris", "cannot"):
+        assert word in card
+
+
+def test_it_draws_by_its_name_and_a_seed_gives_its_picture_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NAME).mkdir()  # a folder of that name is asked for as ./openmoji-64
+    pipeline = Pipeline.from_pretrained(NAME)
+    first, again, other = (
+        np.asarray(pipeline(prompt, seed=seed, num_inference_steps=4).images[0], dtype=np.int16)
+        for prompt, seed in (("a red heart", 0), ("a red heart", 0), ("a blue car", 0))
+    )
+    assert first.shape == (64, 64, 3)
+    assert (first == again).all()
+    assert np.abs(first - other).mean() > 5
+    with pytest.raises(ValueError, match=r"openmoji-64 holds no model_index\.json"):
+        Pipeline.from_pretrained(f"./{NAME}")
+    with pytest.raises(ValueError, match='there is no model folder OpenMoji64; did you mean "openmoji-64"'):
+        Pipeline.from_pretrained("OpenMoji64")
+    assert checkpoint.find_autoencoder(NAME) == FOLDER / "vae"
+
+
+def test_saved_with_all_its_files_it_draws_the_same_here_and_in_diffusers(tmp_path: Path) -> None:
+    pipeline = Pipeline.from_pretrained(NAME)
+    pipeline.save_pretrained(tmp_path / "whole")
+    whole = Pipeline.from_pretrained(tmp_path / "whole")
+    drawn = [p("a red heart", seed=1, num_inference_steps=4).images[0] for p in (pipeline, whole)]
+    assert (np.asarray(drawn[0]) == np.asarray(drawn[1])).all()
+    same_picture(tmp_path / "whole", size=64)
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "whole").unet.config.sample_size == 16
