@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm import Pipeline, cli
+from ldm.text import loading
 from tests import tiny
 
 
@@ -191,7 +192,7 @@ def test_a_check_does_without_the_default_encoder_but_not_without_the_one_asked_
     def missing():
         raise ValueError("minilm is not installed")
 
-    monkeypatch.setattr("ldm.text.loading._minilm_folder", missing)
+    monkeypatch.setitem(loading._PACKAGED, "minilm", missing)
     folder = dataset(tmp_path / "clean")
     assert call(monkeypatch, "data", "check", folder, "--resolution", 32) == 0
     assert "the lengths of captions were not checked: minilm is not installed" in capsys.readouterr().out

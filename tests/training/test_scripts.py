@@ -297,6 +297,7 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
         "train.cpu_threads=1",
         f"output_dir={tmp_path / 'run'}",
         "train.max_steps=1",
+        "train.cooldown_steps=0",
         "train.batch_size=2",
         "train.validation_samples=2",
     ]
