@@ -141,7 +141,7 @@ def main() -> None:
     for kind, drawn in pictures.items():
         features = space.of(to_signed(chunk) for chunk in drawn.split(20))
         found[kind] = retrieval(features, gallery.features, own, seed=arguments.seed)
-        print("\n".join([kind, *found[kind].lines(space.label)]))
+        print("\n".join([kind, *found[kind].lines(space.label())]))
     if arguments.output is not None:
         checkpoint.write_json(arguments.output, {kind: ranks.to_dict() for kind, ranks in found.items()})
 
