@@ -270,6 +270,7 @@ def test_the_held_out_side_is_that_of_training(model, monkeypatch, capsys):
     ("arguments", "part"),
     [
         (["digits", "--split", "training"], "--split is training"),
+        (["digits", "--seed", "-1"], "seed is -1; it must be a whole number from 0 on"),
         (["digits", "--variance", "learned"], "--variance is learned"),
         (["digits", "-o", "terms.pdf"], "--output is terms.pdf"),
         (["digits", "--samples", "0"], "samples is 0"),

@@ -84,7 +84,6 @@ class Domain:
     name: str
     read: Callable[[], Data]
     recipe: Recipe
-    samples: int
     long_variants: tuple[str, ...]
     grids: tuple[Grid, ...]
     features: Callable[[Data], dict[str, Features]]
@@ -131,7 +130,6 @@ DIGITS = Domain(
         ),
         save_every=250,
     ),
-    samples=256,
     long_variants=tuple(VARIANTS),
     grids=GRIDS,
     features=_digit_features,
@@ -149,12 +147,17 @@ OPENMOJI = Domain(
             norm_num_groups=8,
         ),
         train=TrainConfig(
-            max_steps=15_000, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999
+            max_steps=15_000,
+            batch_size=32,
+            learning_rate=1e-3,
+            lr_schedule="cosine",
+            warmup_steps=100,
+            mixed_precision="bf16",
+            ema_decay=0.999,
         ),
         patch=2,
         save_every=250,
     ),
-    samples=512,
     long_variants=("0", "1", "sigma_hat"),
     grids=("leading",),
     features=_seen_features,
@@ -281,8 +284,7 @@ def run(arguments: argparse.Namespace) -> None:
         ablation = name == "digits" and "ablation" in arguments.only
         if name not in arguments.only and not ablation:
             continue
-        samples = arguments.samples or domain.samples
-        study = Study(domain, arguments.work, samples=samples, seeds=arguments.seeds, device=arguments.device)
+        study = Study(domain, arguments.work, samples=arguments.samples, seeds=arguments.seeds, device=arguments.device)
         old, fresh = everything.get(name, {}), {}
         wanted = [study.parts(fresh)] * (name in arguments.only) + [study.ablation(fresh)] * ablation
         for _ in itertools.chain(*wanted):
@@ -332,7 +334,7 @@ def estimate(domain: Domain, samples: int, seeds: int, device: torch.device) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=(*DOMAINS, "ablation"), default=["digits", "ablation"])
-    parser.add_argument("--samples", type=int, help="pictures a cell and seed; by default 256 digits, 512 OpenMoji")
+    parser.add_argument("--samples", type=int, default=128, help="pictures a cell and seed")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2, for intervals")
     parser.add_argument("--work", type=Path, default=Path("runs/ddim-tables"))
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
@@ -347,8 +349,7 @@ def main() -> None:
         return run(arguments)
     for name in arguments.only:
         if name in DOMAINS:
-            samples = arguments.samples or DOMAINS[name].samples
-            print(estimate(DOMAINS[name], samples, arguments.seeds, torch.device(arguments.device)))
+            print(estimate(DOMAINS[name], arguments.samples, arguments.seeds, torch.device(arguments.device)))
     return None
 
 

@@ -101,6 +101,7 @@ class Recipe:
     """How a model is made; its text width, channels and size follow from the data.
 
     Attributes:
+        train: its `mixed_precision` may be bf16.
         patch: pixels a side that the network takes as one position with more channels, to be cheaper; a permutation of
             the pixels, so that what is diffused stays the same.
         save_every: steps between two states on disk, from which an interrupted training goes on.
@@ -155,6 +156,11 @@ def trained_model(recipe: Recipe, data: Data, folder: Path, device: torch.device
 def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> None:
     config, schedule = recipe.train, NoiseSchedule.from_config(SCHEDULE)
     unet = make_unet(recipe, data).to(device)
+
+    def predict(x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            return unet(x, timesteps, condition).float()
+
     ema, optimizer = make_ema(unet, config.ema_decay), make_optimizer(unet, config)
     latents = data.codec().draw(data.images[: data.training]).to(device)
     order = SampleOrder(data.training, recipe.seed)
@@ -181,7 +187,7 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
             for epoch, place in batch
         ]
         loss = diffusion_loss(
-            unet,
+            predict,
             schedule,
             latents[places],
             data.condition(captions).to(device),

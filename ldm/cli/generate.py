@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,10 @@ def generate(
     sampler: Annotated[
         str | None,
         typer.Option(help="ddim, ddpm, dpm++2m, …; a wrong name lists them all. The model's default otherwise."),
+    ] = None,
+    sampler_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=NUMBER, such as num_langevin_steps=10; a wrong key lists them. Repeatable."),
     ] = None,
     eta: Annotated[float, typer.Option(help="0 is deterministic DDIM, 1 has the variance of DDPM.")] = 0.0,
     guidance_rescale: Annotated[float, typer.Option(help="0 to 1, against the glare of large guidance scales.")] = 0.0,
@@ -76,6 +81,7 @@ def generate(
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
     drawn: dict[str, Any] = {
         "sampler": pipeline.sampler if sampler is None else sampler,
+        "sampler_options": dict(map(_option, sampler_option or [])),
         "eta": eta,
         "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
         "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
@@ -94,6 +100,8 @@ def generate(
         on_step=strip,
         **drawn,
     )
+    if guidance_interval is not None:  # JSON has no infinity
+        drawn["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
     settings = drawn | {
         "model": model,
         "lora": lora or [],
@@ -134,3 +142,12 @@ def _weighted(entry: str) -> tuple[str, float]:
         return (name, float(weight)) if colon and name else (entry, 1.0)
     except ValueError:
         return entry, 1.0
+
+
+def _option(entry: str) -> tuple[str, float]:
+    """ "snr=0.1" → the name and the number."""
+    name, _, value = entry.partition("=")
+    try:
+        return name, int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        raise ValueError(f"--sampler-option is {entry!r}; write KEY=NUMBER, such as snr=0.1") from None

@@ -21,8 +21,8 @@ def nll(
         int | None, typer.Option(help="Estimate from so many timesteps an image, an even number; all by default.")
     ] = None,
     variance: Annotated[
-        str, typer.Option(help="small or large; a model with learned variances has its own.")
-    ] = "small",
+        str | None, typer.Option(help="small (the default) or large; a model with learned variances has its own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise, and of images and timesteps that are drawn.")] = 0,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
@@ -35,7 +35,7 @@ def nll(
     """Say how well a model of pixels knows images: the variational bound, in bits per dimension."""
     if split not in ("held-out", "all"):
         raise ValueError(f"--split is {split}; it is held-out or all")
-    if variance not in ("small", "large"):
+    if variance not in (None, "small", "large"):
         raise ValueError(f"--variance is {variance}; it is small or large")
     if output is not None and output.suffix.lower() not in (".svg", ".png"):
         raise ValueError(f"--output is {output}; the plot is written as SVG or PNG, so let it end in .svg or .png")
@@ -47,6 +47,9 @@ def nll(
     from ldm.pipelines import Pipeline
 
     pipeline = Pipeline.from_pretrained(model, device=device)
+    learned = pipeline.unet.config.learned_variance
+    if learned and variance is not None:
+        raise ValueError(f"--variance is {variance}, but {model} has learned its variances; leave it out")
     config = DataConfig(
         path=path,
         resolution=pipeline.default_size[0],
@@ -68,7 +71,7 @@ def nll(
             images,
             samples=samples,
             steps_per_image=steps_per_image,
-            variance="small" if variance == "small" else "large",
+            variance="large" if variance == "large" else "small",
             seed=seed,
             progress=bar.update,
         )
@@ -78,10 +81,9 @@ def nll(
 
         points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in found.curve]
         save_plot(output, Line("L_t, bits per dimension", points), axis="timestep t (0 is L_0)")
-    learned = pipeline.unet.config.learned_variance
     shape = pipeline.codec.latent_shape(*pipeline.default_size)
     asked = {"model": model, "data": path, "split": split, "seed": seed, "shape": list(shape)}
-    asked |= {"timesteps_per_image": steps, "variance": "learned" if learned else variance}
+    asked |= {"timesteps_per_image": steps, "variance": "learned" if learned else variance or "small"}
     _say_likelihood(found, asked, as_json=as_json)
     if output is not None and not as_json:
         print(output)

@@ -11,7 +11,8 @@ prediction: it changes the first C and hands ν on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -207,7 +208,15 @@ def _gradient(log_likelihood: LogLikelihood, x_t: Tensor, t: int) -> Tensor:
                 "differentiable in x_t"
             )
         # Images do not see one another, so the gradient of the sum holds the gradient of each.
-        return torch.autograd.grad(value.sum(), x)[0].detach()
+        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if gradient is None:
+        raise ValueError("the classifier's log probability does not depend on x_t, only on other things")
+    if not bool(gradient.isfinite().all()):
+        raise ValueError(
+            f"the gradient of the classifier's log probability is not finite at timestep {t}; x_t is noisy there, and "
+            "the classifier must give a finite log p for noise too"
+        )
+    return gradient.detach()
 
 
 def alpha_sigma_at(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
@@ -228,6 +237,8 @@ def check_rescale(phi: float) -> None:
 
 
 def check_interval(interval: tuple[float, float]) -> None:
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(isinstance(end, Real) for end in interval):
+        raise ValueError(f"guidance_interval is {interval!r}; give two noise levels sigma/alpha, (low, high)")
     low, high = interval
     if low > high:
         raise ValueError(

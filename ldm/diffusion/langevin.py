@@ -69,7 +69,7 @@ def annealed_langevin(
     if steps[0].alpha == 0:
         raise ValueError(
             f"annealed Langevin dynamics cannot start at timestep {steps[0].t}, where alphas_cumprod is 0 and the "
-            "noise of x/alpha infinite; start lower (timestep_spacing leading does), or take another sampler"
+            "noise of x/alpha infinite; give a grid that starts lower, or take another sampler"
         )
     for index, (t, _, alpha, sigma, alpha_prev, _) in enumerate(steps):
         drift, deviation = 0.5 * step_size * sigma, math.sqrt(step_size) * sigma
@@ -128,7 +128,9 @@ def langevin_corrector(
                 drawn = noise()
                 # Algorithm 5; √(ε/2) = √(1 − β_i) r ‖z‖ / ‖s‖, with s = −ε̂/σ
                 scale = math.sqrt(1 - betas[t_prev]) * snr * sigma
-                root = scale * sample_norm(drawn) / sample_norm(epsilon)  # [B, 1, …]
+                length = sample_norm(epsilon)
+                # Where ‖s‖ is 0 nothing says how long a step is: none is taken.
+                root = torch.where(length > 0, scale * sample_norm(drawn) / length, 0)  # [B, 1, …]
                 latents = latents - (2 / sigma) * root.square() * epsilon + 2 * root * drawn
         yield State(index, t, latents, state.pred_original_sample)
 

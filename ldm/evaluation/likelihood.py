@@ -25,6 +25,7 @@ from ldm.diffusion import (
     variational_terms,
 )
 from ldm.diffusion.likelihood import prior_term
+from ldm.evaluation.frechet import student_quantile
 from ldm.pipelines import Pipeline
 
 IMAGES_AT_ONCE = 32
@@ -99,6 +100,8 @@ def likelihood(
     Raises:
         ValueError: for a model of latents, images of another size, and numbers out of range.
     """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be a whole number from 0 on")
     codec, schedule = pipeline.codec, NoiseSchedule.from_config(pipeline.schedule)
     if not isinstance(codec, PixelCodec):
         raise ValueError(
@@ -245,6 +248,7 @@ def _summary(
         # Its variance without repetition: n² (1 − 2/n) s²/2 with s² = (a − b)²/2.
         added = (size * (size - 2) * (seen[:, :, 0] - seen[:, :, 1]).square() / 4).sum(dim=1)  # [N]
     spread = float(per_image.std()) if count > 1 else math.nan
+    reach = student_quantile(0.95, count - 1) if count > 1 else math.nan  # standard deviations on both sides
     curve = [Stratum(0, 0, float(decoded.mean()))]
     curve += [
         Stratum(stratum[0], stratum[-1], float(bits))
@@ -255,7 +259,7 @@ def _summary(
         terms=float(terms.mean()),
         decoder=float(decoded.mean()),
         total=float(per_image.mean()),
-        interval=NORMAL_95 * spread / math.sqrt(count),
+        interval=reach * spread / math.sqrt(count),
         timesteps_interval=NORMAL_95 * math.sqrt(float(added.sum())) / count,
         per_image=per_image,
         ids=ids,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 
 def image_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, num_images_per_prompt: int
 ) -> tuple[list[str], list[str]]:
     """One prompt and one negative prompt an image."""
+    if prompt is None:
+        raise ValueError('prompt is None; give a text ("" for none)')
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("the prompt list is empty; give at least one text")
+    check_whole("num_images_per_prompt", num_images_per_prompt)
     if num_images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
     negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
@@ -28,12 +32,20 @@ def image_prompts(
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
+    """One seed an image: seed + i from one number, fresh ones from None."""
     if seed is None:
         seed = secrets.randbelow(2**31 - images)
-    seeds = [seed + i for i in range(images)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != images:
-        raise ValueError(f"there are {len(seeds)} seeds for {images} images; give one int, or one an image")
-    for s in seeds:
-        if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63:
+    given = list(seed) if isinstance(seed, Iterable) else [seed]
+    for s in given:
+        if isinstance(s, bool) or not isinstance(s, Integral) or not 0 <= s < 2**63:
             raise ValueError(f"seed is {s!r}; it must be a whole number from 0 to 2**63 - 1")
-    return seeds
+    if not isinstance(seed, Iterable):
+        return [int(seed) + i for i in range(images)]
+    if len(given) != images:
+        raise ValueError(f"there are {len(given)} seeds for {images} images; give one int, or one an image")
+    return [int(s) for s in given]
+
+
+def check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,7 @@ class Drawing:
         classifier: LogLikelihood | None = None,
         classifier_scale: float = 1.0,
         sampler: str | Scheduler | None = None,
+        sampler_options: Mapping[str, float] | None = None,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -106,6 +107,8 @@ class Drawing:
                 (arXiv:2105.05233); x_t is what is diffused, latents where the model diffuses latents.
             classifier_scale: by how much; 1 samples p(x | prompt, y).
             sampler: a name of `ldm.pipelines.SAMPLERS`, or a scheduler object of diffusers; None is the model's own.
+            sampler_options: `step_size` and `num_langevin_steps` of "langevin" (0.2 and 100 calls a noise level, as in
+                NCSN), `snr` and `num_corrector_steps` of "predictor-corrector" (0.16 and 1).
             eta: of DDIM: 0 (deterministic) to 1 (the variance of DDPM).
             seed: an int (image i gets seed + i), one int an image, or None for fresh ones. Image i equals what
                 its seed gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
@@ -125,10 +128,14 @@ class Drawing:
             classifier=classifier,
             classifier_scale=classifier_scale,
             sampler=self.sampler if sampler is None else sampler,
+            sampler_options=sampler_options,
             eta=eta,
         )
         seeds = image_seeds(seed, len(prompts))
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        if latents is not None and not (isinstance(latents, Tensor) and bool(latents.isfinite().all())):
+            found = "with nan or inf in it" if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
+            raise ValueError(f"latents is {found}; it must be a tensor of finite numbers, standard normal noise")
         if latents is not None and latents.ndim == 4:
             height = latents.shape[2] * self.codec.factor if height is None else height
             width = latents.shape[3] * self.codec.factor if width is None else width
@@ -174,7 +181,10 @@ class Drawing:
         return settings
 
     def _grid(self, settings: Settings) -> tuple[Step, ...]:
-        return NoiseSchedule.from_config(self.schedule).grid(
+        schedule = NoiseSchedule.from_config(self.schedule)
+        if not isinstance(settings.sampler, str):
+            return schedule.grid(settings.num_inference_steps)  # only counts: a scheduler object has its own
+        return schedule.grid(
             settings.num_inference_steps, self.schedule.timestep_spacing, steps_offset=self.schedule.steps_offset
         )
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion import NoiseSchedule, State, conditioned, ddim_inversion, slerp
-from ldm.pipelines.arguments import image_prompts, image_seeds
+from ldm.pipelines.arguments import check_whole, image_prompts, image_seeds
 from ldm.pipelines.drawing import Drawing, PipelineOutput
 from ldm.pipelines.images import from_pil, to_pil
 from ldm.pipelines.sampling import SAMPLERS, direct, draw_noise
@@ -22,9 +22,9 @@ class Editing(Drawing):
     def interpolate(
         self,
         prompt: str | Sequence[str],
-        *,
         seeds: Sequence[int],
         steps: int = 8,
+        *,
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -55,9 +55,12 @@ class Editing(Drawing):
         prompts = [prompt, prompt] if isinstance(prompt, str) else list(prompt)
         if len(prompts) != 2:
             raise ValueError(f"there are {len(prompts)} prompts; give one, or the two to go between")
+        check_whole("steps", steps)
         if steps < 2:
             raise ValueError(f"steps is {steps}; it must be at least 2, the two ends")
-        prompts, negatives = image_prompts(prompts, negative_prompt, 1)
+        if isinstance(seeds, int) or seeds is None:
+            raise ValueError(f"seeds is {seeds}; give two, those of the ends")
+        prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt), 1)
         settings = self._settings(
             num_inference_steps,
             guidance_scale,
@@ -68,7 +71,9 @@ class Editing(Drawing):
         )
         if settings.draws or not isinstance(sampler, str):
             known = ", ".join(name for name, row in SAMPLERS.items() if not row.draws)
-            raise ValueError(f"sampler is {sampler!r}; between pictures it must draw no noise: choose one of {known}")
+            raise ValueError(
+                f"sampler is {_shown(sampler)}; between pictures it must draw no noise: choose one of {known}"
+            )
         start, end = (
             draw_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width))
             for s in image_seeds(list(seeds), 2)
@@ -116,9 +121,11 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the argument, its value and the range.
         """
+        check_whole("count", count)
         if count < 1:
             raise ValueError(f"count is {count}; it must be at least 1")
-        prompts, negatives = image_prompts(prompt, negative_prompt, count)
+        texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt)
+        prompts, negatives = image_prompts(*texts, count)
         settings = self._settings(
             num_inference_steps,
             guidance_scale,
@@ -131,9 +138,11 @@ class Editing(Drawing):
         if not settings.draws:
             known = ", ".join(name for name, row in SAMPLERS.items() if row.draws)
             raise ValueError(
-                f"sampler is {sampler!r} with eta {eta}, which draws no noise, so that all pictures would be one; "
-                f"choose {known}, or ddim with eta above 0"
+                f"sampler is {_shown(sampler)} with eta {eta}, which draws no noise, so that all pictures would be "
+                f"one; choose {known}, or ddim with eta above 0"
             )
+        check_whole("shared_until", shared_until)
+        check_whole("shared_seed", shared_seed)
         grid = self._grid(settings)
         if not grid[-1].t <= shared_until <= grid[0].t:
             raise ValueError(
@@ -144,6 +153,11 @@ class Editing(Drawing):
         shared = grid[: len(grid) - len(own)]
         generators = [torch.Generator("cpu").manual_seed(s) for s in image_seeds(shared_seed, 1)]
         seeds = image_seeds(seed, count)
+        if shared_seed in seeds:
+            raise ValueError(
+                f"shared_seed is {shared_seed}, and so is the seed of picture {seeds.index(shared_seed)}, whose own "
+                "noise would begin with x_T once more; take another"
+            )
         condition, null = self._states(prompts), self._states(negatives)
         latents = draw_noise(generators, self._blank(1, height, width))
         if shared:
@@ -205,3 +219,13 @@ class Editing(Drawing):
     def preview(self, state: State) -> list[Image.Image]:
         """x̂_0 of a step, as pictures: what the model sees in the noise so far. For `on_step` of `__call__`."""
         return to_pil(self.codec.decode(state.pred_original_sample))
+
+
+def _one_text(name: str, value: str | None) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}; give one text")
+    return value or ""
+
+
+def _shown(sampler: object) -> str:
+    return repr(sampler) if isinstance(sampler, str) else type(sampler).__name__

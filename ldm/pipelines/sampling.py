@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from ldm.diffusion import (
 from ldm.diffusion.guidance import check_interval, check_rescale
 from ldm.diffusion.sampling import Noise, Project, check_sampler
 from ldm.diffusion.thresholding import check_percentile
+from ldm.pipelines.arguments import check_whole
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 
 
@@ -55,6 +57,7 @@ class Run:
     noise: Noise
     eta: float
     learned_variance: bool
+    options: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +68,13 @@ class Sampler:
         start: begins the run.
         takes_eta: whether η means something to it.
         draws: whether it draws noise at every step (where it takes η: whether it does so at η = 0).
+        options: what else may be set of it, by `sampler_options`.
     """
 
     start: Callable[[Run], Iterator[State]]
     takes_eta: bool = False
     draws: bool = False
+    options: frozenset[str] = frozenset()
 
 
 def _common(run: Run) -> dict[str, Any]:
@@ -80,11 +85,13 @@ def _common(run: Run) -> dict[str, Any]:
         "grid": run.grid,
         "project": run.project,
         "prediction_type": run.prediction_type,
+        **run.options,
     }
 
 
 def _ddpm(run: Run, *, variance: Literal["small", "large"]) -> Iterator[State]:
-    return ddpm(**_common(run), noise=run.noise, variance="learned" if run.learned_variance else variance)
+    learned = run.learned_variance and variance == "small"
+    return ddpm(**_common(run), noise=run.noise, variance="learned" if learned else variance)
 
 
 def _langevin(run: Run) -> Iterator[State]:
@@ -104,9 +111,11 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "ddpm-large": Sampler(start=partial(_ddpm, variance="large"), draws=True),
         "dpm++2m": Sampler(start=lambda run: dpm_solver_pp_2m(**_common(run))),
         "euler-maruyama": Sampler(start=lambda run: euler_maruyama(**_common(run), noise=run.noise), draws=True),
-        "langevin": Sampler(start=_langevin, draws=True),
+        "langevin": Sampler(start=_langevin, draws=True, options=frozenset({"step_size", "num_langevin_steps"})),
         "predictor-corrector": Sampler(
-            start=lambda run: langevin_corrector(**_common(run), noise=run.noise), draws=True
+            start=lambda run: langevin_corrector(**_common(run), noise=run.noise),
+            draws=True,
+            options=frozenset({"snr", "num_corrector_steps"}),
         ),
     }
 )
@@ -125,6 +134,7 @@ class Settings:
     num_inference_steps: int
     guidance_scale: float
     sampler: str | Scheduler = "ddim"
+    sampler_options: Mapping[str, float] | None = None
     eta: float = 0.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
@@ -133,6 +143,13 @@ class Settings:
     classifier_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_whole("num_inference_steps", self.num_inference_steps)
+        for name in ("guidance_scale", "eta", "guidance_rescale", "dynamic_threshold", "classifier_scale"):
+            value = getattr(self, name)
+            if name == "dynamic_threshold" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; it must be a finite number (1 is no guidance, 7.5 usual)"
@@ -144,13 +161,27 @@ class Settings:
             check_percentile(self.dynamic_threshold)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; it must be 0 (deterministic DDIM) to 1 (the variance of DDPM)")
+        if self.classifier is not None and not callable(self.classifier):
+            raise ValueError(f"classifier is {self.classifier!r}; it must be a function (x_t, t) -> log p(y | x_t)")
         if isinstance(self.sampler, str):
             if not find_sampler(self.sampler).takes_eta and self.eta:
                 raise ValueError(f"eta is {self.eta}, which sampler {self.sampler!r} does not have; use sampler 'ddim'")
-        elif not is_scheduler(self.sampler):
+            self._check_options(SAMPLERS[self.sampler].options)
+        elif is_scheduler(self.sampler):
+            if self.sampler_options:
+                raise ValueError(f"sampler_options is {self.sampler_options}; a scheduler object has its own settings")
+        else:
             raise ValueError(
                 f"sampler is {self.sampler!r}; give a scheduler object of diffusers, or one of {', '.join(SAMPLERS)}"
             )
+
+    def _check_options(self, known: frozenset[str]) -> None:
+        for name, value in (self.sampler_options or {}).items():
+            if name not in known:
+                has = f"has {' and '.join(sorted(known))}" if known else "has none"
+                raise ValueError(f"sampler_options has {name!r}; sampler {self.sampler!r} {has}")
+            if name.startswith("num_"):
+                check_whole(name, value)
 
     @property
     def draws(self) -> bool:
@@ -194,6 +225,11 @@ def direct(
             raise ValueError(
                 f"the sampler asks at timestep {float(timesteps[0])}, but a posterior mean is known at whole ones; "
                 "take another spacing, or one of our own samplers"
+            )
+        if schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "this model predicts posterior_mean on a schedule that ends in pure noise (rescale_betas_zero_snr), "
+                "where it says nothing about x_0; train it with v_prediction or sample"
             )
         return as_noise(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
 
@@ -239,7 +275,8 @@ def walk(
 
     Args:
         generators: one an image, on the CPU, so that an image does not depend on its batch.
-        learned_variance: whether the network gives 2C channels; then "ddpm" takes its variance from them.
+        learned_variance: whether the network gives 2C channels; then "ddpm" takes its variance from them
+            ("ddpm-large" is β all the same).
     """
     if not isinstance(settings.sampler, str):
         check_scheduler(settings.sampler, schedule, prediction_type, eta=settings.eta)
@@ -264,6 +301,7 @@ def walk(
         noise=lambda: draw_noise(generators, latents),
         eta=settings.eta,
         learned_variance=learned_variance,
+        options=settings.sampler_options or {},
     )
     return SAMPLERS[settings.sampler].start(run)
 

@@ -60,6 +60,11 @@ def check_scheduler(
     if len(table) != len(ours) or not torch.allclose(table.double().cpu(), ours, rtol=1e-3, atol=1e-6):
         raise ValueError(f"{name} has other betas than this model was trained with; {remedy}")
     predicted = scheduler.config.get("prediction_type", "epsilon")
+    if predicted == "posterior_mean":
+        raise ValueError(
+            f"{name} has prediction_type 'posterior_mean', which diffusers does not know; give it as noise: "
+            "from_pretrained(MODEL, subfolder='scheduler', prediction_type='epsilon')"
+        )
     if predicted != prediction_type:
         raise ValueError(
             f"{name} has prediction_type {predicted!r}, but the model predicts {prediction_type}; {remedy}"
@@ -97,9 +102,20 @@ def run_scheduler(
         latents: standard normal, [B, C, H, W].
         num_inference_steps: as `set_timesteps` takes it; some schedulers evaluate more often than that.
         generators: one an image, on the CPU.
+
+    Raises:
+        ValueError: for a scheduler that walks from pictures to noise, and one of learned variances where the network
+            gives none, or not as diffusers' "learned_range" has them.
     """
-    scheduler = copy.deepcopy(scheduler)
+    scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
     scheduler.set_timesteps(num_inference_steps, latents.device)
+    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        raise ValueError(f"{name} goes from a picture to noise, which pipeline.invert does; take one that draws")
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    if learned and "variance_type" not in vars(scheduler):
+        # Solvers do not draw with a variance, and would cut it off a prediction of which it is no part.
+        scheduler, learned = cast(Any, type(scheduler)).from_config(scheduler.config, variance_type=None), False
+        scheduler.set_timesteps(num_inference_steps, latents.device)
     takes = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {}
     if "eta" in takes:
@@ -112,12 +128,26 @@ def run_scheduler(
         x_t = scheduler.scale_model_input(latents, timestep)
         # Some ask between two timesteps of training; what guidance builds answers there.
         output = denoise(x_t, cast(int, int(t) if t.is_integer() else t))
-        prediction, _ = split_variance(output, x_t)
+        prediction, variance = split_variance(output, x_t)
         alpha, sigma = alpha_sigma_at(schedule, t)
         original, _ = original_and_noise(prediction, x_t, alpha, sigma, prediction_type)
         projected = project(original)
         if projected is not original:
             noise = (x_t - alpha * projected) / sigma
             original, prediction = projected, training_target(projected, noise, alpha, sigma, prediction_type)
+        if learned:
+            prediction = torch.cat([prediction, _fraction(variance, scheduler)], dim=1)  # [B, 2C, H, W]
         latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
         yield State(index, round(t), latents, original)
+
+
+def _fraction(variance: Tensor | None, scheduler: Scheduler) -> Tensor:
+    """ν of a network, for a scheduler that draws with it."""
+    kind = scheduler.config.get("variance_type")
+    if variance is None or kind != "learned_range":
+        has = "has no variances" if variance is None else "has those of learned_range"
+        raise ValueError(
+            f"{type(scheduler).__name__} has variance_type {kind!r}, but this model {has}; set it to "
+            f"{'fixed_small' if variance is None else 'learned_range'}"
+        )
+    return variance

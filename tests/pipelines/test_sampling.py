@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -128,6 +129,11 @@ def test_the_adapter_and_our_ddim_agree(pipeline):
         (lambda: FlowMatchEulerDiscreteScheduler(), "is no scheduler|no alphas_cumprod|give a scheduler object"),
         (lambda: EulerDiscreteScheduler, "give a scheduler object of diffusers"),
         (lambda: 3, "sampler is 3; give a scheduler object of diffusers, or one of ddim"),
+        (lambda: DDIMInverseScheduler(**SD, clip_sample=False), "goes from a picture to noise, which pipeline.invert"),
+        (
+            lambda: DDIMScheduler(**SD, clip_sample=False, prediction_type="posterior_mean"),
+            "'posterior_mean', which diffusers does not know; .* prediction_type='epsilon'",
+        ),
     ],
 )
 def test_a_scheduler_of_another_process_is_refused(scheduler, message, pixels):
@@ -174,13 +180,59 @@ def test_a_learned_variance_steers_ddpm_and_nothing_else(tmp_path):
     pipeline.unet.conv_out = wide
     pipeline.unet.config = dataclasses.replace(pipeline.unet.config, out_channels=6)
     for name, expected in plain.items():
-        if name == "ddpm-large":
-            assert not torch.allclose(last(pipeline, sampler=name), expected, atol=1e-3)
-        else:
-            torch.testing.assert_close(last(pipeline, sampler=name), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last(pipeline, sampler=name), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         wide.bias[3:] = 1.0  # ν = 1: β
     torch.testing.assert_close(last(pipeline, sampler="ddpm"), plain["ddpm-large"], rtol=1e-4, atol=1e-4)
+
+
+def widened(pipeline):
+    """The same network, which gives variances too: ν is 0.3 times its prediction, and 0.2 more."""
+    narrow, channels = pipeline.unet.conv_out, pipeline.codec.channels
+    wide = torch.nn.Conv2d(narrow.in_channels, 2 * channels, 3, padding=1)
+    with torch.no_grad():
+        wide.weight.copy_(torch.cat([narrow.weight, 0.3 * narrow.weight]))
+        wide.bias.copy_(torch.cat([narrow.bias, 0.3 * narrow.bias + 0.2]))
+    pipeline.unet.conv_out = wide
+    pipeline.unet.config = dataclasses.replace(pipeline.unet.config, out_channels=2 * channels)
+
+
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_schedulers_of_diffusers_take_learned_variances(space, tmp_path):
+    pipeline = tiny.pipeline(tmp_path, space)
+    made = {**SD, "timestep_spacing": "trailing"}
+    learned = DDPMScheduler(**made, clip_sample=False, variance_type="learned_range")
+    with pytest.raises(ValueError, match="'learned_range', but this model has no variances; set it to fixed_small"):
+        last(pipeline, sampler=learned)
+    plain = last(pipeline, sampler=DPMSolverMultistepScheduler(**made))
+    widened(pipeline)
+    ours = last(pipeline, sampler="ddpm")
+    torch.testing.assert_close(last(pipeline, sampler=learned), ours, rtol=1e-3, atol=1e-3)
+    fixed = DDPMScheduler(**made, clip_sample=False)
+    assert not torch.allclose(last(pipeline, sampler=fixed), ours, rtol=1e-2, atol=1e-2)
+    # A solver draws with none, whatever its settings say.
+    solver = DPMSolverMultistepScheduler(**made, variance_type="learned_range")
+    torch.testing.assert_close(last(pipeline, sampler=solver), plain, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="but this model has those of learned_range; set it to learned_range"):
+        last(pipeline, sampler=DDPMScheduler(**made, clip_sample=False, variance_type="learned"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "other", "count"),
+    [
+        ("langevin", {"num_langevin_steps": 3}, {"step_size": 0.1}, 6),
+        ("predictor-corrector", {"num_corrector_steps": 4}, {"snr": 0.3}, 6),
+    ],
+)
+def test_options_of_samplers_reach_them(name, options, other, count, pixels):
+    calls, kind = [], {"sampler": name, "num_inference_steps": 2, "guidance_scale": 1.0}
+    handle = pixels.unet.conv_in.register_forward_pre_hook(lambda module, given: calls.append(1))
+    try:
+        drawn = last(pixels, sampler_options=options, **kind)
+    finally:
+        handle.remove()
+    assert len(calls) == count
+    assert not torch.equal(last(pixels, sampler_options=options | other, **kind), drawn)
 
 
 def test_a_network_of_the_posterior_mean_draws_what_one_of_the_noise_draws(tmp_path):
@@ -271,6 +323,24 @@ def test_a_classifier_leads_the_picture(pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            {"sampler": "langevin", "sampler_options": {"snr": 1}},
+            "sampler 'langevin' has num_langevin_steps and step_s",
+        ),
+        ({"sampler_options": {"snr": 1}}, "sampler_options has 'snr'; sampler 'ddim' has none"),
+        ({"sampler": "langevin", "sampler_options": {"num_langevin_steps": 2.5}}, "num_langevin_steps is 2.5; it must"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; it must be a whole number"),
+        ({"eta": None}, "eta is None; it must be a number"),
+        ({"guidance_interval": (1, 2, 3)}, r"guidance_interval is \(1, 2, 3\); give two noise levels"),
+        ({"guidance_interval": 2.0}, "guidance_interval is 2.0; give two noise levels"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"seed": True}, "seed is True; it must be a whole number"),
+        ({"prompt": None}, "prompt is None; give a text"),
+        ({"latents": np.zeros((1, 3, 8, 8))}, "latents is a ndarray; it must be a tensor"),
+        ({"latents": torch.full((1, 3, 8, 8), math.nan)}, "latents is with nan or inf in it"),
+        ({"classifier": 3}, "classifier is 3; it must be a function"),
+        ({"classifier": lambda x, t: (x / 0).flatten(1).sum(dim=1)}, "classifier's log probability is not finite at"),
+        ({"classifier": lambda x, t: torch.ones(len(x), requires_grad=True)}, "does not depend on x_t, only on other"),
         ({"sampler": "ddmp"}, "sampler is 'ddmp'; did you mean 'ddpm'"),
         ({"sampler": "DPM++2M"}, r"did you mean 'dpm\+\+2m'"),
         ({"sampler": "abacus"}, "sampler is 'abacus'; known are ddim, "),
@@ -285,7 +355,7 @@ def test_a_classifier_leads_the_picture(pipeline):
 )
 def test_wrong_settings_are_named(arguments, message, pixels):
     with pytest.raises(ValueError, match=message):
-        pixels("a cat", **arguments)
+        pixels(**({"prompt": "a cat"} | arguments))
 
 
 def test_latents_have_no_range_to_threshold(tmp_path):

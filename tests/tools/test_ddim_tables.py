@@ -180,12 +180,11 @@ def study(data, tmp_path_factory):
         ddim_tables.DIGITS,
         read=lambda: data,
         recipe=recipe(2),
-        samples=8,
         features=lambda _: FEW,
     )
     patch.setitem(ddim_tables.DOMAINS, "digits", domain)
     arguments = Namespace(
-        only=["digits", "ablation"], samples=None, seeds=2, work=folder / "work", output=folder, device="cpu"
+        only=["digits", "ablation"], samples=8, seeds=2, work=folder / "work", output=folder, device="cpu"
     )
     ddim_tables.run(arguments)
     drawn_again = ddim_tables_cells.draw_piece
@@ -210,6 +209,7 @@ def test_a_study_writes_every_cell_and_keeps_what_a_person_wrote(study):
     assert [len(errors) for errors in results["table_2"].values()] == [8, 8]
     assert len(set(results["floor"]["few"])) == 10 and min(results["floor"]["few"]) > 0
     text = (study / "ddim_tables.md").read_text()
+    assert "    python -m tools.ddim_tables --only digits ablation --samples 8 --seeds 2\n\n" in text
     assert text.endswith("## Reading\n\nBy a person.\n")
     assert (study / "ddim_tables-digits.png").stat().st_size > 1000
     svg = ElementTree.fromstring((study / "ddim_tables-digits-leading.svg").read_text())
@@ -267,6 +267,7 @@ def test_claims_are_read_off_the_numbers():
     turned = {"5": AS_IN_THE_PAPER["1000"], "1000": AS_IN_THE_PAPER["5"]}
     said = ddim_tables_page.claims_of_table_1(turned, "f")
     assert [": holds." in claim for claim in said] == [True, False, False]
+    assert "not decided" in said[2] and said[2].endswith("so that they were never apart.")
     beaten = {"5": cells(**{"0": 10.0, "0.5": 9.0, "sigma_hat": 30.0}), "1000": AS_IN_THE_PAPER["1000"]}
     assert "does not hold" in ddim_tables_page.claims_of_table_1(beaten, "f")[0]
     beaten["5"]["0.5"] = [{"f": 9.8}, {"f": 9.9}]  # lower than 9.5 and 10.5 on average, but not seed by seed
