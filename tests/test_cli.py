@@ -85,9 +85,29 @@ def test_sampler_and_guidance_are_written_down_and_drawn_with(model, tmp_path, m
     assert (tile[::12, ::12] == np.asarray(Image.open(tmp_path / "a-7.png"))).mean() > 0.95
 
 
+def test_options_of_a_sampler_and_an_endless_interval_are_written_down(model, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    code = call(
+        monkeypatch, "generate", "a", "-m", model, "--seed", 7, "-o", path, "--steps", 2, "--sampler", "langevin",
+        "--sampler-option", "num_langevin_steps=2", "--sampler-option", "step_size=5e-2",
+        "--guidance-interval", 0, "inf",
+    )  # fmt: skip
+    assert code == 0
+    settings = json.loads(Image.open(path).text["settings"], parse_constant=pytest.fail)
+    kept = {"sampler", "sampler_options", "num_inference_steps", "guidance_interval"}
+    kept = {key: settings[key] for key in kept}
+    assert kept["sampler_options"] == {"num_langevin_steps": 2, "step_size": 0.05}
+    assert kept["guidance_interval"] == [0.0, "inf"]  # JSON has no infinity
+    again = Pipeline.from_pretrained(model)("a", seed=7, **kept)
+    assert (np.asarray(Image.open(path)) == np.asarray(again.images[0])).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["--sampler-option", "snr"], "--sampler-option is 'snr'; write KEY=NUMBER"),
+        (["--sampler-option", "snr=x"], "--sampler-option is 'snr=x'; write KEY=NUMBER"),
+        (["--sampler-option", "snr=1"], "sampler_options has 'snr'; sampler 'ddim' has none"),
         (["--sampler", "dimm"], "did you mean 'ddim'"),
         (["--guidance-interval", "5", "1"], "guidance_interval is (5, 1), turned round"),
         (["--guidance-rescale", "2"], "guidance_rescale is 2"),
@@ -296,6 +316,11 @@ def test_models_without_a_bound_are_refused_with_the_reason(model, tmp_path, mon
     tiny.edit_json(tmp_path / "blind" / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
     assert call(monkeypatch, "nll", tmp_path / "blind", "digits") == 2
     assert "prediction_type is epsilon, but at timestep 999 alpha is 0" in capsys.readouterr().err
+    wide = tiny.pipeline(tmp_path / "parts of wide")
+    tiny.widened(wide)
+    wide.save_pretrained(tmp_path / "learned")
+    assert call(monkeypatch, "nll", tmp_path / "learned", "digits", "--variance", "large") == 2
+    assert "has learned its variances; leave it out" in capsys.readouterr().err
     shutil.copytree(model, tmp_path / "wide")
     tiny.edit_json(tmp_path / "wide" / "unet" / "config.json", sample_size=[8, 16])
     assert call(monkeypatch, "nll", tmp_path / "wide", "digits") == 2

@@ -87,16 +87,27 @@ def _introduction(everything: Results) -> str:
         "guidance 1. The pictures\nof one seed have the same x_T, captions and noise in every cell. x̂_0 is kept to the "
         "range of images. The **Fréchet distance** is that of FID\non other features, so that it compares within a "
         "table alone:\n\n"
-        "- *digit*: the last hidden layer (32 numbers) of a classifier of the digits;\n"
-        "- *pixel*: 64 random directions of 8×8 colours and 4×4 edges, without any network;\n"
-        "- *efficientnet*: 64 random directions of the 1,280 features of EfficientNet-Lite0, which photographs taught "
-        "to see, for\nimages enlarged to 64 pixels.\n\n"
+        f"{_features(everything)}\n\n"
         "The reference are all images of the data, training and held out. ± is half of the 95 % interval (Student) "
         "over seeds of sampling, for\none trained model: it does not hold what another training would change. *Real "
         "pictures*: the distance of as many real images from the\nrest, over ten choices of them. A perfect model "
         "would get about as much: of few samples, no distance is 0.\n"
         f"Computed on {_machine(everything)}."
     )
+
+
+FEATURES = {
+    "digit": "the last hidden layer (32 numbers) of a classifier of the digits",
+    "pixel": "64 random directions of 8×8 colours and 4×4 edges, without any network",
+    "efficientnet": "64 random directions of the 1,280 features of EfficientNet-Lite0, which photographs taught "
+    "to see,\n  for images enlarged to 64 pixels",
+}
+
+
+def _features(everything: Results) -> str:
+    """What the distances are measured on, of those on the page."""
+    names = dict.fromkeys(name for results in everything.values() for name in results["floor"])
+    return ";\n".join(f"- *{name}*: {FEATURES.get(name, name)}" for name in names) + "."
 
 
 def _commands(everything: Results) -> str:
@@ -156,9 +167,10 @@ def _table_1(rows: Results, feature: str, floor: Sequence[float]) -> str:
     return table([f"S; *{feature}* features, real pictures: {shown(floor)}", *COLUMNS.values()], lines)
 
 
-def _verdict(claim: str, holds: bool | None, facts: str) -> str:
-    """None: the numbers do not say."""
-    said = "is not decided by these seeds" if holds is None else "holds" if holds else "does not hold"
+def _verdict(claim: str, holds: bool | str | None, facts: str) -> str:
+    """None: the numbers do not say; a text is another verdict."""
+    verdicts = {None: "is not decided by these seeds", True: "holds", False: "does not hold"}
+    said = holds if isinstance(holds, str) else verdicts[holds]
     return f"- **{claim}: {said}.** {facts}"
 
 
@@ -180,9 +192,9 @@ def claims_of_table_1(rows: Results, feature: str) -> list[str]:
         ),
         _verdict(
             f"At S = {many} they meet",
-            spread < 1.5 if wide >= 1.5 else None,
+            spread < 1.5 if wide >= 1.5 else "does not apply",
             f"The largest distance is {spread:.2f} times the smallest (called meeting below 1.5); at S = {few} it is "
-            f"{wide:.2f} times" + ("." if wide >= 1.5 else ", so that they were never apart."),
+            f"{wide:.2f} times" + ("." if wide >= 1.5 else ", so that they were not apart."),
         ),
     ]
 

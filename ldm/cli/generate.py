@@ -72,6 +72,7 @@ def generate(
         raise ValueError(f"--progress-strip is {progress_strip}; it must end in .png, and be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
+    options = dict(map(_option, sampler_option or []))
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
 
     pipeline = Pipeline.from_pretrained(model, device=device)
@@ -81,7 +82,7 @@ def generate(
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
     drawn: dict[str, Any] = {
         "sampler": pipeline.sampler if sampler is None else sampler,
-        "sampler_options": dict(map(_option, sampler_option or [])),
+        "sampler_options": options or None,
         "eta": eta,
         "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
         "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
@@ -148,6 +149,7 @@ def _option(entry: str) -> tuple[str, float]:
     """ "snr=0.1" → the name and the number."""
     name, _, value = entry.partition("=")
     try:
-        return name, int(value) if value.isdecimal() else float(value)
+        found = float(value)
     except ValueError:
         raise ValueError(f"--sampler-option is {entry!r}; write KEY=NUMBER, such as snr=0.1") from None
+    return name, int(found) if found.is_integer() else found

@@ -11,8 +11,7 @@ prediction: it changes the first C and hands ν on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -126,8 +125,7 @@ def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided:
     Raises:
         ValueError: if the interval is turned round, empty, or no interval of noise levels.
     """
-    check_interval(interval)
-    low, high = interval
+    low, high = check_interval(interval)
 
     def denoise(x_t: Tensor, t: int) -> Tensor:
         alpha, sigma = alpha_sigma_at(schedule, t)
@@ -156,7 +154,8 @@ def classifier_guidance(
         scale: s, any finite number.
 
     Raises:
-        ValueError: if the classifier gives anything but [B], or does not depend on x_t; where v or x_0 is
+        ValueError: if the classifier gives anything but [B], does not depend on x_t, or has a gradient that is not
+            finite; where v or x_0 is
             predicted and α is 0, because its shift divides by α.
     """
     if not math.isfinite(scale):
@@ -236,10 +235,11 @@ def check_rescale(phi: float) -> None:
         raise ValueError(f"guidance_rescale is {phi}; it must be 0 (off) to 1 (0.7 is usual)")
 
 
-def check_interval(interval: tuple[float, float]) -> None:
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(isinstance(end, Real) for end in interval):
-        raise ValueError(f"guidance_interval is {interval!r}; give two noise levels sigma/alpha, (low, high)")
-    low, high = interval
+def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in interval)
+    except (TypeError, ValueError):
+        raise ValueError(f"guidance_interval is {interval!r}; give two noise levels sigma/alpha, (low, high)") from None
     if low > high:
         raise ValueError(
             f"guidance_interval is ({low:g}, {high:g}), turned round; give the lower noise level first: "
@@ -249,3 +249,4 @@ def check_interval(interval: tuple[float, float]) -> None:
         raise ValueError(
             f"guidance_interval is ({low:g}, {high:g}); it must be two noise levels sigma/alpha, 0 <= low < high"
         )
+    return low, high

@@ -69,7 +69,7 @@ def annealed_langevin(
     if steps[0].alpha == 0:
         raise ValueError(
             f"annealed Langevin dynamics cannot start at timestep {steps[0].t}, where alphas_cumprod is 0 and the "
-            "noise of x/alpha infinite; give a grid that starts lower, or take another sampler"
+            "noise of x/alpha infinite; start lower (timestep_spacing leading does), or take another sampler"
         )
     for index, (t, _, alpha, sigma, alpha_prev, _) in enumerate(steps):
         drift, deviation = 0.5 * step_size * sigma, math.sqrt(step_size) * sigma

@@ -180,11 +180,10 @@ def ddim_inversion(
 ) -> Iterator[State]:
     """DDIM run forwards, from x_0 to x_T: the ODE of DDIM, Eq. 14, by Euler's method with growing noise (section 4.3).
 
-    Each step asks the network about x_{t_prev} under its own label t_prev, as Euler's method does; only the first,
-    whose image has no noise and so no label, under that of the end it goes to. (diffusers' DDIMInverseScheduler asks
-    under t at every step. That is of first order too, and comes back closer or not as close, by the data: on OpenMoji
-    at S = 50 this is closer, on Gaussian data N(0.7, 0.4²) the other.) x̂_0 is never projected: sampling could not
-    undo that.
+    Each step asks the network about x_{t_prev} under its own label, as Euler's method does; an image without noise has
+    none, and is asked about under that of the end it goes to. diffusers' DDIMInverseScheduler asks under t at every
+    step, which is of first order too. On digits that comes back closer up to S = 20, and less close from 50 on
+    (docs/ddim_tables.md). x̂_0 is never projected: sampling could not undo that.
 
     Args:
         latents: x_0, [B, C, H, W]: the state at the last t_prev of `grid`.
@@ -198,13 +197,12 @@ def ddim_inversion(
     """
     steps = reversed(transitions(schedule, grid))
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(steps):
-        if t_prev < 0:
-            prediction, seen = denoise(latents, t), (alpha, sigma)
-        else:
-            prediction, seen = denoise(latents, t_prev), (alpha_prev, sigma_prev)
-        prediction, _ = split_variance(prediction, latents)
+        # Before timestep 0 stands a state without noise, or with that of timestep 0 (set_alpha_to_one).
+        label = t_prev if t_prev >= 0 else 0 if sigma_prev > 0 else t
+        prediction, _ = split_variance(denoise(latents, label), latents)
         # Read with α and σ of the label: the network took x for a state there.
-        epsilon = convert(prediction, latents, prediction_type, "epsilon", alpha=seen[0], sigma=seen[1])
+        alpha_seen, sigma_seen = schedule.alpha_sigma(label)
+        epsilon = convert(prediction, latents, prediction_type, "epsilon", alpha=alpha_seen, sigma=sigma_seen)
         original = (latents - sigma_prev * epsilon) / alpha_prev  # DDIM, Eq. 9
         latents = alpha * original + sigma * epsilon
         yield State(index, t_prev, latents, original)

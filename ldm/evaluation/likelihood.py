@@ -25,12 +25,11 @@ from ldm.diffusion import (
     variational_terms,
 )
 from ldm.diffusion.likelihood import prior_term
-from ldm.evaluation.frechet import student_quantile
+from ldm.evaluation.frechet import NORMAL_95, student_quantile
 from ldm.pipelines import Pipeline
 
 IMAGES_AT_ONCE = 32
 EVALUATIONS_AT_ONCE = 256
-NORMAL_95 = 1.96  # standard deviations on both sides that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from typing import Any
 
 
 def image_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, num_images_per_prompt: int
 ) -> tuple[list[str], list[str]]:
     """One prompt and one negative prompt an image."""
-    if prompt is None:
-        raise ValueError('prompt is None; give a text ("" for none)')
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or a list of texts")
     if not prompts:
         raise ValueError("the prompt list is empty; give at least one text")
-    check_whole("num_images_per_prompt", num_images_per_prompt)
-    if num_images_per_prompt < 1:
+    if whole("num_images_per_prompt", num_images_per_prompt) < 1:
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
-    negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+    if negative is None or isinstance(negative, str):
+        negatives = [negative or ""] * len(prompts)
+    else:
+        negatives = listed("negative_prompt", negative, "a text, or a list of texts")
     if len(negatives) != len(prompts):
         raise ValueError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
@@ -35,17 +36,42 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     """One seed an image: seed + i from one number, fresh ones from None."""
     if seed is None:
         seed = secrets.randbelow(2**31 - images)
-    given = list(seed) if isinstance(seed, Iterable) else [seed]
-    for s in given:
-        if isinstance(s, bool) or not isinstance(s, Integral) or not 0 <= s < 2**63:
-            raise ValueError(f"seed is {s!r}; it must be a whole number from 0 to 2**63 - 1")
-    if not isinstance(seed, Iterable):
-        return [int(seed) + i for i in range(images)]
-    if len(given) != images:
-        raise ValueError(f"there are {len(given)} seeds for {images} images; give one int, or one an image")
-    return [int(s) for s in given]
+    # A list, or an array of numpy or torch.
+    several: Any = seed if isinstance(seed, Sequence) or getattr(seed, "ndim", None) else None
+    if several is not None:
+        seeds = [whole("seed", s) for s in several]
+    else:
+        seeds = [whole("seed", seed) + i for i in range(images)]
+    if len(seeds) != images:
+        raise ValueError(f"there are {len(seeds)} seeds for {images} images; give one int, or one an image")
+    for s in seeds:
+        if not 0 <= s < 2**63:
+            raise ValueError(f"seed is {s}; it must be a whole number from 0 to 2**63 - 1")
+    return seeds
 
 
-def check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+def listed(name: str, values: Iterable[Any], wanted: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise ValueError(f"{name} is {values!r}; give {wanted}") from None
+
+
+def whole(name: str, value: Any) -> int:
+    """The value as an int, of whatever package; no float, and no truth value."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {value!r}; it must be a whole number")
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float, of whatever package; no text, and no truth value."""
+    try:
+        if not isinstance(value, bool | str):
+            return float(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {value!r}; it must be a number")

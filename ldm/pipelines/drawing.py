@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.codecs import Codec, Tile
 from ldm.diffusion import LogLikelihood, NoiseSchedule, ScheduleConfig, State, Step
 from ldm.models import UNet
-from ldm.pipelines.arguments import image_prompts, image_seeds
+from ldm.pipelines.arguments import image_prompts, image_seeds, number, whole
 from ldm.pipelines.images import to_pil
 from ldm.pipelines.sampling import Settings, bounds, direct, draw_noise, find_sampler, guided, walk
 from ldm.pipelines.schedulers import Scheduler
@@ -131,6 +131,8 @@ class Drawing:
             sampler_options=sampler_options,
             eta=eta,
         )
+        if on_step is not None and not callable(on_step):
+            raise ValueError(f"on_step is {on_step!r}; it must be a function of a State")
         seeds = image_seeds(seed, len(prompts))
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
         if latents is not None and not (isinstance(latents, Tensor) and bool(latents.isfinite().all())):
@@ -171,9 +173,11 @@ class Drawing:
 
     def _settings(self, num_inference_steps: int | None, guidance_scale: float | None, **others: object) -> Settings:
         """The settings, with the defaults of this model, checked as far as can be before anything is computed."""
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
         settings = Settings(
-            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            num_inference_steps=whole("num_inference_steps", steps),
+            guidance_scale=number("guidance_scale", scale),
             **others,  # type: ignore[arg-type]
         )
         self._grid(settings)
@@ -191,6 +195,9 @@ class Drawing:
     def _blank(self, images: int, height: int | None, width: int | None) -> Tensor:
         """Zeros in the shape, [images, C, h, w], and with the dtype and device of what is diffused."""
         default_height, default_width = self.default_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None:
+                whole(name, value)
         shape = self.codec.latent_shape(
             default_height if height is None else height, default_width if width is None else width
         )

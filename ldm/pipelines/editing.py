@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion import NoiseSchedule, State, conditioned, ddim_inversion, slerp
-from ldm.pipelines.arguments import check_whole, image_prompts, image_seeds
+from ldm.pipelines.arguments import image_prompts, image_seeds, listed, whole
 from ldm.pipelines.drawing import Drawing, PipelineOutput
 from ldm.pipelines.images import from_pil, to_pil
-from ldm.pipelines.sampling import SAMPLERS, direct, draw_noise
+from ldm.pipelines.sampling import SAMPLERS, direct, draw_noise, shown
 
 
 class Editing(Drawing):
@@ -52,15 +52,13 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the argument, its value and the range.
         """
-        prompts = [prompt, prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt, prompt] if isinstance(prompt, str) else listed("prompt", prompt, "one text, or two")
         if len(prompts) != 2:
             raise ValueError(f"there are {len(prompts)} prompts; give one, or the two to go between")
-        check_whole("steps", steps)
-        if steps < 2:
+        if whole("steps", steps) < 2:
             raise ValueError(f"steps is {steps}; it must be at least 2, the two ends")
-        if isinstance(seeds, int) or seeds is None:
-            raise ValueError(f"seeds is {seeds}; give two, those of the ends")
-        prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt), 1)
+        ends = image_seeds(listed("seeds", seeds, "two, those of the ends"), 2)
+        prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt or ""), 1)
         settings = self._settings(
             num_inference_steps,
             guidance_scale,
@@ -72,19 +70,16 @@ class Editing(Drawing):
         if settings.draws or not isinstance(sampler, str):
             known = ", ".join(name for name, row in SAMPLERS.items() if not row.draws)
             raise ValueError(
-                f"sampler is {_shown(sampler)}; between pictures it must draw no noise: choose one of {known}"
+                f"sampler is {shown(sampler)}; between pictures it must draw no noise: choose one of {known}"
             )
-        start, end = (
-            draw_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width))
-            for s in image_seeds(list(seeds), 2)
-        )
+        start, end = (draw_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width)) for s in ends)
         fractions = [i / (steps - 1) for i in range(steps)]
         latents = torch.cat([slerp(start, end, fraction) for fraction in fractions])  # [steps, C, h, w]
         first, last = self._states(prompts)  # [L, D] each
         condition = torch.stack([torch.lerp(first, last, fraction) for fraction in fractions])  # [steps, L, D]
         null = self._states(negatives[:1]).expand(steps, -1, -1)
         final = self._walk(condition, null, latents, settings, [])
-        return PipelineOutput(to_pil(self.codec.decode(final)), list(seeds))
+        return PipelineOutput(to_pil(self.codec.decode(final)), ends)
 
     @torch.inference_mode()
     def variations(
@@ -104,6 +99,7 @@ class Editing(Drawing):
         guidance_interval: tuple[float, float] | None = None,
         dynamic_threshold: float | None = None,
         sampler: str = "ddpm",
+        sampler_options: Mapping[str, float] | None = None,
         eta: float = 0.0,
     ) -> PipelineOutput:
         """Several pictures from one x_t: their noise is shared down to timestep t, then each goes its own way.
@@ -116,15 +112,14 @@ class Editing(Drawing):
             shared_seed: of x_T and of the noise down to t.
             seed: of the noise after t, as in `__call__`.
             count: how many pictures.
-            sampler: one that draws noise: "ddpm", or "ddim" with eta above 0.
+            sampler, sampler_options: one that draws noise: "ddpm", or "ddim" with eta above 0; what else it has.
 
         Raises:
             ValueError: naming the argument, its value and the range.
         """
-        check_whole("count", count)
-        if count < 1:
+        if whole("count", count) < 1:
             raise ValueError(f"count is {count}; it must be at least 1")
-        texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt)
+        texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt or "")
         prompts, negatives = image_prompts(*texts, count)
         settings = self._settings(
             num_inference_steps,
@@ -133,16 +128,16 @@ class Editing(Drawing):
             guidance_interval=guidance_interval,
             dynamic_threshold=dynamic_threshold,
             sampler=sampler,
+            sampler_options=sampler_options,
             eta=eta,
         )
         if not settings.draws:
             known = ", ".join(name for name, row in SAMPLERS.items() if row.draws)
             raise ValueError(
-                f"sampler is {_shown(sampler)} with eta {eta}, which draws no noise, so that all pictures would be "
+                f"sampler is {shown(sampler)} with eta {eta}, which draws no noise, so that all pictures would be "
                 f"one; choose {known}, or ddim with eta above 0"
             )
-        check_whole("shared_until", shared_until)
-        check_whole("shared_seed", shared_seed)
+        shared_until, shared_seed = whole("shared_until", shared_until), whole("shared_seed", shared_seed)
         grid = self._grid(settings)
         if not grid[-1].t <= shared_until <= grid[0].t:
             raise ValueError(
@@ -195,8 +190,8 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the image and what is wrong with it, or the argument.
         """
-        pictures = [image] if isinstance(image, Image.Image) else list(image)
-        texts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+        pictures = [image] if isinstance(image, Image.Image) else listed("image", image, "a picture, or a list of them")
+        texts = [prompt] * len(pictures) if isinstance(prompt, str) else listed("prompt", prompt, "one text, or a list")
         if len(texts) != len(pictures):
             raise ValueError(f"there are {len(texts)} prompts for {len(pictures)} images; give one, or one an image")
         images = from_pil(pictures)  # [B, 3, H, W]
@@ -221,11 +216,7 @@ class Editing(Drawing):
         return to_pil(self.codec.decode(state.pred_original_sample))
 
 
-def _one_text(name: str, value: str | None) -> str:
-    if value is not None and not isinstance(value, str):
+def _one_text(name: str, value: str) -> str:
+    if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}; give one text")
-    return value or ""
-
-
-def _shown(sampler: object) -> str:
-    return repr(sampler) if isinstance(sampler, str) else type(sampler).__name__
+    return value

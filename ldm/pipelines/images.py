@@ -47,7 +47,7 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = No
     """Writes a PNG, whole or not at all, with `text` (prompt, seed, settings) as its iTXt chunks."""
     info = PngInfo()
     for key, value in (text or {}).items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False))
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk.new_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
@@ -60,7 +60,8 @@ class ProgressStrip:
 
     Args:
         preview: from a state to pictures: `Pipeline.preview`.
-        steps: of the run.
+        steps: states of the run: S, but `len(scheduler.timesteps)` with a scheduler of diffusers that evaluates more
+            often than that (Heun's, PNDM).
         columns: how many of them are shown, at most.
     """
 
@@ -68,25 +69,16 @@ class ProgressStrip:
         columns = min(columns, steps)
         self._shown = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
         self._preview = preview
-        self._newest: State | None = None
         self.timesteps: list[int] = []
         self._columns: list[list[Image.Image]] = []
 
     def __call__(self, state: State) -> None:
-        self._newest = state
         if state.index in self._shown:
-            self._add(state)
-
-    def _add(self, state: State) -> None:
-        self.timesteps.append(state.timestep)
-        self._columns.append(self._preview(state))
+            self.timesteps.append(state.timestep)
+            self._columns.append(self._preview(state))
 
     def sheet(self, captions: Sequence[str]) -> Image.Image:
         """One row an image, under its caption and the timesteps."""
-        # Some schedulers of diffusers evaluate more often than they have steps.
-        if self._newest is not None and self._newest.index > max(self._shown):
-            self._add(self._newest)
-            self._newest = None
         rows = list(zip(*self._columns, strict=True))
         steps = ", ".join(map(str, self.timesteps))
         return contact_sheet(rows, [f"{caption}, t = {steps}" for caption in captions], size=max(rows[0][0].width, 96))

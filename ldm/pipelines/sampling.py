@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ from ldm.diffusion import (
 from ldm.diffusion.guidance import check_interval, check_rescale
 from ldm.diffusion.sampling import Noise, Project, check_sampler
 from ldm.diffusion.thresholding import check_percentile
-from ldm.pipelines.arguments import check_whole
+from ldm.pipelines.arguments import number, whole
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 
 
@@ -143,13 +142,9 @@ class Settings:
     classifier_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_whole("num_inference_steps", self.num_inference_steps)
-        for name in ("guidance_scale", "eta", "guidance_rescale", "dynamic_threshold", "classifier_scale"):
-            value = getattr(self, name)
-            if name == "dynamic_threshold" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise ValueError(f"{name} is {value!r}; it must be a number")
+        for name in ("eta", "guidance_rescale", "dynamic_threshold", "classifier_scale"):
+            if name != "dynamic_threshold" or self.dynamic_threshold is not None:
+                number(name, getattr(self, name))
         if not math.isfinite(self.guidance_scale):
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; it must be a finite number (1 is no guidance, 7.5 usual)"
@@ -172,16 +167,19 @@ class Settings:
                 raise ValueError(f"sampler_options is {self.sampler_options}; a scheduler object has its own settings")
         else:
             raise ValueError(
-                f"sampler is {self.sampler!r}; give a scheduler object of diffusers, or one of {', '.join(SAMPLERS)}"
+                f"sampler is {shown(self.sampler)}; give a scheduler object of diffusers, or one of "
+                f"{', '.join(SAMPLERS)}"
             )
 
     def _check_options(self, known: frozenset[str]) -> None:
-        for name, value in (self.sampler_options or {}).items():
+        given = {} if self.sampler_options is None else self.sampler_options
+        if not isinstance(given, Mapping):
+            raise ValueError(f"sampler_options is {given!r}; give names with their numbers: {{'snr': 0.1}}")
+        for name, value in given.items():
             if name not in known:
                 has = f"has {' and '.join(sorted(known))}" if known else "has none"
                 raise ValueError(f"sampler_options has {name!r}; sampler {self.sampler!r} {has}")
-            if name.startswith("num_"):
-                check_whole(name, value)
+            (whole if name.startswith("num_") else number)(name, value)
 
     @property
     def draws(self) -> bool:
@@ -193,6 +191,11 @@ def find_sampler(name: str) -> Sampler:
     """The row of that name; ValueError with the nearest name where there is none."""
     check_sampler(name, others=", and diffusers' schedulers")
     return SAMPLERS[name]
+
+
+def shown(sampler: object) -> str:
+    """A sampler in an error: its name, or its class, for schedulers print all that they hold."""
+    return repr(sampler) if isinstance(sampler, str | int | float | type | None) else type(sampler).__name__
 
 
 def bounds(codec: Codec, percentile: float | None) -> Project:
@@ -226,10 +229,10 @@ def direct(
                 f"the sampler asks at timestep {float(timesteps[0])}, but a posterior mean is known at whole ones; "
                 "take another spacing, or one of our own samplers"
             )
-        if schedule.alphas_cumprod[-1] == 0:
+        if schedule.alphas_cumprod[t] == 0:
             raise ValueError(
-                "this model predicts posterior_mean on a schedule that ends in pure noise (rescale_betas_zero_snr), "
-                "where it says nothing about x_0; train it with v_prediction or sample"
+                f"this model predicts posterior_mean, which samplers read as noise, and at timestep {t}, where alpha "
+                "is 0, noise says nothing about x_0; set timestep_spacing to leading, or train with v_prediction"
             )
         return as_noise(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
 
@@ -290,6 +293,7 @@ def walk(
             generators=generators,
             project=project,
             prediction_type=prediction_type,
+            learned_variance=learned_variance,
         )
     run = Run(
         denoise=denoise,

@@ -90,6 +90,7 @@ def run_scheduler(
     generators: Sequence[torch.Generator],
     project: Project,
     prediction_type: PredictionType,
+    learned_variance: bool,
 ) -> Iterator[State]:
     """The loop that the pipelines of diffusers run around a scheduler, as a generator of states.
 
@@ -102,6 +103,7 @@ def run_scheduler(
         latents: standard normal, [B, C, H, W].
         num_inference_steps: as `set_timesteps` takes it; some schedulers evaluate more often than that.
         generators: one an image, on the CPU.
+        learned_variance: whether the network gives 2C channels.
 
     Raises:
         ValueError: for a scheduler that walks from pictures to noise, and one of learned variances where the network
@@ -109,13 +111,9 @@ def run_scheduler(
     """
     scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
     scheduler.set_timesteps(num_inference_steps, latents.device)
-    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+    if "Inverse" in name or scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(f"{name} goes from a picture to noise, which pipeline.invert does; take one that draws")
-    learned = str(scheduler.config.get("variance_type")).startswith("learned")
-    if learned and "variance_type" not in vars(scheduler):
-        # Solvers do not draw with a variance, and would cut it off a prediction of which it is no part.
-        scheduler, learned = cast(Any, type(scheduler)).from_config(scheduler.config, variance_type=None), False
-        scheduler.set_timesteps(num_inference_steps, latents.device)
+    draws_learned = _draws_learned(scheduler, learned_variance)
     takes = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {}
     if "eta" in takes:
@@ -135,19 +133,26 @@ def run_scheduler(
         if projected is not original:
             noise = (x_t - alpha * projected) / sigma
             original, prediction = projected, training_target(projected, noise, alpha, sigma, prediction_type)
-        if learned:
-            prediction = torch.cat([prediction, _fraction(variance, scheduler)], dim=1)  # [B, 2C, H, W]
+        if draws_learned and variance is not None:
+            prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
         latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
         yield State(index, round(t), latents, original)
 
 
-def _fraction(variance: Tensor | None, scheduler: Scheduler) -> Tensor:
-    """ν of a network, for a scheduler that draws with it."""
-    kind = scheduler.config.get("variance_type")
-    if variance is None or kind != "learned_range":
-        has = "has no variances" if variance is None else "has those of learned_range"
+def _draws_learned(scheduler: Any, learned_variance: bool) -> bool:
+    """Whether a scheduler draws with the variance of the network; one that has no use for it is set to none."""
+    kind = str(scheduler.config.get("variance_type"))
+    if not kind.startswith("learned"):
+        return False
+    if "variance_type" not in vars(scheduler):
+        # A solver, which would cut a variance off that the prediction does not hold.
+        scheduler.register_to_config(variance_type=None)
+        return False
+    name = type(scheduler).__name__
+    if not learned_variance:
+        raise ValueError(f"{name} has variance_type {kind!r}, but this model has no variances; set it to a fixed one")
+    if kind != "learned_range":
         raise ValueError(
-            f"{type(scheduler).__name__} has variance_type {kind!r}, but this model {has}; set it to "
-            f"{'fixed_small' if variance is None else 'learned_range'}"
+            f"{name} has variance_type {kind!r}, but this model has those of learned_range; set it to that"
         )
-    return variance
+    return True

@@ -102,7 +102,7 @@ def test_classifier_guidance_at_scale_1_samples_the_class(sampler, label, mode):
     distance = (points[:, None] - mixture.MEANS).norm(dim=-1)  # [B, 4]
     nearest = distance.argmin(dim=1)
     assert float((mixture.CLASS_OF[nearest] == label).double().mean()) > 0.99
-    members = (mixture.CLASS_OF == label).nonzero().flatten().tolist()
+    members = torch.eq(mixture.CLASS_OF, label).nonzero().flatten().tolist()
     for which in members:
         own = points[nearest == which]
         expected = float(mixture.WEIGHTS[which] / mixture.WEIGHTS[members].sum())

@@ -172,7 +172,8 @@ def test_inversion_is_that_of_diffusers_step_by_step(steps, spacing, offset, to_
     latents = start()
     states = ddim_inversion(network, start(), schedule, grid)
     for state, t, step in zip(states, theirs.timesteps.tolist(), reversed(grid), strict=True):
-        after = theirs.step(network(latents, step.t_prev if step.t_prev >= 0 else t), t, latents)
+        label = step.t_prev if step.t_prev >= 0 else t if to_one else 0
+        after = theirs.step(network(latents, label), t, latents)
         latents = after.prev_sample
         assert state.timestep == step.t_prev
         assert_near(state.latents, latents)

@@ -83,7 +83,15 @@ def test_inversion_takes_pictures_of_any_size_the_codec_takes(pipeline):
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(to_pil(images), pictures, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "euler-maruyama"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "ddim", "eta": 0.7},
+        {"sampler": "euler-maruyama"},
+        {"sampler": "predictor-corrector", "sampler_options": {"snr": 0.05}},
+    ],
+)
 def test_variations_share_their_noise_down_to_a_timestep(pipeline, options):
     kind = {"num_inference_steps": 10, "shared_seed": 1} | options
     grid = NoiseSchedule.from_config(pipeline.schedule).grid(10)
@@ -141,11 +149,12 @@ def test_previews_show_the_predicted_picture(pipeline):
     assert same(np.stack([np.asarray(image) for image in last]).astype(int), arrays(output))  # ᾱ ends at 1
     sheet = strip.sheet(["one", "two"])
     assert sheet.width >= 8 * 100 and sheet.height >= 2 * 96
-    heun = HeunDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    long, states = ProgressStrip(pipeline.preview, 4), []
-    pipeline("a cat", seed=1, num_inference_steps=4, sampler=heun, on_step=lambda s: (long(s), states.append(s)))
-    long.sheet(["one"])
-    assert len(states) == 7 and len(long.timesteps) == 5 and long.timesteps[-1] == states[-1].timestep
+    heun, states = HeunDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), []
+    heun.set_timesteps(4)
+    long = ProgressStrip(pipeline.preview, len(heun.timesteps))
+    kind = {"num_inference_steps": 4, "sampler": heun}
+    pipeline("a cat", seed=1, on_step=lambda state: (long(state), states.append(state)), **kind)
+    assert long.timesteps == [state.timestep for state in states] and len(states) == 7
     short = ProgressStrip(pipeline.preview, 3)
     pipeline("a cat", seed=1, num_inference_steps=3, on_step=short)
     assert len(short.timesteps) == 3
@@ -161,6 +170,10 @@ def test_previews_show_the_predicted_picture(pipeline):
             lambda p: p.interpolate("a", (1, 2), negative_prompt=["x", "y"]),
             r"negative_prompt is \['x', 'y'\]; give one",
         ),
+        (lambda p: p.variations(None, shared_until=500, shared_seed=1), "prompt is None; give one text"),
+        (lambda p: p.interpolate(None, (1, 2)), "prompt is None; give one text, or two"),
+        (lambda p: p.invert(None), "image is None; give a picture"),
+        (lambda p: p.invert(Image.new("RGB", (8, 8)), None), "prompt is None; give one text"),
         (lambda p: p.variations(["a", "b"], shared_until=500, shared_seed=1), r"prompt is \['a', 'b'\]; give one text"),
         (lambda p: p.variations("a", shared_until=500, shared_seed=None), "shared_seed is None; it must be a whole"),
         (

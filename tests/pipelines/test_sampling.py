@@ -186,26 +186,15 @@ def test_a_learned_variance_steers_ddpm_and_nothing_else(tmp_path):
     torch.testing.assert_close(last(pipeline, sampler="ddpm"), plain["ddpm-large"], rtol=1e-4, atol=1e-4)
 
 
-def widened(pipeline):
-    """The same network, which gives variances too: ν is 0.3 times its prediction, and 0.2 more."""
-    narrow, channels = pipeline.unet.conv_out, pipeline.codec.channels
-    wide = torch.nn.Conv2d(narrow.in_channels, 2 * channels, 3, padding=1)
-    with torch.no_grad():
-        wide.weight.copy_(torch.cat([narrow.weight, 0.3 * narrow.weight]))
-        wide.bias.copy_(torch.cat([narrow.bias, 0.3 * narrow.bias + 0.2]))
-    pipeline.unet.conv_out = wide
-    pipeline.unet.config = dataclasses.replace(pipeline.unet.config, out_channels=2 * channels)
-
-
 @pytest.mark.parametrize("space", ["pixel", "latent"])
 def test_schedulers_of_diffusers_take_learned_variances(space, tmp_path):
     pipeline = tiny.pipeline(tmp_path, space)
     made = {**SD, "timestep_spacing": "trailing"}
     learned = DDPMScheduler(**made, clip_sample=False, variance_type="learned_range")
-    with pytest.raises(ValueError, match="'learned_range', but this model has no variances; set it to fixed_small"):
+    with pytest.raises(ValueError, match="'learned_range', but this model has no variances; set it to a fixed"):
         last(pipeline, sampler=learned)
     plain = last(pipeline, sampler=DPMSolverMultistepScheduler(**made))
-    widened(pipeline)
+    tiny.widened(pipeline)
     ours = last(pipeline, sampler="ddpm")
     torch.testing.assert_close(last(pipeline, sampler=learned), ours, rtol=1e-3, atol=1e-3)
     fixed = DDPMScheduler(**made, clip_sample=False)
@@ -213,7 +202,7 @@ def test_schedulers_of_diffusers_take_learned_variances(space, tmp_path):
     # A solver draws with none, whatever its settings say.
     solver = DPMSolverMultistepScheduler(**made, variance_type="learned_range")
     torch.testing.assert_close(last(pipeline, sampler=solver), plain, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="but this model has those of learned_range; set it to learned_range"):
+    with pytest.raises(ValueError, match="but this model has those of learned_range; set it to that"):
         last(pipeline, sampler=DDPMScheduler(**made, clip_sample=False, variance_type="learned"))
 
 
@@ -333,6 +322,15 @@ def test_a_classifier_leads_the_picture(pipeline):
         ({"eta": None}, "eta is None; it must be a number"),
         ({"guidance_interval": (1, 2, 3)}, r"guidance_interval is \(1, 2, 3\); give two noise levels"),
         ({"guidance_interval": 2.0}, "guidance_interval is 2.0; give two noise levels"),
+        ({"sampler": "langevin", "sampler_options": {"step_size": "x"}}, "step_size is 'x'; it must be a number"),
+        ({"sampler_options": [("snr", 1)]}, r"sampler_options is \[\('snr', 1\)\]; give names with their numbers"),
+        ({"sampler": EulerDiscreteScheduler(**SD), "sampler_options": {"snr": 1}}, "scheduler object has its own"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2'; it must be a number"),
+        ({"height": 8.0}, "height is 8.0; it must be a whole number"),
+        ({"on_step": 3}, "on_step is 3; it must be a function"),
+        ({"negative_prompt": 5}, "negative_prompt is 5; give a text"),
+        ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, "seed is 9223372036854775808; it must be"),
+        ({"seed": torch.tensor(1.5)}, "seed is tensor.1.5000.; it must be a whole number"),
         ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
         ({"seed": True}, "seed is True; it must be a whole number"),
         ({"prompt": None}, "prompt is None; give a text"),
@@ -356,6 +354,24 @@ def test_a_classifier_leads_the_picture(pipeline):
 def test_wrong_settings_are_named(arguments, message, pixels):
     with pytest.raises(ValueError, match=message):
         pixels(**({"prompt": "a cat"} | arguments))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pixels):
+    expected = last(pixels, seed=3, guidance_scale=2.0, guidance_interval=(0.1, 5.0), num_inference_steps=3)
+    for make in (np.array, torch.tensor):
+        kind = {"num_inference_steps": make(3), "guidance_scale": make(2.0), "guidance_interval": make([0.1, 5.0])}
+        assert torch.equal(last(pixels, seed=make([3]), **kind), expected)
+        assert torch.equal(last(pixels, seed=make(3), **kind), expected)
+
+
+def test_a_posterior_mean_that_is_read_as_noise_is_refused_where_nothing_is_left(tmp_path):
+    pipeline = tiny.pipeline(tmp_path, "pixel")
+    kind = {"prediction_type": "posterior_mean", "rescale_betas_zero_snr": True}
+    pipeline.schedule = ScheduleConfig(**kind)
+    with pytest.raises(ValueError, match="posterior_mean, which samplers read as noise, and at timestep 999"):
+        last(pipeline)
+    pipeline.schedule = ScheduleConfig(**kind, timestep_spacing="leading")
+    assert bool(last(pipeline).isfinite().all())
 
 
 def test_latents_have_no_range_to_threshold(tmp_path):

@@ -267,7 +267,7 @@ def test_claims_are_read_off_the_numbers():
     turned = {"5": AS_IN_THE_PAPER["1000"], "1000": AS_IN_THE_PAPER["5"]}
     said = ddim_tables_page.claims_of_table_1(turned, "f")
     assert [": holds." in claim for claim in said] == [True, False, False]
-    assert "not decided" in said[2] and said[2].endswith("so that they were never apart.")
+    assert "they meet: does not apply." in said[2] and said[2].endswith("so that they were not apart.")
     beaten = {"5": cells(**{"0": 10.0, "0.5": 9.0, "sigma_hat": 30.0}), "1000": AS_IN_THE_PAPER["1000"]}
     assert "does not hold" in ddim_tables_page.claims_of_table_1(beaten, "f")[0]
     beaten["5"]["0.5"] = [{"f": 9.8}, {"f": 9.9}]  # lower than 9.5 and 10.5 on average, but not seed by seed
