@@ -152,6 +152,24 @@ def with_variance(x, t):
     return torch.cat([network(x, t), torch.sin(x)], dim=1)
 
 
+def test_where_the_score_is_0_no_corrector_step_is_taken():
+    # A network whose last layer is new predicts zero.
+    def blind(x, t):
+        return torch.zeros_like(x)
+
+    grid, start, kind = SCHEDULE.grid(3), stream()(), {"noise": stream(seed=1)}
+    *_, last = langevin_corrector(blind, start, SCHEDULE, grid, predictor=partial(ddpm, variance="small"), **kind)
+    drawn = stream(seed=1)
+
+    def every_other():  # the corrector draws too, and leaves it
+        found = drawn()
+        drawn()
+        return found
+
+    *_, expected = ddpm(blind, start, SCHEDULE, grid, noise=every_other)
+    torch.testing.assert_close(last.latents, expected.latents)
+
+
 @pytest.mark.parametrize("sampler", [annealed_langevin, langevin_corrector])
 def test_a_network_of_learned_variance_serves(sampler):
     for one, two in zip(
