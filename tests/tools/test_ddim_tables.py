@@ -298,3 +298,14 @@ def test_a_network_of_patches_learns_the_same_images(data, tmp_path):
     unet.unet = torch.nn.Module()
     unet.unet.forward = lambda folded, timesteps, condition: folded
     assert torch.equal(unet(x, torch.tensor(5), condition), x)
+
+
+def test_a_recipe_in_half_precision_trains_in_it(data, tmp_path):
+    plan = recipe(steps=3)
+    half = dataclasses.replace(plan, train=dataclasses.replace(plan.train, mixed_precision="bf16"))
+    whole, halved = (
+        small_models.trained_model(made, data, tmp_path / made.train.mixed_precision, CPU).state_dict()
+        for made in (plan, half)
+    )
+    assert all(value.dtype == torch.float32 for value in halved.values())
+    assert any(not torch.equal(whole[name], halved[name]) for name in whole)
