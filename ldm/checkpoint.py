@@ -29,6 +29,7 @@ from ldm.codecs import PixelCodec
 from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config_to_diffusers
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
+from ldm.untrusted import refuse_untrusted
 
 WEIGHTS = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
@@ -230,6 +231,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstS
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing; the model folder is incomplete, copy or train it again")
+    refuse_untrusted(folder)
     return read_json(folder / "config.json")
 
 

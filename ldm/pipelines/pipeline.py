@@ -17,6 +17,7 @@ from ldm.diffusion.schedule import scheduler_class
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
 from ldm.text import REFERENCE, load_text_encoder_folders, reference_to
+from ldm.untrusted import refuse_untrusted
 
 LATENT_CLASS = "StableDiffusionPipeline"
 CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
@@ -24,6 +25,7 @@ PIXEL_CLASS = "PixelDiffusionPipeline"
 CLASSES = {"AutoencoderKL": LATENT_CLASS, "VQModel": CODEBOOK_CLASS, None: PIXEL_CLASS}  # by the first stage
 SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
 READ = {"unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"}
+LIBRARIES = ("diffusers", "transformers", "ldm")  # of components; any other name is a module in the folder
 
 
 class Pipeline(Editing):
@@ -53,6 +55,8 @@ class Pipeline(Editing):
         """
         place = usable_device(device)
         folder = checkpoint.find_pipeline(name)
+        for part in (".", *checkpoint.PARTS):
+            refuse_untrusted(folder / part)
         index = checkpoint.read_json(folder / "model_index.json")
         _check_index(index, folder)
         unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel", dtype)
@@ -246,6 +250,12 @@ def _check_index(index: dict[str, Any], folder: Path) -> None:
             f"{folder / 'model_index.json'} has the component {min(unknown)}, which is not supported; "
             f"supported are {', '.join(sorted(READ))}"
         )
+    for part in sorted(parts & READ):
+        if index[part][0] not in LIBRARIES:
+            raise ValueError(
+                f"{folder / 'model_index.json'} takes the {part} from {index[part][0]!r}, code that comes with the "
+                f"model, which is never run here; components are of {', '.join(LIBRARIES)}"
+            )
     missing = {"unet", "text_encoder", "tokenizer", "scheduler"} - parts
     if missing:
         raise ValueError(f"{folder / 'model_index.json'} has no {min(missing)}; the model folder is incomplete")

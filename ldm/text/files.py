@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm import disk
 
@@ -44,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the folder is incomplete, save or download it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): save or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: save or download it again")
@@ -96,6 +97,17 @@ def _shards_of(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
+def read_tensors(weights: Weights, other_towers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a model, without those whose names start with one of `other_towers`."""
+    kept = {}
+    for shard in weights.shards:
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensor_names(shard):
+                if not name.startswith(other_towers):
+                    kept[name] = tensors.get_tensor(name)
+    return kept
+
+
 def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a safetensors file; `ValueError` where it is cut off or damaged."""
     try:
@@ -113,12 +125,7 @@ def write_weights(weights: Weights, folder: Path, other_towers: tuple[str, ...])
     the tensors that remain keep their names and values.
     """
     if any(key.startswith(other_towers) for key in weights.keys):
-        kept = {}
-        for shard in weights.shards:
-            with safe_open(shard, framework="pt") as tensors:
-                for name in tensor_names(shard):
-                    if not name.startswith(other_towers):
-                        kept[name] = tensors.get_tensor(name)
+        kept = read_tensors(weights, other_towers)
         try:
             save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         except SafetensorError as error:  # the tensors are sound: what fails is the disk

