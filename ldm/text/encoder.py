@@ -1,11 +1,13 @@
 """The text encoder: a frozen language model and its tokenizer, from captions to hidden states."""
 
+import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,6 +52,8 @@ class TextEncoder:
     Diffusion. The model is given the attention mask exactly when its config says `use_attention_mask: true`.
     What comes out equals `StableDiffusionPipeline.encode_prompt` of diffusers on the saved folders.
 
+    Threads may share one: a call changes nothing that another sees.
+
     Attributes: `hidden_size` is D, the width of the states; `max_length` is L, the padded length;
     `uses_attention_mask` says whether the model sees the mask.
     """
@@ -91,10 +95,30 @@ class TextEncoder:
         captions = _checked(captions)
         return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
 
-    def _encode(self, captions: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+    @cached_property
+    def _padded(self) -> Callable[..., Any]:
+        """The tokens of captions, padded and cut."""
+        return self._tokenizer_with(
+            padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
+
+    @cached_property
+    def _whole(self) -> Callable[..., Any]:
+        """The tokens of captions, all of them."""
+        return self._tokenizer_with(padding=False, truncation=False, verbose=False)
+
+    def _tokenizer_with(self, **settings: Any) -> Callable[..., Any]:
+        """A copy of the tokenizer that is always called with these settings.
+
+        A fast tokenizer stores padding and truncation, and changes them where a call wants others: threads that share
+        it get each other's, or an error.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer([""], **settings)
+        return partial(tokenizer, **settings)
+
+    def _encode(self, captions: list[str]) -> Tensor:
+        tokens = self._padded(captions)
         mask = tokens.attention_mask.to(self.device) if self.uses_attention_mask else None
         # Output 0 is the last hidden state; in a CLIP, after its final layer norm.
         return self.model(tokens.input_ids.to(self.device), attention_mask=mask)[0]  # [b, L, D]
@@ -104,7 +128,7 @@ class TextEncoder:
 
         `ValueError` as in `__call__`.
         """
-        tokens = self.tokenizer(_checked(captions), padding=False, truncation=False, verbose=False)
+        tokens = self._whole(_checked(captions))
         return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
 
     def fingerprint(self) -> str:
@@ -146,10 +170,9 @@ class TextEncoder:
     def _end(self, caption: str) -> str:
         """The words of a caption that is too long from the cut on."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        settings = {"add_special_tokens": False, "verbose": False}
         if not self.tokenizer.is_fast:  # tokens that are bytes, with no way back to the words
-            return self.tokenizer.decode(self.tokenizer(caption, **settings)["input_ids"][room:]).strip()
-        tokens = self.tokenizer(caption, return_offsets_mapping=True, **settings)
+            return self.tokenizer.decode(self._whole(caption, add_special_tokens=False)["input_ids"][room:]).strip()
+        tokens = self._whole(caption, add_special_tokens=False, return_offsets_mapping=True)
         words = tokens.word_ids()
         first = words.index(words[room])  # where the word begins that the cut falls into
         return caption[tokens["offset_mapping"][first][0] :].strip()

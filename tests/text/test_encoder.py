@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,22 @@ def test_many_captions_are_counted_in_pieces(save_encoder: Any, monkeypatch: pyt
     assert whole == ["", "cat", "dog on a mat", "", "mat a cat"]
     monkeypatch.setattr("ldm.text.encoder._COUNTED", 2)
     assert encoder.lost(texts) == whole
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5", "byt5"])
+def test_threads_that_count_and_encode_with_one_encoder_do_not_disturb_each_other(kind: str, save_encoder: Any) -> None:
+    encoder = load_text_encoder(str(save_encoder(kind)))
+    texts = [" ".join(["a red cat on a mat"] * (1 + number % 7)) for number in range(40)]
+    encode, lost, overflow = encoder(texts), encoder.lost(texts), encoder.overflow(texts)
+    fresh = load_text_encoder(str(save_encoder(kind)))  # its first calls are at once, too
+
+    def call(number: int) -> None:
+        if number % 3 == 0:
+            torch.testing.assert_close(fresh(texts), encode, rtol=0, atol=1e-6)
+        elif number % 3 == 1:
+            assert fresh.lost(texts) == lost
+        else:
+            assert fresh.overflow(texts) == overflow
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(call, range(90))) == [None] * 90
