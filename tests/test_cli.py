@@ -335,3 +335,21 @@ def test_a_model_draws_with_its_own_sampler_unless_told_otherwise(tmp_path, monk
     own, named, ddim = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("own", "named", "ddim"))
     assert (own == named).all() and not (own == ddim).all()
     assert json.loads(Image.open(tmp_path / "own.png").text["settings"])["sampler"] == "ddpm"
+
+
+def test_words_that_are_cut_are_said_on_one_line(model, tmp_path, monkeypatch, capsys):
+    arguments = ["generate", "--model", model, "-o", tmp_path / "a.png", "--steps", 1]
+    assert call(monkeypatch, *arguments, "a very long prompt", "--negative-prompt", "an ugly monster") == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "warning: the text encoder reads 12 tokens of a text; lost: 'prompt' of 'a very long prompt'; "
+        "'monster' of 'an ugly monster'"
+    ]
+    assert said.out.splitlines() == [str(tmp_path / "a.png")]
+    assert call(monkeypatch, *arguments, "a cat") == 0
+    assert capsys.readouterr().err == ""
+    assert call(monkeypatch, *arguments, "a very long prompt", "--eta", 2) == 2  # one error is one line
+    assert capsys.readouterr().err.count("\n") == 1
+    assert call(monkeypatch, "nll", model, "digits", "--samples", 2, "--steps-per-image", 2) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: captions are cut: the text encoder reads 12 tokens") and err.count("\n") == 1

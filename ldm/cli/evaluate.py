@@ -130,7 +130,7 @@ def _evaluate(
 ) -> None:
     from ldm.data.layouts import check_path
     from ldm.evaluation.clip import load_clip
-    from ldm.evaluation.evaluate import evaluate, expected
+    from ldm.evaluation.evaluate import captions_wanted, evaluate, expected
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.kept import KeptPictures
     from ldm.evaluation.page import Account
@@ -162,6 +162,11 @@ def _evaluate(
     compared = some_of(training, most, asked.seed), unseen and some_of(unseen, most, asked.seed)
     asked.folder.mkdir(parents=True, exist_ok=True)
     reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
+    wanted = captions_wanted(reference, asked.samples, asked.seed)
+    cut = pipeline.text_encoder.cut(caption for captions, _ in wanted.values() for caption in captions)
+    if cut:
+        notes.append(f"captions are cut: {cut}")
+        print(f"warning: {notes[-1]}", file=sys.stderr, flush=True)
     swept = None if sweep is None else _sweep(asked, pipeline, reference, space, *sweep)
     if swept is not None and swept.chosen.decided:
         asked.steps, asked.guidance = swept.chosen.cell.num_inference_steps, swept.chosen.cell.guidance_scale

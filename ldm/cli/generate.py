@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +75,7 @@ def generate(
         raise ValueError(f"-n is {count}; it must be at least 1")
     options = dict(map(_option, sampler_option or []))
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
+    from ldm.text import cut_prompts_said
 
     pipeline = Pipeline.from_pretrained(model, device=device)
     pipeline.tile(int(tile) if tile.isdecimal() else tile)  # type: ignore[arg-type]
@@ -91,16 +93,20 @@ def generate(
         "dynamic_threshold": dynamic_threshold,
     }
     strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
-    result = pipeline(
-        prompt,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        num_images_per_prompt=count,
-        seed=seed,
-        on_step=strip,
-        **drawn,
-    )
+    with cut_prompts_said():  # after the arguments were found good
+        result = pipeline(
+            prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_images_per_prompt=count,
+            seed=seed,
+            on_step=strip,
+            **drawn,
+        )
+    cut = pipeline.text_encoder.cut([prompt, negative_prompt or ""])
+    if cut:
+        print(f"warning: {cut}", file=sys.stderr)
     if guidance_interval is not None:  # JSON has no infinity
         drawn["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
     settings = drawn | {

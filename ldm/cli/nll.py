@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +76,9 @@ def nll(
             seed=seed,
             progress=bar.update,
         )
+    cut = pipeline.text_encoder.cut(sample.captions[0] for sample in images.samples)
+    if cut:
+        print(f"warning: captions are cut: {cut}", file=sys.stderr)
     if output is not None:
         from ldm.report.curves import Line
         from ldm.report.plots import save_plot

@@ -4,5 +4,16 @@ from ldm.pipelines.drawing import PipelineOutput
 from ldm.pipelines.images import ProgressStrip, contact_sheet, from_pil, save_png, to_pil
 from ldm.pipelines.pipeline import Pipeline
 from ldm.pipelines.sampling import SAMPLERS
+from ldm.text import CutPromptWarning
 
-__all__ = ["SAMPLERS", "Pipeline", "PipelineOutput", "ProgressStrip", "contact_sheet", "from_pil", "save_png", "to_pil"]
+__all__ = [
+    "SAMPLERS",
+    "CutPromptWarning",
+    "Pipeline",
+    "PipelineOutput",
+    "ProgressStrip",
+    "contact_sheet",
+    "from_pil",
+    "save_png",
+    "to_pil",
+]

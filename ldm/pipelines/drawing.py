@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from ldm.pipelines.arguments import image_prompts, image_seeds, number, whole
 from ldm.pipelines.images import to_pil
 from ldm.pipelines.sampling import Settings, bounds, direct, draw_noise, find_sampler, guided, walk
 from ldm.pipelines.schedulers import Scheduler
-from ldm.text import TextEncoder
+from ldm.text import CutPromptWarning, TextEncoder
 
 OnStep = Callable[[State], None]
 
@@ -117,6 +118,9 @@ class Drawing:
 
         Raises:
             ValueError: naming the argument, its value and the range.
+
+        Warns:
+            CutPromptWarning: once, naming the words of all prompts that the text encoder has no room for.
         """
         prompts, negatives = image_prompts(prompt, negative_prompt, num_images_per_prompt)
         settings = self._settings(
@@ -148,6 +152,7 @@ class Drawing:
             raise ValueError(
                 f"latents have shape {list(latents.shape)}; {len(prompts)} images of this size need {list(blank.shape)}"
             )
+        self._warn_of_cut(*prompts, *negatives)
         final = self._walk(
             self._states(prompts), self._states(negatives), latents.to(blank), settings, generators, on_step=on_step
         )
@@ -203,6 +208,12 @@ class Drawing:
         )
         weight = self.unet.conv_in.weight
         return torch.zeros(images, *shape, device=weight.device, dtype=weight.dtype)
+
+    def _warn_of_cut(self, *prompts: str) -> None:
+        """For methods under `torch.inference_mode()`: the warning points at the line that called them."""
+        cut = self.text_encoder.cut(prompts)
+        if cut:
+            warnings.warn(cut, CutPromptWarning, stacklevel=4)
 
     def _states(self, prompts: list[str]) -> Tensor:
         """Hidden states [B, L, D]; each different prompt is encoded once."""

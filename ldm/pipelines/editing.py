@@ -73,6 +73,7 @@ class Editing(Drawing):
                 f"sampler is {shown(sampler)}; between pictures it must draw no noise: choose one of {known}"
             )
         start, end = (draw_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width)) for s in ends)
+        self._warn_of_cut(*prompts, *negatives)
         fractions = [i / (steps - 1) for i in range(steps)]
         latents = torch.cat([slerp(start, end, fraction) for fraction in fractions])  # [steps, C, h, w]
         first, last = self._states(prompts)  # [L, D] each
@@ -153,6 +154,7 @@ class Editing(Drawing):
                 f"shared_seed is {shared_seed}, and so is the seed of picture {seeds.index(shared_seed)}, whose own "
                 "noise would begin with x_T once more; take another"
             )
+        self._warn_of_cut(*prompts, *negatives)
         condition, null = self._states(prompts), self._states(negatives)
         latents = draw_noise(generators, self._blank(1, height, width))
         if shared:
@@ -198,6 +200,7 @@ class Editing(Drawing):
         blank = self._blank(len(images), *images.shape[2:])
         settings = self._settings(num_inference_steps, 1.0)
         prompts, _ = image_prompts(texts, None, 1)
+        self._warn_of_cut(*prompts)
         schedule = NoiseSchedule.from_config(self.schedule)
         network, prediction_type = direct(self.unet, schedule, self.schedule.prediction_type)
         states = ddim_inversion(

@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +25,22 @@ _NOTES = frozenset({"_name_or_path", "architectures", "transformers_version", "d
 
 # Captions whose tokens are held at once where they are only counted.
 _COUNTED = 4096
+
+
+# Of texts that lose words, so many are quoted, and so much of each.
+_QUOTED, _LETTERS = 10, 300
+
+
+class CutPromptWarning(UserWarning):
+    """A prompt is longer than the text encoder reads: its last words change nothing."""
+
+
+@contextmanager
+def cut_prompts_said() -> Iterator[None]:
+    """No `CutPromptWarning` inside: for callers that say it themselves, once for many pictures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutPromptWarning)
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +184,19 @@ class TextEncoder:
             lost += [self._end(text) if tokens else "" for text, tokens in zip(some, over, strict=True)]
         return lost
 
+    def cut(self, texts: Iterable[str]) -> str:
+        """One line that names the words which `lost` finds, text by text; "" where all of them fit.
+
+        `ValueError` as in `__call__`.
+        """
+        unique = list(dict.fromkeys(texts))
+        pairs = [(text, gone) for text, gone in zip(unique, self.lost(unique), strict=True) if gone]
+        if not pairs:
+            return ""
+        quoted = [f"{_quoted(gone)} of {_quoted(text)}" for text, gone in pairs[:_QUOTED]]
+        more = [f"words of {len(pairs) - _QUOTED:,} texts more"] if len(pairs) > _QUOTED else []
+        return f"the text encoder reads {self.max_length} tokens of a text; lost: {'; '.join(quoted + more)}"
+
     def _end(self, caption: str) -> str:
         """The words of a caption that is too long from the cut on."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
@@ -206,6 +236,11 @@ class TextEncoder:
                 shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
             write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
+
+
+def _quoted(text: str) -> str:
+    # repr: on one line, whatever the text holds.
+    return repr(text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…")
 
 
 def _checked(captions: Sequence[str]) -> list[str]:

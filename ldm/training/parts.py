@@ -31,7 +31,7 @@ from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_varianc
 from ldm.diffusion.schedule import PredictionType
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import Pipeline, contact_sheet
-from ldm.text import TextEncoder, load_text_encoder
+from ldm.text import TextEncoder, cut_prompts_said, load_text_encoder
 from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
@@ -113,6 +113,9 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
             num_inference_steps=config.sample.num_inference_steps,
             sampler=config.sample.sampler,
         ).to(run.device)
+    cut = pipeline.text_encoder.cut(config.sample.prompts)
+    if cut:
+        run.print(f"sample.prompts: {cut}")
     set_attention_backend(pipeline.unet, config.train.attention)
     enable_gradient_checkpointing(pipeline.unet, config.train.gradient_checkpointing)
     return pipeline
@@ -377,13 +380,14 @@ def _space_of(config: LDMConfig) -> str:
 def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
     """A row of pictures a prompt; picture j of every row has seed `config.seed` + j."""
     seeds = [config.seed + j for _ in config.prompts for j in range(config.images_per_prompt)]
-    drawn = pipeline(
-        config.prompts,
-        num_images_per_prompt=config.images_per_prompt,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        seed=seeds,
-    ).images
+    with cut_prompts_said():  # by make_pipeline, once a run
+        drawn = pipeline(
+            config.prompts,
+            num_images_per_prompt=config.images_per_prompt,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            sampler=config.sampler,
+            seed=seeds,
+        ).images
     n = config.images_per_prompt
     return contact_sheet([drawn[i * n : (i + 1) * n] for i in range(len(config.prompts))], config.prompts)

@@ -7,7 +7,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 
 from ldm.diffusion import NoiseSchedule, slerp
-from ldm.pipelines import ProgressStrip, from_pil, to_pil
+from ldm.pipelines import CutPromptWarning, ProgressStrip, from_pil, to_pil
 from tests import tiny
 
 
@@ -208,3 +208,18 @@ def test_wrong_arguments_are_named(call, message, pixels):
 def test_a_picture_that_the_codec_cannot_divide_is_refused(tmp_path):
     with pytest.raises(ValueError, match="image size 15x16 is not divisible by the codec's factor 2"):
         tiny.pipeline(tmp_path, "latent").invert(Image.new("RGB", (16, 15)))
+
+
+def test_words_that_are_cut_are_named_by_every_method(pipeline):
+    long = "a very long prompt"
+    picture = pipeline("a cat", seed=3).images[0]
+    calls = {
+        "interpolate": lambda: pipeline.interpolate(["a cat", long], seeds=(3, 8), steps=2, negative_prompt="a dog"),
+        "variations": lambda: pipeline.variations(long, shared_until=500, shared_seed=1, seed=2, count=1),
+        "invert": lambda: pipeline.invert(picture, long),
+    }
+    for call in calls.values():
+        with pytest.warns(CutPromptWarning, match="lost: 'prompt' of 'a very long prompt'$") as caught:
+            call()
+        (warning,) = caught
+        assert warning.filename == __file__

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ldm import Pipeline
 from ldm.diffusion import NoiseSchedule
+from ldm.pipelines import CutPromptWarning
 from tests import tiny
 
 
@@ -159,3 +161,20 @@ def test_files_that_are_no_model_are_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     pipeline.save_pretrained(tmp_path / "model")
     pipeline.save_pretrained(tmp_path / "model")  # an older model makes way
+
+
+LONG = "a very long prompt"  # tiny encoders have room for ten letters
+
+
+def test_words_that_are_cut_are_named_once_a_call_where_it_was_made(pipeline):
+    with pytest.warns(CutPromptWarning) as caught:
+        pipeline(["a cat", LONG, f"{LONG} cat"], negative_prompt="an ugly monster", num_images_per_prompt=2, seed=1)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert str(warning.message) == (
+        f"the text encoder reads {tiny.LENGTH} tokens of a text; lost: 'prompt' of '{LONG}'; "
+        f"'prompt cat' of '{LONG} cat'; 'monster' of 'an ugly monster'"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline(["a cat", ""], negative_prompt="a dog", seed=1)

@@ -290,3 +290,17 @@ def test_threads_that_count_and_encode_with_one_encoder_do_not_disturb_each_othe
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(call, range(90))) == [None] * 90
+
+
+def test_one_line_names_the_words_that_prompts_lose(save_encoder: Any) -> None:
+    encoder = load_text_encoder(str(save_encoder("bert")), 8)
+    fits, cut = "a red cat on a mat", "a red cat on a mat,\nblue dog"
+    assert encoder.cut([fits, ""]) == ""
+    line = encoder.cut([fits, cut, cut, "a " * 8 + "dog"])
+    assert line == (
+        "the text encoder reads 8 tokens of a text; lost: ',\\nblue dog' of 'a red cat on a mat,\\nblue dog'; "
+        "'a a dog' of 'a a a a a a a a dog'"
+    )
+    many = encoder.cut(f"{fits} {'cat ' * count}" for count in range(1, 500))
+    assert "\n" not in many and len(many) < 10 * 700
+    assert many.endswith("; words of 489 texts more")

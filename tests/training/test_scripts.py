@@ -36,6 +36,8 @@ def test_a_run_writes_what_a_user_needs_and_resumes_bit_for_bit(space, tmp_path,
     printed = capsys.readouterr().out
     assert "1797 images: 1797 used (1621 to train on, 176 held out), 0 skipped, 0 duplicates" in printed
     assert "100 different captions" in printed
+    lost = "'handwritten three' of 'a handwritten three'"
+    assert f"sample.prompts: the text encoder reads 12 tokens of a text; lost: {lost}" in printed
 
     # A complete pipeline, in the run folder and in each checkpoint.
     for folder in (result, one / "checkpoints" / "step_00000002" / "pipeline"):
