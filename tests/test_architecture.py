@@ -19,6 +19,7 @@ TREES = ("ldm", "train", "tools")
 LEVELS = {
     "ldm.diffusion": 1,
     "ldm.models": 1,
+    "ldm.requirements": 0,
     "ldm.disk": 1,
     "ldm.untrusted": 1,
     "ldm.text": 2,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.lora import AdapterConfig, Lora, adaptable_layers, lora_shapes, peft_settings, target_layers
+from ldm.requirements import pip_install
 
 _STATE = "_ldm_adapters"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -277,7 +278,7 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f'LoRA needs peft, which cannot be imported ({error}); pip install "ldm[lora]"') from None
+        raise ValueError(f"LoRA needs peft, which cannot be imported ({error}); {pip_install('peft')}") from None
     return peft
 
 

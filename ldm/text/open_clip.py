@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.requirements import pip_install
 from ldm.text.files import WEIGHTS_NAME, tensor_names, write_json
 
 PREFIX = "open_clip:"
@@ -54,7 +55,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
-        raise ValueError(f'{name} needs open_clip ({error}): pip install "ldm[clip]"') from None
+        raise ValueError(f"{name} needs open_clip ({error}): {pip_install('open_clip')}") from None
     model, _, source = name.removeprefix(PREFIX).partition(":")
     config = open_clip.get_model_config(model)
     if config is None:
