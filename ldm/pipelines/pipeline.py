@@ -100,15 +100,17 @@ class Pipeline(Editing):
         Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
-            folder: where; an old folder of that name is replaced when the new one is complete.
+            folder: where. An older model there is replaced when the new one is complete: the files that the format
+                names (see `checkpoint.atomic_folder`). Whatever else lies there stays, such as README.md and .git of a
+                clone. Where the folder is a link, what it points to is written.
             dtype: of the stored weights of the UNet.
             shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
             text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
                 for a small folder; diffusers cannot open that.
 
         Raises:
-            ValueError: for a folder that holds other things, a text encoder that no package holds where it is to be
-                named, and while LoRAs are loaded that are not merged.
+            ValueError: for a folder that holds other things and no model, a file, a link to nothing, a text encoder
+                that no package holds where it is to be named, and while LoRAs are loaded that are not merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -121,7 +123,7 @@ class Pipeline(Editing):
                 "without"
             )
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
-        with checkpoint.atomic_folder(Path(folder)) as target:
+        with checkpoint.atomic_folder(folder) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
             checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)

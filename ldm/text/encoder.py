@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm import disk
 from ldm.text.files import Weights, new_folder, write_json, write_weights
+from ldm.wrapped import plain_names
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
@@ -124,7 +126,7 @@ class TextEncoder:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in files.tokenizer:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        for name, value in sorted(self.model.state_dict().items()):
+        for name, value in sorted(plain_names(self.model.state_dict()).items()):
             if not name.startswith("pooler."):  # not used, and random where the weights have none
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -158,7 +160,7 @@ class TextEncoder:
     def library_classes(self) -> dict[str, tuple[str, str]]:
         """What `model_index.json` says of the two folders: name → (library, class), loadable by diffusers."""
         return {
-            "text_encoder": ("transformers", type(self.model).__name__),
+            "text_encoder": ("transformers", type(getattr(self.model, "_orig_mod", self.model)).__name__),
             "tokenizer": ("transformers", _tokenizer_class(self.tokenizer)),
         }
 
@@ -170,15 +172,16 @@ class TextEncoder:
         as it is now (an adapter was merged into them). Each of the two folders appears complete or not at all.
         `ValueError` where one exists already.
         """
-        files = self._files
-        with new_folder(Path(folder) / "text_encoder") as target:
+        files, folder = self._files, disk.expanded(folder)
+        with new_folder(folder / "text_encoder") as target:
             if changed:
                 with quiet_transformers():
-                    self.model.save_pretrained(target)  # type: ignore[operator]
+                    weights = plain_names(self.model.state_dict())
+                    self.model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
             else:
                 write_weights(files.weights, target, files.other_towers)
             write_json(target / "config.json", files.config)
-        with new_folder(Path(folder) / "tokenizer") as target:
+        with new_folder(folder / "tokenizer") as target:
             for path in files.tokenizer:
                 shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ldm import disk
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
-from ldm.text.files import Weights, find_weights, read_json
+from ldm.text.files import Weights, find_weights, read_json, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 
@@ -27,6 +28,7 @@ REFERENCE = "reference.json"
 _SANE_LENGTH = 100_000
 
 _TOKENIZER_FILES = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json"}
+_VOCABULARIES = {"vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
 # What may be needed of a model, and of the text encoder of a pipeline: no weights to unpickle, no code.
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*"]
 _DOWNLOADS += ["special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"]
@@ -92,7 +94,7 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
     if name in _PACKAGED:
         folder = _PACKAGED[name]()
         return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
-    folder = Path(name) if Path(name).is_dir() else _download(name)
+    folder = disk.expanded(name) if disk.expanded(name).is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
         reference = folder / "text_encoder" / REFERENCE
         if reference.is_file():
@@ -123,10 +125,10 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
     first stands for both, and names an encoder that is part of a package.
     `ValueError` where a file is missing, damaged, or does not suit the others.
     """
-    reference = Path(text_encoder_folder) / REFERENCE
-    if reference.is_file():
-        return _referred(reference)
-    return _load(Path(text_encoder_folder), Path(tokenizer_folder), None, own=False)
+    folder, tokenizer = disk.expanded(text_encoder_folder), disk.expanded(tokenizer_folder)
+    if (folder / REFERENCE).is_file():
+        return _referred(folder / REFERENCE)
+    return _load(folder, tokenizer, None, own=False)
 
 
 def _minilm_folder() -> Path:
@@ -159,6 +161,8 @@ def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
 
 
 def _download(name: str) -> Path:
+    if Path(name).suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+        raise ValueError(f"{name} is a single file: name the folder of a text encoder, which holds config.json too")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"text encoder {name!r} is neither a folder nor the form of a hub id: {_CHOICES}")
     from huggingface_hub import snapshot_download
@@ -189,6 +193,8 @@ def _load(
             f"encoder known here: choose one of {', '.join(_FAMILIES)}"
         )
     weights = find_weights(model_folder)
+    for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
+        disk.check_not_pointer(tokenizer_folder / file)
     with quiet_transformers():
         model = _load_model(model_folder, family, weights)
         tokenizer = _load_tokenizer(tokenizer_folder, model.config)
@@ -215,6 +221,7 @@ def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
         model, report = getattr(transformers, family.model).from_pretrained(
             folder,
             variant=weights.variant,
+            state_dict=read_tensors(weights, ()) if weights.wrapped else None,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
