@@ -73,9 +73,10 @@ FORMATS = {
     "lora": ("pytorch_lora_weights.safetensors", _LORA),
     "best": ("best.json", rf"best\.json|pipeline/({_PIPELINE})|autoencoder/({_NETWORK})|lora/{_LORA}"),
 }
-# What a folder may hold before its first model: a clone of an empty repository of the hub, and what systems add.
+ADDED_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+# What a folder may hold before its first model: what a clone of an empty repository of the hub holds.
 _COMPANIONS = {".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", "README.md", "LICENSE", "LICENSE.md"}
-_COMPANIONS |= {"LICENSE.txt", ".DS_Store", "Thumbs.db", "desktop.ini"}
+_COMPANIONS |= {"LICENSE.txt", *ADDED_BY_SYSTEMS}
 
 
 @contextmanager
