@@ -191,6 +191,7 @@ def save_model(
     Raises:
         ValueError: if one tensor alone takes more.
     """
+    folder = disk.expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config.to_dict())
     weights = {name: value.to(dtype) for name, value in plain_names(model.state_dict()).items()}
@@ -233,6 +234,7 @@ def copy_model(source: Path, target: Path) -> None:
 
     Files of a variant lose its name; tensors of a network that was wrapped lose the prefix, in files that are new then.
     """
+    source, target = disk.expanded(source), disk.expanded(target)
     target.mkdir(parents=True)
     shutil.copyfile(source / "config.json", target / "config.json")
     first, *shards = weight_files(source)
@@ -256,6 +258,22 @@ def _copy_weights(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def holds(folder: Path, model: nn.Module) -> bool:
+    """Whether a folder has the weights of a first stage, as they are in its dtype.
+
+    They may have changed since it was read: those in the folder, where another model was saved into it, or its own.
+    """
+    try:
+        stored = upgrade_state_dict(plain_names(read_weights(folder), folder))
+    except ValueError:
+        return False
+    own = plain_names(model.state_dict())
+    return stored.keys() == own.keys() and all(
+        value.shape == own[name].shape and torch.equal(value.to(own[name].dtype), own[name].cpu())
+        for name, value in stored.items()
+    )
+
+
 def _shard_names(count: int) -> list[str]:
     return [f"{WEIGHTS}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
@@ -269,6 +287,7 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
     Raises:
         ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
     """
+    folder = disk.expanded(folder)
     config = _read_config(folder)
     name = config.get("_class_name", expected)
     if name != expected:
@@ -293,6 +312,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstS
     Raises:
         ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
     """
+    folder = disk.expanded(folder)
     name = _read_config(folder).get("_class_name", "AutoencoderKL")
     if name not in FIRST_STAGES:
         raise ValueError(
@@ -390,7 +410,7 @@ def _variants(folder: Path) -> dict[str, Path]:
 
 def load_schedule(folder: Path) -> ScheduleConfig:
     """The schedule, prediction and grid that `scheduler_config.json` of any diffusers scheduler describes."""
-    path = folder / "scheduler_config.json"
+    path = disk.expanded(folder) / "scheduler_config.json"
     content = read_json(path)
     try:
         return config_from_diffusers(content)
@@ -399,18 +419,20 @@ def load_schedule(folder: Path) -> ScheduleConfig:
 
 
 def save_schedule(folder: Path, config: ScheduleConfig, learned_variance: bool = False) -> None:
+    folder = disk.expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = config_to_diffusers(config, learned_variance=learned_variance)
     write_json(folder / "scheduler_config.json", content)
 
 
 def save_pixel_codec(folder: Path, codec: PixelCodec) -> None:
+    folder = disk.expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", codec.config)
 
 
 def load_pixel_codec(folder: Path) -> PixelCodec:
-    path = folder / "config.json"
+    path = disk.expanded(folder) / "config.json"
     config = read_json(path)
     try:
         return PixelCodec(tuple(config["mean"]), tuple(config["std"]))

@@ -282,6 +282,15 @@ def is_partial(path: Path) -> bool:
     return _PARTIAL.fullmatch(path.name) is not None
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What changes where a file is written anew: its size and time; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def check_not_pointer(path: Path) -> None:
     """`ValueError` if in the place of a file lies what git keeps of it where git-LFS was not at work."""
     with suppress(OSError), path.open("rb") as file:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm import Pipeline, checkpoint
-from ldm.text import load_text_encoder_folders
+from ldm.text import load_text_encoder, load_text_encoder_folders
 from tests import tiny
 
 
@@ -299,6 +299,71 @@ def test_what_stands_in_the_way_of_a_file_is_named(tmp_path):
         ):
             put(folder, {part: b"{}"})
     assert written(tmp_path / "f") == {"model_index.json": b"old", "unet/config.json/mine": b"x", "vae": b"a file"}
+
+
+def test_what_was_read_from_a_folder_is_saved_though_another_model_stands_there_now(tmp_path):
+    first, second = (tiny.pipeline(tmp_path / name, "latent") for name in ("a", "b"))
+    with torch.no_grad():
+        second.codec.autoencoder.decoder.conv_out.bias.fill_(3)
+    first.save_pretrained(tmp_path / "model")
+    read = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
+    second.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"is not the file that the text encoder was read from: load the model again"):
+        read.save_pretrained(tmp_path / "again")  # it may have been replaced by another one
+    read.text_encoder = first.text_encoder
+    read.save_pretrained(tmp_path / "again")
+    again = Pipeline.from_pretrained(tmp_path / "again", device="cpu")
+    assert torch.equal(again.codec.autoencoder.decoder.conv_out.bias, first.codec.autoencoder.decoder.conv_out.bias)
+    with torch.no_grad():
+        again.codec.autoencoder.decoder.conv_out.bias.fill_(5)  # trained since
+    again.save_pretrained(tmp_path / "trained")
+    trained = Pipeline.from_pretrained(tmp_path / "trained", device="cpu")
+    assert trained.codec.autoencoder.decoder.conv_out.bias.unique().item() == 5
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def test_a_pointer_of_git_lfs_is_named_with_what_to_do(saved):
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert len(files) > 9
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(POINTER)
+        message = fault(saved)
+        assert f"{path} is a git-LFS pointer" in message
+        assert "`git lfs pull`" in message
+        path.write_bytes(content)
+    Pipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["v1-5.safetensors", "models/v1-5.ckpt", "~/x/y.gguf", "http://hub/a/b.safetensors"])
+def test_a_single_file_is_named_as_that(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fault(name)
+    assert f"{name} is a single file" in message
+    assert "StableDiffusionPipeline.from_single_file" in message
+    with pytest.raises(ValueError, match=r"is a single file.*AutoencoderKL\.from_single_file"):
+        checkpoint.find_autoencoder(name)
+    with pytest.raises(ValueError, match="is a single file"):
+        load_text_encoder(name)
+    (tmp_path / "v.safetensors").write_bytes(b"")
+    assert "is a single file" in fault(tmp_path / "v.safetensors")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "is a file; name the folder" in fault("model_index.json")
+
+
+def test_a_moving_average_of_diffusers_opens_as_a_unet(saved):
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    theirs = UNet2DConditionModel.from_pretrained(saved / "unet")
+    EMAModel(theirs.parameters(), model_cls=UNet2DConditionModel, model_config=theirs.config).save_pretrained(
+        saved / "unet"
+    )
+    assert json.loads((saved / "unet" / "config.json").read_text())["decay"] == 0.9999
+    tiny.edit_json(saved / "unet" / "config.json", torch_dtype="float16")
+    Pipeline.from_pretrained(saved)
 
 
 def test_a_working_folder_inside_goes_on_to_be_there(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm import adapters, checkpoint
+from ldm import adapters, checkpoint, disk
 from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion.schedule import scheduler_class
 from ldm.models import UNet, set_attention_backend
@@ -123,7 +123,8 @@ class Pipeline(Editing):
                 "without"
             )
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
-        with checkpoint.atomic_folder(folder) as target:
+        place = disk.folder_to_write(folder)
+        with checkpoint.atomic_folder(place) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
             checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
@@ -133,6 +134,8 @@ class Pipeline(Editing):
                 (target / "text_encoder").mkdir()
                 checkpoint.write_json(target / "text_encoder" / REFERENCE, reference)
                 self._save_codec(target)
+        if reference is None:
+            self.text_encoder.is_now_in(place, changed=adapters.is_merged(self.text_encoder.model))
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
@@ -140,18 +143,19 @@ class Pipeline(Editing):
         self._save_codec(folder)
 
     def _save_codec(self, folder: Path) -> None:
-        if isinstance(self.codec, LatentCodec):
-            if self.codec.source is None:
-                checkpoint.save_model(folder / "vae", self.codec.autoencoder)
+        codec = _unwrapped(self.codec)
+        if isinstance(codec, LatentCodec):
+            if codec.source is not None and checkpoint.holds(codec.source, codec.autoencoder):
+                checkpoint.copy_model(codec.source, folder / "vae")
             else:
-                checkpoint.copy_model(self.codec.source, folder / "vae")
-        elif isinstance(self.codec, PixelCodec):
-            checkpoint.save_pixel_codec(folder / "codec", self.codec)
+                checkpoint.save_model(folder / "vae", codec.autoencoder)
+        elif isinstance(codec, PixelCodec):
+            checkpoint.save_pixel_codec(folder / "codec", codec)
 
     @property
     def _adapted(self) -> tuple[nn.Module, nn.Module]:
         """The networks that a LoRA may change."""
-        return self.unet, self.text_encoder.model
+        return _unwrapped(self.unet), _unwrapped(self.text_encoder.model)
 
     @property
     def lora(self) -> dict[str, float]:
@@ -206,7 +210,8 @@ class Pipeline(Editing):
 
     def index(self) -> dict[str, Any]:
         """Content of `model_index.json`."""
-        stage = self.codec.autoencoder.config.diffusers_class if isinstance(self.codec, LatentCodec) else None
+        codec = _unwrapped(self.codec)
+        stage = codec.autoencoder.config.diffusers_class if isinstance(codec, LatentCodec) else None
         index: dict[str, Any] = {"_class_name": CLASSES[stage]}
         # Keys with an underscore are ours; diffusers leaves them alone.
         index["_ldm"] = {
@@ -221,6 +226,11 @@ class Pipeline(Editing):
             return index | {"codec": ["ldm", "PixelCodec"]}
         index |= {"vae": ["diffusers", stage], "requires_safety_checker": False}
         return index | {name: [None, None] for name in sorted(SKIPPED)}
+
+
+def _unwrapped(module: Any) -> Any:
+    """The network that `torch.compile` has wrapped, or the network itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:

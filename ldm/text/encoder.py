@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.text.files import Weights, new_folder, write_json, write_weights
+from ldm.text.files import Weights, find_weights, new_folder, write_json, write_weights
 from ldm.wrapped import plain_names
 
 # Captions that go through the language model at once; more would only cost memory.
@@ -63,6 +63,7 @@ class TextEncoder:
         self.max_length = max_length
         self.uses_attention_mask = files.config.get("use_attention_mask") is True
         self._files = files
+        self._stamps = {path: disk.stamp(path) for path in (*files.weights.shards, *files.tokenizer)}
 
     @property
     def hidden_size(self) -> int:
@@ -170,8 +171,11 @@ class TextEncoder:
         Files of weights and vocabulary are copied byte for byte from where the encoder was loaded; only
         `config.json` and `tokenizer_config.json` are written. With `changed`, the weights are those of the model
         as it is now (an adapter was merged into them). Each of the two folders appears complete or not at all.
-        `ValueError` where one exists already.
+        `ValueError` where one exists already, and where a file that is to be copied has changed since it was read.
         """
+        for path in self._files.tokenizer if changed else self._stamps:
+            if disk.stamp(path) != self._stamps[path]:
+                raise ValueError(f"{path} is not the file that the text encoder was read from: load the model again")
         files, folder = self._files, disk.expanded(folder)
         with new_folder(folder / "text_encoder") as target:
             if changed:
@@ -186,6 +190,22 @@ class TextEncoder:
                 shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
             write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
+
+    def is_now_in(self, folder: Path, *, changed: bool = False) -> None:
+        """Says that `folder` holds what `save` wrote; files that came from there are copied from there again."""
+
+        def replaced(paths: Sequence[Path], part: str) -> bool:
+            return any(path.parent.resolve() == (folder / part).resolve() for path in paths)
+
+        weights, tokenizer, stamps = self._files.weights, self._files.tokenizer, dict(self._stamps)
+        if replaced(weights.shards, "text_encoder") and not changed:
+            weights = find_weights(folder / "text_encoder")
+            stamps |= {path: disk.stamp(path) for path in weights.shards}
+        if replaced(tokenizer, "tokenizer"):
+            tokenizer = tuple(folder / "tokenizer" / path.name for path in tokenizer)
+            stamps |= {path: disk.stamp(path) for path in tokenizer}
+        self._files = replace(self._files, weights=weights, tokenizer=tokenizer)
+        self._stamps = {path: stamps[path] for path in (*weights.shards, *tokenizer)}
 
 
 def _checked(captions: Sequence[str]) -> list[str]:

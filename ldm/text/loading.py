@@ -217,11 +217,15 @@ def _load(
 def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
     import transformers
 
+    model_class = getattr(transformers, family.model)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "variant": weights.variant}
+    if weights.wrapped:  # transformers does not know these names
+        tensors = read_tensors(weights, family.other_towers)
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        source["config"] = model_class.config_class.from_pretrained(folder, local_files_only=True)
     try:
-        model, report = getattr(transformers, family.model).from_pretrained(
-            folder,
-            variant=weights.variant,
-            state_dict=read_tensors(weights, ()) if weights.wrapped else None,
+        model, report = model_class.from_pretrained(
+            **source,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,

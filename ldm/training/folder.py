@@ -170,9 +170,8 @@ def _move_aside(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
     held = _held.pop(place)
     try:
         place.rename(aside)
-        say(
-            f"{folder} held an earlier run, which is now {aside if folder.is_symlink() else folder.with_name(aside.name)}"
-        )
+        now = aside if folder.is_symlink() else folder.with_name(aside.name)
+        say(f"{folder} held an earlier run, which is now {now}")
         place.mkdir(exist_ok=True)
         return lock(folder)
     finally:
