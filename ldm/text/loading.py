@@ -222,7 +222,8 @@ def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
     if weights.wrapped:  # transformers does not know these names
         tensors = read_tensors(weights, family.other_towers)
         source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
-        source["config"] = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        config = read_json(folder / "config.json")
+        source["config"] = model_class.config_class.from_dict(config.get("text_config", config))
     try:
         model, report = model_class.from_pretrained(
             **source,
