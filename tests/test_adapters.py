@@ -306,11 +306,13 @@ def test_a_config_that_cannot_be_is_refused(config, message):
         AdapterConfig(**config)
 
 
-@pytest.mark.parametrize(("target", "near"), [("to_qq", "to_q"), ("norm1", "conv1"), ("o_q", "to_q")])
+@pytest.mark.parametrize(("target", "near"), [("to_qq", "to_q"), ("conv_1", "conv1"), ("o_q", "to_q")])
 def test_a_target_that_matches_nothing_names_near_ones(unet, target, near):
     before = snapshot(unet)
     with pytest.raises(ValueError, match=rf"has '{target}', which is the end of no linear.* near it are .*\b{near}\b"):
         add_adapter(unet, AdapterConfig(target_modules=("to_v", target)))
+    with pytest.raises(ValueError, match=r"has 'norm1', which is .* here; usual are to_q, to_k, to_v, to_out\.0$"):
+        add_adapter(unet, AdapterConfig(target_modules=("norm1",)))
     assert same_network(unet, before) and adapter_names(unet) == ()
 
 

@@ -22,6 +22,7 @@ LEVELS = {
     "ldm.requirements": 0,
     "ldm.disk": 1,
     "ldm.untrusted": 1,
+    "ldm.wrapped": 1,
     "ldm.text": 2,
     "ldm.adapters": 2,
     "ldm.codecs": 2,

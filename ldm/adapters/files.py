@@ -77,7 +77,8 @@ def save_adapter(
         text_encoder: the model of the text encoder, whose part of the adapter is written too, if it has one.
 
     Raises:
-        ValueError: if there is no such adapter, or it is merged.
+        ValueError: if there is no such adapter, or it is merged; for a `folder` that is a file or a link to nothing,
+            and a link in the place of the file.
     """
     parts: dict[str, nn.Module] = {"unet": unet}
     if text_encoder is not None:
@@ -94,9 +95,11 @@ def save_adapter(
         alphas = {module.removeprefix(inner): alpha for module, alpha in layer_alphas(model, name).items()}
         tensors |= {f"{part}.{inner}{key}": value.float().cpu().contiguous() for key, value in own.items()}
         settings |= {f"{part}.{key}": value for key, value in peft_settings(ranks, alphas).items()}
-    target = Path(folder) / WEIGHTS
-    if target.parent.exists() and not target.parent.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder for the adapter")
+    target = disk.folder_to_write(folder) / WEIGHTS
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link; remove it, or name another folder for the adapter")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; name another folder for the adapter")
     target.parent.mkdir(parents=True, exist_ok=True)
     _write(target, tensors, {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})
     return target
@@ -251,6 +254,7 @@ def _read(source: str | os.PathLike[str]) -> _File:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  (it is no dict)
     except (SafetensorError, OSError) as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save or download it again") from None
     if not tensors:
         raise ValueError(f"{path} holds no weights; save or download it again")
@@ -266,6 +270,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} has settings that are no JSON ({error}); save or download it again") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has settings that are no JSON object; save or download it again")
@@ -274,7 +279,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
 
 def _find(source: str | os.PathLike[str]) -> Path:
     """The safetensors file that `source` means."""
-    path, text = Path(source).expanduser(), os.fspath(source)
+    path, text = disk.expanded(source), os.fspath(source)
     if path.is_dir():
         return path / _choice([child.name for child in path.iterdir() if child.is_file()], text)
     if path.suffix in PICKLES:

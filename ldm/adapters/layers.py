@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.adapters.lora import AdapterConfig, Lora, adaptable_layers, lora_shapes, peft_settings, target_layers
 from ldm.requirements import pip_install
+from ldm.wrapped import plain_name
 
 _STATE = "_ldm_adapters"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -83,10 +84,10 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
     """The tensors of an adapter, not copied: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, by name."""
     _unmerged_state(model, name)
     found = {}
-    for module, layer in _lora_layers(model).items():
+    for path, layer in _lora_layers(model).items():
         if name in layer.lora_A:
-            found[f"{module}.lora_A.weight"] = layer.lora_A[name].weight.detach()
-            found[f"{module}.lora_B.weight"] = layer.lora_B[name].weight.detach()
+            found[f"{plain_name(path)}.lora_A.weight"] = layer.lora_A[name].weight.detach()
+            found[f"{plain_name(path)}.lora_B.weight"] = layer.lora_B[name].weight.detach()
     return dict(sorted(found.items()))
 
 
@@ -109,7 +110,8 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: 
 
 def layer_alphas(model: nn.Module, name: str) -> dict[str, float]:
     """α of each layer that has the adapter."""
-    return {m: float(layer.lora_alpha[name]) for m, layer in _lora_layers(model).items() if name in layer.lora_A}
+    layers = {plain_name(path): layer for path, layer in _lora_layers(model).items() if name in layer.lora_A}
+    return {path: float(layer.lora_alpha[name]) for path, layer in layers.items()}
 
 
 def set_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:

@@ -81,7 +81,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, print: Callable[[str], None] = print) -> None:
-        self.folder = folder
+        self.folder = folder = disk.expanded(folder)
         self._print = print
         self._name = "/".join(folder.parts[-2:])
         self._shards: dict[str, _Shard] = {}

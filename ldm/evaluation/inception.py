@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from pathlib import Path
 
 from torch import nn
 
+from ldm import disk
 from ldm.requirements import pip_install
 
 # Of weights-inception-2015-12-05-6726825d.pth, the network of arXiv:1706.08500 converted from TensorFlow.
@@ -35,7 +35,7 @@ def load_inception(weights: str) -> nn.Module:
             f"Inception features need their weights, a file of 91 MiB that is not downloaded here: fetch {SOURCE} and "
             "give its path"
         )
-    path = Path(weights)
+    path = disk.expanded(weights)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

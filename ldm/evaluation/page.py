@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Asked, Evaluation
 from ldm.evaluation.loss_gap import LossGap
@@ -61,6 +61,7 @@ class Account:
         Raises:
             OSError: if the disk does not take them.
         """
+        folder = disk.expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "evaluation.json", self.to_dict())
         save_png(self._samples(), folder / "samples.png", {"settings": self.evaluation.settings})

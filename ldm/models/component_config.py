@@ -10,6 +10,11 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, g
 
 Config = TypeVar("Config", bound="ComponentConfig")
 
+# What libraries note beside the keys of a network: of the file, and of a moving average of weights (`unet_ema/`).
+_NOTES = {"torch_dtype", "dtype", "architectures", "transformers_version", "diffusers_version", "library_name"}
+_NOTES |= {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+_NOTES_IF_NULL = {"quantization_config"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentConfig:
@@ -26,22 +31,25 @@ class ComponentConfig:
     def from_dict(cls: type[Config], config: Mapping[str, Any]) -> Config:
         """Builds the config from the content of a diffusers `config.json`.
 
-        Keys that begin with `_` are notes of diffusers and are skipped; missing keys get diffusers' defaults,
-        as older files have fewer; lists become tuples. Raises `ValueError` for an unknown key, for a value
-        that a field cannot have, and for a key that is not supported unless its value is neutral.
+        Keys that begin with `_`, and others that say nothing of the network (`_NOTES`), are skipped; missing keys get
+        diffusers' defaults, as older files have fewer; lists become tuples. Raises `ValueError` for an unknown key,
+        for a value that a field cannot have, and for a key that is not supported unless its value is neutral.
         """
         valid = {field.name for field in fields(cls)}
         supported = {}
         for key, value in config.items():
-            if key.startswith("_"):
+            if key.startswith("_") or key in _NOTES or (key in _NOTES_IF_NULL and value is None):
                 continue
             if key in valid:
                 supported[key] = _tuples(value)
             elif key in cls.neutral_values:
                 _refuse_unless_neutral(key, value, cls.neutral_values[key])
+            elif key in _NOTES_IF_NULL:
+                refuse(key, value, "weights must be stored as they are used; take the model in full or half precision")
             else:
-                nearest = difflib.get_close_matches(key, valid | cls.neutral_values.keys(), n=1, cutoff=0.0)[0]
-                raise ValueError(f"unknown key {key!r}; the nearest key of {cls.diffusers_class} is {nearest!r}")
+                nearest = difflib.get_close_matches(key, sorted(valid | cls.neutral_values.keys()), n=1)
+                hint = f"the nearest key of {cls.diffusers_class} is {nearest[0]!r}" if nearest else "leave it out"
+                raise ValueError(f"unknown key {key!r}, which {cls.diffusers_class} does not have; {hint}")
         return cls(**supported)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,12 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
     return tensor.to(torch.float32) / 127.5 - 1
 
 
-def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = None) -> None:
+def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str, Any] | None = None) -> None:
     """Writes a PNG, whole or not at all, with `text` (prompt, seed, settings) as its iTXt chunks."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    path = disk.expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk.new_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm import adapters, checkpoint
+from ldm import adapters, checkpoint, disk
 from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion.schedule import scheduler_class
 from ldm.models import UNet, set_attention_backend
@@ -104,15 +104,17 @@ class Pipeline(Editing):
         Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
-            folder: where; an old folder of that name is replaced when the new one is complete.
+            folder: where. An older model there is replaced when the new one is complete: the files that the format
+                names (see `checkpoint.atomic_folder`). Whatever else lies there stays, such as README.md and .git of a
+                clone. Where the folder is a link, what it points to is written.
             dtype: of the stored weights of the UNet.
             shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
             text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
                 for a small folder; diffusers cannot open that.
 
         Raises:
-            ValueError: for a folder that holds other things, a text encoder that no package holds where it is to be
-                named, and while LoRAs are loaded that are not merged.
+            ValueError: for a folder that holds other things and no model, a file, a link to nothing, a text encoder
+                that no package holds where it is to be named, and while LoRAs are loaded that are not merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -125,7 +127,8 @@ class Pipeline(Editing):
                 "without"
             )
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
-        with checkpoint.atomic_folder(Path(folder)) as target:
+        place = disk.folder_to_write(folder)
+        with checkpoint.atomic_folder(place) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
             checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
@@ -135,6 +138,8 @@ class Pipeline(Editing):
                 (target / "text_encoder").mkdir()
                 checkpoint.write_json(target / "text_encoder" / REFERENCE, reference)
                 self._save_codec(target)
+        if reference is None:
+            self.text_encoder.is_now_in(place, changed=adapters.is_merged(self.text_encoder.model))
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
@@ -142,18 +147,19 @@ class Pipeline(Editing):
         self._save_codec(folder)
 
     def _save_codec(self, folder: Path) -> None:
-        if isinstance(self.codec, LatentCodec):
-            if self.codec.source is None:
-                checkpoint.save_model(folder / "vae", self.codec.autoencoder)
+        codec = _unwrapped(self.codec)
+        if isinstance(codec, LatentCodec):
+            if codec.source is not None and checkpoint.holds(codec.source, codec.autoencoder):
+                checkpoint.copy_model(codec.source, folder / "vae")
             else:
-                checkpoint.copy_model(self.codec.source, folder / "vae")
-        elif isinstance(self.codec, PixelCodec):
-            checkpoint.save_pixel_codec(folder / "codec", self.codec)
+                checkpoint.save_model(folder / "vae", codec.autoencoder)
+        elif isinstance(codec, PixelCodec):
+            checkpoint.save_pixel_codec(folder / "codec", codec)
 
     @property
     def _adapted(self) -> tuple[nn.Module, nn.Module]:
         """The networks that a LoRA may change."""
-        return self.unet, self.text_encoder.model
+        return _unwrapped(self.unet), _unwrapped(self.text_encoder.model)
 
     @property
     def lora(self) -> dict[str, float]:
@@ -208,7 +214,8 @@ class Pipeline(Editing):
 
     def index(self) -> dict[str, Any]:
         """Content of `model_index.json`."""
-        stage = self.codec.autoencoder.config.diffusers_class if isinstance(self.codec, LatentCodec) else None
+        codec = _unwrapped(self.codec)
+        stage = codec.autoencoder.config.diffusers_class if isinstance(codec, LatentCodec) else None
         index: dict[str, Any] = {"_class_name": CLASSES[stage]}
         # Keys with an underscore are ours; diffusers leaves them alone.
         index["_ldm"] = {
@@ -223,6 +230,11 @@ class Pipeline(Editing):
             return index | {"codec": ["ldm", "PixelCodec"]}
         index |= {"vae": ["diffusers", stage], "requires_safety_checker": False}
         return index | {name: [None, None] for name in sorted(SKIPPED)}
+
+
+def _unwrapped(module: Any) -> Any:
+    """The network that `torch.compile` has wrapped, or the network itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.text.files import Weights, new_folder, write_json, write_weights
+from ldm import disk
+from ldm.text.files import Weights, find_weights, new_folder, write_json, write_weights
+from ldm.wrapped import plain_names
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
@@ -82,6 +84,7 @@ class TextEncoder:
         self.max_length = max_length
         self.uses_attention_mask = files.config.get("use_attention_mask") is True
         self._files = files
+        self._stamps = {path: disk.stamp(path) for path in (*files.weights.shards, *files.tokenizer)}
 
     @property
     def hidden_size(self) -> int:
@@ -165,7 +168,7 @@ class TextEncoder:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in files.tokenizer:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        for name, value in sorted(self.model.state_dict().items()):
+        for name, value in sorted(plain_names(self.model.state_dict()).items()):
             if not name.startswith("pooler."):  # not used, and random where the weights have none
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -211,7 +214,7 @@ class TextEncoder:
     def library_classes(self) -> dict[str, tuple[str, str]]:
         """What `model_index.json` says of the two folders: name → (library, class), loadable by diffusers."""
         return {
-            "text_encoder": ("transformers", type(self.model).__name__),
+            "text_encoder": ("transformers", type(getattr(self.model, "_orig_mod", self.model)).__name__),
             "tokenizer": ("transformers", _tokenizer_class(self.tokenizer)),
         }
 
@@ -221,21 +224,41 @@ class TextEncoder:
         Files of weights and vocabulary are copied byte for byte from where the encoder was loaded; only
         `config.json` and `tokenizer_config.json` are written. With `changed`, the weights are those of the model
         as it is now (an adapter was merged into them). Each of the two folders appears complete or not at all.
-        `ValueError` where one exists already.
+        `ValueError` where one exists already, and where a file that is to be copied has changed since it was read.
         """
-        files = self._files
-        with new_folder(Path(folder) / "text_encoder") as target:
+        for path in self._files.tokenizer if changed else self._stamps:
+            if disk.stamp(path) != self._stamps[path]:
+                raise ValueError(f"{path} is not the file that the text encoder was read from: load the model again")
+        files, folder = self._files, disk.expanded(folder)
+        with new_folder(folder / "text_encoder") as target:
             if changed:
                 with quiet_transformers():
-                    self.model.save_pretrained(target)  # type: ignore[operator]
+                    weights = plain_names(self.model.state_dict())
+                    self.model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
             else:
                 write_weights(files.weights, target, files.other_towers)
             write_json(target / "config.json", files.config)
-        with new_folder(Path(folder) / "tokenizer") as target:
+        with new_folder(folder / "tokenizer") as target:
             for path in files.tokenizer:
                 shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
             write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
+
+    def is_now_in(self, folder: Path, *, changed: bool = False) -> None:
+        """Says that `folder` holds what `save` wrote; files that came from there are copied from there again."""
+
+        def replaced(paths: Sequence[Path], part: str) -> bool:
+            return any(path.parent.resolve() == (folder / part).resolve() for path in paths)
+
+        weights, tokenizer, stamps = self._files.weights, self._files.tokenizer, dict(self._stamps)
+        if replaced(weights.shards, "text_encoder") and not changed:
+            weights = find_weights(folder / "text_encoder")
+            stamps |= {path: disk.stamp(path) for path in weights.shards}
+        if replaced(tokenizer, "tokenizer"):
+            tokenizer = tuple(folder / "tokenizer" / path.name for path in tokenizer)
+            stamps |= {path: disk.stamp(path) for path in tokenizer}
+        self._files = replace(self._files, weights=weights, tokenizer=tokenizer)
+        self._stamps = {path: stamps[path] for path in (*weights.shards, *tokenizer)}
 
 
 def _quoted(text: str) -> str:

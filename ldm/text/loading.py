@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ldm import disk
 from ldm.requirements import pip_install
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
 from ldm.text.files import Weights, find_weights, read_json, read_tensors
@@ -41,6 +42,7 @@ _TOKENIZERS = {
     *("MPNetTokenizer", "MT5Tokenizer", "PreTrainedTokenizer", "RobertaTokenizer", "T5Tokenizer"),
     *("TokenizersBackend", "XLMRobertaTokenizer"),
 }
+_VOCABULARIES = {"vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
 # Keys of tokenizer_config.json that any tokenizer takes; each class has some of its own.
 _TOKENIZER_KEYS = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_max_length"}
 _TOKENIZER_KEYS |= {"max_len", "padding_side", "truncation_side", "model_input_names", "split_special_tokens"}
@@ -114,7 +116,7 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
     if name in _PACKAGED:
         folder = _PACKAGED[name]()
         return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
-    folder = Path(name) if Path(name).is_dir() else _download(name)
+    folder = disk.expanded(name) if disk.expanded(name).is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
         reference = folder / "text_encoder" / REFERENCE
         if reference.is_file():
@@ -145,10 +147,10 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
     first stands for both, and names an encoder that is part of a package.
     `ValueError` where a file is missing, damaged, or does not suit the others.
     """
-    reference = Path(text_encoder_folder) / REFERENCE
-    if reference.is_file():
-        return _referred(reference)
-    return _load(Path(text_encoder_folder), Path(tokenizer_folder), None, own=False)
+    folder, tokenizer = disk.expanded(text_encoder_folder), disk.expanded(tokenizer_folder)
+    if (folder / REFERENCE).is_file():
+        return _referred(folder / REFERENCE)
+    return _load(folder, tokenizer, None, own=False)
 
 
 def _minilm_folder() -> Path:
@@ -181,6 +183,8 @@ def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
 
 
 def _download(name: str) -> Path:
+    if Path(name).suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+        raise ValueError(f"{name} is a single file: name the folder of a text encoder, which holds config.json too")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"text encoder {name!r} is neither a folder nor the form of a hub id: {_CHOICES}")
     from huggingface_hub import snapshot_download
@@ -213,6 +217,8 @@ def _load(
             f"encoder known here: choose one of {', '.join(_FAMILIES)}"
         )
     weights = find_weights(model_folder)
+    for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
+        disk.check_not_pointer(tokenizer_folder / file)
     with quiet_transformers():
         model = _load_model(model_folder, config, family, weights)
         tokenizer, tokenizer_files = _load_tokenizer(tokenizer_folder, config, family)

@@ -21,7 +21,7 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_ya
 from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
 from ldm.training.choose import FIRST_STAGE, Wishes, choose_config
-from ldm.training.folder import check_new, open_folder
+from ldm.training.folder import check_new, lock, open_folder
 from ldm.training.saving import checkpoints
 from ldm.training.space import DEFAULT_FIRST_STAGE
 
@@ -80,8 +80,15 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
 
 def _forget_unbegun(folder: Path) -> None:
     """Removes a run folder that holds its config and nothing else: what was refused leaves no trace."""
+    if not folder.is_dir():
+        return
+    try:
+        unlock = lock(folder)
+    except ValueError:  # another process has begun a run there
+        return
     if {path.name for path in folder.iterdir()} <= {"config.yaml", ".lock"}:
         shutil.rmtree(folder)
+    unlock()
 
 
 def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LDMConfig:

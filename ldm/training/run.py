@@ -387,7 +387,7 @@ class Run:
             *earlier, (step, latest) = resuming.logged(self.folder, name)
             if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
                 return
-            with checkpoint.atomic_folder(self.folder / "best") as folder:
+            with checkpoint.atomic_folder(self.folder / "best", "best") as folder:
                 export(folder / self.export)
                 checkpoint.write_json(folder / "best.json", {"step": step, name: latest, "files": hashes(folder)})
 
@@ -461,7 +461,7 @@ class Run:
         write_report(self.folder)
 
     def _renew_export(self, newest: Path) -> None:
-        with checkpoint.atomic_folder(self.folder / self.export) as folder:
+        with checkpoint.atomic_folder(self.folder / self.export, self.export) as folder:
             checkpoint.link_tree(newest / self.export, folder)
 
     def finish(self, networks: Networks, export: Callable[[Path], None]) -> None:

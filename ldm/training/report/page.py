@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ldm import disk
 from ldm.report import curves, markup, sheets
 from ldm.report.curves import Line, Point, smooth
 from ldm.report.markup import escaped, number
@@ -35,6 +36,7 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         ValueError: if there is no such folder.
     """
+    run_folder = disk.expanded(run_folder)
     if not run_folder.is_dir():
         raise ValueError(f"{run_folder} is no folder; name the folder that a training wrote, such as runs/openmoji")
     run = _Folder.read(run_folder)
