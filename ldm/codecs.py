@@ -115,13 +115,18 @@ class PixelCodec(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise ValueError(f"PixelCodec mean {mean} and std {std} must have one entry a channel, std positive")
+        means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+        # In float32, where a tiny deviation is 0.
+        sound = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
+        if len(mean) != len(std) or not sound:
+            raise ValueError(
+                f"PixelCodec mean {mean} and std {std} must have one entry a channel, finite, std positive"
+            )
         self.channels = len(mean)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("mean", means.view(1, -1, 1, 1))
+        self.register_buffer("std", deviations.view(1, -1, 1, 1))
         self.config = {"_class_name": "PixelCodec", "mean": list(mean), "std": list(std)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

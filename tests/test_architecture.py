@@ -20,6 +20,7 @@ LEVELS = {
     "ldm.diffusion": 1,
     "ldm.models": 1,
     "ldm.disk": 1,
+    "ldm.weights": 1,
     "ldm.text": 2,
     "ldm.adapters": 2,
     "ldm.codecs": 2,

