@@ -580,13 +580,12 @@ COMPVIS_FORMS = {
 
 
 @pytest.mark.parametrize("form", COMPVIS_FORMS)
-@pytest.mark.parametrize("layers_per_block", [1, (2, 1)])
-def test_a_file_with_names_of_compvis_is_the_same_adapter(form, layers_per_block, tmp_path):
+def test_a_file_with_names_of_compvis_is_the_same_adapter(form, tmp_path):
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(**(SHAPE | {"layers_per_block": layers_per_block})))
+    unet = UNet(UNetConfig(**(SHAPE | {"layers_per_block": (2, 1)})))
     other = copy.deepcopy(unet)
-    every = AdapterConfig(rank=2, alpha=2.0, target_modules=tuple(adaptable_layers(unet)))
-    add_adapter(unet, every)
+    some = ("conv_in", "conv_out", "linear_1", "time_emb_proj", "conv", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj")
+    add_adapter(unet, AdapterConfig(rank=2, alpha=2.0, target_modules=some))
     randomise(unet)
     expected = adapter_tensors(unet)
     names = compvis_names(adaptable_layers(unet))
