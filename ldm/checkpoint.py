@@ -31,6 +31,7 @@ from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
 from ldm.untrusted import refuse_untrusted
+from ldm.weights import check_dtype, check_weights, converted
 from ldm.wrapped import plain_name, plain_names
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -286,8 +287,10 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
         expected: the class that must stand in `config.json`, a key of `COMPONENTS`.
 
     Raises:
-        ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
+        ValueError: for a missing file, another class, a damaged file, weights that do not fit the config, are not
+            finite or quantized, and a dtype that networks cannot have.
     """
+    check_dtype(dtype)
     folder = disk.expanded(folder)
     config = _read_config(folder)
     name = config.get("_class_name", expected)
@@ -350,14 +353,21 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: to
                 f"{where}: {name} has shape {list(weights[name].shape)} in the weights but "
                 f"{list(value.shape)} by config.json; use the config.json that was saved with them"
             )
-    model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, strict=True, assign=True)
+    if dtype is not None:
+        weights = converted(weights, dtype, where)
+    model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(True)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a component folder, from all files that hold them."""
-    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
-    return {name: tensor for path in files for name, tensor in load_tensors(path).items()}
+    """The tensors of a component folder, from all files that hold them; `check_weights` has looked at each."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            tensors = load_tensors(path)
+            check_weights(tensors, path)
+            found |= tensors
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -438,7 +448,7 @@ def load_pixel_codec(folder: Path) -> PixelCodec:
     config = read_json(path)
     try:
         return PixelCodec(tuple(config["mean"]), tuple(config["std"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: mean and std of the channels are wrong or missing ({error})") from None
 
 

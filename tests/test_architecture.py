@@ -23,6 +23,7 @@ LEVELS = {
     "ldm.disk": 1,
     "ldm.untrusted": 1,
     "ldm.wrapped": 1,
+    "ldm.weights": 1,
     "ldm.text": 2,
     "ldm.adapters": 2,
     "ldm.codecs": 2,

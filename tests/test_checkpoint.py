@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline, checkpoint
 from ldm.text import load_text_encoder, load_text_encoder_folders
@@ -101,6 +102,106 @@ def test_text_encoder_weights_of_the_wrong_shape_are_named(saved):
 def test_wrong_values_are_named_with_their_file(name, changes, part, saved):
     tiny.edit_json(saved / name, **changes)
     assert part in fault(saved)
+
+
+WEIGHTS_OF = {
+    "unet/diffusion_pytorch_model": "mid_block.resnets.0.conv1.weight",
+    "vae/diffusion_pytorch_model": "decoder.conv_in.bias",
+    "text_encoder/model": "mlp.fc1.weight",
+}
+
+
+def spoil(path, ending, change):
+    """Rewrites the one tensor of a file whose name ends so."""
+    weights = load_file(path)
+    (name,) = (key for key in weights if key.endswith(ending))
+    weights[name] = change(weights[name])
+    save_file(weights, path, {"format": "pt"})
+    return name
+
+
+def last_is(number):
+    def change(tensor):
+        tensor.view(-1)[-1] = number
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize("part", WEIGHTS_OF)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: torch.full_like(t, torch.nan), "holds numbers that are not finite"),
+        (last_is(torch.nan), "holds numbers that are not finite"),
+        (last_is(-torch.inf), "holds numbers that are not finite"),
+        (lambda t: t.to(torch.int8), "is stored as int8, but weights are float32, float16, bfloat16, float64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is stored as float8_e4m3fn, but"),
+        (lambda t: t.to(torch.complex64), "is stored as complex64, but"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused_by_file_and_name(saved, part, change, said):
+    path = saved / f"{part}.safetensors"
+    name = spoil(path, WEIGHTS_OF[part], change)
+    assert f"{path}: {name} {said}" in fault(saved)
+
+
+def test_the_shard_with_the_broken_tensor_is_named(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "model", shard_bytes=20_000)
+    shards = sorted((tmp_path / "model" / "unet").glob("*.safetensors"))
+    name = min(load_file(shards[1]))
+    spoil(shards[1], name, last_is(torch.inf))
+    assert len(shards) > 2
+    assert fault(tmp_path / "model").startswith(f"{shards[1]}: {name} holds numbers that are not finite")
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused(saved):
+    name = spoil(saved / "unet" / "diffusion_pytorch_model.safetensors", "conv_in.weight", last_is(-70_000.0))
+    with pytest.raises(ValueError, match=rf"unet: {name} holds 7e\+04, which is too large for float16; take bfloat16"):
+        Pipeline.from_pretrained(saved, dtype=torch.float16)
+    assert Pipeline.from_pretrained(saved, dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_counters_and_other_towers_of_a_text_encoder_are_no_weights(saved):
+    path = saved / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    more = {
+        "text_model.embeddings.position_ids": torch.arange(12).view(1, -1),
+        "vision_model.embeddings.class_embedding": torch.full((3,), torch.nan),
+    }
+    save_file(weights | more, path, {"format": "pt"})
+    tiny.edit_json(saved / "text_encoder" / "config.json", model_type="clip")
+    Pipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("vae", {"shift_factor": float("nan")}),
+        ("vae", {"scaling_factor": float("inf")}),
+        ("vae", {"_class_name": "VQModel", "latents_mean": [0, 0, float("nan"), 0], "latents_std": [1, 1, 1, 1]}),
+        ("vae", {"_class_name": "VQModel", "latents_mean": [0, 0, 0, 0], "latents_std": [1, float("inf"), 1, 1]}),
+        ("unet", {"norm_eps": float("nan")}),
+        ("codec", {"mean": [0, float("nan"), 0]}),
+        ("codec", {"std": [1, 1, float("inf")]}),
+        ("codec", {"std": [1, 1e-60, 1]}),
+        ("codec", {"mean": [0, 10**400, 0]}),
+        ("codec", {"mean": ["a", 0, 0]}),
+    ],
+)
+def test_statistics_that_are_not_finite_are_refused_by_file(config, changes, saved, tmp_path):
+    if config == "codec":
+        tiny.pipeline(tmp_path / "more").save_pretrained(tmp_path / "pixels")
+        saved = tmp_path / "pixels"
+    tiny.edit_json(saved / config / "config.json", **changes)
+    assert fault(saved).startswith(f"{saved / config / 'config.json'}: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float16", None])
+def test_a_dtype_that_networks_cannot_have_is_refused(saved, dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; it must be one of torch's float32, float16, bfloat16, float64"):
+        Pipeline.from_pretrained(saved, dtype=dtype)
 
 
 def test_an_index_without_its_map_is_named(saved):

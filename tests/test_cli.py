@@ -8,7 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline, cli
 from ldm.text import loading
@@ -127,6 +129,15 @@ def test_options_of_a_sampler_and_an_endless_interval_are_written_down(model, tm
         (["--device", "abacus"], "abacus"),
         (["--tile", "small"], "tile is 'small'"),
         (["--tile", "8"], "tile is 8"),
+        (["--height", "1000000", "--width", "1000000"], "height and width are 1000000 and 1000000: a picture of this"),
+        (["--width", str(10**30)], f"height and width are 8 and {10**30}"),
+        (["-n", str(10**14)], "100,000,000,000,000 pictures of 8x8"),
+        (["--device", "meta"], "device is 'meta', which cannot be used here"),
+        (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
+        (
+            ["--negative-prompt", "a \udcff b"],
+            r"a negative prompt has half of a surrogate pair at place 2 ('a \udcff b')",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, part, model, tmp_path, monkeypatch, capsys):
@@ -137,6 +148,49 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, part, model, tm
     assert error.count("\n") == 1
     assert part in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_the_model_is_opened(tmp_path, monkeypatch, capsys):
+    arguments = ["--model", tmp_path / "nothing", "-o", tmp_path / "a.png"]
+    assert call(monkeypatch, "generate", "a cat \ud83d", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: a prompt has half of a surrogate pair at place 6 ('a cat \\ud83d')")
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_lora_without_peft_is_one_line(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft.utils.other", None)
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    arguments = ["-m", model, "-o", tmp_path / "a.png", "--lora", tmp_path / "a.safetensors"]
+    assert call(monkeypatch, "generate", "a", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: LoRA needs peft, which cannot be imported") and error.count("\n") == 1
+
+
+def test_weights_that_are_not_finite_end_in_one_line_and_no_picture(model, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "broken")
+    path = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for number, said in (
+        (float("nan"), f"error: {path}: conv_out.weight holds numbers that are not finite"),
+        (3e38, "error: picture 0 left the finite numbers (nan or inf) at step 1, timestep 999; "),
+    ):
+        save_file(weights | {"conv_out.weight": torch.full_like(weights["conv_out.weight"], number)}, path)
+        assert call(monkeypatch, "generate", "a", "-m", tmp_path / "broken", "-o", tmp_path / "a.png") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(said) and error.count("\n") == 1
+        assert not (tmp_path / "a.png").exists()
+
+
+def test_memory_that_runs_out_anywhere_is_one_line(monkeypatch, capsys):
+    def full(*arguments):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nmore")
+
+    monkeypatch.setattr("ldm.cli.app", full)
+    assert call(monkeypatch, "nll") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: memory ran out ([enforce fail] DefaultCPUAllocator") and error.count("\n") == 1
 
 
 def test_the_command_is_installed_and_knows_its_version():

@@ -235,7 +235,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """`ValueError` unless an adapter may be added under this name now."""
-    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{name!r} cannot be the name of an adapter; use letters, digits, - and _, such as 'style'")
     if name in adapter_names(model):
         raise ValueError(f"there is an adapter {name!r} already; choose another name, or delete that one first")

@@ -45,11 +45,21 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2."""
+    """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2. So is what does
+    not fit into memory.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # captions may be in any script, terminals are not
     try:
         app()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        from ldm.pipelines.memory import ran_out
+
+        if not ran_out(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        print(f"error: memory ran out ({reason}); ask for less at a time, or smaller pictures", file=sys.stderr)
         sys.exit(2)

@@ -75,8 +75,11 @@ def generate(
         raise ValueError(f"-n is {count}; it must be at least 1")
     options = dict(map(_option, sampler_option or []))
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
+    from ldm.pipelines.arguments import check_text
     from ldm.text import cut_prompts_said
 
+    check_text("prompt", prompt)
+    check_text("negative prompt", negative_prompt or "")
     pipeline = Pipeline.from_pretrained(model, device=device)
     pipeline.tile(int(tile) if tile.isdecimal() else tile)  # type: ignore[arg-type]
     for number, entry in enumerate(lora or []):

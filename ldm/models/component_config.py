@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -58,12 +59,15 @@ class ComponentConfig:
         return {"_class_name": self.diffusers_class, **values}
 
     def check_types(self) -> None:
-        """Raises `ValueError` for the first field whose value is not of its annotated type."""
+        """Raises `ValueError` for the first field whose value is not of its annotated type, or not finite."""
         hints = get_type_hints(type(self))
         for field in fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if not _has_type(value, hint):
                 refuse(field.name, value, f"must be {_readable(hint)}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):  # Python reads NaN and 1e999 from JSON
+                    refuse(field.name, value, "must be finite")
 
     def check_positive(self, *keys: str) -> None:
         """Raises `ValueError` for the first of these fields with a number not above zero or infinite."""

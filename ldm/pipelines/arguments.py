@@ -11,7 +11,7 @@ from typing import Any
 def image_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, num_images_per_prompt: int
 ) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt an image."""
+    """The prompts and one negative prompt for each; image i is of prompt i // num_images_per_prompt."""
     prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or a list of texts")
     if not prompts:
         raise ValueError("the prompt list is empty; give at least one text")
@@ -25,11 +25,23 @@ def image_prompts(
         raise ValueError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
         )
-    for text in [*prompts, *negatives]:
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt is {text!r}; prompts are texts")
-    repeat = range(num_images_per_prompt)
-    return [p for p in prompts for _ in repeat], [n for n in negatives for _ in repeat]
+    for text in prompts:
+        check_text("prompt", text)
+    for text in negatives:
+        check_text("negative prompt", text)
+    return prompts, negatives
+
+
+def check_text(name: str, text: Any) -> None:
+    """`ValueError` unless it is a text that a tokenizer takes."""
+    if not isinstance(text, str):
+        raise ValueError(f"a {name} is {text!r}; prompts are texts")
+    lone = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+    if lone is not None:
+        around = ascii(text[max(0, lone - 20) : lone + 20])
+        raise ValueError(
+            f"a {name} has half of a surrogate pair at place {lone} ({around}), which is no text; write it in UTF-8"
+        )
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:

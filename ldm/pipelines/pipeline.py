@@ -16,8 +16,10 @@ from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion.schedule import scheduler_class
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
+from ldm.pipelines.memory import said_in_one_line
 from ldm.text import REFERENCE, load_text_encoder_folders, reference_to
 from ldm.untrusted import refuse_untrusted
+from ldm.weights import check_dtype
 
 LATENT_CLASS = "StableDiffusionPipeline"
 CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
@@ -54,6 +56,7 @@ class Pipeline(Editing):
             ValueError: naming the file that is missing, damaged or of another model.
         """
         place = usable_device(device)
+        check_dtype(dtype)
         folder = checkpoint.find_pipeline(name)
         for part in (".", *checkpoint.PARTS):
             refuse_untrusted(folder / part)
@@ -85,11 +88,24 @@ class Pipeline(Editing):
         return pipeline
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
-        """Moves every network to `device` (and `dtype`); returns the pipeline."""
+        """Moves every network to `device` (and `dtype`); returns the pipeline.
+
+        Raises:
+            ValueError: for a device that is not there or holds no numbers, a dtype that networks cannot have, and
+                where the memory of the device is too small.
+        """
+        if device is not None:
+            device = usable_device(device)
+        if dtype is not None:
+            check_dtype(dtype)
+        with said_in_one_line(f"the model on {device}", "take a dtype of half the size, or another device"):
+            self._move(device, dtype)
+        return self
+
+    def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.unet.to(device=device, dtype=dtype)
         self.codec.to(device=device, dtype=dtype)
         self.text_encoder.to(device, dtype)
-        return self
 
     def save_pretrained(
         self,
@@ -242,9 +258,11 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        reason = str(error).splitlines()[0]
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device "meta" gives no numbers back
+        return probe.device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # the second without CUDA in torch
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device is {str(name)!r}, which cannot be used here ({reason}); cpu always can") from None
 
 

@@ -110,7 +110,7 @@ class TextEncoder:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Hidden states of captions: [B, L, D] in `dtype` on `device`. An empty caption is a valid one.
 
-        `ValueError` for a list that is empty or holds anything but strings.
+        `ValueError` for a list that is empty or holds anything but strings of whole characters.
         """
         captions = _checked(captions)
         return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
@@ -275,6 +275,8 @@ def _checked(captions: Sequence[str]) -> list[str]:
     for position, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"caption {position} is {caption!r}, not a string: captions must be strings")
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise ValueError(f"caption {position} is {caption!a}, with half of a surrogate pair: no tokenizer takes it")
     return captions
 
 

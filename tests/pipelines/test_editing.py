@@ -170,6 +170,12 @@ def test_previews_show_the_predicted_picture(pipeline):
             lambda p: p.interpolate("a", (1, 2), negative_prompt=["x", "y"]),
             r"negative_prompt is \['x', 'y'\]; give one",
         ),
+        (lambda p: p.interpolate(["a", "\ud800"], (1, 2)), "a prompt has half of a surrogate pair at place 0"),
+        (
+            lambda p: p.variations("a", shared_until=500, shared_seed=1, negative_prompt="x\udfff"),
+            "a negative prompt has half of a surrogate pair at place 1",
+        ),
+        (lambda p: p.invert(Image.new("RGB", (8, 8)), "\udc80"), "a prompt has half of a surrogate pair"),
         (lambda p: p.variations(None, shared_until=500, shared_seed=1), "prompt is None; give one text"),
         (lambda p: p.interpolate(None, (1, 2)), "prompt is None; give one text, or two"),
         (lambda p: p.invert(None), "image is None; give a picture"),

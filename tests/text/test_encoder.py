@@ -140,6 +140,8 @@ def test_bad_captions_are_refused(save_encoder: Any) -> None:
             call([])
         with pytest.raises(ValueError, match="not one string"):
             call("a cat")
+        with pytest.raises(ValueError, match=r"caption 1 is 'b\\ud800', with half of a surrogate pair"):
+            call(["a", "b\ud800"])
         with pytest.raises(ValueError, match="caption 1 is 3, not a string"):
             call(["a cat", 3])  # type: ignore[list-item]
 
