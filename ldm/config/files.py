@@ -119,8 +119,8 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
     foreign = sorted(map(str, content.keys() - known))
     if foreign and theirs.issuperset(foreign):
         raise ValueError(
-            f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {' and no '.join(foreign)}; run it "
-            "with that script"
+            f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {' and no '.join(foreign)}; run "
+            "it with that script"
         )
 
 

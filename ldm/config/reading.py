@@ -93,7 +93,9 @@ def typed(value: Any, hint: Any, path: str) -> Any:
         }
     if isinstance(value, list) and listed is not None:
         elements = element_hints(listed, len(value))
-        return [typed(item, element, f"{path}.{i}") for i, (item, element) in enumerate(zip(value, elements, strict=True))]
+        return [
+            typed(item, element, f"{path}.{i}") for i, (item, element) in enumerate(zip(value, elements, strict=True))
+        ]
     return _number(value, members, path) if isinstance(value, str) else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 from pathlib import Path
 
 from torch import nn
@@ -33,7 +34,7 @@ def load_inception(weights: str) -> nn.Module:
             f"Inception features need their weights, a file of 91 MiB that is not downloaded here: fetch {SOURCE} and "
             "give its path"
         )
-    path = Path(weights)
+    path = Path(os.path.expanduser(weights))
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
     if name in _PACKAGED:
         folder = _PACKAGED[name]()
         return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
-    folder = Path(name) if Path(name).is_dir() else _download(name)
+    local = Path(os.path.expanduser(name))
+    folder = local if local.is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
         reference = folder / "text_encoder" / REFERENCE
         if reference.is_file():

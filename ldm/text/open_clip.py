@@ -6,6 +6,7 @@ Both are the text transformer of CLIP (Radford et al. 2021, arXiv:2103.00020, se
 
 import gzip
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> P
         except (OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"weights {source} of {model} cannot be downloaded: {reason}") from None
-    elif source and Path(source).is_file():
-        path = Path(source)
+    elif source and Path(os.path.expanduser(source)).is_file():
+        path = Path(os.path.expanduser(source))
     else:
         raise ValueError(
             f"{source!r} is neither a file nor a pretrained tag of open_clip's {model}: "
