@@ -26,7 +26,7 @@ _DOTTED = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 _ELEMENT = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,"'\s][^,]*?|)\s*(,|\Z)""", re.DOTALL)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Plain scalars are text, all but null and the merge key; a key that stands twice is refused."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str | None, list[tuple[str, re.Pattern[str]]]]] = {
@@ -48,15 +48,6 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = line
             if key.tag.endswith(":null"):
                 key.tag = "tag:yaml.org,2002:str"
-        return node
-
-    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
-        node = super().compose_scalar_node(anchor)
-        if node.style is None and "\t" in node.value:
-            raise yaml.MarkedYAMLError(
-                problem=f"there is a tab in {node.value!r}, line {node.start_mark.line + 1}; write blanks, or put the "
-                "text in quotes"
-            )
         return node
 
 

@@ -78,7 +78,7 @@ def _lost_process(error: str, run: Path) -> str | None:
     if reason.startswith("DataLoader worker (pid"):
         return (
             f"a process that loads images has died ({reason}), most often for want of memory, in /dev/shm too; lower "
-            f"train.num_workers and go on: {resume_command(run)} --set train.num_workers=0"
+            f"train.num_workers and go on with {resume_command(run)} --set train.num_workers=0"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "onnection" in reason:
         return f"another process of this run has ended ({reason}); its own message says why"

@@ -50,7 +50,7 @@ def base_of(run: Path, content: Mapping[str, Any], overridden: Collection[str] =
     if not (run / FILE).is_file():  # of an older version
         return here
     known = checkpoint.read_json(run / FILE)
-    then, paths = Path(known["folder"]), known["paths"]
+    then, paths = Path(known.get("folder", here)), known.get("paths", {})
     needed = {key: path for key, path in paths.items() if key not in overridden and value_at(content, key) == path}
     if not needed or then == here:
         return here
