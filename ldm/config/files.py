@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import reprlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -138,9 +139,14 @@ def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
         for key in derived.keys() & (given.keys() if isinstance(given, Mapping) else set()):
             raise ValueError(f"{where}: {section}.{key} follows from {derived[key]}; leave it out")
     try:
-        return TypeAdapter(kind).validate_python(dict(content))
+        return typing.cast(C, _adapter(typing.cast(Any, kind)).validate_python(dict(content)))
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(error, kind)}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _apply(content: dict[str, Any], override: str, kind: type) -> None:
@@ -218,7 +224,7 @@ def _dotted_keys(kind: type, prefix: str = "") -> list[str]:
 
 def to_yaml(config: LDMConfig | AutoencoderTrainingConfig) -> str:
     """The complete config, every default spelled out, in a form that `load_config` reads back."""
-    content = TypeAdapter(type(config)).dump_python(config, mode="json")
+    content = _adapter(typing.cast(Any, type(config))).dump_python(config, mode="json")
     if isinstance(config, LDMConfig):
         for key in FROM_START if config.start_from is not None else {"start_from", "finetune"}:
             del content[key]
