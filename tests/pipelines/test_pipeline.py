@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from PIL import Image
 
 from ldm import Pipeline
 from ldm.diffusion import NoiseSchedule
+from ldm.pipelines.pipeline import default_device, usable_device
 from tests import tiny
 
 
@@ -159,3 +161,23 @@ def test_files_that_are_no_model_are_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     pipeline.save_pretrained(tmp_path / "model")
     pipeline.save_pretrained(tmp_path / "model")  # an older model makes way
+
+
+def as_accelerate():
+    """The device on which accelerate would train."""
+    return PartialState.default_device.fget(None)
+
+
+def test_without_a_name_the_device_is_that_of_accelerate(monkeypatch):
+    assert default_device().type == usable_device(None).type == as_accelerate().type
+    # Apple's, as torch says it where there is one; accelerate asks the backend, and sets a variable for it.
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")
+    for there, expected in ((True, "mps"), (False, as_accelerate().type)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+        assert (usable_device(None).type, as_accelerate().type) == (expected, expected)
+    assert usable_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here"):
+        usable_device("abacus")
