@@ -160,7 +160,7 @@ class PixelCodec(nn.Module):
         return original.clamp(low.to(original.dtype), high.to(original.dtype))
 
     def tile(self, size: Tile) -> None:
-        _check_tile(size)  # there is nothing to do a part at a time
+        check_tile(size)  # there is nothing to do a part at a time
 
 
 class LatentCodec(nn.Module):
@@ -244,7 +244,7 @@ class LatentCodec(nn.Module):
         Raises:
             ValueError: for anything else, and a size below 16.
         """
-        self._tile = _check_tile(size)
+        self._tile = check_tile(size)
 
     def _strips(self, network: FirstStage, x: Tensor, height: int, width: int) -> int | None:
         """How many pixels of an image of `height` × `width` are computed at a time; None for all, with gradients too.
@@ -297,7 +297,8 @@ def _warn_of_overflow(dtype: torch.dtype) -> None:
     )
 
 
-def _check_tile(size: Tile) -> Tile:
+def check_tile(size: Tile) -> Tile:
+    """The size, if a codec can be told it; ValueError if not."""
     if size in ("auto", "off") or (type(size) is int and size >= FEWEST_TILE):
         return size
     raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {FEWEST_TILE} on")

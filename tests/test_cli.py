@@ -407,3 +407,97 @@ def test_words_that_are_cut_are_said_on_one_line(model, tmp_path, monkeypatch, c
     assert call(monkeypatch, "nll", model, "digits", "--samples", 2, "--steps-per-image", 2) == 0
     err = capsys.readouterr().err
     assert err.startswith("warning: captions are cut: the text encoder reads 12 tokens") and err.count("\n") == 1
+
+
+BEFORE_LOADING = {
+    "generate": [
+        (["--steps", "-5"], "num_inference_steps is -5"),
+        (["--guidance", "nan"], "guidance_scale is nan"),
+        (["--guidance", "inf"], "guidance_scale is inf"),
+        (["-n", "0"], "-n is 0"),
+        (["--sampler", "dimm"], "did you mean 'ddim'"),
+        (["--sampler", "ddim", "--sampler-option", "snr=1"], "sampler_options has 'snr'"),
+        (["--sampler", "ddpm", "--eta", "1"], "eta is 1.0, which sampler 'ddpm' does not have"),
+        (["--eta", "-1"], "eta is -1"),
+        (["--guidance-rescale", "nan"], "guidance_rescale is nan"),
+        (["--guidance-interval", "5", "1"], "turned round"),
+        (["--dynamic-threshold", "2"], "dynamic_threshold is 2"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**63 - 1), "-n", "2"], f"seed is {2**63}"),
+        (["--height", "0"], "height is 0"),
+        (["--width", "-8"], "width is -8"),
+        (["--tile", "3"], "tile is 3"),
+        (["--device", "abacus"], "abacus"),
+        (["--lora", "style.safetensors:nan"], "the weight of adapter 'style.safetensors' is nan"),
+        (["--lora=~no-such-user/x:1"], "home folder of a user that does not exist"),
+        (["--output=~no-such-user/x.png"], "home folder of a user that does not exist"),
+        (["-o", "folder.png"], "--output is folder.png, a folder"),
+        (["-o", "file/inside.png"], "--output is file/inside.png, and nothing can be written in"),
+        (["-o", "/proc/none/x.png"], "--output is /proc/none/x.png, and nothing can be written in /proc"),
+        (["--progress-strip", "/proc/x.png"], "--progress-strip is /proc/x.png"),
+        (["--progress-strip", "./image.png"], "it must be another file than -o"),
+        (["-o", "x" * 300 + ".png"], "File name too long"),
+    ],
+    "nll": [
+        (["digits", "--seed", "-1"], "seed is -1"),
+        (["digits", "--samples", "0"], "samples is 0"),
+        (["digits", "--steps-per-image", "3"], "steps per image is 3"),
+        (["digits", "--held-out", "nan"], "data.held_out is nan"),
+        (["digits", "-o", "/proc/x.svg"], "--output is /proc/x.svg"),
+        (["./nowhere"], "nowhere"),
+    ],
+    "evaluate": [
+        (["digits", "--steps", "-5"], "num_inference_steps is -5"),
+        (["digits", "--guidance", "nan"], "guidance_scale is nan"),
+        (["digits", "--seed", "-1"], "seed is -1"),
+        (["digits", "--held-out", "1.5"], "data.held_out is 1.5"),
+        (["digits", "--samples", "3"], "samples is 3"),
+        (["digits", "--reference", "-1"], "--reference is -1"),
+        (["digits", "--sweep", "--sweep-samples", "0"], "--sweep-samples is 0"),
+        (["digits", "--sweep", "--sweep-steps", "0"], "steps of a sweep hold 0"),
+        (["digits", "-o", "file"], "--output is file, a file"),
+        (["digits", "-o", "/proc/none"], "nothing can be written in /proc"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "part"),
+    [(command, *case) for command, cases in BEFORE_LOADING.items() for case in cases],
+)
+def test_what_is_wrong_whatever_the_model_is_said_before_it_is_looked_for(
+    command, arguments, part, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    model = ["a", "--model", "./nothing"] if command == "generate" else ["./nothing"]
+    assert call(monkeypatch, command, *model, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and part in error, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_folder_is_found_in_every_path(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(model, tmp_path / "home" / "model")
+    arguments = ["a", "--model=~/model", "--steps", 1, "--output=~/new/a.png", "--progress-strip=~/strip.png"]
+    assert call(monkeypatch, "generate", *arguments, "-n", 2, "--seed", 1) == 0
+    made = {str(path.relative_to(tmp_path / "home")) for path in (tmp_path / "home").rglob("*.png")}
+    assert made == {"new/a.png", "new/a-1.png", "new/a-2.png", "strip.png"}
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "home" / "new" / "a.png")
+    assert (
+        call(monkeypatch, "nll", "~/model", "digits", "--samples", 1, "--steps-per-image", 2, "--output=~/t.svg") == 0
+    )
+    assert (tmp_path / "home" / "t.svg").is_file()
+    (tmp_path / "home" / "encoder").mkdir()
+    tiny.clip_text_model().save_pretrained(tmp_path / "home" / "encoder")
+    tiny.clip_tokenizer().save_pretrained(tmp_path / "home" / "encoder")
+    assert loading.load_text_encoder("~/encoder").hidden_size > 0
+    assert call(monkeypatch, "generate", "a", "--model=~/model", "--lora=~/none.safetensors:0.8") == 2
+    assert f"there is no {tmp_path / 'home' / 'none.safetensors'}" in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ldm.cli.arguments import expanded, output_folder
+
 if TYPE_CHECKING:
     from ldm.data import CaptionedImages, DataConfig
     from ldm.evaluation.cells import Grid
@@ -61,22 +63,33 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder of page, JSON and sheets; evaluation by default.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+    ] = None,
 ) -> None:
     """Draw pictures for captions of the data, and measure them against its images. Writes a page with all of it."""
+    from ldm.data import DataConfig
     from ldm.evaluation.evaluate import check_samples
+    from ldm.pipelines.arguments import check_steps, image_seeds
+    from ldm.pipelines.sampling import Settings
     from ldm.training.trained import find_run
 
+    # What is wrong whatever the model is said before it is loaded.
     check_samples(samples)
+    check_steps(steps)
+    Settings(num_inference_steps=1, guidance_scale=1.0 if guidance is None else guidance)
+    image_seeds(seed, samples)
+    DataConfig(path="any", resolution=1, held_out=0.1 if held_out is None else held_out)
+    if sweep_samples < 1:
+        raise ValueError(f"--sweep-samples is {sweep_samples}; it must be at least 1")
     if reference < 1:
         raise ValueError(f"--reference is {reference}; it is a number of images, at least 1")
     if sweep and (steps is not None or guidance is not None):
         raise ValueError("--sweep chooses steps and guidance; say with --sweep-steps and --sweep-guidance what to try")
     grid = _grid(sweep_guidance, sweep_steps) if sweep else None
+    model = str(expanded(model)) if model.startswith("~") else model
     run = find_run(model)
-    folder = output or _own_folder(model, run)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output is {folder}, a file; name a folder")
+    folder = output_folder("--output", output or _own_folder(model, run))
     try:
         _evaluate(
             _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),

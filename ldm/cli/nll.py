@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ldm.cli.arguments import expanded, output_file
+
 if TYPE_CHECKING:
     from ldm.evaluation.likelihood import Likelihood
 
@@ -31,33 +33,39 @@ def nll(
         Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+    ] = None,
 ) -> None:
     """Say how well a model of pixels knows images: the variational bound, in bits per dimension."""
     if split not in ("held-out", "all"):
         raise ValueError(f"--split is {split}; it is held-out or all")
     if variance not in (None, "small", "large"):
         raise ValueError(f"--variance is {variance}; it is small or large")
-    if output is not None and output.suffix.lower() not in (".svg", ".png"):
-        raise ValueError(f"--output is {output}; the plot is written as SVG or PNG, so let it end in .svg or .png")
+    if output is not None:
+        output = output_file("--output", output, [".svg", ".png"], "the plot is written as SVG or PNG")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    if steps_per_image is not None and (steps_per_image < 2 or steps_per_image % 2):
+        raise ValueError(f"steps per image is {steps_per_image}; it must be an even number, at least 2")
     from tqdm import tqdm
 
     from ldm.data import CaptionedImages, DataConfig, inspect, open_source
     from ldm.data import split as split_of
+    from ldm.data.layouts import check_path
     from ldm.evaluation.likelihood import likelihood
     from ldm.pipelines import Pipeline
 
-    pipeline = Pipeline.from_pretrained(model, device=device)
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be a whole number from 0 on")
+    columns = {"held_out": held_out, "image_column": image_column, "caption_column": caption_column}
+    DataConfig(path=path, resolution=1, **columns)  # type: ignore[arg-type] # refused before a model is loaded
+    check_path(path)
+    pipeline = Pipeline.from_pretrained(expanded(model) if model.startswith("~") else model, device=device)
     learned = pipeline.unet.config.learned_variance
     if learned and variance is not None:
         raise ValueError(f"--variance is {variance}, but {model} has learned its variances; leave it out")
-    config = DataConfig(
-        path=path,
-        resolution=pipeline.default_size[0],
-        held_out=held_out,
-        image_column=image_column,
-        caption_column=caption_column,
-    )
+    config = DataConfig(path=path, resolution=pipeline.default_size[0], **columns)  # type: ignore[arg-type]
     used = inspect(open_source(config), config, progress=True).used
     if split == "held-out":
         _, used = split_of(used, held_out)

@@ -38,9 +38,22 @@ def _outside(output_dir: str, key: str, path: str | None) -> None:
         raise ValueError(f"{key} is {path!r}, inside output_dir {output_dir!r}; choose another output_dir")
 
 
+def _check_homes(**paths: str | None) -> None:
+    """Refuses `~name/…` of a user that does not exist."""
+    for key, path in paths.items():
+        if path is not None and path.startswith("~"):
+            try:
+                Path(path).expanduser()
+            except RuntimeError:
+                raise ValueError(
+                    f"{key} is {path!r}, in the home of a user that does not exist; write ./{path}"
+                ) from None
+
+
 def _check_output(output_dir: str, data: DataConfig) -> None:
     if not output_dir.strip():
         raise ValueError("output_dir is empty; name a folder for the run")
+    _check_homes(output_dir=output_dir, **{"data.path": data.path, "data.cache_dir": data.cache_dir})
     _outside(output_dir, "data.path", data.path)
     folder = Path(data.path).expanduser()
     # The pictures of a run would be data of the next.
@@ -310,6 +323,7 @@ class LDMConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
+        _check_homes(first_stage=self.first_stage, start_from=self.start_from)
         _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "first_stage", self.first_stage)
         _outside(self.output_dir, "start_from", self.start_from)
@@ -412,6 +426,7 @@ class AutoencoderTrainingConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
+        _check_homes(start_from=self.start_from)
         _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "start_from", self.start_from)
         if self.autoencoder is not None and self.vq is not None:

@@ -62,6 +62,19 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     return seeds
 
 
+def check_steps(steps: int | None) -> None:
+    """`ValueError` for a number of steps that no model can take; what is above T depends on the model."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"num_inference_steps is {steps}; it must be at least 1")
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """`ValueError` for a side that no picture has."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side < 1:
+            raise ValueError(f"{name} is {side}; it is a number of pixels, at least 1")
+
+
 def listed(name: str, values: Iterable[Any], wanted: str) -> list[Any]:
     try:
         return list(values)

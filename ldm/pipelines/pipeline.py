@@ -48,7 +48,7 @@ class Pipeline(Editing):
         """Opens a pipeline folder, ours or a Stable Diffusion 1.x/2.x one of diffusers, a hub id, or "openmoji-64".
 
         Args:
-            device: where it runs; None takes CUDA where there is one, else the CPU.
+            device: where it runs; None takes `default_device`.
             dtype: of weights and computation; float32, or float16/bfloat16 on a GPU.
             attention: "sdpa", or "xformers" where that is installed, on CUDA.
 
@@ -253,10 +253,16 @@ def _unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def default_device() -> torch.device:
+    """The accelerator of this machine (CUDA, Apple's MPS, XPU, NPU, …), as accelerate takes it, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else torch.device(found.type)
+
+
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, None for CUDA where there is one, else the CPU; ValueError if it cannot be used."""
+    """The device of that name, None for `default_device`; ValueError if it cannot be used."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # the device "meta" gives no numbers back

@@ -13,7 +13,7 @@ import yaml
 
 from ldm import disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
-from ldm.training import resuming, saving
+from ldm.training import resuming, saving, started
 from ldm.training.files import difference, hashes
 
 # A process that was killed may hold its lock a moment longer, while the system clears up after it.
@@ -153,6 +153,7 @@ def open_folder(
             disk.remove_partial(inside)
         saving.set_aside(damaged)
         disk.write_text(folder / "config.yaml", to_yaml(config))
+        started.record(folder, config)
     except BaseException:
         unlock()
         raise

@@ -1,6 +1,7 @@
 """One run of a training script: its steps, its folder, its log and its checkpoints.
 
 RUN/config.yaml         the complete config
+RUN/started.json        the folder that its relative paths are read from
 RUN/data.json           the account of the data; fingerprints.json has a hash of each sample
 RUN/plan.json           what was planned, and how long it took
 RUN/report.html         all of this as one page
@@ -49,6 +50,7 @@ from ldm.training.plan import Plan, duration
 from ldm.training.processes import join, total
 from ldm.training.report import write_report
 from ldm.training.report.names import PREFIX as EVALUATION
+from ldm.training.started import resume_command
 
 
 class Run:
@@ -297,8 +299,9 @@ class Run:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row, whose samples are "
                 f"in {log}; {saving.standing(self.folder)}; leave these samples out, or go on from there with a lower "
-                "learning rate: --resume --set train.learning_rate=… --accept train.learning_rate (where its weights "
-                "are spoilt already, move it away first, and the one before is used)"
+                f"learning rate: {resume_command(self.folder)} --set "
+                f"train.learning_rate={self.config.train.learning_rate / 2:g} --accept train.learning_rate (where its "
+                "weights are spoilt already, move it away first, and the one before is used)"
             )
 
     def advance(self, codebook: Codebook | None = None) -> None:
@@ -487,7 +490,9 @@ class Run:
         self.accelerator.end_training()
         self._unlock()
         if self.stopping:
-            raise Stopped(f"step {self.step} of {self.config.train.max_steps} is saved; go on with --resume")
+            raise Stopped(
+                f"step {self.step} of {self.config.train.max_steps} is saved; go on with {resume_command(self.folder)}"
+            )
 
     # ---- what is resumed
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ldm import checkpoint, disk
 from ldm.training.files import damage, hashes
 from ldm.training.processes import total
+from ldm.training.started import resume_command
 
 PREFIX = "step_"
 
@@ -51,7 +52,7 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         raise OSError(
             f"the checkpoint of step {step_of(target)} cannot be written ({error}); {standing(target.parents[1])}; "
-            "mend that, and go on with --resume"
+            f"mend that, and go on with {resume_command(target.parents[1])}"
         ) from error
 
 

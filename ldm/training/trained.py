@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ldm import checkpoint
 from ldm.config import LDMConfig, parse_config
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
-from ldm.training import resuming, saving
+from ldm.training import resuming, saving, started
 
 CONFIG = "config.yaml"
 DATA = "data.json"  # of a built-in model: how many images it was trained on, and their digest
@@ -78,6 +79,8 @@ def find_run(model: str) -> Trained | None:
     saved = saving.checkpoints(folder)
     data = checkpoint.read_json(saved[-1] / "training" / "state.json")["data"] if saved else {}
     config = parse_config(content, LDMConfig, str(path))
+    with suppress(ValueError):  # said by `data_of`, if its data is asked for
+        config = started.located(config, folder)
     return Trained(folder, config, data.get("samples"), data.get("sha256"))
 
 
@@ -149,4 +152,4 @@ def data_of(run: Trained, **changes: str | float | None) -> DataConfig:
             "seen would count as held out; leave the option out"
         )
     given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(run.config.data, **given)  # type: ignore[arg-type]
+    return dataclasses.replace(started.located(run.config, run.folder).data, **given)  # type: ignore[arg-type]

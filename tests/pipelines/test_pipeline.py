@@ -7,11 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from PIL import Image
 
 from ldm import Pipeline
 from ldm.diffusion import NoiseSchedule
 from ldm.pipelines import CutPromptWarning
+from ldm.pipelines.pipeline import default_device, usable_device
 from tests import tiny
 
 
@@ -180,3 +182,23 @@ def test_words_that_are_cut_are_named_once_a_call_where_it_was_made(pipeline):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline(["a cat", ""], negative_prompt="a dog", seed=1)
+
+
+def as_accelerate():
+    """The device on which accelerate would train."""
+    return PartialState.default_device.fget(None)
+
+
+def test_without_a_name_the_device_is_that_of_accelerate(monkeypatch):
+    assert default_device().type == usable_device(None).type == as_accelerate().type
+    # Apple's, as torch says it where there is one; accelerate asks the backend, and sets a variable for it.
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")
+    for there, expected in ((True, "mps"), (False, as_accelerate().type)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+        assert (usable_device(None).type, as_accelerate().type) == (expected, expected)
+    assert usable_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here"):
+        usable_device("abacus")

@@ -19,6 +19,7 @@ from ldm.report.curves import Line, Point, smooth
 from ldm.report.markup import escaped, number
 from ldm.report.shell import write_page
 from ldm.training.report import metrics, names
+from ldm.training.started import resume_command
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
 MOST_OTHER_CURVES = 12
@@ -304,7 +305,7 @@ def _use(run: _Folder) -> Iterator[str]:
     yield "".join(f"<p>{label}</p><pre dir='ltr'>{escaped(command)}</pre>" for label, command in commands)
     if saved:
         listed = ", ".join(saved[-20:])
-        resumed = "<code>--resume</code> goes on from the newest"
+        resumed = f"<code>{escaped(resume_command(run.path))}</code> goes on from the newest"
         yield f"<p class='note'>Checkpoints ({resumed}): {escaped(listed)}.</p>"
 
 
