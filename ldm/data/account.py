@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ldm.data import color
 from ldm.data.captions import printable
 from ldm.data.dataset import split
 from ldm.data.inspection import Duplicate, Inspection
@@ -179,7 +180,7 @@ def account_of(
     return replace(
         account,
         notes=tuple(printable(line) for line in _notes(account, inspection)),
-        needs_attention=tuple(printable(line) for line in _needs_attention(account, config, used)),
+        needs_attention=tuple(printable(line) for line in _needs_attention(account, config, inspection)),
     )
 
 
@@ -265,7 +266,9 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 def _treatment(background: str) -> dict[str, str]:
     return {
         "rotated": "turned upright, as EXIF says",
-        "cmyk": "converted to RGB without a colour profile, so colours may shift",
+        color.CONVERTED: "converted from their color profiles to sRGB",
+        **{trait: f"{what}; taken as sRGB" for trait, what in _UNCERTAIN.items()},
+        "cmyk": "converted to RGB without a color profile, so colors may shift",
         "16-bit": "scaled to 8 bits",
         "palette": "converted to RGB",
         "transparent": f"laid on {background}; data.background chooses another colour",
@@ -274,6 +277,14 @@ def _treatment(background: str) -> dict[str, str]:
 
 
 _SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+
+
+# Colors that are not converted, though the image says that they are not sRGB.
+_UNCERTAIN = {
+    color.UNUSABLE: "a color profile that is damaged or of another kind of image",
+    color.GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
+    color.ADOBE: "Adobe RGB in EXIF, and no color profile",
+}
 
 
 def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
@@ -304,8 +315,8 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
         yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
 
 
-def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample]) -> Iterable[str]:
-    captions, sizes = account.captions, account.sizes
+def _needs_attention(account: Account, config: DataConfig, inspection: Inspection) -> Iterable[str]:
+    captions, sizes, used = account.captions, account.sizes, inspection.used
     if not account.used:
         yield f"no image can be used; {WAYS_OUT}"
     if account.skipped:
@@ -313,6 +324,14 @@ def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample
         told = ", ".join(f"{count} × {reason}" for reason, count in reasons)
         more = " and other reasons" if len({entry.reason for entry in account.skipped_files}) > 3 else ""
         yield f"{account.skipped} of {account.total} are skipped ({told}{more}); mend or remove them"
+    for trait, what in _UNCERTAIN.items():
+        # A curated source that nobody looked at has no kinds.
+        bearers = [sample.shown for sample, kind in zip(used, inspection.kinds, strict=False) if trait in kind.traits]
+        if bearers:
+            yield (
+                f"{plural(len(bearers), 'image has', 'images have')} {what}, so that colors may be wrong: {bearers[0]}"
+                f"{' and others' if len(bearers) > 1 else ''} taken as sRGB; save them again in sRGB"
+            )
     if captions.too_long:
         first = captions.too_long[0]
         yield (

@@ -23,7 +23,7 @@ _PICTURES = frozenset(
         *(".heics", ".hif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dds", ".qoi", ".j2k", ".jxr", ".icns"),
         *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
     )
-)
+).difference(IMAGES)
 _VIDEOS = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp"))
 _ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 
@@ -146,6 +146,7 @@ _BEGINNINGS = (
     (re.compile(rb"GIF8[79]a"), ".gif"),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), ".webp"),
     (re.compile(rb"II\*\0|MM\0\*"), ".tif"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), ".avif"),
 )
 _TEXTS = frozenset((*CAPTION_FILES, ".json", ".jsonl", ".csv", ".tsv"))
 
@@ -159,7 +160,7 @@ def unnamed_image(found: Found, path: str) -> str | None:
             beginning = file.read(12)
     except OSError:
         return None
-    kind = next((kind for pattern, kind in _BEGINNINGS if pattern.match(beginning)), None)
+    kind = next((kind for pattern, kind in _BEGINNINGS if pattern.match(beginning) and kind in IMAGES), None)
     return kind and f"an image, but its name does not say so; let it end in {kind}"
 
 
