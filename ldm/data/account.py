@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ldm.data import color
-from ldm.data.captions import printable
+from ldm.data.captions import plural, printable
 from ldm.data.dataset import split
 from ldm.data.inspection import Duplicate, Inspection
 from ldm.data.sources import WAYS_OUT, DataConfig, Sample, Skipped
@@ -187,11 +187,6 @@ def account_of(
 def quoted(caption: str, longest: int = 60) -> str:
     """A caption, or its beginning, in quotation marks."""
     return f'"{printable(caption)}"' if len(caption) <= longest else f'"{printable(caption[:longest].rstrip())}…"'
-
-
-def plural(count: int, one: str, many: str = "") -> str:
-    """ "1 image", "2 images"."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]] | None, uncounted: str) -> Captions:

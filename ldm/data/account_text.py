@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from ldm.data.account import Account, Size, plural, quoted
-from ldm.data.captions import printable
+from ldm.data.account import Account, Size, quoted
+from ldm.data.captions import plural, printable
 
 _SHOWN = 10  # of each list
 _LABEL = 12  # columns

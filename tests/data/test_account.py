@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from ldm.data import Account, DataConfig, Duplicate, Inspection, Sample, Skipped, account_of
-from ldm.data.account import plural, quoted
+from ldm.data.account import quoted
+from ldm.data.captions import plural
 from ldm.data.inspection import Kind
 from ldm.data.sources import Decoded
 

@@ -19,8 +19,7 @@ from PIL import Image
 from ldm.data import DataConfig, Inspection, Sample, Skipped, Source, inspect, open_source, split
 from ldm.data import inspection as module
 from ldm.data.facts import FactsStore
-from ldm.data.images import decode
-from ldm.data.images import FORMATS
+from ldm.data.images import FORMATS, decode
 from ldm.data.inspection import natural_order
 from ldm.data.sources import Decoded, digest_of
 
