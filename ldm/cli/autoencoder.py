@@ -81,7 +81,7 @@ def evaluate(
         raise ValueError(
             f"--resolution is {config.resolution}; reconstructions are judged from {SMALLEST_SIDE} pixels a side on"
         )
-    everything = inspect(open_source(config), config, progress=True).used
+    everything = inspect(open_source(config, captioned=False), config, progress=True).used
     learned, used = split_of(everything, held_out)
     if split == "all":
         learned, used = (), everything

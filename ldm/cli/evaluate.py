@@ -57,6 +57,9 @@ def evaluate(
     store: Annotated[bool, typer.Option(help="With --sweep: store the best as the defaults of the model.")] = True,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of page, JSON and sheets; evaluation by default.")
     ] = None,
@@ -80,7 +83,11 @@ def evaluate(
     try:
         _evaluate(
             _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),
-            columns={"image_column": image_column, "caption_column": caption_column},
+            columns={
+                "image_column": image_column,
+                "caption_column": caption_column,
+                "caption_source": caption_source,
+            },
             held_out=held_out,
             most=reference,
             features=(features, weights),

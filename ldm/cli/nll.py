@@ -26,6 +26,9 @@ def nll(
     seed: Annotated[int, typer.Option(help="Of the noise, and of images and timesteps that are drawn.")] = 0,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
     ] = None,
@@ -56,6 +59,7 @@ def nll(
         held_out=held_out,
         image_column=image_column,
         caption_column=caption_column,
+        caption_source=caption_source,
     )
     used = inspect(open_source(config), config, progress=True).used
     if split == "held-out":

@@ -22,6 +22,9 @@ def train(
     encoder: Annotated[str, typer.Option(help="The text encoder of a new model.")] = "minilm",
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for the config, over what is chosen; repeatable.")
     ] = None,
@@ -56,6 +59,6 @@ def train(
         method=method,
         encoder=encoder,
     )
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "caption_source": caption_source}
     data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
     raise typer.Exit(train_folder(data, wishes, settings or [], plan))

@@ -81,7 +81,7 @@ class Candidate:
         listing: what it makes of the folder.
         error: why no captions come of it, though it names images: those in
         named.
-        files: of a table that is not called metadata, its path, or of COCO's those of all.
+        files: the tables that it is made of.
         weak: names of images stand in a column that seldom has them, so that of equals others are preferred.
         numbers: its captions have no letters, and stand in a column that is not named after captions.
     """

@@ -41,7 +41,7 @@ from ldm.data.folder import (
     unnamed_image,
     walk,
 )
-from ldm.data.metadata import list_metadata, list_named_tables
+from ldm.data.metadata import METADATA, list_metadata, list_named_tables
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
 from ldm.data.rows import first_line
 from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NothingCaptionedError, Skipped, Source
@@ -108,6 +108,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
     sources = list(_described(candidates, chosen, len(listing.samples), with_captions))
     read = {path for candidate in candidates for path in (*candidate.listing.covered, *candidate.files)}
+    sources.sort(key=lambda source: source.reason != "")  # what is used comes first
     sources += unread(found, {*read, *tables}, reasons, with_captions)
     if shards and chosen != SHARDS:
         sources.append(CaptionSource(SHARDS, in_shards, 0, f"{chosen} is read"))
@@ -173,8 +174,8 @@ def _choose(
                 f'data.image_column is "{config.image_column}", but {found.root} holds no table; leave it out'
             )
         return None
-    same = [one for one in worded if one.files and len(one.images) == len(best.images)]
-    if best.files and any(one.images != best.images for one in same):
+    same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
+    if best in same and any(one.images != best.images for one in same):
         names = "; ".join(one.name for one in same)
         raise ValueError(
             f"{found.root} has several tables that name images, as many each but not the same: {names}; set "

@@ -78,14 +78,15 @@ def list_metadata(found: Found, with_images: Collection[str], config: DataConfig
             tables.append(table)
     if not tables and not listing.skipped:
         return None
+    files = (*(table.path for table in tables), *(entry.path for entry in listing.skipped))
     try:
         if config.image_column is not None and tables and not any(_file_column(table.rows, config) for table in tables):
             columns = tables[0].rows.columns
             choose(printable(tables[0].path), columns, columns, FILE_NAMES, "image_column", config.image_column)
         _list_tables(names, tables, config, listing)
     except ValueError as error:
-        return Candidate(METADATA, Listing(listing.kind), error=error)
-    return Candidate(METADATA, listing)
+        return Candidate(METADATA, Listing(listing.kind), error=error, named=_named(names, tables, config), files=files)
+    return Candidate(METADATA, listing, files=files)
 
 
 def list_named_tables(
@@ -164,7 +165,8 @@ def _named(names: Names, tables: list[Table], config: DataConfig) -> set[str]:
     """The images that tables name, whose captions cannot be told."""
     named = set()
     for table in tables:
-        for name in _names(table.rows, _file_column(table.rows, config, _ID_NAMES) or ""):
+        column = _file_column(table.rows, config, _ID_NAMES)
+        for name in _names(table.rows, column) if column is not None else ():
             try:
                 named.add(names.locate(table.base, name, anywhere=table.anywhere))
             except ValueError:

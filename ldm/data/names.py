@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import islice
@@ -61,8 +60,8 @@ class Names:
         """What the names in the file `table` are relative to, and whether they are so `anywhere`, as `locate` takes it.
 
         It is the folder that most of the first hundred are in, of: the table's own, those of images below it, those
-        above it, all others. If more of them are the end of one path each, they are that. None if no name leads to an
-        image.
+        above it, all others. If more of them are the end of one path each, or as many and the folder is not the
+        table's own, they are that. None if no name leads to an image.
         """
         tried = list(
             islice((name for name in dict.fromkeys(names) if self._ending(_tail(without_number(name)))), _NAMES_TO_TRY)
@@ -75,8 +74,10 @@ class Names:
                 best, most = base, held
             if most == len(tried):
                 break
-        if most < len(tried) and sum(self._holds("", name, anywhere=True) for name in tried) > most:
-            return "", True
+        if most < len(tried):
+            held = sum(self._holds("", name, anywhere=True) for name in tried)
+            if held > most or (held == most > 0 and best != own):
+                return "", True
         return (best, False) if most else None
 
     def _bases(self, own: str) -> Iterable[str]:
@@ -173,8 +174,9 @@ class Names:
 
     def _hint(self, path: str) -> str:
         """What may be meant that nobody may take for it: other case, another suffix."""
-        folded = unicodedata.normalize("NFC", path).casefold()
-        near = self._folded.get(folded) or self._folded.get(stem(folded))
+        folded = composed(path).casefold()
+        ends = self._tails.get(folded, [""])
+        near = self._folded.get(folded) or self._folded.get(stem(folded)) or ends[0]
         return f"; did you mean {printable(near)}?" if near else ""
 
 

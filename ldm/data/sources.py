@@ -205,6 +205,11 @@ class CaptionSource:
     reason: str = ""
     doubtful: bool = False
 
+    @property
+    def is_missed(self) -> bool:
+        """Whether captions may be lost: it is not used, and has what no other source has, or nobody knows what."""
+        return bool(self.reason) and self.doubtful and (self.more > 0 or not self.images)
+
 
 @dataclass(frozen=True)
 class Source:

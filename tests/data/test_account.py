@@ -183,7 +183,8 @@ def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
         {"path": copy.path, "of": copy.of, "captions": list(copy.captions)} for copy in found.duplicates
     ]
     assert set(plain["captions"]) == {
-        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated"
+        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated",
+        "without",
     }  # fmt: skip
     assert set(plain["sizes"]) == {"smallest", "median", "largest", "enlarged", "much_enlarged", "shapes"}
 

@@ -202,9 +202,7 @@ def test_names_of_folders_are_captions_where_there_are_no_others(tmp_path: Path)
     assert not found
     # Written captions of fewer than half as many images are neither lost nor do they hide the others.
     save(tmp_path / "top.png", caption="now one caption stands beside an image")
-    with pytest.raises(
-        ValueError, match=r"text beside images captions 1 image, the names of .* 4; set"
-    ):
+    with pytest.raises(ValueError, match=r"text beside images captions 1 image, the names of .* 4; set"):
         opened(tmp_path)
     assert set(captions(opened(tmp_path, caption_source="sidecars"))) == {"top.png"}
     assert len(captions(opened(tmp_path, caption_source="folders"))) == 4
