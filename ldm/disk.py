@@ -112,7 +112,7 @@ def expanded(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{os.fspath(name)} begins with the home folder of nobody; write ./{os.fspath(name)}"
+            f"{os.fspath(name)} names the home folder of a user that does not exist; write ./{os.fspath(name)}"
         ) from None
 
 

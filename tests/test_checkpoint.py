@@ -489,7 +489,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     pipeline.text_encoder.save("~/text")
     assert load_text_encoder_folders("~/text/text_encoder", "~/text/tokenizer").max_length == tiny.LENGTH
     assert sorted(os.listdir(tmp_path)) == ["model", "parts", "text"]
-    with pytest.raises(ValueError, match="home folder of nobody"):
+    with pytest.raises(ValueError, match="home folder of a user that does not exist"):
         pipeline.save_pretrained("~nobody-of-this-name/model")
 
 

@@ -21,7 +21,7 @@ from ldm.training.run import Run
 
 def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     run = Run(config, export="autoencoder", resume=resume, accept=accept)
-    images, held_out = parts.open_images(config.data, run)
+    images, held_out = parts.open_images(config.data, run, captioned=False)
 
     # The autoencoder at step 0, what of it learns, and the moving average of that, which is what is shipped.
     autoencoder = first_stage.make_autoencoder(config).to(run.device)

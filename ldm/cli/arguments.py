@@ -10,6 +10,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from ldm import disk
+
 # KEY=VALUE; a folder of such a name is written ./KEY=VALUE.
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
@@ -42,18 +44,6 @@ def one_each(args: Sequence[str]) -> list[str]:
     return found
 
 
-def expanded(path: str | Path) -> Path:
-    """The path with the home folder for `~`, which shells leave alone behind `=`.
-
-    Raises:
-        ValueError: for the home of nobody.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{path} names the home folder of a user that does not exist; write ./{path}") from None
-
-
 def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Path:
     """The file to write, once sure that it can be: nothing is computed for a picture that cannot be kept.
 
@@ -64,7 +54,7 @@ def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Pat
     Raises:
         ValueError: naming the option.
     """
-    path = expanded(path)
+    path = disk.expanded(path)
     if path.suffix.lower() not in kinds:
         raise ValueError(f"{option} is {path}; {what}, so let it end in {' or '.join(kinds)}")
     if path.is_dir():
@@ -79,7 +69,7 @@ def output_folder(option: str, path: Path) -> Path:
     Raises:
         ValueError: naming the option.
     """
-    path = expanded(path)
+    path = disk.expanded(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} is {path}, a file; name a folder")
     _check_writable(option, path / "any")

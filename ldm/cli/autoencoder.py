@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ldm.cli.arguments import expanded, output_file
+from ldm import disk
+from ldm.cli.arguments import output_file
 
 app = typer.Typer(help="Look at first stages: autoencoders between images and latents.", no_args_is_help=True)
 
@@ -75,7 +76,7 @@ def evaluate(
     check_tile(parts)  # what is wrong whatever the model is said before it is loaded
     DataConfig(path=path, resolution=1 if resolution is None else resolution, held_out=held_out, background=background)
     check_path(path)
-    codec = load_first_stage(str(expanded(model)) if model.startswith("~") else model).to(place)
+    codec = load_first_stage(str(disk.expanded(model)) if model.startswith("~") else model).to(place)
     codec.tile(parts)
     space = feature_space(features, device=place, weights=weights)
     config = DataConfig(
@@ -91,7 +92,7 @@ def evaluate(
         raise ValueError(
             f"--resolution is {config.resolution}; reconstructions are judged from {SMALLEST_SIDE} pixels a side on"
         )
-    everything = inspect(open_source(config), config, progress=True).used
+    everything = inspect(open_source(config, captioned=False), config, progress=True).used
     learned, used = split_of(everything, held_out)
     if split == "all":
         learned, used = (), everything

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.cli.arguments import expanded, output_folder
+from ldm import disk
+from ldm.cli.arguments import output_folder
 
 if TYPE_CHECKING:
     from ldm.data import CaptionedImages, DataConfig
@@ -59,6 +60,9 @@ def evaluate(
     store: Annotated[bool, typer.Option(help="With --sweep: store the best as the defaults of the model.")] = True,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of page, JSON and sheets; evaluation by default.")
     ] = None,
@@ -87,13 +91,17 @@ def evaluate(
     if sweep and (steps is not None or guidance is not None):
         raise ValueError("--sweep chooses steps and guidance; say with --sweep-steps and --sweep-guidance what to try")
     grid = _grid(sweep_guidance, sweep_steps) if sweep else None
-    model = str(expanded(model)) if model.startswith("~") else model
+    model = str(disk.expanded(model)) if model.startswith("~") else model
     run = find_run(model)
     folder = output_folder("--output", output or _own_folder(model, run))
     try:
         _evaluate(
             _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),
-            columns={"image_column": image_column, "caption_column": caption_column},
+            columns={
+                "image_column": image_column,
+                "caption_column": caption_column,
+                "caption_source": caption_source,
+            },
             held_out=held_out,
             most=reference,
             features=(features, weights),

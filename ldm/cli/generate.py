@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ldm
-from ldm.cli.arguments import expanded, output_file
+from ldm import disk
+from ldm.cli.arguments import output_file
 
 if TYPE_CHECKING:
     from ldm.pipelines import PipelineOutput
@@ -109,7 +110,7 @@ def generate(
         sampler_options=options if sampler else None,
         **how,
     )
-    pipeline = Pipeline.from_pretrained(expanded(model) if model.startswith("~") else model, device=device)
+    pipeline = Pipeline.from_pretrained(disk.expanded(model) if model.startswith("~") else model, device=device)
     pipeline.tile(parts)
     for number, (source, weight) in enumerate(weighted):
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
@@ -177,7 +178,7 @@ def _weighted(entry: str) -> tuple[str, float]:
         source, number = (name, float(weight)) if colon and name else (entry, 1.0)
     except ValueError:
         source, number = entry, 1.0
-    return str(expanded(source)) if source.startswith("~") else source, number
+    return str(disk.expanded(source)) if source.startswith("~") else source, number
 
 
 def _option(entry: str) -> tuple[str, float]:

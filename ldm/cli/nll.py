@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.cli.arguments import expanded, output_file
+from ldm import disk
+from ldm.cli.arguments import output_file
 
 if TYPE_CHECKING:
     from ldm.evaluation.likelihood import Likelihood
@@ -29,6 +30,9 @@ def nll(
     seed: Annotated[int, typer.Option(help="Of the noise, and of images and timesteps that are drawn.")] = 0,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
     ] = None,
@@ -59,9 +63,10 @@ def nll(
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be a whole number from 0 on")
     columns = {"held_out": held_out, "image_column": image_column, "caption_column": caption_column}
+    columns |= {"caption_source": caption_source}
     DataConfig(path=path, resolution=1, **columns)  # type: ignore[arg-type] # refused before a model is loaded
     check_path(path)
-    pipeline = Pipeline.from_pretrained(expanded(model) if model.startswith("~") else model, device=device)
+    pipeline = Pipeline.from_pretrained(disk.expanded(model) if model.startswith("~") else model, device=device)
     learned = pipeline.unet.config.learned_variance
     if learned and variance is not None:
         raise ValueError(f"--variance is {variance}, but {model} has learned its variances; leave it out")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.arguments import expanded
+from ldm import disk
 
 MINUTES, ENCODER = 30.0, "minilm"
 # What to do about an option that a run has no place for once it has begun.
@@ -40,6 +40,9 @@ def train(
     encoder: Annotated[str | None, typer.Option(help=f"The text encoder of a new model; {ENCODER} by default.")] = None,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE for the config, over what is chosen, one or several; repeatable."),
@@ -73,7 +76,7 @@ def train(
                 raise ValueError(
                     f"--resume {resume} goes on with that run, and {option} is for a new one; {WAYS[option]}"
                 )
-        raise typer.Exit(resume_run(expanded(resume), accept or [], settings or []))
+        raise typer.Exit(resume_run(disk.expanded(resume), accept or [], settings or []))
     if accept:
         raise ValueError("--accept says what may differ from a run that is continued; it needs --resume")
     if path is None:
@@ -85,7 +88,7 @@ def train(
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
     from ldm.training.choose import Wishes
 
-    where = expanded(path).resolve()
+    where = disk.expanded(path).resolve()
     name = where.name if where.is_dir() else where.stem if where.exists() else path.replace("/", "-")
     wishes = Wishes(
         output_dir=output or f"runs/{name}",
@@ -95,6 +98,6 @@ def train(
         method=method,
         encoder=ENCODER if encoder is None else encoder,
     )
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "caption_source": caption_source}
     data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
     raise typer.Exit(train_folder(data, wishes, settings or [], plan))

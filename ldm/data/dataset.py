@@ -120,8 +120,10 @@ class CaptionedImages(Dataset[Item]):
         return Item(sample.id, epoch, index, self.caption_at(epoch, index), flipped, self.shape_of(index), image)
 
     def caption_at(self, epoch: int, index: int) -> str:
-        """Which of its captions a sample has in an epoch."""
+        """Which of its captions a sample has in an epoch; "" for one that has none."""
         sample = self.samples[index]
+        if not sample.captions:
+            return ""
         return sample.captions[int(self._draw("caption", epoch, sample).integers(len(sample.captions)))]
 
     def shape_of(self, index: int) -> tuple[int, int]:

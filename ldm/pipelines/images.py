@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm import disk
+from ldm.data.color import to_srgb
 from ldm.diffusion import State
 
 
@@ -25,13 +26,13 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:
-    """PIL images of one size, RGB or grey → [B, 3, H, W] float32 in [−1, 1].
+    """PIL images of one size, RGB or gray → [B, 3, H, W] float32 in [−1, 1]; an ICC profile is followed (to sRGB).
 
     Raises:
         ValueError: see `check_pictures`.
     """
     check_pictures(images)
-    pixels = [np.asarray(image.convert("RGB")) for image in images]
+    pixels = [np.asarray(to_srgb(image)[0].convert("RGB")) for image in images]
     tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
     return tensor.to(torch.float32) / 127.5 - 1
 

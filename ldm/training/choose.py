@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.data import CaptionedImages, DataConfig, Sample, split
-from ldm.data.account import plural
+from ldm.data.captions import plural
 from ldm.models import AutoencoderKL, UNet, UNetConfig
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder

@@ -49,16 +49,23 @@ MOST_LOOKS = 16
 SKIPPED_SHOWN = 10
 
 
-def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, CaptionedImages | None]:
+def open_images(
+    config: DataConfig, run: Run, *, captioned: bool = True
+) -> tuple[CaptionedImages, CaptionedImages | None]:
     """(training, held-out) images; all that is in the data is accounted for. Held out is None for a share of 0.
+
+    Args:
+        captioned: leave out images without a caption.
 
     Raises:
         ValueError: if there are fewer training images than a batch needs, it does not split evenly, or a run is
             resumed on other data.
     """
-    inspection = inspect(open_source(config), config, progress=run.is_main)
+    inspection = inspect(open_source(config, captioned=captioned), config, progress=run.is_main)
     account = account_of(inspection, config)
     run.print(account.line())
+    for line in account.unused_captions() if captioned else ():
+        run.print(f"  {line}")
     for skipped in inspection.skipped[:SKIPPED_SHOWN]:
         run.print(printable(f"  skipped {skipped.path}: {skipped.reason}"))
     if len(inspection.skipped) > SKIPPED_SHOWN:

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from ldm.data import Account, DataConfig, Duplicate, Inspection, Sample, Skipped, account_of
-from ldm.data.account import plural, quoted
+from ldm.data.account import quoted
+from ldm.data.captions import plural
 from ldm.data.inspection import Kind
 from ldm.data.sources import Decoded
 
@@ -182,7 +183,8 @@ def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
         {"path": copy.path, "of": copy.of, "captions": list(copy.captions)} for copy in found.duplicates
     ]
     assert set(plain["captions"]) == {
-        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated"
+        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated",
+        "without",
     }  # fmt: skip
     assert set(plain["sizes"]) == {"smallest", "median", "largest", "enlarged", "much_enlarged", "shapes"}
 
