@@ -7,7 +7,7 @@ import shlex
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def _head(run: _Folder) -> Iterator[str]:
         status = (
             f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): not finished when this was written."
         )
-    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     yield f"<h1 dir='auto'>{escaped(run.name)}</h1>"
     yield f"<p class='note'>{status} Written {written}.</p>"
     tiles = "".join(
