@@ -420,12 +420,12 @@ def _variants(folder: Path) -> dict[str, Path]:
     return found
 
 
-def load_schedule(folder: Path) -> ScheduleConfig:
-    """The schedule, prediction and grid that `scheduler_config.json` of any diffusers scheduler describes."""
+def load_schedule(folder: Path, class_name: str | None = None) -> ScheduleConfig:
+    """The schedule, prediction and grid that `scheduler_config.json` describes, read as by diffusers' `class_name`."""
     path = disk.expanded(folder) / "scheduler_config.json"
     content = read_json(path)
     try:
-        return config_from_diffusers(content)
+        return config_from_diffusers(content, class_name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -69,7 +69,7 @@ class Pipeline(Editing):
             codec = checkpoint.load_pixel_codec(folder / "codec")
         else:
             codec = LatentCodec(checkpoint.load_autoencoder(folder / "vae", dtype), source=folder / "vae")
-        schedule = checkpoint.load_schedule(folder / "scheduler")
+        schedule = checkpoint.load_schedule(folder / "scheduler", str(index["scheduler"][-1]))
         if not index.get("_ldm"):
             # diffusers' StableDiffusionPipeline sets this whatever the file says.
             schedule = dataclasses.replace(schedule, steps_offset=1)
