@@ -29,8 +29,6 @@ def standing(
 ) -> Standing:
     """Measures pictures and controls of the same size and number against the same training images.
 
-    What does not depend on the pictures is measured once for a reference, a size and a number.
-
     Args:
         pictures: uint8 [N, 3, H, W], N at least 50, of at least 50 training images.
         features: [N, D] of them, in the features of the reference.
@@ -38,10 +36,7 @@ def standing(
         seed: of the training images that are drawn where there are many, of noise and of what is left out in turn.
     """
     height, width = pictures.shape[-2:]
-    key = (len(pictures), height, width, seed)
-    if key not in reference.yardsticks:
-        reference.yardsticks[key] = _Yardstick.of(reference, len(pictures), (height, width), seed)
-    yardstick: _Yardstick = reference.yardsticks[key]
+    yardstick = yardstick_of(reference, len(pictures), (height, width), seed)
     return Standing(
         generated=yardstick.shares(copy_features(to_signed(pictures)), features),
         unseen=yardstick.unseen,
@@ -51,8 +46,17 @@ def standing(
     )
 
 
+def yardstick_of(reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Yardstick:
+    """What does not depend on the pictures, for `samples` of them of this (height, width); measured once."""
+    key = (samples, size, seed)
+    if key not in reference.yardsticks:
+        reference.yardsticks[key] = Yardstick.of(reference, samples, size, seed)
+    found: Yardstick = reference.yardsticks[key]
+    return found
+
+
 @dataclass(frozen=True)
-class _Yardstick:
+class Yardstick:
     """Training features [M, D] that all is compared with, how near variants are, N' for recall, and what was found."""
 
     training: Tensor
@@ -63,18 +67,19 @@ class _Yardstick:
     unseen: Shares
 
     @classmethod
-    def of(cls, reference: Reference, samples: int, size: tuple[int, int], seed: int) -> _Yardstick:
+    def of(cls, reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Yardstick:
         unseen, rest = _unseen(reference, samples, seed)
-        features, near = reference.features, reference.near
-        if len(reference.held_out_features) >= MINIMUM:
+        features, near, images = reference.features, reference.near, reference.training
+        if reference.held_out is not None and len(reference.held_out_features) >= MINIMUM:
             features, near = reference.held_out_features, reference.held_out_near
+            images = reference.held_out
         radius = Known.of(reference.near, None, None).radius
         training = reference.features[rest]
         nothing = Shares(Interval(0, 0, 0), Interval(0, 0, 0), 0, 0)
         empty = cls(training, radius, len(unseen), seed, {}, nothing)
         controls = {
-            name: empty.shares(*_seen(images, reference))
-            for name, images in _controls(reference, len(unseen), size, seed).items()
+            name: empty.shares(*_seen(pictures, reference))
+            for name, pictures in _controls(reference, [images.image_at(int(i)) for i in unseen], size, seed).items()
         }
         return replace(empty, controls=controls, unseen=empty.shares(near[unseen], features[unseen]))
 
@@ -100,6 +105,9 @@ def _unseen(reference: Reference, samples: int, seed: int) -> tuple[Tensor, Tens
     # Variants of one picture stay on one side, as they do where images are held out.
     most, groups = min(samples, MOST_PICTURES, training // 2), [one.group for one in reference.training.samples]
     sizes, chosen, left = Counter(groups), set[str](), most
+    if min(sizes.values()) > most:
+        groups = [one.id for one in reference.training.samples]
+        sizes = Counter(groups)
     for place in order:
         group = groups[place]
         if group not in chosen and sizes[group] <= left:
@@ -109,14 +117,13 @@ def _unseen(reference: Reference, samples: int, seed: int) -> tuple[Tensor, Tens
     return torch.from_numpy(order)[out], torch.from_numpy(order)[~out][:MOST_TRAINING]
 
 
-def _controls(reference: Reference, count: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """Name → uint8 [n, 3, H, W]."""
+def _controls(reference: Reference, unseen: list[Tensor], size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """Name → uint8 [n, 3, H, W], as many as there are unseen images uint8 [3, h, w]."""
+    count = len(unseen)
     random = torch.Generator().manual_seed(int(generator(seed, "controls").integers(2**63 - 1)))
     noise = torch.randn(count, 3, *size, generator=random, dtype=torch.float64)
     mean, std = reference.colors
-    images = reference.training
-    some = generator(seed, "blurred").permutation(len(images))[:count].tolist()
-    coarse = [F.adaptive_avg_pool2d(to_signed(images.image_at(index)[None]), COARSE) for index in some]
+    coarse = [F.adaptive_avg_pool2d(to_signed(image[None]), COARSE) for image in unseen]
     blurred = F.interpolate(torch.cat(coarse), size, mode="bicubic").clamp(-1, 1)
     average = F.interpolate(reference.mean_image[None], size, mode="bicubic")
     return {
