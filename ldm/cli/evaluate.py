@@ -267,7 +267,7 @@ def _data(
     if unseen is None:
         notes.append(
             "nothing is held out, so that there is no yardstick for quality, no text that the model has not seen, and "
-            "little to tell learning from memorising by (data.held_out)"
+            "little to tell learning from memorizing by (data.held_out)"
         )
     return training, unseen, notes
 

@@ -126,8 +126,7 @@ class Account:
         yield f"<p class='note'>{escaped(asked_for(evaluation))}.</p>"
         if self.notes:
             yield f"<div class='attention'>{''.join(f'<p>Note: {escaped(note)}.</p>' for note in self.notes)}</div>"
-        if evaluation.verdict is not None:
-            yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
+        yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
         tiles = "".join(
             f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}<small>{escaped(below)}</small></dd></div>"
             for name, value, below in self._tiles()
@@ -170,7 +169,7 @@ class Account:
         evaluation = self.evaluation
         if evaluation.copies is None and evaluation.gap is None:
             return
-        yield "<h2>Learning or memorising</h2>"
+        yield "<h2>Learning or memorizing</h2>"
         if evaluation.copies is not None:
             yield f"<p>{escaped(copies(evaluation).capitalize())}.</p>"
             yield sheets.figure(

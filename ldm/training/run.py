@@ -50,6 +50,7 @@ from ldm.training.plan import Plan, duration
 from ldm.training.processes import join, total
 from ldm.training.report import write_report
 from ldm.training.report.names import PREFIX as EVALUATION
+from ldm.training.report.names import VERDICT
 from ldm.training.started import resume_command
 
 
@@ -353,10 +354,14 @@ class Run:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Appends to `metrics.jsonl` and TensorBoard."""
+        self.note(values)
+        self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
+
+    def note(self, content: Mapping[str, Any]) -> None:
+        """Appends to `metrics.jsonl` alone what need not be numbers."""
         if self.is_main:
             self._cut_logs()
-            disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **values}))
-        self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
+            disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **content}))
 
     def _cut_logs(self) -> None:
         """Drops, before the first line of this session, what an earlier one wrote after the step it goes on from."""
@@ -366,7 +371,7 @@ class Run:
             if self.step == self._started_at:
                 again += ["held_out"] if self.due(train.validate_every) else []
                 is_due = isinstance(train, DiffusionTrainConfig) and self.due(train.evaluate_every)
-                again += [EVALUATION] if is_due else []
+                again += [EVALUATION, VERDICT] if is_due else []
             resuming.cut_log(self.folder / "metrics.jsonl", self._started_at, again=again)
             resuming.cut_log(self.folder / "nonfinite.jsonl", self._started_at, again=())
         self._logs_are_cut = True

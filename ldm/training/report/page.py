@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ldm import disk
+from ldm.evaluation.memorising import Verdict
 from ldm.report import curves, markup, sheets
 from ldm.report.curves import Line, Point, smooth
 from ldm.report.markup import escaped, number
@@ -23,6 +24,7 @@ from ldm.training.started import resume_command
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
 MOST_OTHER_CURVES = 12
+LONGEST_SENTENCE = 2000
 
 
 def write_report(run_folder: Path) -> Path:
@@ -58,6 +60,7 @@ class _Folder:
     best: tuple[int, float] | None
     plan: dict[str, Any]
     data: dict[str, Any]
+    verdicts: list[tuple[str, Verdict]]
     troubles: list[str]
 
     @classmethod
@@ -90,6 +93,7 @@ class _Folder:
             best=_best(read_object("best/best.json")),
             plan=read_object("plan.json"),
             data=read_object("data.json"),
+            verdicts=_verdicts(measured, read_object("evaluation/evaluation.json"), troubles),
             troubles=troubles,
         )
 
@@ -122,6 +126,17 @@ def _best(content: dict[str, Any]) -> tuple[int, float] | None:
     return (step, loss) if isinstance(step, int) and isinstance(loss, (int, float)) else None
 
 
+def _verdicts(measured: metrics.Metrics, evaluation: dict[str, Any], troubles: list[str]) -> list[tuple[str, Verdict]]:
+    """Of the last evaluation while it trained, and of `ldm evaluate` on the run folder, each with where it is from."""
+    found = [] if measured.verdict is None else [(f"Evaluation of step {measured.verdict[0]:,}", measured.verdict[1])]
+    if evaluation.get("verdict") is not None:
+        try:
+            found.append(("evaluation/evaluation.json", Verdict.read(evaluation["verdict"])))
+        except ValueError:
+            troubles.append("evaluation/evaluation.json holds no verdict that is known.")
+    return found
+
+
 def _troubles(measured: metrics.Metrics) -> Iterator[str]:
     if measured.damaged:
         yield f"Lines of metrics.jsonl that are no complete record and are left out: {measured.damaged:,}."
@@ -151,6 +166,8 @@ def _head(run: _Folder) -> Iterator[str]:
     )
     yield f"<dl class='figures'>{tiles}</dl>" if tiles else ""
     yield f"<p class='say'>{escaped(metrics.sentence(run.metrics))}</p>"
+    for where, verdict in run.verdicts:
+        yield f"<p class='say'>{escaped(where)}: {escaped(markup.cut(verdict.sentence, LONGEST_SENTENCE))}</p>"
     yield "".join(f"<p class='note'>{escaped(trouble)}</p>" for trouble in run.troubles)
 
 
