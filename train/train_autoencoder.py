@@ -65,6 +65,7 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
         if run.due(config.train.sample_every):
             run.save_sheet(lambda: first_stage.reconstruction_sheet(ema.module, held_out or images, run.device))
 
+    first_stage.settle_threads(images, model, networks, run, losses_of)
     if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
         look()
     first_stage.plan_run(config, images, held_out, model, networks, run, perceptual, losses_of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import defaultdict
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm.cores import usable_cores
 from ldm.data.facts import Facts, FactsStore, KnownFacts, facts_of
 from ldm.data.similar import THUMBNAIL, Bytes, clusters
 from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source, digest_of
@@ -94,7 +94,7 @@ def inspect(
     give them a new group, and with it another side of the split.
 
     Args:
-        workers: threads; None for one a core. Their number changes nothing in the result.
+        workers: threads; None for one a core that may be used. Their number changes nothing in the result.
         progress: a bar on stderr, if it takes longer than two seconds.
         everything: look at the images of a curated source too. Nothing of it is dropped or regrouped, for training
             takes it as it is; what is alike is only reported.
@@ -174,7 +174,7 @@ def _look(
     kinds: dict[Kind, Kind] = {}  # one object for all that are alike
     unkept = ""
     # Decoding, hashing and resizing release the interpreter lock, so threads use all cores.
-    with _quiet_decoding(), _bar(len(samples), progress) as bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with _quiet_decoding(), _bar(len(samples), progress) as bar, ThreadPoolExecutor(workers or usable_cores()) as pool:
         for start in range(0, len(samples), _BLOCK):
             block = samples[start : start + _BLOCK]
             fresh = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import shutil
 import signal
@@ -36,6 +37,7 @@ from ldm.training.saving import checkpoints
 from ldm.training.space import DEFAULT_FIRST_STAGE
 from ldm.training.started import FILE as STARTED
 from ldm.training.started import PATHS, base_of, is_local, resume_command, working_in
+from ldm.training.threads import VARIABLES
 
 REFUSED = 2  # the exit code of a script whose config or data is wrong
 SCRIPTS = Path(__file__).parents[2] / "train"
@@ -81,7 +83,7 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     if first is not None:  # from here on either folder knows its config, so that --resume finds what is left to do
         for config in (first, final):
             open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], say=print)()
-    code = _run_stages(stages, begun=first is not None)
+    code = _run_stages(stages, begun=first is not None, threads=chosen.threads)
     if code == REFUSED and first is not None:
         for config in (first, final):
             _forget_unbegun(Path(config.output_dir).expanduser())
@@ -138,14 +140,16 @@ def _heard(draft: LDMConfig, wishes: Wishes, overrides: Sequence[str]) -> Wishes
         encoder=draft.text.encoder,
         space=draft.space,
         first_stage=draft.first_stage,
+        cpu_threads=draft.train.cpu_threads,
     )
 
 
-def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool) -> int:
+def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool, threads: int | None) -> int:
     """Runs scripts with their configs one after the other; the exit code of the first that fails, or 0.
 
     Args:
         begun: the run folders are there already, with these configs.
+        threads: see `run_script`.
     """
     with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
         for script, text in stages:
@@ -153,7 +157,7 @@ def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool) -> int:
             path.write_text(text, encoding="utf-8")
             folder = yaml.safe_load(text)["output_dir"]
             print(f"\ntrain/{script}, its config becomes {folder}/config.yaml", flush=True)
-            code = run_script(script, ["--config", str(path), *(["--resume"] if begun else [])])
+            code = run_script(script, ["--config", str(path), *(["--resume"] if begun else [])], threads)
             if code:
                 return code
     return 0
@@ -228,15 +232,18 @@ def _own_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
     return run if (run / "config.yaml").is_file() and not thrown_away else None
 
 
-def run_script(script: str, arguments: list[str]) -> int:
+def run_script(script: str, arguments: list[str], threads: int | None = None) -> int:
     """Runs a script of train/ in a process of its own; under `accelerate launch` where there are several GPUs.
+
+    `threads` are those of a script that computes on the CPU; None leaves them to it.
 
     SIGTERM and SIGINT are passed on: the script saves where it is, and ends with a code that says so.
     """
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    process = subprocess.Popen([*command, str(_find(script)), *arguments])
+    told = {} if threads is None else dict.fromkeys(VARIABLES, str(threads))
+    process = subprocess.Popen([*command, str(_find(script)), *arguments], env=os.environ | told)
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
     try:

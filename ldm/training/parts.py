@@ -43,6 +43,7 @@ from ldm.training.networks import Networks
 from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
 from ldm.training.space import choose_space, load_first_stage
+from ldm.training.speed import unet_pass
 
 BANDS = 4
 MOST_LOOKS = 16
@@ -167,6 +168,15 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNe
         cross_attention_dim=text_encoder.hidden_size,
     )
     return UNet(complete)
+
+
+def settle_threads(pipeline: Pipeline, model: nn.Module, networks: Networks, run: Run) -> None:
+    """Chooses the number of threads, where it is open, by the network that learns; its data is not encoded yet."""
+    side = run.config.data.resolution
+    shape = pipeline.codec.latent_shape(side, side)
+    text = (pipeline.text_encoder.max_length, pipeline.text_encoder.hidden_size)
+    # `model` brings its precision itself.
+    probe.settle_threads(run, networks, lambda count: unet_pass(model, shape, text, count, run.device, "no"))
 
 
 def make_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Encoders:
@@ -343,6 +353,7 @@ def plan_run(
                 space=run.reason or _space_of(config),
                 costs=costs,
                 device=run.device,
+                threads=str(run.threads or ""),
             )
         )
     run.accelerator.wait_for_everyone()

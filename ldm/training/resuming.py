@@ -62,6 +62,13 @@ def differences(
     return config_differences(stored, config, str(folder)) | changed(before, dict(present))
 
 
+def threads_of(folder: Path, processes: int) -> int | None:
+    """The threads with which the run of a checkpoint computed; None on a GPU, and with another number of processes."""
+    before = checkpoint.read_json(folder / "training" / "state.json").get("environment", {})
+    threads: int | None = before.get("threads") if before.get("processes") == processes else None
+    return threads
+
+
 def config_differences(
     stored: dict[str, Any], config: LDMConfig | AutoencoderTrainingConfig, where: str
 ) -> Differences:

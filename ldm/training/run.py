@@ -37,7 +37,7 @@ from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import NotFinite, save_png
-from ldm.training import guard, resuming, saving
+from ldm.training import guard, resuming, saving, threads
 from ldm.training.codebook import Codebook
 from ldm.training.environment import environment
 from ldm.training.files import hashes
@@ -46,12 +46,14 @@ from ldm.training.guard import Losses
 from ldm.training.interruption import Stopped, interruption
 from ldm.training.networks import Networks
 from ldm.training.optimisation import learning_rate
+from ldm.training.pace import Pace
 from ldm.training.plan import Plan, duration
 from ldm.training.processes import join, total
 from ldm.training.report import write_report
 from ldm.training.report.names import PREFIX as EVALUATION
 from ldm.training.report.names import VERDICT
 from ldm.training.started import resume_command
+from ldm.training.threads import Threads
 
 
 class Run:
@@ -68,6 +70,8 @@ class Run:
     Attributes:
         step: steps done; the position in the data follows from it.
         stopping: whether the run ends after this step, since some process of it was told to.
+        threads: of a process that computes on the CPU, else None; where their number is open, `take_threads` settles it
+            before anything is encoded or trained.
     """
 
     def __init__(
@@ -81,13 +85,21 @@ class Run:
         self.config = config
         self.folder = Path(config.output_dir).expanduser()
         self.export = export
+        allowed = threads.allowed()  # accelerate may set another number
         self.accelerator = join(config.train, self.folder)
         self.device = self.accelerator.device
         self.stopping = False
         self._resume, self._accept = resume, accept
-        self._environment = environment(self.device, self.accelerator.num_processes)
         self._resumed, self._damaged = saving.find(self.accelerator, self.folder, self.print) if resume else (None, [])
         self.step = 0 if self._resumed is None else saving.step_of(self._resumed)
+        self.threads: Threads | None = None
+        if self.device.type == "cpu":
+            processes = self.accelerator.num_processes
+            begun_with = None if self._resumed is None else resuming.threads_of(self._resumed, processes)
+            decided = threads.decide(allowed, config.train.cpu_threads, begun_with)
+            self.threads = threads.agreed(decided, self.accelerator)
+            torch.set_num_threads(self.threads.number or self.threads.most)
+        self._environment = environment(self.device, self.accelerator.num_processes)
         if self._resumed is not None:
             found = resuming.differences(config, self._environment, self._resumed, self.print)
             resuming.refuse(found, accept, self._resumed, self.print)
@@ -114,6 +126,7 @@ class Run:
         self._bar: tqdm[Any] | None = None
         self._plan: dict[str, Any] | None = None
         self._planned = 0.0
+        self._pace: Pace | None = None
         self.reason: str | None = None
 
     def start(self, networks: Networks) -> None:
@@ -172,6 +185,13 @@ class Run:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
             found = resuming.data_differences(self.folder, stored, self._data, images, held_out)
             resuming.refuse(found, self._accept, self._resumed, self.print)
+
+    def take_threads(self, measured: Threads) -> None:
+        """Takes the number of threads with which all that follows is computed, in this session and those after it."""
+        assert measured.number is not None
+        self.threads = measured
+        torch.set_num_threads(measured.number)
+        self._environment["threads"] = measured.number
 
     def settle(self, config: LDMConfig, reason: str | None) -> None:
         """Takes the config in which what was left open ("auto") is decided, and the reason, for the plan."""
@@ -312,6 +332,9 @@ class Run:
         self._seen += train.batch_size
         if self._bar is not None:
             self._bar.update()
+        slow = self._pace and self._pace.step()
+        if slow:
+            self.print(slow)
         if not self._is_multiple(train.log_every):
             return
         rate = self._seen / (time.perf_counter() - self._since)
@@ -351,6 +374,7 @@ class Run:
         self._cut_logs()
         checkpoint.write_json(self.folder / "plan.json", self._plan)
         self._planned = time.perf_counter()
+        self._pace = Pace(plan, None if self.threads is None else self.threads.number)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Appends to `metrics.jsonl` and TensorBoard."""
@@ -446,7 +470,10 @@ class Run:
         if failed:
             raise ValueError("the main process of this run has failed; its own message says why")
         self.stopping |= stop > 0
-        self._since += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self._since += took
+        if self._pace is not None:
+            self._pace.leave_out(took)
 
     def save_if_due(self, networks: Networks, export: Callable[[Path], None]) -> None:
         """Writes a checkpoint every so many steps and minutes, at the end, and before the run stops.

@@ -57,7 +57,7 @@ def in_this_process(monkeypatch):
         "train_autoencoder.py": (train_autoencoder, AutoencoderTrainingConfig),
     }
 
-    def run(script, arguments):
+    def run(script, arguments, threads=None):
         fresh_processes()
         module, kind = kinds[script]
         assert arguments[0] == "--config"
@@ -138,7 +138,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
     whole, called = newcomer.run_script, []
 
-    def killed(script, arguments):
+    def killed(script, arguments, threads=None):
         called.append(script)
         return 137
 
@@ -148,7 +148,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
     assert called == ["train_autoencoder.py"]
     planned = (here / "out" / "config.yaml").read_text()
 
-    def one_of_them(script, arguments):
+    def one_of_them(script, arguments, threads=None):
         called.append(script)
         return whole(script, arguments)
 
