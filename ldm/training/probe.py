@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ldm.data import Batch, CaptionedImages, collate
-from ldm.data.account import plural
+from ldm.data.captions import plural
 from ldm.training import threads
 from ldm.training.finetune import precision_of
 from ldm.training.guard import Losses
