@@ -200,7 +200,8 @@ def _keep_file(old: Path, new: Path) -> bool:
     """Whether a file or link that stays had to be brought over."""
     mode = old.lstat().st_mode
     if new.is_symlink() or new.exists():
-        same = stat.S_ISLNK(mode) and new.is_symlink() and os.readlink(old) == os.readlink(new)
+        same = os.path.samestat(old.lstat(), new.lstat())
+        same |= stat.S_ISLNK(mode) and new.is_symlink() and os.readlink(old) == os.readlink(new)
         if not same and not (stat.S_ISREG(mode) and new.is_file()):
             raise ValueError(f"{old} is not what a model has under that name; nothing was written, move it")
         return False

@@ -309,11 +309,13 @@ def test_only_files_that_the_format_names_make_way(tmp_path):
     (tmp_path / "model" / "empty").mkdir()
     (tmp_path / "model" / "dataset").symlink_to(tmp_path / "parts")
     (tmp_path / "model" / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "model" / "queue")
     before = (tmp_path / "model" / "README.md").stat()
     pipeline.save_pretrained(tmp_path / "model")
     links = {"dataset": str(tmp_path / "parts"), "gone": "nowhere"}
     assert written(tmp_path / "model") == written(tmp_path / "fresh") | FOREIGN | links
     assert (tmp_path / "model" / "empty").is_dir()
+    assert (tmp_path / "model" / "queue").is_fifo()
     after = (tmp_path / "model" / "README.md").stat()
     assert (after.st_ino, after.st_mtime_ns, after.st_mode) == (before.st_ino, before.st_mtime_ns, before.st_mode)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "model", "parts"]
@@ -409,7 +411,7 @@ def test_what_was_read_from_a_folder_is_saved_though_another_model_stands_there_
     first.save_pretrained(tmp_path / "model")
     read = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
     second.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"is not the file that the text encoder was read from: load the model again"):
+    with pytest.raises(ValueError, match=r"is not the file that the text encoder was read from: restore it"):
         read.save_pretrained(tmp_path / "again")  # it may have been replaced by another one
     read.text_encoder = first.text_encoder
     read.save_pretrained(tmp_path / "again")

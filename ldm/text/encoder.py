@@ -228,7 +228,9 @@ class TextEncoder:
         """
         for path in self._files.tokenizer if changed else self._stamps:
             if disk.stamp(path) != self._stamps[path]:
-                raise ValueError(f"{path} is not the file that the text encoder was read from: load the model again")
+                raise ValueError(
+                    f"{path} is not the file that the text encoder was read from: restore it, or load the model again"
+                )
         files, folder = self._files, disk.expanded(folder)
         with new_folder(folder / "text_encoder") as target:
             if changed:

@@ -206,7 +206,14 @@ def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
         with pytest.raises(ValueError, match=rf"is being written by another run \(process {other.pid} on .*\); wait"):
             run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)
     other.communicate()
+    added = [tmp_path / "run" / name for name in ("pipeline/README.md", "pipeline/unet/notes", "best/pipeline/a.png")]
+    for path in added:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=2", resume=True)
+    assert [path.read_text() for path in added] == ["mine"] * 3
+    index = (tmp_path / "run" / "checkpoints" / "step_00000002" / "pipeline" / "model_index.json").read_bytes()
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").read_bytes() == index
 
 
 def test_resuming_with_another_meaning_is_refused(tmp_path, encoder_folder):
