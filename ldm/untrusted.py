@@ -58,7 +58,8 @@ def refuse_untrusted(folder: Path) -> None:
                 f"{path} is an adapter, which libraries apply to the weights beside it without a word: move it out of "
                 "this folder (a LoRA is loaded with load_lora or --lora)"
             )
-        if path.name.endswith("config.json") or path.name == "model_index.json":
+        is_config = path.name.endswith("config.json") or path.name == "model_index.json"
+        if is_config and path.is_file():  # a pipe would be waited for
             _check_config(path)
 
 
@@ -98,7 +99,7 @@ def _says_something(key: str, value: Any) -> bool:
 def _is_own(value: Any) -> bool:
     if isinstance(value, dict):  # one for each part of a model
         return all(map(_is_own, value.values()))
-    return value is None or (isinstance(value, str) and value in _OWN_IMPLEMENTATIONS)
+    return value is None or (isinstance(value, str) and value.removeprefix("paged|") in _OWN_IMPLEMENTATIONS)
 
 
 def refuse_link_out(path: Path) -> None:

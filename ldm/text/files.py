@@ -46,6 +46,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the folder is incomplete, save or download it again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): save or download it again") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         disk.check_not_pointer(path)
         raise ValueError(f"{path} is not valid JSON ({error}): save or download it again") from None

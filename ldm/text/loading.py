@@ -38,10 +38,10 @@ _SPECIAL_TOKENS = "special_tokens_map.json"
 _TOKENIZER_FILES = {"tokenizer.json", _SPECIAL_TOKENS, "added_tokens.json"}
 # Classes of transformers that are nothing but tables of tokens: some others start programs or read any path.
 _TOKENIZERS = {
-    *("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "ByT5Tokenizer", "CLIPTokenizer", "CamembertTokenizer"),
-    *("DistilBertTokenizer", "ElectraTokenizer", "GPT2Tokenizer", "HerbertTokenizer", "LlamaTokenizer"),
-    *("MPNetTokenizer", "MT5Tokenizer", "PreTrainedTokenizer", "RobertaTokenizer", "T5Tokenizer"),
-    *("TokenizersBackend", "XLMRobertaTokenizer"),
+    *("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "BertweetTokenizer", "ByT5Tokenizer", "CLIPTokenizer"),
+    *("CamembertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "GPT2Tokenizer", "HerbertTokenizer"),
+    *("LlamaTokenizer", "LongformerTokenizer", "MPNetTokenizer", "MT5Tokenizer", "PhobertTokenizer"),
+    *("PreTrainedTokenizer", "RobertaTokenizer", "T5Tokenizer", "TokenizersBackend", "XLMRobertaTokenizer"),
 }
 _VOCABULARIES = {"vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
 # Keys of tokenizer_config.json that any tokenizer takes; each class has some of its own.
@@ -210,6 +210,7 @@ def _load(
     """`own`: the saved encoder is ours to configure, so that BERT and T5 get the mask by default."""
     refuse_untrusted(model_folder)
     refuse_untrusted(tokenizer_folder)
+    refuse_link_out(model_folder / "config.json")
     config = read_json(model_folder / "config.json")
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None:
@@ -282,11 +283,12 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
 def _declared(config: dict[str, Any], config_class: Any) -> dict[str, Any]:
     """The keys that transformers declares for this model.
 
-    It would set any other as an attribute, its own internal ones too. The dtype is not the file's to say: float32.
+    It would set any other as an attribute, its own internal ones too. Dtype and chunks are not the file's to say: they
+    are how the states are computed, not what they are.
     """
     known = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
     known |= {"tie_word_embeddings"}
-    return {key: value for key, value in config.items() if key in known - {"dtype"}}
+    return {key: value for key, value in config.items() if key in known - {"dtype", "chunk_size_feed_forward"}}
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tuple[Any, tuple[Path, ...]]:
@@ -366,6 +368,8 @@ def _positions(config: Any, family: _Family) -> int | None:
 
 
 def _padded_length(tokenizer: Any, limit: int | None, asked: int | None, folder: Path) -> int:
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"{folder} states model_max_length {tokenizer.model_max_length!r}, which is no number")
     stated = tokenizer.model_max_length if tokenizer.model_max_length < _SANE_LENGTH else None
     length = asked if asked is not None else stated or limit
     if length is None:
@@ -379,4 +383,6 @@ def _padded_length(tokenizer: Any, limit: int | None, asked: int | None, folder:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
