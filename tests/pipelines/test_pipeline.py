@@ -161,3 +161,18 @@ def test_files_that_are_no_model_are_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     pipeline.save_pretrained(tmp_path / "model")
     pipeline.save_pretrained(tmp_path / "model")  # an older model makes way
+
+
+def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] = 1e5
+    with pytest.raises(ValueError, match=r"unet: conv_in.bias holds 1e\+05, which is too large for float16"):
+        pipeline.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"unet: conv_in.bias holds numbers that are not finite"):
+        pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"dtype is torch.int8; it must be one of"):
+        pipeline.save_pretrained(tmp_path / "model", dtype=torch.int8)
+    assert not (tmp_path / "model").exists()
