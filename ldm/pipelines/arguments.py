@@ -36,12 +36,14 @@ def check_text(name: str, text: Any) -> None:
     """`ValueError` unless it is a text that a tokenizer takes."""
     if not isinstance(text, str):
         raise ValueError(f"a {name} is {text!r}; prompts are texts")
-    lone = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
-    if lone is not None:
-        around = ascii(text[max(0, lone - 20) : lone + 20])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.start + 20])
         raise ValueError(
-            f"a {name} has half of a surrogate pair at place {lone} ({around}), which is no text; write it in UTF-8"
-        )
+            f"a {name} has half of a surrogate pair at place {error.start} ({around}), which is no text; write it in "
+            "UTF-8"
+        ) from None
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:

@@ -22,7 +22,7 @@ CHUNK_BYTES = 4 * 2**30
 # Where nobody can say what is free; more than that is no machine's, and overflows the sizes of torch.
 _ENDLESS = 2**48
 
-# Measured on the CPU for six shapes of networks, 64 to 192 positions a side: at its widest a level holds 6 times its
+# Measured on the CPU for four shapes of networks, 64 to 192 positions a side: at its widest a level holds 6 times its
 # input with the skip connection, or 32 times its channels where it has attention (the gated layer alone is 16 of them).
 _MAPS_OF_RESNET, _MAPS_OF_ATTENTION = 6, 32
 

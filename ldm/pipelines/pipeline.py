@@ -19,7 +19,7 @@ from ldm.pipelines.editing import Editing
 from ldm.pipelines.memory import said_in_one_line
 from ldm.text import REFERENCE, load_text_encoder_folders, reference_to
 from ldm.untrusted import refuse_untrusted
-from ldm.weights import check_dtype
+from ldm.weights import check_dtype, check_weights, converted
 
 LATENT_CLASS = "StableDiffusionPipeline"
 CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
@@ -130,7 +130,8 @@ class Pipeline(Editing):
 
         Raises:
             ValueError: for a folder that holds other things and no model, a file, a link to nothing, a text encoder
-                that no package holds where it is to be named, and while LoRAs are loaded that are not merged.
+                that no package holds where it is to be named, for weights of the UNet that are not finite in `dtype`,
+                and while LoRAs are loaded that are not merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -142,6 +143,10 @@ class Pipeline(Editing):
                 f"the LoRA {min(loaded)!r} is loaded; merge_lora() to save the model with it, unload_lora() to save it "
                 "without"
             )
+        check_dtype(dtype)
+        weights = self.unet.state_dict()
+        check_weights(weights, "unet")
+        converted(weights, dtype, "unet")
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
         place = disk.folder_to_write(folder)
         with checkpoint.atomic_folder(place) as target:

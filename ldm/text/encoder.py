@@ -277,8 +277,12 @@ def _checked(captions: Sequence[str]) -> list[str]:
     for position, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"caption {position} is {caption!r}, not a string: captions must be strings")
-        if any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise ValueError(f"caption {position} is {caption!a}, with half of a surrogate pair: no tokenizer takes it")
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"caption {position} is {caption!a}, with half of a surrogate pair: no tokenizer takes it"
+            ) from None
     return captions
 
 

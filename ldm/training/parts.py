@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ldm.data.captions import printable
 from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_variance
 from ldm.diffusion.schedule import PredictionType
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
-from ldm.pipelines import Pipeline, contact_sheet
+from ldm.pipelines import NotFinite, Pipeline, contact_sheet
 from ldm.text import TextEncoder, cut_prompts_said, load_text_encoder
 from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
@@ -373,7 +374,8 @@ def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, s
     def draw(steps: int) -> None:
         sample = dataclasses.replace(config.sample, num_inference_steps=steps)
         file = io.BytesIO()
-        sample_sheet(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
+        with suppress(NotFinite):  # said where a grid is due; it must not keep a run from going on
+            sample_sheet(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
         sheets.append(len(file.getvalue()))
 
     exports = 2 if validation else 1  # the newest, which shares its weights with a checkpoint, and the best

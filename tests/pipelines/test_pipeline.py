@@ -202,3 +202,16 @@ def test_without_a_name_the_device_is_that_of_accelerate(monkeypatch):
     assert usable_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here"):
         usable_device("abacus")
+def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] = 1e5
+    with pytest.raises(ValueError, match=r"unet: conv_in.bias holds 1e\+05, which is too large for float16"):
+        pipeline.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"unet: conv_in.bias holds numbers that are not finite"):
+        pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"dtype is torch.int8; it must be one of"):
+        pipeline.save_pretrained(tmp_path / "model", dtype=torch.int8)
+    assert not (tmp_path / "model").exists()

@@ -12,7 +12,7 @@ from ldm.data import CaptionedImages, inspect, open_source, split
 from ldm.evaluation.evaluate import evaluate
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.reference import Reference
-from ldm.pipelines import Pipeline
+from ldm.pipelines import NotFinite, Pipeline
 from ldm.training.measuring import Evaluator, figures
 from ldm.training.report.names import PREFIX, name_of, title_of
 from ldm.training.trained import find_run
@@ -144,3 +144,21 @@ def test_a_sweep_of_a_run_tries_raw_weights_too_and_stores_what_it_decides(run, 
     before = json.loads((run[0] / "pipeline" / "model_index.json").read_text())["_ldm"]
     chosen = before | {"guidance_scale": guidance, "num_inference_steps": steps}
     assert stored == (chosen if sweep["chosen"]["EMA"]["decided"] else before)
+
+
+def test_samples_that_are_not_finite_do_not_stop_a_run_nor_keep_it_from_going_on(
+    tmp_path, encoder_folder, capsys, monkeypatch
+):
+    def overflows(*arguments, **settings):
+        raise NotFinite("picture 0 left the finite numbers")
+
+    monkeypatch.setattr("ldm.training.parts.sample_sheet", overflows)
+    monkeypatch.setattr("ldm.training.measuring.evaluate", overflows)
+    data = captioned_folder(tmp_path / "data", 80, side=8)
+    arguments = [*settings(tmp_path / "run", encoder_folder), f"data.path={data}", "data.resolution=8", *EVALUATED]
+    run_ldm(arguments, "train.max_steps=2", "data.held_out=0.3")  # the plan draws too, when it goes on as well
+    out = capsys.readouterr().out
+    for what in ("has no sample grid", "was not measured"):
+        assert f"step 2 {what}: picture 0 left the finite numbers" in out
+    assert not list((tmp_path / "run").glob("samples/*.png"))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
