@@ -366,6 +366,8 @@ def test_lists_of_texts_are_split_at_commas_alone(written, expected):
         ("train.max_steps=.nan", "train.max_steps is '.nan'"),
         ("train.max_steps=1e300", "train.max_steps is '1e300'"),
         ("train.max_steps=9223372036854775808", "must be a whole number below 2**63"),
+        ("sample.seed=-1", "seed is -1; it must be a whole number from 0 on"),
+        ("sample.seed=9223372036854775807", "seed is 9223372036854775807"),
         ("seed=-9223372036854775809", "must be a whole number below 2**63"),
         ("train.max_steps=٣", "train.max_steps is '٣'"),
         ("train.max_steps=[5]", "train.max_steps is '[5]'"),

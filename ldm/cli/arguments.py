@@ -51,7 +51,9 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path} names the home folder of a user that does not exist; write ./{path}") from None
+        raise ValueError(
+            f"{path} names the home folder of a user that does not exist; write ./{path} for a folder"
+        ) from None
 
 
 def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Path:
