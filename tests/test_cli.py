@@ -445,6 +445,7 @@ BEFORE_LOADING = {
         (["digits", "--held-out", "nan"], "data.held_out is nan"),
         (["digits", "-o", "/proc/x.svg"], "--output is /proc/x.svg"),
         (["./nowhere"], "nowhere"),
+        (["~no-such-user/x"], "data.path is '~no-such-user/x', in the home of a user that does not exist"),
     ],
     "evaluate": [
         (["digits", "--steps", "-5"], "num_inference_steps is -5"),
@@ -452,6 +453,7 @@ BEFORE_LOADING = {
         (["digits", "--seed", "-1"], "seed is -1"),
         (["digits", "--held-out", "1.5"], "data.held_out is 1.5"),
         (["digits", "--samples", "3"], "samples is 3"),
+        (["~no-such-user/x"], "data.path is '~no-such-user/x'"),
         (["digits", "--reference", "-1"], "--reference is -1"),
         (["digits", "--sweep", "--sweep-samples", "0"], "--sweep-samples is 0"),
         (["digits", "--sweep", "--sweep-steps", "0"], "steps of a sweep hold 0"),

@@ -366,6 +366,8 @@ def test_lists_of_texts_are_split_at_commas_alone(written, expected):
         ("train.max_steps=.nan", "train.max_steps is '.nan'"),
         ("train.max_steps=1e300", "train.max_steps is '1e300'"),
         ("train.max_steps=9223372036854775808", "must be a whole number below 2**63"),
+        ("sample.seed=-1", "seed is -1; it must be a whole number from 0 on"),
+        ("sample.seed=9223372036854775807", "seed is 9223372036854775807"),
         ("seed=-9223372036854775809", "must be a whole number below 2**63"),
         ("train.max_steps=٣", "train.max_steps is '٣'"),
         ("train.max_steps=[5]", "train.max_steps is '[5]'"),
@@ -490,15 +492,11 @@ def test_merge_keys_anchors_and_a_byte_order_mark_are_read(tmp_path):
 
 
 def test_a_value_that_aliases_make_endless_is_shown_in_a_few_words(tmp_path):
-    lines = [
-        "a0: &a0 [x, x]",
-        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)),
-        "output_dir: *a11",
-    ]
-    text = DIGITS.read_text().replace("output_dir: runs/digits", "\n".join(lines[-1:]))
-    (tmp_path / "c.yaml").write_text("\n".join(lines[:-1]).replace("a", "b") + "\n" + text.replace("*a", "*b"))
+    lists = ["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 7))]
+    text = DIGITS.read_text().replace("output_dir: runs/digits", f"output_dir: [{', '.join(lists)}]")
+    (tmp_path / "c.yaml").write_text(text)
     message = refused(path=tmp_path / "c.yaml")
-    assert len(message) < 1000
+    assert "output_dir is [" in message and len(message) < 1000
 
 
 def test_a_config_of_the_other_script_says_which_one_takes_it():

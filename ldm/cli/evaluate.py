@@ -83,7 +83,7 @@ def evaluate(
     check_steps(steps)
     Settings(num_inference_steps=1, guidance_scale=1.0 if guidance is None else guidance)
     image_seeds(seed, samples)
-    DataConfig(path="any", resolution=1, held_out=0.1 if held_out is None else held_out)
+    DataConfig(path=path or "any", resolution=1, held_out=0.1 if held_out is None else held_out)
     if sweep_samples < 1:
         raise ValueError(f"--sweep-samples is {sweep_samples}; it must be at least 1")
     if reference < 1:

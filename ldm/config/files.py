@@ -68,17 +68,16 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
     Raises:
         ValueError: in one line that names the file or the dotted key, the cause and the way out.
     """
-    content = read_config(path)
-    check_scripts(content, kind, f"config {path}")
-    try:
-        content = typed(content, kind, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    check_scripts(read_config(path), kind, f"config {path}")
+    content = read_config(path, kind)
     return parse_config(with_overrides(content, overrides, kind), kind, str(path))
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, kind: type | None = None) -> dict[str, Any]:
     """The mapping in a YAML file, in which everything is text, None, or a list or mapping of these.
+
+    Args:
+        kind: of config; keys of it that hold numbers have numbers then.
 
     Raises:
         ValueError: as `load_config`.
@@ -97,7 +96,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path} holds no keys; start from one of the files in configs/")
-    return content
+    try:
+        return content if kind is None else typing.cast(dict[str, Any], typed(content, kind, ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def with_overrides(content: Mapping[str, Any], overrides: Sequence[str], kind: type = LDMConfig) -> dict[str, Any]:

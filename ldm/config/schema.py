@@ -46,14 +46,14 @@ def _check_homes(**paths: str | None) -> None:
                 Path(path).expanduser()
             except RuntimeError:
                 raise ValueError(
-                    f"{key} is {path!r}, in the home of a user that does not exist; write ./{path}"
+                    f"{key} is {path!r}, in the home of a user that does not exist; write ./{path} for a folder"
                 ) from None
 
 
 def _check_output(output_dir: str, data: DataConfig) -> None:
     if not output_dir.strip():
         raise ValueError("output_dir is empty; name a folder for the run")
-    _check_homes(output_dir=output_dir, **{"data.path": data.path, "data.cache_dir": data.cache_dir})
+    _check_homes(output_dir=output_dir)
     _outside(output_dir, "data.path", data.path)
     folder = Path(data.path).expanduser()
     # The pictures of a run would be data of the next.
@@ -255,6 +255,8 @@ class SampleConfig:
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one text")
         _positive(self, "images_per_prompt", "num_inference_steps")
+        if not 0 <= self.seed < 2**63 - self.images_per_prompt:
+            raise ValueError(f"seed is {self.seed}; it must be a whole number from 0 on, below 2**63 for all pictures")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
 

@@ -67,6 +67,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise ValueError(f"data.path is empty; give a folder, or one of {', '.join(BUILT_IN)}")
+        for key in ("path", "cache_dir"):
+            place = getattr(self, key) or ""
+            if place.startswith("~") and os.path.expanduser(place) == place:
+                raise ValueError(
+                    f"data.{key} is {place!r}, in the home of a user that does not exist; write ./{place} for a folder"
+                )
         if self.resolution < 1:
             raise ValueError(f"data.resolution is {self.resolution}; it is a number of pixels, at least 1")
         if self.crop not in ("center", "random"):

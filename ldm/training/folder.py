@@ -7,12 +7,11 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from ldm import disk
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config, to_yaml
 from ldm.training import resuming, saving, started
 from ldm.training.files import difference, hashes
 
@@ -183,8 +182,10 @@ def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) ->
     """Whether a run that was stopped before its first checkpoint had a config of the same meaning."""
     if not (folder / "config.yaml").is_file():
         return True  # stopped before it had one
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return isinstance(stored, dict) and not resuming.config_differences(stored, config, str(folder / "config.yaml"))
+    with suppress(ValueError):
+        stored = read_config(folder / "config.yaml", type(config))
+        return not resuming.config_differences(stored, config, str(folder / "config.yaml"))
+    return False
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:

@@ -207,7 +207,9 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
     unfinished = _own_first_stage(folder, content)
     if unfinished is not None:
         print(f"its first stage comes before, {unfinished}", flush=True)
-        code = resume_run(unfinished, accept, [override for override in overrides if override.startswith("data.")])
+        code = resume_run(
+            unfinished, accept, [override for override in overrides if override.lstrip().startswith("data.")]
+        )
         if code:
             return code
     script = "train_autoencoder.py" if is_first_stage else "train_ldm.py"
@@ -273,5 +275,7 @@ def _say_what_now(folder: Path) -> None:
     if (folder / "pipeline").is_dir():
         print(f"draw:     ldm generate {prompt} --model {shlex.quote(str(folder / 'pipeline'))}")
     else:
-        model, lora = shlex.quote(config["start_from"]), shlex.quote(str(folder / "lora"))
-        print(f"draw:     ldm generate {prompt} --model {model} --lora {lora}")
+        model, lora = config["start_from"], shlex.quote(str(folder / "lora"))
+        if folder.is_absolute() and is_local(model, Path.cwd()):  # it may be read in another folder
+            model = str(Path(model).absolute())
+        print(f"draw:     ldm generate {prompt} --model {shlex.quote(model)} --lora {lora}")

@@ -82,11 +82,16 @@ def located(config: LDMConfig, run: Path) -> LDMConfig:
 
 
 def is_local(value: Any, folder: Path) -> bool:
-    """Whether a value of the config is a path relative to `folder`, and there is something."""
+    """Whether a value of the config is a path relative to `folder`, and there is something, or a first stage's run that
+    will put it there.
+    """
     if not isinstance(value, str) or not value or value in NAMES:
         return False
     path = value.split(":", 2)[-1] if value.startswith(OPEN_CLIP) else value
-    return not path.startswith("~") and not Path(path).is_absolute() and (folder / path).exists()
+    if path.startswith("~") or Path(path).is_absolute():
+        return False
+    place = folder / path
+    return place.exists() or (place.name == "autoencoder" and (place.parent / "config.yaml").is_file())
 
 
 def value_at(content: Mapping[str, Any], key: str) -> Any:

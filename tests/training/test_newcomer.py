@@ -1,5 +1,6 @@
 """`ldm train FOLDER` from end to end: what is printed, what is left behind, how it goes on, and how it fails."""
 
+import dataclasses
 import io
 import json
 import shlex
@@ -311,6 +312,20 @@ def test_a_run_goes_on_from_any_folder_with_what_is_set(here, called, monkeypatc
     expected = ["--config", str(folder / "config.yaml"), "--set", *settings, "--resume"]
     assert called.pop() == (here, "train_ldm.py", expected)
     assert Path.cwd() == here / "elsewhere"
+
+
+def test_a_first_stage_that_is_unfinished_is_found_from_any_folder(here, called, monkeypatch):
+    captioned_folder(here / "pics", 1)
+    stage = load_config(ROOT / "configs" / "digits-first-stage.yaml", [], AutoencoderTrainingConfig)
+    stage = dataclasses.replace(stage, output_dir="out-first-stage")
+    open_folder(Path("out-first-stage"), stage, 0, resume=False, damaged=[], say=print)()
+    latent = ["space=latent", "first_stage=out-first-stage/autoencoder", "schedule.prediction_type=v_prediction"]
+    begun(Path("out"), *latent)
+    monkeypatch.chdir("/")
+    assert call(monkeypatch, "--resume", here / "out", "--set", "train.max_steps=9", "data.held_out=0.2") == 75
+    settings = [f"output_dir={here / 'out-first-stage'}", "data.held_out=0.2"]
+    where, script, arguments = called.pop()
+    assert (where, script, arguments[3:5]) == (here, "train_autoencoder.py", settings)
 
 
 def test_data_that_is_nowhere_is_said_to_be_so(here, called, monkeypatch, capfd):
