@@ -260,6 +260,7 @@ def _caption_image(
             faults += [(path, reason) for reason in reasons]
     if captions:
         listing.samples.append(sample_of(found, image, captions, stem(image), background))
+        listing.covered.update(beside)
         listing.skipped += [
             Skipped(path, f"{reason}; the other captions of {printable(image)} count") for path, reason in faults
         ]

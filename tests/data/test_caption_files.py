@@ -326,7 +326,7 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
     assert unused(tmp_path) == {"labels.csv": 2}
     config = DataConfig(path=str(tmp_path), resolution=8)
     account = account_of(inspect(source, config), config)
-    assert "labels.csv names 2 images and is not used: sidecars captions 39" in "\n".join(account.notes)
+    assert "labels.csv names 2 images and is not used: 39 have captions from sidecars" in "\n".join(account.notes)
     assert [(one["name"], one["images"]) for one in account.to_dict()["caption_sources"]] == [
         ("sidecars", 39),
         ("labels.csv", 2),
@@ -368,9 +368,7 @@ def test_a_source_with_captions_that_no_other_has_needs_attention(tmp_path: Path
     config = DataConfig(path=str(tmp_path), resolution=8)
     account = account_of(inspect(open_source(config), config), config)
     [line] = account.unused_captions()
-    assert line.startswith(
-        "extra.csv names 2 images (2 of them without a caption) and is not used: sidecars captions 3"
-    )
+    assert line.startswith("extra.csv names 2 images (2 of them without a caption) and is not used: 3 have")
     assert line in account.needs_attention
 
 
@@ -425,6 +423,33 @@ def test_names_of_folders_are_no_captions_beside_a_file_that_may_have_them(tmp_p
     assert captions(opened(tmp_path)) == {"dogs/1.png": ("a dog",)}
     if name != "dogs/1.json":  # JSON beside an image is a source where there is no text
         assert name in unused(tmp_path)
+
+
+def test_names_of_images_are_found_in_any_text(tmp_path: Path) -> None:
+    names = ["IMG (1).png", "my dog.png", "&.png", "a'b.png", "[1].png", "größe.png", "(.png"]
+    for name in names:
+        save(tmp_path / "dogs" / name)
+    write(tmp_path / "captions.yaml", "".join(f"- {name}: a dog in the snow\n" for name in names))
+    with pytest.raises(NothingCaptionedError) as caught:
+        opened(tmp_path)
+    assert caught.value.source.caption_sources[0].name == "captions.yaml"
+    assert caught.value.source.caption_sources[0].images >= 5
+
+
+def test_json_beside_images_that_was_read_is_not_said_to_be_unread(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    write(tmp_path / "a.json", {"caption": "a cat"})
+    save(tmp_path / "b.png", caption="from text")
+    write(tmp_path / "b.json", {"caption": "the same from img2dataset"})
+    assert captions(opened(tmp_path)) == {"a.png": ("a cat",), "b.png": ("from text",)}
+    assert unused(tmp_path) == {}
+
+
+def test_a_sheet_that_cannot_be_opened_may_have_captions(tmp_path: Path) -> None:
+    save(tmp_path / "dogs" / "1.png")
+    (tmp_path / "captions.xlsx").write_bytes(b"PK encrypted")
+    with pytest.raises(NothingCaptionedError, match=r"captions\.xlsx names .* \(it cannot be opened"):
+        opened(tmp_path)
 
 
 def test_a_sheet_of_excel_is_named(tmp_path: Path) -> None:
