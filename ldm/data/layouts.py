@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     candidates, reasons = _written(found, tables, config)
     classes = list_classes(found, config.background_rgb) if config.image_column is None else None
     in_shards = _shard_images(found, shards, config) if shards and candidates else 0
-    chosen = _choose(found, candidates, shards, in_shards, classes, config, captioned)
+    chosen = _choose(found, candidates, reasons, shards, in_shards, classes, config, captioned)
     name, listing = str(folder), Listing("")
     if chosen == SHARDS:
         paths, split = choose_split(str(folder), shards, config)
@@ -150,6 +150,7 @@ def _written(found: Found, tables: list[str], config: DataConfig) -> tuple[list[
 def _choose(
     found: Found,
     candidates: Sequence[Candidate],
+    reasons: Mapping[str, str],
     shards: Sequence[str],
     in_shards: int,
     classes: Listing | None,
@@ -161,8 +162,16 @@ def _choose(
     if given is not None:
         has = [*(one.name for one in candidates), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
         if given not in has:
-            ways = f"it has {'; '.join(map(printable, has))}: give one of these" if has else "leave it out"
-            raise ValueError(f'data.caption_source is "{given}", but {found.root} has no such captions; {ways}')
+            why = (
+                f"no captions can be read from it ({reasons[given]})"
+                if given in reasons
+                else "there are no such captions"
+            )
+            ways = f"give one of {'; '.join(map(printable, has))}, or leave it out" if has else "leave it out"
+            raise ValueError(f'data.caption_source is "{given}", but in {found.root} {why}; {ways}')
+        error = next((one.error for one in candidates if one.name == given and one.error is not None), None)
+        if error is not None:
+            raise error
         return given
     sound = [one for one in candidates if one.error is None]
     # Numbers in a column of any name are hardly captions.

@@ -34,11 +34,12 @@ _KINDS = frozenset(
     )
 )
 _ENDS = "|".join(re.escape(end[1:]) for end in sorted(IMAGES, key=len, reverse=True))
-# What a name of an image can be told by in any text: its last word, without brackets and the like before it.
-_NAME = re.compile(rf"[^\s\"'|,;:<>\\/]+\.(?:{_ENDS})(?![a-z0-9])", re.IGNORECASE)
+# What a name of an image can be told by in any text: its last word. Here and below a match begins where a word or a
+# cell does, and has the length of a name at most, so that a text without an end takes no more time than others.
+_NAME = re.compile(rf"(?<![^\s\"'|,;:<>\\/])[^\s\"'|,;:<>\\/]{{1,255}}\.(?:{_ENDS})(?![a-z0-9])", re.IGNORECASE)
 # The cell that a name stands in, which says nothing besides.
-_CELL = re.compile(rf"[^\t,;|\"<>\n]*\.(?:{_ENDS})(?:#\d+)?(?![a-z0-9])", re.IGNORECASE)
-_WORDS = re.compile(r"[^\W\d_]{2,} +[^\W\d_]{2,}")
+_CELL = re.compile(rf"(?<![^\t,;|\"<>\n])[^\t,;|\"<>\n]{{0,999}}\.(?:{_ENDS})(?:#\d+)?(?![a-z0-9])", re.IGNORECASE)
+_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,} +[^\W\d_]{2}")
 _MOST = 2**24  # bytes of a file that are looked at
 _LOOKED_AT = 20  # of files that are named after images
 

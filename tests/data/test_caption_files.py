@@ -334,9 +334,12 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
     assert "labels.csv: 2 images, not used" in account.to_text()
     assert captions(opened(tmp_path, caption_source="labels.csv")) == {"0.png": ("zero",), "1.png": ("one",)}
     with pytest.raises(
-        ValueError, match=r'caption_source is "x", but .* no such captions; it has labels\.csv; sidecars'
+        ValueError, match=r'caption_source is "x", but .* no such captions; give one of labels\.csv; sidecars, or'
     ):
         opened(tmp_path, caption_source="x")
+    (tmp_path / "notes.md").write_text("0.png is a picture")
+    with pytest.raises(ValueError, match=r"no captions can be read from it \(tables end in \.csv"):
+        opened(tmp_path, caption_source="notes.md")
 
 
 @pytest.mark.parametrize("winner", ["metadata", "captions.csv", "captions.json", "sidecars", "shards"])
@@ -487,6 +490,14 @@ def test_unreadable_captions_beside_images_are_not_replaced_by_names_of_folders(
     (tmp_path / "dogs" / "1.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(ValueError, match="text beside images captions 0 images"):
         opened(tmp_path)
+
+
+def test_a_text_without_an_end_takes_no_more_time_than_others(tmp_path: Path) -> None:
+    """Each of these once took the square of its length: hours."""
+    save(tmp_path / "dogs" / "1.png")
+    for name, text in (("a.yaml", "a" * 2**20), ("b.txt", "a." * 2**19), ("c.json", '"' + "a " * 2**19)):
+        write(tmp_path / name, f"{text}\n1.png\n")
+    assert captions(opened(tmp_path, caption_source="folders")) == {"dogs/1.png": ("dogs",)}
 
 
 def test_tables_within_a_tar_are_named(tmp_path: Path) -> None:
