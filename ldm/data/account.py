@@ -134,7 +134,7 @@ class Account:
         """One line for each file or other source of captions that may be missed; with `harmless`, for the others."""
         return tuple(
             printable(
-                f"{source.name} {_about(source)} and is not used: {source.reason}"
+                f"{_about(source)} and is not used: {source.reason}"
                 + ("; data.caption_source chooses what is" if self.used else "")
             )
             for source in self.caption_sources
@@ -207,10 +207,12 @@ def quoted(caption: str, longest: int = 60) -> str:
 
 
 def _about(source: CaptionSource) -> str:
+    what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
+    name = what.get(source.name, source.name)
     if not source.images:
-        return "names no image that is there"
+        return f"{name} names no image that is there"
     rest = f" ({source.more} of them without a caption)" if source.more else ""
-    return f"names {plural(source.images, 'image')}{rest}"
+    return f"{name} {'captions' if source.name in what else 'names'} {plural(source.images, 'image')}{rest}"
 
 
 def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]] | None, uncounted: str) -> Captions:

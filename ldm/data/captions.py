@@ -195,7 +195,7 @@ def choose(
     Raises:
         ValueError: listing the columns.
     """
-    listed = ", ".join(printable(column) for column in columns)
+    listed = ", ".join([*(printable(column)[:60] for column in columns[:30]), *(["…"] if len(columns) > 30 else [])])
     if given is not None:
         if given not in columns:
             raise ValueError(f'data.{key} is "{given}", but {where} has no such column; it has {listed}')

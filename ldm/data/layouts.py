@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.data.captions import plural, printable
@@ -95,7 +96,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     candidates, reasons = _written(found, tables, config)
     classes = list_classes(found, config.background_rgb) if config.image_column is None else None
     in_shards = _shard_images(found, shards, config) if shards and candidates else 0
-    chosen = _choose(found, candidates, shards, in_shards, classes, config, captioned)
+    chosen = _choose(found, candidates, reasons, shards, in_shards, classes, config, captioned)
     name, listing = str(folder), Listing("")
     if chosen == SHARDS:
         paths, split = choose_split(str(folder), shards, config)
@@ -105,11 +106,15 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     else:
         _refuse_splits(folder, config)
         listing = next((candidate.listing for candidate in candidates if candidate.name == chosen), listing)
+    if chosen == FOLDERS and classes is not None:
+        listing = classes
     with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
     sources = list(_described(candidates, chosen, len(listing.samples), with_captions))
     read = {path for candidate in candidates for path in (*candidate.listing.covered, *candidate.files)}
     sources.sort(key=lambda source: source.reason != "")  # what is used comes first
     sources += unread(found, {*read, *tables}, reasons, with_captions)
+    if config.caption_source is not None:  # who chooses knows what is left
+        sources = [replace(source, doubtful=False) for source in sources]
     if shards and chosen != SHARDS:
         sources.append(CaptionSource(SHARDS, in_shards, 0, f"{chosen} is read"))
     if chosen != SHARDS and classes is not None:
@@ -145,6 +150,7 @@ def _written(found: Found, tables: list[str], config: DataConfig) -> tuple[list[
 def _choose(
     found: Found,
     candidates: Sequence[Candidate],
+    reasons: Mapping[str, str],
     shards: Sequence[str],
     in_shards: int,
     classes: Listing | None,
@@ -156,8 +162,16 @@ def _choose(
     if given is not None:
         has = [*(one.name for one in candidates), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
         if given not in has:
-            ways = f"it has {'; '.join(map(printable, has))}: give one of these" if has else "leave it out"
-            raise ValueError(f'data.caption_source is "{given}", but {found.root} has no such captions; {ways}')
+            why = (
+                f"no captions can be read from it ({reasons[given]})"
+                if given in reasons
+                else "there are no such captions"
+            )
+            ways = f"give one of {'; '.join(map(printable, has))}, or leave it out" if has else "leave it out"
+            raise ValueError(f'data.caption_source is "{given}", but in {found.root} {why}; {ways}')
+        error = next((one.error for one in candidates if one.name == given and one.error is not None), None)
+        if error is not None:
+            raise error
         return given
     sound = [one for one in candidates if one.error is None]
     # Numbers in a column of any name are hardly captions.
@@ -219,7 +233,7 @@ def _described(
         elif chosen is None:
             reason = "it has numbers, not words"
         else:
-            reason = f"{chosen} captions {count}"
+            reason = f"{count} have captions from {chosen}"
         yield CaptionSource(one.name, len(one.images), more, reason, doubtful=one.name != chosen and not one.numbers)
 
 
@@ -252,21 +266,20 @@ def _with_classes(
         what = "text beside images captions" if chosen == SIDECARS else f"{chosen} captions"
         cause = f"{what} {plural(written, 'image')}, the names of sub-folders would caption {count}; "
         cause += f"set data.caption_source to {chosen}, or"
-    if cause is not None and captioned:
-        sources.append(CaptionSource(FOLDERS, count, more, "no captions are invented beside written ones"))
-        why = "no caption: those that are written are not read, and none is invented"
-        skipped = [Skipped(sample.id, why) for sample in classes.samples] + classes.skipped + listing.skipped
-        skipped.sort(key=lambda entry: entry.path)
-        raise NothingCaptionedError(
-            f"{folder} may have captions that would be lost: {printable(cause)} set data.caption_source to {FOLDERS}, "
-            "which takes the names of sub-folders",
-            Source(str(folder), (), tuple(skipped), caption_sources=tuple(sources)),
-        )
     if chosen is None and cause is None:
         sources.append(CaptionSource(FOLDERS, count))
         return classes
     if more:
         sources.append(CaptionSource(FOLDERS, count, more, "no captions are invented beside written ones"))
+    if cause is not None and captioned:
+        why = f"{cause} set data.caption_source to {FOLDERS}, which takes the names of sub-folders"
+        skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
+        skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
+        unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
+        raise NothingCaptionedError(
+            f"{folder} may have captions that would be lost: {printable(why)}",
+            Source(str(folder), (), tuple(skipped), caption_sources=tuple(unused)),
+        )
     return listing
 
 

@@ -55,6 +55,8 @@ def open_rows(path: Path) -> Rows:
         OSError: if it cannot be read.
     """
     kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        raise ValueError(f"tables end in {', '.join(SUFFIXES)}")
     if kind == ".parquet":
         return _Parquet(path)
     # Bytes that are not UTF-8 spoil their own row, not the table; in names of files they are how Python spells
@@ -80,15 +82,14 @@ class _Csv:
         # StringIO counts lines as editors do, and makes all their ends alike.
         self.lines = list(io.StringIO(text, newline=None))
         self.plain = plain
-        self.start = next((number for number, line in enumerate(self.lines) if line.strip()), None)
-        if self.start is None:
-            raise ValueError("the file is empty")
-        told = re.fullmatch(r"sep=(.)\s*", self.lines[self.start], re.IGNORECASE)  # as Excel is told
+        filled = [number for number, line in enumerate(self.lines) if line.strip()]
+        told = re.fullmatch(r"sep=(.)\s*", self.lines[filled[0]], re.IGNORECASE) if filled else None  # as Excel is told
         if told is not None:
             delimiters = told[1]
-            self.start += 1
-            if self.start == len(self.lines):
-                raise ValueError("the file is empty")
+            filled.pop(0)
+        if not filled:
+            raise ValueError("the file is empty")
+        self.start = filled[0]
         try:
             heads = {mark: next(self._reader(self.start, mark)) for mark in delimiters}
         except csv.Error as error:  # such as a text without an end of line
@@ -135,7 +136,6 @@ class _Csv:
         that is closed by the quote of another row costs these two.
         """
         start = self.start
-        assert start is not None
         closing: dict[int, int] = {}  # line with a quote too many → the line that lacks it
         while start < len(self.lines):
             reader = self._reader(start, self.delimiter, strict=True)

@@ -34,11 +34,12 @@ _KINDS = frozenset(
     )
 )
 _ENDS = "|".join(re.escape(end[1:]) for end in sorted(IMAGES, key=len, reverse=True))
-# What a name of an image can be told by in any text: its last word.
-_NAME = re.compile(rf"[^\s\"'|,;:<>\\/()\[\]{{}}=&]+\.(?:{_ENDS})(?![a-z0-9])", re.IGNORECASE)
+# What a name of an image can be told by in any text: its last word. Here and below a match begins where a word or a
+# cell does, and has the length of a name at most, so that a text without an end takes no more time than others.
+_NAME = re.compile(rf"(?<![^\s\"'|,;:<>\\/])[^\s\"'|,;:<>\\/]{{1,255}}\.(?:{_ENDS})(?![a-z0-9])", re.IGNORECASE)
 # The cell that a name stands in, which says nothing besides.
-_CELL = re.compile(rf"[^\t,;|\"<>\n]*\.(?:{_ENDS})(?:#\d+)?(?![a-z0-9])", re.IGNORECASE)
-_WORDS = re.compile(r"[^\W\d_]{2,} +[^\W\d_]{2,}")
+_CELL = re.compile(rf"(?<![^\t,;|\"<>\n])[^\t,;|\"<>\n]{{0,999}}\.(?:{_ENDS})(?:#\d+)?(?![a-z0-9])", re.IGNORECASE)
+_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,} +[^\W\d_]{2}")
 _MOST = 2**24  # bytes of a file that are looked at
 _LOOKED_AT = 20  # of files that are named after images
 
@@ -62,7 +63,8 @@ def unread(
         name = _last(composed(path))
         for owner in (name, stem(name)):
             after.setdefault(owner.casefold(), set()).add(path)
-        by_name.setdefault(_NAME.findall(name)[-1].casefold(), set()).add(path)
+        for word in _named(name)[-1:]:
+            by_name.setdefault(word, set()).add(path)
     named_after: dict[tuple[str, str], list[str]] = {}
     sources: list[CaptionSource] = []
     for path in found.files:
@@ -74,9 +76,11 @@ def unread(
             named_after.setdefault((folder_of(path), suffix(path)), []).append(path)
             continue
         text = _text(found.root / path)
-        about = {image for name in _NAME.findall(composed(text)) for image in by_name.get(name.casefold(), ())}
+        about = {image for name in _named(composed(text)) for image in by_name.get(name, ())}
+        if not text and suffix(path) in _SHEETS:
+            sources.append(CaptionSource(path, 0, reason=f"it cannot be opened; {_advice(path)}", doubtful=True))
         # Names of images that are not there are those of a table whose images were moved or renamed.
-        if about or (path in reasons and _NAME.search(text)):
+        elif about or (path in reasons and _NAME.search(text)):
             sources.append(_source(path, about, captioned, text, reasons.get(path, _advice(path))))
     for (folder, kind), paths in named_after.items():
         about = {image for path in paths for image in after[stem(_last(composed(path))).casefold()]}
@@ -88,6 +92,11 @@ def unread(
             reason = "no caption under a usual name; set data.caption_column"
         sources.append(_source(name, about, captioned, text, reason))
     return sources
+
+
+def _named(text: str) -> list[str]:
+    """The words of a text that end as names of images do, without the brackets and signs that they may stand in."""
+    return [word.lstrip("([{=&").casefold() for word in _NAME.findall(text)]
 
 
 def _source(name: str, about: set[str], captioned: Collection[str], text: str, reason: str) -> CaptionSource:

@@ -326,7 +326,7 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
     assert unused(tmp_path) == {"labels.csv": 2}
     config = DataConfig(path=str(tmp_path), resolution=8)
     account = account_of(inspect(source, config), config)
-    assert "labels.csv names 2 images and is not used: sidecars captions 39" in "\n".join(account.notes)
+    assert "labels.csv names 2 images and is not used: 39 have captions from sidecars" in "\n".join(account.notes)
     assert [(one["name"], one["images"]) for one in account.to_dict()["caption_sources"]] == [
         ("sidecars", 39),
         ("labels.csv", 2),
@@ -334,9 +334,12 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
     assert "labels.csv: 2 images, not used" in account.to_text()
     assert captions(opened(tmp_path, caption_source="labels.csv")) == {"0.png": ("zero",), "1.png": ("one",)}
     with pytest.raises(
-        ValueError, match=r'caption_source is "x", but .* no such captions; it has labels\.csv; sidecars'
+        ValueError, match=r'caption_source is "x", but .* no such captions; give one of labels\.csv; sidecars, or'
     ):
         opened(tmp_path, caption_source="x")
+    (tmp_path / "notes.md").write_text("0.png is a picture")
+    with pytest.raises(ValueError, match=r"no captions can be read from it \(tables end in \.csv"):
+        opened(tmp_path, caption_source="notes.md")
 
 
 @pytest.mark.parametrize("winner", ["metadata", "captions.csv", "captions.json", "sidecars", "shards"])
@@ -368,9 +371,7 @@ def test_a_source_with_captions_that_no_other_has_needs_attention(tmp_path: Path
     config = DataConfig(path=str(tmp_path), resolution=8)
     account = account_of(inspect(open_source(config), config), config)
     [line] = account.unused_captions()
-    assert line.startswith(
-        "extra.csv names 2 images (2 of them without a caption) and is not used: sidecars captions 3"
-    )
+    assert line.startswith("extra.csv names 2 images (2 of them without a caption) and is not used: 3 have")
     assert line in account.needs_attention
 
 
@@ -427,6 +428,33 @@ def test_names_of_folders_are_no_captions_beside_a_file_that_may_have_them(tmp_p
         assert name in unused(tmp_path)
 
 
+def test_names_of_images_are_found_in_any_text(tmp_path: Path) -> None:
+    names = ["IMG (1).png", "my dog.png", "&.png", "a'b.png", "[1].png", "größe.png", "(.png"]
+    for name in names:
+        save(tmp_path / "dogs" / name)
+    write(tmp_path / "captions.yaml", "".join(f"- {name}: a dog in the snow\n" for name in names))
+    with pytest.raises(NothingCaptionedError) as caught:
+        opened(tmp_path)
+    assert caught.value.source.caption_sources[0].name == "captions.yaml"
+    assert caught.value.source.caption_sources[0].images >= 5
+
+
+def test_json_beside_images_that_was_read_is_not_said_to_be_unread(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    write(tmp_path / "a.json", {"caption": "a cat"})
+    save(tmp_path / "b.png", caption="from text")
+    write(tmp_path / "b.json", {"caption": "the same from img2dataset"})
+    assert captions(opened(tmp_path)) == {"a.png": ("a cat",), "b.png": ("from text",)}
+    assert unused(tmp_path) == {}
+
+
+def test_a_sheet_that_cannot_be_opened_may_have_captions(tmp_path: Path) -> None:
+    save(tmp_path / "dogs" / "1.png")
+    (tmp_path / "captions.xlsx").write_bytes(b"PK encrypted")
+    with pytest.raises(NothingCaptionedError, match=r"captions\.xlsx names .* \(it cannot be opened"):
+        opened(tmp_path)
+
+
 def test_a_sheet_of_excel_is_named(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     sheet(tmp_path / "captions.xlsx", "dogs/1.png</t></si><si><t>a dog")
@@ -462,6 +490,14 @@ def test_unreadable_captions_beside_images_are_not_replaced_by_names_of_folders(
     (tmp_path / "dogs" / "1.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(ValueError, match="text beside images captions 0 images"):
         opened(tmp_path)
+
+
+def test_a_text_without_an_end_takes_no_more_time_than_others(tmp_path: Path) -> None:
+    """Each of these once took the square of its length: hours."""
+    save(tmp_path / "dogs" / "1.png")
+    for name, text in (("a.yaml", "a" * 2**20), ("b.txt", "a." * 2**19), ("c.json", '"' + "a " * 2**19)):
+        write(tmp_path / name, f"{text}\n1.png\n")
+    assert captions(opened(tmp_path, caption_source="folders")) == {"dogs/1.png": ("dogs",)}
 
 
 def test_tables_within_a_tar_are_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.training.runs import (
     fresh_processes,
     losses,
     metrics,
+    run_autoencoder,
     run_ldm,
     settings,
 )
@@ -246,6 +247,15 @@ def test_a_first_stage_ends_with_latents_of_zero_mean_and_unit_variance(first_st
         codec.autoencoder.load_state_dict(averaged)
         torch.testing.assert_close(codec.autoencoder(images)[0], expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(folded["quant_conv.weight"], averaged["quant_conv.weight"])
+
+
+def test_a_first_stage_needs_no_captions(tmp_path, capsys):
+    data = captioned_folder(tmp_path / "data", 24)
+    for i in range(0, 24, 2):
+        (data / f"{i}.txt").unlink()
+    run_autoencoder(tmp_path / "run", f"data.path={data}", "train.validation_samples=4", "train.max_steps=1")
+    printed = capsys.readouterr().out
+    assert "24 images: 24 used (" in printed and "0 skipped, 0 duplicates; 12 without a caption" in printed
 
 
 def fails(capsys, monkeypatch, script, *arguments):
