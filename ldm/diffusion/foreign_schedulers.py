@@ -71,7 +71,7 @@ HARMLESS = frozenset(
         # These steer the steps of one solver; a sampler of our own has its own.
         *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
         *("predict_x0", "solver_p", "disable_corrector", "predictor_order", "corrector_order", "tau_func"),
-        "noise_sampler_seed",
+        *("noise_sampler_seed", "variance_type"),
         # Clamps pixels; StableDiffusionPipeline turns it off whatever the file says, and our codecs know their bounds.
         *("clip_sample", "clip_sample_range"),
         # Without thresholding, other noise levels or flow matching, which are refused, these do nothing.

@@ -161,6 +161,11 @@ def run_scheduler(
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
         with _failing_as(f"{name} fails at timestep {t:g} of {num_inference_steps} steps"), _Noise(name, generators):
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+        if not latents.isfinite().all() and prediction.isfinite().all():
+            raise ValueError(
+                f"{name} gives numbers that are not finite at timestep {t:g} of {num_inference_steps} steps, as where "
+                "two steps have one noise level; take fewer steps, or another timestep_spacing"
+            )
         yield State(index, round(t), latents, original)
 
 
