@@ -259,7 +259,7 @@ class Verdict:
                 if kind == FORMER_KINDS.get(written, written):
                     return cls(kind, content["sentence"])
         raise ValueError(
-            f"{repr(content):.80} is no verdict; it has a sentence, and a kind of {', '.join(get_args(Kind))}"
+            f"{content!r:.80} is no verdict; it has a sentence, and a kind of {', '.join(get_args(Kind))}"
         )
 
 
