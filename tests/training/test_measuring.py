@@ -17,7 +17,9 @@ from ldm.training.measuring import Evaluator, figures
 from ldm.training.report.names import PREFIX, name_of, title_of
 from ldm.training.trained import find_run
 from tests.test_cli import call
-from tests.training.runs import ROOT, captioned_folder, evaluations, run_ldm, settings
+from tests.training.runs import ROOT, captioned_folder, evaluations, metrics, run_ldm, settings
+
+KINDS = ("not yet a model of this data", "learning", "memorizing", "undecided")
 
 N = 60
 EVALUATED = [f"train.evaluation_samples={N}", "train.evaluation_features=pixel", "train.evaluate_every=2"]
@@ -54,7 +56,10 @@ def test_names_say_what_their_numbers_stand_on(run):
     assert title_of("loss") is None and title_of("evaluation_kid") is None
     with pytest.raises(AssertionError):
         name_of("kidd", samples=3)
+    verdicts = [(line["step"], line["verdict"]) for line in metrics(folder) if "verdict" in line]
+    assert [step for step, _ in verdicts] == [2, 4] and {verdict["kind"] for _, verdict in verdicts} <= set(KINDS)
     page = ElementTree.fromstring((folder / "report.html").read_bytes())
+    assert f"Evaluation of step 4: {verdicts[-1][1]['sentence']}" in "".join(page.itertext())
     shown = {svg.attrib["aria-label"] for svg in page.iter("{http://www.w3.org/2000/svg}svg")}
     assert {title_of(name) for name in one} <= shown
 
@@ -70,6 +75,7 @@ def test_the_figures_are_those_of_the_exported_weights(run):
     found = evaluate(Pipeline.from_pretrained(folder / "pipeline", device="cpu"), reference, samples=N)
     (_, last) = evaluations(folder)[-1]
     assert figures(found, "pixel") == pytest.approx(last)
+    assert [line["verdict"] for line in metrics(folder) if "verdict" in line][-1] == vars(found.verdict)
 
 
 @pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -83,6 +89,8 @@ def test_a_resumed_run_measures_what_an_unbroken_one_does(kept, run, tmp_path):
     (again / "metrics.jsonl").write_text("".join(lines))
     run_ldm(arguments, f"output_dir={again}", resume=True)
     assert evaluations(again) == evaluations(folder)
+    noted = [[line for line in metrics(run_folder) if "verdict" in line] for run_folder in (again, folder)]
+    assert noted[0] == noted[1] and len(noted[0]) == 2
 
 
 def test_the_plan_counts_evaluations(run):
