@@ -202,6 +202,8 @@ def test_without_a_name_the_device_is_that_of_accelerate(monkeypatch):
     assert usable_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here"):
         usable_device("abacus")
+
+
 def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(tmp_path):
     pipeline = tiny.pipeline(tmp_path / "parts")
     with torch.no_grad():
