@@ -96,7 +96,8 @@ def generate(
     check_size(height, width)
     check_steps(steps)
     image_prompts(prompt, negative_prompt, count)
-    image_seeds(seed, count)
+    if seed is not None:
+        image_seeds([seed, seed + count - 1], 2)
     how: dict[str, Any] = {
         "eta": eta,
         "guidance_rescale": guidance_rescale,

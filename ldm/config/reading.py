@@ -107,7 +107,9 @@ def from_text(text: str, hint: Any, path: str) -> Any:
         if not bare:
             raise ValueError(f"{path} is empty; write {path}=null for none")
     if takes_text(members):
-        return text
+        # One of a few words may stand in quotes, as YAML needs them around "no".
+        quoted = str not in members and len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "'\""
+        return bare[1:-1] if quoted else text
     if section is not None:
         if not (bare.startswith("{") and bare.endswith("}")):
             raise ValueError(
