@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-# Counters that old files of text encoders hold beside the weights.
-_COUNTERS = ("position_ids", "token_type_ids")
 
 
 def check_dtype(dtype: object) -> None:
@@ -38,17 +35,6 @@ def check_weights(weights: Mapping[str, Tensor], where: str | Path) -> None:
             )
         if not _finite(tensor):
             raise ValueError(f"{where}: {name} holds numbers that are not finite; train, save or download it again")
-
-
-def check_weight_file(path: Path, *, other: tuple[str, ...] = ()) -> None:
-    """`check_weights` of a safetensors file that another library loads, apart from tensors that begin with `other`."""
-    try:
-        with safe_open(path, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118  (it is no dict)
-                if not name.startswith(other) and not name.endswith(_COUNTERS):
-                    check_weights({name: stream.get_tensor(name)}, path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); save or download it again") from None
 
 
 def converted(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str | Path) -> dict[str, Tensor]:

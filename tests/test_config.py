@@ -316,7 +316,8 @@ def test_text_keys_take_their_text_as_it_stands_and_a_written_config_gives_it_ba
     ],
 )
 def test_a_word_that_yaml_takes_for_false_is_a_word(value, expected, tmp_path):
-    assert load_config(DIGITS, [f"train.mixed_precision={value}"], LDMConfig).train.mixed_precision == expected
+    for text in (value, f'"{value}"', f"'{value}'"):  # quotes, as YAML needs them
+        assert load_config(DIGITS, [f"train.mixed_precision={text}"], LDMConfig).train.mixed_precision == expected
     changed = DIGITS.read_text().replace("train:\n", f"train:\n  mixed_precision: {value}\n")
     (tmp_path / "c.yaml").write_text(changed)
     assert load_config(tmp_path / "c.yaml", [], LDMConfig).train.mixed_precision == expected

