@@ -390,6 +390,9 @@ def broken(folder, how):
     if how == "alpha that is none":
         save_file(good | {"unet.conv_in.alpha": torch.tensor([1.0, 2.0])}, path)
         return folder, "alpha of conv_in is nan"
+    if how == "alpha that is complex":
+        save_file(good | {"unet.conv_in.alpha": torch.tensor(2j)}, path)
+        return folder, "alpha of conv_in is nan"
     settings = {
         "settings that are no JSON": ("{", "settings that are no JSON"),
         "settings that are a list": ("[]", "no JSON object"),
@@ -422,6 +425,7 @@ def broken(folder, how):
         "twice",
         "other form twice",
         "alpha that is none",
+        "alpha that is complex",
         "settings that are no JSON",
         "settings that are a list",
         "alpha that is a word",

@@ -218,7 +218,8 @@ def _lora(
         check_weights({written: tensor}, file.path)
         converted({written: tensor}, layer.weight.dtype, file.path)
     if "alpha" in tensors:
-        alpha = float(tensors["alpha"]) if tensors["alpha"].numel() == 1 else math.nan
+        given_alpha = tensors["alpha"]
+        alpha = float(given_alpha) if given_alpha.numel() == 1 and not given_alpha.is_complex() else math.nan
     else:
         alpha = _alpha(written, rank, settings)
     if not math.isfinite(alpha):

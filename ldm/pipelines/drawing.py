@@ -147,10 +147,10 @@ class Drawing:
         )
         if on_step is not None and not callable(on_step):
             raise ValueError(f"on_step is {on_step!r}; it must be a function of a State")
-        count = len(prompts) * num_images_per_prompt
-        if latents is not None and not (isinstance(latents, Tensor) and bool(latents.isfinite().all())):
-            found = "with nan or inf in it" if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
-            raise ValueError(f"latents is {found}; it must be a tensor of finite numbers, standard normal noise")
+        repeated = whole("num_images_per_prompt", num_images_per_prompt)
+        count = len(prompts) * repeated
+        if latents is not None:
+            _check_latents(latents)
         if latents is not None and latents.ndim == 4:
             height = latents.shape[2] * self.codec.factor if height is None else height
             width = latents.shape[3] * self.codec.factor if width is None else width
@@ -169,7 +169,7 @@ class Drawing:
         def final(images: range) -> Tensor:
             generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in images]
             start = draw_noise(generators, blank) if latents is None else latents[images.start : images.stop].to(blank)
-            own = [i // num_images_per_prompt for i in images]
+            own = [i // repeated for i in images]
             return self._walk(
                 condition[[asked[i] for i in own]],
                 null[[avoided[i] for i in own]],
@@ -334,3 +334,15 @@ class Drawing:
             learned_variance=self.unet.config.learned_variance,
         )
         return watch.last_of(states, on_step)
+
+
+def _check_latents(latents: object) -> None:
+    if not isinstance(latents, Tensor):
+        found = f"a {type(latents).__name__}"
+    elif latents.is_meta or latents.is_complex():
+        found = f"a tensor of {latents.dtype} on {latents.device}"
+    elif not bool(latents.float().isfinite().all()):
+        found = "with nan or inf in it"
+    else:
+        return
+    raise ValueError(f"latents is {found}; it must be a tensor of finite numbers, standard normal noise")

@@ -57,7 +57,8 @@ class Editing(Drawing):
         prompts = [prompt, prompt] if isinstance(prompt, str) else listed("prompt", prompt, "one text, or two")
         if len(prompts) != 2:
             raise ValueError(f"there are {len(prompts)} prompts; give one, or the two to go between")
-        if whole("steps", steps) < 2:
+        steps = whole("steps", steps)
+        if steps < 2:
             raise ValueError(f"steps is {steps}; it must be at least 2, the two ends")
         ends = image_seeds(listed("seeds", seeds, "two, those of the ends"), 2)
         prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt or ""), 1)
@@ -124,7 +125,8 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the argument, its value and the range.
         """
-        if whole("count", count) < 1:
+        count = whole("count", count)
+        if count < 1:
             raise ValueError(f"count is {count}; it must be at least 1")
         texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt or "")
         prompts, negatives = image_prompts(*texts, 1)

@@ -109,23 +109,23 @@ def test_a_call_with_a_classifier_is_not_cut(pipeline, monkeypatch):
 def test_the_rule(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100 * 2**30)
     room = memory.room_for(50, (8, 8), each=2**30, decoding=2**28, device=CPU)
-    assert (room.drawn, room.decoded) == (4, 16)
-    assert memory.room_for(3, (8, 8), each=2**30, decoding=2**28, device=CPU).drawn == 3
+    assert (room.drawn, room.decoded) == (2, 8)
+    assert memory.room_for(3, (8, 8), each=2**28, decoding=2**28, device=CPU).drawn == 3
     assert memory.room_for(50, (8, 8), each=2**33, decoding=2**28, device=CPU).drawn == 1
     assert memory.room_for(50, (8, 8), each=2**30, decoding=2**28, device=CPU, together=True).drawn == 50
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * 2**30)  # fewer where less is free
-    assert memory.room_for(50, (8, 8), each=2**30 - 2**20, decoding=2**28, device=CPU).drawn == 2
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)  # fewer where less is free
+    assert memory.room_for(50, (8, 8), each=2**28, decoding=2**28, device=CPU).drawn == 3
     for wrong, said in (
         ({"each": 2**32}, r"height and width are 8 and 8: a picture of this size needs about 4\.0 GiB of memory"),
-        ({"decoding": 2**32}, r"a picture of this size needs about 4\.0 GiB of memory, and 2\.0 GiB are free on cpu"),
-        ({"together": True}, r"50 pictures at once \(a classifier is asked about all\) of this size needs about 50"),
+        ({"decoding": 2**32}, r"a picture of this size needs about 4\.0 GiB of memory, and 1\.0 GiB are free on cpu"),
+        ({"together": True}, r"50 pictures at once \(a classifier is asked about all\) of this size needs about 25"),
         (
             {"beside": 2**32},
-            r"50 pictures of 8x8 and their prompts take 4\.0 GiB, and about 1\.0 GiB to draw, and",
+            r"50 pictures of 8x8 and their prompts take 4\.0 GiB, and about 512 MiB to draw, and",
         ),
     ):
         with pytest.raises(ValueError, match=said):
-            memory.room_for(50, (8, 8), **({"each": 2**30, "decoding": 2**28, "device": CPU} | wrong))
+            memory.room_for(50, (8, 8), **({"each": 2**29, "decoding": 2**28, "device": CPU} | wrong))
 
 
 @pytest.mark.parametrize(

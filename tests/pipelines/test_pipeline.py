@@ -127,6 +127,10 @@ def test_a_folder_gives_the_same_pictures(pipeline, tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"latents": torch.zeros(1, 1, 2, 2)}, r"latents have shape \[1, 1, 2, 2\]"),
+        ({"latents": torch.full((1, 1, 2, 2), math.nan)}, "latents is with nan or inf in it; it must be a tensor"),
+        ({"latents": torch.zeros(1, 1, 2, 2, device="meta")}, "latents is a tensor of torch.float32 on meta; it must"),
+        ({"latents": torch.zeros(1, 1, 2, 2, dtype=torch.complex64)}, "latents is a tensor of torch.complex64 on cpu"),
+        ({"latents": [1.0]}, "latents is a list; it must be a tensor"),
         ({"height": 0}, "image size 0x"),
         ({"width": -8}, "-8"),
     ],
@@ -217,3 +221,17 @@ def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"dtype is torch.int8; it must be one of"):
         pipeline.save_pretrained(tmp_path / "model", dtype=torch.int8)
     assert not (tmp_path / "model").exists()
+
+
+def test_numbers_of_numpy_and_latents_of_any_dtype_are_taken(pipeline):
+    expected = pixels(pipeline("a", num_images_per_prompt=2, seed=4, num_inference_steps=1).images)
+    numbers = {"num_images_per_prompt": np.int64(2), "seed": np.int64(4), "num_inference_steps": np.int64(1)}
+    assert (pixels(pipeline("a", **numbers).images) == expected).all()
+    zeros = torch.zeros(1, *pipeline._blank(1, None, None).shape[1:])
+    kind = {"num_inference_steps": 1}
+    for dtype in (torch.float64, torch.int64, torch.float8_e4m3fn):
+        drawn = pipeline("a", latents=zeros.to(dtype), **kind).images
+        assert (pixels(drawn) == pixels(pipeline("a", latents=zeros, **kind).images)).all()
+    assert len(pipeline.interpolate("a", (1, 2), np.int64(3), **kind).images) == 3
+    several = pipeline.variations("a", shared_until=np.int64(999), shared_seed=1, count=np.int64(2), **kind)
+    assert len(several.images) == 2
