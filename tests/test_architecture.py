@@ -43,8 +43,9 @@ LEVELS = {
 MATHEMATICS = ("ldm.diffusion", "ldm.models")  # torch and the standard library only
 # Reads a file of the package index that exists as a pickle alone, after comparing its hash with the one that is known.
 KNOWN_WEIGHTS = "ldm.evaluation.efficientnet"
-# Counts cores for all others; a tool may say what machine it ran on.
-COUNT_CORES = ("ldm.cores", "tools.")
+# Who may call what others may not: what is here counts cores for all, a run knows what its user allows, and a tool may
+# say what machine it ran on and fix its own conditions.
+MAY_CALL = {"os.cpu_count": ("ldm.cores", "tools."), "torch.set_num_threads": ("ldm.training.", "tools.")}
 TOP = 8  # programs: they import everything, nothing imports them
 
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
@@ -57,6 +58,7 @@ FORBIDDEN_CALLS = {
     "compile": "makes code of text",
     "os.system": "runs text as commands",
     "pandas.read_pickle": "unpickles",
+    "torch.set_num_threads": "overrides what the user says; ldm.training.threads decides, for runs alone",
     "os.cpu_count": "counts cores that this process may not use; ask ldm.cores",
     "eval": "runs text as code",
     "exec": "runs text as code",
@@ -201,7 +203,7 @@ def dangerous_calls(tree: ast.AST, module: str, is_package: bool) -> Iterator[tu
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
             first, *rest = ast.unparse(node).split(".")
             called = ".".join([names.get(first, first), *rest])
-            if called == "os.cpu_count" and module.startswith(COUNT_CORES):
+            if called in MAY_CALL and module.startswith(MAY_CALL[called]):
                 continue
             if called in FORBIDDEN_CALLS and node not in allowed:
                 yield node.lineno, f"{called} {FORBIDDEN_CALLS[called]}"
@@ -290,6 +292,7 @@ OFFENDERS = [
     ("ldm/text/a.py", "import torch\ntorch.hub.load('a', 'b')", "torch.hub.load runs code"),
     ("tools/a.py", "exec('1')", "exec runs text as code"),
     ("ldm/data/a.py", "with ThreadPoolExecutor() as pool:\n    pass", "takes all cores"),
+    ("ldm/pipelines/a.py", "import torch\ntorch.set_num_threads(4)", "overrides what the user says"),
     ("ldm/data/a.py", "from os import cpu_count\nn = cpu_count()", "counts cores"),
     ("ldm/config.py", "import yaml\nyaml.load('a', yaml.SafeLoader)", "yaml.load may build any object"),
     ("ldm/config.py", "from yaml import unsafe_load\nunsafe_load('a')", "yaml.unsafe_load"),
@@ -308,7 +311,7 @@ HARMLESS = {
     "ldm/codecs.py": "import torch\nnet = torch.nn.Identity()\nnet.eval()",
     "ldm/evaluation/a.py": "from ldm import Pipeline\nimport ldm.report",
     "ldm/evaluation/efficientnet.py": "import torch\ntorch.load('a', weights_only=True)",
-    "ldm/training/a.py": "import ldm.evaluation, ldm.pipelines",
+    "ldm/training/a.py": "import torch\nimport ldm.evaluation, ldm.pipelines\ntorch.set_num_threads(1)",
     "ldm/text/a.py": "f('a', trust_remote_code=False)\nm.AutoModel.from_pretrained('a', use_safetensors=True)",
     "ldm/text/b.py": "import re\nre.compile('a')\nm.AutoTokenizer.from_pretrained('a')",
     "train/a.py": "from ldm import training",

@@ -99,8 +99,9 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
-        cpu_threads: threads of a process that computes on the CPU; None shares the machine's cores among the
-            processes, whatever OMP_NUM_THREADS says (`accelerate launch` sets it to 1).
+        cpu_threads: threads of a process that computes on the CPU. None takes the number of OMP_NUM_THREADS or
+            MKL_NUM_THREADS; without them that of the run that is resumed; for a new one the number that is measured to
+            be the fastest.
         checkpoint_every: steps between checkpoints, besides the one at the end.
         checkpoint_minutes: minutes between them at most; None counts steps alone.
         keep_checkpoints: how many of the newest checkpoints stay.

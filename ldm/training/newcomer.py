@@ -244,7 +244,8 @@ def run_script(script: str, arguments: list[str], threads: int | None = None) ->
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    told = {} if threads is None else dict.fromkeys(VARIABLES, str(threads))
+    names = [VARIABLES[0], *(name for name in VARIABLES[1:] if name in os.environ)]
+    told = {} if threads is None else dict.fromkeys(names, str(threads))
     process = subprocess.Popen([*command, str(_find(script)), *arguments], env=os.environ | told)
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}

@@ -49,8 +49,6 @@ def settle_threads(run: Run, networks: Networks, passes: Callable[[int], Callabl
         return took
 
     with torch.random.fork_rng(devices=[]):
-        # Half of the cores: one takes long for a large network, and all of them beside another program.
-        torch.set_num_threads(max(1, run.threads.most // 2))
         one = passes(1)
         seconds(one)
         micro_batch = train.batch_size // train.gradient_accumulation_steps // run.accelerator.num_processes

@@ -98,7 +98,8 @@ class Run:
             begun_with = None if self._resumed is None else resuming.threads_of(self._resumed, processes)
             decided = threads.decide(allowed, config.train.cpu_threads, begun_with)
             self.threads = threads.agreed(decided, self.accelerator)
-            torch.set_num_threads(self.threads.number or self.threads.most)
+            # Until it is measured half of the cores: all may be slow beside another program, and one for a large model.
+            torch.set_num_threads(self.threads.number or max(1, self.threads.most // 2))
         self._environment = environment(self.device, self.accelerator.num_processes)
         if self._resumed is not None:
             found = resuming.differences(config, self._environment, self._resumed, self.print)

@@ -50,8 +50,8 @@ def allowed() -> Threads:
     `OMP_NUM_THREADS` and `MKL_NUM_THREADS` decide. Without them the number is open; processes on one machine share
     its cores.
     """
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    cores = max(1, usable_cores() // sharing)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    cores = max(1, usable_cores() // max(1, sharing))
     if _is_of_the_launcher():
         return Threads(None, cores)
     said = [name for name in VARIABLES if re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", os.environ.get(name, ""))]
