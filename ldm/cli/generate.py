@@ -123,7 +123,7 @@ def generate(
         **how,
     }
     strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
-    with cut_prompts_said():  # after the arguments were found good
+    with cut_prompts_said():  # said below, since a wrong argument is one line and no more
         result = pipeline(
             prompt,
             negative_prompt=negative_prompt,

@@ -89,7 +89,8 @@ def nll(
             seed=seed,
             progress=bar.update,
         )
-    cut = pipeline.text_encoder.cut(sample.captions[0] for sample in images.samples)
+    asked_for = set(found.ids)
+    cut = pipeline.text_encoder.cut(sample.captions[0] for sample in images.samples if sample.id in asked_for)
     if cut:
         print(f"warning: captions are cut: {cut}", file=sys.stderr)
     if output is not None:
