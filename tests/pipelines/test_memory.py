@@ -1,6 +1,7 @@
 """Chunks of a call for many pictures, and what does not fit into memory."""
 
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +219,19 @@ def test_free_memory_is_asked_of_the_system_and_of_the_container(tmp_path):
     (tmp_path / "listing").write_text("4:memory:/old\n0::/a/b\n")
     assert min(memory._left_to_containers(tmp_path / "cgroup", tmp_path / "listing")) == 400
     assert min(memory._left_to_containers(tmp_path / "nothing", tmp_path / "listing")) == memory._ENDLESS
+
+
+def test_the_limit_of_a_process_counts():
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("what is used is read from /proc")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
+    try:
+        assert 2**27 < memory.available_bytes(CPU) <= 2**28
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.mark.parametrize(
