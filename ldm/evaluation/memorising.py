@@ -258,9 +258,7 @@ class Verdict:
             for kind in get_args(Kind):
                 if kind == FORMER_KINDS.get(written, written):
                     return cls(kind, content["sentence"])
-        raise ValueError(
-            f"{content!r:.80} is no verdict; it has a sentence, and a kind of {', '.join(get_args(Kind))}"
-        )
+        raise ValueError(f"{content!r:.80} is no verdict; it has a sentence, and a kind of {', '.join(get_args(Kind))}")
 
 
 def verdict(
