@@ -76,10 +76,13 @@ class Yardstick:
         radius = Known.of(reference.near, None, None).radius
         training = reference.features[rest]
         nothing = Shares(Interval(0, 0, 0), Interval(0, 0, 0), 0, 0)
-        empty = cls(training, radius, len(unseen), seed, {}, nothing)
+        count = min(samples, len(unseen), MOST_PICTURES)
+        empty = cls(training, radius, count, seed, {}, nothing)
         controls = {
             name: empty.shares(*_seen(pictures, reference))
-            for name, pictures in _controls(reference, [images.image_at(int(i)) for i in unseen], size, seed).items()
+            for name, pictures in _controls(
+                reference, [images.image_at(int(i)) for i in unseen[:count]], size, seed
+            ).items()
         }
         return replace(empty, controls=controls, unseen=empty.shares(near[unseen], features[unseen]))
 
@@ -101,7 +104,7 @@ def _unseen(reference: Reference, samples: int, seed: int) -> tuple[Tensor, Tens
     order = generator(seed, "unseen").permutation(held_out if held_out >= MINIMUM else training)
     if held_out >= MINIMUM:
         rest = torch.from_numpy(generator(seed, "training").permutation(training)[:MOST_TRAINING])
-        return torch.from_numpy(order[: min(samples, MOST_PICTURES)]), rest
+        return torch.from_numpy(order[:MOST_TRAINING]), rest
     # Variants of one picture stay on one side, as they do where images are held out.
     most, groups = min(samples, MOST_PICTURES, training // 2), [one.group for one in reference.training.samples]
     sizes, chosen, left = Counter(groups), set[str](), most

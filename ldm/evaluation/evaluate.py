@@ -63,7 +63,7 @@ class Evaluation:
         read: side → share that is read as the digit asked for, where the data is `digits`.
         clip: side → CLIP score, where a CLIP model was given.
         copies, gap: whether pictures are copies of training images; the gap is None without held-out images.
-        standing: how near they are to the data at all; None where quality is, or copies are.
+        standing: how near they are to the data at all; None where quality is.
         verdict: what follows from these.
         left_out: sentences: what is not said, and why.
     """
@@ -170,7 +170,7 @@ def measure(
             f"{len(everything)} pictures and {len(reference.features)} training images are too few to say whether the "
             f"pictures are like the data, for which there have to be {MINIMUM} of both"
         )
-    elif copies is not None:
+    else:
         pictures = torch.cat([side.pictures for side in asked])
         stands = standing(pictures, everything, found, reference, seed=seed)
     return Evaluation(

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_uint8
 from ldm.evaluation.controls import standing, yardstick_of
@@ -170,7 +171,7 @@ def test_figures_of_different_pictures_are_those_of_the_quality(digits):
     assert stands.generated.precision.mean == pytest.approx(figures.precision.value)
     if stands.generated.distinct == 64:
         assert stands.generated.recall.mean == pytest.approx(figures.recall.value)
-    assert stands.reference_samples == 300 and stands.unseen.samples == 64
+    assert stands.reference_samples == 300 and stands.unseen.samples == 200
 
 
 def test_an_untrained_model_is_no_model_of_the_data(digits, tmp_path):
@@ -195,6 +196,28 @@ def test_without_held_out_images_noise_is_still_told(digits):
     found = measured(alone, Known(*sides), "unseen", 64)
     assert found.standing.kind == "near" and found.verdict.kind == UNDECIDED
     assert "nothing is held out" in found.verdict.sentence
+
+
+def test_noise_is_told_where_all_training_images_are_variants_of_a_few(digits):
+    reference, sides = digits
+    alike = [dataclasses.replace(sample, group=str(i % 5)) for i, sample in enumerate(sides[0].samples)]
+    training = CaptionedImages(alike, sides[0].config, 0)
+    grouped = Reference.of(training, None, reference.space)
+    found = measured(grouped, Known(*sides), "uniform_noise", 64)
+    assert found.copies is None and found.verdict.kind == FAR
+    assert measured(grouped, Known(*sides), "unseen", 64).verdict.kind == UNDECIDED
+
+
+def test_controls_have_the_size_of_the_pictures_whatever_the_shapes_of_the_data(tmp_path):
+    folder = captioned_folder(tmp_path / "data", 120, side=16)
+    for path in sorted(folder.glob("*.png"))[::2]:
+        with Image.open(path) as image:
+            image.resize((24, 16)).save(path)
+    config = DataConfig(path=str(folder), resolution=16, buckets=True, cache_dir=str(tmp_path), held_out=0.45)
+    sides = [CaptionedImages(part, config, 0) for part in split(inspect(open_source(config), config).used, 0.45)]
+    reference = Reference.of(*sides, PIXELS)
+    black = measured(reference, None, "", 60, lambda side, own: torch.zeros(len(own), 3, 16, 16, dtype=torch.uint8))
+    assert black.verdict.kind == FAR and black.standing.controls["noise"].samples > 0
 
 
 def test_data_that_is_noise_cannot_be_told_from_noise(tmp_path):
