@@ -16,11 +16,11 @@ class Pace:
 
     Args:
         threads: of a run on the CPU.
-        clock: seconds, from any start.
+        clock: seconds, from any start; `time.perf_counter` by default.
     """
 
-    def __init__(self, plan: Plan, threads: int | None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._plan, self._threads, self._clock = plan, threads, clock
+    def __init__(self, plan: Plan, threads: int | None, clock: Callable[[], float] | None = None) -> None:
+        self._plan, self._threads, self._clock = plan, threads, clock or time.perf_counter
         self._steps, self._since = 0, 0.0
 
     def leave_out(self, seconds: float) -> None:

@@ -48,14 +48,13 @@ def settle_threads(run: Run, networks: Networks, passes: Callable[[int], Callabl
         networks.drop_gradients()
         return took
 
-    with torch.random.fork_rng(devices=[]):
-        one = passes(1)
-        seconds(one)
-        micro_batch = train.batch_size // train.gradient_accumulation_steps // run.accelerator.num_processes
-        count = max(1, min(micro_batch, int(TIMED_SECONDS / seconds(one))))
-        several = passes(count)
-        what = f"{plural(count, 'image')} forward and back"
-        run.take_threads(threads.measure(run.threads, lambda: seconds(several), what))
+    one = passes(1)
+    seconds(one)
+    micro_batch = train.batch_size // train.gradient_accumulation_steps // run.accelerator.num_processes
+    count = max(1, min(micro_batch, int(TIMED_SECONDS / seconds(one))))
+    several = passes(count)
+    what = f"{plural(count, 'image')} forward and back"
+    run.take_threads(threads.measure(run.threads, lambda: seconds(several), what))
 
 
 def step_seconds(

@@ -105,7 +105,7 @@ def agreed(found: Threads, accelerator: Accelerator) -> Threads:
 
 
 def measure(found: Threads, seconds: Callable[[], float], what: str) -> Threads:
-    """Chooses a number that is still open, and leaves torch with it: the smallest that is about as fast as any.
+    """Chooses a number that is still open: the smallest that is about as fast as any. Torch has another afterwards.
 
     Args:
         seconds: makes a call and says how long it took. Processes that call together are told the same.
@@ -117,10 +117,8 @@ def measure(found: Threads, seconds: Callable[[], float], what: str) -> Threads:
         return seconds()
 
     medians = in_turn(candidates(found.most), seconds_with)
-    number = fewest(medians)
-    torch.set_num_threads(number)
     measured = ", ".join(f"{median:.2g} s with {count}" for count, median in medians.items())
-    return Threads(number, found.most, f"measured: {measured} ({what})")
+    return Threads(fewest(medians), found.most, f"measured: {measured} ({what})")
 
 
 def candidates(most: int) -> list[int]:
