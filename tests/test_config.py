@@ -550,3 +550,11 @@ def test_a_folder_or_a_toml_file_is_no_config_and_a_home_folder_is_found(tmp_pat
     assert "kohya.toml is TOML" in refused(path=tmp_path / "kohya.toml")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_config(Path("~/config.yaml"), [], LDMConfig).output_dir == "runs/digits"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_posterior_mean_is_trained_in_float32(precision):
+    changes = ["schedule.prediction_type=posterior_mean", "schedule.timestep_spacing=leading"]
+    with pytest.raises(ValueError, match=f"posterior_mean, of which {precision} leaves noise alone"):
+        load_config(DIGITS, [*changes, f"train.mixed_precision={precision}"], LDMConfig)
+    load_config(DIGITS, [*changes, "train.mixed_precision=no"], LDMConfig)

@@ -13,7 +13,7 @@ from ldm.data.sources import BUILT_IN
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
 from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import check_sampler
-from ldm.diffusion.schedule import check_start
+from ldm.diffusion.schedule import check_precision, check_start
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
 from ldm.models.perceptual import SMALLEST_SIDE
@@ -353,6 +353,7 @@ class LDMConfig:
                 f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
                 "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
             )
+        check_precision(self.schedule.prediction_type, self.train.mixed_precision)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_objective(self.train.loss, schedule, self.schedule.prediction_type, self.sample)
         grid = schedule.grid(

@@ -291,6 +291,18 @@ def check_no_signal(prediction_type: str, t: int) -> None:
         )
 
 
+def check_precision(prediction_type: str, dtype: str) -> None:
+    """Raises `ValueError` where a prediction is computed in too few digits, "bf16" or "float16" for example.
+
+    μ̃ is x_t but for a share of about β_t / σ_t: the error of rounding it is some hundred times as large in ε.
+    """
+    if prediction_type == "posterior_mean" and dtype in ("bf16", "fp16", "bfloat16", "float16"):
+        raise ValueError(
+            f"prediction_type is posterior_mean, of which {dtype} leaves noise alone: it is x_t but for a few "
+            "thousandths; compute in float32 (train.mixed_precision=no), or train with epsilon or v_prediction"
+        )
+
+
 def check_start(
     schedule: NoiseSchedule, grid: Sequence[Step], prediction_type: PredictionType, *, bounded: bool
 ) -> None:

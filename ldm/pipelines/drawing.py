@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.codecs import Codec, Tile
 from ldm.diffusion import LogLikelihood, NoiseSchedule, ScheduleConfig, State, Step
+from ldm.diffusion.schedule import check_precision
 from ldm.models import UNet
 from ldm.pipelines.arguments import image_prompts, image_seeds, number, whole
 from ldm.pipelines.finite import NotFinite, Watch, finite, named, remedy
@@ -116,7 +117,7 @@ class Drawing:
             classifier_scale: by how much; 1 samples p(x | prompt, y).
             sampler: a name of `ldm.pipelines.SAMPLERS`, or a scheduler object of diffusers; None is the model's own.
             sampler_options: `step_size` and `num_langevin_steps` of "langevin" (0.2 and 100 calls a noise level, as in
-                NCSN), `snr` and `num_corrector_steps` of "predictor-corrector" (0.16 and 1).
+                NCSN), `snr` and `num_corrector_steps` of "predictor-corrector" (0.01 and 1).
             eta: of DDIM: 0 (deterministic) to 1 (the variance of DDPM).
             seed: an int (image i gets seed + i), one int an image, or None for fresh ones. Image i equals what
                 its seed gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
@@ -211,6 +212,10 @@ class Drawing:
         )
         self._grid(settings)
         bounds(self.codec, settings.dynamic_threshold)
+        weight = self.unet.conv_in.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        check_precision(self.schedule.prediction_type, str(dtype).removeprefix("torch."))
         return settings
 
     def _grid(self, settings: Settings) -> tuple[Step, ...]:

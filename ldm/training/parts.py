@@ -29,7 +29,7 @@ from ldm.data import (
 )
 from ldm.data.captions import printable
 from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_variance
-from ldm.diffusion.schedule import PredictionType
+from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import NotFinite, Pipeline, contact_sheet
 from ldm.text import TextEncoder, cut_prompts_said, load_text_encoder
@@ -138,6 +138,7 @@ def _check_start_from(pipeline: Pipeline, config: LDMConfig) -> None:
             f"train.loss.weighting is {loss.weighting}, but {config.start_from} has {'' if learned else 'no '}learned "
             f"variances; choose {'hybrid' if learned else 'simple, vlb or min_snr'}"
         )
+    check_precision(pipeline.schedule.prediction_type, config.train.mixed_precision)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     check_objective(loss, schedule, pipeline.schedule.prediction_type, config.sample)
 
