@@ -330,9 +330,13 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
             )
         )
     tops = {sample.id.split("/")[0] for sample in inspection.used if "/" in sample.id}
-    if "train" in tops and tops & _SPLITS:
-        others = ", ".join(f"{name}/" for name in sorted(tops & _SPLITS))
-        yield f"what lies in train/ and {others} is taken together; name the folder train/ itself to leave the rest out"
+    training = sorted(top for top in tops if top.rstrip("0123456789") == "train")  # COCO's is train2017
+    others = sorted(top for top in tops if top.rstrip("0123456789") in _SPLITS)
+    if training and others:
+        yield (
+            f"what lies in {training[0]}/ and {', '.join(f'{name}/' for name in others)} is taken together; name the "
+            f"folder {training[0]}/ itself, or with data.caption_source its captions, to leave the rest out"
+        )
     if not account.captions.without:
         yield from account.unused_captions(harmless=True)
     if inspection.unkept:

@@ -95,7 +95,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     shards = tables if config.image_column is not None else found.ending(".tar") or tables
     candidates, reasons = _written(found, tables, config)
     classes = list_classes(found, config.background_rgb) if config.image_column is None else None
-    in_shards = _shard_images(found, shards, config) if shards and candidates else 0
+    in_shards = _shard_images(found, shards, config) if shards and (candidates or classes) else 0
     chosen = _choose(found, candidates, reasons, shards, in_shards, classes, config, captioned)
     name, listing = str(folder), Listing("")
     if chosen == SHARDS:
@@ -114,10 +114,11 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     sources.sort(key=lambda source: source.reason != "")  # what is used comes first
     sources += unread(found, {*read, *tables}, reasons, with_captions)
     if config.caption_source is not None:  # who chooses knows what is left
-        sources = [replace(source, doubtful=False) for source in sources]
+        why = f"data.caption_source is {config.caption_source}"
+        sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
     if shards and chosen != SHARDS:
         sources.append(CaptionSource(SHARDS, in_shards, 0, f"{chosen} is read"))
-    if chosen != SHARDS and classes is not None:
+    if classes is not None:
         listing = _with_classes(folder, listing, classes, chosen, sources, config, captioned)
     listing.skipped += found.skipped
     told = {source.name for source in sources}
@@ -175,7 +176,7 @@ def _choose(
         return given
     sound = [one for one in candidates if one.error is None]
     # Numbers in a column of any name are hardly captions.
-    worded = [one for one in sound if not one.numbers] or ([] if classes else sound)
+    worded = [one for one in sound if not one.numbers] or ([] if classes and classes.samples else sound)
     best = max(worded, key=lambda one: len(one.listing.samples), default=None)
     if shards and (best is None or in_shards > len(best.listing.samples)):
         return SHARDS

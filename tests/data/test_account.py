@@ -233,4 +233,5 @@ def test_folders_of_splits_that_are_taken_together_are_named() -> None:
 
     said = "what lies in train/ and test/, val/ is taken together; name the folder train/ itself"
     assert any(said in note for note in below("train", "test", "val", "train"))
+    assert any("what lies in train2017/ and val2017/ is taken" in note for note in below("train2017", "val2017"))
     assert not any("taken together" in note for note in below("cats", "test") + below("train", "cats"))

@@ -364,6 +364,23 @@ def test_the_source_that_captions_most_images_wins(tmp_path: Path, winner: str) 
     assert unused(tmp_path) == {kind: 3 for kind in counts if kind != winner}
 
 
+def test_a_shard_of_one_image_does_not_hide_folders_of_many(tmp_path: Path) -> None:
+    for number in range(6):
+        save(tmp_path / "dogs" / f"{number}.png")
+    write_tar(tmp_path / "a.tar", [("1.png", png()), ("1.txt", b"x")])
+    with pytest.raises(ValueError, match="shards captions 1 image, the names of sub-folders would caption 6"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, caption_source="folders").samples) == 6
+    assert unused(tmp_path, caption_source="folders") == {"shards": 1}
+    assert list(captions(opened(tmp_path, caption_source="shards"))) == ["a.tar/1.png"]
+
+
+def test_numbers_are_captions_where_nothing_else_is(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.png")
+    write(tmp_path / "labels.csv", "file,label\na.png,7\n")
+    assert captions(opened(tmp_path)) == {"images/a.png": ("7",)}
+
+
 def test_a_source_with_captions_that_no_other_has_needs_attention(tmp_path: Path) -> None:
     for number in range(5):
         save(tmp_path / f"{number}.png", caption="x" if number < 3 else None)

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.data import DataConfig, account_of, inspect, open_source
 from ldm.data.images import decode
+from ldm.pipelines.images import from_pil
 from tests.data import profiles
 
 WHITE = (255, 255, 255)
@@ -181,3 +182,9 @@ def test_the_account_counts_and_names_them(tmp_path: Path) -> None:
         assert any(
             line.startswith("1 image has a color profile") and "c.png" in line for line in account.needs_attention
         )
+
+
+def test_pictures_that_a_pipeline_is_given_are_converted_too() -> None:
+    image = Image.open(io.BytesIO(stored(Image.fromarray(COLORS), icc_profile=P3)))
+    found = (from_pil([image])[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(found - profiles.converted(COLORS, profiles.P3, None)).max() <= 2
