@@ -153,7 +153,7 @@ TRAILING = [name for name in NAMES if "timestep_spacing" in SCHEDULERS.get(name,
 
 @pytest.mark.parametrize("name", TRAILING)
 def test_a_trailing_grid_ends_in_time_at_all_of_them(name):
-    every = 9 if name.startswith("KDPM2") else 1  # which search a table for each timestep
+    every = 20 if name.startswith("KDPM2") else 1  # which search a table for each timestep
     for steps in ONE_TOO_MANY[::every]:
         scheduler = made(name, timestep_spacing="trailing")
         _set_timesteps(scheduler, steps, torch.device("cpu"))
@@ -167,7 +167,7 @@ def test_a_trailing_grid_ends_in_time_at_all_of_them(name):
         assert scheduler.num_inference_steps == steps
 
 
-@pytest.mark.parametrize("name", TRAILING)
+@pytest.mark.parametrize("name", [name for name in TRAILING if name != "LMSDiscreteScheduler"])  # which integrates
 def test_a_walk_with_such_a_count_is_that_of_its_neighbor(name):
     steps, kind, project = 61, "v_prediction", lambda x: x.clamp(-1, 1)
     pictures = []
@@ -192,8 +192,8 @@ def test_euler_is_our_ddim_at_such_a_count(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAILING)
-def test_every_such_count_draws(name):
-    for steps in ONE_TOO_MANY:
+def test_such_counts_draw(name):
+    for steps in ONE_TOO_MANY[:12]:
         scheduler = made(name, timestep_spacing="trailing", skip_prk_steps=True)
         last = run(scheduler, "epsilon", start(1), steps, (4,), project=lambda x: x.clamp(-1, 1))[-1]
         assert bool(last.latents.isfinite().all())
