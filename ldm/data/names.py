@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import islice
@@ -14,6 +15,7 @@ from ldm.data.captions import printable
 from ldm.data.folder import IMAGES, Found, composed, stem, suffix
 
 _NAMES_TO_TRY = 100
+_FOLDERS_TO_TRY = 50
 Key = TypeVar("Key")
 
 
@@ -63,12 +65,12 @@ class Names:
         above it, all others. If more of them are the end of one path each, or as many and the folder is not the
         table's own, they are that. None if no name leads to an image.
         """
-        tried = list(
-            islice((name for name in dict.fromkeys(names) if self._ending(_tail(without_number(name)))), _NAMES_TO_TRY)
-        )
-        own = folder_of(table)
+        found = ((name, self._ending(_tail(without_number(name)))) for name in dict.fromkeys(names))
+        ends = dict(islice(((name, paths) for name, paths in found if paths), _NAMES_TO_TRY))
+        tried, own = list(ends), folder_of(table)
+        holding = Counter(folder_of(path) for paths in ends.values() for path in paths)
         best, most = own, 0
-        for base in self._bases(own):
+        for base in _bases(own, [folder for folder, _ in holding.most_common(_FOLDERS_TO_TRY)]):
             held = sum(self._holds(base, name) for name in tried)
             if held > most:
                 best, most = base, held
@@ -79,12 +81,6 @@ class Names:
             if held > most or (held == most > 0 and best != own):
                 return "", True
         return (best, False) if most else None
-
-    def _bases(self, own: str) -> Iterable[str]:
-        folders = sorted({folder_of(path) for path in self._images} - {own})
-        above = [own[: match.end()] for match in reversed(list(re.finditer("/", own.removesuffix("/"))))]
-        below = [folder for folder in folders if folder.startswith(own)]
-        return dict.fromkeys((own, *below, *above, "", *folders))
 
     def _holds(self, base: str, name: str, anywhere: bool = False) -> bool:
         try:
@@ -116,9 +112,7 @@ class Names:
             return same
         if suffix(path) in IMAGES:
             return [other for other in self._stems.get(composed(stem(path)), ()) if suffix(other) == suffix(path)]
-        folder, digits = folder_of(path), _tail(path)
-        numbered = self._numbers.get((folder, int(digits)), ()) if _is_number(digits) else ()
-        return self._stems.get(path, ()) or numbered
+        return self._stems.get(path, ())
 
     def _ending(self, path: str) -> Sequence[str]:
         """Images whose path ends with `path`, which may lack its suffix."""
@@ -130,7 +124,7 @@ class Names:
         else:
             whole = [f"/{composed(stem(other))}" for other in ends]
         exact = [other for other, full in zip(ends, whole, strict=True) if full.endswith(f"/{path}")]
-        return exact or (self._by_number.get(int(_tail(path)), ()) if _is_number(_tail(path)) else ())
+        return exact or (self._numbers.get(int(path), ()) if re.fullmatch(r"[0-9]{1,18}", path) else ())
 
     @cached_property
     def _files(self) -> set[str]:
@@ -155,17 +149,13 @@ class Names:
         return _grouped((*named, *bare))
 
     @cached_property
-    def _numbers(self) -> dict[tuple[str, int], list[str]]:
+    def _numbers(self) -> dict[int, list[str]]:
         """COCO calls image 139 000000000139.jpg, or COCO_train2014_000000000139.jpg."""
         return _grouped(
-            ((folder_of(path), int(match[1])), path)
+            (int(match[1]), path)
             for path in self._images
             if (match := re.fullmatch(r"(?:COCO_[a-z]+\d+_)?([0-9]{1,18})", _tail(stem(path))))
         )
-
-    @cached_property
-    def _by_number(self) -> dict[int, list[str]]:
-        return _grouped((number, path) for (_, number), paths in self._numbers.items() for path in paths)
 
     @cached_property
     def _folded(self) -> dict[str, str]:
@@ -180,6 +170,13 @@ class Names:
         return f"; did you mean {printable(near)}?" if near else ""
 
 
+def _bases(own: str, folders: Sequence[str]) -> Iterable[str]:
+    """What names of a table in the folder `own` may be relative to: that, those below, those above, and the others."""
+    above = [own[: match.end()] for match in reversed(list(re.finditer("/", own.removesuffix("/"))))]
+    below = [folder for folder in sorted(folders) if folder.startswith(own)]
+    return dict.fromkeys((own, *below, *above, "", *sorted(folders)))
+
+
 def without_number(name: str) -> str:
     """ "1000.jpg" of "1000.jpg#0", as Flickr's lists number the captions of an image."""
     return re.sub(r"#\d+$", "", name) if suffix(re.sub(r"#\d+$", "", name)) in IMAGES else name
@@ -192,10 +189,6 @@ def folder_of(path: str) -> str:
 
 def _tail(path: str) -> str:
     return PurePosixPath(path.replace("\\", "/")).name
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,18}", text) is not None
 
 
 def _grouped(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:
