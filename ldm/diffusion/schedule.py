@@ -292,14 +292,15 @@ def check_no_signal(prediction_type: str, t: int) -> None:
 
 
 def check_precision(prediction_type: str, dtype: str) -> None:
-    """Raises `ValueError` where a prediction is computed in too few digits, "bf16" or "float16" for example.
+    """Raises `ValueError` where a prediction or its weights have too few digits, "bf16" or "float16" for example.
 
-    μ̃ is x_t but for a share of about β_t / σ_t: the error of rounding it is some hundred times as large in ε.
+    μ̃ is x_t but for a share of about β_t / σ_t: the error of rounding it is some hundred times as large in ε. On
+    standard normal data and the default schedule it is 0.06 to 0.38 of ε in bfloat16, 0.01 to 0.05 in float16.
     """
     if prediction_type == "posterior_mean" and dtype in ("bf16", "fp16", "bfloat16", "float16"):
         raise ValueError(
             f"prediction_type is posterior_mean, of which {dtype} leaves noise alone: it is x_t but for a few "
-            "thousandths; compute in float32 (train.mixed_precision=no), or train with epsilon or v_prediction"
+            "thousandths; take float32 (dtype, or train.mixed_precision=no), or train with epsilon or v_prediction"
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm import adapters, checkpoint, disk
 from ldm.codecs import LatentCodec, PixelCodec
-from ldm.diffusion.schedule import scheduler_class
+from ldm.diffusion.schedule import check_precision, scheduler_class
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
 from ldm.pipelines.memory import said_in_one_line
@@ -131,7 +131,8 @@ class Pipeline(Editing):
         Raises:
             ValueError: for a folder that holds other things and no model, a file, a link to nothing, a text encoder
                 that no package holds where it is to be named, for weights of the UNet that are not finite in `dtype`,
-                and while LoRAs are loaded that are not merged.
+                for half precision where they predict the posterior mean, and while LoRAs are loaded that are not
+                merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -144,6 +145,7 @@ class Pipeline(Editing):
                 "without"
             )
         check_dtype(dtype)
+        check_precision(self.schedule.prediction_type, str(dtype).removeprefix("torch."))
         weights = self.unet.state_dict()
         check_weights(weights, "unet")
         converted(weights, dtype, "unet")

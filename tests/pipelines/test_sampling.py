@@ -461,6 +461,7 @@ def test_a_posterior_mean_in_half_precision_is_refused(dtype, tmp_path):
         lambda: pipeline("a cat", seed=1),
         lambda: pipeline.variations("a cat", shared_until=500, shared_seed=1),
         lambda: pipeline.invert(Image.new("RGB", (8, 8))),
+        lambda: pipeline.save_pretrained(tmp_path / "half", dtype=dtype),
     ):
         with pytest.raises(ValueError, match=f"posterior_mean, of which {name} leaves noise"):
             call()

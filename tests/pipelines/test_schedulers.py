@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UnCLIPScheduler
 
-from ldm.diffusion import NoiseSchedule, ScheduleConfig, alpha_sigma_at, ddim
+from ldm.diffusion import NoiseSchedule, ScheduleConfig, alpha_sigma_at, ddim, ddpm
 from ldm.diffusion.foreign_schedulers import SCHEDULERS
 from ldm.pipelines.schedulers import _set_timesteps, check_scheduler, run_scheduler
 
@@ -63,7 +63,7 @@ def generators(*seeds):
 
 def run(scheduler, kind, x, steps, seeds, schedule=SCHEDULE, **changed):
     check_scheduler(scheduler, schedule, kind, eta=0.0)
-    keys = {"project": lambda x: x, "denoise": network(kind, schedule)} | changed
+    keys = {"project": lambda x: x, "denoise": network(kind, schedule), "learned_variance": False} | changed
     return list(
         run_scheduler(
             scheduler,
@@ -73,7 +73,6 @@ def run(scheduler, kind, x, steps, seeds, schedule=SCHEDULE, **changed):
             eta=0.0,
             generators=generators(*seeds),
             prediction_type=kind,
-            learned_variance=False,
             **keys,
         )
     )
@@ -141,6 +140,31 @@ def test_x_0_is_computed_at_the_noise_level_of_the_scheduler_and_not_of_its_roun
     torch.testing.assert_close(last.pred_original_sample, last.latents, rtol=1e-5, atol=1e-5)
     bounded = run(scheduler, "epsilon", start(), 8, (), project=lambda x: x.clamp(0.5, 0.9))[-1]
     torch.testing.assert_close(bounded.pred_original_sample, bounded.latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_learned_variances_are_drawn_as_by_our_ddpm_but_for_the_last_step_of_a_trailing_grid(spacing):
+    def denoise(x, t):
+        return torch.cat([network("epsilon")(x, t), torch.tanh(x)], dim=1)
+
+    keys = {"clip_sample": False, "variance_type": "learned_range", "timestep_spacing": spacing}
+    scheduler = diffusers.DDPMScheduler(**SD, **keys)
+    states = run(scheduler, "epsilon", start(1), 20, (5,), denoise=denoise, learned_variance=True)
+    (source,) = generators(5)
+    ours = list(
+        ddpm(
+            denoise,
+            start(1),
+            SCHEDULE,
+            SCHEDULE.grid(20, spacing),
+            noise=lambda: torch.randn(1, 3, 4, 4, generator=source),
+            variance="learned",
+        )
+    )
+    torch.testing.assert_close(states[-2].latents, ours[-2].latents, rtol=1e-4, atol=1e-5)
+    # diffusers adds noise wherever t > 0, and 20 trailing timesteps end at 49.
+    same = torch.allclose(states[-1].latents, ours[-1].latents, rtol=1e-4, atol=1e-5)
+    assert same == (spacing != "trailing")
 
 
 def test_numpy_makes_one_timestep_too_many_at_62_counts():
