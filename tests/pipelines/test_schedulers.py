@@ -133,13 +133,26 @@ def test_other_noise_levels_are_walked_as_in_diffusers(name, key):
         torch.testing.assert_close(states[-1].latents, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_x_0_is_computed_at_the_noise_level_of_the_scheduler_and_not_of_its_rounded_timestep():
-    # DPM-Solver++ rounds the timesteps of Karras' levels; its last x̂_0 is where it ends.
-    scheduler = made("DPMSolverMultistepScheduler", use_karras_sigmas=True)
-    last = run(scheduler, "epsilon", start(), 8, ())[-1]
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "KDPM2DiscreteScheduler"])
+def test_x_0_is_computed_at_the_noise_level_of_the_scheduler_and_not_of_its_rounded_timestep(name):
+    scheduler, asked = made(name, use_karras_sigmas=True), []
+
+    def denoise(x, t):
+        asked.append((x, network("epsilon")(x, t)))
+        return asked[-1][1]
+
+    states = run(scheduler, "epsilon", start(), 4, (), denoise=denoise)
+    laid = copy.deepcopy(scheduler)
+    laid.set_timesteps(4)
+    for index, (state, (x, noise)) in enumerate(zip(states, asked, strict=True)):
+        between = name.startswith("KDPM2") and index % 2  # it asks in the middle of each step too
+        level = float((laid.sigmas_interpol if between else laid.sigmas)[index])
+        alpha = 1 / (1 + level**2) ** 0.5
+        original = (x - level * alpha * noise) / alpha
+        torch.testing.assert_close(state.pred_original_sample, original, rtol=1e-4, atol=1e-4)
+    # And the bounds of x̂_0 are kept by what the scheduler makes of it.
+    last = run(scheduler, "epsilon", start(), 8, (), project=lambda x: x.clamp(0.5, 0.9))[-1]
     torch.testing.assert_close(last.pred_original_sample, last.latents, rtol=1e-5, atol=1e-5)
-    bounded = run(scheduler, "epsilon", start(), 8, (), project=lambda x: x.clamp(0.5, 0.9))[-1]
-    torch.testing.assert_close(bounded.pred_original_sample, bounded.latents, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
