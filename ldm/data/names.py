@@ -16,6 +16,7 @@ from ldm.data.folder import IMAGES, Found, composed, stem, suffix
 
 _NAMES_TO_TRY = 100
 _FOLDERS_TO_TRY = 50
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 Key = TypeVar("Key")
 
 
@@ -47,6 +48,9 @@ class Names:
                 return path
         meant = spelled[-1]
         if meant is None:
+            moved = self._moved(name)
+            if len(moved) == 1:
+                return moved[0]
             raise ValueError(f"{shown} lies outside the folder")
         meant = without_number(meant)
         if self._is_file(meant):
@@ -96,7 +100,15 @@ class Names:
                     return os.path.relpath(name, top)
             return None
         path = os.path.normpath(base + name)
-        return None if path.split(os.sep)[0] == ".." or re.match(r"[A-Za-z]:[\\/]", name) else path
+        return None if path.split(os.sep)[0] == ".." or _DRIVE.match(name) else path
+
+    def _moved(self, name: str) -> Sequence[str]:
+        """Images that a whole path of another machine, where nothing is here, names by as long an end as there is."""
+        if not (os.path.isabs(name) or _DRIVE.match(name)) or os.path.exists(name):
+            return ()
+        parts = name.replace("\\", "/").split("/")
+        tails = ("/".join(parts[first:]) for first in range(1, len(parts)))
+        return next((paths for tail in tails if tail and (paths := self._ending(tail))), ())
 
     def _is_file(self, path: str) -> bool:
         try:

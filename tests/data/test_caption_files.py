@@ -560,3 +560,15 @@ def test_a_quote_that_is_never_closed_swallows_no_row(tmp_path: Path) -> None:
     config = DataConfig(path=str(tmp_path), resolution=8)
     inspection = inspect(source, config)
     assert inspection.total == len(inspection.used) + len(inspection.skipped) + len(inspection.duplicates)
+
+
+@pytest.mark.parametrize("top", ["/home/somebody/sets/", "D:\\sets\\"])
+def test_whole_paths_of_another_machine_lead_to_the_files_by_their_ends(tmp_path: Path, top: str) -> None:
+    slash, expected = top[-1], {}
+    for folder in ("10_dog", "20_cat"):
+        for i in range(3):
+            save(tmp_path / folder / f"{i}.png")
+            expected[f"{folder}/{i}.png"] = (f"a {folder} of kind {i}",)
+    records = {top + name.replace("/", slash): {"caption": texts[0]} for name, texts in expected.items()}
+    write(tmp_path / "meta_cap.json", json.dumps(records))
+    assert captions(opened(tmp_path)) == expected

@@ -65,7 +65,7 @@ def test_each_bad_line_is_named(tmp_path: Path) -> None:
         16: ({"file_name": "a.jpg", "text": "x"}, "there is no file a.jpg; did you mean a.png?"),
         17: ({"file_name": "https://example.org/a.png", "text": "x"}, "URLs are not downloaded"),
         18: ({"file_name": "b.heic", "text": "x"}, ".heic is not read; convert it to PNG or JPEG"),
-        19: ({"file_name": "C:\\a.png", "text": "x"}, "outside the folder"),
+        19: ({"file_name": "C:\\z.png", "text": "x"}, "outside the folder"),
         20: ({"file_name": "..\\outside.png", "text": "x"}, "outside the folder"),
         21: ({"file_name": "a\0.png", "text": "x"}, "there is no file a\\x00.png"),
         22: ({"file_name": 7, "text": "x"}, "file_name is not a text"),
