@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,6 +30,9 @@ from ldm.codecs import PixelCodec
 from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config_to_diffusers
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
+from ldm.untrusted import refuse_untrusted
+from ldm.weights import check_dtype, check_weights, converted
+from ldm.wrapped import plain_name, plain_names
 
 WEIGHTS = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
@@ -43,29 +47,75 @@ COMPONENTS: dict[str, tuple[type, type]] = {
     "VQModel": (VQModel, VQConfig),
 }
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
+# Whole models as other programs keep them.
+SINGLE_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def _weights(stem: str) -> str:
+    """A pattern of the files of weights that are read here: one or shards, of the variants of diffusers, an index."""
+    variant, shard = r"(\.(fp16|bf16|fp32|ema|non_ema))?", r"(-\d{5}-of-\d{5})?"
+    return rf"{stem}({variant}{shard}|{shard}{variant})\.safetensors|{stem}\.safetensors\.index{variant}\.json"
+
+
+_NETWORK = rf"config\.json|{_weights(WEIGHTS)}"
+_TOKENIZER = "tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+_PIPELINE = "|".join(
+    [
+        r"model_index\.json|scheduler/scheduler_config\.json|codec/config\.json",
+        rf"(unet|vae)/({_NETWORK})",
+        rf"text_encoder/(config\.json|reference\.json|{_weights('model')})",
+        rf"tokenizer/(({_TOKENIZER})\.json|merges\.txt|vocab\.txt|(spiece|tokenizer|sentencepiece\.bpe)\.model)",
+    ]
+)
+_LORA = r"pytorch_lora_weights\.safetensors"
+# What is written as a folder: the file by which an older one is known, and the pattern of all its files.
+FORMATS = {
+    "pipeline": ("model_index.json", _PIPELINE),
+    "autoencoder": ("config.json", _NETWORK),
+    "lora": ("pytorch_lora_weights.safetensors", _LORA),
+    "best": ("best.json", rf"best\.json|pipeline/({_PIPELINE})|autoencoder/({_NETWORK})|lora/{_LORA}"),
+}
+ADDED_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+# What a folder may hold before its first model: what a clone of an empty repository of the hub holds.
+_COMPANIONS = {".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", "README.md", "LICENSE", "LICENSE.md"}
+_COMPANIONS |= {"LICENSE.txt", *ADDED_BY_SYSTEMS}
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to fill, synced and renamed to `folder` at the end.
+def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Iterator[Path]:
+    """A temporary sibling to fill, synced and put in the place of `folder` at the end.
 
-    An old `folder` is replaced if `is_ours` recognises what it holds.
+    Of an older model in `folder`, the files that its format names make way: configs, weights, shards and variants of
+    them, the files of the tokenizer. All else stays where it is: a README, `.git`, notes beside the weights. A link to
+    a folder stays too, and what it points to is written.
+
+    Args:
+        kind: what is written, a key of `FORMATS`.
 
     Raises:
-        ValueError: if `folder` is a file, or holds anything that we did not write.
+        ValueError: for a file, a link to nothing, a folder that holds other things and no model, and where something
+            stands in the way of the model. Nothing is written then.
     """
-    if folder.exists() and not is_ours(folder):
-        raise ValueError(f"{folder} holds files that are no model; nothing was written, choose another folder")
-    with disk.new_folder(folder) as aside:
+    place = disk.folder_to_write(folder)
+    mark, names = FORMATS[kind]
+    other = next((path.name for path in sorted(place.glob("*")) if path.name not in _COMPANIONS), None)
+    if other is not None and not _is_model(place, mark):
+        raise ValueError(
+            f"{folder} holds files that are no model, such as {other}, and no {mark} of one; nothing was written, "
+            "choose another folder"
+        )
+    pattern = re.compile(names)
+    with disk.new_folder(place, lambda name: pattern.fullmatch(name) is not None) as aside:
         yield aside
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, or a model or a checkpoint that may be replaced by a newer one."""
-    if not folder.is_dir():
+def _is_model(folder: Path, mark: str) -> bool:
+    if mark != "config.json":
+        return (folder / mark).is_file()
+    try:  # other programs have files of this name
+        return read_json(folder / mark).get("_class_name") in FIRST_STAGES
+    except ValueError:
         return False
-    marks = ("model_index.json", "manifest.json", "config.json", "best.json", "pytorch_lora_weights.safetensors")
-    return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in marks)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -96,6 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; the model folder is incomplete, copy or train it again") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} cannot be read as JSON ({error}); copy or train the model again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object; copy or train the model again")
@@ -125,6 +176,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; the folder is incomplete, copy or train it again") from None
     except (SafetensorError, OSError) as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} is damaged or half-written ({error}); copy or train it again") from None
 
 
@@ -133,20 +185,23 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights of a network into `folder`, which stock diffusers can open.
 
+    Of a network that was compiled or otherwise wrapped, as a whole or in parts, the names are those without.
+
     Args:
         shard_bytes: weights that take more are split into files with no more of them each, and an index beside them.
 
     Raises:
         ValueError: if one tensor alone takes more.
     """
+    folder = disk.expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config.to_dict())
-    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    weights = {name: value.to(dtype) for name, value in plain_names(model.state_dict()).items()}
     shards = _shards(weights, shard_bytes)
     if len(shards) == 1:
         save_tensors(folder / f"{WEIGHTS}.safetensors", weights)
         return
-    names = [f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = _shard_names(len(shards))
     for file, shard in zip(names, shards, strict=True):
         save_tensors(folder / file, shard)
     places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -177,11 +232,52 @@ def _shards(weights: Mapping[str, Tensor], most: int | None) -> list[dict[str, T
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies the config and the weights that `read_weights` reads, byte for byte; an fp16 variant loses its suffix."""
+    """Copies the config and the weights that `read_weights` reads, byte for byte.
+
+    Files of a variant lose its name; tensors of a network that was wrapped lose the prefix, in files that are new then.
+    """
+    source, target = disk.expanded(source), disk.expanded(target)
     target.mkdir(parents=True)
     shutil.copyfile(source / "config.json", target / "config.json")
-    for path in weight_files(source):
-        shutil.copyfile(path, target / path.name.replace(".fp16", ""))
+    first, *shards = weight_files(source)
+    if not shards:
+        _copy_weights(first, target / f"{WEIGHTS}.safetensors")
+        return
+    names = {path.name: name for path, name in zip(shards, _shard_names(len(shards)), strict=True)}
+    for path in shards:
+        _copy_weights(path, target / names[path.name])
+    content = read_json(first)
+    places = {plain_name(tensor): names[file] for tensor, file in content["weight_map"].items()}
+    write_json(target / f"{WEIGHTS}.safetensors.index.json", content | {"weight_map": places})
+
+
+def _copy_weights(source: Path, target: Path) -> None:
+    with safe_open(source, framework="pt") as stream:
+        wrapped = any(plain_name(name) != name for name in stream.keys())  # noqa: SIM118  (it is no dict)
+    if wrapped:
+        save_tensors(target, plain_names(load_tensors(source), source))
+    else:
+        shutil.copyfile(source, target)
+
+
+def holds(folder: Path, model: nn.Module) -> bool:
+    """Whether a folder has the weights of a first stage, as they are in its dtype.
+
+    They may have changed since it was read: those in the folder, where another model was saved into it, or its own.
+    """
+    try:
+        stored = upgrade_state_dict(plain_names(read_weights(folder), folder))
+    except ValueError:
+        return False
+    own = plain_names(model.state_dict())
+    return stored.keys() == own.keys() and all(
+        value.shape == own[name].shape and torch.equal(value.to(own[name].dtype), own[name].cpu())
+        for name, value in stored.items()
+    )
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"{WEIGHTS}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) -> UNet | FirstStage:
@@ -191,8 +287,11 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
         expected: the class that must stand in `config.json`, a key of `COMPONENTS`.
 
     Raises:
-        ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
+        ValueError: for a missing file, another class, a damaged file, weights that do not fit the config, are not
+            finite or quantized, and a dtype that networks cannot have.
     """
+    check_dtype(dtype)
+    folder = disk.expanded(folder)
     config = _read_config(folder)
     name = config.get("_class_name", expected)
     if name != expected:
@@ -204,7 +303,7 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     with torch.device("meta"):
         model: UNet | FirstStage = network(built)
-    weights = read_weights(folder)
+    weights = plain_names(read_weights(folder), folder)
     if expected in FIRST_STAGES:
         weights = upgrade_state_dict(weights)
     fill(model, weights, folder, dtype)
@@ -217,6 +316,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstS
     Raises:
         ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
     """
+    folder = disk.expanded(folder)
     name = _read_config(folder).get("_class_name", "AutoencoderKL")
     if name not in FIRST_STAGES:
         raise ValueError(
@@ -230,6 +330,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstS
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing; the model folder is incomplete, copy or train it again")
+    refuse_untrusted(folder)
     return read_json(folder / "config.json")
 
 
@@ -252,32 +353,46 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: to
                 f"{where}: {name} has shape {list(weights[name].shape)} in the weights but "
                 f"{list(value.shape)} by config.json; use the config.json that was saved with them"
             )
-    model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, strict=True, assign=True)
+    if dtype is not None:
+        weights = converted(weights, dtype, where)
+    model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(True)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a component folder, from all files that hold them."""
-    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
-    return {name: tensor for path in files for name, tensor in load_tensors(path).items()}
+    """The tensors of a component folder, from all files that hold them; `check_weights` has looked at each."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            tensors = load_tensors(path)
+            check_weights(tensors, path)
+            found |= tensors
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """One file, or the index and its shards; full precision before an fp16 variant.
+    """One file, or the index and its shards; full precision before half, and that before any other variant.
 
     Raises:
-        ValueError: if there are none, or the index does not say which.
+        ValueError: if there are none, or several of which none is preferred, or an index does not say which.
     """
-    for variant in ("", ".fp16"):
-        single = folder / f"{WEIGHTS}{variant}.safetensors"
-        if single.is_file():
-            return [single]
-        index = folder / f"{WEIGHTS}.safetensors.index{variant}.json"
-        if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-                raise ValueError(f"{index} has no weight_map of files beside it; copy or train the model again")
-            return [index, *(folder / name for name in sorted(set(names.values())))]
+    variants = _variants(folder)
+    if len(variants) > 1 and not variants.keys() & set(_PREFERRED):
+        raise ValueError(
+            f"{folder} holds the variants {' and '.join(sorted(variants))} of its weights; name the file of the one "
+            f"that you mean {WEIGHTS}.safetensors"
+        )
+    for variant in (*_PREFERRED, *sorted(variants)):
+        if variant not in variants:
+            continue
+        path = variants[variant]
+        if path.suffix == ".safetensors":
+            return [path]
+        names = read_json(path).get("weight_map")
+        sound = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
+        if not sound or not names:
+            raise ValueError(f"{path} has no weight_map of files beside it; copy or train the model again")
+        return [path, *(folder / name for name in sorted(set(names.values())))]
     if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
         raise ValueError(
             f"{folder} holds pickled weights (.bin or .ckpt), which are never opened here; "
@@ -288,33 +403,52 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def load_schedule(folder: Path) -> ScheduleConfig:
-    """The schedule, prediction and grid that `scheduler_config.json` of any diffusers scheduler describes."""
-    path = folder / "scheduler_config.json"
+# Of variants of weights (`NAME.VARIANT.safetensors`), the better first; "" is that without a name.
+_PREFERRED = ("", "fp32", "fp16", "bf16")
+
+
+def _variants(folder: Path) -> dict[str, Path]:
+    """Variant → its file, or the index of its shards."""
+    found: dict[str, Path] = {}
+    indexed = re.compile(rf"{WEIGHTS}\.safetensors\.index(?:\.([^.]+))?\.json")
+    single = re.compile(rf"{WEIGHTS}(?:\.([^.]+?))?\.safetensors")
+    for pattern in (indexed, single):  # a single file counts before shards
+        for path in sorted(folder.glob(f"{WEIGHTS}*")):
+            match = pattern.fullmatch(path.name)
+            if match is not None and path.is_file() and not re.search(r"-\d{5}-of-\d{5}", path.name):
+                found[match[1] or ""] = path
+    return found
+
+
+def load_schedule(folder: Path, class_name: str | None = None) -> ScheduleConfig:
+    """The schedule, prediction and grid that `scheduler_config.json` describes, read as by diffusers' `class_name`."""
+    path = disk.expanded(folder) / "scheduler_config.json"
     content = read_json(path)
     try:
-        return config_from_diffusers(content)
+        return config_from_diffusers(content, class_name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def save_schedule(folder: Path, config: ScheduleConfig, learned_variance: bool = False) -> None:
+    folder = disk.expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = config_to_diffusers(config, learned_variance=learned_variance)
     write_json(folder / "scheduler_config.json", content)
 
 
 def save_pixel_codec(folder: Path, codec: PixelCodec) -> None:
+    folder = disk.expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", codec.config)
 
 
 def load_pixel_codec(folder: Path) -> PixelCodec:
-    path = folder / "config.json"
+    path = disk.expanded(folder) / "config.json"
     config = read_json(path)
     try:
         return PixelCodec(tuple(config["mean"]), tuple(config["std"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: mean and std of the channels are wrong or missing ({error})") from None
 
 
@@ -340,7 +474,7 @@ def find_autoencoder(name: str) -> Path:
         return BUILT_IN[name]
     if name in BUILT_IN_PIPELINES:
         return BUILT_IN_PIPELINES[name] / "vae"
-    inside = Path(name).expanduser() / "vae"
+    inside = disk.expanded(name) / "vae"
     if (inside / "config.json").is_file():
         return inside
     if (inside.parent / "codec" / "config.json").is_file():
@@ -351,7 +485,9 @@ def find_autoencoder(name: str) -> Path:
 
 def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
     """The folder `name` if it holds the file `wanted`; None if there is no such folder but `name` may be a hub id."""
-    folder, text = Path(name).expanduser(), os.fspath(name)
+    folder, text = disk.expanded(name), os.fspath(name)
+    if not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in SINGLE_FILES):
+        raise ValueError(_is_single_file(folder, text, wanted))
     if folder.is_dir():
         if (folder / wanted).is_file():
             return folder
@@ -364,6 +500,18 @@ def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
         hint = f'did you mean "{near[0]}"?' if near else "train one first, or name a folder or a hub id owner/name"
         raise ValueError(f"there is no model folder {text}; {hint}")
     return None
+
+
+def _is_single_file(path: Path, text: str, wanted: str) -> str:
+    """Why a file is not opened where a folder is needed, and what to do with it."""
+    if path.suffix.lower() not in SINGLE_FILES:
+        return f"{text} is a file; name the folder of a model, which holds {wanted}"
+    theirs = "StableDiffusionPipeline" if wanted == "model_index.json" else "AutoencoderKL"
+    return (
+        f"{text} is a single file, and a model here is a folder in the layout of diffusers; convert it once with "
+        f"diffusers.{theirs}.from_single_file(...).save_pretrained(FOLDER) and name that folder (a LoRA is loaded "
+        "onto a model, with load_lora or --lora)"
+    )
 
 
 def _download(hub_id: str, patterns: list[str], *places: str) -> Path:

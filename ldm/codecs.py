@@ -32,6 +32,7 @@ STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which i
 # Measured on the CPU: bytes a pixel at the peak were 3.8 and 4.1 times the second level's channels in decoders, and
 # 5.1 and 6.0 times the first level's in encoders (those of OpenMoji, and of half of Stable Diffusion's width).
 MAPS_OF_DECODER, MAPS_OF_ENCODER = 4, 6
+MAPS_OF_PIXELS = 6  # decoding, clamping and rounding, each into a new one
 FEWEST_TILE = 16  # pixels; below, most of a strip is its neighbours' rows
 # "high resolution" of `force_upcast`: where diffusers' pipelines heed it; those that draw 512 or 768 pixels do not.
 HIGH_RESOLUTION = 1024**2
@@ -81,6 +82,10 @@ class Codec(Protocol):
         """[B, C, h, w] → images [B, 3, H, W], about [−1, 1], not clamped."""
         ...
 
+    def bytes_to_decode(self, height: int, width: int) -> int:
+        """An estimate of the memory that one image of `height` × `width` pixels takes to decode, or to encode."""
+        ...
+
     def project(self, original: Tensor) -> Tensor:
         """Bounds a predicted x_0 [B, C, h, w] by what an image can be."""
         ...
@@ -115,13 +120,18 @@ class PixelCodec(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise ValueError(f"PixelCodec mean {mean} and std {std} must have one entry a channel, std positive")
+        means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+        # In float32, where a tiny deviation is 0.
+        sound = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
+        if len(mean) != len(std) or not sound:
+            raise ValueError(
+                f"PixelCodec mean {mean} and std {std} must have one entry a channel, finite, std positive"
+            )
         self.channels = len(mean)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("mean", means.view(1, -1, 1, 1))
+        self.register_buffer("std", deviations.view(1, -1, 1, 1))
         self.config = {"_class_name": "PixelCodec", "mean": list(mean), "std": list(std)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -142,12 +152,15 @@ class PixelCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         return latents * self.std + self.mean
 
+    def bytes_to_decode(self, height: int, width: int) -> int:
+        return MAPS_OF_PIXELS * self.mean.element_size() * self.channels * height * width
+
     def project(self, original: Tensor) -> Tensor:
         low, high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         return original.clamp(low.to(original.dtype), high.to(original.dtype))
 
     def tile(self, size: Tile) -> None:
-        _check_tile(size)  # there is nothing to do a part at a time
+        check_tile(size)  # there is nothing to do a part at a time
 
 
 class LatentCodec(nn.Module):
@@ -211,6 +224,13 @@ class LatentCodec(nn.Module):
         raw, size = scaled.to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
         return self._in_range(lambda network, x: network.decode(x, self._strips(network, x, *size)), raw, *size)
 
+    def bytes_to_decode(self, height: int, width: int) -> int:
+        with torch.no_grad():
+            weight = self.autoencoder.encoder.conv_in.weight
+            whole = height * width * self._bytes_a_pixel(self.autoencoder)
+            # In strips, what is stored is one map of the second level or less: a quarter of what is there otherwise.
+            return whole if self._strips(self.autoencoder, weight, height, width) is None else STRIP_BYTES + whole // 4
+
     def project(self, original: Tensor) -> Tensor:
         return original
 
@@ -224,7 +244,7 @@ class LatentCodec(nn.Module):
         Raises:
             ValueError: for anything else, and a size below 16.
         """
-        self._tile = _check_tile(size)
+        self._tile = check_tile(size)
 
     def _strips(self, network: FirstStage, x: Tensor, height: int, width: int) -> int | None:
         """How many pixels of an image of `height` × `width` are computed at a time; None for all, with gradients too.
@@ -236,9 +256,15 @@ class LatentCodec(nn.Module):
             return None
         if self._tile != "auto":
             return self._tile**2 if height * width > self._tile**2 else None
-        widths = network.config.block_out_channels
-        each = weight.element_size() * max(MAPS_OF_DECODER * max(widths[:2]), MAPS_OF_ENCODER * widths[0])
+        each = self._bytes_a_pixel(network)
         return STRIP_BYTES // each if height * width * each > WHOLE_BYTES else None
+
+    @staticmethod
+    def _bytes_a_pixel(network: FirstStage) -> int:
+        """At the peak, where an image is computed as a whole."""
+        widths = network.config.block_out_channels
+        size = network.encoder.conv_in.weight.element_size()
+        return size * max(MAPS_OF_DECODER * max(widths[:2]), MAPS_OF_ENCODER * widths[0])
 
     def _in_range(self, compute: Compute, x: Tensor, height: int, width: int) -> Tensor:
         """`compute` of the autoencoder on x [B, ...]; in float32 what half precision cannot hold, image by image."""
@@ -271,7 +297,8 @@ def _warn_of_overflow(dtype: torch.dtype) -> None:
     )
 
 
-def _check_tile(size: Tile) -> Tile:
+def check_tile(size: Tile) -> Tile:
+    """The size, if a codec can be told it; ValueError if not."""
     if size in ("auto", "off") or (type(size) is int and size >= FEWEST_TILE):
         return size
     raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {FEWEST_TILE} on")

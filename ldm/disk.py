@@ -1,20 +1,27 @@
 """Writing to disk: what stands under a name is complete, whenever a process or a machine stops.
 
 Everything is written under the name of a temporary sibling, `.NAME.XXXXXXXX.partial`, synced, and renamed. What a
-killed process leaves behind is such a sibling, which `remove_partial` knows by its name.
+killed process leaves behind is such a sibling, which `remove_partial` knows by its name. On file systems that cannot
+swap two names in one step, the old folder stands as `.NAME.XXXXXXXX.old` for a moment.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)")
+_LFS = b"version https://git-lfs.github.com/spec/"
+# A file system, or its rules for files of others, that has no hard links.
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
 def sync(path: Path) -> None:
@@ -74,12 +81,54 @@ def append_line(path: Path, line: str) -> None:
             rest = rest[file.write(rest) :]
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `path`.
+def folder_to_write(name: str | os.PathLike[str]) -> Path:
+    """The absolute path at which a folder is written: `~` is the home folder, a link means what it points to.
 
-    An old folder of this name is moved away first. Between the two renames nothing stands there, and a process
-    that is killed in that moment leaves the old one under its temporary name.
+    Raises:
+        ValueError: for a file, a link to nothing, a mount point, and a folder that may not be written.
+    """
+    if not os.fspath(name):
+        raise ValueError("the name of the folder is empty; name one, or . for the present one")
+    given = expanded(name)
+    if given.is_symlink() and not given.exists():
+        raise ValueError(
+            f"{given} is a link to {os.readlink(given)}, where nothing is; remove it or name another folder"
+        )
+    folder = given.resolve()
+    standing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not standing.is_dir():
+        raise ValueError(f"{standing} is a file; name a folder")
+    if standing == folder and os.path.ismount(folder):
+        raise ValueError(f"{given} is a mount point, which cannot be replaced as a whole; name a folder in it")
+    for place in {standing, folder.parent if standing == folder else standing}:  # it is written beside, then renamed
+        if not os.access(place, os.W_OK):
+            raise ValueError(f"{place} is read-only; allow writing to it or name another folder")
+    return folder
+
+
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path in which `~` is the home folder; ValueError for that of a user who is not known."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{os.fspath(name)} names the home folder of a user that does not exist; write ./{os.fspath(name)}"
+        ) from None
+
+
+@contextmanager
+def new_folder(path: Path, replaces: Callable[[str], bool] = lambda _: True) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `path`, old or new but never half.
+
+    Where the file system cannot swap two names, an old folder is moved away first: a process that is killed between
+    the two renames leaves it under its temporary name, from which `remove_partial` brings it back.
+
+    Args:
+        replaces: whether a file of the old folder, by its path in it (`unet/config.json`), makes way. What does not is
+            in the new folder too: the same files as hard links, copies where there are none.
+
+    Raises:
+        ValueError: if what should stay cannot; the old folder stands then.
     """
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
@@ -91,21 +140,100 @@ def new_folder(path: Path) -> Iterator[Path]:
         if not _in_partial(path):
             sync_tree(aside)
         if path.exists():
-            old = partial(path)
-            try:
-                path.rename(old)
-                aside.rename(path)
-            except BaseException:  # a signal too
-                if old.exists() and not path.exists():
-                    old.rename(path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            _replace_folder(path, aside, replaces)
         else:
             aside.rename(path)
         if not _in_partial(path):
             sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_folder(path: Path, aside: Path, replaces: Callable[[str], bool]) -> None:
+    """Puts a folder in the place of another, with what that does not replace."""
+    inside = _working_folder_in(path)
+    _keep(path, aside, replaces)
+    old = path.with_name(f"{aside.name.removesuffix('partial')}old")
+    if _exchange(path, aside):
+        aside.rename(old)
+    else:
+        try:
+            path.rename(old)
+            aside.rename(path)
+        except BaseException:  # a signal too
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+    if inside is not None:  # a process stands in a folder, not at its name
+        os.chdir(path / inside if (path / inside).is_dir() else path)
+    _keep(old, path, replaces)  # what has come meanwhile
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
+    """Brings into `new` what stays of `old`, where it is still."""
+    changed = set()
+    for root, folders, files in os.walk(old):
+        place = Path(root)
+        links = [name for name in folders if (place / name).is_symlink()]
+        kept = [name for name in files if not replaces((place / name).relative_to(old).as_posix())] + links
+        target = new / place.relative_to(old)
+        if kept or not (folders or files):
+            _make_folders(old, new, place.relative_to(old))
+        for name in kept:
+            if _keep_file(place / name, target / name):
+                changed.add(target)
+    for folder in changed:
+        sync(folder)
+
+
+def _make_folders(old: Path, new: Path, relative: Path) -> None:
+    for folder in (*reversed(relative.parents[:-1]), relative):
+        if not (new / folder).exists():
+            (new / folder).mkdir()
+            (new / folder).chmod(stat.S_IMODE((old / folder).stat().st_mode) | stat.S_IRWXU)
+        elif not (new / folder).is_dir():
+            raise ValueError(f"{old / folder} is a folder where a file is to be written; nothing was written, move it")
+
+
+def _keep_file(old: Path, new: Path) -> bool:
+    """Whether a file or link that stays had to be brought over."""
+    mode = old.lstat().st_mode
+    if new.is_symlink() or new.exists():
+        same = os.path.samestat(old.lstat(), new.lstat())
+        same |= stat.S_ISLNK(mode) and new.is_symlink() and os.readlink(old) == os.readlink(new)
+        if not same and not (stat.S_ISREG(mode) and new.is_file()):
+            raise ValueError(f"{old} is not what a model has under that name; nothing was written, move it")
+        return False
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink(old), new)
+        return True
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise ValueError(f"{old} is on a file system of its own; nothing was written, move it") from None
+        if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
+            raise
+        shutil.copy2(old, new)
+        sync(new)
+    return True
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step; False where the system has no such step (Linux has, on most file systems)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
+
+
+def _working_folder_in(path: Path) -> Path | None:
+    """The working folder of this process, relative to `path`, if it lies there."""
+    with suppress(OSError, ValueError):
+        return Path.cwd().relative_to(path.resolve())
+    return None
 
 
 def remove_folder(path: Path) -> None:
@@ -116,11 +244,14 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what a killed process has left in a folder that has no other writer."""
-    for path in folder.glob(".*.partial"):
-        if not is_partial(path):
+    """Removes what a killed process has left in a folder that has no other writer, or brings it back."""
+    for path in sorted(folder.glob(".*")):
+        match = _PARTIAL.fullmatch(path.name)
+        if match is None:
             continue
-        if path.is_dir() and not path.is_symlink():
+        if match[2] == "old" and not (folder / match[1]).exists():
+            path.rename(folder / match[1])
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -148,5 +279,24 @@ def partial(path: Path) -> Path:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a name is one that `partial` gives; a user's own `thesis.partial` is not."""
+    """Whether a name is a temporary one of this module; a user's own `thesis.partial` is not."""
     return _PARTIAL.fullmatch(path.name) is not None
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What changes where a file is written anew: its size and time; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def check_not_pointer(path: Path) -> None:
+    """`ValueError` if in the place of a file lies what git keeps of it where git-LFS was not at work."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ValueError(
+                f"{path} is a git-LFS pointer, not the file that it stands for; run `git lfs install` once and "
+                f"`git lfs pull` in {path.parent}"
+            )

@@ -25,6 +25,8 @@ from ldm.adapters import (
     train_adapter,
     unmerge_adapters,
 )
+from ldm.adapters.lora import adaptable_layers
+from ldm.adapters.names import compvis_names
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 
 SHAPE = {
@@ -306,11 +308,13 @@ def test_a_config_that_cannot_be_is_refused(config, message):
         AdapterConfig(**config)
 
 
-@pytest.mark.parametrize(("target", "near"), [("to_qq", "to_q"), ("norm1", "conv1"), ("o_q", "to_q")])
+@pytest.mark.parametrize(("target", "near"), [("to_qq", "to_q"), ("conv_1", "conv1"), ("o_q", "to_q")])
 def test_a_target_that_matches_nothing_names_near_ones(unet, target, near):
     before = snapshot(unet)
     with pytest.raises(ValueError, match=rf"has '{target}', which is the end of no linear.* near it are .*\b{near}\b"):
         add_adapter(unet, AdapterConfig(target_modules=("to_v", target)))
+    with pytest.raises(ValueError, match=r"has 'norm1', which is .* here; usual are to_q, to_k, to_v, to_out\.0$"):
+        add_adapter(unet, AdapterConfig(target_modules=("norm1",)))
     assert same_network(unet, before) and adapter_names(unet) == ()
 
 
@@ -356,7 +360,7 @@ def broken(folder, how):
         return folder, "optimizer.step is no weight of a LoRA"
     if how == "LoHa":
         save_file({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, path)
-        return folder, "hada_w1_a is no weight of a LoRA; DoRA, LoHa"
+        return folder, r"holds factors of LoHa \(1 of 1 tensors, such as lora_unet_conv_in.hada_w1_a\)"
     if how == "a vector":
         save_file(good | {"unet.conv_in.lora_A.weight": torch.tensor(1.0)}, path)
         return folder, r"conv_in has a weight of shape \[\]"
@@ -385,6 +389,9 @@ def broken(folder, how):
         return folder, "has not exactly one A and one B"
     if how == "alpha that is none":
         save_file(good | {"unet.conv_in.alpha": torch.tensor([1.0, 2.0])}, path)
+        return folder, "alpha of conv_in is nan"
+    if how == "alpha that is complex":
+        save_file(good | {"unet.conv_in.alpha": torch.tensor(2j)}, path)
         return folder, "alpha of conv_in is nan"
     settings = {
         "settings that are no JSON": ("{", "settings that are no JSON"),
@@ -418,6 +425,7 @@ def broken(folder, how):
         "twice",
         "other form twice",
         "alpha that is none",
+        "alpha that is complex",
         "settings that are no JSON",
         "settings that are a list",
         "alpha that is a word",
@@ -494,9 +502,199 @@ def test_saving_is_atomic_and_needs_an_adapter_that_is_not_merged(unet, tmp_path
 def test_without_peft_the_extra_is_named(unet, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     before = snapshot(unet)
-    with pytest.raises(ValueError, match=r'pip install "ldm\[lora\]"'):
+    with pytest.raises(ValueError, match=r"pip install 'peft>=0.20'$"):
         add_adapter(unet, SMALL)
     assert adapter_names(unet) == () and not is_merged(unet)
     remove_adapters(unet)
     set_adapters(unet, {})
     assert same_network(unet, before) and unet.conv_in.weight.requires_grad
+
+
+DOWN, ATTENTION_DOWN, UP, ATTENTION_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+LAYOUTS = {
+    "stable diffusion 1.5": {
+        "block_out_channels": (8, 16, 16, 16),
+        "down_block_types": (ATTENTION_DOWN,) * 3 + (DOWN,),
+        "up_block_types": (UP,) + (ATTENTION_UP,) * 3,
+        "layers_per_block": 2,
+    },
+    "attention at the bottom": {},
+    "attention everywhere, two transformer layers": {
+        "down_block_types": (ATTENTION_DOWN,) * 2,
+        "up_block_types": (ATTENTION_UP,) * 2,
+        "transformer_layers_per_block": 2,
+        "layers_per_block": 3,
+    },
+    "one level": {
+        "block_out_channels": (8,),
+        "down_block_types": (ATTENTION_DOWN,),
+        "up_block_types": (ATTENTION_UP,),
+    },
+}
+
+
+def network(**layout):
+    with torch.device("meta"):
+        return UNet(UNetConfig(**(SHAPE | layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_of_compvis_are_those_that_the_converter_of_diffusers_reads(layout):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = network(**LAYOUTS[layout])
+    names = compvis_names(adaptable_layers(unet))
+    assert names.keys() == adaptable_layers(unet).keys() and len(set(names.values())) == len(names)
+    # A checkpoint of CompVis whose weights say whose they are.
+    checkpoint = {
+        f"model.diffusion_model.{theirs}.{kind}": f"{name}.{kind}"
+        for name, theirs in names.items()
+        for kind in ("weight", "bias")
+    }
+    read = convert_ldm_unet_checkpoint(checkpoint, unet.config.to_dict())
+    assert {f"{name}.weight" for name in names} <= read.keys() and all(read[key] == key for key in read)
+
+
+def test_names_of_stable_diffusion_1_5():
+    names = compvis_names(adaptable_layers(network(**LAYOUTS["stable diffusion 1.5"])))
+    for ours, theirs in {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "down_blocks.0.attentions.0.proj_in": "input_blocks.1.1.proj_in",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+        "down_blocks.2.attentions.1.proj_out": "input_blocks.8.1.proj_out",
+        "down_blocks.3.resnets.1.time_emb_proj": "input_blocks.11.0.emb_layers.1",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2": "middle_block.1.transformer_blocks.0.ff.net.2",
+        "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+        "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+        "up_blocks.3.attentions.2.proj_out": "output_blocks.11.1.proj_out",
+        "conv_out": "out.2",
+    }.items():
+        assert names[ours] == theirs
+
+
+COMPVIS_FORMS = {
+    "kohya": lambda name, end: f"lora_unet_{name.replace('.', '_')}.lora_{'down' if end == 'A' else 'up'}.weight",
+    "diffusers' prefix": lambda name, end: f"unet.{name}.lora_{end}.weight",
+    "its own prefix": lambda name, end: f"diffusion_model.{name}.lora_{end}.weight",
+    "that of a whole model": lambda name, end: f"model.diffusion_model.{name}.lora_{end}.weight",
+    "peft": lambda name, end: f"base_model.model.{name}.lora_{end}.weight",
+    "none": lambda name, end: f"{name}.lora_{end}.weight",
+}
+
+
+@pytest.mark.parametrize("form", COMPVIS_FORMS)
+def test_a_file_with_names_of_compvis_is_the_same_adapter(form, tmp_path):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**(SHAPE | {"layers_per_block": (2, 1)})))
+    other = copy.deepcopy(unet)
+    some = ("conv_in", "conv_out", "linear_1", "time_emb_proj", "conv", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj")
+    add_adapter(unet, AdapterConfig(rank=2, alpha=2.0, target_modules=some))
+    randomise(unet)
+    expected = adapter_tensors(unet)
+    names = compvis_names(adaptable_layers(unet))
+    renamed = {}
+    for key, value in expected.items():
+        layer, _, end = key.removesuffix(".weight").rpartition(".lora_")
+        renamed[COMPVIS_FORMS[form](names[layer], end)] = value
+    save_file(renamed, tmp_path / "a.safetensors")
+    load_adapter(other, tmp_path)
+    found = adapter_tensors(other)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# What files hold beside A, B and α, or in their place: key → what must be said of it.
+OTHERS = {
+    "lora_unet_conv_in.dora_scale": "magnitudes of DoRA",
+    "unet.conv_in.lora_magnitude_vector": "magnitudes of DoRA",
+    "base_model.model.conv_in.lora_magnitude_vector.default.weight": "magnitudes of DoRA",
+    "lora_unet_conv_in.hada_t1": "factors of LoHa",
+    "lora_unet_conv_in.lokr_w2_a": "factors of LoKr",
+    "lora_unet_conv_in.oft_blocks": "rotations of OFT",
+    "unet.conv_in.oft_R.weight": "rotations of OFT",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k.on_input": "scales of IA3",
+    "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_k.ia3_l": "scales of IA3",
+    "lora_unet_conv_in.a1.weight": "factors of GLoRA",
+    "base_model.model.conv_in.vera_lambda_b": "vectors of VeRA",
+    "base_model.model.conv_in.lora_E": "singular values of AdaLoRA",
+    "lora_unet_conv_in.lora_mid.weight": "cores of a Tucker decomposition",
+    "text_encoder.text_model.embeddings.token_embedding.lora_embedding_A": "a LoRA of embeddings",
+    "unet.conv_in.lora_B.bias": "biases beside A or B",
+    "lora_unet_conv_in.lora_up.bias": "biases beside A or B",
+    "lora_unet_conv_in.diff": "whole differences of weights",
+    "diffusion_model.conv_in.diff_b": "whole differences of weights",
+    "lora_unet_conv_in.w_norm": "whole differences of weights",
+    "base_model.model.conv_out.modules_to_save.weight": "whole layers saved beside it",
+    "bundle_emb.corgi.string_to_param.*": "embeddings of textual inversion",
+    "emb_params": "embeddings of textual inversion",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "layers of Stable Diffusion XL",
+    "lora_unet_label_emb_0_0.lora_down.weight": "layers of Stable Diffusion XL",
+    "unet.add_embedding.linear_1.lora_A.weight": "layers of Stable Diffusion XL",
+    "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "layers of a transformer such as Flux",
+    "transformer.single_transformer_blocks.3.attn.to_q.lora_A.weight": "layers of a transformer such as Flux",
+    "transformer.transformer_blocks.3.attn.to_q.lora_A.weight": "layers of a transformer such as Flux",
+    "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": "layers of a transformer such as Flux",
+    "diffusion_model.blocks.0.self_attn.q.lora_A.weight": "layers of a transformer such as Flux",
+    "text_encoders.t5xxl.transformer.encoder.block.0.lora_A.weight": "layers of a transformer such as Flux",
+    "unet.down_blocks.0.motion_modules.0.proj_in.lora_A.weight": "layers of a motion module",
+    "lora_controlnet_input_hint_block_0.lora_down.weight": "layers of a ControlNet",
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_other_kinds_are_named_as_what_they_are(key, unet, tmp_path):
+    good = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    save_file(good | {key: torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="is no plain LoRA for this model") as caught:
+        load_adapter(unet, tmp_path)
+    assert f"it holds {OTHERS[key]}" in str(caught.value) and f"(1 of 3 tensors, such as {key}); " in str(caught.value)
+    assert "\n" not in str(caught.value) and adapter_names(unet) == ()
+
+
+def test_all_that_a_file_holds_is_said_at_once_and_the_width_of_its_text_tells_the_model(unet, tmp_path):
+    layer = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"
+    tensors = {
+        f"{layer}.lora_down.weight": torch.ones(2, 2048),
+        f"{layer}.lora_up.weight": torch.ones(640, 2),
+        f"{layer}.dora_scale": torch.ones(640),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="is no plain") as caught:
+        load_adapter(unet, tmp_path)
+    assert str(caught.value).endswith(
+        f"it holds layers of Stable Diffusion XL (1 of 3 tensors, such as {layer}.lora_down.weight) and magnitudes of "
+        f"DoRA (1 of 3 tensors, such as {layer}.dora_scale); choose one for Stable Diffusion 1.x or 2.x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), "is stored as float8_e4m3fn, but weights are float32, float16"),
+        (lambda t: t.to(torch.float8_e5m2), "is stored as float8_e5m2, but"),
+        (lambda t: t.to(torch.int8), "is stored as int8, but"),
+        (lambda t: t.to(torch.bool), "is stored as bool, but"),
+        (lambda t: t * torch.nan, "holds numbers that are not finite"),
+        (lambda t: t.double() * 1e300, "holds 1e\\+300, which is too large for float32; take bfloat16 or float32"),
+    ],
+)
+@pytest.mark.parametrize("end", ["A", "B"])
+def test_weights_that_are_no_finite_numbers_are_refused(change, said, end, unet, tmp_path):
+    good = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    key = f"unet.conv_in.lora_{end}.weight"
+    save_file(good | {key: change(good[key])}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"a.safetensors: conv_in {said}"):
+        load_adapter(unet, tmp_path)
+    assert adapter_names(unet) == ()
+    unet.half()
+    save_file(good | {key: good[key] * 1e5}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a.safetensors: conv_in holds 1e\+05, which is too large for float16"):
+        load_adapter(unet, tmp_path)
+
+
+def test_without_peft_no_file_is_looked_at(unet, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="LoRA needs peft, which cannot be imported"):
+        load_adapter(unet, tmp_path)

@@ -19,7 +19,12 @@ TREES = ("ldm", "train", "tools")
 LEVELS = {
     "ldm.diffusion": 1,
     "ldm.models": 1,
+    "ldm.requirements": 0,
     "ldm.disk": 1,
+    "ldm.untrusted": 1,
+    "ldm.wrapped": 1,
+    "ldm.weights": 1,
+    "ldm.cores": 1,
     "ldm.text": 2,
     "ldm.adapters": 2,
     "ldm.codecs": 2,
@@ -38,6 +43,9 @@ LEVELS = {
 MATHEMATICS = ("ldm.diffusion", "ldm.models")  # torch and the standard library only
 # Reads a file of the package index that exists as a pickle alone, after comparing its hash with the one that is known.
 KNOWN_WEIGHTS = "ldm.evaluation.efficientnet"
+# Who may call what others may not: what is here counts cores for all, a run knows what its user allows, and a tool may
+# say what machine it ran on and fix its own conditions.
+MAY_CALL = {"os.cpu_count": ("ldm.cores", "tools."), "torch.set_num_threads": ("ldm.training.", "tools.")}
 TOP = 8  # programs: they import everything, nothing imports them
 
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
@@ -50,6 +58,8 @@ FORBIDDEN_CALLS = {
     "compile": "makes code of text",
     "os.system": "runs text as commands",
     "pandas.read_pickle": "unpickles",
+    "torch.set_num_threads": "overrides what the user says; ldm.training.threads decides, for runs alone",
+    "os.cpu_count": "counts cores that this process may not use; ask ldm.cores",
     "eval": "runs text as code",
     "exec": "runs text as code",
     "builtins.eval": "runs text as code",
@@ -193,10 +203,14 @@ def dangerous_calls(tree: ast.AST, module: str, is_package: bool) -> Iterator[tu
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
             first, *rest = ast.unparse(node).split(".")
             called = ".".join([names.get(first, first), *rest])
+            if called in MAY_CALL and module.startswith(MAY_CALL[called]):
+                continue
             if called in FORBIDDEN_CALLS and node not in allowed:
                 yield node.lineno, f"{called} {FORBIDDEN_CALLS[called]}"
             elif called.split(".")[-1] in FORBIDDEN_METHODS:
                 yield node.lineno, f"{called} {FORBIDDEN_METHODS[called.split('.')[-1]]}"
+        elif isinstance(node, ast.Call) and ast.unparse(node) == "ThreadPoolExecutor()":
+            yield node.lineno, "ThreadPoolExecutor without a number takes all cores; ask ldm.cores"
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
             # Our own pipelines and tokenizers have no weights that could be pickled; models of transformers do.
             receiver = ast.unparse(node.func).removesuffix(".from_pretrained").split(".")[-1]
@@ -277,6 +291,9 @@ OFFENDERS = [
     ("ldm/text/a.py", "f(x).from_pretrained('a', use_safetensors=False)", "without use_safetensors"),
     ("ldm/text/a.py", "import torch\ntorch.hub.load('a', 'b')", "torch.hub.load runs code"),
     ("tools/a.py", "exec('1')", "exec runs text as code"),
+    ("ldm/data/a.py", "with ThreadPoolExecutor() as pool:\n    pass", "takes all cores"),
+    ("ldm/pipelines/a.py", "import torch\ntorch.set_num_threads(4)", "overrides what the user says"),
+    ("ldm/data/a.py", "from os import cpu_count\nn = cpu_count()", "counts cores"),
     ("ldm/config.py", "import yaml\nyaml.load('a', yaml.SafeLoader)", "yaml.load may build any object"),
     ("ldm/config.py", "from yaml import unsafe_load\nunsafe_load('a')", "yaml.unsafe_load"),
     ("ldm/text/a.py", "f('a', trust_remote_code=True)", "trust_remote_code"),
@@ -294,11 +311,11 @@ HARMLESS = {
     "ldm/codecs.py": "import torch\nnet = torch.nn.Identity()\nnet.eval()",
     "ldm/evaluation/a.py": "from ldm import Pipeline\nimport ldm.report",
     "ldm/evaluation/efficientnet.py": "import torch\ntorch.load('a', weights_only=True)",
-    "ldm/training/a.py": "import ldm.evaluation, ldm.pipelines",
+    "ldm/training/a.py": "import torch\nimport ldm.evaluation, ldm.pipelines\ntorch.set_num_threads(1)",
     "ldm/text/a.py": "f('a', trust_remote_code=False)\nm.AutoModel.from_pretrained('a', use_safetensors=True)",
     "ldm/text/b.py": "import re\nre.compile('a')\nm.AutoTokenizer.from_pretrained('a')",
     "train/a.py": "from ldm import training",
-    "tools/a.py": "import ldm.training\nfrom tools import b",
+    "tools/a.py": "import os\nimport ldm.training\nfrom tools import b\nos.cpu_count()",
 }
 
 

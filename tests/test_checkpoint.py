@@ -1,12 +1,16 @@
 """Folders on disk: atomic, strict, and each fault named in one line."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline, checkpoint
+from ldm.text import load_text_encoder, load_text_encoder_folders
 from tests import tiny
 
 
@@ -100,6 +104,106 @@ def test_wrong_values_are_named_with_their_file(name, changes, part, saved):
     assert part in fault(saved)
 
 
+WEIGHTS_OF = {
+    "unet/diffusion_pytorch_model": "mid_block.resnets.0.conv1.weight",
+    "vae/diffusion_pytorch_model": "decoder.conv_in.bias",
+    "text_encoder/model": "mlp.fc1.weight",
+}
+
+
+def spoil(path, ending, change):
+    """Rewrites the one tensor of a file whose name ends so."""
+    weights = load_file(path)
+    (name,) = (key for key in weights if key.endswith(ending))
+    weights[name] = change(weights[name])
+    save_file(weights, path, {"format": "pt"})
+    return name
+
+
+def last_is(number):
+    def change(tensor):
+        tensor.view(-1)[-1] = number
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize("part", WEIGHTS_OF)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: torch.full_like(t, torch.nan), "holds numbers that are not finite"),
+        (last_is(torch.nan), "holds numbers that are not finite"),
+        (last_is(-torch.inf), "holds numbers that are not finite"),
+        (lambda t: t.to(torch.int8), "is stored as int8, but weights are float32, float16, bfloat16, float64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is stored as float8_e4m3fn, but"),
+        (lambda t: t.to(torch.complex64), "is stored as complex64, but"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused_by_file_and_name(saved, part, change, said):
+    path = saved / f"{part}.safetensors"
+    name = spoil(path, WEIGHTS_OF[part], change)
+    assert f"{path}: {name} {said}" in fault(saved)
+
+
+def test_the_shard_with_the_broken_tensor_is_named(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "model", shard_bytes=20_000)
+    shards = sorted((tmp_path / "model" / "unet").glob("*.safetensors"))
+    name = min(load_file(shards[1]))
+    spoil(shards[1], name, last_is(torch.inf))
+    assert len(shards) > 2
+    assert fault(tmp_path / "model").startswith(f"{shards[1]}: {name} holds numbers that are not finite")
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused(saved):
+    name = spoil(saved / "unet" / "diffusion_pytorch_model.safetensors", "conv_in.weight", last_is(-70_000.0))
+    with pytest.raises(ValueError, match=rf"unet: {name} holds 7e\+04, which is too large for float16; take bfloat16"):
+        Pipeline.from_pretrained(saved, dtype=torch.float16)
+    assert Pipeline.from_pretrained(saved, dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_counters_and_other_towers_of_a_text_encoder_are_no_weights(saved):
+    path = saved / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    more = {
+        "text_model.embeddings.position_ids": torch.arange(12).view(1, -1),
+        "vision_model.embeddings.class_embedding": torch.full((3,), torch.nan),
+    }
+    save_file(weights | more, path, {"format": "pt"})
+    tiny.edit_json(saved / "text_encoder" / "config.json", model_type="clip")
+    Pipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("vae", {"shift_factor": float("nan")}),
+        ("vae", {"scaling_factor": float("inf")}),
+        ("vae", {"_class_name": "VQModel", "latents_mean": [0, 0, float("nan"), 0], "latents_std": [1, 1, 1, 1]}),
+        ("vae", {"_class_name": "VQModel", "latents_mean": [0, 0, 0, 0], "latents_std": [1, float("inf"), 1, 1]}),
+        ("unet", {"norm_eps": float("nan")}),
+        ("codec", {"mean": [0, float("nan"), 0]}),
+        ("codec", {"std": [1, 1, float("inf")]}),
+        ("codec", {"std": [1, 1e-60, 1]}),
+        ("codec", {"mean": [0, 10**400, 0]}),
+        ("codec", {"mean": ["a", 0, 0]}),
+    ],
+)
+def test_statistics_that_are_not_finite_are_refused_by_file(config, changes, saved, tmp_path):
+    if config == "codec":
+        tiny.pipeline(tmp_path / "more").save_pretrained(tmp_path / "pixels")
+        saved = tmp_path / "pixels"
+    tiny.edit_json(saved / config / "config.json", **changes)
+    assert fault(saved).startswith(f"{saved / config / 'config.json'}: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float16", None])
+def test_a_dtype_that_networks_cannot_have_is_refused(saved, dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; it must be one of torch's float32, float16, bfloat16, float64"):
+        Pipeline.from_pretrained(saved, dtype=dtype)
+
+
 def test_an_index_without_its_map_is_named(saved):
     weights = saved / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("elsewhere"))
@@ -129,22 +233,266 @@ def test_pickled_weights_are_never_opened(saved):
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
     with checkpoint.atomic_folder(target) as folder:
-        (folder / "a").write_text("old")
-        (folder / "config.json").write_text("{}")
+        (folder / "model_index.json").write_text("old")
         assert not target.exists()
 
     def fail_half_way():
         with checkpoint.atomic_folder(target) as folder:
-            (folder / "a").write_text("new")
+            (folder / "model_index.json").write_text("new")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         fail_half_way()
-    assert (target / "a").read_text() == "old"
+    assert (target / "model_index.json").read_text() == "old"
     with checkpoint.atomic_folder(target) as folder:
-        (folder / "b").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["b"]
+        (folder / "model_index.json").write_text("new")
+    assert (target / "model_index.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def written(folder):
+    """Every file of a folder → its content, links by where they lead."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in paths
+    }
+
+
+FOREIGN = {
+    "README.md": b"# my model",
+    ".git/HEAD": b"ref: refs/heads/main",
+    ".git/objects/ab/cdef": b"\x00",
+    ".gitattributes": b"*.safetensors filter=lfs",
+    ".DS_Store": b"\x00",
+    "photos/2024/holiday.jpg": b"precious",
+    "unet/notes.txt": b"step 400 is the best",
+    "unet/diffusion_pytorch_model.bin": b"pickled",
+    "unet/diffusion_pytorch_model.before.safetensors": b"a copy of mine",
+    "unet/deeper/.DS_Store": b"\x00",
+    "text_encoder/model.onnx": b"exported",
+    "tokenizer/README": b"words",
+    "safety_checker/config.json": b"{}",
+    "v1-5-pruned.safetensors": b"another format",
+    "config.json": b'{"name": "my-web-project"}',
+    "best.json": b"{}",
+}
+STALE = [
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.json",
+    "unet/diffusion_pytorch_model.safetensors.index.bf16.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model-00001-of-00002.fp16.safetensors",
+    "text_encoder/model.bf16-00001-of-00002.safetensors",
+    "text_encoder/reference.json",
+    "tokenizer/vocab.txt",
+    "tokenizer/added_tokens.json",
+    "tokenizer/spiece.model",
+]
+
+
+def put(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def test_only_files_that_the_format_names_make_way(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "fresh")
+    pipeline.save_pretrained(tmp_path / "model")
+    tiny.edit_json(tmp_path / "model" / "model_index.json", unet=["old", "old"])
+    put(tmp_path / "model", FOREIGN | dict.fromkeys(STALE, b"stale"))
+    (tmp_path / "model" / "empty").mkdir()
+    (tmp_path / "model" / "dataset").symlink_to(tmp_path / "parts")
+    (tmp_path / "model" / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "model" / "queue")
+    before = (tmp_path / "model" / "README.md").stat()
+    pipeline.save_pretrained(tmp_path / "model")
+    links = {"dataset": str(tmp_path / "parts"), "gone": "nowhere"}
+    assert written(tmp_path / "model") == written(tmp_path / "fresh") | FOREIGN | links
+    assert (tmp_path / "model" / "empty").is_dir()
+    assert (tmp_path / "model" / "queue").is_fifo()
+    after = (tmp_path / "model" / "README.md").stat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_mode) == (before.st_ino, before.st_mtime_ns, before.st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "model", "parts"]
+    Pipeline.from_pretrained(tmp_path / "model", device="cpu").save_pretrained(tmp_path / "model")  # over itself
+    assert written(tmp_path / "model") == written(tmp_path / "fresh") | FOREIGN | links
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"holiday.jpg": b"precious"},
+        {"config.json": b'{"name": "my-web-project"}', "src/index.js": b""},
+        {"unet/config.json": b"{}"},  # half of someone's model
+        {".bashrc": b""},
+        {"manifest.json": b"{}", "pipeline/model_index.json": b"{}"},
+        {"best.json": b"{}", "pytorch_lora_weights.safetensors": b""},
+    ],
+)
+def test_a_folder_of_other_things_is_refused_and_left(files, tmp_path):
+    put(tmp_path / "folder", files)
+    for kind in ("pipeline", "autoencoder"):
+        with (
+            pytest.raises(ValueError, match="holds files that are no model"),
+            checkpoint.atomic_folder(tmp_path / "folder", kind),
+        ):
+            pass
+    assert written(tmp_path / "folder") == files
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_the_clone_of_an_empty_repository_is_filled(tmp_path):
+    clone = {".git/HEAD": b"ref", ".gitattributes": b"lfs", "README.md": b"---"}
+    put(tmp_path / "clone", clone)
+    with checkpoint.atomic_folder(tmp_path / "clone") as folder:
+        (folder / "model_index.json").write_text("{}")
+    assert written(tmp_path / "clone") == clone | {"model_index.json": b"{}"}
+
+
+def test_a_config_of_another_program_is_no_autoencoder(tmp_path):
+    for content, ours in ((b'{"_class_name": "AutoencoderKL"}', True), (b'{"name": "web"}', False), (b"[1]", False)):
+        put(tmp_path / "f", {"config.json": content})
+        try:
+            with checkpoint.atomic_folder(tmp_path / "f", "autoencoder") as folder:
+                (folder / "config.json").write_bytes(b"new")
+        except ValueError:
+            assert not ours
+        assert (tmp_path / "f" / "config.json").read_bytes() == (b"new" if ours else content)
+
+
+def test_a_link_is_never_replaced(tmp_path):
+    with checkpoint.atomic_folder(tmp_path / "real") as folder:
+        (folder / "model_index.json").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link to file").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with checkpoint.atomic_folder(f"{tmp_path}/link/") as folder:
+        (folder / "model_index.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model_index.json").read_text() == "new"
+    before = written(tmp_path)
+    for name in ("link to file", "dangling", "loop", "file", "file/below", ""):
+        with (
+            pytest.raises(ValueError, match=r"is a file|is a link to|is empty"),
+            checkpoint.atomic_folder(tmp_path / name if name else ""),
+        ):
+            pass
+    (tmp_path / "real" / "unet").symlink_to(tmp_path)  # a component elsewhere
+    with (
+        pytest.raises(ValueError, match="unet is not what a model has"),
+        checkpoint.atomic_folder(tmp_path / "real") as folder,
+    ):
+        (folder / "unet").mkdir()
+    assert written(tmp_path) == before | {"real/unet": str(tmp_path)}
+
+
+def test_what_stands_in_the_way_of_a_file_is_named(tmp_path):
+    put(tmp_path / "f", {"model_index.json": b"old", "unet/config.json/mine": b"x", "vae": b"a file"})
+    for part in ("unet/config.json", "vae/config.json"):
+        with (
+            pytest.raises(ValueError, match="nothing was written, move it"),
+            checkpoint.atomic_folder(tmp_path / "f") as folder,
+        ):
+            put(folder, {part: b"{}"})
+    assert written(tmp_path / "f") == {"model_index.json": b"old", "unet/config.json/mine": b"x", "vae": b"a file"}
+
+
+def test_what_was_read_from_a_folder_is_saved_though_another_model_stands_there_now(tmp_path):
+    first, second = (tiny.pipeline(tmp_path / name, "latent") for name in ("a", "b"))
+    with torch.no_grad():
+        second.codec.autoencoder.decoder.conv_out.bias.fill_(3)
+    first.save_pretrained(tmp_path / "model")
+    read = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
+    second.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"is not the file that the text encoder was read from: restore it"):
+        read.save_pretrained(tmp_path / "again")  # it may have been replaced by another one
+    read.text_encoder = first.text_encoder
+    read.save_pretrained(tmp_path / "again")
+    again = Pipeline.from_pretrained(tmp_path / "again", device="cpu")
+    assert torch.equal(again.codec.autoencoder.decoder.conv_out.bias, first.codec.autoencoder.decoder.conv_out.bias)
+    with torch.no_grad():
+        again.codec.autoencoder.decoder.conv_out.bias.fill_(5)  # trained since
+    again.save_pretrained(tmp_path / "trained")
+    trained = Pipeline.from_pretrained(tmp_path / "trained", device="cpu")
+    assert trained.codec.autoencoder.decoder.conv_out.bias.unique().item() == 5
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def test_a_pointer_of_git_lfs_is_named_with_what_to_do(saved):
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert len(files) > 9
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(POINTER)
+        message = fault(saved)
+        assert f"{path} is a git-LFS pointer" in message
+        assert "`git lfs pull`" in message
+        path.write_bytes(content)
+    Pipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["v1-5.safetensors", "models/v1-5.ckpt", "~/x/y.gguf", "http://hub/a/b.safetensors"])
+def test_a_single_file_is_named_as_that(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fault(name)
+    assert f"{name} is a single file" in message
+    assert "StableDiffusionPipeline.from_single_file" in message
+    with pytest.raises(ValueError, match=r"is a single file.*AutoencoderKL\.from_single_file"):
+        checkpoint.find_autoencoder(name)
+    with pytest.raises(ValueError, match="is a single file"):
+        load_text_encoder(name)
+    (tmp_path / "v.safetensors").write_bytes(b"")
+    assert "is a single file" in fault(tmp_path / "v.safetensors")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "is a file; name the folder" in fault("model_index.json")
+
+
+def test_a_moving_average_of_diffusers_opens_as_a_unet(saved):
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    theirs = UNet2DConditionModel.from_pretrained(saved / "unet")
+    EMAModel(theirs.parameters(), model_cls=UNet2DConditionModel, model_config=theirs.config).save_pretrained(
+        saved / "unet"
+    )
+    assert json.loads((saved / "unet" / "config.json").read_text())["decay"] == 0.9999
+    tiny.edit_json(saved / "unet" / "config.json", torch_dtype="float16")
+    Pipeline.from_pretrained(saved)
+
+
+def test_a_working_folder_inside_goes_on_to_be_there(tmp_path, monkeypatch):
+    put(tmp_path / "f", {"model_index.json": b"old", "notes/a": b"x"})
+    for inside in ("notes", "."):
+        monkeypatch.chdir(tmp_path / "f" / inside)
+        with checkpoint.atomic_folder(tmp_path / "f" if inside == "notes" else ".") as folder:
+            (folder / "model_index.json").write_text("new")
+        assert os.path.samefile(os.getcwd(), tmp_path / "f" / inside)
+    assert written(tmp_path / "f") == {"model_index.json": b"new", "notes/a": b"x"}
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    pipeline.save_pretrained("~/model")
+    pipeline.save_pretrained(Path("~/model"))
+    assert (tmp_path / "model" / "model_index.json").is_file()
+    Pipeline.from_pretrained("~/model", device="cpu")
+    assert checkpoint.find_autoencoder("~/model/unet") == tmp_path / "model" / "unet"
+    pipeline.text_encoder.save("~/text")
+    assert load_text_encoder_folders("~/text/text_encoder", "~/text/tokenizer").max_length == tiny.LENGTH
+    assert sorted(os.listdir(tmp_path)) == ["model", "parts", "text"]
+    with pytest.raises(ValueError, match="home folder of a user that does not exist"):
+        pipeline.save_pretrained("~nobody-of-this-name/model")
 
 
 def test_weights_are_kept_bit_for_bit(tmp_path):

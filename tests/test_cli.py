@@ -8,7 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline, cli
 from ldm.text import loading
@@ -127,6 +129,15 @@ def test_options_of_a_sampler_and_an_endless_interval_are_written_down(model, tm
         (["--device", "abacus"], "abacus"),
         (["--tile", "small"], "tile is 'small'"),
         (["--tile", "8"], "tile is 8"),
+        (["--height", "1000000", "--width", "1000000"], "height and width are 1000000 and 1000000: a picture of this"),
+        (["--width", str(10**30)], f"height and width are 8 and {10**30}"),
+        (["-n", str(10**14)], "100,000,000,000,000 pictures of 8x8"),
+        (["--device", "meta"], "device is 'meta', which cannot be used here"),
+        (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
+        (
+            ["--negative-prompt", "a \udcff b"],
+            r"a negative prompt has half of a surrogate pair at place 2 ('a \udcff b')",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, part, model, tmp_path, monkeypatch, capsys):
@@ -137,6 +148,49 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, part, model, tm
     assert error.count("\n") == 1
     assert part in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_the_model_is_opened(tmp_path, monkeypatch, capsys):
+    arguments = ["--model", tmp_path / "nothing", "-o", tmp_path / "a.png"]
+    assert call(monkeypatch, "generate", "a cat \ud83d", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: a prompt has half of a surrogate pair at place 6 ('a cat \\ud83d')")
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_lora_without_peft_is_one_line(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft.utils.other", None)
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    arguments = ["-m", model, "-o", tmp_path / "a.png", "--lora", tmp_path / "a.safetensors"]
+    assert call(monkeypatch, "generate", "a", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: LoRA needs peft, which cannot be imported") and error.count("\n") == 1
+
+
+def test_weights_that_are_not_finite_end_in_one_line_and_no_picture(model, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "broken")
+    path = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for number, said in (
+        (float("nan"), f"error: {path}: conv_out.weight holds numbers that are not finite"),
+        (3e38, "error: picture 0 left the finite numbers (nan or inf) at step 1, timestep 999; "),
+    ):
+        save_file(weights | {"conv_out.weight": torch.full_like(weights["conv_out.weight"], number)}, path)
+        assert call(monkeypatch, "generate", "a", "-m", tmp_path / "broken", "-o", tmp_path / "a.png") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(said) and error.count("\n") == 1
+        assert not (tmp_path / "a.png").exists()
+
+
+def test_memory_that_runs_out_anywhere_is_one_line(monkeypatch, capsys):
+    def full(*arguments):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nmore")
+
+    monkeypatch.setattr("ldm.cli.app", full)
+    assert call(monkeypatch, "nll") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: memory ran out ([enforce fail] DefaultCPUAllocator") and error.count("\n") == 1
 
 
 def test_the_command_is_installed_and_knows_its_version():
@@ -335,3 +389,117 @@ def test_a_model_draws_with_its_own_sampler_unless_told_otherwise(tmp_path, monk
     own, named, ddim = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("own", "named", "ddim"))
     assert (own == named).all() and not (own == ddim).all()
     assert json.loads(Image.open(tmp_path / "own.png").text["settings"])["sampler"] == "ddpm"
+
+
+def test_words_that_are_cut_are_said_on_one_line(model, tmp_path, monkeypatch, capsys):
+    arguments = ["generate", "--model", model, "-o", tmp_path / "a.png", "--steps", 1]
+    assert call(monkeypatch, *arguments, "a very long prompt", "--negative-prompt", "an ugly monster") == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "warning: the text encoder reads 12 tokens of a text; lost: 'prompt' of 'a very long prompt'; "
+        "'monster' of 'an ugly monster'"
+    ]
+    assert said.out.splitlines() == [str(tmp_path / "a.png")]
+    assert call(monkeypatch, *arguments, "a cat") == 0
+    assert capsys.readouterr().err == ""
+    assert call(monkeypatch, *arguments, "a very long prompt", "--eta", 2) == 2  # one error is one line
+    assert capsys.readouterr().err.count("\n") == 1
+    assert call(monkeypatch, "nll", model, "digits", "--samples", 2, "--steps-per-image", 2) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: captions are cut: the text encoder reads 12 tokens") and err.count("\n") == 1
+
+
+BEFORE_LOADING = {
+    "generate": [
+        (["--steps", "-5"], "num_inference_steps is -5"),
+        (["--guidance", "nan"], "guidance_scale is nan"),
+        (["--guidance", "inf"], "guidance_scale is inf"),
+        (["-n", "0"], "-n is 0"),
+        (["--sampler", "dimm"], "did you mean 'ddim'"),
+        (["--sampler", "ddim", "--sampler-option", "snr=1"], "sampler_options has 'snr'"),
+        (["--sampler", "ddpm", "--eta", "1"], "eta is 1.0, which sampler 'ddpm' does not have"),
+        (["--eta", "-1"], "eta is -1"),
+        (["--guidance-rescale", "nan"], "guidance_rescale is nan"),
+        (["--guidance-interval", "5", "1"], "turned round"),
+        (["--dynamic-threshold", "2"], "dynamic_threshold is 2"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**63 - 1), "-n", "2"], f"seed is {2**63}"),
+        (["--height", "0"], "height is 0"),
+        (["--width", "-8"], "width is -8"),
+        (["--tile", "3"], "tile is 3"),
+        (["--device", "abacus"], "abacus"),
+        (["--lora", "style.safetensors:nan"], "the weight of adapter 'style.safetensors' is nan"),
+        (["--lora=~no-such-user/x:1"], "home folder of a user that does not exist"),
+        (["--output=~no-such-user/x.png"], "home folder of a user that does not exist"),
+        (["-o", "folder.png"], "--output is folder.png, a folder"),
+        (["-o", "file/inside.png"], "--output is file/inside.png, and nothing can be written in"),
+        (["-o", "/proc/none/x.png"], "--output is /proc/none/x.png, and nothing can be written in /proc"),
+        (["--progress-strip", "/proc/x.png"], "--progress-strip is /proc/x.png"),
+        (["--progress-strip", "./image.png"], "it must be another file than -o"),
+        (["-o", "x" * 300 + ".png"], "File name too long"),
+    ],
+    "nll": [
+        (["digits", "--seed", "-1"], "seed is -1"),
+        (["digits", "--samples", "0"], "samples is 0"),
+        (["digits", "--steps-per-image", "3"], "steps per image is 3"),
+        (["digits", "--held-out", "nan"], "data.held_out is nan"),
+        (["digits", "-o", "/proc/x.svg"], "--output is /proc/x.svg"),
+        (["./nowhere"], "nowhere"),
+        (["~no-such-user/x"], "data.path is '~no-such-user/x', in the home of a user that does not exist"),
+    ],
+    "evaluate": [
+        (["digits", "--steps", "-5"], "num_inference_steps is -5"),
+        (["digits", "--guidance", "nan"], "guidance_scale is nan"),
+        (["digits", "--seed", "-1"], "seed is -1"),
+        (["digits", "--held-out", "1.5"], "data.held_out is 1.5"),
+        (["digits", "--samples", "3"], "samples is 3"),
+        (["~no-such-user/x"], "data.path is '~no-such-user/x'"),
+        (["digits", "--reference", "-1"], "--reference is -1"),
+        (["digits", "--sweep", "--sweep-samples", "0"], "--sweep-samples is 0"),
+        (["digits", "--sweep", "--sweep-steps", "0"], "steps of a sweep hold 0"),
+        (["digits", "-o", "file"], "--output is file, a file"),
+        (["digits", "-o", "/proc/none"], "nothing can be written in /proc"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "part"),
+    [(command, *case) for command, cases in BEFORE_LOADING.items() for case in cases],
+)
+def test_what_is_wrong_whatever_the_model_is_said_before_it_is_looked_for(
+    command, arguments, part, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    model = ["a", "--model", "./nothing"] if command == "generate" else ["./nothing"]
+    assert call(monkeypatch, command, *model, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and part in error, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_folder_is_found_in_every_path(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(model, tmp_path / "home" / "model")
+    arguments = ["a", "--model=~/model", "--steps", 1, "--output=~/new/a.png", "--progress-strip=~/strip.png"]
+    assert call(monkeypatch, "generate", *arguments, "-n", 2, "--seed", 1) == 0
+    made = {str(path.relative_to(tmp_path / "home")) for path in (tmp_path / "home").rglob("*.png")}
+    assert made == {"new/a.png", "new/a-1.png", "new/a-2.png", "strip.png"}
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "home" / "new" / "a.png")
+    assert (
+        call(monkeypatch, "nll", "~/model", "digits", "--samples", 1, "--steps-per-image", 2, "--output=~/t.svg") == 0
+    )
+    assert (tmp_path / "home" / "t.svg").is_file()
+    (tmp_path / "home" / "encoder").mkdir()
+    tiny.clip_text_model().save_pretrained(tmp_path / "home" / "encoder")
+    tiny.clip_tokenizer().save_pretrained(tmp_path / "home" / "encoder")
+    assert loading.load_text_encoder("~/encoder").hidden_size > 0
+    assert call(monkeypatch, "generate", "a", "--model=~/model", "--lora=~/none.safetensors:0.8") == 2
+    assert f"there is no {tmp_path / 'home' / 'none.safetensors'}" in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())

@@ -269,3 +269,292 @@ def test_a_first_stage_that_goes_on_from_another_leaves_its_shape_out():
     # What a term needs is asked of runs that have it.
     load_config(FIRST_STAGE, ["train.mixed_precision=fp16", "data.resolution=4"], AutoencoderTrainingConfig)
     load_config(FIRST_STAGE, [*ADVERSARIAL, "loss.adversarial_start=4999"], AutoencoderTrainingConfig)
+
+
+# Texts that YAML 1.1 takes for something else, or for less than they are.
+TEXTS = (
+    *("no", "on", "y", "True", "null", "~", "007", "1e3", "0x10", "1_000", "12:30:45", "2026-01-01", ".5", ".inf", "5"),
+    *("pics #2", "#x", "a: b", "a:b", "{a: b}", "[a", "a, b", '"quoted"', "it's", "@a", "*a", "&a", "!a", "%a", "`a"),
+    *(
+        "- a",
+        "? a",
+        "| a",
+        "> a",
+        "=",
+        "<<",
+        " leading",
+        "trailing ",
+        "tab\tinside",
+        "two\nlines",
+        "ünï 猫",
+        "a\\b",
+        "…",
+    ),
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_keys_take_their_text_as_it_stands_and_a_written_config_gives_it_back(text, tmp_path):
+    overrides = [f"output_dir=runs/{text}", f"data.path={text}", f"data.split={text}", f"text.encoder={text}"]
+    config = load_config(DIGITS, overrides, LDMConfig)
+    assert (config.output_dir, config.data.path, config.data.split) == (f"runs/{text}", text, text)
+    assert config.text.encoder == text
+    content = yaml.safe_load(DIGITS.read_text())
+    content["sample"]["prompts"] = [text, "another"]
+    content["data"] |= {"path": text, "image_column": text}
+    written = parse_config(content, LDMConfig, "the test")
+    (tmp_path / "config.yaml").write_text(to_yaml(written), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml", [], LDMConfig) == written
+    assert written.sample.prompts[0] == written.data.image_column == text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("no", "no"),
+        ("bf16", "bf16"),
+    ],
+)
+def test_a_word_that_yaml_takes_for_false_is_a_word(value, expected, tmp_path):
+    for text in (value, f'"{value}"', f"'{value}'"):  # quotes, as YAML needs them
+        assert load_config(DIGITS, [f"train.mixed_precision={text}"], LDMConfig).train.mixed_precision == expected
+    changed = DIGITS.read_text().replace("train:\n", f"train:\n  mixed_precision: {value}\n")
+    (tmp_path / "c.yaml").write_text(changed)
+    assert load_config(tmp_path / "c.yaml", [], LDMConfig).train.mixed_precision == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("[a red square, a blue circle]", ("a red square", "a blue circle")),
+        ("  [ a ,b,]  ", ("a", "b")),
+        ("[a cat: sitting, a dog #2, it's]", ("a cat: sitting", "a dog #2", "it's")),
+        ('["a, b", \'it\'\'s "so"\', "tab\\t", ""]', ("a, b", 'it\'s "so"', "tab\t", "")),
+        (
+            "[no, 007, 1e3, null, 12:30, @a, *a, &a, !a, %a]",
+            ("no", "007", "1e3", "null", "12:30", "@a", "*a", "&a", "!a", "%a"),
+        ),
+        ("[a [b] c, {} of {}]", ("a [b] c", "{} of {}")),
+        ("[a]", ("a",)),
+    ],
+)
+def test_lists_of_texts_are_split_at_commas_alone(written, expected):
+    assert load_config(DIGITS, [f"sample.prompts={written}"], LDMConfig).sample.prompts == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("sample.prompts=[a, b", "without its closing bracket"),
+        ("sample.prompts=[a, b] # two", "without its closing bracket"),
+        ("sample.prompts=[a,, b]", "has an empty element"),
+        ("sample.prompts=[[a, b], c]", "has a list in it"),
+        ('sample.prompts=["a, b" c]', "a quote is not closed, or not at the end of its element"),
+        ('sample.prompts=[ "a" c]', "a quote is not closed, or not at the end of its element"),
+        ("sample.prompts=['a, b]", "a quote is not closed"),
+        ('sample.prompts=["\\q"]', "no value in YAML"),
+        ("sample.prompts=a cat", "write a list, [a cat]"),
+        ("data.subset=", "data.subset is empty; write data.subset=null for none"),
+        ("first_stage= ", "first_stage is empty"),
+        ("text.max_length=", "text.max_length is empty"),
+        ("train.max_steps=true", "train.max_steps is 'true'; it must be a whole number"),
+        ("train.max_steps=yes", "train.max_steps is 'yes'"),
+        ("train.batch_size=010", "train.batch_size is '010'; it must be a whole number, without leading zeros"),
+        ("train.learning_rate=010", "without leading zeros"),
+        ("train.max_steps=12:30", "train.max_steps is '12:30'"),
+        ("train.max_steps=2026-01-01", "train.max_steps is '2026-01-01'"),
+        ("train.max_steps=1e-3", "train.max_steps is '1e-3'"),
+        ("train.max_steps=.nan", "train.max_steps is '.nan'"),
+        ("train.max_steps=1e300", "train.max_steps is '1e300'"),
+        ("train.max_steps=9223372036854775808", "must be a whole number below 2**63"),
+        ("sample.seed=-1", "seed is -1; it must be a whole number from 0 on"),
+        ("sample.seed=9223372036854775807", "seed is 9223372036854775807"),
+        ("seed=-9223372036854775809", "must be a whole number below 2**63"),
+        ("train.max_steps=٣", "train.max_steps is '٣'"),
+        ("train.max_steps=[5]", "train.max_steps is '[5]'"),
+        ("text.max_length=none", "it must be a whole number, or null"),
+        ("unet.layers_per_block=two", "a whole number, or a list of them: [1, 2]"),
+        ("unet.block_out_channels=[8, x]", "unet.block_out_channels.1 is 'x'"),
+        ("data.flip=maybe", "data.flip is 'maybe'"),
+        ("train=5", "train is '5', and it is a section; set one of its keys, train.max_steps=…"),
+        ("train.loss={weighting: vlb", "it is a section"),
+        ("train.loss={weighting: vlb, weighting: min_snr}", "weighting stands in line 1 and again in line 1"),
+        ("first_stage.x=5", "first_stage is a value, not a section"),
+        (
+            "data.path=~no-such-user/pics",
+            "data.path is '~no-such-user/pics', in the home of a user that does not exist",
+        ),
+        ("output_dir=~no-such-user/run", "output_dir is '~no-such-user/run'"),
+    ],
+)
+def test_values_of_set_that_cannot_be_meant_are_explained(override, part):
+    assert part in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("+3", 3.0),
+        ("1_000", 1000.0),
+        ("0x10", 16.0),
+        ("2", 2.0),
+    ],
+)
+def test_numbers_are_read_the_same_in_a_file_and_behind_set(text, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text(DIGITS.read_text().replace("1.0e-3", text))
+    for config in (
+        load_config(tmp_path / "c.yaml", [], LDMConfig),
+        load_config(DIGITS, [f"train.learning_rate={text}"], LDMConfig),
+    ):
+        assert config.train.learning_rate == expected and type(config.train.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1e3", 1000), ("1_000", 1000), ("+3", 3), ("0x10", 16), ("7.0", 7), (" 7 ", 7)]
+)
+def test_whole_numbers_are_read_the_same_in_a_file_and_behind_set(text, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text(DIGITS.read_text().replace("max_steps: 1000", f"max_steps: {text}"))
+    for config in (
+        load_config(tmp_path / "c.yaml", [], LDMConfig),
+        load_config(DIGITS, [f"train.max_steps={text}"], LDMConfig),
+    ):
+        assert config.train.max_steps == expected and type(config.train.max_steps) is int
+
+
+@pytest.mark.parametrize("word", ["true", "True", "yes", "on", "1"])
+def test_truth_values_are_what_they_were(word):
+    assert load_config(DIGITS, [f"data.flip={word}"], LDMConfig).data.flip is True
+    config = load_config(
+        DIGITS, ["data.buckets=null", "data.flip=off", "first_stage=null", "data.subset=null"], LDMConfig
+    )
+    assert (config.data.buckets, config.data.flip, config.first_stage, config.data.subset) == (None, False, None, None)
+
+
+def float_keys(kind, section=""):
+    config = load_config(DIGITS, [], LDMConfig)
+    for name in section.split(".") if section else []:
+        config = getattr(config, name)
+    found = []
+    for key, value in vars(config).items():
+        if isinstance(value, float):
+            found.append(f"{section}.{key}")
+        elif hasattr(value, "__dataclass_fields__"):
+            found += float_keys(kind, f"{section}.{key}" if section else key)
+    return found
+
+
+@pytest.mark.parametrize("key", float_keys(LDMConfig))
+@pytest.mark.parametrize("value", ["nan", ".inf", "-inf"])
+def test_no_number_of_a_config_may_be_infinite(key, value):
+    refused(f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"seed: 0\n": "seed: 0\nseed: 1\n"}, "seed stands in line 3 and again in line 4; leave one out"),
+        ({"  batch_size: 128\n": "  batch_size: 128\n  'batch_size': 8\n"}, "batch_size stands in line"),
+        ({"batch_size: 128": "batch_size: 0128"}, "train.batch_size is '0128'; it must be a whole number"),
+        ({"batch_size: 128": "batch_size: yes"}, "train.batch_size is 'yes'"),
+        ({"path: digits": "path: digits\t# tab"}, "found character '\\t' that cannot start any token"),
+        ({"  path: digits": "\tpath: digits"}, "not valid YAML"),
+        ({"path: digits": "path: null"}, "data.path is null, where a text is wanted; put it in quotes if it is one"),
+        ({"path: digits": "path: {a: b}"}, "data.path is {'a': 'b'}, where a text is wanted"),
+        (
+            {"the digit 5": "a digit: 5"},
+            "sample.prompts.5 is {'a digit': '5'}, where a text is wanted; put it in quotes",
+        ),
+        ({"seed: 0": "seed: !!int x"}, "not valid YAML"),
+        ({"seed: 0": f"seed: {'[' * 900}"}, "nested too deeply"),
+        ({"seed: 0": "seed: &a [*a]"}, "seed is"),
+        ({"path: digits": "path: " + "a" * 1000 + ": b"}, "not valid YAML"),
+    ],
+)
+def test_files_that_yaml_reads_otherwise_than_they_look_are_refused(change, part, tmp_path):
+    text = DIGITS.read_text()
+    for before, after in change.items():
+        assert before in text
+        text = text.replace(before, after)
+    (tmp_path / "c.yaml").write_text(text)
+    message = refused(path=tmp_path / "c.yaml")
+    assert part in message and len(message) < 600, message
+
+
+def test_merge_keys_anchors_and_a_byte_order_mark_are_read(tmp_path):
+    text = DIGITS.read_text().replace("train:\n", "train:\n  <<: {max_steps: 5, log_every: 7}\n")
+    text = text.replace("guidance_scale: 2.0", "guidance_scale: &g 3.5")
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8-sig", newline="\r\n")
+    config = load_config(tmp_path / "c.yaml", [], LDMConfig)
+    assert (config.train.max_steps, config.train.log_every, config.sample.guidance_scale) == (1000, 7, 3.5)
+
+
+def test_a_value_that_aliases_make_endless_is_shown_in_a_few_words(tmp_path):
+    lists = ["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 7))]
+    text = DIGITS.read_text().replace("output_dir: runs/digits", f"output_dir: [{', '.join(lists)}]")
+    (tmp_path / "c.yaml").write_text(text)
+    message = refused(path=tmp_path / "c.yaml")
+    assert "output_dir is [" in message and len(message) < 1000
+
+
+def test_a_config_of_the_other_script_says_which_one_takes_it():
+    message = refused(path=next(path for path in CONFIGS if path.name == "openmoji-first-stage-vq.yaml"))
+    assert "openmoji-first-stage-vq.yaml is for train/train_autoencoder.py, not for train/train_ldm.py" in message
+    assert "revive_codes_after" in message
+    for path in (DIGITS, LORA):
+        message = refused(path=path, kind=AutoencoderTrainingConfig)
+        assert "is for train/train_ldm.py, not for train/train_autoencoder.py" in message
+    assert "unknown key autoencoder; it is a key of train/train_autoencoder.py" in refused("autoencoder={}")
+    message = refused("train.caption_dropout=0", path=FIRST_STAGE, kind=AutoencoderTrainingConfig)
+    assert "unknown key train.caption_dropout; it is a key of train/train_ldm.py" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (
+            "model:\n  base_learning_rate: 1e-6\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n",
+            ["model.target", "CompVis"],
+        ),
+        ("pretrained_model_name_or_path: x\nnetwork_module: networks.lora\n", ["network_module", "kohya"]),
+        ("pretrained_model_name_or_path: x\ninstance_data_dir: pics\noutput_dir: out\n", ["diffusers"]),
+        ('{"_class_name": "UNet2DConditionModel", "sample_size": 64}', ["_class_name", "diffusers"]),
+        ('{"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}', ["transformers"]),
+        ("compute_environment: LOCAL_MACHINE\nnum_processes: 2\n", ["accelerate"]),
+        ("job: extension\nconfig: {name: x}\n", ["ai-toolkit"]),
+    ],
+)
+def test_configs_of_other_tools_are_called_what_they_are(content, parts, tmp_path):
+    (tmp_path / "theirs.yaml").write_text(content)
+    for kind in (LDMConfig, AutoencoderTrainingConfig):
+        message = refused(path=tmp_path / "theirs.yaml", kind=kind)
+        assert all(part in message for part in [*parts, "theirs.yaml", "configs/"]), message
+        assert "did you mean" not in message
+
+
+def test_a_hint_is_given_for_near_keys_alone():
+    assert "unknown key model; known are data, " in refused("model=x")
+    message = refused("train.foo=1")
+    assert "did you mean" not in message and "known in train are train.adam_beta1, " in message
+    assert "did you mean train.loss.gamma?" in refused("train.loss.gama=1")
+    assert "did you mean train.batch_size?" in refused("batch_size=1")
+
+
+def test_a_folder_or_a_toml_file_is_no_config_and_a_home_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(DIGITS.read_text())
+    assert f"is a folder; name a YAML file, {tmp_path / 'config.yaml'}" in refused(path=tmp_path)
+    (tmp_path / "kohya.toml").write_text("[model_arguments]\n")
+    assert "kohya.toml is TOML" in refused(path=tmp_path / "kohya.toml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(Path("~/config.yaml"), [], LDMConfig).output_dir == "runs/digits"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_posterior_mean_is_trained_in_float32(precision):
+    changes = ["schedule.prediction_type=posterior_mean", "schedule.timestep_spacing=leading"]
+    with pytest.raises(ValueError, match=f"posterior_mean, of which {precision} leaves noise alone"):
+        load_config(DIGITS, [*changes, f"train.mixed_precision={precision}"], LDMConfig)
+    load_config(DIGITS, [*changes, "train.mixed_precision=no"], LDMConfig)

@@ -1,5 +1,6 @@
 """What is written is on the disk before it gets its name, and its name is on the disk after that."""
 
+import errno
 import os
 
 import pytest
@@ -50,7 +51,8 @@ def test_all_of_a_folder_is_synced_before_it_is_named(events, tmp_path):
 def write_half(opened, name, error):
     with opened as aside:
         (aside / name if name else aside).write_text("half")
-        raise error
+        if error is not None:
+            raise error
 
 
 def test_what_fails_leaves_what_stood_there(tmp_path):
@@ -63,3 +65,114 @@ def test_what_fails_leaves_what_stood_there(tmp_path):
         write_half(disk.new_folder(tmp_path / "b"), "c", KeyboardInterrupt())
     assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def counted_to(calls, kill):
+    """Ends this process at the `kill`-th of these calls of the system, before it is made."""
+    made = [0]
+
+    def wrapped(call):
+        def counting(*arguments, **settings):
+            made[0] += 1
+            if made[0] > kill:
+                os._exit(9)
+            return call(*arguments, **settings)
+
+        return counting
+
+    for name in calls:
+        setattr(os, name, wrapped(getattr(os, name)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_process_that_is_killed_at_any_call_leaves_the_old_folder_or_the_new_one_and_what_stays(
+    swaps, tmp_path, monkeypatch
+):
+    if not swaps:  # as on file systems that cannot
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    calls = ("mkdir", "link", "symlink", "rename", "replace", "unlink", "rmdir", "chmod")
+    old, kept = {"model": "old", "unet/weights": "old"}, {"README": "mine", "unet/notes/a": "mine"}
+
+    def write(folder, files):
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+
+    def read(folder):
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+
+    seen = set()
+    for kill in range(200):
+        run = tmp_path / str(kill)
+        write(run / "f", old | kept)
+        child = os.fork()
+        if child == 0:
+            counted_to(calls, kill)
+            with disk.new_folder(run / "f", lambda name: name in old) as aside:
+                write(aside, {"model": "new", "unet/weights": "new"})
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if swaps:
+            assert (run / "f").is_dir()
+        disk.remove_partial(run)
+        found = read(run / "f")
+        assert {name: found[name] for name in kept} == kept, kill
+        assert found["model"] == found["unet/weights"]
+        assert len(found) == 4
+        assert os.listdir(run) == ["f"]
+        seen.add(found["model"])
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert seen == {"old", "new"}
+    assert kill > 10
+
+
+def test_what_comes_while_a_folder_is_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "f").mkdir()
+    exchange = disk._exchange
+
+    def late(one, other):
+        (one / "late").write_text("mine")
+        return exchange(one, other)
+
+    monkeypatch.setattr(disk, "_exchange", late)
+    with disk.new_folder(tmp_path / "f", lambda name: False) as aside:
+        (aside / "new").write_text("1")
+    assert sorted(os.listdir(tmp_path / "f")) == ["late", "new"]
+
+
+def test_where_there_are_no_hard_links_what_stays_is_copied(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "mine").write_text("x")
+    with disk.new_folder(tmp_path / "f", lambda name: False) as aside:
+        (aside / "new").write_text("1")
+    assert (tmp_path / "f" / "mine").read_text() == "x"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_file_of_another_file_system_is_named_and_nothing_changes(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "a mount point")
+
+    monkeypatch.setattr(os, "link", refused)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "mine").write_text("x")
+    with pytest.raises(ValueError, match=r"f/mine is on a file system of its own"):
+        write_half(disk.new_folder(tmp_path / "f", lambda name: False), "new", None)
+    assert os.listdir(tmp_path / "f") == ["mine"]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "f").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "f")  # root may write anywhere
+    with pytest.raises(ValueError, match="f is read-only"):
+        disk.folder_to_write(tmp_path / "f")
+    with pytest.raises(ValueError, match="is a mount point"):
+        disk.folder_to_write("/")

@@ -21,7 +21,7 @@ from ldm.training.run import Run
 
 def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     run = Run(config, export="autoencoder", resume=resume, accept=accept)
-    images, held_out = parts.open_images(config.data, run)
+    images, held_out = parts.open_images(config.data, run, captioned=False)
 
     # The autoencoder at step 0, what of it learns, and the moving average of that, which is what is shipped.
     autoencoder = first_stage.make_autoencoder(config).to(run.device)
@@ -65,6 +65,7 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
         if run.due(config.train.sample_every):
             run.save_sheet(lambda: first_stage.reconstruction_sheet(ema.module, held_out or images, run.device))
 
+    first_stage.settle_threads(images, model, networks, run, losses_of)
     if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
         look()
     first_stage.plan_run(config, images, held_out, model, networks, run, perceptual, losses_of)

@@ -40,6 +40,7 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
     model, optimizer = run.accelerator.prepare(unet, make_optimizer(unet, config.train))
     networks = Networks(model=unet, optimizer=optimizer, ema=ema)
     run.start(networks)
+    parts.settle_threads(pipeline, model, networks, run)
 
     # What the frozen networks say of the data is encoded once; then they leave memory, and come back to draw samples.
     frozen = parts.freeze(pipeline, config, run)

@@ -1,8 +1,9 @@
 """Adapters on disk: `pytorch_lora_weights.safetensors` as diffusers writes and reads it, and the formats before it.
 
 Read are the names of diffusers (`unet.….to_q.lora_A.weight`, and three older ways), of peft and of kohya
-(`lora_unet_…to_q.lora_down.weight`). A name is looked up among the layers that the network has, so that each tensor
-and each alpha finds its layer or the file is refused; nothing is guessed and nothing left out.
+(`lora_unet_…to_q.lora_down.weight`), with the layers called as in diffusers or as in the code of CompVis
+(`input_blocks.1.1.…`). A name is looked up among the layers that the network has, so that each tensor and each alpha
+finds its layer or the file is refused; nothing is guessed and nothing left out.
 """
 
 from __future__ import annotations
@@ -12,19 +13,29 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.adapters.layers import adapter_names, adapter_tensors, attach, check_new_name, check_weight, layer_alphas
+from ldm.adapters.kinds import refuse_others
+from ldm.adapters.layers import (
+    _import_peft,
+    adapter_names,
+    adapter_tensors,
+    attach,
+    check_new_name,
+    check_weight,
+    layer_alphas,
+)
 from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
+from ldm.adapters.names import names_in_files
+from ldm.weights import check_weights, converted
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -48,12 +59,20 @@ _ROLES = {
 # The beginning says which network; what has none of these is of a UNet alone.
 _PREFIXES = {
     "unet.": "unet",
-    "text_encoder.": "text_encoder",
+    "unet.base_model.model.": "unet",
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
     "lora_unet_": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder.base_model.model.": "text_encoder",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "cond_stage_model.transformer.": "text_encoder",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "base_model.model.": "unet",
 }
+# Layers of CLIP, which a UNet has not: files of a text encoder alone have no other prefix either.
+_OF_TEXT_ENCODER = re.compile(r"text_model[._]|encoder[._]layers[._]")
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,8 @@ def save_adapter(
         text_encoder: the model of the text encoder, whose part of the adapter is written too, if it has one.
 
     Raises:
-        ValueError: if there is no such adapter, or it is merged.
+        ValueError: if there is no such adapter, or it is merged; for a `folder` that is a file or a link to nothing,
+            and a link in the place of the file.
     """
     parts: dict[str, nn.Module] = {"unet": unet}
     if text_encoder is not None:
@@ -94,9 +114,11 @@ def save_adapter(
         alphas = {module.removeprefix(inner): alpha for module, alpha in layer_alphas(model, name).items()}
         tensors |= {f"{part}.{inner}{key}": value.float().cpu().contiguous() for key, value in own.items()}
         settings |= {f"{part}.{key}": value for key, value in peft_settings(ranks, alphas).items()}
-    target = Path(folder) / WEIGHTS
-    if target.parent.exists() and not target.parent.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder for the adapter")
+    target = disk.folder_to_write(folder) / WEIGHTS
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link; remove it, or name another folder for the adapter")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; name another folder for the adapter")
     target.parent.mkdir(parents=True, exist_ok=True)
     _write(target, tensors, {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})
     return target
@@ -122,8 +144,10 @@ def load_adapter(
             another model. The networks are unchanged then.
     """
     check_weight(name, weight)
+    _import_peft()
     file = _read(source)
     networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
+    refuse_others(file.path, file.tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
     loras = {part: _fitting(file, part, found, networks) for part, found in _sorted_out(file).items()}
     for part in loras:
         check_new_name(networks[part], name)
@@ -135,19 +159,16 @@ def _sorted_out(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Network → name of the layer as in the file → role → tensor."""
     parts: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in file.tensors.items():
-        if key.startswith(("lora_te2_", "text_encoder_2.")):
-            raise ValueError(
-                f"{file.path} is a LoRA for Stable Diffusion XL ({key}); choose one for Stable Diffusion 1.x or 2.x"
-            )
         end = max((end for end in _ROLES if key.endswith(end)), key=len, default=None)
         if end is None:
             raise ValueError(
-                f"{file.path}: {key} is no weight of a LoRA; DoRA, LoHa, LoKr and whole models are not read here, "
+                f"{file.path}: {key} is no weight of a LoRA; whole models and other adapters are not read here, "
                 "choose a plain LoRA"
             )
-        prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+        prefix = max((prefix for prefix in _PREFIXES if key.startswith(prefix)), key=len, default="")
         layer = key.removeprefix(prefix).removesuffix(end).replace(".processor.", ".")
-        roles = parts.setdefault(_PREFIXES.get(prefix, "unet"), {}).setdefault(layer, {})
+        part = "text_encoder" if _OF_TEXT_ENCODER.match(layer) else _PREFIXES.get(prefix, "unet")
+        roles = parts.setdefault(part, {}).setdefault(layer, {})
         if _ROLES[end] in roles:
             raise ValueError(f"{file.path} holds weights of {layer} under two names; save or download it again")
         roles[_ROLES[end]] = tensor
@@ -163,7 +184,7 @@ def _fitting(
             f"{file.path} also changes the text encoder ({len(found)} layers); load it into a pipeline (load_lora)"
         )
     layers = adaptable_layers(networks[part])
-    names = {alias: name for name in layers for alias in _aliases(name)}
+    names = names_in_files(layers)
     unknown = sorted(name for name in found if name not in names)
     if unknown:
         raise ValueError(
@@ -177,17 +198,6 @@ def _fitting(
             raise ValueError(f"{file.path}: {written} has not exactly one A and one B; save or download it again")
         loras[names[written]] = _lora(file, written, tensors, layers[names[written]], settings)
     return loras
-
-
-def _aliases(name: str) -> Iterator[str]:
-    """All names under which files have a layer."""
-    plain = name.removeprefix("text_model.")
-    short = re.sub(r"\.to_out\.0$", ".to_out", plain)  # old diffusers
-    old = re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", plain)  # old diffusers, text encoder
-    for alias in {plain, short, old}:
-        for full in (alias, f"text_model.{alias}"):
-            yield full
-            yield full.replace(".", "_")  # kohya
 
 
 def _lora(
@@ -205,10 +215,11 @@ def _lora(
                 f"{file.path}: {written} has a weight of shape {list(tensor.shape)}, but this model needs "
                 f"{list(wanted)}; it was made for another model"
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file.path}: {written} holds numbers that are not finite; train or download it again")
+        check_weights({written: tensor}, file.path)
+        converted({written: tensor}, layer.weight.dtype, file.path)
     if "alpha" in tensors:
-        alpha = float(tensors["alpha"]) if tensors["alpha"].numel() == 1 else math.nan
+        given_alpha = tensors["alpha"]
+        alpha = float(given_alpha) if given_alpha.numel() == 1 and not given_alpha.is_complex() else math.nan
     else:
         alpha = _alpha(written, rank, settings)
     if not math.isfinite(alpha):
@@ -251,6 +262,7 @@ def _read(source: str | os.PathLike[str]) -> _File:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  (it is no dict)
     except (SafetensorError, OSError) as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save or download it again") from None
     if not tensors:
         raise ValueError(f"{path} holds no weights; save or download it again")
@@ -266,6 +278,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} has settings that are no JSON ({error}); save or download it again") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has settings that are no JSON object; save or download it again")
@@ -274,7 +287,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
 
 def _find(source: str | os.PathLike[str]) -> Path:
     """The safetensors file that `source` means."""
-    path, text = Path(source).expanduser(), os.fspath(source)
+    path, text = disk.expanded(source), os.fspath(source)
     if path.is_dir():
         return path / _choice([child.name for child in path.iterdir() if child.is_file()], text)
     if path.suffix in PICKLES:

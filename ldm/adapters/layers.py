@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.lora import AdapterConfig, Lora, adaptable_layers, lora_shapes, peft_settings, target_layers
+from ldm.requirements import pip_install
+from ldm.wrapped import plain_name
 
 _STATE = "_ldm_adapters"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -82,10 +84,10 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
     """The tensors of an adapter, not copied: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, by name."""
     _unmerged_state(model, name)
     found = {}
-    for module, layer in _lora_layers(model).items():
+    for path, layer in _lora_layers(model).items():
         if name in layer.lora_A:
-            found[f"{module}.lora_A.weight"] = layer.lora_A[name].weight.detach()
-            found[f"{module}.lora_B.weight"] = layer.lora_B[name].weight.detach()
+            found[f"{plain_name(path)}.lora_A.weight"] = layer.lora_A[name].weight.detach()
+            found[f"{plain_name(path)}.lora_B.weight"] = layer.lora_B[name].weight.detach()
     return dict(sorted(found.items()))
 
 
@@ -108,7 +110,8 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: 
 
 def layer_alphas(model: nn.Module, name: str) -> dict[str, float]:
     """α of each layer that has the adapter."""
-    return {m: float(layer.lora_alpha[name]) for m, layer in _lora_layers(model).items() if name in layer.lora_A}
+    layers = {plain_name(path): layer for path, layer in _lora_layers(model).items() if name in layer.lora_A}
+    return {path: float(layer.lora_alpha[name]) for path, layer in layers.items()}
 
 
 def set_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
@@ -232,7 +235,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """`ValueError` unless an adapter may be added under this name now."""
-    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{name!r} cannot be the name of an adapter; use letters, digits, - and _, such as 'style'")
     if name in adapter_names(model):
         raise ValueError(f"there is an adapter {name!r} already; choose another name, or delete that one first")
@@ -277,7 +280,7 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f'LoRA needs peft, which cannot be imported ({error}); pip install "ldm[lora]"') from None
+        raise ValueError(f"LoRA needs peft, which cannot be imported ({error}); {pip_install('peft')}") from None
     return peft
 
 

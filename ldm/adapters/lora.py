@@ -81,10 +81,12 @@ def target_layers(layers: Iterable[str], wanted: Iterable[str]) -> list[str]:
         matches = {name for name in layers if name == target or name.endswith(f".{target}")}
         if not matches:
             ends = {".".join(name.split(".")[-count:]) for name in layers for count in (1, 2, 3)}
-            near = difflib.get_close_matches(target, sorted(ends), n=3, cutoff=0.0)
+            near = difflib.get_close_matches(target, sorted(ends), n=3)
+            usual = ", ".join(AdapterConfig.target_modules)
+            advice = f"near it are {', '.join(near)}" if near else f"usual are {usual}"
             raise ValueError(
                 f"target_modules has {target!r}, which is the end of no linear layer's or convolution's name here; "
-                f"near it are {', '.join(near)}"
+                f"{advice}"
             )
         chosen |= matches
     return sorted(chosen)

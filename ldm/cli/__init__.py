@@ -10,6 +10,7 @@ import typer
 
 import ldm
 from ldm.cli import autoencoder, data
+from ldm.cli.arguments import SeveralValues
 from ldm.cli.evaluate import evaluate
 from ldm.cli.generate import generate
 from ldm.cli.nll import nll
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
-app.command()(train)
+app.command(cls=SeveralValues)(train)
 app.command()(nll)
 app.command()(evaluate)
 app.add_typer(data.app, name="data")
@@ -45,11 +46,21 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2."""
+    """Runs the command; a ValueError is the user's, an OSError the disk's: one line and exit code 2. So is what does
+    not fit into memory.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # captions may be in any script, terminals are not
     try:
         app()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        from ldm.pipelines.memory import ran_out
+
+        if not ran_out(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        print(f"error: memory ran out ({reason}); ask for less at a time, or smaller pictures", file=sys.stderr)
         sys.exit(2)

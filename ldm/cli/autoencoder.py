@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ldm import disk
+from ldm.cli.arguments import output_file
 
 app = typer.Typer(help="Look at first stages: autoencoders between images and latents.", no_args_is_help=True)
 
@@ -43,19 +46,23 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
     tile: Annotated[str, typer.Option(help="As in ldm generate.", metavar="PIXELS")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+    ] = None,
 ) -> None:
     """Say what a first stage does to images, and whether to use it, fine-tune its decoder, train one, or do without."""
     if split not in ("held-out", "all"):
         raise ValueError(f"--split is {split}; it is held-out or all")
-    if output is not None and output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {output}; the picture is written as PNG, so let it end in .png")
+    if output is not None:
+        output = output_file("--output", output, [".png"], "the picture is written as PNG")
     if samples is not None and samples < 2:
         raise ValueError(f"--samples is {samples}; it must be at least 2")
     from tqdm import tqdm
 
+    from ldm.codecs import check_tile
     from ldm.data import CaptionedImages, DataConfig, generator, inspect, open_source
     from ldm.data import split as split_of
+    from ldm.data.layouts import check_path
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.first_stage import evaluate_first_stage, worst_sheet
     from ldm.evaluation.perceptual import perceptual_distance
@@ -65,8 +72,12 @@ def evaluate(
     from ldm.training.space import load_first_stage
 
     place = usable_device(device)
-    codec = load_first_stage(model).to(place)
-    codec.tile(int(tile) if tile.isdecimal() else tile)  # type: ignore[arg-type]
+    parts: Any = int(tile) if tile.isdecimal() else tile
+    check_tile(parts)  # what is wrong whatever the model is said before it is loaded
+    DataConfig(path=path, resolution=1 if resolution is None else resolution, held_out=held_out, background=background)
+    check_path(path)
+    codec = load_first_stage(str(disk.expanded(model)) if model.startswith("~") else model).to(place)
+    codec.tile(parts)
     space = feature_space(features, device=place, weights=weights)
     config = DataConfig(
         path=path,
@@ -81,7 +92,7 @@ def evaluate(
         raise ValueError(
             f"--resolution is {config.resolution}; reconstructions are judged from {SMALLEST_SIDE} pixels a side on"
         )
-    everything = inspect(open_source(config), config, progress=True).used
+    everything = inspect(open_source(config, captioned=False), config, progress=True).used
     learned, used = split_of(everything, held_out)
     if split == "all":
         learned, used = (), everything

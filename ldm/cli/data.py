@@ -20,6 +20,9 @@ def check(
     background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     split: Annotated[str, typer.Option(help="The split of a data set that has several.")] = "train",
     subset: Annotated[str | None, typer.Option(help="Its configuration, where it has several.")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the images that training will never see.")] = 0.1,
@@ -36,6 +39,7 @@ def check(
         background=background,
         image_column=image_column,
         caption_column=caption_column,
+        caption_source=caption_source,
         split=split,
         subset=subset,
         held_out=held_out,

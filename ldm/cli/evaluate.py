@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ldm import disk
+from ldm.cli.arguments import output_folder
+
 if TYPE_CHECKING:
     from ldm.data import CaptionedImages, DataConfig
     from ldm.evaluation.cells import Grid
@@ -57,30 +60,48 @@ def evaluate(
     store: Annotated[bool, typer.Option(help="With --sweep: store the best as the defaults of the model.")] = True,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of page, JSON and sheets; evaluation by default.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+    ] = None,
 ) -> None:
     """Draw pictures for captions of the data, and measure them against its images. Writes a page with all of it."""
+    from ldm.data import DataConfig
     from ldm.evaluation.evaluate import check_samples
+    from ldm.pipelines.arguments import check_steps, image_seeds
+    from ldm.pipelines.sampling import Settings
     from ldm.training.trained import find_run
 
+    # What is wrong whatever the model is said before it is loaded.
     check_samples(samples)
+    check_steps(steps)
+    Settings(num_inference_steps=1, guidance_scale=1.0 if guidance is None else guidance)
+    image_seeds(seed, samples)
+    DataConfig(path=path or "any", resolution=1, held_out=0.1 if held_out is None else held_out)
+    if sweep_samples < 1:
+        raise ValueError(f"--sweep-samples is {sweep_samples}; it must be at least 1")
     if reference < 1:
         raise ValueError(f"--reference is {reference}; it is a number of images, at least 1")
     if sweep and (steps is not None or guidance is not None):
         raise ValueError("--sweep chooses steps and guidance; say with --sweep-steps and --sweep-guidance what to try")
     grid = _grid(sweep_guidance, sweep_steps) if sweep else None
+    model = str(disk.expanded(model)) if model.startswith("~") else model
     run = find_run(model)
-    folder = output or _own_folder(model, run)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output is {folder}, a file; name a folder")
+    folder = output_folder("--output", output or _own_folder(model, run))
     try:
         _evaluate(
             _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),
-            columns={"image_column": image_column, "caption_column": caption_column},
+            columns={
+                "image_column": image_column,
+                "caption_column": caption_column,
+                "caption_source": caption_source,
+            },
             held_out=held_out,
             most=reference,
             features=(features, weights),
@@ -130,7 +151,7 @@ def _evaluate(
 ) -> None:
     from ldm.data.layouts import check_path
     from ldm.evaluation.clip import load_clip
-    from ldm.evaluation.evaluate import evaluate, expected
+    from ldm.evaluation.evaluate import captions_wanted, evaluate, expected
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.kept import KeptPictures
     from ldm.evaluation.page import Account
@@ -162,6 +183,11 @@ def _evaluate(
     compared = some_of(training, most, asked.seed), unseen and some_of(unseen, most, asked.seed)
     asked.folder.mkdir(parents=True, exist_ok=True)
     reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
+    wanted = captions_wanted(reference, asked.samples, asked.seed)
+    cut = pipeline.text_encoder.cut(caption for captions, _ in wanted.values() for caption in captions)
+    if cut:
+        notes.append(f"captions are cut: {cut}")
+        print(f"warning: {notes[-1]}", file=sys.stderr, flush=True)
     swept = None if sweep is None else _sweep(asked, pipeline, reference, space, *sweep)
     if swept is not None and swept.chosen.decided:
         asked.steps, asked.guidance = swept.chosen.cell.num_inference_steps, swept.chosen.cell.guidance_scale
@@ -241,7 +267,7 @@ def _data(
     if unseen is None:
         notes.append(
             "nothing is held out, so that there is no yardstick for quality, no text that the model has not seen, and "
-            "little to tell learning from memorising by (data.held_out)"
+            "little to tell learning from memorizing by (data.held_out)"
         )
     return training, unseen, notes
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import ldm
+from ldm import disk
+from ldm.cli.arguments import output_file
 
 if TYPE_CHECKING:
     from ldm.pipelines import PipelineOutput
@@ -63,44 +66,77 @@ def generate(
             metavar="PIXELS",
         ),
     ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+    ] = None,
 ) -> None:
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {output}; pictures are written as PNG, so let it end in .png")
-    if progress_strip is not None and (progress_strip.suffix.lower() != ".png" or progress_strip == output):
-        raise ValueError(f"--progress-strip is {progress_strip}; it must end in .png, and be another file than -o")
+    as_png = "pictures are written as PNG"
+    output = output_file("--output", output, [".png"], as_png)
+    if progress_strip is not None:
+        progress_strip = output_file("--progress-strip", progress_strip, [".png"], as_png)
+        if progress_strip == output:
+            raise ValueError(f"--progress-strip is {progress_strip}; it must be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
     options = dict(map(_option, sampler_option or []))
+    weighted = [_weighted(entry) for entry in lora or []]
+    from ldm.adapters import check_weight
+    from ldm.codecs import check_tile
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
+    from ldm.pipelines.arguments import check_size, check_steps, image_prompts, image_seeds
+    from ldm.pipelines.sampling import Settings
+    from ldm.text import cut_prompts_said
 
-    pipeline = Pipeline.from_pretrained(model, device=device)
-    pipeline.tile(int(tile) if tile.isdecimal() else tile)  # type: ignore[arg-type]
-    for number, entry in enumerate(lora or []):
-        source, weight = _weighted(entry)
-        pipeline.load_lora(source, name=f"lora{number}", weight=weight)
-    drawn: dict[str, Any] = {
-        "sampler": pipeline.sampler if sampler is None else sampler,
-        "sampler_options": options or None,
+    # What is wrong whatever the model is said before it is loaded.
+    parts: Any = int(tile) if tile.isdecimal() else tile
+    check_tile(parts)
+    for source, weight in weighted:
+        check_weight(source, weight)
+    check_size(height, width)
+    check_steps(steps)
+    image_prompts(prompt, negative_prompt, count)
+    if seed is not None:
+        image_seeds([seed, seed + count - 1], 2)
+    how: dict[str, Any] = {
         "eta": eta,
-        "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
-        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
         "guidance_rescale": guidance_rescale,
         "guidance_interval": guidance_interval,
         "dynamic_threshold": dynamic_threshold,
     }
-    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
-    result = pipeline(
-        prompt,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        num_images_per_prompt=count,
-        seed=seed,
-        on_step=strip,
-        **drawn,
+    Settings(
+        num_inference_steps=steps or 1,
+        guidance_scale=1.0 if guidance is None else guidance,
+        sampler=sampler or "ddim",
+        sampler_options=options if sampler else None,
+        **how,
     )
+    pipeline = Pipeline.from_pretrained(disk.expanded(model) if model.startswith("~") else model, device=device)
+    pipeline.tile(parts)
+    for number, (source, weight) in enumerate(weighted):
+        pipeline.load_lora(source, name=f"lora{number}", weight=weight)
+    drawn: dict[str, Any] = {
+        "sampler": pipeline.sampler if sampler is None else sampler,
+        "sampler_options": options or None,
+        "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
+        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
+        **how,
+    }
+    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
+    with cut_prompts_said():  # said below, since a wrong argument is one line and no more
+        result = pipeline(
+            prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_images_per_prompt=count,
+            seed=seed,
+            on_step=strip,
+            **drawn,
+        )
+    cut = pipeline.text_encoder.cut([prompt, negative_prompt or ""])
+    if cut:
+        print(f"warning: {cut}", file=sys.stderr)
     if guidance_interval is not None:  # JSON has no infinity
         drawn["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
     settings = drawn | {
@@ -140,9 +176,10 @@ def _weighted(entry: str) -> tuple[str, float]:
     """ "style.safetensors:0.7" → the name and the weight, 1 where there is none."""
     name, colon, weight = entry.rpartition(":")
     try:
-        return (name, float(weight)) if colon and name else (entry, 1.0)
+        source, number = (name, float(weight)) if colon and name else (entry, 1.0)
     except ValueError:
-        return entry, 1.0
+        source, number = entry, 1.0
+    return str(disk.expanded(source)) if source.startswith("~") else source, number
 
 
 def _option(entry: str) -> tuple[str, float]:

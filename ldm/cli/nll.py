@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ldm import disk
+from ldm.cli.arguments import output_file
 
 if TYPE_CHECKING:
     from ldm.evaluation.likelihood import Likelihood
@@ -26,37 +30,47 @@ def nll(
     seed: Annotated[int, typer.Option(help="Of the noise, and of images and timesteps that are drawn.")] = 0,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA by default where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+    ] = None,
 ) -> None:
     """Say how well a model of pixels knows images: the variational bound, in bits per dimension."""
     if split not in ("held-out", "all"):
         raise ValueError(f"--split is {split}; it is held-out or all")
     if variance not in (None, "small", "large"):
         raise ValueError(f"--variance is {variance}; it is small or large")
-    if output is not None and output.suffix.lower() not in (".svg", ".png"):
-        raise ValueError(f"--output is {output}; the plot is written as SVG or PNG, so let it end in .svg or .png")
+    if output is not None:
+        output = output_file("--output", output, [".svg", ".png"], "the plot is written as SVG or PNG")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    if steps_per_image is not None and (steps_per_image < 2 or steps_per_image % 2):
+        raise ValueError(f"steps per image is {steps_per_image}; it must be an even number, at least 2")
     from tqdm import tqdm
 
     from ldm.data import CaptionedImages, DataConfig, inspect, open_source
     from ldm.data import split as split_of
+    from ldm.data.layouts import check_path
     from ldm.evaluation.likelihood import likelihood
     from ldm.pipelines import Pipeline
 
-    pipeline = Pipeline.from_pretrained(model, device=device)
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be a whole number from 0 on")
+    columns = {"held_out": held_out, "image_column": image_column, "caption_column": caption_column}
+    columns |= {"caption_source": caption_source}
+    DataConfig(path=path, resolution=1, **columns)  # type: ignore[arg-type] # refused before a model is loaded
+    check_path(path)
+    pipeline = Pipeline.from_pretrained(disk.expanded(model) if model.startswith("~") else model, device=device)
     learned = pipeline.unet.config.learned_variance
     if learned and variance is not None:
         raise ValueError(f"--variance is {variance}, but {model} has learned its variances; leave it out")
-    config = DataConfig(
-        path=path,
-        resolution=pipeline.default_size[0],
-        held_out=held_out,
-        image_column=image_column,
-        caption_column=caption_column,
-    )
+    config = DataConfig(path=path, resolution=pipeline.default_size[0], **columns)  # type: ignore[arg-type]
     used = inspect(open_source(config), config, progress=True).used
     if split == "held-out":
         _, used = split_of(used, held_out)
@@ -75,6 +89,10 @@ def nll(
             seed=seed,
             progress=bar.update,
         )
+    asked_for = set(found.ids)
+    cut = pipeline.text_encoder.cut(sample.captions[0] for sample in images.samples if sample.id in asked_for)
+    if cut:
+        print(f"warning: captions are cut: {cut}", file=sys.stderr)
     if output is not None:
         from ldm.report.curves import Line
         from ldm.report.plots import save_plot

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ldm import disk
+
+MINUTES, ENCODER = 30.0, "minilm"
+# What to do about an option that a run has no place for once it has begun.
+FIXED = "the run keeps its own; leave it out, or start a new run"
+WAYS = {
+    "--output": "leave it out; a run folder may be moved while nothing runs in it",
+    "--minutes": "how long it goes on is said in steps, --set train.max_steps=N",
+    "--resolution": FIXED,
+    "--start-from": FIXED,
+    "--method": FIXED,
+    "--encoder": FIXED,
+    "--image-column": FIXED,
+    "--caption-column": FIXED,
+    "--plan": "its plan is plan.json in the run folder, and its config config.yaml; leave it out",
+}
 
 
 def train(
@@ -13,22 +29,29 @@ def train(
         str | None, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set on the hub.")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="The run folder; runs/NAME by default.")] = None,
-    minutes: Annotated[float, typer.Option(help="About how long training may take.")] = 30,
+    minutes: Annotated[
+        float | None, typer.Option(help=f"About how long training may take; {MINUTES} by default.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; chosen by default.")] = None,
     start_from: Annotated[
         str | None, typer.Option(help="A model to go on from: a pipeline folder or hub id; else a new one.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="With --start-from: full, attention or lora.")] = None,
-    encoder: Annotated[str, typer.Option(help="The text encoder of a new model.")] = "minilm",
+    encoder: Annotated[str | None, typer.Option(help=f"The text encoder of a new model; {ENCODER} by default.")] = None,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    caption_source: Annotated[
+        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE for the config, over what is chosen; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE for the config, over what is chosen, one or several; repeatable."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Choose, say why, print the config, and stop.")] = False,
     resume: Annotated[str | None, typer.Option(help="A run folder to go on with, instead of a new run.")] = None,
     accept: Annotated[
-        list[str] | None, typer.Option(help="With --resume, a key that may differ from what it was; repeatable.")
+        list[str] | None,
+        typer.Option(help="With --resume, a key that may differ from what it was, one or several; repeatable."),
     ] = None,
 ) -> None:
     """Train a model on captioned images: look at them, choose everything, say why, and start."""
@@ -37,16 +60,35 @@ def train(
     if resume is not None:
         if path is not None:
             raise ValueError(f"--resume {resume} goes on with the data of that run; leave {path} out")
-        raise typer.Exit(resume_run(Path(resume), accept or []))
+        given = {
+            "--output": output,
+            "--minutes": minutes,
+            "--resolution": resolution,
+            "--start-from": start_from,
+            "--method": method,
+            "--encoder": encoder,
+            "--image-column": image_column,
+            "--caption-column": caption_column,
+            "--plan": plan or None,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"--resume {resume} goes on with that run, and {option} is for a new one; {WAYS[option]}"
+                )
+        raise typer.Exit(resume_run(disk.expanded(resume), accept or [], settings or []))
+    if accept:
+        raise ValueError("--accept says what may differ from a run that is continued; it needs --resume")
     if path is None:
         raise ValueError("there is nothing to train on; name a folder of captioned images")
+    minutes = MINUTES if minutes is None else minutes
     if not 0 < minutes < float("inf"):
         raise ValueError(f"--minutes is {minutes}; it must be more than 0")
     if method is not None and (start_from is None or method not in ("full", "attention", "lora")):
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
     from ldm.training.choose import Wishes
 
-    where = Path(path).expanduser().resolve()
+    where = disk.expanded(path).resolve()
     name = where.name if where.is_dir() else where.stem if where.exists() else path.replace("/", "-")
     wishes = Wishes(
         output_dir=output or f"runs/{name}",
@@ -54,8 +96,8 @@ def train(
         resolution=resolution,
         start_from=start_from,
         method=method,
-        encoder=encoder,
+        encoder=ENCODER if encoder is None else encoder,
     )
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "caption_source": caption_source}
     data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
     raise typer.Exit(train_folder(data, wishes, settings or [], plan))

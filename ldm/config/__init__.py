@@ -1,6 +1,6 @@
 """Training configs: a YAML file and `--set a.b=value` → validated, frozen objects."""
 
-from ldm.config.files import C, load_config, parse_config, to_yaml, with_overrides
+from ldm.config.files import C, load_config, parse_config, read_config, to_yaml, with_overrides
 from ldm.config.schema import (
     AutoencoderLossConfig,
     AutoencoderTrainingConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "check_objective",
     "load_config",
     "parse_config",
+    "read_config",
     "section_of",
     "to_yaml",
     "with_overrides",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ldm.config.foreign import check_ours
+from ldm.config.reading import from_text, members_of, read_yaml, section_in, typed
 from ldm.config.schema import AutoencoderTrainingConfig, LDMConfig
 
 DERIVED = {
@@ -43,32 +47,84 @@ DERIVED = {
 FROM_START = {"space", "first_stage", "unet", "text", "schedule"}
 
 
+SCRIPTS: dict[type, str] = {
+    LDMConfig: "train/train_ldm.py",
+    AutoencoderTrainingConfig: "train/train_autoencoder.py",
+}
+NEAR = 0.7  # of difflib: max_step and max_steps have 0.94, model and method 0.55
+
+# What is shown of a wrong value: aliases of YAML can make it larger than memory.
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlevel, _short.maxlist, _short.maxdict = 2, 4, 4
+
+
 C = TypeVar("C", LDMConfig, AutoencoderTrainingConfig)
 
 
 def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
-    """Reads a YAML file, applies `a.b=value` overrides (values are YAML too), and validates the whole.
+    """Reads a YAML file, applies `a.b=value` overrides, and validates the whole. See `ldm.config.reading`.
 
     Raises:
         ValueError: in one line that names the file or the dotted key, the cause and the way out.
     """
+    check_scripts(read_config(path), kind, f"config {path}")
+    content = read_config(path, kind)
+    return parse_config(with_overrides(content, overrides, kind), kind, str(path))
+
+
+def read_config(path: Path, kind: type | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, in which everything is text, None, or a list or mapping of these.
+
+    Args:
+        kind: of config; keys of it that hold numbers have numbers then.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        inside = path / "config.yaml"
+        raise ValueError(f"config {path} is a folder; name a YAML file{f', {inside}' if inside.is_file() else ''}")
+    if path.suffix.lower() == ".toml":
+        raise ValueError(f"config {path} is TOML, and configs are YAML; start from one of the files in configs/")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} cannot be read ({error}); name an existing YAML file with --config") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path} holds no keys; start from one of the files in configs/")
-    return parse_config(with_overrides(content, overrides), kind, str(path))
+    try:
+        return content if kind is None else typing.cast(dict[str, Any], typed(content, kind, ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of a nested mapping in which each `a.b=value` is set."""
+def with_overrides(content: Mapping[str, Any], overrides: Sequence[str], kind: type = LDMConfig) -> dict[str, Any]:
+    """A copy of a nested mapping in which each `a.b=value` is set, by the types of the keys of `kind`."""
     changed = copy.deepcopy(dict(content))
     for override in overrides:
-        _apply(changed, override)
+        _apply(changed, override, kind)
     return changed
+
+
+def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
+    """Refuses a config of another tool, and one of the other script.
+
+    Raises:
+        ValueError: naming the keys that say so.
+    """
+    check_ours(content, where)
+    other = next(one for one in SCRIPTS if one is not kind)
+    known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
+    foreign = sorted(map(str, content.keys() - known))
+    if foreign and theirs.issuperset(foreign):
+        raise ValueError(
+            f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {' and no '.join(foreign)}; run "
+            "it with that script"
+        )
 
 
 def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
@@ -85,25 +141,40 @@ def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
         for key in derived.keys() & (given.keys() if isinstance(given, Mapping) else set()):
             raise ValueError(f"{where}: {section}.{key} follows from {derived[key]}; leave it out")
     try:
-        return TypeAdapter(kind).validate_python(dict(content))
+        return typing.cast(C, _adapter(typing.cast(Any, kind)).validate_python(dict(content)))
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(error, kind)}") from None
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _apply(content: dict[str, Any], override: str, kind: type) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set {override!r} is not of the form key=value, such as train.max_steps=500")
     *parents, last = key.strip().split(".")
-    target = content
+    target, hint = content, typing.cast(Any, kind)
     for i, parent in enumerate(parents):
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
+        hint = _type_of(parent, hint)
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict) or (hint is not None and section_in(members_of(hint)) is None):
             raise ValueError(f"--set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
-    try:
-        target[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {key}: {value!r} is not a valid value") from None
+    hint = _type_of(last, hint)
+    try:  # what is no key is refused with all others
+        target[last] = value if hint is None else from_text(value, hint, key.strip())
+    except ValueError as error:
+        raise ValueError(f"--set {error}") from None
+
+
+def _type_of(key: str, section: Any) -> Any:
+    """The type of a key of a section; None if there is no such key, or section."""
+    kind = None if section is None else section_in(members_of(section))
+    return None if kind is None else typing.get_type_hints(kind).get(key)
 
 
 def _explain(error: ValidationError, kind: type) -> str:
@@ -112,37 +183,50 @@ def _explain(error: ValidationError, kind: type) -> str:
     fault = faults[0]
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "unexpected_keyword_argument":
-        known = _dotted_keys(kind)
-        by_name = {key.rsplit(".", 1)[-1]: key for key in known}
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-        last = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_name, n=1, cutoff=0.5)
-        nearest = close[0] if close else by_name[last[0]] if last else None
-        advice = f"did you mean {nearest}?" if nearest else f"known are {', '.join(sorted(known))}"
-        return f"unknown key {path}; {advice}"
+        return f"unknown key {path}; {_advice(path, kind)}"
     if fault["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{path} is missing; set it in the file or with --set {path}=…"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{path}: {message}" if path else message
+    shown = "null" if fault["input"] is None else _short.repr(fault["input"])
     if fault["type"] == "tuple_type":
-        return f"{path} is {fault['input']!r}: write a list, [{fault['input']}]"
-    return f"{path} is {fault['input']!r}: {message[0].lower()}{message[1:]}"
+        return f"{path} is {shown}: write a list, [{fault['input'] if isinstance(fault['input'], str) else shown}]"
+    if fault["type"] == "string_type":
+        return f"{path} is {shown}, where a text is wanted; put it in quotes if it is one"
+    return f"{path} is {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _advice(path: str, kind: type) -> str:
+    """What to say of a key that a config does not have: the nearest one, if any is near, or all of its section."""
+    for other, script in SCRIPTS.items():
+        if other is not kind and path in _dotted_keys(other):
+            return f"it is a key of {script}"
+    section, _, last = path.rpartition(".")
+    known = _dotted_keys(kind)
+    beside = [key for key in known if key.rpartition(".")[0] == section]
+    for keys in (beside, known):
+        by_name = {key.rpartition(".")[2]: key for key in keys}
+        close = difflib.get_close_matches(last, by_name, n=1, cutoff=NEAR)
+        if close:
+            return f"did you mean {by_name[close[0]]}?"
+    return f"known {f'in {section} ' if section else ''}are {', '.join(sorted(beside))}"
 
 
 def _dotted_keys(kind: type, prefix: str = "") -> list[str]:
     keys = []
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        keys.append(prefix + item.name)
-        for part in (hints[item.name], *typing.get_args(hints[item.name])):
-            if isinstance(part, type) and dataclasses.is_dataclass(part):
-                keys += _dotted_keys(part, f"{prefix}{item.name}.")
+    for name, hint in typing.get_type_hints(kind).items():
+        if name not in {item.name for item in dataclasses.fields(kind)}:
+            continue
+        keys.append(prefix + name)
+        section = section_in(members_of(hint))
+        keys += [] if section is None else _dotted_keys(section, f"{prefix}{name}.")
     return keys
 
 
 def to_yaml(config: LDMConfig | AutoencoderTrainingConfig) -> str:
     """The complete config, every default spelled out, in a form that `load_config` reads back."""
-    content = TypeAdapter(type(config)).dump_python(config, mode="json")
+    content = _adapter(typing.cast(Any, type(config))).dump_python(config, mode="json")
     if isinstance(config, LDMConfig):
         for key in FROM_START if config.start_from is not None else {"start_from", "finetune"}:
             del content[key]

@@ -13,7 +13,7 @@ from ldm.data.sources import BUILT_IN
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
 from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import check_sampler
-from ldm.diffusion.schedule import check_start
+from ldm.diffusion.schedule import check_precision, check_start
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
 from ldm.models.perceptual import SMALLEST_SIDE
@@ -38,9 +38,22 @@ def _outside(output_dir: str, key: str, path: str | None) -> None:
         raise ValueError(f"{key} is {path!r}, inside output_dir {output_dir!r}; choose another output_dir")
 
 
+def _check_homes(**paths: str | None) -> None:
+    """Refuses `~name/…` of a user that does not exist."""
+    for key, path in paths.items():
+        if path is not None and path.startswith("~"):
+            try:
+                Path(path).expanduser()
+            except RuntimeError:
+                raise ValueError(
+                    f"{key} is {path!r}, in the home of a user that does not exist; write ./{path} for a folder"
+                ) from None
+
+
 def _check_output(output_dir: str, data: DataConfig) -> None:
     if not output_dir.strip():
         raise ValueError("output_dir is empty; name a folder for the run")
+    _check_homes(output_dir=output_dir)
     _outside(output_dir, "data.path", data.path)
     folder = Path(data.path).expanduser()
     # The pictures of a run would be data of the next.
@@ -86,8 +99,9 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
-        cpu_threads: threads of a process that computes on the CPU; None shares the machine's cores among the
-            processes, whatever OMP_NUM_THREADS says (`accelerate launch` sets it to 1).
+        cpu_threads: threads of a process that computes on the CPU. None takes the number of OMP_NUM_THREADS or
+            MKL_NUM_THREADS; without them that of the run that is resumed; for a new one the number that is measured to
+            be the fastest.
         checkpoint_every: steps between checkpoints, besides the one at the end.
         checkpoint_minutes: minutes between them at most; None counts steps alone.
         keep_checkpoints: how many of the newest checkpoints stay.
@@ -242,6 +256,8 @@ class SampleConfig:
         if not self.prompts:
             raise ValueError("prompts is empty; give at least one text")
         _positive(self, "images_per_prompt", "num_inference_steps")
+        if not 0 <= self.seed < 2**63 - self.images_per_prompt:
+            raise ValueError(f"seed is {self.seed}; it must be a whole number from 0 on, below 2**63 for all pictures")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
 
@@ -310,6 +326,7 @@ class LDMConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
+        _check_homes(first_stage=self.first_stage, start_from=self.start_from)
         _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "first_stage", self.first_stage)
         _outside(self.output_dir, "start_from", self.start_from)
@@ -336,6 +353,7 @@ class LDMConfig:
                 f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
                 "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
             )
+        check_precision(self.schedule.prediction_type, self.train.mixed_precision)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_objective(self.train.loss, schedule, self.schedule.prediction_type, self.sample)
         grid = schedule.grid(
@@ -412,6 +430,7 @@ class AutoencoderTrainingConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
+        _check_homes(start_from=self.start_from)
         _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "start_from", self.start_from)
         if self.autoencoder is not None and self.vq is not None:

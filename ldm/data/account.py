@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ldm.data.captions import printable
+from ldm.data import color
+from ldm.data.captions import plural, printable
 from ldm.data.dataset import split
 from ldm.data.inspection import Duplicate, Inspection
-from ldm.data.sources import WAYS_OUT, DataConfig, Sample, Skipped
+from ldm.data.sources import WAYS_OUT, CaptionSource, DataConfig, Sample, Skipped
 
 _TOP = 10  # of the captions that most images share
 # Widths to heights; an image counts for the nearest, by ratio.
@@ -44,6 +45,7 @@ class Captions:
     Args:
         total, distinct: how many captions the used images have, and how many different texts.
         templated: how many of them `data.caption_templates` has made of others.
+        without: used images that have none, in an account for someone who needs none.
         missing, empty: entries that are skipped for that.
         words: least, median and most words of a text; None without captions.
         repeated: (text, number of images) of the texts that most images share, at most ten.
@@ -60,6 +62,7 @@ class Captions:
     too_long: tuple[TooLong, ...] | None
     uncounted: str
     templated: int = 0
+    without: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Account:
         near_duplicates: used images that show one picture; one tuple a picture.
         formats, modes, traits: number of used images for each; see `Decoded`.
         treatment: what is done with each trait that occurs.
+        caption_sources: where the folder has captions, the one that is used, others, and files that are not read.
         notes: what is worth knowing; `needs_attention`: what should be mended, and how. One line each.
     """
 
@@ -114,6 +118,7 @@ class Account:
     treatment: dict[str, str]
     notes: tuple[str, ...]
     needs_attention: tuple[str, ...]
+    caption_sources: tuple[CaptionSource, ...] = ()
 
     def line(self) -> str:
         """One line, for the start of a training."""
@@ -122,6 +127,18 @@ class Account:
         return printable(
             f"{self.name}: {what}: {self.used} used ({self.training} to train on, {self.held_out} held "
             f"out), {self.skipped} skipped, {plural(self.duplicate, 'duplicate')}"
+            + (f"; {self.captions.without} without a caption" if self.captions.without else "")
+        )
+
+    def unused_captions(self, *, harmless: bool = False) -> tuple[str, ...]:
+        """One line for each file or other source of captions that may be missed; with `harmless`, for the others."""
+        return tuple(
+            printable(
+                f"{_about(source)} and is not used: {source.reason}"
+                + ("; data.caption_source chooses what is" if self.used else "")
+            )
+            for source in self.caption_sources
+            if source.reason and source.is_missed != harmless
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,11 +192,12 @@ def account_of(
         treatment={trait: treatment.get(trait, "converted to RGB") for trait in traits},
         notes=(),
         needs_attention=(),
+        caption_sources=inspection.caption_sources,
     )
     return replace(
         account,
         notes=tuple(printable(line) for line in _notes(account, inspection)),
-        needs_attention=tuple(printable(line) for line in _needs_attention(account, config, used)),
+        needs_attention=tuple(printable(line) for line in _needs_attention(account, config, inspection)),
     )
 
 
@@ -188,9 +206,13 @@ def quoted(caption: str, longest: int = 60) -> str:
     return f'"{printable(caption)}"' if len(caption) <= longest else f'"{printable(caption[:longest].rstrip())}…"'
 
 
-def plural(count: int, one: str, many: str = "") -> str:
-    """ "1 image", "2 images"."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def _about(source: CaptionSource) -> str:
+    what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
+    name = what.get(source.name, source.name)
+    if not source.images:
+        return f"{name} names no image that is there"
+    rest = f" ({source.more} of them without a caption)" if source.more else ""
+    return f"{name} {'captions' if source.name in what else 'names'} {plural(source.images, 'image')}{rest}"
 
 
 def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]] | None, uncounted: str) -> Captions:
@@ -221,6 +243,7 @@ def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]]
         too_long=too_long,
         uncounted="" if lost is not None else uncounted,
         templated=sum(sample.templated for sample in inspection.used),
+        without=sum(not sample.captions for sample in inspection.used),
     )
 
 
@@ -265,7 +288,9 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 def _treatment(background: str) -> dict[str, str]:
     return {
         "rotated": "turned upright, as EXIF says",
-        "cmyk": "converted to RGB without a colour profile, so colours may shift",
+        color.CONVERTED: "converted from their color profiles to sRGB",
+        **{trait: f"{what}; taken as sRGB" for trait, what in _UNCERTAIN.items()},
+        "cmyk": "converted to RGB without a color profile, so colors may shift",
         "16-bit": "scaled to 8 bits",
         "palette": "converted to RGB",
         "transparent": f"laid on {background}; data.background chooses another colour",
@@ -274,6 +299,14 @@ def _treatment(background: str) -> dict[str, str]:
 
 
 _SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+
+
+# Colors that are not converted, though the image says that they are not sRGB.
+_UNCERTAIN = {
+    color.UNUSABLE: "a color profile that is damaged or of another kind of image",
+    color.GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
+    color.ADOBE: "Adobe RGB in EXIF, and no color profile",
+}
 
 
 def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
@@ -297,15 +330,21 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
             )
         )
     tops = {sample.id.split("/")[0] for sample in inspection.used if "/" in sample.id}
-    if "train" in tops and tops & _SPLITS:
-        others = ", ".join(f"{name}/" for name in sorted(tops & _SPLITS))
-        yield f"what lies in train/ and {others} is taken together; name the folder train/ itself to leave the rest out"
+    training = sorted(top for top in tops if top.rstrip("0123456789") == "train")  # COCO's is train2017
+    others = sorted(top for top in tops if top.rstrip("0123456789") in _SPLITS)
+    if training and others:
+        yield (
+            f"what lies in {training[0]}/ and {', '.join(f'{name}/' for name in others)} is taken together; name the "
+            f"folder {training[0]}/ itself, or with data.caption_source its captions, to leave the rest out"
+        )
+    if not account.captions.without:
+        yield from account.unused_captions(harmless=True)
     if inspection.unkept:
         yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
 
 
-def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample]) -> Iterable[str]:
-    captions, sizes = account.captions, account.sizes
+def _needs_attention(account: Account, config: DataConfig, inspection: Inspection) -> Iterable[str]:
+    captions, sizes, used = account.captions, account.sizes, inspection.used
     if not account.used:
         yield f"no image can be used; {WAYS_OUT}"
     if account.skipped:
@@ -313,6 +352,16 @@ def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample
         told = ", ".join(f"{count} × {reason}" for reason, count in reasons)
         more = " and other reasons" if len({entry.reason for entry in account.skipped_files}) > 3 else ""
         yield f"{account.skipped} of {account.total} are skipped ({told}{more}); mend or remove them"
+    if not captions.without:
+        yield from account.unused_captions()
+    for trait, what in _UNCERTAIN.items():
+        # A curated source that nobody looked at has no kinds.
+        bearers = [sample.shown for sample, kind in zip(used, inspection.kinds, strict=False) if trait in kind.traits]
+        if bearers:
+            yield (
+                f"{plural(len(bearers), 'image has', 'images have')} {what}, so that colors may be wrong: {bearers[0]}"
+                f"{' and others' if len(bearers) > 1 else ''} taken as sRGB; save them again in sRGB"
+            )
     if captions.too_long:
         first = captions.too_long[0]
         yield (
@@ -326,7 +375,7 @@ def _needs_attention(account: Account, config: DataConfig, used: Sequence[Sample
             f"original: {copy.path} says {quoted(copy.captions[0])}, and shows what {copy.of} shows; all captions are "
             "drawn, so remove those that are wrong"
         )
-    if account.used > 1 and captions.distinct == 1:
+    if account.used > 1 and captions.distinct == 1 and not captions.without:
         yield (
             f"all {account.used} images have one caption, {quoted(captions.repeated[0][0])}: the text cannot tell them "
             "apart; describe what each shows"

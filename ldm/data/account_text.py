@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from ldm.data.account import Account, Size, plural, quoted
-from ldm.data.captions import printable
+from ldm.data.account import Account, Size, quoted
+from ldm.data.captions import plural, printable
 
 _SHOWN = 10  # of each list
 _LABEL = 12  # columns
@@ -37,6 +37,8 @@ def _paragraphs(account: Account, shown: int | None) -> Iterator[tuple[str, list
         [f"{count} {printable(trait)}: {account.treatment[trait]}" for trait, count in account.traits.items()],
     )
     yield "captions", list(_captions(account, shown))
+    if any(source.reason for source in account.caption_sources):
+        yield "sources", _cut(list(_sources(account)), shown)
     yield "alike", _cut([_names(names, shown) for names in account.near_duplicates], shown)
     yield "copies", _cut([f"{printable(copy.path)} = {printable(copy.of)}" for copy in account.duplicate_files], shown)
     yield "skipped", list(_skipped(account, shown))
@@ -87,6 +89,11 @@ def _skipped(account: Account, shown: int | None) -> Iterator[str]:
     for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         yield f"{len(paths)} × {printable(reason)}"
         yield from _cut([f"  {printable(path)}" for path in paths], shown, "  ")
+
+
+def _sources(account: Account) -> Iterator[str]:
+    for source in account.caption_sources:
+        yield f"{printable(source.name)}: {plural(source.images, 'image')}, {'not used' if source.reason else 'used'}"
 
 
 def _names(names: Sequence[str], shown: int | None) -> str:

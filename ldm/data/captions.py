@@ -10,6 +10,12 @@ from collections.abc import Iterable
 
 # In the order in which they are preferred; compared without regard to case, "-" and " " read as "_".
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
+# Of the columns of tables that name image files: "comment" is what Flickr30k calls a caption.
+TABLE_CAPTION_NAMES = (*CAPTION_NAMES, "comment")
+FILE_NAMES = (
+    *("file_name", "filename", "file", "image_file_name", "image_file", "image_path", "img_path", "image_name"),
+    *("image", "img", "file_path", "filepath", "path"),
+)
 
 # A caption has a few hundred bytes. What is larger by a factor of a thousand is not one, and would fill memory.
 MAX_TEXT_BYTES = 2**20
@@ -31,6 +37,11 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def caption(text: object) -> str:
@@ -184,7 +195,7 @@ def choose(
     Raises:
         ValueError: listing the columns.
     """
-    listed = ", ".join(printable(column) for column in columns)
+    listed = ", ".join([*(printable(column)[:60] for column in columns[:30]), *(["…"] if len(columns) > 30 else [])])
     if given is not None:
         if given not in columns:
             raise ValueError(f'data.{key} is "{given}", but {where} has no such column; it has {listed}')

@@ -17,10 +17,12 @@ KEY_NAMES = ("__key__", "key", "id", "image_id", "file_name", "filename")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table of images: `key` names rows, `classes` are the words for a caption of whole numbers."""
+    """The columns of a table of images: `key` names rows, `classes` are the words for a caption of whole numbers;
+    `caption` is None where there is none and none is needed.
+    """
 
     image: str
-    caption: str
+    caption: str | None
     key: str | None
     classes: tuple[str, ...] | None
 
@@ -35,12 +37,13 @@ def has_images(schema: Any) -> bool:
     return bool(_image_columns(schema))
 
 
-def pick_columns(where: str, schema: Any, config: DataConfig) -> Columns:
+def pick_columns(where: str, schema: Any, config: DataConfig, captioned: bool = True) -> Columns:
     """The columns that the config names, or those that their types and names give away.
 
     Args:
         where: what has the columns, for messages.
         schema: an Arrow schema; `datasets` writes its features into the metadata.
+        captioned: refuse a table whose column of captions cannot be told.
 
     Raises:
         ValueError: listing the columns, if one is missing, of another type, or several are as likely.
@@ -62,14 +65,20 @@ def pick_columns(where: str, schema: Any, config: DataConfig) -> Columns:
         for field in schema
         if field.name != image and (is_text(field.type) or is_texts(field.type) or field.name in classes)
     ]
-    caption = choose(where, columns, captions, CAPTION_NAMES, "caption_column", config.caption_column)
+    keys = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
+    key = match(keys, KEY_NAMES)
+    try:
+        caption = choose(where, columns, captions, CAPTION_NAMES, "caption_column", config.caption_column)
+    except ValueError:
+        if captioned or config.caption_column is not None:
+            raise
+        return Columns(image, None, key, None)
     if caption not in captions:
         raise ValueError(
             f'{where}: column "{caption}" holds {schema.field(caption).type}, not texts; set data.caption_column to '
             f"one of {', '.join(captions) or 'another table'}"
         )
-    keys = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
-    return Columns(image, caption, match(keys, KEY_NAMES), classes.get(caption))
+    return Columns(image, caption, key, classes.get(caption))
 
 
 def _image_columns(schema: Any) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.cores import usable_cores
 from ldm.data.buckets import Buckets, assign, bucket_sizes, squares
 from ldm.data.images import cover
 from ldm.data.keyed import generator
@@ -120,8 +120,10 @@ class CaptionedImages(Dataset[Item]):
         return Item(sample.id, epoch, index, self.caption_at(epoch, index), flipped, self.shape_of(index), image)
 
     def caption_at(self, epoch: int, index: int) -> str:
-        """Which of its captions a sample has in an epoch."""
+        """Which of its captions a sample has in an epoch; "" for one that has none."""
         sample = self.samples[index]
+        if not sample.captions:
+            return ""
         return sample.captions[int(self._draw("caption", epoch, sample).integers(len(sample.captions)))]
 
     def shape_of(self, index: int) -> tuple[int, int]:
@@ -186,7 +188,7 @@ class CaptionedImages(Dataset[Item]):
 def _native_sizes(samples: Sequence[Sample]) -> list[tuple[int, int]]:
     """(width, height) of each image, as found."""
     # Decoding releases the interpreter lock, so threads use all cores.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(lambda sample: sample.size or sample.load().size, samples))
 
 

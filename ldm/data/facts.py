@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import PIL
 from numpy.typing import NDArray
+from PIL import features
 
 from ldm.data.images import FORMATS
 from ldm.data.similar import THUMBNAIL, Bytes, thumbnail
 from ldm.data.sources import DataConfig, Decoded
 
 # Goes up with whatever changes what is kept, or what `decode` makes of the same bytes.
-_VERSION = 2
+_VERSION = 3
 
 _DIGEST = 16
 _RECORD = np.dtype(
@@ -30,7 +31,7 @@ _RECORD = np.dtype(
         ("size", "<u4", 2),
         ("format", "S8"),
         ("mode", "S8"),
-        ("traits", "S64"),
+        ("traits", "S96"),
         ("thumbnail", np.uint8, (THUMBNAIL, THUMBNAIL, 3)),
         ("check", "<u4"),
     ]
@@ -74,7 +75,9 @@ class FactsStore:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        depends = repr((_VERSION, PIL.__version__, FORMATS, config.background_rgb, _RECORD.descr))
+        depends = repr(
+            (_VERSION, PIL.__version__, features.version("littlecms2"), FORMATS, config.background_rgb, _RECORD.descr)
+        )
         self.folder = config.cache_folder / "facts" / hashlib.blake2b(depends.encode(), digest_size=8).hexdigest()
 
     def write(self, facts: Sequence[tuple[str, Facts]]) -> None:

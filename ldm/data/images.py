@@ -7,22 +7,27 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from ldm.data.color import CONVERTED, said_otherwise, to_srgb
+from ldm.data.kinds import what_is
+from ldm.data.png import without_texts
 from ldm.data.sources import Decoded
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Not every build of Pillow has libavif.
+_AVIF = bool(features.check("avif"))
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", *([".avif"] * _AVIF)})
 # What is decoded is told by the bytes, not by the suffix, so the formats are limited here too: Pillow knows
 # some that start other programs (EPS runs Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] * _AVIF))
 # Raised when the way from stored bytes to pixels changes what comes out, in any source: encoded images are kept under
 # their bytes and this.
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 
 
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
-    """Decodes an image file completely: its first frame, upright, in mode RGB, on `background`.
+    """Decodes an image file completely: its first frame, upright, in sRGB and mode RGB, on `background`.
 
     Raises:
         ValueError: with the reason, if the bytes cannot be read as an image.
@@ -30,13 +35,17 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     if not data:
         raise ValueError("the file is empty")
     try:
+        data, profile = without_texts(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Pillow hands out 16-bit colours as 8 bits, and forgets about it once they are loaded.
+            if profile is not None:
+                image.info["icc_profile"] = profile
+            # Pillow hands out 16-bit colors as 8 bits, and forgets about it once they are loaded.
             deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
-            upright = ImageOps.exif_transpose(image)
-            return Decoded(to_rgb(upright, background), image.format or "", image.mode, tuple(_traits(image, deep)))
+            upright, found = to_srgb(ImageOps.exif_transpose(image))
+            traits = tuple(_traits(image, deep, found or said_otherwise(image)))
+            return Decoded(to_rgb(upright, background), image.format or "", image.mode, traits)
     except UnidentifiedImageError as error:
-        raise ValueError(f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
+        raise ValueError(what_is(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow stops warning and refuses
         raise ValueError(f"more than {most:,} pixels, which would fill memory; save it smaller") from error
@@ -47,10 +56,12 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
         raise ValueError(reason or type(error).__name__) from error
 
 
-def _traits(image: Image.Image, deep: bool) -> Iterator[str]:
+def _traits(image: Image.Image, deep: bool, colors: str | None) -> Iterator[str]:
     if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):  # all else turns nothing, such as 0
         yield "rotated"
-    if image.mode == "CMYK":
+    if colors is not None:
+        yield colors
+    if image.mode == "CMYK" and colors != CONVERTED:
         yield "cmyk"
     if deep:
         yield "16-bit"

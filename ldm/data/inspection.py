@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import defaultdict
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm.cores import usable_cores
 from ldm.data.facts import Facts, FactsStore, KnownFacts, facts_of
 from ldm.data.similar import THUMBNAIL, Bytes, clusters
-from ldm.data.sources import DataConfig, Sample, Skipped, Source, digest_of
+from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source, digest_of
 
 # Images that are looked at before what was found is written: what an interruption costs.
 _BLOCK = 256
@@ -56,6 +56,7 @@ class Inspection:
         near: ids of used samples that show one picture, some of them re-saved, resized, retouched or mirrored.
         kinds: of each used sample; empty where a curated source was passed through unseen.
         unkept: why what was found could not be kept for the next start; "" where it was.
+        caption_sources: those of the source.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Inspection:
     near: tuple[tuple[str, ...], ...] = ()
     kinds: tuple[Kind, ...] = ()
     unkept: str = ""
+    caption_sources: tuple[CaptionSource, ...] = ()
 
     @property
     def total(self) -> int:
@@ -92,16 +94,16 @@ def inspect(
     give them a new group, and with it another side of the split.
 
     Args:
-        workers: threads; None for one a core. Their number changes nothing in the result.
+        workers: threads; None for one a core that may be used. Their number changes nothing in the result.
         progress: a bar on stderr, if it takes longer than two seconds.
         everything: look at the images of a curated source too. Nothing of it is dropped or regrouped, for training
             takes it as it is; what is alike is only reported.
     """
     if source.curated and not everything:
-        return Inspection(source.name, source.samples, source.skipped)
+        return Inspection(source.name, source.samples, source.skipped, caption_sources=source.caption_sources)
     assert len({sample.id for sample in source.samples}) == len(source.samples), "ids are distinct"
     store = None if source.curated else FactsStore(config)
-    found, unreadable, thumbnails, unkept = _look(source.samples, store, workers, progress)
+    found, unreadable, thumbnails, unkept = _look(source, store, workers, progress)
     by_name = sorted(found, key=lambda one: natural_order(one.sample.id))
     first = by_name if source.curated else _first_of_pixels(by_name)
     copies = {one.sample.id: of for one, of in zip(by_name, first, strict=True) if one is not of}
@@ -127,6 +129,7 @@ def inspect(
         tuple(tuple(one.sample.id for one in alike) for alike in near),
         tuple(one.kind for one in used),
         unkept,
+        source.caption_sources,
     )
     assert inspection.total == len(source.samples) + len(source.skipped), "every sample is accounted for once"
     return inspection
@@ -160,9 +163,10 @@ class _Found(NamedTuple):
 
 
 def _look(
-    samples: Sequence[Sample], store: FactsStore | None, workers: int | None, progress: bool
+    source: Source, store: FactsStore | None, workers: int | None, progress: bool
 ) -> tuple[list[_Found], list[Skipped], Bytes, str]:
     """(what can be decoded, what cannot, thumbnails [N, 16, 16, 3], why nothing is kept in `store`)."""
+    samples = source.samples
     known = store.open() if store else None
     found: list[_Found] = []
     unreadable: list[Skipped] = []
@@ -170,11 +174,13 @@ def _look(
     kinds: dict[Kind, Kind] = {}  # one object for all that are alike
     unkept = ""
     # Decoding, hashing and resizing release the interpreter lock, so threads use all cores.
-    with _quiet_decoding(), _bar(len(samples), progress) as bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with _quiet_decoding(), _bar(len(samples), progress) as bar, ThreadPoolExecutor(workers or usable_cores()) as pool:
         for start in range(0, len(samples), _BLOCK):
             block = samples[start : start + _BLOCK]
             fresh = []
-            for place, seen in enumerate(pool.map(lambda sample: _examine(sample, known), block), start):
+            for place, seen in enumerate(
+                pool.map(lambda sample: _examine(sample, known, source.captioned), block), start
+            ):
                 if isinstance(seen, str):
                     unreadable.append(Skipped(samples[place].shown, seen))
                     continue
@@ -194,9 +200,9 @@ def _look(
     return found, unreadable, thumbnails, unkept
 
 
-def _examine(sample: Sample, known: KnownFacts | None) -> tuple[str, Facts, bool] | str:
+def _examine(sample: Sample, known: KnownFacts | None, captioned: bool) -> tuple[str, Facts, bool] | str:
     """(digest, facts, whether they had to be found out), or why the sample cannot be used."""
-    if not sample.captions:
+    if captioned and not sample.captions:
         return "no caption"
     try:
         data = sample.read()

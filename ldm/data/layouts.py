@@ -1,64 +1,76 @@
 """Any path as a source of captioned images: what it holds says what it is.
 
-A folder is read in the first of these layouts that it has; all are looked for in the folders below it too:
+A data set that `datasets.save_to_disk` wrote is that. Any other folder is read by the source of captions that it has,
+in the folders below it too:
 
-1. a data set that `datasets.save_to_disk` wrote;
-2. metadata: `metadata.csv`, `.tsv`, `.jsonl` or `.parquet`, naming image files and their captions. Several of them
-   all count, each for the folder it lies in;
-3. one table of another name whose rows name image files that are there;
-4. captions beside images: `a.txt`, `a.caption` (every line a caption), or `a.json` with a caption in it;
-5. webdataset shards: `.tar`;
-6. tables with the images in them: `.parquet`, `.arrow`;
-7. classes: images in sub-folders, whose names are the captions.
+1. metadata: `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, naming image files and their captions. Several of
+   them all count, each for the folder it lies in;
+2. a table of another name whose rows name image files that are there: CSV, JSON lines, kohya's JSON, Flickr's lists,
+   and all of COCO's annotations together;
+3. captions beside images: `a.txt`, `a.caption` (every line a caption), or `a.json` with a caption in it;
+4. shards: webdataset's `.tar`, else tables with the images in them, `.parquet` and `.arrow`;
+5. where there is no other, classes: images in sub-folders, whose names are the captions.
 
-Layouts are not mixed: what only a later one would have captioned is skipped, with that reason. In 5 and 6,
-`split` and `subset` choose among the files; a file that is given as the path is read whatever its name says.
+Of several, the one that captions most images is read, of equals the first; `caption_source` chooses another. They are
+not mixed: the others are named with the number of their images, and so are files that look as if they held captions
+and cannot be read. Beside these no captions are invented of the names of folders. Of shards, `split` and `subset`
+choose some; a file that is given as the path is read whatever its name says.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ldm.data.captions import printable
+from ldm.data.captions import plural, printable
 from ldm.data.columns import has_images
 from ldm.data.folder import (
     IMAGES,
+    Candidate,
     Found,
     Listing,
     foreign,
     list_classes,
     list_sidecars,
+    sample_of,
+    stem,
     suffix,
     summary,
     unnamed_image,
     walk,
 )
-from ldm.data.metadata import list_metadata, list_named_table
+from ldm.data.metadata import METADATA, list_metadata, list_named_tables
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
 from ldm.data.rows import first_line
-from ldm.data.sources import BUILT_IN, WAYS_OUT, DataConfig, NothingCaptionedError, Skipped, Source
+from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NothingCaptionedError, Skipped, Source
 from ldm.data.splits import choose_split
 from ldm.data.tables import Table, is_saved, list_tables, open_arrow, open_hub, open_parquet, open_saved
 from ldm.data.tars import list_tar
+from ldm.data.unread import unread
+
+SIDECARS, SHARDS, FOLDERS = "sidecars", "shards", "folders"
 
 
-def open_path(config: DataConfig) -> Source:
+def open_path(config: DataConfig, captioned: bool = True) -> Source:
     """Opens the folder, the file, or the data set of the hub that `config.path` names; see the module.
+
+    Args:
+        captioned: leave out images without a caption.
 
     Raises:
         ValueError: if there is none, nothing in it has a caption, or the config asks for what it does not have.
     """
     path = Path(config.path).expanduser().absolute()  # samples are read wherever the process goes
     if path.is_dir():
-        return _open_saved(path, config) if is_saved(path) else _open_folder(path, config)
+        return _open_saved(path, config, captioned) if is_saved(path) else _open_folder(path, config, captioned)
     if path.exists():
-        return _open_file(path, config)
+        return _open_file(path, config, captioned)
     check_path(config.path)
-    listing = Listing("", *list_tables([open_hub(config)], None, config))
-    return _source(config.path, listing, f"data set {config.path} has no captioned image")
+    listing = Listing("", *list_tables([open_hub(config, captioned)], None, config, captioned))
+    return _source(config.path, listing, f"data set {config.path} has no captioned image", captioned)
 
 
 def check_path(name: str) -> None:
@@ -71,32 +83,223 @@ def check_path(name: str) -> None:
         raise ValueError(f"data.path {name} does not exist; {hint}")
 
 
-def _open_saved(folder: Path, config: DataConfig) -> Source:
-    listing = Listing("", *list_tables([open_saved(folder, config)], folder, config))
-    return _source(str(folder), listing, f"no captioned image in {folder}")
+def _open_saved(folder: Path, config: DataConfig, captioned: bool) -> Source:
+    listing = Listing("", *list_tables([open_saved(folder, config, captioned)], folder, config, captioned))
+    return _source(str(folder), listing, f"no captioned image in {folder}", captioned)
 
 
-def _open_folder(folder: Path, config: DataConfig) -> Source:
+def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     found = walk(folder)
     tables, broken = _tables_with_images(found)
     # Who names a column of images means a table.
     shards = tables if config.image_column is not None else found.ending(".tar") or tables
-    name, listing = str(folder), list_metadata(found, tables, config) or list_named_table(found, config)
-    if listing is None and config.image_column is None:
-        listing = list_sidecars(found, config.caption_column, config.background_rgb)
-    if listing is None and shards:
-        chosen, split = choose_split(str(folder), shards, config)
-        listing = _list_shards(found, chosen, config)
+    candidates, reasons = _written(found, tables, config)
+    classes = list_classes(found, config.background_rgb) if config.image_column is None else None
+    in_shards = _shard_images(found, shards, config) if shards and (candidates or classes) else 0
+    chosen = _choose(found, candidates, reasons, shards, in_shards, classes, config, captioned)
+    name, listing = str(folder), Listing("")
+    if chosen == SHARDS:
+        paths, split = choose_split(str(folder), shards, config)
+        listing = _list_shards(found, paths, config, captioned)
         listing.covered.update(shards)  # other splits were not asked for
         name += f" (split {split})" if split else ""
     else:
         _refuse_splits(folder, config)
-    if listing is None and config.image_column is not None:
-        raise ValueError(f'data.image_column is "{config.image_column}", but {folder} holds no table; leave it out')
-    listing = listing or list_classes(found, config.background_rgb) or Listing("")
+        listing = next((candidate.listing for candidate in candidates if candidate.name == chosen), listing)
+    if chosen == FOLDERS and classes is not None:
+        listing = classes
+    with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
+    sources = list(_described(candidates, chosen, len(listing.samples), with_captions))
+    read = {path for candidate in candidates for path in (*candidate.listing.covered, *candidate.files)}
+    sources.sort(key=lambda source: source.reason != "")  # what is used comes first
+    sources += unread(found, {*read, *tables}, reasons, with_captions)
+    if config.caption_source is not None:  # who chooses knows what is left
+        why = f"data.caption_source is {config.caption_source}"
+        sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
+    if shards and chosen != SHARDS:
+        sources.append(CaptionSource(SHARDS, in_shards, 0, f"{chosen} is read"))
+    if classes is not None:
+        listing = _with_classes(folder, listing, classes, chosen, sources, config, captioned)
     listing.skipped += found.skipped
+    told = {source.name for source in sources}
+    listing.skipped = [entry for entry in listing.skipped if entry.path not in told]
+    if not captioned:
+        _add_uncaptioned(found, listing, config, by_path=chosen not in (None, SIDECARS, SHARDS, FOLDERS))
     _account_for_the_rest(found, {*found.ending(".tar"), *tables}, broken, listing)
-    return _source(name, listing, f"no captioned image in {folder}, which holds {summary(found)}")
+    nothing = f"no captioned image in {folder}, which holds {summary(found)}"
+    return _source(name, listing, nothing, captioned, tuple(sources))
+
+
+def _written(found: Found, tables: list[str], config: DataConfig) -> tuple[list[Candidate], dict[str, str]]:
+    """(sources of captions that are files beside image files, in the order in which they are preferred; why others are
+    none).
+    """
+    given = config.caption_source
+    if given in found.files:
+        return list_named_tables(found, config, [given])
+    metadata = list_metadata(found, tables, config)
+    named, reasons = list_named_tables(found, config)
+    # Of equals that of the shorter name: Flickr8k.token.txt rather than Flickr8k.lemma.token.txt.
+    named.sort(key=lambda one: (len(one.name), one.name))
+    candidates = [*([metadata] if metadata else []), *(one for one in named if not one.weak)]
+    if config.image_column is None:
+        sidecars = list_sidecars(found, config.caption_column, config.background_rgb)
+        candidates += [Candidate(SIDECARS, sidecars)] if sidecars else []
+    return [*candidates, *(one for one in named if one.weak)], reasons
+
+
+def _choose(
+    found: Found,
+    candidates: Sequence[Candidate],
+    reasons: Mapping[str, str],
+    shards: Sequence[str],
+    in_shards: int,
+    classes: Listing | None,
+    config: DataConfig,
+    captioned: bool,
+) -> str | None:
+    """The name of the source that captions most images, of equals the first; None where none is written."""
+    given = config.caption_source
+    if given is not None:
+        has = [*(one.name for one in candidates), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
+        if given not in has:
+            why = (
+                f"no captions can be read from it ({reasons[given]})"
+                if given in reasons
+                else "there are no such captions"
+            )
+            ways = f"give one of {'; '.join(map(printable, has))}, or leave it out" if has else "leave it out"
+            raise ValueError(f'data.caption_source is "{given}", but in {found.root} {why}; {ways}')
+        error = next((one.error for one in candidates if one.name == given and one.error is not None), None)
+        if error is not None:
+            raise error
+        return given
+    sound = [one for one in candidates if one.error is None]
+    # Numbers in a column of any name are hardly captions.
+    worded = [one for one in sound if not one.numbers] or ([] if classes and classes.samples else sound)
+    best = max(worded, key=lambda one: len(one.listing.samples), default=None)
+    if shards and (best is None or in_shards > len(best.listing.samples)):
+        return SHARDS
+    if best is None:
+        error = next((one.error for one in candidates if one.error is not None), None)
+        if error is not None and captioned:
+            raise error
+        if config.image_column is not None:
+            raise ValueError(
+                f'data.image_column is "{config.image_column}", but {found.root} holds no table; leave it out'
+            )
+        return None
+    same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
+    if best in same and any(one.images != best.images for one in same):
+        names = "; ".join(one.name for one in same)
+        raise ValueError(
+            f"{found.root} has several tables that name images, as many each but not the same: {names}; set "
+            "data.caption_source to one of them, or call those that count metadata.csv or metadata.jsonl"
+        )
+    return best.name
+
+
+def _shard_images(found: Found, shards: Sequence[str], config: DataConfig) -> int:
+    """How many images are in the shards that would be read, of tables without a look at their rows; 0 for none."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        paths, _ = choose_split("", shards, config)
+    except ValueError:
+        return 0
+    count = 0
+    for path in paths:
+        if suffix(path) == ".tar":
+            count += len(list_tar(found.root / path, path, config)[0])
+        elif suffix(path) == ".parquet":
+            count += parquet.read_metadata(found.root / path).num_rows
+        else:
+            with pa.memory_map(str(found.root / path)) as source:
+                count += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+    return count
+
+
+def _described(
+    candidates: Sequence[Candidate], chosen: str | None, count: int, with_captions: Collection[str]
+) -> Iterator[CaptionSource]:
+    for one in candidates:
+        more = len(one.images.difference(with_captions))
+        if one.name == chosen:
+            reason = ""
+        elif one.error is not None:
+            reason = str(one.error)
+        elif not one.images and one.listing.skipped:
+            reason = f"{printable(one.listing.skipped[0].path)}: {one.listing.skipped[0].reason}"
+        elif chosen is None:
+            reason = "it has numbers, not words"
+        else:
+            reason = f"{count} have captions from {chosen}"
+        yield CaptionSource(one.name, len(one.images), more, reason, doubtful=one.name != chosen and not one.numbers)
+
+
+def _with_classes(
+    folder: Path,
+    listing: Listing,
+    classes: Listing,
+    chosen: str | None,
+    sources: list[CaptionSource],
+    config: DataConfig,
+    captioned: bool,
+) -> Listing:
+    """What is used where the names of sub-folders may be captions too: they are, if nobody wrote any.
+
+    Raises:
+        NothingCaptionedError: if files may have captions and cannot be read, or have those of less than half as many.
+    """
+    count, written = len(classes.samples), len(listing.samples)
+    more = len({sample.id for sample in classes.samples}.difference(sample.id for sample in listing.samples))
+    if chosen == FOLDERS:
+        sources.append(CaptionSource(FOLDERS, count))
+        return classes
+    doubtful = [source for source in sources if source.doubtful]
+    cause = None
+    if chosen is None and doubtful and count:
+        first = doubtful[0]
+        about = plural(first.images, "image") if first.images else "images that are not there"
+        cause = f"{first.name} names {about} and is not read ({first.reason}); mend it, or"
+    elif chosen is not None and config.caption_source is None and count > 2 * written:
+        what = "text beside images captions" if chosen == SIDECARS else f"{chosen} captions"
+        cause = f"{what} {plural(written, 'image')}, the names of sub-folders would caption {count}; "
+        cause += f"set data.caption_source to {chosen}, or"
+    if chosen is None and cause is None:
+        sources.append(CaptionSource(FOLDERS, count))
+        return classes
+    if more:
+        sources.append(CaptionSource(FOLDERS, count, more, "no captions are invented beside written ones"))
+    if cause is not None and captioned:
+        why = f"{cause} set data.caption_source to {FOLDERS}, which takes the names of sub-folders"
+        skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
+        skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
+        unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
+        raise NothingCaptionedError(
+            f"{folder} may have captions that would be lost: {printable(why)}",
+            Source(str(folder), (), tuple(skipped), caption_sources=tuple(unused)),
+        )
+    return listing
+
+
+def _add_uncaptioned(found: Found, listing: Listing, config: DataConfig, by_path: bool) -> None:
+    """Makes samples of the images that have no captions; what was said of these captions is no loss.
+
+    Args:
+        by_path: whether the layout names groups by whole paths, so that captions may come later.
+    """
+    taken = {sample.id for sample in listing.samples}
+    images = [path for path in found.files if suffix(path) in IMAGES and path not in taken]
+    groups = images if by_path else map(stem, images)
+    listing.samples += [
+        sample_of(found, path, [], group, config.background_rgb) for path, group in zip(images, groups, strict=True)
+    ]
+    if listing.kind != "shards":
+        listing.samples.sort(key=lambda sample: sample.id)
+    listing.covered.update(images)
+    listing.skipped = [entry for entry in listing.skipped if entry.path not in listing.covered]
 
 
 def _refuse_splits(folder: Path, config: DataConfig) -> None:
@@ -105,19 +308,19 @@ def _refuse_splits(folder: Path, config: DataConfig) -> None:
             raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
 
 
-def _list_shards(found: Found, paths: Sequence[str], config: DataConfig) -> Listing:
+def _list_shards(found: Found, paths: Sequence[str], config: DataConfig, captioned: bool) -> Listing:
     listing = Listing("shards", uncovered="no caption: the shards beside it count alone")
     opened: list[Table] = []
     for path in paths:
         if suffix(path) == ".tar":
-            samples, skipped = list_tar(found.root / path, path, config)
+            samples, skipped = list_tar(found.root / path, path, config, captioned)
             listing.samples += samples
         else:
             open_table = open_parquet if suffix(path) == ".parquet" else open_arrow
-            table, skipped = open_table(found.root / path, path, config)
+            table, skipped = open_table(found.root / path, path, config, captioned)
             opened += [table] if table else []
         listing.skipped += skipped
-    samples, skipped = list_tables(opened, found.root, config)
+    samples, skipped = list_tables(opened, found.root, config, captioned)
     listing.samples += samples
     listing.skipped += skipped
     return listing
@@ -163,30 +366,43 @@ def _account_for_the_rest(found: Found, shards: set[str], broken: Sequence[Skipp
             listing.skipped.append(Skipped(path, reason))
 
 
-def _open_file(path: Path, config: DataConfig) -> Source:
+def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:
     nothing = f"no captioned image in {path}"
     if suffix(path.name) == ".tar":
-        return _source(str(path), Listing("", *list_tar(path, path.name, config)), nothing)
+        listing = Listing("", *list_tar(path, path.name, config, captioned))
+        return _source(str(path), listing, nothing, captioned)
     found = Found(path.parent, [path.name], [])
     tables, broken = _tables_with_images(found)
     if broken:
         raise ValueError(f"{path}: {broken[0].reason}; write or download it again")
     if tables:
-        return _source(str(path), _list_shards(found, tables, config), nothing)
+        return _source(str(path), _list_shards(found, tables, config, captioned), nothing, captioned)
     if suffix(path.name) in TEXT_TABLES:
-        named = list_named_table(walk(path.parent), config, [path.name])
-        if named is None:
-            raise ValueError(f"no row of {path} names an image beside or below it; look at its column of file names")
-        return _source(str(path), named, nothing)
+        named, _ = list_named_tables(walk(path.parent), config, [path.name])
+        if not named:
+            raise ValueError(
+                f"no row of {path} names an image beside or below it; look at its column of file names, or give the "
+                f"folder that holds both, and data.caption_source {path.name}"
+            )
+        if named[0].error is not None:
+            raise named[0].error
+        return _source(str(path), named[0].listing, nothing, captioned)
     reason = foreign(path.name) or "give the folder that holds the captioned images"
     raise ValueError(f"data.path {config.path} is a file; {reason}")
 
 
-def _source(name: str, listing: Listing, nothing: str) -> Source:
+def _source(
+    name: str, listing: Listing, nothing: str, captioned: bool, sources: tuple[CaptionSource, ...] = ()
+) -> Source:
     skipped = tuple(sorted(listing.skipped, key=lambda entry: entry.path))
     if not listing.samples:
         telling = [entry for entry in skipped if not entry.reason.startswith("no caption")] or skipped
+        unused = [Skipped(source.name, source.reason) for source in sources if source.doubtful]
+        telling = [*unused, *telling]
         cause = f" ({printable(telling[0].path)}: {telling[0].reason})" if telling else ""
-        raise NothingCaptionedError(f"{nothing}{cause}; {WAYS_OUT}", Source(name, (), skipped))
+        source = Source(name, (), skipped, caption_sources=sources, captioned=captioned)
+        if not captioned:
+            raise NothingCaptionedError(f"{nothing.replace('captioned ', '')}{cause}; add images", source)
+        raise NothingCaptionedError(f"{nothing}{cause}; {WAYS_OUT}", source)
     assert len({sample.id for sample in listing.samples}) == len(listing.samples)
-    return Source(name, tuple(listing.samples), skipped)
+    return Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=captioned)

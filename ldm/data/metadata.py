@@ -1,39 +1,58 @@
-"""Tables that name image files: metadata.csv, metadata.jsonl, metadata.parquet and their like."""
+"""Tables that name image files: metadata.csv, metadata.jsonl, COCO's annotations, Flickr's lists and their like."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
-import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import PurePosixPath
 
-from ldm.data.captions import CAPTION_NAMES, captions, choose, listed, match, printable
-from ldm.data.folder import IMAGES, Found, Listing, foreign, sample_of, stem, suffix
-from ldm.data.rows import SUFFIXES, Row, Rows, open_rows
+from ldm.data.captions import FILE_NAMES, TABLE_CAPTION_NAMES, captions, choose, listed, match, printable
+from ldm.data.folder import (
+    DOCUMENTS,
+    IMAGES,
+    Candidate,
+    Found,
+    Listing,
+    composed,
+    foreign,
+    sample_of,
+    stem,
+    suffix,
+)
+from ldm.data.json_rows import JsonRows
+from ldm.data.names import Names, folder_of
+from ldm.data.rows import LISTS, SUFFIXES, Row, Rows, open_rows
 from ldm.data.sources import DataConfig, Skipped
 
-FILE_NAMES = (
-    *("file_name", "filename", "file", "image_file_name", "image_file", "image_path", "img_path", "image_name"),
-    *("image", "img", "file_path", "filepath", "path"),
-)
+METADATA = "metadata"
+# What else names images, mostly without a suffix. Other things are named so as well, so that it counts for less.
+_ID_NAMES = ("image_id", "img_id", "id", "name")
 _ROWS_TO_TRY = 100
+# COCO's boxes have hundreds of MiB. Nothing of them is a caption, and reading them takes as many times the memory.
+_LARGE = 2**26
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table within a folder: its path, and the folder that its names are relative to, "" or ending in "/"."""
+    """A table within a folder: its path, and what its names are relative to, as `Names.locate` takes it."""
 
     path: str
-    base: str
     rows: Rows
+    base: str
+    anywhere: bool = False
 
 
-def list_metadata(found: Found, with_images: Collection[str], config: DataConfig) -> Listing | None:
-    """metadata.csv, .tsv, .jsonl and .parquet, each for the folder it lies in; None where there is none.
+def is_metadata(path: str) -> bool:
+    """Whether a file is called metadata, which says what it is."""
+    return PurePosixPath(path).stem.lower() == "metadata" and suffix(path) in SUFFIXES and suffix(path) not in LISTS
+
+
+def list_metadata(found: Found, with_images: Collection[str], config: DataConfig) -> Candidate | None:
+    """metadata.csv, .tsv, .jsonl, .json and .parquet, each for the folder it lies in; None where there is none.
 
     All of them count: an image that several rows name, of one file or of several, has all their captions.
 
@@ -41,67 +60,131 @@ def list_metadata(found: Found, with_images: Collection[str], config: DataConfig
         with_images: tables with the images in them, which need not name files.
     """
     listing = Listing("metadata", uncovered="no caption: no metadata file names it")
-    tables = []
+    tables, names = [], Names(found)
     for path in found.ending(*SUFFIXES):
-        if PurePosixPath(path).stem.lower() != "metadata":
+        if not is_metadata(path):
             continue
         try:
-            table = Table(path, _folder_of(path), open_rows(found.root / path))
+            table = Table(path, open_rows(found.root / path), folder_of(path))
         except (OSError, ValueError) as error:
-            listing.skipped.append(Skipped(path, _reason(error)))
+            # A .json of this name may be anything.
+            if suffix(path) != ".json":
+                listing.skipped.append(Skipped(path, _reason(error)))
             continue
-        if path not in with_images or _file_column(table, config) is not None:
+        column = _file_column(table.rows, config)
+        if suffix(path) == ".json" and (column is None or names.base(path, _names(table.rows, column)) is None):
+            continue
+        if path not in with_images or column is not None:
             tables.append(table)
-    if config.image_column is not None and tables and not any(_file_column(table, config) for table in tables):
-        columns = tables[0].rows.columns
-        choose(printable(tables[0].path), columns, columns, FILE_NAMES, "image_column", config.image_column)
-    _list_tables(found, tables, config, listing)
-    return listing if tables or listing.skipped else None
+    if not tables and not listing.skipped:
+        return None
+    files = (*(table.path for table in tables), *(entry.path for entry in listing.skipped))
+    try:
+        if config.image_column is not None and tables and not any(_file_column(table.rows, config) for table in tables):
+            columns = tables[0].rows.columns
+            choose(printable(tables[0].path), columns, columns, FILE_NAMES, "image_column", config.image_column)
+        _list_tables(names, tables, config, listing)
+    except ValueError as error:
+        return Candidate(METADATA, Listing(listing.kind), error=error, named=_named(names, tables, config), files=files)
+    return Candidate(METADATA, listing, files=files)
 
 
-def list_named_table(found: Found, config: DataConfig, paths: Sequence[str] | None = None) -> Listing | None:
-    """The one table whose rows name images of the folder, whatever it is called; None where there is none.
+def list_named_tables(
+    found: Found, config: DataConfig, paths: Sequence[str] | None = None
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Each other table whose rows name images of the folder, whatever it is called; COCO's count as one.
 
-    Its names are relative to its own folder, or to one below it: captions.csv beside Images/.
+    Its names are relative to its own folder, or to another one of images: captions.csv beside Images/, and annotations/
+    beside train2017/.
 
     Args:
-        paths: the tables that may be the one; None for all of the folder.
+        paths: the tables that may be one; None for all of the folder.
 
-    Raises:
-        ValueError: if there are several.
+    Returns:
+        the tables, and why others that could be opened are none.
     """
-    tables = []
-    for path in found.ending(*SUFFIXES) if paths is None else paths:
+    names = Names(found)
+    candidates: list[Candidate] = []
+    coco: list[Table] = []
+    reasons: dict[str, str] = {}
+    for path in _paths(found) if paths is None else paths:
         try:
-            table = Table(path, _folder_of(path), open_rows(found.root / path))
-        except (OSError, ValueError):
-            continue  # not known to be a table of images; what it should caption is reported without a caption
-        base = _base(found, table, _file_column(table, config))
-        if base is not None:
-            tables.append(Table(path, base, table.rows))
-    if len(tables) > 1:
-        names = ", ".join(printable(table.path) for table in tables)
-        raise ValueError(
-            f"{found.root} has several tables that name images: {names}; give one of them as data.path, or call "
-            "those that count metadata.csv or metadata.jsonl"
-        )
-    if not tables:
-        return None
-    where = printable(tables[0].path)
+            if _is_boxes(found, path):
+                continue
+            rows = open_rows(found.root / path)
+        except (OSError, ValueError) as error:
+            reasons[path] = _reason(error)
+            continue
+        column = _file_column(rows, config, _ID_NAMES)
+        if column is None:
+            shown = ", ".join(printable(name)[:40] for name in rows.columns[:8])
+            reasons[path] = f"no column names image files, such as file_name; its columns are {shown}"
+            continue
+        based = names.base(path, _names(rows, column))
+        if based is None:
+            reasons[path] = _first_fault(names, path, rows, column)
+        elif isinstance(rows, JsonRows) and rows.is_coco:
+            coco.append(Table(path, rows, *based))
+        else:
+            candidates.append(_candidate(names, [Table(path, rows, *based)], config))
+    if coco:
+        candidates.append(_candidate(names, coco, config))
+    return candidates, reasons
+
+
+def _paths(found: Found) -> Iterator[str]:
+    """The files that may be a table of many images: not what stands beside one, nor what explains a folder."""
+    owners = {composed(owner) for path in found.files if suffix(path) in IMAGES for owner in (path, stem(path))}
+    for path in found.ending(*SUFFIXES):
+        beside = composed(stem(path)) in owners or PurePosixPath(path).name.lower().startswith(DOCUMENTS)
+        if not is_metadata(path) and not (beside and suffix(path) in (*LISTS, ".json")):
+            yield path
+
+
+def _is_boxes(found: Found, path: str) -> bool:
+    with open(found.root / path, "rb") as file:
+        if suffix(path) != ".json" or os.fstat(file.fileno()).st_size <= _LARGE:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return data.find(b'"annotations"') >= 0 and data.find(b'"caption"') < 0
+
+
+def _candidate(names: Names, tables: list[Table], config: DataConfig) -> Candidate:
+    where = ", ".join(printable(table.path) for table in tables)
     listing = Listing(where, uncovered=f"no caption: {where} does not name it")
-    _list_tables(found, tables, config, listing)
-    return listing
+    files = tuple(table.path for table in tables)
+    try:
+        numbers = _list_tables(names, tables, config, listing)
+    except ValueError as error:
+        return Candidate(where, Listing(where), error=error, named=_named(names, tables, config), files=files)
+    weak = any(match(table.rows.columns, FILE_NAMES) is None for table in tables) and config.image_column is None
+    return Candidate(where, listing, files=files, weak=weak, numbers=numbers)
 
 
-def _list_tables(found: Found, tables: list[Table], config: DataConfig, listing: Listing) -> None:
-    disk = _Disk(found)
-    texts: dict[str, list[str]] = {}
+def _named(names: Names, tables: list[Table], config: DataConfig) -> set[str]:
+    """The images that tables name, whose captions cannot be told."""
+    named = set()
     for table in tables:
-        file_column, text_column = _columns(found, table, config)
+        column = _file_column(table.rows, config, _ID_NAMES)
+        for name in _names(table.rows, column) if column is not None else ():
+            try:
+                named.add(names.locate(table.base, name, anywhere=table.anywhere))
+            except ValueError:
+                continue
+    return {path for path in named if suffix(path) in IMAGES}
+
+
+def _list_tables(names: Names, tables: list[Table], config: DataConfig, listing: Listing) -> bool:
+    """Fills the listing; whether all captions are numbers in columns that are not named after captions."""
+    texts: dict[str, list[str]] = {}
+    words = False
+    for table in tables:
+        file_column, text_column, by_name = _columns(names.found, table, config)
+        words = words or by_name
         for row in table.rows.read([file_column, text_column]):
             place = f"{table.path}:{row.number}"
             try:
-                path = disk.locate(table.base, _name(row, file_column))
+                path = names.locate(table.base, _name(row, file_column), anywhere=table.anywhere)
             except ValueError as error:
                 listing.skipped.append(Skipped(place, str(error)))
                 continue
@@ -109,32 +192,52 @@ def _list_tables(found: Found, tables: list[Table], config: DataConfig, listing:
             unread = foreign(path)
             good, reasons = captions(listed(row.cells.get(text_column))) if unread is None else ([], [unread])
             listing.skipped += [Skipped(place, reason) for reason in reasons]
+            words = words or any(re.search(r"[^\W\d_]", text) for text in good)
             if good:
                 texts.setdefault(path, []).extend(good)
-    listing.samples += [sample_of(found, path, texts[path], path, config.background_rgb) for path in sorted(texts)]
+    listing.samples += [
+        sample_of(names.found, path, texts[path], path, config.background_rgb) for path in sorted(texts)
+    ]
+    return bool(texts) and not words
 
 
-def _columns(found: Found, table: Table, config: DataConfig) -> tuple[str, str]:
+def _columns(found: Found, table: Table, config: DataConfig) -> tuple[str, str, bool]:
+    """(column of files, column of captions, whether the latter has the name of one)."""
     columns = table.rows.columns
     where = printable(table.path)
-    if config.image_column is None and _file_column(table, config) is None:
+    files = _file_column(table.rows, config, () if is_metadata(table.path) else _ID_NAMES)
+    if config.image_column is None and files is None:
         raise ValueError(
             f"{found.root / where} has no column that names image files, such as file_name; its columns are "
             f"{', '.join(map(printable, columns))}; rename one, or set data.image_column"
         )
-    files = choose(where, columns, columns, FILE_NAMES, "image_column", config.image_column)
+    if files is None:
+        files = choose(where, columns, columns, FILE_NAMES, "image_column", config.image_column)
     # pandas writes its index as a column without a name.
     rest = [column for column in columns if column != files and column.strip()]
-    texts = choose(where, columns, rest, CAPTION_NAMES, "caption_column", config.caption_column)
+    texts = choose(where, columns, rest, TABLE_CAPTION_NAMES, "caption_column", config.caption_column)
     if columns.count(texts) > 1:
         raise ValueError(f'{where} has {columns.count(texts)} columns "{printable(texts)}"; rename all but one of them')
-    return files, texts
+    return files, texts, texts in (config.caption_column, match(rest, TABLE_CAPTION_NAMES))
 
 
-def _file_column(table: Table, config: DataConfig) -> str | None:
+def _file_column(rows: Rows, config: DataConfig, others: tuple[str, ...] = ()) -> str | None:
     if config.image_column is not None:
-        return config.image_column if config.image_column in table.rows.columns else None
-    return match(table.rows.columns, FILE_NAMES)
+        return config.image_column if config.image_column in rows.columns else None
+    return match(rows.columns, FILE_NAMES) or match(rows.columns, others)
+
+
+def _names(rows: Rows, column: str) -> Iterator[str]:
+    return (name for row in rows.read([column]) if isinstance(name := row.cells.get(column), str) and name)
+
+
+def _first_fault(names: Names, path: str, rows: Rows, column: str) -> str:
+    for name in islice(_names(rows, column), _ROWS_TO_TRY):
+        try:
+            names.locate(folder_of(path), name)
+        except ValueError as error:
+            return str(error)
+    return "it names no image"
 
 
 def _name(row: Row, column: str) -> str:
@@ -146,89 +249,6 @@ def _name(row: Row, column: str) -> str:
     if not isinstance(name, str):
         raise ValueError(f"{column} is not a text")
     return name
-
-
-def _base(found: Found, table: Table, column: str | None) -> str | None:
-    if column is None:
-        return None
-    own = _folder_of(table.path)
-    folders = {_folder_of(path) for path in found.files if suffix(path) in IMAGES}
-    disk = _Disk(found)
-    rows = islice(table.rows.read([column]), _ROWS_TO_TRY)
-    names = [name for row in rows if isinstance(name := row.cells.get(column), str)]
-    for base in (own, *sorted(folder for folder in folders - {own} if folder.startswith(own))):
-        if any(disk.holds(base, name) for name in names):
-            return base
-    return None
-
-
-class _Disk:
-    """From a name in a table to a file of the folder."""
-
-    def __init__(self, found: Found) -> None:
-        self.found = found
-
-    def holds(self, base: str, name: str) -> bool:
-        """Whether the name leads to an image."""
-        try:
-            return suffix(self.locate(base, name)) in IMAGES
-        except ValueError:
-            return False
-
-    def locate(self, base: str, name: str) -> str:
-        """The path within the folder; ValueError with the reason if there is no such file in it."""
-        shown = printable(name)
-        if re.match(r"[a-z][a-z0-9+.-]+://|data:", name, re.IGNORECASE):
-            raise ValueError(f"{shown[:80]} is a URL; URLs are not downloaded, give the name of a file")
-        # A backslash is a letter here and a separator where many tables are made.
-        spelled = [self._within(base, name), self._within(base, name.replace("\\", "/"))]
-        for path in spelled:
-            if path is not None and self._is_file(path):
-                return path
-        meant = spelled[-1]
-        if meant is None:
-            raise ValueError(f"{shown} lies outside the folder")
-        # macOS decomposes accents in names and tables seldom do: the same letters in other code points.
-        same = self._composed.get(unicodedata.normalize("NFC", meant))
-        if same is not None:
-            return same
-        raise ValueError(f"there is no file {shown}{self._hint(meant)}")
-
-    def _within(self, base: str, name: str) -> str | None:
-        root = self.found.root
-        if os.path.isabs(name):
-            for top in (os.path.abspath(root), os.path.realpath(root)):
-                if os.path.commonpath([top, os.path.normpath(name)]) == top:
-                    return os.path.relpath(name, top)
-            return None
-        path = os.path.normpath(base + name)
-        return None if path.split(os.sep)[0] == ".." or re.match(r"[A-Za-z]:[\\/]", name) else path
-
-    def _is_file(self, path: str) -> bool:
-        try:
-            return os.path.isfile(self.found.root / path)
-        except ValueError:  # a NUL in the name
-            return False
-
-    @cached_property
-    def _composed(self) -> dict[str, str]:
-        return {unicodedata.normalize("NFC", path): path for path in self.found.files if not path.isascii()}
-
-    @cached_property
-    def _folded(self) -> dict[str, str]:
-        """How a name may have been meant: other case, or the suffix left out."""
-        images = [path for path in self.found.files if suffix(path) in IMAGES]
-        folded = {unicodedata.normalize("NFC", stem(path)).casefold(): path for path in images}
-        return folded | {unicodedata.normalize("NFC", path).casefold(): path for path in images}
-
-    def _hint(self, path: str) -> str:
-        folded = unicodedata.normalize("NFC", path).casefold()
-        near = self._folded.get(folded) or self._folded.get(stem(folded))
-        return f"; did you mean {printable(near)}?" if near else ""
-
-
-def _folder_of(path: str) -> str:
-    return path[: path.rfind("/") + 1]
 
 
 def _reason(error: Exception) -> str:

@@ -1,21 +1,26 @@
-"""The rows of text tables: CSV, TSV, JSON lines, and parquet, each row read or named as one that cannot be."""
+"""The rows of tables: CSV and its like, JSON lines, JSON, and parquet, each row read or named as one that cannot be."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from ldm.data.captions import decode_text
+from ldm.data.captions import FILE_NAMES, decode_text, match
+from ldm.data.folder import IMAGES, suffix
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+# A list of captions in plain text is a table of names and captions: img.jpg#0, a tab and the caption.
+LISTS = (".txt", ".token")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", *LISTS)
 
-_DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
+# The first of equals is the usual one.
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"} | dict.fromkeys(LISTS, "\t|,;")
 # What programs write into a cell without a value; `datasets`, which reads CSV with pandas, takes them so too.
 _NO_VALUE = frozenset({"nan", "null", "none", "n/a", "<na>", "#n/a"})
 _ROWS_FOR_COLUMNS = 1000
@@ -23,7 +28,9 @@ _ROWS_FOR_COLUMNS = 1000
 
 @dataclass(frozen=True)
 class Row:
-    """A row: `number` is its first line, in parquet its row, from 1; `cells` by column; `fault` why it is unusable."""
+    """A row: `number` from 1 is its first line, in parquet its row, in JSON its entry; `cells` by column; `fault` why
+    it is unusable.
+    """
 
     number: int
     cells: dict[str, Any]
@@ -48,58 +55,136 @@ def open_rows(path: Path) -> Rows:
         OSError: if it cannot be read.
     """
     kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        raise ValueError(f"tables end in {', '.join(SUFFIXES)}")
     if kind == ".parquet":
         return _Parquet(path)
     # Bytes that are not UTF-8 spoil their own row, not the table; in names of files they are how Python spells
     # the same bytes on disk.
     text = decode_text(path.read_bytes(), "surrogateescape")
-    return _JsonLines(text) if kind == ".jsonl" else _Csv(text, _DELIMITERS[kind])
+    if kind == ".json":
+        from ldm.data.json_rows import JsonRows
+
+        return JsonRows(text)
+    return JsonLines(text) if kind in (".jsonl", ".ndjson") else _Csv(text, _DELIMITERS[kind], kind in LISTS)
 
 
 class _Csv:
-    def __init__(self, text: str, delimiters: str) -> None:
+    """Lines of cells.
+
+    Args:
+        delimiters: what may stand between cells.
+        plain: a list that no program for tables wrote. A quote is a letter unless cells are parted by commas, and the
+            caption, which comes last, may have the delimiter in it.
+    """
+
+    def __init__(self, text: str, delimiters: str, plain: bool) -> None:
         # StringIO counts lines as editors do, and makes all their ends alike.
         self.lines = list(io.StringIO(text, newline=None))
-        self.start = next((number for number, line in enumerate(self.lines) if line.strip()), None)
-        if self.start is None:
+        self.plain = plain
+        filled = [number for number, line in enumerate(self.lines) if line.strip()]
+        told = re.fullmatch(r"sep=(.)\s*", self.lines[filled[0]], re.IGNORECASE) if filled else None  # as Excel is told
+        if told is not None:
+            delimiters = told[1]
+            filled.pop(0)
+        if not filled:
             raise ValueError("the file is empty")
-        heads = {mark: next(csv.reader(self.lines[self.start :], delimiter=mark)) for mark in delimiters}
-        # max takes the first of equals: the usual delimiter of the suffix.
-        self.delimiter = max(heads, key=lambda mark: len(heads[mark]))
+        self.start = filled[0]
+        try:
+            heads = {mark: next(self._reader(self.start, mark)) for mark in delimiters}
+        except csv.Error as error:  # such as a text without an end of line
+            raise ValueError(f"not CSV: {error}") from error
+        # max takes the first of equals.
+        self.delimiter = max(heads, key=lambda mark: (_tells_files(heads[mark]), len(heads[mark])))
         self.columns = [cell.strip() for cell in heads[self.delimiter]]
+        # Flickr's lists count the captions of an image: img.jpg| 0| a caption.
+        counted = len(self.columns) > 2 and self.columns[1].isdigit()
+        self.headless = is_image_name(self.columns[0]) and (
+            len(self.columns) == 2 or (len(self.columns) > 2 and plain) or (len(self.columns) == 3 and counted)
+        )
+        if self.headless:
+            self.columns = ["file_name", "number", "text"] if counted else ["file_name", "text"]
+        files = match(self.columns, FILE_NAMES)
+        self.files = None if files is None else self.columns.index(files)
 
     def read(self, columns: Sequence[str]) -> Iterator[Row]:
         places = {column: self.columns.index(column) for column in columns}
         records = self._records()
-        next(records)  # the names of the columns
+        if not self.headless:
+            next(records, None)  # the names of the columns
         for number, cells, fault in records:
             if fault is None and len(cells) > len(self.columns):
-                # Cutting them off would shorten captions in silence.
-                fault = f"{len(cells)} cells for {len(self.columns)} columns; put quotes around a text with delimiters"
+                if self.plain and '"' not in self.lines[number - 1]:
+                    last = len(self.columns) - 1
+                    cells = [*cells[:last], self.delimiter.join(cells[last:])]
+                else:
+                    # Cutting them off would shorten captions in silence.
+                    fault = (
+                        f"{len(cells)} cells for {len(self.columns)} columns; put quotes around a text with delimiters"
+                    )
             picked = {name: cells[place] for name, place in places.items() if place < len(cells)}
             known = {name: cell for name, cell in picked.items() if cell.strip().casefold() not in _NO_VALUE}
             yield Row(number, known, fault)
 
+    def _reader(self, start: int, delimiter: str, strict: bool = False) -> Any:
+        quoting: Any = csv.QUOTE_NONE if self.plain and delimiter in "\t|" else csv.QUOTE_MINIMAL
+        lines = (self.lines[index] for index in range(start, len(self.lines)))
+        return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
+
     def _records(self) -> Iterator[tuple[int, list[str], str | None]]:
-        """(first line, cells, fault). A quote that is never closed costs its own line, not all that follow."""
+        """(first line, cells, fault). A quote that is never closed costs its own line, not all that follow, and one
+        that is closed by the quote of another row costs these two.
+        """
         start = self.start
-        assert start is not None
+        closing: dict[int, int] = {}  # line with a quote too many → the line that lacks it
         while start < len(self.lines):
-            rest = (self.lines[index] for index in range(start, len(self.lines)))
-            reader = csv.reader(rest, delimiter=self.delimiter, strict=True)
+            reader = self._reader(start, self.delimiter, strict=True)
             begun = 0
             try:
                 for cells in reader:
+                    first, last = start + begun, start + reader.line_num - 1
+                    swallowed = next((line for line in range(first + 1, last + 1) if self._is_row(line)), None)
+                    if swallowed is not None:
+                        closing[last] = first
+                        yield (
+                            first + 1,
+                            [],
+                            f"a quote that opens here is not closed before line {swallowed + 1}; close it",
+                        )
+                        start = first + 1
+                        break
                     if cells:
-                        yield start + begun + 1, cells, None
+                        lacks = closing.get(first)
+                        odd = lacks is not None and self.lines[first].count('"') % 2 == 1
+                        fault = f"a quote that nothing opens; line {(lacks or 0) + 1} lacks one" if odd else None
+                        yield first + 1, cells, fault
                     begun = reader.line_num
-                return
+                else:
+                    return
             except csv.Error as error:
                 yield start + begun + 1, [], f"not CSV: {error}"
                 start += begun + 1
 
+    def _is_row(self, line: int) -> bool:
+        """Whether a line within a quoted cell is a row of its own, as it names an image where rows do."""
+        cells = next(csv.reader([self.lines[line]], delimiter=self.delimiter), [])
+        if len(cells) < 2:
+            return False
+        return any(map(is_image_name, cells if self.files is None else cells[self.files : self.files + 1]))
 
-class _JsonLines:
+
+def is_image_name(cell: str) -> bool:
+    """Whether a cell ends as names of images do, or those of Flickr's numbered captions."""
+    name = re.sub(r"#\d+$", "", cell.strip())
+    return suffix(name) in IMAGES and "\n" not in name
+
+
+def _tells_files(cells: Sequence[str]) -> bool:
+    """Whether the first cells of a table have a name for a column of files, or begin with a file."""
+    return len(cells) > 1 and (match(cells, FILE_NAMES) is not None or is_image_name(cells[0]))
+
+
+class JsonLines:
     def __init__(self, text: str) -> None:
         self.text = text
         records = islice((record for _, record in self._lines() if isinstance(record, dict)), _ROWS_FOR_COLUMNS)

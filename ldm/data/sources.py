@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 
 from PIL import Image, ImageColor
 
+from ldm.requirements import pip_install
+
 BUILT_IN = ("digits", "openmoji")
 
 
@@ -34,6 +36,9 @@ class DataConfig:
         held_out: share of the groups, in [0, 1), that training never sees.
         background: the colour behind transparent images, as CSS names it ("white", "#f0f0f0").
         skin_tones: with openmoji, its variants in five skin tones too.
+        caption_source: of a folder with several sources of captions, the one to use: the path of a table in it, or
+            "metadata", "sidecars" (text beside images), "shards", or "folders" (the names of sub-folders); None takes
+            the one that captions most images.
         caption_templates: each caption counts once more with every one of these, "a photo of {}", around it.
 
     Raises:
@@ -54,6 +59,7 @@ class DataConfig:
     caption_templates: tuple[str, ...] = ()
     image_column: str | None = None
     caption_column: str | None = None
+    caption_source: str | None = None
     split: str = "train"
     subset: str | None = None
     cache_dir: str | None = None
@@ -61,6 +67,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise ValueError(f"data.path is empty; give a folder, or one of {', '.join(BUILT_IN)}")
+        for key in ("path", "cache_dir"):
+            place = getattr(self, key) or ""
+            if place.startswith("~") and os.path.expanduser(place) == place:
+                raise ValueError(
+                    f"data.{key} is {place!r}, in the home of a user that does not exist; write ./{place} for a folder"
+                )
         if self.resolution < 1:
             raise ValueError(f"data.resolution is {self.resolution}; it is a number of pixels, at least 1")
         if self.crop not in ("center", "random"):
@@ -75,10 +87,11 @@ class DataConfig:
                     f'data.caption_templates has "{template}"; each needs one {{}}, where the caption goes: '
                     '"a photo of {}"'
                 )
-        for key in ("image_column", "caption_column", "subset"):
+        for key in ("image_column", "caption_column", "caption_source", "subset"):
             if getattr(self, key) is not None and self.path in BUILT_IN:
                 raise ValueError(
-                    f'data.{key} is for tables and data sets of the hub, not for "{self.path}"; leave it out'
+                    f"data.{key} is for {'folders' if key == 'caption_source' else 'tables and data sets of the hub'}, "
+                    f'not for "{self.path}"; leave it out'
                 )
         _rgb(self.background)
 
@@ -131,7 +144,7 @@ class Sample:
 
     Args:
         id: names the sample within its source, and stays the same when other samples come or go.
-        captions: one or more texts that describe the image; the first is the plainest.
+        captions: texts that describe the image, the plainest first; none only in a source that needs none.
         group: what is held out as a whole: variants of one picture share it.
         read: returns the image as it is stored, which is what caches are keyed by; OSError or ValueError where
             it cannot.
@@ -183,17 +196,43 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class CaptionSource:
+    """Where a folder has captions, or what looks as if it had.
+
+    Args:
+        name: as `data.caption_source` takes it; of a file that is not read, its path.
+        images: how many images it captions, or names.
+        more: how many of them have no caption otherwise.
+        reason: why it is not used; "" where it is.
+        doubtful: it may hold captions that nobody reads.
+    """
+
+    name: str
+    images: int
+    more: int = 0
+    reason: str = ""
+    doubtful: bool = False
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether captions may be lost: it is not used, and has what no other source has, or nobody knows what."""
+        return bool(self.reason) and self.doubtful and (self.more > 0 or not self.images)
+
+
+@dataclass(frozen=True)
 class Source:
     """All samples of a data set in a fixed order, and all that was left out.
 
     Nothing is decoded yet, unless the set is `curated`: then every image is known to be sound, and no two are the
-    same by mistake.
+    same by mistake. Samples have captions, unless it was opened by someone who needs none.
     """
 
     name: str
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...] = ()
     curated: bool = False
+    caption_sources: tuple[CaptionSource, ...] = ()
+    captioned: bool = True
 
 
 # What to do about a data set without captions.
@@ -211,23 +250,26 @@ class NothingCaptionedError(ValueError):
         self.source = source
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
     """Opens the data set that `config.path` names: built in, or told apart by what is there (`ldm.data.layouts`).
 
     Nothing is decoded: whatever names itself an image is listed, and what has no caption is skipped.
 
+    Args:
+        captioned: False lists images without a caption too, for what learns from images alone.
+
     Raises:
-        NothingCaptionedError: a ValueError, if it holds no captioned image.
+        NothingCaptionedError: a ValueError, if it holds no captioned image, or none at all.
         ValueError: if there is no such data set, a package that it needs is missing, or columns, split or subset are
             asked for that it does not have.
     """
-    source = _opened(config)
+    source = _opened(config, captioned)
     if not config.caption_templates:
         return source
     return replace(source, samples=tuple(_templated(sample, config.caption_templates) for sample in source.samples))
 
 
-def _opened(config: DataConfig) -> Source:
+def _opened(config: DataConfig, captioned: bool) -> Source:
     # Each layout imports the records above, and what it needs of other packages only when it is opened.
     if config.path == "digits":
         from ldm.data.digits import open_digits
@@ -239,7 +281,7 @@ def _opened(config: DataConfig) -> Source:
         return open_openmoji(config.resolution, config.background_rgb, skin_tones=config.skin_tones)
     from ldm.data.layouts import open_path
 
-    return open_path(config)
+    return open_path(config, captioned)
 
 
 def _templated(sample: Sample, templates: tuple[str, ...]) -> Sample:
@@ -253,4 +295,4 @@ def require(source: str, *modules: str) -> None:
     """Refuses to open a built-in data set without the packages it is made from."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ValueError(f'the data set "{source}" needs {" and ".join(missing)}; run: pip install "ldm[demo]"')
+        raise ValueError(f'the data set "{source}" needs {" and ".join(missing)}; run: {pip_install(*missing)}')

@@ -33,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm import disk
+from ldm.cores import usable_cores
 
 
 def _files_allowed() -> int:
@@ -47,7 +48,7 @@ def _files_allowed() -> int:
 
 KEY_BYTES = 16
 SUFFIX, DAMAGED = ".safetensors", ".damaged"
-VERIFIERS = min(8, os.cpu_count() or 1)
+VERIFIERS = min(8, usable_cores())
 # Older than any write takes: what a killed process has left behind.
 STALE_SECONDS = 3600
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
@@ -81,7 +82,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, print: Callable[[str], None] = print) -> None:
-        self.folder = folder
+        self.folder = folder = disk.expanded(folder)
         self._print = print
         self._name = "/".join(folder.parts[-2:])
         self._shards: dict[str, _Shard] = {}

@@ -34,7 +34,9 @@ class Table:
     columns: Columns
 
 
-def open_parquet(path: Path, name: str, config: DataConfig) -> tuple[Table | None, list[Skipped]]:
+def open_parquet(
+    path: Path, name: str, config: DataConfig, captioned: bool = True
+) -> tuple[Table | None, list[Skipped]]:
     """A parquet file, by way of a copy in Arrow, and the rows of it that cannot be read.
 
     A row of parquet can only be read with the thousands around it, so the columns that are needed are copied
@@ -52,7 +54,7 @@ def open_parquet(path: Path, name: str, config: DataConfig) -> tuple[Table | Non
         schema = parquet.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         return None, [Skipped(name, f"not a parquet file that can be read: {first_line(error)}")]
-    columns = pick_columns(printable(name), schema, config)
+    columns = pick_columns(printable(name), schema, config, captioned)
     stat = path.stat()
     # The inode's time of change cannot be set back, as the time of modification can.
     state = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, columns.names)
@@ -123,7 +125,7 @@ def _plain(kind: Any) -> Any:
     return pa.large_binary() if str(kind) == "binary_view" else kind
 
 
-def open_arrow(path: Path, name: str, config: DataConfig) -> tuple[Table | None, list[Skipped]]:
+def open_arrow(path: Path, name: str, config: DataConfig, captioned: bool = True) -> tuple[Table | None, list[Skipped]]:
     """An Arrow stream, as `datasets` keeps them; ValueError if the columns cannot be told."""
     import pyarrow as pa
     from datasets import Dataset
@@ -132,10 +134,10 @@ def open_arrow(path: Path, name: str, config: DataConfig) -> tuple[Table | None,
         dataset = Dataset.from_file(str(path))
     except (pa.ArrowException, OSError) as error:
         return None, [Skipped(name, f"not an Arrow stream that can be read: {first_line(error)}")]
-    return Table(name, dataset, pick_columns(printable(name), dataset.features.arrow_schema, config)), []
+    return Table(name, dataset, pick_columns(printable(name), dataset.features.arrow_schema, config, captioned)), []
 
 
-def open_saved(folder: Path, config: DataConfig) -> Table:
+def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> Table:
     """A folder that `save_to_disk` wrote; of several splits, `config.split`.
 
     Raises:
@@ -151,7 +153,7 @@ def open_saved(folder: Path, config: DataConfig) -> Table:
         if config.split not in saved:
             raise ValueError(f'{folder} has no split "{config.split}"; set data.split to one of {", ".join(saved)}')
         saved = saved[config.split]
-    return Table(str(folder), saved, pick_columns(str(folder), saved.features.arrow_schema, config))
+    return Table(str(folder), saved, pick_columns(str(folder), saved.features.arrow_schema, config, captioned))
 
 
 def is_saved(folder: Path) -> bool:
@@ -160,7 +162,7 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or all((folder / part).is_file() for part in parts)
 
 
-def open_hub(config: DataConfig) -> Table:
+def open_hub(config: DataConfig, captioned: bool = True) -> Table:
     """A data set of the hub by its id, downloaded as `datasets` does; code that comes with it is never run.
 
     Raises:
@@ -181,10 +183,12 @@ def open_hub(config: DataConfig) -> Table:
         ) from error
     finally:
         logger.setLevel(level)
-    return Table(config.path, dataset, pick_columns(config.path, dataset.features.arrow_schema, config))
+    return Table(config.path, dataset, pick_columns(config.path, dataset.features.arrow_schema, config, captioned))
 
 
-def list_tables(tables: Sequence[Table], folder: Path | None, config: DataConfig) -> tuple[list[Sample], list[Skipped]]:
+def list_tables(
+    tables: Sequence[Table], folder: Path | None, config: DataConfig, captioned: bool = True
+) -> tuple[list[Sample], list[Skipped]]:
     """The rows of tables as samples.
 
     An id must not change when rows come or go, so it is not the row's number: it is the name that is stored with
@@ -193,6 +197,7 @@ def list_tables(tables: Sequence[Table], folder: Path | None, config: DataConfig
 
     Args:
         folder: to which stored paths of images without bytes are relative.
+        captioned: leave out images without a caption.
     """
     rows = [(table, row) for table in tables for row in _rows(table)]
     names = Counter(row.name for _, row in rows)
@@ -208,8 +213,9 @@ def list_tables(tables: Sequence[Table], folder: Path | None, config: DataConfig
             missing = "no image" if file is None else f"no image bytes, and no file {printable(file)[:200]}"
             skipped.append(Skipped(place, missing))
             continue
-        skipped += [Skipped(place, reason) for reason in reasons]
-        if not good:
+        if good or captioned:
+            skipped += [Skipped(place, reason) for reason in reasons]
+        if not good and captioned:
             continue
         group = row.name if row.name and names[row.name] == 1 else f"{row.name or 'row'}@{row.fingerprint or row.path}"
         seen[group] += 1
@@ -251,7 +257,7 @@ def _rows(table: Table) -> Iterator[_Row]:
             if image.type.get_field_index("path") >= 0:
                 paths = values_of(compute.struct_field(image, "path"))
         keys = values_of(batch.column(columns.key)) if columns.key else [None] * len(image)
-        texts = values_of(batch.column(columns.caption))
+        texts = values_of(batch.column(columns.caption)) if columns.caption else [None] * len(image)
         numbers = batch.column(_ROW).to_pylist() if _ROW in batch.schema.names else None
         for place, (path, key, text) in enumerate(zip(paths, keys, texts, strict=True)):
             name = path or ("" if key is None else str(key))

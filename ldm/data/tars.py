@@ -10,14 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ldm.data.captions import MAX_TEXT_BYTES, caption_lines, json_captions, printable
-from ldm.data.folder import CAPTION_FILES, IMAGES, foreign
+from ldm.data.folder import CAPTION_FILES, IMAGES, composed, foreign
 from ldm.data.images import decode
 from ldm.data.sources import DataConfig, Sample, Skipped
 
 _KNOWN = IMAGES | {*CAPTION_FILES, ".json"}
+_TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".xlsx"})
 
 
-def list_tar(path: Path, name: str, config: DataConfig) -> tuple[list[Sample], list[Skipped]]:
+def list_tar(path: Path, name: str, config: DataConfig, captioned: bool = True) -> tuple[list[Sample], list[Skipped]]:
     """The samples of one shard: images with the .txt, .caption or .json of the same key.
 
     A key is the path up to the first dot of its last part (as webdataset has it), or up to the last dot, where
@@ -26,6 +27,7 @@ def list_tar(path: Path, name: str, config: DataConfig) -> tuple[list[Sample], l
 
     Args:
         name: of the shard, with which ids begin: "00000.tar/000000012.jpg".
+        captioned: leave out images without a caption.
     """
     samples: list[Sample] = []
     skipped: list[Skipped] = []
@@ -34,10 +36,20 @@ def list_tar(path: Path, name: str, config: DataConfig) -> tuple[list[Sample], l
     with open(path, "rb") as file:
         for member in _members(file, name, skipped):
             _sort_member(member, name, os.fstat(file.fileno()).st_size, groups, lost, skipped)
+        _join_spellings(groups)
         for key, members in groups.items():
             if key not in lost or any(kind in IMAGES for kind in members):
-                _list_group(file, path, f"{name}/{key}", members, config, samples, skipped)
+                _list_group(file, path, f"{name}/{key}", members, config, samples, skipped, captioned)
     return samples, skipped
+
+
+def _join_spellings(groups: dict[str, dict[str, tarfile.TarInfo]]) -> None:
+    """Gives captions to the image whose key is the same in other code points, and has none of its own."""
+    mute = {composed(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
+    for key, members in list(groups.items()):
+        image = mute.get(composed(key))
+        if image is not None and image != key and IMAGES.isdisjoint(members):
+            groups[image] |= groups.pop(key)
 
 
 def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarfile.TarInfo]:
@@ -72,6 +84,8 @@ def _sort_member(
         return
     key, kind = _key(path)
     fault = foreign(base)
+    if fault is None and kind in _TABLES:
+        fault = "a table within a tar, which is not read; unpack the tar, or give each image a .txt with its caption"
     if fault is None and kind not in _KNOWN:
         return
     if fault is None and (not member.isfile() or member.issparse()):
@@ -80,7 +94,7 @@ def _sort_member(
         fault = "cut off at the end of the tar"
     if fault is not None:
         skipped.append(Skipped(f"{name}/{path}", fault))
-        if kind not in (*CAPTION_FILES, ".json"):
+        if kind not in (*CAPTION_FILES, ".json", *_TABLES):
             lost.add(key)
     else:
         before = groups.setdefault(key, {}).get(kind)
@@ -105,6 +119,7 @@ def _list_group(
     config: DataConfig,
     samples: list[Sample],
     skipped: list[Skipped],
+    captioned: bool,
 ) -> None:
     images = [kind for kind in members if kind in IMAGES]
     if not images:
@@ -113,7 +128,7 @@ def _list_group(
         return
     captions, reasons = _captions(file, members, config.caption_column)
     for kind in images:
-        if not captions:
+        if not captions and captioned:
             skipped.append(Skipped(key + kind, reasons[0] if reasons else "no caption"))
             continue
         member = members[kind]

@@ -21,12 +21,12 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """
     if fraction in (0, 1):
         return end if fraction else start
-    a, b = start.to(torch.float64), end.to(torch.float64)
+    a, b = start.cpu().double(), end.cpu().double()  # some devices have no float64
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
     if float(angle) > torch.pi - 1e-6:
         raise ValueError("the two points are opposite each other; no arc between them is the shortest")
     if float(angle) < 1e-6:  # the limit, where sin(θ) is 0
-        return torch.lerp(a, b, fraction).to(start.dtype)
+        return torch.lerp(a, b, fraction).to(start)
     weights = (torch.sin((1 - fraction) * angle), torch.sin(fraction * angle))
-    return ((weights[0] * a + weights[1] * b) / torch.sin(angle)).to(start.dtype)
+    return ((weights[0] * a + weights[1] * b) / torch.sin(angle)).to(start)

@@ -88,7 +88,7 @@ def langevin_corrector(
     *,
     noise: Noise,
     predictor: Predictor = ddpm,
-    snr: float = 0.16,
+    snr: float = 0.01,
     num_corrector_steps: int = 1,
     project: Project = identity,
     prediction_type: PredictionType = "epsilon",
@@ -104,14 +104,14 @@ def langevin_corrector(
     Args:
         latents: x_T, [B, C, H, W] standard normal.
         predictor: takes one step at a time, so that a multistep solver would be of first order.
-        snr: r, above 0; 0.16 in the paper for CIFAR-10.
+        snr: r, above 0; 0.01 for VP, the process here, and 0.16 for VE (Table 5).
         num_corrector_steps: M, at least 1, each one call of the network.
 
     Raises:
         ValueError: if an argument is outside its range; see `transitions`.
     """
     if not 0 < snr < math.inf:
-        raise ValueError(f"snr is {snr}; it must be a finite number above 0 (0.16 is usual)")
+        raise ValueError(f"snr is {snr}; it must be a finite number above 0 (0.01 is usual)")
     if num_corrector_steps < 1:
         raise ValueError(f"num_corrector_steps is {num_corrector_steps}; it must be at least 1")
     betas = schedule.betas.tolist()

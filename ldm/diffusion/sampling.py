@@ -37,7 +37,7 @@ SAMPLER_NAMES = (
 def check_sampler(name: str, *, others: str = "") -> None:
     """Raises `ValueError` with the nearest name for one that is unknown; `others` is what else would do."""
     if name not in SAMPLER_NAMES:
-        close = difflib.get_close_matches(name.lower(), SAMPLER_NAMES, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.lower(), SAMPLER_NAMES, n=1)
         advice = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"sampler is {name!r}; {advice}known are {', '.join(SAMPLER_NAMES)}{others}")
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import betas as formulas
+from ldm.diffusion.foreign_schedulers import ENDS_AT_THE_FIRST_LEVEL, read_keys
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine", "plain_cosine", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
@@ -290,6 +291,18 @@ def check_no_signal(prediction_type: str, t: int) -> None:
         )
 
 
+def check_precision(prediction_type: str, dtype: str) -> None:
+    """Raises `ValueError` where a prediction is computed in too few digits, "bf16" or "float16" for example.
+
+    μ̃ is x_t but for a share of about β_t / σ_t: the error of rounding it is some hundred times as large in ε.
+    """
+    if prediction_type == "posterior_mean" and dtype in ("bf16", "fp16", "bfloat16", "float16"):
+        raise ValueError(
+            f"prediction_type is posterior_mean, of which {dtype} leaves noise alone: it is x_t but for a few "
+            "thousandths; compute in float32 (train.mixed_precision=no), or train with epsilon or v_prediction"
+        )
+
+
 def check_start(
     schedule: NoiseSchedule, grid: Sequence[Step], prediction_type: PredictionType, *, bounded: bool
 ) -> None:
@@ -313,36 +326,41 @@ def check_start(
         )
 
 
-def config_from_diffusers(config: dict[str, Any]) -> ScheduleConfig:
-    """Reads the `scheduler_config.json` of any diffusers scheduler: its schedule and prediction; DDIM runs.
+def config_from_diffusers(config: dict[str, Any], class_name: str | None = None) -> ScheduleConfig:
+    """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid; DDIM runs.
 
-    Keys that steer another sampler (`skip_prk_steps`, `use_karras_sigmas`, …) mean nothing to DDIM and are
-    ignored. A key that is absent has the default of DDIM, DDPM or PNDM where one of these wrote the file, else of
-    Euler and DPM-Solver. `clip_sample` is ignored too: it clamps pixels, the StableDiffusionPipeline of diffusers
-    turns it off, and our codecs know their bounds.
+    Every scheduler of `foreign_schedulers.SCHEDULERS` solves the equation of one DDPM schedule, so that DDIM on the
+    same schedule and spacing draws from the same model. A key that is absent has the default of its class, and one
+    that its class does not have is ignored, both as in diffusers.
+
+    Args:
+        class_name: the class that `model_index.json` names, which is the one that diffusers makes; the `_class_name`
+            of the file where None.
 
     Raises:
-        ValueError: if the file asks for a schedule or prediction that is not supported, naming key and value.
+        ValueError: if the file asks for what DDIM on a DDPM schedule does not draw, naming class, key and value.
     """
-    name = str(config.get("_class_name", "DDIMScheduler"))
-    written = config.get("beta_schedule", "linear")
+    name = class_name or str(config.get("_class_name", "DDIMScheduler"))
+    keys = read_keys(config, name)
+    written = keys["beta_schedule"]
     if written not in NAMES:
         raise ValueError(f"scheduler beta_schedule is {written!r}; supported are {', '.join(NAMES)}")
-    if config.get("thresholding"):
-        raise ValueError(f"scheduler thresholding is {config['thresholding']!r}; it must be false in the file")
-    leading = name.startswith(("DDIM", "DDPM", "PNDM"))
-    trained = config.get("trained_betas")
+    ends = {"zero": True, "sigma_min": False}
+    end = keys.get("final_sigmas_type", "sigma_min" if name in ENDS_AT_THE_FIRST_LEVEL else "zero")
+    if end not in ends:
+        raise ValueError(f"scheduler final_sigmas_type is {end!r}; supported are {', '.join(ends)}")
+    trained = keys["trained_betas"]
     read = ScheduleConfig(
         beta_schedule=NAMES[written],
-        num_train_timesteps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
+        num_train_timesteps=keys["num_train_timesteps"],
+        beta_start=keys["beta_start"],
+        beta_end=keys["beta_end"],
         trained_betas=None if trained is None else tuple(trained),
-        rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
-        prediction_type=config.get("prediction_type", "epsilon"),
-        timestep_spacing=config.get("timestep_spacing", "leading" if leading else "linspace"),
-        steps_offset=config.get("steps_offset", 0),
-        set_alpha_to_one=config.get("set_alpha_to_one", not name.startswith("PNDM")),
+        rescale_betas_zero_snr=bool(keys.get("rescale_betas_zero_snr")),
+        prediction_type=keys["prediction_type"],
+        timestep_spacing=keys.get("timestep_spacing", "linspace"),  # that of DPMSolverSinglestep, which has no key
+        steps_offset=keys.get("steps_offset", 0),
+        set_alpha_to_one=bool(keys.get("set_alpha_to_one", ends[end])),
     )
     return _with_our_name(read, config[OUR_KEY]) if OUR_KEY in config else read
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.requirements import pip_install
 from ldm.text.open_clip import PREFIX, weights_path
 
 
@@ -72,7 +73,7 @@ def load_clip(weights: str, device: torch.device) -> Clip:
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
-        raise ValueError(f'CLIP needs open_clip ({error}): pip install "ldm[clip]"') from None
+        raise ValueError(f"CLIP needs open_clip ({error}): {pip_install('open_clip')}") from None
     name, _, source = weights.removeprefix(PREFIX).partition(":")
     config = open_clip.get_model_config(name) if name else None
     if config is None:

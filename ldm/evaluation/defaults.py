@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 
 INDEX = "model_index.json"
 
@@ -17,6 +17,7 @@ def check_storable(folder: Path) -> None:
     Raises:
         ValueError: if it is no local pipeline folder that `ldm` has written, or one that must stay as it is.
     """
+    folder = disk.expanded(folder)
     _index(folder)
     if (folder.parent / "manifest.json").exists():
         raise ValueError(
@@ -34,6 +35,7 @@ def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int
         ValueError: as `check_storable`.
         OSError: if the disk does not take it; the old file stands then.
     """
+    folder = disk.expanded(folder)
     check_storable(folder)
     index = _index(folder)
     changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}

@@ -12,6 +12,7 @@ from PIL import Image
 from ldm.data import DIGIT_WORDS, Sample
 from ldm.data.digits import digit_captions
 from ldm.pipelines import Pipeline
+from ldm.text import cut_prompts_said
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def draw_digits(
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        pictures += pipeline(chunk, seed=start, num_inference_steps=num_inference_steps).images
+        with cut_prompts_said():
+            pictures += pipeline(chunk, seed=start, num_inference_steps=num_inference_steps).images
     return pictures, digits
 
 

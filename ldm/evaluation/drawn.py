@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.data import Sample, generator
 from ldm.pipelines import Pipeline
+from ldm.text import cut_prompts_said
 
 
 def captions_of(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[str], list[int]]:
@@ -72,12 +73,13 @@ def draw(
     parts = []
     for start in range(0, len(captions), at_once):
         chunk = slice(start, start + at_once)
-        drawn = pipeline(
-            list(captions[chunk]),
-            seed=seeds[chunk],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        ).images
+        with cut_prompts_said():  # of captions, by those who know the data
+            drawn = pipeline(
+                list(captions[chunk]),
+                seed=seeds[chunk],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            ).images
         parts.append(torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])))
         if progress is not None:
             progress(len(drawn))

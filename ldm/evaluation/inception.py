@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from pathlib import Path
 
 from torch import nn
+
+from ldm import disk
+from ldm.requirements import pip_install
 
 # Of weights-inception-2015-12-05-6726825d.pth, the network of arXiv:1706.08500 converted from TensorFlow.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -33,7 +35,7 @@ def load_inception(weights: str) -> nn.Module:
             f"Inception features need their weights, a file of 91 MiB that is not downloaded here: fetch {SOURCE} and "
             "give its path"
         )
-    path = Path(weights)
+    path = disk.expanded(weights)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -47,6 +49,8 @@ def load_inception(weights: str) -> nn.Module:
         importlib.import_module("torch_fidelity")  # torchmetrics misses it only when it builds the network
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        raise ValueError(f'Inception features need torch-fidelity ({error}): pip install "ldm[metrics]"') from None
+        raise ValueError(
+            f"Inception features need torch-fidelity ({error}): {pip_install('torch_fidelity', 'torchmetrics')}"
+        ) from None
     network: nn.Module = NoTrainInceptionV3("inception-v3-compat", [str(DIMENSIONS)], str(path), antialias=False)
     return network.requires_grad_(False)

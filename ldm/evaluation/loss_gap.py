@@ -145,8 +145,8 @@ class _Look:
                         noise=noise,
                         prediction_type=self.pipeline.schedule.prediction_type,
                     )
-                    .double()
                     .cpu()
+                    .double()
                 )
                 if self.progress is not None:
                     self.progress(len(indices))

@@ -1,4 +1,4 @@
-"""Learning or memorising: are generated pictures nearer to single training images than unseen real images are?
+"""Learning or memorizing: are generated pictures nearer to single training images than unseen real images are?
 
 What is measured of a picture is the ratio of two distances: to the nearest training image, and to the nearest of the
 others. A copy has a ratio near 0, however noisy it is, or dull; a picture that resembles many training images, such as
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from ldm.data import generator
 from ldm.evaluation.loss_gap import LossGap, least_growth
-from ldm.evaluation.nearness import Known, check, near
+from ldm.evaluation.nearness import Known, check, distinct, near
+from ldm.evaluation.reasons import counts, loss, nearness
+from ldm.evaluation.standing import Standing
 from ldm.pipelines import contact_sheet
 
 GRID = 8
@@ -39,7 +41,10 @@ MOST_LEFT_OUT = 2048
 # probable had a chance of 7e-5.
 CHANCE, MANY = 1e-5, 0.1
 CHANCE_OF_SOME = 1e-3
-TOO_WIDE = 0.25
+# Of so few different pictures, however many there are of each, chance cannot say: they are copies if they are suspect
+# and as near to a training image as its variants are.
+TOO_FEW_FOR_CHANCE = 4
+TOO_WIDE = 0.3  # of the upper end: of 25 unseen images one set in 30 has more
 # A loss twice that on training images. A model of OpenMoji that draws new pictures had 1.4 times, those
 # overfitted to 50 images 15 times.
 BY_HEART = 1.0
@@ -96,7 +101,10 @@ class Copying:
         suspect: [M] bool.
         suspects: their share.
         expected: the share of unseen real images that would be suspect.
-        chance: how probable so many suspects are, or more, among M unseen real images.
+        distinct: how many pictures are neither near-duplicates of one before them nor nearest to the same training
+            image as one: only these are evidence.
+        chance: how probable so many suspects are, or more, among as many unseen real images as are `distinct`.
+        variants: the share of pictures that are suspect, and as near to a training image as its variants are.
         held_out: the share of suspects among held-out images; None without any.
         closer: the share of pictures closer to their nearest training image than that is to any other.
         held_out_closer: the same of held-out images.
@@ -110,7 +118,9 @@ class Copying:
     suspect: Tensor
     suspects: Share
     expected: float
+    distinct: int
     chance: float
+    variants: Share
     held_out: Share | None
     closer: Share
     held_out_closer: Share | None
@@ -168,21 +178,39 @@ def copying(
     threshold = float(ratios[rank - 1])
     found = near(generated, known)
     suspect = found.ratio < threshold
-    suspects = Share.of(suspect)
+    once = Share.of(suspect[_evidence(generated, known.groups[found.nearest], known.radius)])
     return Copying(
         nearest=found.nearest,
         distance=found.distance,
         ratio=found.ratio,
         threshold=threshold,
         suspect=suspect,
-        suspects=suspects,
+        suspects=Share.of(suspect),
         expected=rank / (len(ratios) + 1),
-        chance=_chance(suspects.count, suspects.total, rank, len(ratios) + 1 - rank),
+        distinct=once.total,
+        chance=_chance(once.count, once.total, rank, len(ratios) + 1 - rank),
+        variants=Share.of(suspect & (found.distance < known.radius)),
         held_out=None if unseen is None else Share.of(unseen.ratio < threshold),
         closer=Share.of(found.closer),
         held_out_closer=None if unseen is None else Share.of(unseen.closer),
         calibrated_on=(0 if unseen is None else len(unseen.ratio), left_out),
     )
+
+
+def _evidence(generated: Tensor, nearest: Tensor, radius: float) -> list[int]:
+    """Which pictures [n, K] count as evidence: of those that resemble each other the first, and of those that are
+    nearest to one group [n] of training images.
+
+    A picture that is drawn again and again is suspect each time. And pictures of something else, digits where the data
+    are photographs, are all nearest to the one dark photograph.
+    """
+    seen: set[int] = set()
+    kept = []
+    for index in distinct(generated, radius).tolist():
+        if int(nearest[index]) not in seen:
+            seen.add(int(nearest[index]))
+            kept.append(index)
+    return kept
 
 
 def _chance(count: int, total: int, below: int, above: int) -> float:
@@ -207,69 +235,91 @@ def _chance(count: int, total: int, below: int, above: int) -> float:
     return min(math.fsum(terms), 1.0)
 
 
+Kind = Literal["not yet a model of this data", "learning", "memorizing", "undecided"]
+FORMER_KINDS: dict[str, Kind] = {"memorising": "memorizing"}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """`kind`, and one sentence that says what was counted and what follows."""
 
-    kind: Literal["memorising", "learning", "undecided"]
+    kind: Kind
     sentence: str
 
+    @classmethod
+    def read(cls, content: Any) -> Verdict:
+        """From what was stored as JSON, now or by an earlier version, which wrote "memorising".
 
-def verdict(copying: Copying, gap: LossGap | None) -> Verdict:
-    """Memorising, learning, or undecided, from the pictures; the loss may raise doubts, but convicts no picture.
+        Raises:
+            ValueError: for what is no verdict.
+        """
+        if isinstance(content, dict) and isinstance(content.get("sentence"), str):
+            written = str(content.get("kind"))
+            for kind in get_args(Kind):
+                if kind == FORMER_KINDS.get(written, written):
+                    return cls(kind, content["sentence"])
+        raise ValueError(f"{content!r:.80} is no verdict; it has a sentence, and a kind of {', '.join(get_args(Kind))}")
 
-    - memorising: more suspects than unseen real images could have by chance (below `CHANCE`), and more than `MANY`;
-    - undecided: some suspects too many; too few pictures; nothing held out, so that nobody knows whether the model
-      draws what it has not seen; or a loss so much lower on training images that the model knows them by heart;
+
+def verdict(
+    copying: Copying | None, gap: LossGap | None, standing: Standing | None = None, *, unmeasured: str = ""
+) -> Verdict:
+    """One of four, from the pictures; the loss may raise doubts, but convicts no picture. The first that holds:
+
+    - memorizing: more suspects than unseen real images could have by chance (below `CHANCE`), and more than `MANY`;
+    - not yet a model of this data: the pictures are no nearer to it than noise, the mean image or blurred images are;
+    - undecided: some suspects too many; too few pictures, or too few different ones; an interval that holds both
+      answers; nothing held out, so that nobody knows whether the model draws what it has not seen; or a loss so much
+      lower on training images that the model knows them by heart;
     - learning: none of these.
+
+    Args:
+        copying: None where there are too few training images to tell copies by.
+        standing: how near the pictures are to the data; None where that is not asked, or
+        unmeasured: why it is not known.
     """
-    counted, seen = _counted(copying), _seen(gap)
-    some = copying.chance < CHANCE_OF_SOME and copying.suspects.low > 1.5 * copying.expected
-    if copying.chance < CHANCE and copying.suspects.low > MANY:
-        return Verdict("memorising", f"Memorising: {counted}{seen}; the model gives back what it was trained on.")
-    if some:
+    counted, seen, stands = counts(copying), loss(gap), nearness(standing)
+    if copying is not None and _copies(copying):
         return Verdict(
-            "undecided", f"Undecided: {counted}{seen}; some are copies, see the closest beside their nearest."
+            "memorizing", f"Memorizing: {counted}{seen}{stands}; the model gives back what it was trained on."
         )
+    where = None if standing is None else standing.kind
+    if where == "far":
+        return Verdict(
+            "not yet a model of this data",
+            f"Not yet a model of this data: {counted}{stands}; what is no model of the data comes as near to it.",
+        )
+    doubt = unmeasured or _doubt(copying, gap, where)
+    if doubt:
+        return Verdict("undecided", f"Undecided: {counted}{seen}{stands}; {doubt}.")
+    return Verdict(
+        "learning", f"Learning: {counted}{seen}{stands}; the pictures are no nearer than unseen real images are."
+    )
+
+
+def _copies(copying: Copying) -> bool:
+    if copying.distinct <= TOO_FEW_FOR_CHANCE:
+        return copying.variants.low > MANY
+    return copying.chance < CHANCE and copying.suspects.low > MANY
+
+
+def _doubt(copying: Copying | None, gap: LossGap | None, where: str | None) -> str:
+    """Why a verdict is left open, or nothing."""
+    if copying is None:
+        return "the training images are too few to tell copies by"
+    if copying.chance < CHANCE_OF_SOME and copying.suspects.low > 1.5 * copying.expected:
+        return "some are copies, see the closest beside their nearest"
+    if where == "few":
+        return "nearly all pictures repeat each other, so that the few that are left say little"
+    if where == "between":
+        return "they may be nearer to the data than what is no model of it, or not, so draw more pictures"
     if copying.held_out is None:
-        return Verdict("undecided", f"Undecided: {counted}{seen}; no copies, but nothing is held out to compare with.")
+        return "no copies, but nothing is held out to compare with"
     if copying.suspects.high > TOO_WIDE:
-        return Verdict("undecided", f"Undecided: {counted}{seen}; that is too wide, so draw more pictures.")
+        return "that is too wide, so draw more pictures"
     if gap is not None and least_growth(gap.widest()) > BY_HEART:
-        return Verdict(
-            "undecided",
-            f"Undecided: {counted}{seen}; no copies, yet the model knows its training images by heart.",
-        )
-    return Verdict("learning", f"Learning: {counted}{seen}; the pictures are no nearer than unseen real images are.")
-
-
-def _counted(copying: Copying) -> str:
-    """The numbers of the pictures, as the middle of a sentence."""
-    share = copying.suspects
-    held_out, left_out = copying.calibrated_on
-    kinds = [f"{held_out} held-out images"] if held_out else []
-    kinds += [f"{left_out} training images left out in turn"] if left_out else []
-    own = f", of the held-out images {_percent(copying.held_out.share)}" if copying.held_out else ""
-    return (
-        f"{share.count} of {share.total} pictures ({_percent(share.share)}, 95 % interval {_percent(share.low)} to "
-        f"{_percent(share.high)}) are as close to one training image as {_percent(copying.expected)} of unseen images "
-        f"would be{own} (calibrated on {' and '.join(kinds)})"
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _seen(gap: LossGap | None) -> str:
-    if gap is None:
-        return ""
-    band = gap.widest()
-    reach = "" if math.isnan(band.interval) else f" ± {band.interval:.2g}"
-    return (
-        f", and at timesteps {band.first} to {band.last} the loss is {band.training:.3g} on training and "
-        f"{band.held_out:.3g} on held-out images (gap {band.gap:.2g}{reach})"
-    )
+        return "no copies, yet the model knows its training images by heart"
+    return ""
 
 
 def nearest_sheet(

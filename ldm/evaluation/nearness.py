@@ -95,6 +95,17 @@ def _near_few(features: Tensor, known: Known, own: Tensor | None) -> Near:
     return Near(nearest, distance, ratio.masked_fill(others.isinf(), 1.0), distance < apart)
 
 
+def distinct(features: Tensor, radius: float) -> Tensor:
+    """Indices, ascending, of those of [n, K] that are not closer than `radius` to one that is kept before them."""
+    kept: list[int] = []
+    rows = torch.empty(features.shape, dtype=torch.float64)  # the first of them are those that are kept
+    for index, row in enumerate(features.double()):
+        if not kept or float((rows[: len(kept)] - row).square().sum(dim=1).min()) >= radius**2:
+            rows[len(kept)] = row
+            kept.append(index)
+    return torch.tensor(kept, dtype=torch.int64)
+
+
 def check(name: str, features: Tensor, dimensions: int) -> None:
     if features.ndim != 2 or features.shape[1] != dimensions:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Asked, Evaluation
 from ldm.evaluation.loss_gap import LossGap
@@ -61,6 +61,7 @@ class Account:
         Raises:
             OSError: if the disk does not take them.
         """
+        folder = disk.expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "evaluation.json", self.to_dict())
         save_png(self._samples(), folder / "samples.png", {"settings": self.evaluation.settings})
@@ -125,8 +126,7 @@ class Account:
         yield f"<p class='note'>{escaped(asked_for(evaluation))}.</p>"
         if self.notes:
             yield f"<div class='attention'>{''.join(f'<p>Note: {escaped(note)}.</p>' for note in self.notes)}</div>"
-        if evaluation.verdict is not None:
-            yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
+        yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
         tiles = "".join(
             f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}<small>{escaped(below)}</small></dd></div>"
             for name, value, below in self._tiles()
@@ -169,7 +169,7 @@ class Account:
         evaluation = self.evaluation
         if evaluation.copies is None and evaluation.gap is None:
             return
-        yield "<h2>Learning or memorising</h2>"
+        yield "<h2>Learning or memorizing</h2>"
         if evaluation.copies is not None:
             yield f"<p>{escaped(copies(evaluation).capitalize())}.</p>"
             yield sheets.figure(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data import CaptionedImages, generator, to_signed
@@ -35,6 +37,9 @@ class Reference:
         mirrored: [N, K] of the training images flipped, where training flips; else None.
         gallery: all of them, for retrieval.
         reader: reads digits, where the data is `digits`.
+        mean_image: [3, R, R] float64 in [−1, 1], R the resolution of the data: of the training images, unflipped.
+        colors: mean and std of each channel, [3] and [3], over all of their pixels.
+        yardsticks: what `ldm.evaluation.controls` has measured of it already.
     """
 
     training: CaptionedImages
@@ -47,6 +52,9 @@ class Reference:
     mirrored: Tensor | None
     gallery: Gallery
     reader: DigitReader | None
+    mean_image: Tensor
+    colors: tuple[Tensor, Tensor]
+    yardsticks: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -67,7 +75,8 @@ class Reference:
         with bars("features of the data", sum(map(len, parts))) as done:
             features = [stored_features(images, space, progress=done, print=print) for images in parts]
         with bars("reading the data", sum(map(len, parts))) as done:
-            seen = [_seen(images, done) for images in parts]
+            average = _Average(training.config.resolution)
+            seen = [_seen(training, done, average)] + [_seen(images, done) for images in parts[1:]]
         near = [torch.stack([copies for copies, _, _ in part]) for part in seen]
         looks = tuple(look for part in seen for _, _, look in part)
         samples = tuple(sample for images in parts for sample in images.samples)
@@ -83,6 +92,8 @@ class Reference:
             mirrored=torch.stack([flipped for _, flipped, _ in seen[0]]) if training.config.flip else None,
             gallery=Gallery(samples, torch.cat(features), looks),
             reader=DigitReader.fit(training.samples) if training.config.path == "digits" else None,
+            mean_image=average.sums[0] / average.count,
+            colors=average.colors(),
         )
 
 
@@ -101,12 +112,37 @@ def some_of(images: CaptionedImages, most: int, seed: int) -> CaptionedImages:
     return CaptionedImages(samples, images.config, images.seed, cache_bytes=0, sizes=images.buckets.sizes)
 
 
-def _seen(images: CaptionedImages, progress: Callable[[int], object]) -> list[tuple[Tensor, Tensor, str]]:
+class _Average:
+    """Sums over images, all brought to one size: of values and of their squares, [3, R, R] each."""
+
+    def __init__(self, resolution: int) -> None:
+        self.size = (resolution, resolution)
+        self.sums = torch.zeros(2, 3, *self.size, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, images: Tensor) -> None:
+        values = images.double()  # [b, 3, h, w] in [-1, 1]
+        if values.shape[-2:] != self.size:
+            values = F.interpolate(values, self.size, mode="area")
+        self.sums += torch.stack([values.sum(dim=0), values.square().sum(dim=0)])
+        self.count += len(values)
+
+    def colors(self) -> tuple[Tensor, Tensor]:
+        """Mean and std of each channel."""
+        mean, squares = self.sums.mean(dim=(-2, -1)) / self.count  # [3], [3]
+        return mean, (squares - mean.square()).clamp(min=0).sqrt()
+
+
+def _seen(
+    images: CaptionedImages, progress: Callable[[int], object], average: _Average | None = None
+) -> list[tuple[Tensor, Tensor, str]]:
     """Of each image what copies are found by, as it is and flipped, and the digest of its pixels."""
     found: list[tuple[Tensor, Tensor, str]] = [(torch.empty(0), torch.empty(0), "")] * len(images)
     for chunk in images.chunks(IMAGES_AT_ONCE):
         pixels = torch.stack([images.image_at(index) for index in chunk])  # uint8 [b, 3, h, w]
         both = [copy_features(to_signed(pixels)), copy_features(to_signed(pixels.flip(-1)))]
+        if average is not None:
+            average.add(to_signed(pixels))
         for place, index in enumerate(chunk):
             found[index] = both[0][place], both[1][place], look_of(pixels[place])
         progress(len(chunk))

@@ -12,9 +12,9 @@ INDENT = "  "
 
 def said(evaluation: Evaluation) -> list[str]:
     """A short account: what was asked, the verdict, and each figure with what it stands on."""
-    lines = [asked_for(evaluation), ""]
-    if evaluation.verdict is not None:
-        lines += ["Learning or memorising", INDENT + evaluation.verdict.sentence, INDENT + copies(evaluation)]
+    lines = [asked_for(evaluation), "", "Verdict", INDENT + evaluation.verdict.sentence]
+    if evaluation.copies is not None:
+        lines.append(INDENT + copies(evaluation))
     if evaluation.gap is not None:
         lines += [INDENT + line for line in gap_table(evaluation.gap)]
     if evaluation.quality is not None:

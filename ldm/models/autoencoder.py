@@ -363,9 +363,9 @@ def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_float64(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight [C_out, C_in] and bias [C_out] of a 1x1 convolution."""
+    """Weight [C_out, C_in] and bias [C_out] of a 1x1 convolution, on the CPU: some devices have no float64."""
     assert convolution.bias is not None
-    return convolution.weight[:, :, 0, 0].double(), convolution.bias.double()
+    return convolution.weight[:, :, 0, 0].cpu().double(), convolution.bias.cpu().double()
 
 
 def _copy_into(convolution: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:

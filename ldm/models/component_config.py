@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config", bound="ComponentConfig")
+
+# What libraries note beside the keys of a network: of the file, and of a moving average of weights (`unet_ema/`).
+_NOTES = {"torch_dtype", "dtype", "architectures", "transformers_version", "diffusers_version", "library_name"}
+_NOTES |= {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+_NOTES_IF_NULL = {"quantization_config"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +32,25 @@ class ComponentConfig:
     def from_dict(cls: type[Config], config: Mapping[str, Any]) -> Config:
         """Builds the config from the content of a diffusers `config.json`.
 
-        Keys that begin with `_` are notes of diffusers and are skipped; missing keys get diffusers' defaults,
-        as older files have fewer; lists become tuples. Raises `ValueError` for an unknown key, for a value
-        that a field cannot have, and for a key that is not supported unless its value is neutral.
+        Keys that begin with `_`, and others that say nothing of the network (`_NOTES`), are skipped; missing keys get
+        diffusers' defaults, as older files have fewer; lists become tuples. Raises `ValueError` for an unknown key,
+        for a value that a field cannot have, and for a key that is not supported unless its value is neutral.
         """
         valid = {field.name for field in fields(cls)}
         supported = {}
         for key, value in config.items():
-            if key.startswith("_"):
+            if key.startswith("_") or key in _NOTES or (key in _NOTES_IF_NULL and value is None):
                 continue
             if key in valid:
                 supported[key] = _tuples(value)
             elif key in cls.neutral_values:
                 _refuse_unless_neutral(key, value, cls.neutral_values[key])
+            elif key in _NOTES_IF_NULL:
+                refuse(key, value, "weights must be stored as they are used; take the model in full or half precision")
             else:
-                nearest = difflib.get_close_matches(key, valid | cls.neutral_values.keys(), n=1, cutoff=0.0)[0]
-                raise ValueError(f"unknown key {key!r}; the nearest key of {cls.diffusers_class} is {nearest!r}")
+                nearest = difflib.get_close_matches(key, sorted(valid | cls.neutral_values.keys()), n=1)
+                hint = f"the nearest key of {cls.diffusers_class} is {nearest[0]!r}" if nearest else "leave it out"
+                raise ValueError(f"unknown key {key!r}, which {cls.diffusers_class} does not have; {hint}")
         return cls(**supported)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,12 +59,15 @@ class ComponentConfig:
         return {"_class_name": self.diffusers_class, **values}
 
     def check_types(self) -> None:
-        """Raises `ValueError` for the first field whose value is not of its annotated type."""
+        """Raises `ValueError` for the first field whose value is not of its annotated type, or not finite."""
         hints = get_type_hints(type(self))
         for field in fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if not _has_type(value, hint):
                 refuse(field.name, value, f"must be {_readable(hint)}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):  # Python reads NaN and 1e999 from JSON
+                    refuse(field.name, value, "must be finite")
 
     def check_positive(self, *keys: str) -> None:
         """Raises `ValueError` for the first of these fields with a number not above zero or infinite."""

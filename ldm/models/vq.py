@@ -237,6 +237,7 @@ class CodebookUsage(NamedTuple):
 
 def codebook_usage(counts: Tensor) -> CodebookUsage:
     """Of how often each code was used, [K], once at least in all."""
+    counts = counts.cpu()  # some devices have no float64
     assert bool(counts.sum() > 0)
     shares = counts.double() / counts.sum()
     entropy = -torch.special.xlogy(shares, shares).sum()

@@ -11,7 +11,7 @@ from typing import Any
 def image_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, num_images_per_prompt: int
 ) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt an image."""
+    """The prompts and one negative prompt for each; image i is of prompt i // num_images_per_prompt."""
     prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or a list of texts")
     if not prompts:
         raise ValueError("the prompt list is empty; give at least one text")
@@ -25,11 +25,25 @@ def image_prompts(
         raise ValueError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
         )
-    for text in [*prompts, *negatives]:
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt is {text!r}; prompts are texts")
-    repeat = range(num_images_per_prompt)
-    return [p for p in prompts for _ in repeat], [n for n in negatives for _ in repeat]
+    for text in prompts:
+        check_text("prompt", text)
+    for text in negatives:
+        check_text("negative prompt", text)
+    return prompts, negatives
+
+
+def check_text(name: str, text: Any) -> None:
+    """`ValueError` unless it is a text that a tokenizer takes."""
+    if not isinstance(text, str):
+        raise ValueError(f"a {name} is {text!r}; prompts are texts")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.start + 20])
+        raise ValueError(
+            f"a {name} has half of a surrogate pair at place {error.start} ({around}), which is no text; write it in "
+            "UTF-8"
+        ) from None
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
@@ -48,6 +62,19 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
         if not 0 <= s < 2**63:
             raise ValueError(f"seed is {s}; it must be a whole number from 0 to 2**63 - 1")
     return seeds
+
+
+def check_steps(steps: int | None) -> None:
+    """`ValueError` for a number of steps that no model can take; what is above T depends on the model."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"num_inference_steps is {steps}; it must be at least 1")
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """`ValueError` for a side that no picture has."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side < 1:
+            raise ValueError(f"{name} is {side}; it is a number of pixels, at least 1")
 
 
 def listed(name: str, values: Iterable[Any], wanted: str) -> list[Any]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from ldm.diffusion import NoiseSchedule, State, conditioned, ddim_inversion, slerp
 from ldm.pipelines.arguments import image_prompts, image_seeds, listed, whole
 from ldm.pipelines.drawing import Drawing, PipelineOutput
-from ldm.pipelines.images import from_pil, to_pil
+from ldm.pipelines.finite import Watch
+from ldm.pipelines.images import check_pictures, from_pil
+from ldm.pipelines.memory import CHUNK_BYTES, said_in_one_line
 from ldm.pipelines.sampling import SAMPLERS, direct, draw_noise, shown
 
 
@@ -55,7 +57,8 @@ class Editing(Drawing):
         prompts = [prompt, prompt] if isinstance(prompt, str) else listed("prompt", prompt, "one text, or two")
         if len(prompts) != 2:
             raise ValueError(f"there are {len(prompts)} prompts; give one, or the two to go between")
-        if whole("steps", steps) < 2:
+        steps = whole("steps", steps)
+        if steps < 2:
             raise ValueError(f"steps is {steps}; it must be at least 2, the two ends")
         ends = image_seeds(listed("seeds", seeds, "two, those of the ends"), 2)
         prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt or ""), 1)
@@ -72,14 +75,19 @@ class Editing(Drawing):
             raise ValueError(
                 f"sampler is {shown(sampler)}; between pictures it must draw no noise: choose one of {known}"
             )
+        room = self._room(steps, height, width, settings)
         start, end = (draw_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width)) for s in ends)
-        fractions = [i / (steps - 1) for i in range(steps)]
-        latents = torch.cat([slerp(start, end, fraction) for fraction in fractions])  # [steps, C, h, w]
+        self._warn_of_cut(*prompts, *negatives)
         first, last = self._states(prompts)  # [L, D] each
-        condition = torch.stack([torch.lerp(first, last, fraction) for fraction in fractions])  # [steps, L, D]
-        null = self._states(negatives[:1]).expand(steps, -1, -1)
-        final = self._walk(condition, null, latents, settings, [])
-        return PipelineOutput(to_pil(self.codec.decode(final)), ends)
+        null = self._states(negatives[:1])  # [1, L, D]
+
+        def final(images: range) -> Tensor:
+            fractions = [i / (steps - 1) for i in images]
+            latents = torch.cat([slerp(start, end, fraction) for fraction in fractions])  # [B, C, h, w]
+            condition = torch.stack([torch.lerp(first, last, fraction) for fraction in fractions])  # [B, L, D]
+            return self._walk(condition, null.expand(len(images), -1, -1), latents, settings, [], first=images.start)
+
+        return PipelineOutput(self._drawn(steps, room, final), ends)
 
     @torch.inference_mode()
     def variations(
@@ -117,10 +125,11 @@ class Editing(Drawing):
         Raises:
             ValueError: naming the argument, its value and the range.
         """
-        if whole("count", count) < 1:
+        count = whole("count", count)
+        if count < 1:
             raise ValueError(f"count is {count}; it must be at least 1")
         texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt or "")
-        prompts, negatives = image_prompts(*texts, count)
+        prompts, negatives = image_prompts(*texts, 1)
         settings = self._settings(
             num_inference_steps,
             guidance_scale,
@@ -146,6 +155,7 @@ class Editing(Drawing):
             )
         own = [step for step in grid if step.t <= shared_until]
         shared = grid[: len(grid) - len(own)]
+        room = self._room(count, height, width, settings)
         generators = [torch.Generator("cpu").manual_seed(s) for s in image_seeds(shared_seed, 1)]
         seeds = image_seeds(seed, count)
         if shared_seed in seeds:
@@ -153,14 +163,21 @@ class Editing(Drawing):
                 f"shared_seed is {shared_seed}, and so is the seed of picture {seeds.index(shared_seed)}, whose own "
                 "noise would begin with x_T once more; take another"
             )
-        condition, null = self._states(prompts), self._states(negatives)
-        latents = draw_noise(generators, self._blank(1, height, width))
+        self._warn_of_cut(*prompts, *negatives)
+        condition, null = self._states(prompts), self._states(negatives)  # [1, L, D]
+        common = draw_noise(generators, self._blank(1, height, width))  # [1, C, h, w]
         if shared:
-            latents = self._walk(condition[:1], null[:1], latents, settings, generators, grid=shared)
-        latents = latents.expand(count, -1, -1, -1)
-        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-        final = self._walk(condition, null, latents, settings, generators, grid=own)
-        return PipelineOutput(to_pil(self.codec.decode(final)), seeds)
+            common = self._walk(condition, null, common, settings, generators, grid=shared)
+
+        def final(images: range) -> Tensor:
+            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in images]
+            each = (len(images), -1, -1)
+            latents = common.expand(*each, -1)
+            return self._walk(
+                condition.expand(each), null.expand(each), latents, settings, generators, grid=own, first=images.start
+            )
+
+        return PipelineOutput(self._drawn(count, room, final), seeds)
 
     @torch.inference_mode()
     def invert(
@@ -194,26 +211,43 @@ class Editing(Drawing):
         texts = [prompt] * len(pictures) if isinstance(prompt, str) else listed("prompt", prompt, "one text, or a list")
         if len(texts) != len(pictures):
             raise ValueError(f"there are {len(texts)} prompts for {len(pictures)} images; give one, or one an image")
-        images = from_pil(pictures)  # [B, 3, H, W]
-        blank = self._blank(len(images), *images.shape[2:])
+        check_pictures(pictures)
+        width, height = pictures[0].size
         settings = self._settings(num_inference_steps, 1.0)
         prompts, _ = image_prompts(texts, None, 1)
+        self._warn_of_cut(*prompts)
+        room = self._room(len(pictures), height, width, settings, texts=len({*prompts}))
+        blank = self._blank(1, height, width)
         schedule = NoiseSchedule.from_config(self.schedule)
         network, prediction_type = direct(self.unet, schedule, self.schedule.prediction_type)
-        states = ddim_inversion(
-            conditioned(network, self._states(prompts)),
-            self.codec.draw(self.codec.moments(images.to(blank))),
-            schedule,
-            self._grid(settings),
-            prediction_type=prediction_type,
-        )
-        *_, last = states
-        return last.latents
+        condition = self._states(prompts)
+        noise = []
+        at_once = min(room.drawn, room.decoded)
+        for first in range(0, len(pictures), at_once):
+            images = from_pil(pictures[first : first + at_once])  # [B, 3, H, W]
+            with said_in_one_line("the pictures", "invert smaller ones, or fewer at a time"):
+                watch = Watch(first=first)
+                states = ddim_inversion(
+                    watch.around(conditioned(network, condition[first : first + at_once])),
+                    self.codec.draw(self.codec.moments(images.to(blank))),
+                    schedule,
+                    self._grid(settings),
+                    prediction_type=prediction_type,
+                )
+                noise.append(watch.last_of(states))
+        return torch.cat(noise)
 
     @torch.inference_mode()
     def preview(self, state: State) -> list[Image.Image]:
-        """x̂_0 of a step, as pictures: what the model sees in the noise so far. For `on_step` of `__call__`."""
-        return to_pil(self.codec.decode(state.pred_original_sample))
+        """x̂_0 of a step, as pictures: what the model sees in the noise so far. For `on_step` of `__call__`.
+
+        Raises:
+            ValueError: where it is not finite (`NotFinite`), or does not fit into memory.
+        """
+        height, width = (side * self.codec.factor for side in state.latents.shape[2:])
+        at_once = max(1, CHUNK_BYTES // self.codec.bytes_to_decode(height, width))
+        with said_in_one_line("the preview", "look at smaller pictures, or fewer at a time"):
+            return self._pictures(state.pred_original_sample, at_once)
 
 
 def _one_text(name: str, value: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm import disk
+from ldm.data.color import to_srgb
 from ldm.diffusion import State
 
 
@@ -25,11 +26,19 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:
-    """PIL images of one size, RGB or grey → [B, 3, H, W] float32 in [−1, 1].
+    """PIL images of one size, RGB or gray → [B, 3, H, W] float32 in [−1, 1]; an ICC profile is followed (to sRGB).
 
     Raises:
-        ValueError: for none, for different sizes, and for transparency, whose background only their owner knows.
+        ValueError: see `check_pictures`.
     """
+    check_pictures(images)
+    pixels = [np.asarray(to_srgb(image)[0].convert("RGB")) for image in images]
+    tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
+    return tensor.to(torch.float32) / 127.5 - 1
+
+
+def check_pictures(images: Sequence[Image.Image]) -> None:
+    """`ValueError` for none, for different sizes, and for transparency, whose background only their owner knows."""
     if not images:
         raise ValueError("the image list is empty; give at least one picture")
     sizes = list(dict.fromkeys(image.size for image in images))
@@ -38,16 +47,16 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
     for image in images:
         if image.mode not in ("RGB", "L"):
             raise ValueError(f"an image has mode {image.mode}; bring it to RGB on a background first")
-    pixels = [np.asarray(image.convert("RGB")) for image in images]
-    tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
-    return tensor.to(torch.float32) / 127.5 - 1
 
 
-def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = None) -> None:
+def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str, Any] | None = None) -> None:
     """Writes a PNG, whole or not at all, with `text` (prompt, seed, settings) as its iTXt chunks."""
     info = PngInfo()
     for key, value in (text or {}).items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        # The name of a file may hold half of a surrogate pair; JSON escapes one in the same way.
+        info.add_itxt(key, content.encode("utf-8", "backslashreplace").decode())
+    path = disk.expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk.new_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
@@ -56,7 +65,8 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, Any] | None = No
 class ProgressStrip:
     """x̂_0 at some steps of a run, a row of pictures for each image: what `ldm generate --progress-strip` writes.
 
-    Give it to `on_step`; it keeps a few states of the run, evenly spaced, the last one included.
+    Give it to `on_step`; it keeps a few states of the run, evenly spaced, the last one included; of every chunk, where
+    a call is cut into several.
 
     Args:
         preview: from a state to pictures: `Pipeline.preview`.
@@ -69,17 +79,22 @@ class ProgressStrip:
         columns = min(columns, steps)
         self._shown = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
         self._preview = preview
-        self.timesteps: list[int] = []
-        self._columns: list[list[Image.Image]] = []
+        self._columns: dict[int, list[Image.Image]] = {}  # by the index of the step
+        self._timesteps: dict[int, int] = {}
 
     def __call__(self, state: State) -> None:
         if state.index in self._shown:
-            self.timesteps.append(state.timestep)
-            self._columns.append(self._preview(state))
+            self._timesteps[state.index] = state.timestep
+            self._columns.setdefault(state.index, []).extend(self._preview(state))
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Those of the steps that are shown, in their order."""
+        return list(self._timesteps.values())
 
     def sheet(self, captions: Sequence[str]) -> Image.Image:
         """One row an image, under its caption and the timesteps."""
-        rows = list(zip(*self._columns, strict=True))
+        rows = list(zip(*self._columns.values(), strict=True))
         steps = ", ".join(map(str, self.timesteps))
         return contact_sheet(rows, [f"{caption}, t = {steps}" for caption in captions], size=max(rows[0][0].width, 96))
 

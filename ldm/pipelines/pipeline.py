@@ -11,12 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm import adapters, checkpoint
+from ldm import adapters, checkpoint, disk
 from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion.schedule import scheduler_class
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.editing import Editing
+from ldm.pipelines.memory import said_in_one_line
 from ldm.text import REFERENCE, load_text_encoder_folders, reference_to
+from ldm.untrusted import refuse_untrusted
+from ldm.weights import check_dtype, check_weights, converted
 
 LATENT_CLASS = "StableDiffusionPipeline"
 CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
@@ -24,6 +27,7 @@ PIXEL_CLASS = "PixelDiffusionPipeline"
 CLASSES = {"AutoencoderKL": LATENT_CLASS, "VQModel": CODEBOOK_CLASS, None: PIXEL_CLASS}  # by the first stage
 SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
 READ = {"unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"}
+LIBRARIES = ("diffusers", "transformers", "ldm")  # of components; any other name is a module in the folder
 
 
 class Pipeline(Editing):
@@ -44,7 +48,7 @@ class Pipeline(Editing):
         """Opens a pipeline folder, ours or a Stable Diffusion 1.x/2.x one of diffusers, a hub id, or "openmoji-64".
 
         Args:
-            device: where it runs; None takes CUDA where there is one, else the CPU.
+            device: where it runs; None takes `default_device`.
             dtype: of weights and computation; float32, or float16/bfloat16 on a GPU.
             attention: "sdpa", or "xformers" where that is installed, on CUDA.
 
@@ -52,7 +56,10 @@ class Pipeline(Editing):
             ValueError: naming the file that is missing, damaged or of another model.
         """
         place = usable_device(device)
+        check_dtype(dtype)
         folder = checkpoint.find_pipeline(name)
+        for part in (".", *checkpoint.PARTS):
+            refuse_untrusted(folder / part)
         index = checkpoint.read_json(folder / "model_index.json")
         _check_index(index, folder)
         unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel", dtype)
@@ -62,7 +69,7 @@ class Pipeline(Editing):
             codec = checkpoint.load_pixel_codec(folder / "codec")
         else:
             codec = LatentCodec(checkpoint.load_autoencoder(folder / "vae", dtype), source=folder / "vae")
-        schedule = checkpoint.load_schedule(folder / "scheduler")
+        schedule = checkpoint.load_schedule(folder / "scheduler", str(index["scheduler"][-1]))
         if not index.get("_ldm"):
             # diffusers' StableDiffusionPipeline sets this whatever the file says.
             schedule = dataclasses.replace(schedule, steps_offset=1)
@@ -81,11 +88,24 @@ class Pipeline(Editing):
         return pipeline
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
-        """Moves every network to `device` (and `dtype`); returns the pipeline."""
+        """Moves every network to `device` (and `dtype`); returns the pipeline.
+
+        Raises:
+            ValueError: for a device that is not there or holds no numbers, a dtype that networks cannot have, and
+                where the memory of the device is too small.
+        """
+        if device is not None:
+            device = usable_device(device)
+        if dtype is not None:
+            check_dtype(dtype)
+        with said_in_one_line(f"the model on {device}", "take a dtype of half the size, or another device"):
+            self._move(device, dtype)
+        return self
+
+    def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.unet.to(device=device, dtype=dtype)
         self.codec.to(device=device, dtype=dtype)
         self.text_encoder.to(device, dtype)
-        return self
 
     def save_pretrained(
         self,
@@ -100,15 +120,18 @@ class Pipeline(Editing):
         Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
-            folder: where; an old folder of that name is replaced when the new one is complete.
+            folder: where. An older model there is replaced when the new one is complete: the files that the format
+                names (see `checkpoint.atomic_folder`). Whatever else lies there stays, such as README.md and .git of a
+                clone. Where the folder is a link, what it points to is written.
             dtype: of the stored weights of the UNet.
             shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
             text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
                 for a small folder; diffusers cannot open that.
 
         Raises:
-            ValueError: for a folder that holds other things, a text encoder that no package holds where it is to be
-                named, and while LoRAs are loaded that are not merged.
+            ValueError: for a folder that holds other things and no model, a file, a link to nothing, a text encoder
+                that no package holds where it is to be named, for weights of the UNet that are not finite in `dtype`,
+                and while LoRAs are loaded that are not merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -120,8 +143,13 @@ class Pipeline(Editing):
                 f"the LoRA {min(loaded)!r} is loaded; merge_lora() to save the model with it, unload_lora() to save it "
                 "without"
             )
+        check_dtype(dtype)
+        weights = self.unet.state_dict()
+        check_weights(weights, "unet")
+        converted(weights, dtype, "unet")
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
-        with checkpoint.atomic_folder(Path(folder)) as target:
+        place = disk.folder_to_write(folder)
+        with checkpoint.atomic_folder(place) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
             checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
@@ -131,6 +159,8 @@ class Pipeline(Editing):
                 (target / "text_encoder").mkdir()
                 checkpoint.write_json(target / "text_encoder" / REFERENCE, reference)
                 self._save_codec(target)
+        if reference is None:
+            self.text_encoder.is_now_in(place, changed=adapters.is_merged(self.text_encoder.model))
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
@@ -138,18 +168,19 @@ class Pipeline(Editing):
         self._save_codec(folder)
 
     def _save_codec(self, folder: Path) -> None:
-        if isinstance(self.codec, LatentCodec):
-            if self.codec.source is None:
-                checkpoint.save_model(folder / "vae", self.codec.autoencoder)
+        codec = _unwrapped(self.codec)
+        if isinstance(codec, LatentCodec):
+            if codec.source is not None and checkpoint.holds(codec.source, codec.autoencoder):
+                checkpoint.copy_model(codec.source, folder / "vae")
             else:
-                checkpoint.copy_model(self.codec.source, folder / "vae")
-        elif isinstance(self.codec, PixelCodec):
-            checkpoint.save_pixel_codec(folder / "codec", self.codec)
+                checkpoint.save_model(folder / "vae", codec.autoencoder)
+        elif isinstance(codec, PixelCodec):
+            checkpoint.save_pixel_codec(folder / "codec", codec)
 
     @property
     def _adapted(self) -> tuple[nn.Module, nn.Module]:
         """The networks that a LoRA may change."""
-        return self.unet, self.text_encoder.model
+        return _unwrapped(self.unet), _unwrapped(self.text_encoder.model)
 
     @property
     def lora(self) -> dict[str, float]:
@@ -204,7 +235,8 @@ class Pipeline(Editing):
 
     def index(self) -> dict[str, Any]:
         """Content of `model_index.json`."""
-        stage = self.codec.autoencoder.config.diffusers_class if isinstance(self.codec, LatentCodec) else None
+        codec = _unwrapped(self.codec)
+        stage = codec.autoencoder.config.diffusers_class if isinstance(codec, LatentCodec) else None
         index: dict[str, Any] = {"_class_name": CLASSES[stage]}
         # Keys with an underscore are ours; diffusers leaves them alone.
         index["_ldm"] = {
@@ -221,14 +253,27 @@ class Pipeline(Editing):
         return index | {name: [None, None] for name in sorted(SKIPPED)}
 
 
+def _unwrapped(module: Any) -> Any:
+    """The network that `torch.compile` has wrapped, or the network itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine (CUDA, Apple's MPS, XPU, NPU, …), as accelerate takes it, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else torch.device(found.type)
+
+
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, None for CUDA where there is one, else the CPU; ValueError if it cannot be used."""
+    """The device of that name, None for `default_device`; ValueError if it cannot be used."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        reason = str(error).splitlines()[0]
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device "meta" gives no numbers back
+        return probe.device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # the second without CUDA in torch
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device is {str(name)!r}, which cannot be used here ({reason}); cpu always can") from None
 
 
@@ -246,6 +291,12 @@ def _check_index(index: dict[str, Any], folder: Path) -> None:
             f"{folder / 'model_index.json'} has the component {min(unknown)}, which is not supported; "
             f"supported are {', '.join(sorted(READ))}"
         )
+    for part in sorted(parts & READ):
+        if index[part][0] not in LIBRARIES:
+            raise ValueError(
+                f"{folder / 'model_index.json'} takes the {part} from {index[part][0]!r}, code that comes with the "
+                f"model, which is never run here; components are of {', '.join(LIBRARIES)}"
+            )
     missing = {"unet", "text_encoder", "tokenizer", "scheduler"} - parts
     if missing:
         raise ValueError(f"{folder / 'model_index.json'} has no {min(missing)}; the model folder is incomplete")

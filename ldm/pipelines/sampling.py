@@ -94,10 +94,13 @@ def _ddpm(run: Run, *, variance: Literal["small", "large"]) -> Iterator[State]:
 
 
 def _langevin(run: Run) -> Iterator[State]:
-    """Annealed Langevin dynamics leaves the noise of its last level in the picture; it ends in x̂_0 instead."""
-    last = len(run.grid) - 1
+    """Annealed Langevin dynamics leaves the noise of its last level in the picture; it ends in x̂_0 instead.
+
+    A grid that is a part of one ends in x_t, which the rest goes on from.
+    """
     for state in annealed_langevin(**_common(run), noise=run.noise):
-        yield dataclasses.replace(state, latents=state.pred_original_sample) if state.index == last else state
+        ended = run.grid[state.index].t_prev == -1
+        yield dataclasses.replace(state, latents=state.pred_original_sample) if ended else state
 
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.diffusion import (
     Denoise,
@@ -20,6 +23,7 @@ from ldm.diffusion import (
     split_variance,
     training_target,
 )
+from ldm.diffusion.prediction import noise_of
 from ldm.diffusion.sampling import Project
 
 
@@ -75,7 +79,18 @@ def check_scheduler(
                 f"{name} has {key} {scheduler.config[key]!r}, which bounds latents as if they were pixels in [-1, 1]; "
                 f"set it to False (pixel models are bounded by their codec)"
             )
-    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+    for key, wanted in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
+        if scheduler.config.get(key, wanted) != wanted:
+            raise ValueError(
+                f"{name} has {key} {scheduler.config[key]!r}: it samples another kind of diffusion than a DDPM "
+                f"schedule; set it to {wanted!r}"
+            )
+    takes = inspect.signature(scheduler.step).parameters
+    needed = [key for key, value in takes.items() if value.default is value.empty and value.kind in POSITIONAL][3:]
+    needed += ["prev_timestep"] if "prev_timestep" in takes else []  # without it UnCLIPScheduler steps to t − 1
+    if needed:
+        raise ValueError(f"{name} needs {needed[0]} at every step, which nothing here can give; take another")
+    if eta and "eta" not in takes:
         raise ValueError(f"eta is {eta}, which {name} does not have; leave it out")
 
 
@@ -97,7 +112,9 @@ def run_scheduler(
     The scheduler is copied first, because it keeps the state of a run. `scale_model_input` gives what the network
     was trained on, x_t = α x_0 + σ ε, so x̂_0 is computed here for every scheduler alike, and where `project` moves
     it, the prediction is made to agree. The states' `latents` are as the scheduler keeps them: Euler and its kin hold
-    x_t/α. Each image draws from its own generator; a scheduler whose `step` takes none must be deterministic.
+    x_t/α. Each image draws from its own generator.
+
+    A prediction of x_0, which some schedulers do not take, is given to all of them as v, which all take.
 
     Args:
         latents: standard normal, [B, C, H, W].
@@ -106,14 +123,20 @@ def run_scheduler(
         learned_variance: whether the network gives 2C channels.
 
     Raises:
-        ValueError: for a scheduler that walks from pictures to noise, and one of learned variances where the network
-            gives none, or not as diffusers' "learned_range" has them.
+        ValueError: naming the scheduler, for one that walks from pictures to noise, asks outside the timesteps of
+            training, or under another timestep than that of its noise level; one that draws noise which is not of
+            `generators`; one that does not take so many steps; and one of learned variances where the network gives
+            none, or not as diffusers' "learned_range" has them.
     """
     scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
-    scheduler.set_timesteps(num_inference_steps, latents.device)
+    _set_timesteps(scheduler, num_inference_steps, latents.device)
     if "Inverse" in name or scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(f"{name} goes from a picture to noise, which pipeline.invert does; take one that draws")
+    _check_timesteps(scheduler, schedule, num_inference_steps)
     draws_learned = _draws_learned(scheduler, learned_variance)
+    given_as: PredictionType = "v_prediction" if prediction_type == "sample" else prediction_type
+    if given_as != prediction_type:
+        cast(Any, scheduler).register_to_config(prediction_type=given_as)
     takes = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {}
     if "eta" in takes:
@@ -124,19 +147,125 @@ def run_scheduler(
     for index, timestep in enumerate(scheduler.timesteps):
         t = float(timestep)
         x_t = scheduler.scale_model_input(latents, timestep)
+        alpha, sigma = _level(scheduler, index, timestep, schedule)
         # Some ask between two timesteps of training; what guidance builds answers there.
         output = denoise(x_t, cast(int, int(t) if t.is_integer() else t))
         prediction, variance = split_variance(output, x_t)
-        alpha, sigma = alpha_sigma_at(schedule, t)
         original, _ = original_and_noise(prediction, x_t, alpha, sigma, prediction_type)
         projected = project(original)
-        if projected is not original:
-            noise = (x_t - alpha * projected) / sigma
-            original, prediction = projected, training_target(projected, noise, alpha, sigma, prediction_type)
+        if projected is not original or given_as != prediction_type:
+            original = projected
+            noise = noise_of(x_t, original, alpha, sigma)
+            prediction = training_target(original, noise, alpha, sigma, given_as)
         if draws_learned and variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
-        latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+        with _failing_as(f"{name} fails at timestep {t:g} of {num_inference_steps} steps"), _Noise(name, generators):
+            latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+        if not latents.isfinite().all() and prediction.isfinite().all():
+            raise ValueError(
+                f"{name} gives numbers that are not finite at timestep {t:g} of {num_inference_steps} steps, as where "
+                "two steps have one noise level; take fewer steps, or another timestep_spacing"
+            )
         yield State(index, round(t), latents, original)
+
+
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+FAILURES = (ArithmeticError, AssertionError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Whatever a scheduler raises about its own settings, as one ValueError."""
+    try:
+        yield
+    except _ForeignNoiseError:
+        raise
+    except FAILURES as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{what} ({reason[0] if reason else type(error).__name__}); take another number of steps, "
+            "spacing or scheduler"
+        ) from error
+
+
+class _ForeignNoiseError(ValueError):
+    pass
+
+
+class _Noise(TorchDispatchMode):
+    """Refuses noise that comes from anywhere but the generators of the images, for it could not be drawn again."""
+
+    def __init__(self, name: str, generators: Sequence[torch.Generator]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # By seed, for what arrives below is another object around the same generator.
+        self.name, self.seeds = name, {generator.initial_seed() for generator in generators}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            source = kwargs.get("generator")
+            if source is None or source.initial_seed() not in self.seeds:
+                raise _ForeignNoiseError(
+                    f"{self.name} draws noise of its own, which depends on the batch and which no seed gives again; "
+                    "take another scheduler, such as EulerAncestralDiscreteScheduler"
+                )
+        return func(*args, **kwargs)
+
+
+class _Strided(int):
+    """A number of steps S by which T / S is rounded up."""
+
+    def __rtruediv__(self, total: float) -> float:
+        return math.nextafter(total / int(self), math.inf)
+
+
+def _set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device) -> None:
+    """Lays the grid of a scheduler, without the timestep −1 that numpy appends to some "trailing" ones.
+
+    There diffusers takes `np.arange(T, 0, -T / S)`, which has S + 1 entries where T / S was rounded down. With the next
+    larger stride the timesteps are the same and end in time.
+    """
+    with _failing_as(f"{type(scheduler).__name__} has no grid of {num_inference_steps} steps"):
+        scheduler.set_timesteps(num_inference_steps, device)
+        if scheduler.timesteps[-1] == -1:
+            scheduler.set_timesteps(_Strided(num_inference_steps), device)
+
+
+def _check_timesteps(scheduler: Scheduler, schedule: NoiseSchedule, num_inference_steps: int) -> None:
+    """Refuses a grid that leaves the timesteps of training."""
+    last = schedule.num_train_timesteps - 1
+    for t in scheduler.timesteps.tolist():
+        if not 0 <= t <= last:
+            raise ValueError(
+                f"{type(scheduler).__name__} asks at timestep {t:g} with {num_inference_steps} steps, outside 0 to "
+                f"{last}; take another number of steps, or another timestep_spacing"
+            )
+
+
+def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -> tuple[float, float]:
+    """(α, σ) of x_t at a step, as the scheduler itself has them: it may have rounded the timestep after that.
+
+    Raises:
+        ValueError: where they are not those of the timestep, up to rounding: that is no schedule of DDPM.
+    """
+    t, last = float(timestep), schedule.num_train_timesteps - 1
+    expected = alpha_sigma_at(schedule, t)
+    # Those that hold x_t/α scale by α.
+    alpha = float(scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep))
+    if alpha == 1:
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is None or len(sigmas) != len(scheduler.timesteps) + 1:
+            return expected  # it reads the table at the timestep
+        alpha = 1 / math.hypot(1, float(sigmas[index]))
+    below, above = max(math.floor(t) - 1, 0), min(math.ceil(t) + 1, last)
+    most = 1.0 if t < 1 else schedule.alpha_sigma(below)[0]
+    least = 0.0 if t > last - 1 else schedule.alpha_sigma(above)[0]
+    if not least - 1e-3 <= alpha <= most + 1e-3:
+        raise ValueError(
+            f"{type(scheduler).__name__} asks at timestep {t:g} about alpha {alpha:.3g}, where this model was trained "
+            f"with {expected[0]:.3g}: it samples another kind of diffusion; choose one of DDPM's"
+        )
+    return alpha, math.sqrt(1 - alpha**2)
 
 
 def _draws_learned(scheduler: Any, learned_variance: bool) -> bool:

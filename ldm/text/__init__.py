@@ -1,6 +1,14 @@
 """Frozen text encoders behind one protocol: captions in, hidden states [B, L, D] out."""
 
-from ldm.text.encoder import TextEncoder
+from ldm.text.encoder import CutPromptWarning, TextEncoder, cut_prompts_said
 from ldm.text.loading import REFERENCE, load_text_encoder, load_text_encoder_folders, reference_to
 
-__all__ = ["REFERENCE", "TextEncoder", "load_text_encoder", "load_text_encoder_folders", "reference_to"]
+__all__ = [
+    "REFERENCE",
+    "CutPromptWarning",
+    "TextEncoder",
+    "cut_prompts_said",
+    "load_text_encoder",
+    "load_text_encoder_folders",
+    "reference_to",
+]

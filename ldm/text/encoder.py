@@ -1,11 +1,14 @@
 """The text encoder: a frozen language model and its tokenizer, from captions to hidden states."""
 
+import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.text.files import Weights, new_folder, write_json, write_weights
+from ldm import disk
+from ldm.text.files import Weights, find_weights, new_folder, write_json, write_weights
+from ldm.wrapped import plain_names
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
@@ -22,6 +27,22 @@ _NOTES = frozenset({"_name_or_path", "architectures", "transformers_version", "d
 
 # Captions whose tokens are held at once where they are only counted.
 _COUNTED = 4096
+
+
+# Of texts that lose words, so many are quoted, and so much of each.
+_QUOTED, _LETTERS = 10, 300
+
+
+class CutPromptWarning(UserWarning):
+    """A prompt is longer than the text encoder reads: its last words change nothing."""
+
+
+@contextmanager
+def cut_prompts_said() -> Iterator[None]:
+    """No `CutPromptWarning` inside: for callers that say it themselves, once for many pictures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutPromptWarning)
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +71,8 @@ class TextEncoder:
     Diffusion. The model is given the attention mask exactly when its config says `use_attention_mask: true`.
     What comes out equals `StableDiffusionPipeline.encode_prompt` of diffusers on the saved folders.
 
+    Threads may share one: a call changes nothing that another sees.
+
     Attributes: `hidden_size` is D, the width of the states; `max_length` is L, the padded length;
     `uses_attention_mask` says whether the model sees the mask.
     """
@@ -61,6 +84,7 @@ class TextEncoder:
         self.max_length = max_length
         self.uses_attention_mask = files.config.get("use_attention_mask") is True
         self._files = files
+        self._stamps = {path: disk.stamp(path) for path in (*files.weights.shards, *files.tokenizer)}
 
     @property
     def hidden_size(self) -> int:
@@ -86,15 +110,35 @@ class TextEncoder:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Hidden states of captions: [B, L, D] in `dtype` on `device`. An empty caption is a valid one.
 
-        `ValueError` for a list that is empty or holds anything but strings.
+        `ValueError` for a list that is empty or holds anything but strings of whole characters.
         """
         captions = _checked(captions)
         return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
 
-    def _encode(self, captions: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+    @cached_property
+    def _padded(self) -> Callable[..., Any]:
+        """The tokens of captions, padded and cut."""
+        return self._tokenizer_with(
+            padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
+
+    @cached_property
+    def _whole(self) -> Callable[..., Any]:
+        """The tokens of captions, all of them."""
+        return self._tokenizer_with(padding=False, truncation=False, verbose=False)
+
+    def _tokenizer_with(self, **settings: Any) -> Callable[..., Any]:
+        """A copy of the tokenizer that is always called with these settings.
+
+        A fast tokenizer stores padding and truncation, and changes them where a call wants others: threads that share
+        it get each other's, or an error.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer([""], **settings)
+        return partial(tokenizer, **settings)
+
+    def _encode(self, captions: list[str]) -> Tensor:
+        tokens = self._padded(captions)
         mask = tokens.attention_mask.to(self.device) if self.uses_attention_mask else None
         # Output 0 is the last hidden state; in a CLIP, after its final layer norm.
         return self.model(tokens.input_ids.to(self.device), attention_mask=mask)[0]  # [b, L, D]
@@ -104,7 +148,7 @@ class TextEncoder:
 
         `ValueError` as in `__call__`.
         """
-        tokens = self.tokenizer(_checked(captions), padding=False, truncation=False, verbose=False)
+        tokens = self._whole(_checked(captions))
         return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
 
     def fingerprint(self) -> str:
@@ -124,7 +168,7 @@ class TextEncoder:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in files.tokenizer:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        for name, value in sorted(self.model.state_dict().items()):
+        for name, value in sorted(plain_names(self.model.state_dict()).items()):
             if not name.startswith("pooler."):  # not used, and random where the weights have none
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -143,13 +187,25 @@ class TextEncoder:
             lost += [self._end(text) if tokens else "" for text, tokens in zip(some, over, strict=True)]
         return lost
 
+    def cut(self, texts: Iterable[str]) -> str:
+        """One line that names the words which `lost` finds, text by text; "" where all of them fit.
+
+        `ValueError` as in `__call__`.
+        """
+        unique = list(dict.fromkeys(texts))
+        pairs = [(text, gone) for text, gone in zip(unique, self.lost(unique), strict=True) if gone]
+        if not pairs:
+            return ""
+        quoted = [f"{_quoted(gone)} of {_quoted(text)}" for text, gone in pairs[:_QUOTED]]
+        more = [f"words of {len(pairs) - _QUOTED:,} texts more"] if len(pairs) > _QUOTED else []
+        return f"the text encoder reads {self.max_length} tokens of a text; lost: {'; '.join(quoted + more)}"
+
     def _end(self, caption: str) -> str:
         """The words of a caption that is too long from the cut on."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        settings = {"add_special_tokens": False, "verbose": False}
         if not self.tokenizer.is_fast:  # tokens that are bytes, with no way back to the words
-            return self.tokenizer.decode(self.tokenizer(caption, **settings)["input_ids"][room:]).strip()
-        tokens = self.tokenizer(caption, return_offsets_mapping=True, **settings)
+            return self.tokenizer.decode(self._whole(caption, add_special_tokens=False)["input_ids"][room:]).strip()
+        tokens = self._whole(caption, add_special_tokens=False, return_offsets_mapping=True)
         words = tokens.word_ids()
         first = words.index(words[room])  # where the word begins that the cut falls into
         return caption[tokens["offset_mapping"][first][0] :].strip()
@@ -158,7 +214,7 @@ class TextEncoder:
     def library_classes(self) -> dict[str, tuple[str, str]]:
         """What `model_index.json` says of the two folders: name → (library, class), loadable by diffusers."""
         return {
-            "text_encoder": ("transformers", type(self.model).__name__),
+            "text_encoder": ("transformers", type(getattr(self.model, "_orig_mod", self.model)).__name__),
             "tokenizer": ("transformers", _tokenizer_class(self.tokenizer)),
         }
 
@@ -168,21 +224,48 @@ class TextEncoder:
         Files of weights and vocabulary are copied byte for byte from where the encoder was loaded; only
         `config.json` and `tokenizer_config.json` are written. With `changed`, the weights are those of the model
         as it is now (an adapter was merged into them). Each of the two folders appears complete or not at all.
-        `ValueError` where one exists already.
+        `ValueError` where one exists already, and where a file that is to be copied has changed since it was read.
         """
-        files = self._files
-        with new_folder(Path(folder) / "text_encoder") as target:
+        for path in self._files.tokenizer if changed else self._stamps:
+            if disk.stamp(path) != self._stamps[path]:
+                raise ValueError(
+                    f"{path} is not the file that the text encoder was read from: restore it, or load the model again"
+                )
+        files, folder = self._files, disk.expanded(folder)
+        with new_folder(folder / "text_encoder") as target:
             if changed:
                 with quiet_transformers():
-                    self.model.save_pretrained(target)  # type: ignore[operator]
+                    weights = plain_names(self.model.state_dict())
+                    self.model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
             else:
                 write_weights(files.weights, target, files.other_towers)
             write_json(target / "config.json", files.config)
-        with new_folder(Path(folder) / "tokenizer") as target:
+        with new_folder(folder / "tokenizer") as target:
             for path in files.tokenizer:
                 shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
             write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
+
+    def is_now_in(self, folder: Path, *, changed: bool = False) -> None:
+        """Says that `folder` holds what `save` wrote; files that came from there are copied from there again."""
+
+        def replaced(paths: Sequence[Path], part: str) -> bool:
+            return any(path.parent.resolve() == (folder / part).resolve() for path in paths)
+
+        weights, tokenizer, stamps = self._files.weights, self._files.tokenizer, dict(self._stamps)
+        if replaced(weights.shards, "text_encoder") and not changed:
+            weights = find_weights(folder / "text_encoder")
+            stamps |= {path: disk.stamp(path) for path in weights.shards}
+        if replaced(tokenizer, "tokenizer"):
+            tokenizer = tuple(folder / "tokenizer" / path.name for path in tokenizer)
+            stamps |= {path: disk.stamp(path) for path in tokenizer}
+        self._files = replace(self._files, weights=weights, tokenizer=tokenizer)
+        self._stamps = {path: stamps[path] for path in (*weights.shards, *tokenizer)}
+
+
+def _quoted(text: str) -> str:
+    # repr: on one line, whatever the text holds.
+    return repr(text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…")
 
 
 def _checked(captions: Sequence[str]) -> list[str]:
@@ -194,6 +277,12 @@ def _checked(captions: Sequence[str]) -> list[str]:
     for position, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"caption {position} is {caption!r}, not a string: captions must be strings")
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"caption {position} is {caption!a}, with half of a surrogate pair: no tokenizer takes it"
+            ) from None
     return captions
 
 

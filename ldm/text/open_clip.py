@@ -13,7 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm import disk
+from ldm.requirements import pip_install
 from ldm.text.files import WEIGHTS_NAME, tensor_names, write_json
+from ldm.weights import check_weights
+from ldm.wrapped import plain_name
 
 PREFIX = "open_clip:"
 
@@ -54,7 +58,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
-        raise ValueError(f'{name} needs open_clip ({error}): pip install "ldm[clip]"') from None
+        raise ValueError(f"{name} needs open_clip ({error}): {pip_install('open_clip')}") from None
     model, _, source = name.removeprefix(PREFIX).partition(":")
     config = open_clip.get_model_config(model)
     if config is None:
@@ -98,8 +102,8 @@ def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> P
         except (OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"weights {source} of {model} cannot be downloaded: {reason}") from None
-    elif source and Path(source).is_file():
-        path = Path(source)
+    elif source and disk.expanded(source).is_file():
+        path = disk.expanded(source)
     else:
         raise ValueError(
             f"{source!r} is neither a file nor a pretrained tag of open_clip's {model}: "
@@ -112,16 +116,17 @@ def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> P
 
 def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of the text tower under open_clip's names, once sure that they are the model's."""
-    names = tensor_names(path)
+    names = {plain_name(name): name for name in tensor_names(path)}
     # Models with a text tower of their own class keep it under "text.", beside "visual.".
     prefix = "text." if "text.token_embedding.weight" in names else ""
     parts = ("token_embedding.", "positional_embedding", "ln_final.", "transformer.resblocks.")
     with safe_open(path, framework="pt") as source:
         tower = {
-            name.removeprefix(prefix): source.get_tensor(name)
-            for name in names
+            name.removeprefix(prefix): source.get_tensor(stored)
+            for name, stored in names.items()
             if name.startswith(tuple(prefix + part for part in parts))
         }
+    check_weights(tower, path)
     embeddings = tower.get("token_embedding.weight")
     if embeddings is None:
         raise ValueError(f"{path} holds no token_embedding.weight: it is no model of open_clip")

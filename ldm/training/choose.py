@@ -13,14 +13,14 @@ from pydantic import TypeAdapter
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.data import CaptionedImages, DataConfig, Sample, split
-from ldm.data.account import plural
+from ldm.data.captions import plural
 from ldm.models import AutoencoderKL, UNet, UNetConfig
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder
-from ldm.training import finetune
+from ldm.training import finetune, threads
 from ldm.training.plan import duration, millions
 from ldm.training.space import DEFAULT_FIRST_STAGE, Choice, choose, load_first_stage
-from ldm.training.speed import autoencoder_seconds, unet_seconds
+from ldm.training.speed import autoencoder_seconds, unet_pass, unet_seconds
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 CPU_RESOLUTION, GPU_RESOLUTION = 64, 256  # what a UNet learns from nothing in hours, by what we measured
@@ -31,6 +31,7 @@ FEWEST_STEPS = 100
 # recognisable (docs/openmoji.md), and few images are seen more often.
 EPOCHS_NEEDED, FEWEST_SAMPLES_NEEDED, MOST_SAMPLES_NEEDED = 75, 8_000, 200_000
 PROBED_IMAGES = 4
+PROBED_SIDE, PROBED_TEXT = 32, (16, 384)  # of a network and of text whose size is not chosen yet
 FEWEST_IMAGES, FEW_IMAGES = 2, 1000
 FIRST_STAGE = "-first-stage"  # the folder of its run, after the name of that which it is for
 SHARE_OF_FIRST_STAGE = 0.4
@@ -45,11 +46,16 @@ SECONDS_BETWEEN_CHECKPOINTS = 600
 
 @dataclass
 class Chosen:
-    """Configs as nested mappings, ready for YAML, in the order in which they are trained; and why they are so."""
+    """Configs as nested mappings, ready for YAML, in the order in which they are trained; and why they are so.
+
+    Args:
+        threads: with which all was measured, and has to be trained; None on a GPU.
+    """
 
     config: dict[str, Any]
     first_stage: dict[str, Any] | None = None
     reasons: list[str] = field(default_factory=list)
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Wishes:
         minutes: about how long training may take.
         start_from: a pipeline to go on from; `method` is "full", "attention" or "lora".
         space, first_stage: of a new model, as in `LDMConfig`; "auto" leaves it to us.
+        cpu_threads: as in `TrainConfig`.
     """
 
     output_dir: str
@@ -71,6 +78,7 @@ class Wishes:
     encoder: str = "minilm"
     space: str = "auto"
     first_stage: str | None = None
+    cpu_threads: int | None = None
 
 
 def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishes, device: torch.device) -> Chosen:
@@ -103,6 +111,10 @@ def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     data["resolution"] = wishes.resolution or _resolution(samples, device, chosen)
     chosen.reasons.append(f"start: a new UNet, for there is no --start-from{_few(len(samples))}")
     images = _training_images(samples, data)
+    side = min(data["resolution"], PROBED_SIDE)
+    keys = unet_keys(side, 64) | {"in_channels": 3, "out_channels": 3, "cross_attention_dim": PROBED_TEXT[1]}
+    network = UNet(TypeAdapter(UNetConfig).validate_python(keys)).to(device)
+    _settle_threads(chosen, network, (3, side, side), PROBED_TEXT, wishes, device)
     choice = _space(chosen, images, wishes, device)
     minutes = wishes.minutes * (1 if chosen.first_stage is None else 1 - SHARE_OF_FIRST_STAGE)
     chosen.config["space"] = choice.space
@@ -123,6 +135,28 @@ def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     chosen.config["sample"] = {"prompts": prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
     _steps(chosen, network, shape, _batch_size(len(images), 64), len(images), place)
     chosen.config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
+
+
+def _settle_threads(
+    chosen: Chosen,
+    network: UNet,
+    shape: tuple[int, int, int],
+    text: tuple[int, int],
+    wishes: Wishes,
+    device: torch.device,
+) -> None:
+    """On a CPU: with how many threads all that follows is measured and trained, by a network like that of the run."""
+    if device.type != "cpu":
+        return
+    found = threads.decide(threads.allowed(), wishes.cpu_threads, None)
+    if found.number is None:
+        passes = unet_pass(network, shape, text, 1, device, "no")
+        found = threads.measure(found, lambda: threads.seconds_of(passes), "an image forward and back")
+        network.zero_grad(set_to_none=True)
+    assert found.number is not None
+    torch.set_num_threads(found.number)
+    chosen.threads = found.number
+    chosen.reasons.append(f"threads: {found}")
 
 
 def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torch.device) -> Choice:
@@ -240,6 +274,7 @@ def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
     count = len(_training_images(samples, data))
     encoder = pipeline.text_encoder
     place = Place((encoder.max_length, encoder.hidden_size), wishes.minutes, device)
+    _settle_threads(chosen, pipeline.unet, shape, place.text, wishes, device)
     _steps(chosen, pipeline.unet, shape, _batch_size(count, 4 if large else 16), count, place)
     rate = (1e-4 if large else 1e-3) if method == "lora" else (1e-5 if large else 1e-4)
     chosen.config["train"] |= {"learning_rate": rate, "lr_schedule": "constant"}

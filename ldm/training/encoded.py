@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.codecs import Codec
+from ldm.cores import usable_cores
 from ldm.data import Batch, CaptionedImages, Sample, ignore_signals, to_signed
 from ldm.data.images import TRANSFORM_VERSION
 from ldm.data.sources import digest_of
@@ -316,7 +317,7 @@ def _image_keys(images: CaptionedImages) -> list[str]:
     config = images.config
     transform = (TRANSFORM_VERSION, config.resolution, config.crop, config.background_rgb)
     # Reading and hashing release the interpreter lock.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         unknown = iter(list(pool.map(_digest, [sample for sample in images.samples if sample.digest is None])))
     named = list(zip([sample.digest or next(unknown) for sample in images.samples], _shapes(images), strict=True))
     return [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm import checkpoint
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderLossConfig, AutoencoderTrainingConfig, check_autoencoder, section_of
-from ldm.data import Batch, CaptionedImages, to_signed
+from ldm.data import Batch, CaptionedImages, collate, to_signed
 from ldm.evaluation.perceptual import perceptual_distance
 from ldm.models import (
     AutoencoderConfig,
@@ -260,6 +260,23 @@ def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: t
     return contact_sheet([originals, reconstructions], ["images", "reconstructions"])
 
 
+def settle_threads(
+    images: CaptionedImages,
+    model: nn.Module,
+    networks: Networks,
+    run: Run,
+    losses_of: Callable[[nn.Module, Batch, Adversary | None], Losses],
+) -> None:
+    """Chooses the number of threads, where it is open, by the network that learns."""
+    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
+
+    def passes(count: int) -> Callable[[], None]:
+        batch = collate([images[position] for position in positions[:count]])
+        return lambda: losses_of(model, batch, None).backward(run.accelerator)
+
+    probe.settle_threads(run, networks, passes)
+
+
 def plan_run(
     config: AutoencoderTrainingConfig,
     images: CaptionedImages,
@@ -314,6 +331,7 @@ def plan_run(
                 space=_task_of(config),
                 costs=costs,
                 device=run.device,
+                threads=str(run.threads or ""),
                 beside=networks.adversary.network if networks.adversary else None,
             )
         )

@@ -7,17 +7,16 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from ldm import disk
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, to_yaml
-from ldm.training import resuming, saving
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config, to_yaml
+from ldm.training import resuming, saving, started
 from ldm.training.files import difference, hashes
 
 # A process that was killed may hold its lock a moment longer, while the system clears up after it.
-LOCK_SECONDS = 3.0
+LOCK_SECONDS, BETWEEN_TRIES = 3.0, 0.1
 
 _held: dict[Path, int] = {}
 
@@ -36,7 +35,7 @@ if hasattr(os, "register_at_fork"):
 def lock(folder: Path) -> Callable[[], None]:
     """Locks a run folder until the returned function is called or the process ends, however it ends.
 
-    A run of this process that has failed, in a notebook say, gives way.
+    The folder is made if there is none. A run of this process that has failed, in a notebook say, gives way.
 
     Raises:
         ValueError: if another process holds it.
@@ -44,17 +43,15 @@ def lock(folder: Path) -> Callable[[], None]:
     name = folder.resolve()
     if name in _held:
         os.close(_held.pop(name))
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + LOCK_SECONDS
-    while not _lock(file):
+    while (file := _locked(folder)) is None:
         if time.monotonic() > deadline:
-            holder = os.read(file, 100).decode(errors="replace").strip()
-            os.close(file)
+            holder = (folder / ".lock").read_text(errors="replace").strip() if (folder / ".lock").is_file() else ""
             raise ValueError(
                 f"{folder} is being written by another run{f' ({holder})' if holder else ''}; wait for it, end it, or "
                 "choose another output_dir"
             )
-        time.sleep(0.1)
+        time.sleep(BETWEEN_TRIES)
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
     _held[name] = file
@@ -64,6 +61,24 @@ def lock(folder: Path) -> Callable[[], None]:
             os.close(_held.pop(name))
 
     return unlock
+
+
+def _locked(folder: Path) -> int | None:
+    """The lock of a folder, open and held; None if another process holds it, or moves the folder aside right now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        # One that was opened before the folder was moved aside is the lock of the folder aside.
+        if _lock(file) and os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    os.close(file)
+    return None
 
 
 def _lock(file: int) -> bool:
@@ -81,13 +96,24 @@ def _lock(file: int) -> bool:
 def check_new(folder: Path) -> None:
     """`ValueError` if a folder holds what no run has written."""
     if not folder.exists():
+        if folder.is_symlink():
+            raise ValueError(
+                f"output_dir {folder} is a link to {os.readlink(folder)}, where nothing is; remove it or choose another"
+            )
         return
     if not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; choose another output_dir")
-    # A process that is killed as it opens the folder leaves less than a config.
-    begun = [path for path in folder.iterdir() if path.name != ".lock" and not disk.is_partial(path)]
-    if begun and not (folder / "config.yaml").is_file():
+    try:
+        names = os.listdir(folder)  # once: another process may move the folder aside
+    except FileNotFoundError:
+        return
+    if _is_begun(names) and "config.yaml" not in names:
         raise ValueError(f"output_dir {folder} holds files that are no run of ldm; choose another output_dir")
+
+
+def _is_begun(names: list[str]) -> bool:
+    """Whether a folder holds more than a process leaves that is killed as it opens it."""
+    return any(name != ".lock" and not disk.is_partial(Path(name)) for name in names)
 
 
 def open_folder(
@@ -111,37 +137,55 @@ def open_folder(
         ValueError: if the folder is not ours, or another process writes it.
     """
     check_new(folder)
-    if folder.exists() and any(folder.iterdir()):
-        unlock = lock(folder)
-        if not (resume and (step > 0 or saving.checkpoints(folder) or _is_this_run(folder, config))):
-            unlock()
-            aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-            folder.rename(aside)
-            say(f"{folder} held an earlier run, which is now {aside}")
-            folder.mkdir()
-            unlock = lock(folder)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        unlock = lock(folder)
-    newest = next((path for path in reversed(saving.checkpoints(folder)) if path not in damaged), None)
-    if newest is not None and saving.step_of(newest) != step:
+    unlock = lock(folder)
+    try:
+        check_new(folder)  # it may be another one by now
+        stays = resume and (step > 0 or bool(saving.checkpoints(folder)) or _is_this_run(folder, config))
+        if _is_begun(os.listdir(folder)) and not stays:
+            unlock = _move_aside(folder, say)
+        newest = next((path for path in reversed(saving.checkpoints(folder)) if path not in damaged), None)
+        if newest is not None and saving.step_of(newest) != step:
+            raise ValueError(f"another process has gone on with {folder} meanwhile, to {newest}; start again")
+        if resume and not saving.checkpoints(folder):
+            say(f"{folder} has no checkpoint to resume; starting at step 0")
+        for inside in (folder, folder / "checkpoints", folder / "samples"):
+            disk.remove_partial(inside)
+        saving.set_aside(damaged)
+        disk.write_text(folder / "config.yaml", to_yaml(config))
+        started.record(folder, config)
+    except BaseException:
         unlock()
-        raise ValueError(f"another process has gone on with {folder} meanwhile, to {newest}; start again")
-    if resume and not saving.checkpoints(folder):
-        say(f"{folder} has no checkpoint to resume; starting at step 0")
-    for inside in (folder, folder / "checkpoints", folder / "samples"):
-        disk.remove_partial(inside)
-    saving.set_aside(damaged)
-    disk.write_text(folder / "config.yaml", to_yaml(config))
+        raise
     return unlock
+
+
+def _move_aside(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
+    """Moves a folder that is locked aside, and locks the new one of its name; the old lock is held until then.
+
+    Where the name is a link it stays, and leads to the new folder.
+    """
+    place = folder.resolve()
+    taken = set(os.listdir(place.parent))
+    aside = place.with_name(next(name for n in range(1, 10**6) if (name := f"{place.name}.{n}") not in taken))
+    held = _held.pop(place)
+    try:
+        place.rename(aside)
+        now = aside if folder.is_symlink() else folder.with_name(aside.name)
+        say(f"{folder} held an earlier run, which is now {now}")
+        place.mkdir(exist_ok=True)
+        return lock(folder)
+    finally:
+        os.close(held)
 
 
 def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) -> bool:
     """Whether a run that was stopped before its first checkpoint had a config of the same meaning."""
     if not (folder / "config.yaml").is_file():
         return True  # stopped before it had one
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return isinstance(stored, dict) and not resuming.config_differences(stored, config, str(folder / "config.yaml"))
+    with suppress(ValueError):
+        stored = read_config(folder / "config.yaml", type(config))
+        return not resuming.config_differences(stored, config, str(folder / "config.yaml"))
+    return False
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:

@@ -40,7 +40,7 @@ class Frozen:
         assert isinstance(unet, UNet)
         device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         codec: Codec
-        if (self.folder / "codec").is_dir():
+        if (self.folder / "codec" / "config.json").is_file():
             codec = checkpoint.load_pixel_codec(self.folder / "codec")
         else:
             codec = LatentCodec(checkpoint.load_autoencoder(self.folder / "vae"), source=self.folder / "vae")

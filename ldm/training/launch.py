@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm.config import C, load_config
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
+from ldm.training.started import resume_command
 
 
 def main(train: Callable[..., Path], kind: type[C], default_config: Path, description: str) -> None:
@@ -42,16 +43,18 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
         parser.error("--accept says what may differ from a run that is continued; it needs --resume")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any script, terminals are not
+    run = Path()
     try:
         with interruption.handled():
             config = load_config(arguments.config, arguments.set, kind)
+            run = Path(config.output_dir).expanduser()
             result = train(config, arguments.resume, arguments.accept)
     except (ValueError, OSError) as error:
         # An error of a loader's worker process arrives as its whole traceback; the last line is the message.
         _say(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
         sys.exit(2)
     except RuntimeError as error:
-        lost = _lost_process(str(error))
+        lost = _lost_process(str(error), run)
         if lost is None:
             raise
         _say(f"error: {lost}")
@@ -59,7 +62,8 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
     except Stopped as stopped:
         where = (
             str(stopped)
-            or "nothing was lost: no step was made since the newest checkpoint, and what is encoded is kept"
+            or "nothing was lost: no step was made since the newest checkpoint, and what is encoded is kept; go on "
+            f"with {resume_command(run) if arguments.resume else 'the same command'}"
         )
         _say(f"stopped: {where}")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as the first process ends, the launcher ends the others
@@ -68,13 +72,13 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
     print(f"done: {result}", flush=True)
 
 
-def _lost_process(error: str) -> str | None:
+def _lost_process(error: str, run: Path) -> str | None:
     """What to say if torch reports that another process of the run has died, which is no fault of this one; or None."""
     reason = error.strip().partition("\n")[0]
     if reason.startswith("DataLoader worker (pid"):
         return (
             f"a process that loads images has died ({reason}), most often for want of memory, in /dev/shm too; lower "
-            "train.num_workers and go on with --resume"
+            f"train.num_workers and go on with {resume_command(run)} --set train.num_workers=0"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "onnection" in reason:
         return f"another process of this run has ended ({reason}); its own message says why"

@@ -10,11 +10,13 @@ import torch
 
 from ldm.config import LDMConfig
 from ldm.data import CaptionedImages
+from ldm.evaluation.controls import yardstick_of
 from ldm.evaluation.evaluate import Asked, Evaluation, captions_wanted, check_samples, evaluate, measure
 from ldm.evaluation.features import feature_space
+from ldm.evaluation.quality import MINIMUM
 from ldm.evaluation.reference import Reference, some_of
 from ldm.pipelines import Pipeline
-from ldm.training.report.names import name_of
+from ldm.training.report.names import VERDICT, name_of
 from ldm.training.run import Run
 
 # Features of more images take longer than they are worth before a run: 5,000 at 17 ms are a minute and a half.
@@ -41,7 +43,7 @@ class Evaluator:
         except ValueError as error:
             raise ValueError(f"train.evaluation_{error}") from None
         self.samples, self.seed = train.evaluation_samples, config.seed
-        self._images, self._held_out, self._print = images, held_out, run.print
+        self._images, self._held_out, self._run = images, held_out, run
         self._space = feature_space(train.evaluation_features, device=run.device)
 
     @cached_property
@@ -51,11 +53,13 @@ class Evaluator:
             part and some_of(part, REFERENCE_IMAGES, self.seed) for part in (self._images, self._held_out)
         )
         assert images is not None
-        return Reference.of(images, held_out, self._space, print=self._print)
+        return Reference.of(images, held_out, self._space, print=self._run.print)
 
     def __call__(self, pipeline: Pipeline) -> dict[str, float]:
-        """The figures of a model, for the log."""
+        """The figures of a model, for the log; its verdict is said, and noted there."""
         found = evaluate(pipeline, self.reference, samples=self.samples, seed=self.seed, with_loss_gap=False)
+        self._run.print(f"step {self._run.step}: {found.verdict.sentence}")
+        self._run.note({VERDICT: vars(found.verdict)})
         return figures(found, self._space.name)
 
     def seconds(self, size: tuple[int, int]) -> float:
@@ -68,6 +72,8 @@ class Evaluator:
             )
             for side, (captions, own) in captions_wanted(reference, self.samples, self.seed).items()
         )
+        if len(reference.features) >= MINIMUM:
+            yardstick_of(reference, self.samples, size, self.seed)  # evaluations share it
         started = time.perf_counter()
         measure(asked, reference, seed=self.seed, how={})
         return time.perf_counter() - started

@@ -16,6 +16,7 @@ from ldm.training.adversarial import Adversary
 from ldm.training.codebook import Codebook
 from ldm.training.files import tensors_digest
 from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trained_names
+from ldm.wrapped import plain_name, plain_names
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Networks:
 
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
         """The weights in `module` (the network or its average) that learn."""
-        state = module.state_dict()
+        state = plain_names(module.state_dict())
         assert len(state) == len(list(module.parameters())), "buffers would be lost"
         return {name: state[name] for name in trained_names(self.model)}
 
@@ -61,13 +62,14 @@ class Networks:
         """Puts back what `trained` gave."""
         if set(weights) != set(trained_names(self.model)):
             raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
-        module.load_state_dict(weights, strict=False)
+        stored = {plain_name(name): name for name in module.state_dict()}  # a part of it may be compiled
+        module.load_state_dict({stored[name]: value for name, value in weights.items()}, strict=False)
 
     @cached_property
     def untrained_digest(self) -> str | None:
         """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
         names = set(trained_names(self.model))
-        others = {name: value for name, value in self.model.state_dict().items() if name not in names}
+        others = {name: value for name, value in plain_names(self.model.state_dict()).items() if name not in names}
         return tensors_digest(others) if others else None
 
     def save(self, folder: Path) -> None:
@@ -79,7 +81,7 @@ class Networks:
             checkpoint.save_tensors(folder / "codebook.safetensors", self.codebook.state())
         if self.adversary is not None:
             network = self.adversary.network
-            checkpoint.save_tensors(folder / "discriminator.safetensors", network.state_dict())
+            checkpoint.save_tensors(folder / "discriminator.safetensors", plain_names(network.state_dict()))
             moments = optimizer_tensors(network, self.optimizer)
             checkpoint.save_tensors(folder / "discriminator_optimizer.safetensors", moments)
 
@@ -99,7 +101,9 @@ class Networks:
                 "autoencoder: start_from"
             )
         network = self.adversary.network
-        network.load_state_dict(checkpoint.load_tensors(folder / "discriminator.safetensors"))
+        stored = {plain_name(name): name for name in network.state_dict()}
+        weights = checkpoint.load_tensors(folder / "discriminator.safetensors")
+        network.load_state_dict({stored[name]: value for name, value in weights.items()})
         restore_optimizer(
             network, self.optimizer, checkpoint.load_tensors(folder / "discriminator_optimizer.safetensors")
         )

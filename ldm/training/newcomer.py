@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import shutil
 import signal
@@ -17,13 +18,26 @@ import torch
 import yaml
 
 from ldm.checkpoint import find_pipeline
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml, with_overrides
+from ldm.config import (
+    AutoencoderTrainingConfig,
+    LDMConfig,
+    load_config,
+    parse_config,
+    read_config,
+    to_yaml,
+    with_overrides,
+)
 from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
+from ldm.pipelines.pipeline import default_device
+from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.training.choose import FIRST_STAGE, Wishes, choose_config
-from ldm.training.folder import check_new, open_folder
+from ldm.training.folder import check_new, lock, open_folder
 from ldm.training.saving import checkpoints
 from ldm.training.space import DEFAULT_FIRST_STAGE
+from ldm.training.started import FILE as STARTED
+from ldm.training.started import PATHS, base_of, is_local, resume_command, working_in
+from ldm.training.threads import VARIABLES
 
 REFUSED = 2  # the exit code of a script whose config or data is wrong
 SCRIPTS = Path(__file__).parents[2] / "train"
@@ -51,7 +65,7 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     print(account.line())
     for line in account.needs_attention:
         print(printable(f"  {line}"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     given = with_overrides({"data": data}, [override for override in overrides if override.startswith("data.")])["data"]
     given.pop("resolution", None)
     chosen = choose_config(inspection.used, given, wishes, device)
@@ -69,10 +83,12 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     if first is not None:  # from here on either folder knows its config, so that --resume finds what is left to do
         for config in (first, final):
             open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], say=print)()
-    code = _run_stages(stages, begun=first is not None)
+    code = _run_stages(stages, begun=first is not None, threads=chosen.threads)
     if code == REFUSED and first is not None:
         for config in (first, final):
             _forget_unbegun(Path(config.output_dir).expanduser())
+    elif code and first is not None:  # each script speaks of its own run
+        print(f"go on with both: {resume_command(Path(final.output_dir).expanduser())}", file=sys.stderr)
     if code == 0:
         _say_what_now(Path(wishes.output_dir).expanduser())
     return code
@@ -80,8 +96,15 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
 
 def _forget_unbegun(folder: Path) -> None:
     """Removes a run folder that holds its config and nothing else: what was refused leaves no trace."""
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", ".lock"}:
+    if not folder.is_dir():
+        return
+    try:
+        unlock = lock(folder)
+    except ValueError:  # another process has begun a run there
+        return
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", STARTED, ".lock"}:
         shutil.rmtree(folder)
+    unlock()
 
 
 def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LDMConfig:
@@ -117,14 +140,16 @@ def _heard(draft: LDMConfig, wishes: Wishes, overrides: Sequence[str]) -> Wishes
         encoder=draft.text.encoder,
         space=draft.space,
         first_stage=draft.first_stage,
+        cpu_threads=draft.train.cpu_threads,
     )
 
 
-def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool) -> int:
+def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool, threads: int | None) -> int:
     """Runs scripts with their configs one after the other; the exit code of the first that fails, or 0.
 
     Args:
         begun: the run folders are there already, with these configs.
+        threads: see `run_script`.
     """
     with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
         for script, text in stages:
@@ -132,25 +157,63 @@ def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool) -> int:
             path.write_text(text, encoding="utf-8")
             folder = yaml.safe_load(text)["output_dir"]
             print(f"\ntrain/{script}, its config becomes {folder}/config.yaml", flush=True)
-            code = run_script(script, ["--config", str(path), *(["--resume"] if begun else [])])
+            code = run_script(script, ["--config", str(path), *(["--resume"] if begun else [])], threads)
             if code:
                 return code
     return 0
 
 
-def resume_run(folder: Path, accept: Sequence[str]) -> int:
-    """Goes on with a run that was interrupted; returns the script's exit code."""
-    if not (folder / "config.yaml").is_file():
+def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = ()) -> int:
+    """Goes on with a run that was interrupted, from wherever; returns the script's exit code.
+
+    Args:
+        overrides: `key=value` for the config. Those of `data.` hold for its first stage too, if that is unfinished.
+
+    Raises:
+        ValueError: if it is no run, or the overrides do not fit it.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
         raise ValueError(f"{folder} holds no config.yaml, so it is no run to resume; name the folder of a run")
-    content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    script = "train_autoencoder.py" if "autoencoder" in content else "train_ldm.py"
+    content = read_config(path)
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    if "output_dir" in keys:
+        raise ValueError(
+            f"--resume {folder} goes on in that folder, and --set output_dir names one; leave it out (a run folder may "
+            "be moved while nothing runs in it)"
+        )
+    here, base = Path.cwd(), base_of(folder, content, keys)
+    if base == here:
+        return _resume(folder, content, accept, overrides)
+    print(f"the run was started in {base}, and its relative paths are read from there", flush=True)
+    settings = [_from_here(override) for override in overrides]
+    folder = folder.absolute()
+    with working_in(base):
+        return _resume(folder, content, accept, settings)
+
+
+def _from_here(override: str) -> str:
+    """An override whose value is a file or folder of the working folder, with that in front of it."""
+    key, _, value = override.partition("=")
+    is_path = key.strip() in PATHS and not value.startswith(OPEN_CLIP) and is_local(value, Path.cwd())
+    return f"{key}={Path(value).absolute()}" if is_path else override
+
+
+def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overrides: Sequence[str]) -> int:
+    is_first_stage = not {"autoencoder", "vq"}.isdisjoint(content)
+    kind: Any = AutoencoderTrainingConfig if is_first_stage else LDMConfig
+    settings = [f"output_dir={folder}", *overrides]
+    load_config(folder / "config.yaml", settings, kind)  # what is wrong with them is said before anything starts
     unfinished = _own_first_stage(folder, content)
     if unfinished is not None:
         print(f"its first stage comes before, {unfinished}", flush=True)
-        code = resume_run(unfinished, accept)
+        code = resume_run(
+            unfinished, accept, [override for override in overrides if override.lstrip().startswith("data.")]
+        )
         if code:
             return code
-    arguments = ["--config", str(folder / "config.yaml"), "--set", f"output_dir={folder}", "--resume"]
+    script = "train_autoencoder.py" if is_first_stage else "train_ldm.py"
+    arguments = ["--config", str(folder / "config.yaml"), "--set", *settings, "--resume"]
     code = run_script(script, [*arguments, *(["--accept", *accept] if accept else [])])
     if code == 0 and script == "train_ldm.py":
         _say_what_now(folder)
@@ -171,15 +234,19 @@ def _own_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
     return run if (run / "config.yaml").is_file() and not thrown_away else None
 
 
-def run_script(script: str, arguments: list[str]) -> int:
+def run_script(script: str, arguments: list[str], threads: int | None = None) -> int:
     """Runs a script of train/ in a process of its own; under `accelerate launch` where there are several GPUs.
+
+    `threads` are those of a script that computes on the CPU; None leaves them to it.
 
     SIGTERM and SIGINT are passed on: the script saves where it is, and ends with a code that says so.
     """
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    process = subprocess.Popen([*command, str(_find(script)), *arguments])
+    names = [VARIABLES[0], *(name for name in VARIABLES[1:] if name in os.environ)]
+    told = {} if threads is None else dict.fromkeys(names, str(threads))
+    process = subprocess.Popen([*command, str(_find(script)), *arguments], env=os.environ | told)
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
     try:
@@ -207,6 +274,9 @@ def _say_what_now(folder: Path) -> None:
     print(f"pictures: {sheets[-1]}" if sheets else "no sample grid was drawn")
     print(f"report:   {folder / 'report.html'}")
     if (folder / "pipeline").is_dir():
-        print(f"draw:     ldm generate {prompt} --model {folder / 'pipeline'}")
+        print(f"draw:     ldm generate {prompt} --model {shlex.quote(str(folder / 'pipeline'))}")
     else:
-        print(f"draw:     ldm generate {prompt} --model {config['start_from']} --lora {folder / 'lora'}")
+        model, lora = config["start_from"], shlex.quote(str(folder / "lora"))
+        if folder.is_absolute() and is_local(model, Path.cwd()):  # it may be read in another folder
+            model = str(Path(model).absolute())
+        print(f"draw:     ldm generate {prompt} --model {shlex.quote(model)} --lora {lora}")

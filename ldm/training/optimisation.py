@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldm.config import TrainConfig
+from ldm.wrapped import plain_name, plain_names
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -63,14 +64,14 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that learn."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """Names of the parameters that learn, without those of wrappers."""
+    return [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's moments and counters as named tensors: `exp_avg.conv_in.weight` and so on."""
     return {
-        f"{key}.{name}": value
+        f"{key}.{plain_name(name)}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -78,7 +79,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Puts back what `optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
+    parameters = plain_names(dict(model.named_parameters()))
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         parameter = parameters[name]

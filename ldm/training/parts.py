@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from ldm.data import (
 )
 from ldm.data.captions import printable
 from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_variance
-from ldm.diffusion.schedule import PredictionType
+from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
-from ldm.pipelines import Pipeline, contact_sheet
-from ldm.text import TextEncoder, load_text_encoder
+from ldm.pipelines import NotFinite, Pipeline, contact_sheet
+from ldm.text import TextEncoder, cut_prompts_said, load_text_encoder
 from ldm.training import finetune, probe
 from ldm.training.draws import keyed_draws
 from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
@@ -43,22 +44,30 @@ from ldm.training.networks import Networks
 from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
 from ldm.training.space import choose_space, load_first_stage
+from ldm.training.speed import unet_pass
 
 BANDS = 4
 MOST_LOOKS = 16
 SKIPPED_SHOWN = 10
 
 
-def open_images(config: DataConfig, run: Run) -> tuple[CaptionedImages, CaptionedImages | None]:
+def open_images(
+    config: DataConfig, run: Run, *, captioned: bool = True
+) -> tuple[CaptionedImages, CaptionedImages | None]:
     """(training, held-out) images; all that is in the data is accounted for. Held out is None for a share of 0.
+
+    Args:
+        captioned: leave out images without a caption.
 
     Raises:
         ValueError: if there are fewer training images than a batch needs, it does not split evenly, or a run is
             resumed on other data.
     """
-    inspection = inspect(open_source(config), config, progress=run.is_main)
+    inspection = inspect(open_source(config, captioned=captioned), config, progress=run.is_main)
     account = account_of(inspection, config)
     run.print(account.line())
+    for line in account.unused_captions() if captioned else ():
+        run.print(f"  {line}")
     for skipped in inspection.skipped[:SKIPPED_SHOWN]:
         run.print(printable(f"  skipped {skipped.path}: {skipped.reason}"))
     if len(inspection.skipped) > SKIPPED_SHOWN:
@@ -113,6 +122,9 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
             num_inference_steps=config.sample.num_inference_steps,
             sampler=config.sample.sampler,
         ).to(run.device)
+    cut = pipeline.text_encoder.cut(config.sample.prompts)
+    if cut:
+        run.print(f"sample.prompts: {cut}")
     set_attention_backend(pipeline.unet, config.train.attention)
     enable_gradient_checkpointing(pipeline.unet, config.train.gradient_checkpointing)
     return pipeline
@@ -126,6 +138,7 @@ def _check_start_from(pipeline: Pipeline, config: LDMConfig) -> None:
             f"train.loss.weighting is {loss.weighting}, but {config.start_from} has {'' if learned else 'no '}learned "
             f"variances; choose {'hybrid' if learned else 'simple, vlb or min_snr'}"
         )
+    check_precision(pipeline.schedule.prediction_type, config.train.mixed_precision)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     check_objective(loss, schedule, pipeline.schedule.prediction_type, config.sample)
 
@@ -157,6 +170,15 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNe
         cross_attention_dim=text_encoder.hidden_size,
     )
     return UNet(complete)
+
+
+def settle_threads(pipeline: Pipeline, model: nn.Module, networks: Networks, run: Run) -> None:
+    """Chooses the number of threads, where it is open, by the network that learns; its data is not encoded yet."""
+    side = run.config.data.resolution
+    shape = pipeline.codec.latent_shape(side, side)
+    text = (pipeline.text_encoder.max_length, pipeline.text_encoder.hidden_size)
+    # `model` brings its precision itself.
+    probe.settle_threads(run, networks, lambda count: unet_pass(model, shape, text, count, run.device, "no"))
 
 
 def make_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Encoders:
@@ -333,6 +355,7 @@ def plan_run(
                 space=run.reason or _space_of(config),
                 costs=costs,
                 device=run.device,
+                threads=str(run.threads or ""),
             )
         )
     run.accelerator.wait_for_everyone()
@@ -352,7 +375,8 @@ def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, s
     def draw(steps: int) -> None:
         sample = dataclasses.replace(config.sample, num_inference_steps=steps)
         file = io.BytesIO()
-        sample_sheet(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
+        with suppress(NotFinite):  # said where a grid is due; it must not keep a run from going on
+            sample_sheet(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
         sheets.append(len(file.getvalue()))
 
     exports = 2 if validation else 1  # the newest, which shares its weights with a checkpoint, and the best
@@ -377,13 +401,14 @@ def _space_of(config: LDMConfig) -> str:
 def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
     """A row of pictures a prompt; picture j of every row has seed `config.seed` + j."""
     seeds = [config.seed + j for _ in config.prompts for j in range(config.images_per_prompt)]
-    drawn = pipeline(
-        config.prompts,
-        num_images_per_prompt=config.images_per_prompt,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        seed=seeds,
-    ).images
+    with cut_prompts_said():  # by make_pipeline, once a run
+        drawn = pipeline(
+            config.prompts,
+            num_images_per_prompt=config.images_per_prompt,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            sampler=config.sampler,
+            seed=seeds,
+        ).images
     n = config.images_per_prompt
     return contact_sheet([drawn[i * n : (i + 1) * n] for i in range(len(config.prompts))], config.prompts)

@@ -61,6 +61,7 @@ class Plan:
     disk_bytes: int
     quality: str
     evaluation_seconds: float = 0.0
+    threads: str = ""
 
     def text(self) -> str:
         """A few aligned lines."""
@@ -81,6 +82,7 @@ class Plan:
             "network": self.network,
             "batch": self.batch,
             "time": time,
+            **({"threads": self.threads} if self.threads else {}),
             "memory": memory,
             "disk": f"about {size(self.disk_bytes)} in the run folder",
             "expect": self.quality,
@@ -101,12 +103,14 @@ def make_plan(
     space: str,
     costs: Costs,
     device: torch.device,
+    threads: str = "",
     beside: nn.Module | None = None,
 ) -> Plan:
     """Adds up what `probe` measured over the steps from `step` to the last.
 
     Args:
         space: what is diffused, and why, in words; for a first stage what it is.
+        threads: how many compute on the CPU, and why so many.
         beside: a discriminator, which learns too.
     """
     train = config.train
@@ -136,6 +140,7 @@ def make_plan(
         disk_bytes=_bytes_on_disk(train, costs),
         quality=quality(config, images),
         evaluation_seconds=times_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
+        threads=threads,
     )
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ldm.data import Batch, CaptionedImages, collate
+from ldm.data.captions import plural
+from ldm.training import threads
 from ldm.training.finetune import precision_of
 from ldm.training.guard import Losses
 from ldm.training.networks import Networks
@@ -24,10 +26,35 @@ from ldm.training.run import Run
 
 ENOUGH_SECONDS = 1.0
 MOST_REPEATS = 30
+TIMED_SECONDS = 0.2  # of what the number of threads is chosen by: a part of a step, where that is slow
 WRITTEN_BYTES = 2**24
 # An optimizer takes time in proportion to the parameters, so that it is timed on some of them: timing must not need
 # more memory than training.
 TIMED_PARAMETERS = 2**24
+
+
+def settle_threads(run: Run, networks: Networks, passes: Callable[[int], Callable[[], object]]) -> None:
+    """Measures with how many threads this run computes, where that is open: once, and before anything is encoded.
+
+    Args:
+        passes: `passes(n)()` takes n images forward and back, as a step does; what it leaves behind is dropped.
+    """
+    if run.threads is None or run.threads.number is not None:
+        return
+    train = run.config.train
+
+    def seconds(call: Callable[[], object]) -> float:
+        took = threads.seconds_of(call, run.accelerator)
+        networks.drop_gradients()
+        return took
+
+    one = passes(1)
+    seconds(one)
+    micro_batch = train.batch_size // train.gradient_accumulation_steps // run.accelerator.num_processes
+    count = max(1, min(micro_batch, int(TIMED_SECONDS / seconds(one))))
+    several = passes(count)
+    what = f"{plural(count, 'image')} forward and back"
+    run.take_threads(threads.measure(run.threads, lambda: seconds(several), what))
 
 
 def step_seconds(

@@ -18,7 +18,7 @@ PATIENCE = timedelta(days=1)
 
 
 def join(train: TrainConfig, folder: Path) -> Accelerator:
-    """The accelerator of this process, and its share of the machine's threads.
+    """The accelerator of this process.
 
     Raises:
         ValueError: if not all processes that were launched have found each other.
@@ -40,8 +40,6 @@ def join(train: TrainConfig, folder: Path) -> Accelerator:
             f"{processes} processes were launched but accelerate joined {accelerator.num_processes}; "
             "launch them with torchrun --nproc_per_node, or a single one"
         )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(train.cpu_threads or max(1, _cores() // processes))
     return accelerator
 
 
@@ -52,8 +50,3 @@ def total(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
     # Whole numbers: float32 would round a step above 2^24.
     summed = accelerator.reduce(torch.tensor(values, dtype=torch.int64, device=accelerator.device), "sum")
     return [int(value) for value in summed.tolist()]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

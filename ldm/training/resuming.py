@@ -18,14 +18,15 @@ from ldm.data.captions import printable
 from ldm.training.environment import changed
 from ldm.training.files import flattened, step_of
 
-# What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same.
+# What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same. That the data
+# under another path is the same data, the hashes of its samples say.
 FREE_TO_CHANGE = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
     *("train.cooldown_steps", "train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
     *("train.evaluate_every", "train.evaluation_samples", "train.evaluation_features"),
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
-    "data.cache_dir",
+    *("data.path", "data.cache_dir"),
 )
 NAMES_SHOWN = 5
 
@@ -59,6 +60,13 @@ def differences(
             "noise, and sums are rounded otherwise"
         )
     return config_differences(stored, config, str(folder)) | changed(before, dict(present))
+
+
+def threads_of(folder: Path, processes: int) -> int | None:
+    """The threads with which the run of a checkpoint computed; None on a GPU, and with another number of processes."""
+    before = checkpoint.read_json(folder / "training" / "state.json").get("environment", {})
+    threads: int | None = before.get("threads") if before.get("processes") == processes else None
+    return threads
 
 
 def config_differences(

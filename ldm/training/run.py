@@ -1,6 +1,7 @@
 """One run of a training script: its steps, its folder, its log and its checkpoints.
 
 RUN/config.yaml         the complete config
+RUN/started.json        the folder that its relative paths are read from
 RUN/data.json           the account of the data; fingerprints.json has a hash of each sample
 RUN/plan.json           what was planned, and how long it took
 RUN/report.html         all of this as one page
@@ -35,8 +36,8 @@ from tqdm import tqdm
 from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
-from ldm.pipelines import save_png
-from ldm.training import guard, resuming, saving
+from ldm.pipelines import NotFinite, save_png
+from ldm.training import guard, resuming, saving, threads
 from ldm.training.codebook import Codebook
 from ldm.training.environment import environment
 from ldm.training.files import hashes
@@ -45,10 +46,14 @@ from ldm.training.guard import Losses
 from ldm.training.interruption import Stopped, interruption
 from ldm.training.networks import Networks
 from ldm.training.optimisation import learning_rate
+from ldm.training.pace import Pace
 from ldm.training.plan import Plan, duration
 from ldm.training.processes import join, total
 from ldm.training.report import write_report
 from ldm.training.report.names import PREFIX as EVALUATION
+from ldm.training.report.names import VERDICT
+from ldm.training.started import resume_command
+from ldm.training.threads import Threads
 
 
 class Run:
@@ -65,6 +70,8 @@ class Run:
     Attributes:
         step: steps done; the position in the data follows from it.
         stopping: whether the run ends after this step, since some process of it was told to.
+        threads: of a process that computes on the CPU, else None; where their number is open, `take_threads` settles it
+            before anything is encoded or trained.
     """
 
     def __init__(
@@ -78,13 +85,22 @@ class Run:
         self.config = config
         self.folder = Path(config.output_dir).expanduser()
         self.export = export
+        allowed = threads.allowed()  # accelerate may set another number
         self.accelerator = join(config.train, self.folder)
         self.device = self.accelerator.device
         self.stopping = False
         self._resume, self._accept = resume, accept
-        self._environment = environment(self.device, self.accelerator.num_processes)
         self._resumed, self._damaged = saving.find(self.accelerator, self.folder, self.print) if resume else (None, [])
         self.step = 0 if self._resumed is None else saving.step_of(self._resumed)
+        self.threads: Threads | None = None
+        if self.device.type == "cpu":
+            processes = self.accelerator.num_processes
+            begun_with = None if self._resumed is None else resuming.threads_of(self._resumed, processes)
+            decided = threads.decide(allowed, config.train.cpu_threads, begun_with)
+            self.threads = threads.agreed(decided, self.accelerator)
+            # Until it is measured half of the cores: all may be slow beside another program, and one for a large model.
+            torch.set_num_threads(self.threads.number or max(1, self.threads.most // 2))
+        self._environment = environment(self.device, self.accelerator.num_processes)
         if self._resumed is not None:
             found = resuming.differences(config, self._environment, self._resumed, self.print)
             resuming.refuse(found, accept, self._resumed, self.print)
@@ -111,6 +127,7 @@ class Run:
         self._bar: tqdm[Any] | None = None
         self._plan: dict[str, Any] | None = None
         self._planned = 0.0
+        self._pace: Pace | None = None
         self.reason: str | None = None
 
     def start(self, networks: Networks) -> None:
@@ -169,6 +186,13 @@ class Run:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
             found = resuming.data_differences(self.folder, stored, self._data, images, held_out)
             resuming.refuse(found, self._accept, self._resumed, self.print)
+
+    def take_threads(self, measured: Threads) -> None:
+        """Takes the number of threads with which all that follows is computed, in this session and those after it."""
+        assert measured.number is not None
+        self.threads = measured
+        torch.set_num_threads(measured.number)
+        self._environment["threads"] = measured.number
 
     def settle(self, config: LDMConfig, reason: str | None) -> None:
         """Takes the config in which what was left open ("auto") is decided, and the reason, for the plan."""
@@ -297,8 +321,9 @@ class Run:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row, whose samples are "
                 f"in {log}; {saving.standing(self.folder)}; leave these samples out, or go on from there with a lower "
-                "learning rate: --resume --set train.learning_rate=… --accept train.learning_rate (where its weights "
-                "are spoilt already, move it away first, and the one before is used)"
+                f"learning rate: {resume_command(self.folder)} --set "
+                f"train.learning_rate={self.config.train.learning_rate / 2:g} --accept train.learning_rate (where its "
+                "weights are spoilt already, move it away first, and the one before is used)"
             )
 
     def advance(self, codebook: Codebook | None = None) -> None:
@@ -308,6 +333,9 @@ class Run:
         self._seen += train.batch_size
         if self._bar is not None:
             self._bar.update()
+        slow = self._pace and self._pace.step()
+        if slow:
+            self.print(slow)
         if not self._is_multiple(train.log_every):
             return
         rate = self._seen / (time.perf_counter() - self._since)
@@ -347,13 +375,18 @@ class Run:
         self._cut_logs()
         checkpoint.write_json(self.folder / "plan.json", self._plan)
         self._planned = time.perf_counter()
+        self._pace = Pace(plan, None if self.threads is None else self.threads.number)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Appends to `metrics.jsonl` and TensorBoard."""
+        self.note(values)
+        self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
+
+    def note(self, content: Mapping[str, Any]) -> None:
+        """Appends to `metrics.jsonl` alone what need not be numbers."""
         if self.is_main:
             self._cut_logs()
-            disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **values}))
-        self.accelerator.log(dict(values), step=self.step)  # writes on the main process alone
+            disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **content}))
 
     def _cut_logs(self) -> None:
         """Drops, before the first line of this session, what an earlier one wrote after the step it goes on from."""
@@ -363,7 +396,7 @@ class Run:
             if self.step == self._started_at:
                 again += ["held_out"] if self.due(train.validate_every) else []
                 is_due = isinstance(train, DiffusionTrainConfig) and self.due(train.evaluate_every)
-                again += [EVALUATION] if is_due else []
+                again += [EVALUATION, VERDICT] if is_due else []
             resuming.cut_log(self.folder / "metrics.jsonl", self._started_at, again=again)
             resuming.cut_log(self.folder / "nonfinite.jsonl", self._started_at, again=())
         self._logs_are_cut = True
@@ -372,7 +405,10 @@ class Run:
         """Computes figures on the main process and logs them."""
         with self._aside():
             if self.is_main:
-                self.log(values())
+                try:
+                    self.log(values())
+                except NotFinite as error:  # the weights are finite, and what follows may be
+                    self.print(f"step {self.step} was not measured: {error}")
 
     def keep_best(self, name: str, export: Callable[[Path], None]) -> None:
         """Exports what is trained to `RUN/best/` if the figure `name`, just measured, is the lowest of the run so far.
@@ -387,7 +423,7 @@ class Run:
             *earlier, (step, latest) = resuming.logged(self.folder, name)
             if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
                 return
-            with checkpoint.atomic_folder(self.folder / "best") as folder:
+            with checkpoint.atomic_folder(self.folder / "best", "best") as folder:
                 export(folder / self.export)
                 checkpoint.write_json(folder / "best.json", {"step": step, name: latest, "files": hashes(folder)})
 
@@ -395,7 +431,11 @@ class Run:
         """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
         with self._aside():
             if self.is_main:
-                sheet = draw()
+                try:
+                    sheet = draw()
+                except NotFinite as error:
+                    self.print(f"step {self.step} has no sample grid: {error}")
+                    return
                 save_png(sheet, self.folder / "samples" / f"step_{self.step:08d}.png")
                 writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
                 writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
@@ -431,7 +471,10 @@ class Run:
         if failed:
             raise ValueError("the main process of this run has failed; its own message says why")
         self.stopping |= stop > 0
-        self._since += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self._since += took
+        if self._pace is not None:
+            self._pace.leave_out(took)
 
     def save_if_due(self, networks: Networks, export: Callable[[Path], None]) -> None:
         """Writes a checkpoint every so many steps and minutes, at the end, and before the run stops.
@@ -461,7 +504,7 @@ class Run:
         write_report(self.folder)
 
     def _renew_export(self, newest: Path) -> None:
-        with checkpoint.atomic_folder(self.folder / self.export) as folder:
+        with checkpoint.atomic_folder(self.folder / self.export, self.export) as folder:
             checkpoint.link_tree(newest / self.export, folder)
 
     def finish(self, networks: Networks, export: Callable[[Path], None]) -> None:
@@ -480,7 +523,9 @@ class Run:
         self.accelerator.end_training()
         self._unlock()
         if self.stopping:
-            raise Stopped(f"step {self.step} of {self.config.train.max_steps} is saved; go on with --resume")
+            raise Stopped(
+                f"step {self.step} of {self.config.train.max_steps} is saved; go on with {resume_command(self.folder)}"
+            )
 
     # ---- what is resumed
 

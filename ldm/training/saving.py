@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ldm import checkpoint, disk
 from ldm.training.files import damage, hashes
 from ldm.training.processes import total
+from ldm.training.started import resume_command
 
 PREFIX = "step_"
 
@@ -32,10 +33,14 @@ def checkpoints(run: Path) -> list[Path]:
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
     """A folder that `fill` writes, and its manifest of sizes and hashes; read back before anyone relies on it.
 
+    Whatever stands under that name, which is no checkpoint, is renamed as a damaged one is.
+
     Raises:
         OSError: if the disk does not take it, or gives it back otherwise; nothing of it stands then.
     """
     try:
+        if target.exists() or target.is_symlink():
+            set_aside([target])
         with disk.new_folder(target) as folder:
             fill(folder)
             disk.sync_tree(folder)
@@ -47,15 +52,28 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         raise OSError(
             f"the checkpoint of step {step_of(target)} cannot be written ({error}); {standing(target.parents[1])}; "
-            "mend that, and go on with --resume"
+            f"mend that, and go on with {resume_command(target.parents[1])}"
         ) from error
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
-    """Removes all but the `keep` newest checkpoints and those of every `keep_every`-th step."""
+    """Removes all but the `keep` newest checkpoints and those of every `keep_every`-th step.
+
+    One into which someone has put files of their own stays.
+    """
     for old in checkpoints(run)[:-keep]:
-        if keep_every is None or step_of(old) % keep_every:
+        if (keep_every is None or step_of(old) % keep_every) and not _holds_more(old):
             disk.remove_folder(old)
+
+
+def _holds_more(folder: Path) -> bool:
+    """Whether a checkpoint holds files that are not in its manifest, apart from those that systems add."""
+    try:
+        named = checkpoint.read_json(folder / "manifest.json")["files"].keys() | {"manifest.json"}
+    except (ValueError, KeyError, AttributeError):
+        return True  # nobody knows
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in checkpoint.ADDED_BY_SYSTEMS)
+    return any(path.relative_to(folder).as_posix() not in named for path in files)
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ldm.models import FirstStage, UNet
 
@@ -24,32 +25,52 @@ def unet_seconds(
         text: tokens of a caption, and the width of their states.
         precision: "no" or "bf16", as `train.mixed_precision` says it.
     """
+    return _typical_seconds(unet_pass(unet, shape, text, batch, device, precision), unet, device)
+
+
+def unet_pass(
+    unet: nn.Module,
+    shape: tuple[int, int, int],
+    text: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    precision: str,
+) -> Callable[[], None]:
+    """The passes of `unet_seconds`, which leave gradients behind."""
     latents = torch.randn(batch, *shape, device=device)
     states = torch.randn(batch, *text, device=device)
     timesteps = torch.randint(1000, (batch,), device=device)
 
-    def loss() -> Tensor:
+    def passes() -> None:
         autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with autocast:
-            return unet(latents, timesteps, states).float().square().mean()
+            loss = unet(latents, timesteps, states).float().square().mean()
+        loss.backward()
 
-    return _least_seconds(loss, unet, device)
+    return passes
 
 
 def autoencoder_seconds(autoencoder: FirstStage, resolution: int, batch: int, device: torch.device) -> float:
     """Seconds of a forward and a backward pass for `batch` square images."""
+    return _typical_seconds(autoencoder_pass(autoencoder, resolution, batch, device), autoencoder, device)
+
+
+def autoencoder_pass(autoencoder: FirstStage, resolution: int, batch: int, device: torch.device) -> Callable[[], None]:
+    """The passes of `autoencoder_seconds`, which leave gradients behind."""
     images = torch.randn(batch, 3, resolution, resolution, device=device)
-    return _least_seconds(lambda: autoencoder(images)[0].square().mean(), autoencoder, device)
+    return lambda: autoencoder(images)[0].square().mean().backward()
 
 
-def _least_seconds(loss: Callable[[], Tensor], network: torch.nn.Module, device: torch.device) -> float:
-    """Of a few calls, fewer where they are slow; the first does more than is asked."""
+def _typical_seconds(passes: Callable[[], None], network: nn.Module, device: torch.device) -> float:
+    """The median of a few calls, fewer where they are slow; the first, which does more than is asked, does not count
+    beside others.
+    """
     times: list[float] = []
-    while not times or (len(times) < MOST_REPEATS and sum(times) < ENOUGH_SECONDS):
+    while len(times) < 1 + MOST_REPEATS and sum(times) < ENOUGH_SECONDS:
         started = time.perf_counter()
-        loss().backward()
+        passes()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
         network.zero_grad(set_to_none=True)
-    return min(times)
+    return statistics.median(times[1:] or times)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from ldm import checkpoint
-from ldm.config import LDMConfig, parse_config
+from ldm.config import LDMConfig, load_config
+from ldm.config.reading import read_yaml
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
-from ldm.training import resuming, saving
+from ldm.training import resuming, saving, started
 
 CONFIG = "config.yaml"
 DATA = "data.json"  # of a built-in model: how many images it was trained on, and their digest
@@ -68,16 +69,18 @@ def find_run(model: str) -> Trained | None:
         return None
     path = folder / CONFIG
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); name a pipeline folder") from None
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); name a pipeline folder") from None
     if not isinstance(content, dict) or "data" not in content:
         return None
     if "autoencoder" in content:
         raise ValueError(f"{folder} is the run of a first stage, which draws nothing; name the run of a model")
     saved = saving.checkpoints(folder)
     data = checkpoint.read_json(saved[-1] / "training" / "state.json")["data"] if saved else {}
-    config = parse_config(content, LDMConfig, str(path))
+    config = load_config(path, [], LDMConfig)
+    with suppress(ValueError):  # said by `data_of`, if its data is asked for
+        config = started.located(config, folder)
     return Trained(folder, config, data.get("samples"), data.get("sha256"))
 
 
@@ -86,7 +89,7 @@ def _of_built_in(folder: Path) -> Trained | None:
     if not (folder / CONFIG).is_file():
         return None
     path = folder / CONFIG
-    config = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), LDMConfig, str(path))
+    config = load_config(path, [], LDMConfig)
     data = checkpoint.read_json(folder / DATA)
     return Trained(folder, config, data["samples"], data["sha256"])
 
@@ -149,4 +152,4 @@ def data_of(run: Trained, **changes: str | float | None) -> DataConfig:
             "seen would count as held out; leave the option out"
         )
     given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(run.config.data, **given)  # type: ignore[arg-type]
+    return dataclasses.replace(started.located(run.config, run.folder).data, **given)  # type: ignore[arg-type]

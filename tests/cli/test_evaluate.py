@@ -45,10 +45,11 @@ def here(tmp_path, monkeypatch):
 def test_an_evaluation_is_said_and_written_as_a_page_json_and_sheets(model, data, here, monkeypatch, capsys):
     arguments = ["evaluate", model, data, *QUICK, "--held-out", 0.2, "--seed", 3, "--guidance", 2]
     assert call(monkeypatch, *arguments) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     folder = here / "evaluation"
     content = json.loads((folder / "evaluation.json").read_text())
     assert f"{data}: {content['images']['training']} training images, {content['images']['held-out']} held out" in out
+    assert err.count("warning: captions are cut: the text encoder reads 12 tokens of a text; lost: ") == 1
     assert out.count("note: no run folder says what") == 1 and "pictures at" in out
     assert content["verdict"]["sentence"] in out and "guidance 2, seed 3" in out
     for figure in (content["quality"]["generated"]["kid"], content["quality"]["generated"]["precision"]):
@@ -137,7 +138,7 @@ def test_without_held_out_images_it_says_what_cannot_be_known(model, data, here,
         (["--features", "fid"], 'there are no features "fid"'),
         (["--features", "inception"], "Inception features need their weights"),
         (["--features", "pixel", "--weights", "a"], 'features "pixel" take no weights'),
-        (["--clip", "ViT-B-32:none"], "ldm[clip]"),
+        (["--clip", "ViT-B-32:none"], "pip install 'open-clip-torch>=3.3'"),
         (["--held-out", "1"], "data.held_out is 1"),
         (["--steps", "0"], "num_inference_steps is 0"),
         (["--guidance", "nan"], "guidance_scale is nan"),

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from ldm.data import Account, DataConfig, Duplicate, Inspection, Sample, Skipped, account_of
-from ldm.data.account import plural, quoted
+from ldm.data.account import quoted
+from ldm.data.captions import plural
 from ldm.data.inspection import Kind
 from ldm.data.sources import Decoded
 
@@ -182,7 +183,8 @@ def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
         {"path": copy.path, "of": copy.of, "captions": list(copy.captions)} for copy in found.duplicates
     ]
     assert set(plain["captions"]) == {
-        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated"
+        "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated",
+        "without",
     }  # fmt: skip
     assert set(plain["sizes"]) == {"smallest", "median", "largest", "enlarged", "much_enlarged", "shapes"}
 
@@ -231,4 +233,5 @@ def test_folders_of_splits_that_are_taken_together_are_named() -> None:
 
     said = "what lies in train/ and test/, val/ is taken together; name the folder train/ itself"
     assert any(said in note for note in below("train", "test", "val", "train"))
+    assert any("what lies in train2017/ and val2017/ is taken" in note for note in below("train2017", "val2017"))
     assert not any("taken together" in note for note in below("cats", "test") + below("train", "cats"))

@@ -200,8 +200,14 @@ def test_names_of_folders_are_captions_where_there_are_no_others(tmp_path: Path)
     for name in ("___", "images"):
         assert found.pop(f"{name}/1.png") == f'no caption: the name of its folder, "{name}", does not say what it shows'
     assert not found
+    # Written captions of fewer than half as many images are neither lost nor do they hide the others.
     save(tmp_path / "top.png", caption="now one caption stands beside an image")
-    assert set(captions(opened(tmp_path))) == {"top.png"}
+    with pytest.raises(ValueError, match=r"text beside images captions 1 image, the names of .* 4; set"):
+        opened(tmp_path)
+    assert set(captions(opened(tmp_path, caption_source="sidecars"))) == {"top.png"}
+    assert len(captions(opened(tmp_path, caption_source="folders"))) == 4
+    (tmp_path / "2_" / "1.txt").write_text("and another")
+    assert set(captions(opened(tmp_path))) == {"top.png", "2_/1.png"}
 
 
 def test_a_folder_that_gives_nothing_says_what_it_holds_and_what_to_do(tmp_path: Path) -> None:

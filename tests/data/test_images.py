@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images import cover, decode, to_rgb
+from ldm.data import DataConfig, inspect, open_source
+from ldm.data.images import FORMATS, cover, decode, to_rgb
+from tests.data import profiles
 
 WHITE = (255, 255, 255)
 GREEN = (0, 128, 0)
@@ -31,9 +33,6 @@ def test_16_bit_greys_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> Non
 
 def png_of_16_bits(pixels: np.ndarray, colour_type: int) -> bytes:
     """uint16 [h, w, channels] as a PNG, which Pillow only writes for greys."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -103,6 +102,84 @@ def test_a_moving_image_shows_its_first_frame(tmp_path: Path) -> None:
     assert decode((tmp_path / "a.gif").read_bytes(), WHITE).image.getpixel((0, 0)) == (255, 0, 0)
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def with_chunks(*chunks: bytes, behind: bool = False) -> bytes:
+    """A PNG of 12 by 6 pixels with more chunks, before its pixels or behind them."""
+    data = io.BytesIO()
+    gradient(12, 6).save(data, "PNG")
+    place = data.getvalue().index(b"IEND" if behind else b"IDAT") - 4
+    return data.getvalue()[:place] + b"".join(chunks) + data.getvalue()[place:]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_long_texts_is_read(behind: bool) -> None:
+    """Pillow refuses more than 1 MiB in one text and 64 MiB in all."""
+    long = zlib.compress(bytes(2**21))
+    many = [chunk(b"tEXt", b"Comment\0" + b"a" * 2**20)] * 65
+    for chunks in (
+        [chunk(b"zTXt", b"prompt\0\0" + long)],
+        [chunk(b"iTXt", b"workflow\0\1\0en\0workflow\0" + long)],
+        [chunk(b"zTXt", b"Raw profile type exif\0\0" + long)],
+        [chunk(b"zTXt", b"broken\0\0" + long[:40])],
+        many,
+    ):
+        found = decode(with_chunks(*chunks, behind=behind), WHITE)
+        assert np.array_equal(np.asarray(found.image), np.asarray(gradient(12, 6)))
+
+
+def test_texts_that_say_how_a_png_is_turned_are_heeded() -> None:
+    turned = b'<x:xmpmeta tiff:Orientation="6"/>'
+    plain = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + turned)
+    packed = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(turned))
+    for text in (plain, packed):
+        found = decode(with_chunks(text), WHITE)
+        assert (found.image.size, found.traits) == ((6, 12), ("rotated",))
+
+
+def test_a_png_with_a_large_profile_is_read() -> None:
+    profile = profiles.rgb(profiles.P3, None)
+    large = profile + bytes(2**21)
+    data = with_chunks(chunk(b"iCCP", b"P3\0\0" + zlib.compress(large)))
+    expected = profiles.converted(np.asarray(gradient(12, 6)), profiles.P3, None)
+    assert np.abs(np.asarray(decode(data, WHITE).image) - expected).max() <= 2
+    bomb = with_chunks(chunk(b"iCCP", b"P3\0\0" + zlib.compress(profile + bytes(2**25))))
+    assert decode(bomb, WHITE).traits == ("color-profile",)  # of which 16 MiB are unpacked
+
+
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if "AVIF" in FORMATS else [])]
+)
+def test_what_can_be_decoded_is_whatever_its_name_says(tmp_path: Path, kind: str) -> None:
+    gradient(12, 6).save(tmp_path / "a.jpg", kind)
+    (tmp_path / "a.txt").write_text("a caption")
+    config = DataConfig(path=str(tmp_path), resolution=8)
+    inspection = inspect(open_source(config), config)
+    assert [(found.id, found.size) for found in inspection.used] == [("a.jpg", (12, 6))]
+    assert inspection.kinds[0].format == kind
+
+
+@pytest.mark.parametrize(
+    ("beginning", "reason"),
+    [
+        (b"\0\0\0\x24ftypheic", "a HEIC picture, which is not read; convert it to PNG or JPEG"),
+        (b"\0\0\0\x18ftypmif1", "a HEIC picture"),
+        (b"\0\0\0\x18ftypisom", "an MP4 video, which is not read; save frames"),
+        (b"\0\0\0\x0cJXL \r\n", "a JPEG XL picture"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='x'/>", "an SVG drawing"),
+        (b"\n<!DOCTYPE html><html>", "a web page, which is not read; download the picture itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-LFS, which is not read; run: git lfs pull"),
+        (b"PK\x03\x04", "a zip archive, which is not read; unpack it"),
+    ],
+)
+def test_what_is_no_image_is_named_whatever_its_name_says(beginning: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        decode(beginning + bytes(100), WHITE)
+
+
 def test_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
@@ -113,7 +190,7 @@ def test_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reasons = {
         "empty.png": "the file is empty",
         "text.png": "not an image in a known format",
-        "script.png": "not an image in a known format",
+        "script.png": "a PostScript document, which is not read",
         "cut.jpg": "truncated",
         "floats.tif": "32-bit greys .* no defined white",
     }

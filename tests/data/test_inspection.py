@@ -19,7 +19,7 @@ from PIL import Image
 from ldm.data import DataConfig, Inspection, Sample, Skipped, Source, inspect, open_source, split
 from ldm.data import inspection as module
 from ldm.data.facts import FactsStore
-from ldm.data.images import decode
+from ldm.data.images import FORMATS, decode
 from ldm.data.inspection import natural_order
 from ldm.data.sources import Decoded, digest_of
 
@@ -85,7 +85,7 @@ def test_every_entry_is_used_skipped_or_a_copy_for_any_number_of_workers(tmp_pat
     assert [entry.path for entry in first.skipped] == ["0.gif", "12.png", "13.png", "14.png", "15.png"]
     reasons = [entry.reason for entry in first.skipped]
     assert reasons[2:] == [
-        "not an image in a known format (png, jpeg, webp, bmp, gif, tiff)",
+        f"not an image in a known format ({', '.join(FORMATS).lower()})",
         "the file is empty",
         "no caption",
     ]

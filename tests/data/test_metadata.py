@@ -62,7 +62,7 @@ def test_each_bad_line_is_named(tmp_path: Path) -> None:
         13: ({"file_name": "a.png", "text": None}, "no caption"),
         14: ({"file_name": "a.png"}, "no caption"),
         15: ({"file_name": "cased.png", "text": "x"}, "there is no file cased.png; did you mean Cased.PNG?"),
-        16: ({"file_name": "a", "text": "x"}, "there is no file a; did you mean a.png?"),
+        16: ({"file_name": "a.jpg", "text": "x"}, "there is no file a.jpg; did you mean a.png?"),
         17: ({"file_name": "https://example.org/a.png", "text": "x"}, "URLs are not downloaded"),
         18: ({"file_name": "b.heic", "text": "x"}, ".heic is not read; convert it to PNG or JPEG"),
         19: ({"file_name": "C:\\a.png", "text": "x"}, "outside the folder"),
@@ -272,8 +272,9 @@ def test_a_table_of_another_name_whose_rows_name_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no row of .*prices\.tsv names an image"):
         opened(tmp_path / "prices.tsv")
     (tmp_path / "train.jsonl").write_text(json.dumps({"image": "Images/b.png", "text": "three"}))
-    with pytest.raises(ValueError, match=r"several tables that name images: captions\.csv, train\.jsonl; give one"):
+    with pytest.raises(ValueError, match=r"several tables .* not the same: train\.jsonl; captions\.csv; set data\.cap"):
         opened(tmp_path)
+    assert captions(opened(tmp_path, caption_source="captions.csv")) == {"Images/a.png": ("one", "two")}
     (tmp_path / "captions.csv").unlink()
     assert captions(opened(tmp_path)) == {"Images/b.png": ("three",)}
 

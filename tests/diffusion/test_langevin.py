@@ -140,7 +140,7 @@ def test_the_corrector_mends_a_coarse_predictor():
     schedule = NoiseSchedule.from_config(ScheduleConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02))
     grid = schedule.grid(20, "leading")
     errors = []
-    for sampler in (ddpm, partial(langevin_corrector, num_corrector_steps=20)):
+    for sampler in (ddpm, partial(langevin_corrector, snr=0.16, num_corrector_steps=20)):
         noise = stream((20, 1000))
         *_, last = sampler(exact(schedule), noise(), schedule, grid, noise=noise)
         errors.append(abs(float(last.latents.std()) - DEVIATION))

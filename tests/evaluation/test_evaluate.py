@@ -89,13 +89,13 @@ def test_figures_are_those_of_the_parts(found, noise):
     assert all(f"{band.held_out:9.4f}" in text for band in found.gap.bands)
 
 
-def test_training_images_as_pictures_are_called_memorising_and_unseen_ones_are_not(noise):
+def test_training_images_as_pictures_are_called_memorizing_and_unseen_ones_are_not(noise):
     sides = {"training": noise.training, "held-out": noise.held_out}
     copies = measure(asked_with(noise, lambda side, own: real(sides[side], own)), noise, seed=0, how={})
-    assert copies.verdict.kind == "memorising"
+    assert copies.verdict.kind == "memorizing"
     assert all(found.within[1].mean == 1 for found in copies.found.values())
     unseen = measure(asked_with(noise, lambda side, own: real(noise.held_out, own)), noise, seed=0, how={})
-    assert unseen.verdict.kind != "memorising"
+    assert unseen.verdict.kind != "memorizing"
     assert unseen.found["held-out"].within[1].mean == 1 and unseen.found["training"].within[1].mean < 0.2
 
 
@@ -106,7 +106,7 @@ def test_a_mirrored_copy_is_one_where_training_mirrors(tmp_path, noise):
         reference = Reference.of(*opened(folder, tmp_path / "cache", 0.5, flip=flip), PIXELS)
         asked = asked_with(reference, lambda side, own: real(reference.training, own).flip(-1))  # noqa: B023
         kinds[flip] = measure(asked, reference, seed=0, how={}).verdict.kind
-    assert kinds[True] == "memorising" != kinds[False]
+    assert kinds[True] == "memorizing" != kinds[False]
 
 
 def test_digits_are_read(tmp_path):
@@ -115,17 +115,6 @@ def test_digits_are_read(tmp_path):
     sides = {"training": training, "held-out": held_out}
     found = measure(asked_with(reference, lambda side, own: real(sides[side], own)), reference, seed=0, how={})
     assert found.read["training"].mean == 1 and found.read["held-out"].mean > 0.9
-    assert "look like the data" not in found.verdict.sentence
-    noise = torch.Generator().manual_seed(0)
-    blank = lambda side, own: torch.randint(256, (len(own), 3, 8, 8), generator=noise, dtype=torch.uint8)  # noqa: E731
-    nothing = measure(asked_with(reference, blank), reference, seed=0, how={}).verdict
-    assert nothing.kind == "undecided" and "few of the pictures look like the data (precision 0 %" in nothing.sentence
-    # Their mean, with a little noise: inside the balls of the data, but alike all of them.
-    mean = torch.stack([training.image_at(index) for index in range(len(training))]).double().mean(dim=0)
-    alike = lambda side, own: (mean + 3 * torch.randn(len(own), 3, 8, 8, generator=noise)).clamp(0, 255).byte()  # noqa: E731
-    dull = measure(asked_with(reference, alike), reference, seed=0, how={})
-    assert dull.quality.generated.precision.value > 0.9 and dull.verdict.kind == "undecided"
-    assert "few of the real images look like the pictures (recall 0 %" in dull.verdict.sentence
     wrong = measure(asked_with(reference, lambda side, own: real(training, [0] * len(own))), reference, seed=0, how={})
     assert wrong.read["held-out"].mean < 0.4
     assert any("read as the digit asked for 100.0 %" in line for line in faithfulness(found, "training"))
@@ -136,7 +125,10 @@ def test_what_cannot_be_said_of_few_images_is_named(tmp_path, pipeline):
     assert few.held_out is None
     found = evaluate(pipeline, few, samples=50)
     assert [side.side for side in found.asked] == ["training"] and len(found.pictures) == 50
-    assert found.quality is None and found.copies is None and found.verdict is None and found.gap is None
+    assert found.quality is None and found.copies is None and found.standing is None and found.gap is None
+    assert (
+        found.verdict.kind == "undecided" and "50 pictures and 8 training images are too few" in found.verdict.sentence
+    )
     assert [text.split(",")[0] for text in found.left_out] == [
         "Left out: whether pictures are copies of training images", "Left out: all figures of quality",
     ]  # fmt: skip

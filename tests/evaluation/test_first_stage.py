@@ -309,6 +309,15 @@ def test_the_command_says_draws_and_writes_json(tmp_path, monkeypatch, capsys):
     assert found["frechet"]["is_ratio"] and found["frechet"]["references"] == len(training)
 
 
+def test_the_command_needs_no_captions(tmp_path, monkeypatch, capsys):
+    data = faces(tmp_path / "faces", 6)
+    for text in data.glob("*.txt"):
+        text.unlink()
+    arguments = [BUILT_IN, data, "--split", "all", "--resolution", 32, "--features", "pixel", "--json"]
+    assert evaluate(monkeypatch, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 6
+
+
 def test_the_command_takes_an_autoencoder_a_pipeline_and_all_images(tmp_path, monkeypatch, capsys):
     pipeline = tiny.pipeline(tmp_path / "parts", "latent")
     pipeline.save_pretrained(tmp_path / "pipeline")

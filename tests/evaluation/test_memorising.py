@@ -11,7 +11,7 @@ from scipy import stats
 
 from ldm.data import DataConfig, open_source, split
 from ldm.evaluation.loss_gap import BandGap, LossGap
-from ldm.evaluation.memorising import Share, _chance, copy_features, copying, nearest_sheet, verdict
+from ldm.evaluation.memorising import Share, Verdict, _chance, copy_features, copying, nearest_sheet, verdict
 from ldm.pipelines.images import from_pil
 
 
@@ -65,7 +65,7 @@ def test_noisy_copies_of_50_scans_are_memorised(digits, held_out):
     assert found.nearest.tolist() == list(range(50)) * 2
     assert found.calibrated_on == (held_out or 0, 0 if held_out == 176 else 50)
     said = verdict(found, None)
-    assert said.kind == "memorising"
+    assert said.kind == "memorizing"
     assert f"{found.suspects.count} of 100 pictures ({found.suspects.share:.0%}".replace("%", " %") in said.sentence
 
 
@@ -90,8 +90,8 @@ def test_the_share_of_copies_in_a_mixture_shows(digits):
         assert bool(found.suspect[:copies].all())
     assert shares == sorted(shares)
     assert kinds[0] == "learning"
-    assert kinds[1] != "memorising"
-    assert kinds[2:] == ["memorising"] * 2
+    assert kinds[1] != "memorizing"
+    assert kinds[2:] == ["memorizing"] * 2
 
 
 def test_variants_of_one_drawing_do_not_hide_copies_of_it(tones):
@@ -169,10 +169,41 @@ def test_a_loss_that_is_known_by_heart_raises_doubt_and_convicts_no_picture(digi
     assert verdict(found, gap_of(0.05, 0.6, interval=0.9)).kind == "learning"
 
 
+def test_a_picture_that_is_drawn_again_is_evidence_once(digits):
+    training, held_out = features(*digits)
+    lowest = int(copying(held_out, training, held_out).ratio.argmin())  # suspect, though unseen
+    again = copying(held_out[lowest].repeat(60, 1), training, held_out)
+    assert again.suspects.count == 60 and again.distinct == 1
+    assert again.chance > 0.01 and verdict(again, None).kind != "memorizing"
+    for copies in (1, 3, 5):
+        found = copying(training[torch.arange(60) % copies], training, held_out)
+        assert (found.distinct, verdict(found, None).kind) == (copies, "memorizing")
+
+
+def test_pictures_of_something_else_that_are_nearest_to_one_odd_image_are_no_copies(digits):
+    training, held_out = digits
+    odd = noisy(torch.zeros(40, 3, 8, 8), 0.1)  # grey, all of them nearest to the one grey training image
+    known, alike, unseen = features(torch.cat([training[:50], odd[:1]]), odd[1:] + 0.5, held_out[:60])
+    found = copying(alike, known, unseen)
+    assert found.suspects.count > 30 and found.distinct == 1
+    assert verdict(found, None).kind != "memorizing"
+
+
+def test_a_verdict_is_read_as_it_is_stored_now_and_as_it_was(digits):
+    training, held_out = features(*digits)
+    now = verdict(copying(training[:20], training, held_out), None)
+    assert Verdict.read(json.loads(json.dumps(vars(now)))) == now
+    assert Verdict.read({"kind": "memorising", "sentence": "Memorising: all."}).kind == "memorizing"
+    for wrong in (None, [], {}, {"kind": "good", "sentence": ""}, {"kind": ["learning"], "sentence": ""},
+                  {"kind": "learning", "sentence": 3}):  # fmt: skip
+        with pytest.raises(ValueError, match="is no verdict"):
+            Verdict.read(wrong)
+
+
 def test_few_pictures_decide_nothing_unless_they_are_copies(digits):
     training, held_out = features(*digits)
     assert verdict(copying(held_out[:5], training, held_out[5:]), None).kind == "undecided"
-    assert verdict(copying(training[:20], training, held_out), None).kind == "memorising"
+    assert verdict(copying(training[:20], training, held_out), None).kind == "memorizing"
 
 
 def test_sheet_shows_the_closest_first_beside_its_nearest(digits):

@@ -39,7 +39,7 @@ def test_a_model_overfitted_to_50_scans_is_memorising_and_held_out_scans_are_not
     )
     unet = trained_model(Recipe(unet=UNET, train=TRAIN), data, tmp_path / "model", torch.device("cpu"))
     pipeline = Pipeline(
-        unet=unet.eval(),
+        unet=unet.unet.eval(),
         codec=data.codec(),
         text_encoder=load_text_encoder("minilm", 12),
         schedule=SCHEDULE,
@@ -55,7 +55,7 @@ def test_a_model_overfitted_to_50_scans_is_memorising_and_held_out_scans_are_not
     assert least_growth(gap.widest()) > BY_HEART
     known, unseen = copy_features(data.images), copy_features(everything.held_out)
     for held_out_features in (unseen, unseen[:5], None):
-        assert verdict(copying(pictures, known, held_out_features), gap).kind == "memorising"
+        assert verdict(copying(pictures, known, held_out_features), gap).kind == "memorizing"
         passed_off = copying(unseen[5:], known, held_out_features)
-        assert verdict(passed_off, None).kind != "memorising"
+        assert verdict(passed_off, None).kind != "memorizing"
         assert verdict(passed_off, gap).kind == "undecided"  # no copies, of a model that knows its images by heart

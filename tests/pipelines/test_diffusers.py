@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
 )
@@ -67,6 +68,63 @@ def test_a_folder_of_diffusers_draws_the_same_here(name, tmp_path):
     ours = Pipeline.from_pretrained(tmp_path)
     assert (ours.guidance_scale, ours.num_inference_steps) == (7.5, 50)
     same_picture(tmp_path)
+
+
+def test_a_folder_of_euler_draws_what_its_own_scheduler_draws(tmp_path):
+    # On whole timesteps DDIM is Euler's method in σ/α: DDIM, Eq. 13.
+    tiny.stable_diffusion(EulerDiscreteScheduler(**SD, timestep_spacing="leading")).save_pretrained(tmp_path)
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    latents, seen = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    arguments = {"latents": latents, "num_inference_steps": 7, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = theirs("a corgi", output_type="latent", **arguments).images
+    Pipeline.from_pretrained(tmp_path)("a corgi", on_step=seen.append, **arguments)
+    torch.testing.assert_close(seen[-1].latents, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "key", "neutral", "message"),
+    [
+        (EulerDiscreteScheduler(**SD, use_karras_sigmas=True), "use_karras_sigmas", False, "set it to false in the fi"),
+        (
+            DPMSolverMultistepScheduler(**SD, lambda_min_clipped=-2.0),
+            "lambda_min_clipped", -float("inf"), "set it to -Infinity in the file",
+        ),
+        (LCMScheduler(steps_offset=1), "_class_name", "DDIMScheduler", "distilled for it, .*to DDIMS"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_samples_another_way_is_refused_and_the_way_out_leads_there(
+    scheduler, key, neutral, message, tmp_path
+):
+    tiny.stable_diffusion(scheduler).save_pretrained(tmp_path)
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    with pytest.raises(ValueError, match=f"{file}: scheduler {type(scheduler).__name__} .*{message}"):
+        Pipeline.from_pretrained(tmp_path)
+    content = json.loads(file.read_text())
+    value, content[key] = content[key], neutral
+    file.write_text(json.dumps(content))
+    if key == "_class_name":
+        tiny.edit_json(tmp_path / "model_index.json", scheduler=["diffusers", neutral])
+    ours = Pipeline.from_pretrained(tmp_path)
+    changed = {} if key == "_class_name" else {key: value}
+    sampler = type(scheduler).from_pretrained(tmp_path, subfolder="scheduler", **changed)
+    latents, seen = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    arguments = {"latents": latents, "num_inference_steps": 6, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = theirs("a corgi", output_type="latent", generator=torch.Generator().manual_seed(4), **arguments).images
+    ours("a corgi", sampler=sampler, seed=4, on_step=seen.append, **arguments)
+    torch.testing.assert_close(seen[-1].latents, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+
+
+def test_the_class_of_the_index_is_the_one_that_counts(tmp_path):
+    tiny.stable_diffusion(EulerDiscreteScheduler(**SD)).save_pretrained(tmp_path)
+    tiny.edit_json(tmp_path / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    with pytest.raises(ValueError, match="scheduler FlowMatchEulerDiscreteScheduler does not sample a DDPM schedule"):
+        Pipeline.from_pretrained(tmp_path)
+    tiny.edit_json(tmp_path / "model_index.json", scheduler=["diffusers"])
+    with pytest.raises(ValueError, match="scheduler diffusers does not sample"):
+        Pipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("scale", "eta"), [(3.0, 0.0), (7.5, 1.0), (2.5, 0.5)])

@@ -7,7 +7,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 
 from ldm.diffusion import NoiseSchedule, slerp
-from ldm.pipelines import ProgressStrip, from_pil, to_pil
+from ldm.pipelines import CutPromptWarning, ProgressStrip, from_pil, to_pil
 from tests import tiny
 
 
@@ -170,6 +170,12 @@ def test_previews_show_the_predicted_picture(pipeline):
             lambda p: p.interpolate("a", (1, 2), negative_prompt=["x", "y"]),
             r"negative_prompt is \['x', 'y'\]; give one",
         ),
+        (lambda p: p.interpolate(["a", "\ud800"], (1, 2)), "a prompt has half of a surrogate pair at place 0"),
+        (
+            lambda p: p.variations("a", shared_until=500, shared_seed=1, negative_prompt="x\udfff"),
+            "a negative prompt has half of a surrogate pair at place 1",
+        ),
+        (lambda p: p.invert(Image.new("RGB", (8, 8)), "\udc80"), "a prompt has half of a surrogate pair"),
         (lambda p: p.variations(None, shared_until=500, shared_seed=1), "prompt is None; give one text"),
         (lambda p: p.interpolate(None, (1, 2)), "prompt is None; give one text, or two"),
         (lambda p: p.invert(None), "image is None; give a picture"),
@@ -208,3 +214,18 @@ def test_wrong_arguments_are_named(call, message, pixels):
 def test_a_picture_that_the_codec_cannot_divide_is_refused(tmp_path):
     with pytest.raises(ValueError, match="image size 15x16 is not divisible by the codec's factor 2"):
         tiny.pipeline(tmp_path, "latent").invert(Image.new("RGB", (16, 15)))
+
+
+def test_words_that_are_cut_are_named_by_every_method(pipeline):
+    long = "a very long prompt"
+    picture = pipeline("a cat", seed=3).images[0]
+    calls = {
+        "interpolate": lambda: pipeline.interpolate(["a cat", long], seeds=(3, 8), steps=2, negative_prompt="a dog"),
+        "variations": lambda: pipeline.variations(long, shared_until=500, shared_seed=1, seed=2, count=1),
+        "invert": lambda: pipeline.invert(picture, long),
+    }
+    for call in calls.values():
+        with pytest.warns(CutPromptWarning, match="lost: 'prompt' of 'a very long prompt'$") as caught:
+            call()
+        (warning,) = caught
+        assert warning.filename == __file__

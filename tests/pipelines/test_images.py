@@ -1,7 +1,9 @@
+import json
+
 import numpy as np
 from PIL import Image
 
-from ldm.pipelines import contact_sheet
+from ldm.pipelines import contact_sheet, save_png
 
 
 def test_a_sheet_shows_pictures_of_any_shape_whole_and_in_the_middle_of_their_cells() -> None:
@@ -17,3 +19,10 @@ def test_a_sheet_shows_pictures_of_any_shape_whole_and_in_the_middle_of_their_ce
         assert (columns[0], rows[0]) == ((80 - width) // 2, (80 - height) // 2)
         assert cell[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
     assert (sheet == 0).sum() == sum(width * height for width, height in expected)  # nothing between the cells
+
+
+def test_settings_with_a_file_name_that_is_no_unicode_can_be_read_back(tmp_path):
+    settings = {"model": "folder \udcff", "word": "grün"}
+    save_png(Image.new("RGB", (2, 2)), tmp_path / "a.png", {"prompt": "grün", "settings": settings})
+    text = Image.open(tmp_path / "a.png").text
+    assert text["prompt"] == "grün" and json.loads(text["settings"]) == settings

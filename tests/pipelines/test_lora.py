@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
 from ldm.adapters import AdapterConfig, adapter_names, adapter_tensors, add_adapter, load_adapter, save_adapter
+from ldm.adapters.lora import adaptable_layers
+from ldm.adapters.names import compvis_names
 from tests import tiny
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -232,6 +234,49 @@ def test_every_layer_of_a_file_of_kohya_has_its_own_rank_and_alpha(folder, tmp_p
     same(ours, reader)
 
 
+def test_a_file_with_names_of_compvis_draws_the_same_here(folder, tmp_path):
+    """Those of the blocks, which diffusers knows too; `lora_te1_` is the text encoder under its newer name."""
+    targets = [*ATTENTION, "proj_in", "ff.net.2", "conv1", "time_emb_proj", "downsamplers.0.conv"]
+    theirs = theirs_with_lora(
+        folder, LoraConfig(r=3, lora_alpha=5, target_modules=targets), LoraConfig(r=3, target_modules=TEXT)
+    )
+    names = compvis_names(adaptable_layers(Pipeline.from_pretrained(folder).unet))
+    known = {f"lora_unet_{name.replace('.', '_')}": f"lora_unet_{to.replace('.', '_')}" for name, to in names.items()}
+    tensors = {}
+    for key, value in kohya(theirs, alpha=lambda layer: 5.0 if "_" in layer and "proj" not in layer else 8.0).items():
+        layer, _, rest = key.partition(".")
+        tensors[f"{known.get(layer, layer.replace('lora_te_', 'lora_te1_'))}.{rest}"] = value
+    assert any("input_blocks_2_0_op" in key for key in tensors) and not any("down_blocks" in key for key in tensors)
+    save_file(tensors, tmp_path / "style.safetensors")
+    ours, reader = Pipeline.from_pretrained(folder), stock(folder)
+    ours.load_lora(tmp_path / "style.safetensors")
+    reader.load_lora_weights(tmp_path / "style.safetensors", unet_config=reader.unet.config)
+    same(ours, reader, unlike=Pipeline.from_pretrained(folder))
+
+
+TEXT_FORMS = {
+    "alone": "text_model.",
+    "peft": "base_model.model.text_model.",
+    "diffusers": "text_encoder.text_model.",
+    "compvis": "cond_stage_model.transformer.text_model.",
+    "several encoders": "text_encoders.clip_l.transformer.text_model.",
+}
+
+
+@pytest.mark.parametrize("form", TEXT_FORMS)
+def test_a_text_encoder_alone_is_known_by_its_layers(form, folder, tmp_path):
+    pipeline = Pipeline.from_pretrained(folder)
+    add_adapter(pipeline.text_encoder.model, AdapterConfig(rank=2, target_modules=tuple(TEXT)))
+    randomise(pipeline.text_encoder.model)
+    expected = {key.removeprefix("text_model."): v for key, v in adapter_tensors(pipeline.text_encoder.model).items()}
+    save_file({f"{TEXT_FORMS[form]}{key}": value for key, value in expected.items()}, tmp_path / "a.safetensors")
+    other = Pipeline.from_pretrained(folder)
+    other.load_lora(tmp_path)
+    found = {key.removeprefix("text_model."): v for key, v in adapter_tensors(other.text_encoder.model).items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert adapter_names(other.unet) == ()
+
+
 @pytest.fixture(scope="module")
 def two(folder, tmp_path_factory):
     target = tmp_path_factory.mktemp("two")
@@ -377,8 +422,8 @@ def test_other_models_are_refused_and_nothing_is_changed(folder, two, tmp_path):
     for name, message in {
         "wide": r"has a weight of shape \[2, 32\], but this model needs \[2, 16\].*another model",
         "deep": r"changes 16 layers that this unet does not have \(first: ",
-        "xl": r"for Stable Diffusion XL \(lora_te2_a",
-        "dora": r"unet.conv_in.lora_magnitude_vector is no weight of a LoRA",
+        "xl": r"holds layers of Stable Diffusion XL \(1 of 1 tensors, such as lora_te2_a",
+        "dora": r"holds magnitudes of DoRA \(1 of \d+ tensors, such as unet.conv_in.lora_magnitude_vector\)",
         "half": r"has not exactly one A and one B",
         "nan": r"numbers that are not finite",
     }.items():

@@ -2,14 +2,18 @@
 
 import hashlib
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from PIL import Image
 
 from ldm import Pipeline
 from ldm.diffusion import NoiseSchedule
+from ldm.pipelines import CutPromptWarning
+from ldm.pipelines.pipeline import default_device, usable_device
 from tests import tiny
 
 
@@ -111,6 +115,8 @@ def test_a_folder_gives_the_same_pictures(pipeline, tmp_path):
     [
         ({"prompt": []}, "the prompt list is empty"),
         ({"prompt": [3]}, "a prompt is 3"),
+        ({"prompt": "a cat \ud83d"}, r"a prompt has half of a surrogate pair at place 6 \('a cat \\ud83d'\)"),
+        ({"negative_prompt": "\udcff"}, "a negative prompt has half of a surrogate pair at place 0"),
         ({"num_inference_steps": -3}, "num_inference_steps is -3; it must be 1 to 1000"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan"),
@@ -121,6 +127,10 @@ def test_a_folder_gives_the_same_pictures(pipeline, tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"latents": torch.zeros(1, 1, 2, 2)}, r"latents have shape \[1, 1, 2, 2\]"),
+        ({"latents": torch.full((1, 1, 2, 2), math.nan)}, "latents is with nan or inf in it; it must be a tensor"),
+        ({"latents": torch.zeros(1, 1, 2, 2, device="meta")}, "latents is a tensor of torch.float32 on meta; it must"),
+        ({"latents": torch.zeros(1, 1, 2, 2, dtype=torch.complex64)}, "latents is a tensor of torch.complex64 on cpu"),
+        ({"latents": [1.0]}, "latents is a list; it must be a tensor"),
         ({"height": 0}, "image size 0x"),
         ({"width": -8}, "-8"),
     ],
@@ -159,3 +169,69 @@ def test_files_that_are_no_model_are_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     pipeline.save_pretrained(tmp_path / "model")
     pipeline.save_pretrained(tmp_path / "model")  # an older model makes way
+
+
+LONG = "a very long prompt"  # tiny encoders have room for ten letters
+
+
+def test_words_that_are_cut_are_named_once_a_call_where_it_was_made(pipeline):
+    with pytest.warns(CutPromptWarning) as caught:
+        pipeline(["a cat", LONG, f"{LONG} cat"], negative_prompt="an ugly monster", num_images_per_prompt=2, seed=1)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert str(warning.message) == (
+        f"the text encoder reads {tiny.LENGTH} tokens of a text; lost: 'prompt' of '{LONG}'; "
+        f"'prompt cat' of '{LONG} cat'; 'monster' of 'an ugly monster'"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline(["a cat", ""], negative_prompt="a dog", seed=1)
+
+
+def as_accelerate():
+    """The device on which accelerate would train."""
+    return PartialState.default_device.fget(None)
+
+
+def test_without_a_name_the_device_is_that_of_accelerate(monkeypatch):
+    assert default_device().type == usable_device(None).type == as_accelerate().type
+    # Apple's, as torch says it where there is one; accelerate asks the backend, and sets a variable for it.
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")
+    for there, expected in ((True, "mps"), (False, as_accelerate().type)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+        assert (usable_device(None).type, as_accelerate().type) == (expected, expected)
+    assert usable_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here"):
+        usable_device("abacus")
+
+
+def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(tmp_path):
+    pipeline = tiny.pipeline(tmp_path / "parts")
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] = 1e5
+    with pytest.raises(ValueError, match=r"unet: conv_in.bias holds 1e\+05, which is too large for float16"):
+        pipeline.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"unet: conv_in.bias holds numbers that are not finite"):
+        pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"dtype is torch.int8; it must be one of"):
+        pipeline.save_pretrained(tmp_path / "model", dtype=torch.int8)
+    assert not (tmp_path / "model").exists()
+
+
+def test_numbers_of_numpy_and_latents_of_any_dtype_are_taken(pipeline):
+    expected = pixels(pipeline("a", num_images_per_prompt=2, seed=4, num_inference_steps=1).images)
+    numbers = {"num_images_per_prompt": np.int64(2), "seed": np.int64(4), "num_inference_steps": np.int64(1)}
+    assert (pixels(pipeline("a", **numbers).images) == expected).all()
+    zeros = torch.zeros(1, *pipeline._blank(1, None, None).shape[1:])
+    kind = {"num_inference_steps": 1}
+    for dtype in (torch.float64, torch.int64, torch.float8_e4m3fn):
+        drawn = pipeline("a", latents=zeros.to(dtype), **kind).images
+        assert (pixels(drawn) == pixels(pipeline("a", latents=zeros, **kind).images)).all()
+    assert len(pipeline.interpolate("a", (1, 2), np.int64(3), **kind).images) == 3
+    several = pipeline.variations("a", shared_until=np.int64(999), shared_seed=1, count=np.int64(2), **kind)
+    assert len(several.images) == 2

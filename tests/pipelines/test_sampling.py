@@ -1,6 +1,7 @@
 """Samplers and guidance as a user of the pipeline asks for them; any scheduler of diffusers draws its own picture."""
 
 import dataclasses
+import inspect
 import math
 
 import numpy as np
@@ -19,10 +20,12 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 from ldm import Pipeline
-from ldm.diffusion import NoiseSchedule, ScheduleConfig, dynamic_threshold
+from ldm.diffusion import NoiseSchedule, ScheduleConfig, dynamic_threshold, langevin_corrector
 from ldm.pipelines import SAMPLERS
+from ldm.pipelines.sampling import Settings, walk
 from tests import tiny
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -394,3 +397,70 @@ def test_zero_terminal_snr_is_drawn_from_by_every_sampler_that_can(tmp_path):
     torch.testing.assert_close(last(pipeline, sampler=theirs, **kind), last(pipeline, **kind), rtol=1e-3, atol=1e-3)
     euler = last(pipeline, sampler=EulerDiscreteScheduler(**SD, **options), **kind)
     torch.testing.assert_close(euler, last(pipeline, **kind), rtol=0.02, atol=0.02)  # theirs starts at 2^-24, not 0
+
+
+def test_langevin_dynamics_ends_in_x_0_and_a_part_of_it_in_x_t():
+    schedule = NoiseSchedule.from_config(ScheduleConfig())
+    grid, start = schedule.grid(4), torch.randn(1, 4, 8, 8)
+    settings = Settings(num_inference_steps=4, guidance_scale=1.0, sampler="langevin")
+
+    def states(part):
+        return list(
+            walk(
+                settings,
+                lambda x, t: schedule.alpha_sigma(t)[1] * x,
+                start,
+                schedule,
+                part,
+                generators=[torch.Generator().manual_seed(0)],
+                project=lambda x: x,
+                prediction_type="epsilon",
+                learned_variance=False,
+            )
+        )
+
+    whole, part = states(grid), states(grid[:2])
+    assert torch.equal(whole[-1].latents, whole[-1].pred_original_sample)
+    assert torch.equal(part[-1].latents, whole[1].latents)
+    assert not torch.equal(part[-1].latents, part[-1].pred_original_sample)
+
+
+def test_variations_of_langevin_dynamics_go_on_from_x_t(pixels):
+    """With as much noise as that level has; x̂_0 has hardly any."""
+    kind = {"sampler": "langevin", "sampler_options": {"num_langevin_steps": 2}, "num_inference_steps": 4}
+    seen = []
+    handle = pixels.unet.register_forward_pre_hook(lambda module, given: seen.append(given[0].chunk(2)[0]))
+    try:
+        pixels.variations("a cat", shared_until=499, shared_seed=1, seed=[2, 3], count=2, **kind)
+    finally:
+        handle.remove()
+    shared, own = [x for x in seen if len(x) == 1], [x for x in seen if len(x) == 2]
+    assert (len(shared), len(own)) == (4, 4)  # two levels of two steps each
+    whole = []
+    pixels("a cat", seed=1, on_step=whole.append, **kind)
+    torch.testing.assert_close(own[0][:1], whole[1].latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_corrector_of_the_vp_process_hardly_widens_what_it_corrects(pixels):
+    default = inspect.signature(langevin_corrector).parameters["snr"].default
+    assert default == 0.01  # arXiv:2011.13456, Table 5: VP; 0.16 is for VE
+    kind = {"sampler": "predictor-corrector", "num_inference_steps": 3}
+    assert torch.equal(last(pixels, **kind), last(pixels, sampler_options={"snr": 0.01}, **kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_posterior_mean_in_half_precision_is_refused(dtype, tmp_path):
+    pipeline = tiny.pipeline(tmp_path)
+    pipeline.schedule = dataclasses.replace(pipeline.schedule, prediction_type="posterior_mean")
+    name = str(dtype).removeprefix("torch.")
+    pipeline("a cat", seed=1, num_inference_steps=1)
+    with torch.autocast("cpu", dtype), pytest.raises(ValueError, match=f"posterior_mean, of which {name} leaves noise"):
+        pipeline("a cat", seed=1, num_inference_steps=1)
+    pipeline.to("cpu", dtype)
+    for call in (
+        lambda: pipeline("a cat", seed=1),
+        lambda: pipeline.variations("a cat", shared_until=500, shared_seed=1),
+        lambda: pipeline.invert(Image.new("RGB", (8, 8))),
+    ):
+        with pytest.raises(ValueError, match=f"posterior_mean, of which {name} leaves noise"):
+            call()

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def test_bad_captions_are_refused(save_encoder: Any) -> None:
             call([])
         with pytest.raises(ValueError, match="not one string"):
             call("a cat")
+        with pytest.raises(ValueError, match=r"caption 1 is 'b\\ud800', with half of a surrogate pair"):
+            call(["a", "b\ud800"])
         with pytest.raises(ValueError, match="caption 1 is 3, not a string"):
             call(["a cat", 3])  # type: ignore[list-item]
 
@@ -270,3 +273,36 @@ def test_many_captions_are_counted_in_pieces(save_encoder: Any, monkeypatch: pyt
     assert whole == ["", "cat", "dog on a mat", "", "mat a cat"]
     monkeypatch.setattr("ldm.text.encoder._COUNTED", 2)
     assert encoder.lost(texts) == whole
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5", "byt5"])
+def test_threads_that_count_and_encode_with_one_encoder_do_not_disturb_each_other(kind: str, save_encoder: Any) -> None:
+    encoder = load_text_encoder(str(save_encoder(kind)))
+    texts = [" ".join(["a red cat on a mat"] * (1 + number % 7)) for number in range(40)]
+    encode, lost, overflow = encoder(texts), encoder.lost(texts), encoder.overflow(texts)
+    fresh = load_text_encoder(str(save_encoder(kind)))  # its first calls are at once, too
+
+    def call(number: int) -> None:
+        if number % 3 == 0:
+            torch.testing.assert_close(fresh(texts), encode, rtol=0, atol=1e-6)
+        elif number % 3 == 1:
+            assert fresh.lost(texts) == lost
+        else:
+            assert fresh.overflow(texts) == overflow
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(call, range(90))) == [None] * 90
+
+
+def test_one_line_names_the_words_that_prompts_lose(save_encoder: Any) -> None:
+    encoder = load_text_encoder(str(save_encoder("bert")), 8)
+    fits, cut = "a red cat on a mat", "a red cat on a mat,\nblue dog"
+    assert encoder.cut([fits, ""]) == ""
+    line = encoder.cut([fits, cut, cut, "a " * 8 + "dog"])
+    assert line == (
+        "the text encoder reads 8 tokens of a text; lost: ',\\nblue dog' of 'a red cat on a mat,\\nblue dog'; "
+        "'a a dog' of 'a a a a a a a a dog'"
+    )
+    many = encoder.cut(f"{fits} {'cat ' * count}" for count in range(1, 500))
+    assert "\n" not in many and len(many) < 10 * 700
+    assert many.endswith("; words of 489 texts more")

@@ -168,16 +168,27 @@ def test_damaged_and_missing_files_are_named(save_encoder: Any) -> None:
             load_text_encoder(str(folder))
 
 
-def test_saving_never_replaces_and_leaves_nothing_half_written(save_encoder: Any, tmp_path: Path) -> None:
+def test_saving_never_replaces_and_leaves_nothing_half_written(
+    save_encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_encoder("bert")
     encoder = load_text_encoder(str(source))
     encoder.save(tmp_path / "saved")
     with pytest.raises(ValueError, match="text_encoder exists already: choose another folder"):
         encoder.save(tmp_path / "saved")
-    (source / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):
-        encoder.save(tmp_path / "later")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.text.files.shutil.copyfile", full)
+        with pytest.raises(OSError, match="disk full"):
+            encoder.save(tmp_path / "later")
     assert list((tmp_path / "later").iterdir()) == []
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that the text encoder was read from"):
+        encoder.save(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")

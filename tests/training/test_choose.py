@@ -15,6 +15,7 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.data import DataConfig, inspect, open_source
 from ldm.models import UNet, UNetConfig
 from ldm.training import choose as module
+from ldm.training import speed as speed_module
 from ldm.training.choose import Wishes, choose_config, prompts, unet_keys
 from ldm.training.speed import unet_seconds
 from tests import tiny
@@ -251,3 +252,15 @@ def test_measuring_takes_seconds_and_leaves_nothing_behind():
     assert 0 < few < many < 5
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert unet_seconds(unet, (3, 8, 8), (5, tiny.WIDTH), 1, CPU, "bf16") > 0
+
+
+@pytest.mark.parametrize(("calls", "expected"), [([9, 0.1, 0.4, 0.2], 9), ([0.9, 0.1, 0.4, 0.2], 0.2), ([1, 1.5], 1.5)])
+def test_a_step_takes_what_it_typically_takes(monkeypatch, calls, expected):
+    """Not the least that it took once: a run beside other programs is a sum of fast and slow steps."""
+    now, to_come = [0.0], iter(calls)
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
+
+    def passes():
+        now[0] += next(to_come)
+
+    assert speed_module._typical_seconds(passes, UNet(UNetConfig(**tiny.UNET)), CPU) == pytest.approx(expected)

@@ -255,7 +255,7 @@ def train(folder, pictures, *more, resume=False):
     fresh_processes()
     config = load_config(
         CONFIG,
-        ['train.mixed_precision="no"', *arguments(folder, pictures, *more)],
+        ["train.mixed_precision=no", *arguments(folder, pictures, *more)],
         AutoencoderTrainingConfig,
     )
     with pytest.MonkeyPatch.context() as patch:  # a plan takes time
@@ -329,7 +329,7 @@ def test_accumulation_changes_nothing(run, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(run, pictures, tmp_path):
-    more = arguments(tmp_path / "two", pictures, "train.log_every=3", 'train.mixed_precision="no"')
+    more = arguments(tmp_path / "two", pictures, "train.log_every=3", "train.mixed_precision=no")
     torchrun(2, more, "--config", str(CONFIG), script="train_autoencoder.py")
     assert checkpoint.read_json(tmp_path / "two/checkpoints/step_00000004/training/state.json")["processes"] == 2
     assert_same_run(tmp_path / "two", run)

@@ -248,7 +248,7 @@ def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
     if saved is not None:
         assert steps[-1] == saved
     if steps:
-        assert last == f"stopped: step {steps[-1]} of 4 is saved; go on with --resume"
+        assert last == f"stopped: step {steps[-1]} of 4 is saved; go on with ldm train --resume {tmp_path / 'run'}"
     else:
         assert last.startswith("stopped: nothing was lost")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -404,6 +404,7 @@ def test_too_many_in_a_row_end_the_run_and_are_counted_across_a_break(tmp_path, 
         with pytest.raises(ValueError, match="not finite in 5 steps in a row") as caught:
             run_ldm(arguments, resume=True, accept=["train.max_steps"])
     assert "step_00000004; leave" in str(caught.value)  # the steps are 2 to 6
+    assert f"ldm train --resume {tmp_path / 'run'} --set train.learning_rate=" in str(caught.value)
     assert "--accept train.learning_rate" in str(caught.value)
     run_ldm(arguments, "train.max_steps=8", "train.learning_rate=1e-4", resume=True, accept=["train.learning_rate"])
     assert metrics(tmp_path / "run")[-1]["step"] == 8
@@ -535,7 +536,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, encoder_fo
     assert caught.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: a process that loads images has died (DataLoader worker (pid")
-    assert last.endswith("lower train.num_workers and go on with --resume")
+    assert last.endswith(f"go on with ldm train --resume {tmp_path / 'run'} --set train.num_workers=0")
     run_ldm([*arguments, "train.num_workers=0"], resume=True)
     assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
 
@@ -557,6 +558,7 @@ def test_an_old_folder_comes_back_if_a_new_one_cannot_take_its_place(tmp_path, m
             (folder / "new").write_text("new")
 
     with monkeypatch.context() as patch:
+        patch.setattr(disk, "_exchange", lambda one, other: False)  # as on file systems that cannot swap two names
         patch.setattr(Path, "rename", interrupted)
         with pytest.raises(Stopped):
             replace()
@@ -673,6 +675,8 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, encoder_folder):
     last = saving.step_of(newest)
     assert damage(newest) is None
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, last + 1))
-    assert error.count(f"stopped: step {last} of 100000 is saved; go on with --resume") == 2
+    assert (
+        error.count(f"stopped: step {last} of 100000 is saved; go on with ldm train --resume {tmp_path / 'run'}") == 2
+    )
     assert error.count(f"exitcode  : {EXIT_CODE}") == 2
     assert "SIGTERM: finishing the step" in error

@@ -12,12 +12,14 @@ from ldm.data import CaptionedImages, inspect, open_source, split
 from ldm.evaluation.evaluate import evaluate
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.reference import Reference
-from ldm.pipelines import Pipeline
+from ldm.pipelines import NotFinite, Pipeline
 from ldm.training.measuring import Evaluator, figures
 from ldm.training.report.names import PREFIX, name_of, title_of
 from ldm.training.trained import find_run
 from tests.test_cli import call
-from tests.training.runs import ROOT, captioned_folder, evaluations, run_ldm, settings
+from tests.training.runs import ROOT, captioned_folder, evaluations, metrics, run_ldm, settings
+
+KINDS = ("not yet a model of this data", "learning", "memorizing", "undecided")
 
 N = 60
 EVALUATED = [f"train.evaluation_samples={N}", "train.evaluation_features=pixel", "train.evaluate_every=2"]
@@ -54,7 +56,10 @@ def test_names_say_what_their_numbers_stand_on(run):
     assert title_of("loss") is None and title_of("evaluation_kid") is None
     with pytest.raises(AssertionError):
         name_of("kidd", samples=3)
+    verdicts = [(line["step"], line["verdict"]) for line in metrics(folder) if "verdict" in line]
+    assert [step for step, _ in verdicts] == [2, 4] and {verdict["kind"] for _, verdict in verdicts} <= set(KINDS)
     page = ElementTree.fromstring((folder / "report.html").read_bytes())
+    assert f"Evaluation of step 4: {verdicts[-1][1]['sentence']}" in "".join(page.itertext())
     shown = {svg.attrib["aria-label"] for svg in page.iter("{http://www.w3.org/2000/svg}svg")}
     assert {title_of(name) for name in one} <= shown
 
@@ -70,6 +75,7 @@ def test_the_figures_are_those_of_the_exported_weights(run):
     found = evaluate(Pipeline.from_pretrained(folder / "pipeline", device="cpu"), reference, samples=N)
     (_, last) = evaluations(folder)[-1]
     assert figures(found, "pixel") == pytest.approx(last)
+    assert [line["verdict"] for line in metrics(folder) if "verdict" in line][-1] == vars(found.verdict)
 
 
 @pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -83,6 +89,8 @@ def test_a_resumed_run_measures_what_an_unbroken_one_does(kept, run, tmp_path):
     (again / "metrics.jsonl").write_text("".join(lines))
     run_ldm(arguments, f"output_dir={again}", resume=True)
     assert evaluations(again) == evaluations(folder)
+    noted = [[line for line in metrics(run_folder) if "verdict" in line] for run_folder in (again, folder)]
+    assert noted[0] == noted[1] and len(noted[0]) == 2
 
 
 def test_the_plan_counts_evaluations(run):
@@ -144,3 +152,21 @@ def test_a_sweep_of_a_run_tries_raw_weights_too_and_stores_what_it_decides(run, 
     before = json.loads((run[0] / "pipeline" / "model_index.json").read_text())["_ldm"]
     chosen = before | {"guidance_scale": guidance, "num_inference_steps": steps}
     assert stored == (chosen if sweep["chosen"]["EMA"]["decided"] else before)
+
+
+def test_samples_that_are_not_finite_do_not_stop_a_run_nor_keep_it_from_going_on(
+    tmp_path, encoder_folder, capsys, monkeypatch
+):
+    def overflows(*arguments, **settings):
+        raise NotFinite("picture 0 left the finite numbers")
+
+    monkeypatch.setattr("ldm.training.parts.sample_sheet", overflows)
+    monkeypatch.setattr("ldm.training.measuring.evaluate", overflows)
+    data = captioned_folder(tmp_path / "data", 80, side=8)
+    arguments = [*settings(tmp_path / "run", encoder_folder), f"data.path={data}", "data.resolution=8", *EVALUATED]
+    run_ldm(arguments, "train.max_steps=2", "data.held_out=0.3")  # the plan draws too, when it goes on as well
+    out = capsys.readouterr().out
+    for what in ("has no sample grid", "was not measured"):
+        assert f"step 2 {what}: picture 0 left the finite numbers" in out
+    assert not list((tmp_path / "run").glob("samples/*.png"))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()

@@ -1,7 +1,9 @@
 """`ldm train FOLDER` from end to end: what is printed, what is left behind, how it goes on, and how it fails."""
 
+import dataclasses
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_
 from ldm.data import DataConfig, open_source
 from ldm.evaluation import advice
 from ldm.training import choose, newcomer
+from ldm.training.folder import open_folder
 from ldm.training.space import load_first_stage
-from tests.training.runs import captioned_folder, fresh_processes, losses, run_config
+from ldm.training.started import resume_command
+from tests.training.runs import ROOT, captioned_folder, fresh_processes, losses, run_config
 from train import train_autoencoder, train_ldm
 
 SMALL = [
@@ -54,7 +58,7 @@ def in_this_process(monkeypatch):
         "train_autoencoder.py": (train_autoencoder, AutoencoderTrainingConfig),
     }
 
-    def run(script, arguments):
+    def run(script, arguments, threads=None):
         fresh_processes()
         module, kind = kinds[script]
         assert arguments[0] == "--config"
@@ -135,7 +139,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
     whole, called = newcomer.run_script, []
 
-    def killed(script, arguments):
+    def killed(script, arguments, threads=None):
         called.append(script)
         return 137
 
@@ -145,7 +149,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
     assert called == ["train_autoencoder.py"]
     planned = (here / "out" / "config.yaml").read_text()
 
-    def one_of_them(script, arguments):
+    def one_of_them(script, arguments, threads=None):
         called.append(script)
         return whole(script, arguments)
 
@@ -273,3 +277,164 @@ def test_wrong_wishes_are_one_line_and_leave_no_trace(arguments, part, here, mon
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert part in error
     assert sorted(path for path in here.rglob("*")) == before
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Which scripts would run: (working folder, name, arguments)."""
+    calls = []
+    monkeypatch.setattr(newcomer, "run_script", lambda *call: calls.append((Path.cwd(), *call)) or 75)
+    return calls
+
+
+def begun(folder, *overrides):
+    """The folder of a run that was stopped before its first checkpoint."""
+    config = load_config(ROOT / "configs" / "digits.yaml", [f"output_dir={folder}", *overrides], LDMConfig)
+    open_folder(folder, config, 0, resume=False, damaged=[], say=print)()
+    return folder
+
+
+def test_a_run_goes_on_from_any_folder_with_what_is_set(here, called, monkeypatch):
+    captioned_folder(here / "pics", 1)
+    begun(Path("out"), "data.path=pics")
+    arguments = ["--resume", "out", "--set", "train.max_steps=3", "sample.seed=4", "--accept", "code", "data"]
+    assert call(monkeypatch, *arguments) == 75
+    settings = ["output_dir=out", "train.max_steps=3", "sample.seed=4"]
+    expected = ["--config", "out/config.yaml", "--set", *settings, "--resume", "--accept", "code", "data"]
+    assert called.pop() == (here, "train_ldm.py", expected)
+    # Other data of that name is not the run's.
+    (here / "elsewhere" / "pics").mkdir(parents=True)
+    (here / "elsewhere" / "cache").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert call(monkeypatch, "--resume", "../out", "--set", "data.cache_dir=cache") == 75
+    folder = here / "elsewhere" / ".." / "out"
+    settings = [f"output_dir={folder}", f"data.cache_dir={here / 'elsewhere' / 'cache'}"]
+    expected = ["--config", str(folder / "config.yaml"), "--set", *settings, "--resume"]
+    assert called.pop() == (here, "train_ldm.py", expected)
+    assert Path.cwd() == here / "elsewhere"
+
+
+def test_a_first_stage_that_is_unfinished_is_found_from_any_folder(here, called, monkeypatch):
+    captioned_folder(here / "pics", 1)
+    stage = load_config(ROOT / "configs" / "digits-first-stage.yaml", [], AutoencoderTrainingConfig)
+    stage = dataclasses.replace(stage, output_dir="out-first-stage")
+    open_folder(Path("out-first-stage"), stage, 0, resume=False, damaged=[], say=print)()
+    latent = ["space=latent", "first_stage=out-first-stage/autoencoder", "schedule.prediction_type=v_prediction"]
+    begun(Path("out"), *latent)
+    monkeypatch.chdir("/")
+    assert call(monkeypatch, "--resume", here / "out", "--set", "train.max_steps=9", "data.held_out=0.2") == 75
+    settings = [f"output_dir={here / 'out-first-stage'}", "data.held_out=0.2"]
+    where, script, arguments = called.pop()
+    assert (where, script, arguments[3:5]) == (here, "train_autoencoder.py", settings)
+
+
+def test_data_that_is_nowhere_is_said_to_be_so(here, called, monkeypatch, capfd):
+    captioned_folder(here / "pics", 1)
+    begun(Path("out"), "data.path=pics")
+    (here / "pics").rename(here / "pictures #2")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert call(monkeypatch, "--resume", "../out") == 2
+    error = capfd.readouterr().err
+    assert f"error: data.path of ../out is pics, relative to {here}, where the run was started" in error
+    assert "--set data.path=PATH" in error and error.count("\n") == 1 and not called
+    assert call(monkeypatch, "--resume", "../out", "--set", "data.path=../pictures #2") == 75
+    assert called.pop()[2][3:5] == ["output_dir=../out", "data.path=../pictures #2"]
+
+
+@pytest.mark.slow
+def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
+    here, encoder_folder, in_this_process, monkeypatch, capfd
+):
+    captioned_folder(here / "pics", 8)
+    arguments = ["pics", "--encoder", encoder_folder, "--resolution", 16, "-o", "out"]
+    assert call(monkeypatch, *arguments, overrides=SMALL + NARROW) == 0
+    (here / "elsewhere" / "pics").mkdir(parents=True)
+    monkeypatch.chdir(here / "elsewhere")
+    capfd.readouterr()
+    assert call(monkeypatch, "--resume", "../out", "--set", "train.max_steps=3") == 0
+    out = capfd.readouterr().out
+    assert f"the run was started in {here}, and its relative paths are read from there" in out
+    assert len(losses(here / "out")) == 3
+    assert load_config(here / "out" / "config.yaml", [], LDMConfig).data.path == "pics"
+    draw = next(line for line in out.splitlines() if line.startswith("draw:"))
+    assert (here / draw.split("--model ")[1]).is_dir()
+    # The project was moved: relative paths are read from where they are now. What is printed goes on as typed.
+    (here / "moved").mkdir()
+    (here / "pics").rename(here / "moved" / "pics")
+    (here / "out").rename(here / "moved" / "my run's #1")
+    monkeypatch.chdir(here / "moved")
+    program, subcommand, *typed = shlex.split(resume_command(Path("my run's #1")))
+    assert (program, subcommand) == ("ldm", "train")
+    assert call(monkeypatch, *typed, "--set", "train.max_steps=4") == 0
+    run = here / "moved" / "my run's #1"
+    assert len(losses(run)) == 4
+    # The data was moved: its path may be said anew, as what is in it is the same. Other data is refused.
+    (here / "moved" / "pics").rename(here / "pictures #2")
+    assert call(monkeypatch, *typed, "--set", "data.path=../pictures #2", "train.max_steps=5") == 0
+    assert len(losses(run)) == 5
+    (here / "pictures #2" / "0.txt").write_text("something else")
+    assert call(monkeypatch, *typed, "--set", "train.max_steps=6") == 2
+    assert "1 changed (0.png)" in capfd.readouterr().err
+    (here / "pictures #2" / "0.txt").write_text("noise number 0")
+    assert call(monkeypatch, *typed, "--set", "train.learning_rate=0.5", "train.max_steps=6") == 2
+    assert "train.learning_rate: " in capfd.readouterr().err
+    assert len(losses(run)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (
+            ["--minutes", "5"],
+            "--minutes is for a new one; how long it goes on is said in steps, --set train.max_steps=N",
+        ),
+        (["--minutes", "30"], "--minutes is for a new one"),
+        (["--plan"], "--plan is for a new one"),
+        (["-o", "other"], "--output is for a new one"),
+        (["--resolution", "16"], "--resolution is for a new one"),
+        (["--start-from", "openmoji-64"], "--start-from is for a new one"),
+        (["--method", "lora"], "--method is for a new one"),
+        (["--encoder", "minilm"], "--encoder is for a new one"),
+        (["--image-column", "x"], "--image-column is for a new one"),
+        (["--caption-column", "x"], "--caption-column is for a new one"),
+        (["--set", "output_dir=other"], "--set output_dir names one"),
+        (["--set", "train.max_stepps=3"], "did you mean train.max_steps?"),
+        (["--set", "train.max_steps=0"], "max_steps is 0"),
+        (["--set", "train.max_steps"], "is not of the form key=value"),
+        (["folder"], "leave folder out"),
+    ],
+)
+def test_what_a_resumed_run_has_no_place_for_is_refused_by_name(arguments, part, here, monkeypatch, capfd):
+    monkeypatch.setattr(newcomer, "run_script", lambda *arguments: pytest.fail("nothing may start"))
+    (here / "run").mkdir()
+    text = (ROOT / "configs" / "digits.yaml").read_text()
+    (here / "run" / "config.yaml").write_text(text)
+    assert call(monkeypatch, "--resume", "run", *arguments) == 2
+    error = capfd.readouterr().err
+    assert part in error and error.count("\n") == 1
+    assert (here / "run" / "config.yaml").read_text() == text
+
+
+def test_several_values_follow_one_option_as_in_the_scripts(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(newcomer, "train_folder", lambda *arguments: seen.append(arguments) or 0)
+    assert call(monkeypatch, "pics", "--set", "a.b=1", "c=2 #3", "-o", "x=y", "--set=d=4", "e=f=5") == 0
+    ((data, wishes, settings, plan),) = seen
+    assert (data, settings, plan) == ({"path": "pics"}, ["a.b=1", "c=2 #3", "d=4", "e=f=5"], False)
+    assert wishes.output_dir == "x=y" and wishes.minutes == 30 and wishes.encoder == "minilm"
+    assert call(monkeypatch, "--set", "a=1", "b=2", "pics") == 0
+    assert seen[1][0] == {"path": "pics"} and seen[1][2] == ["a=1", "b=2"]
+    assert call(monkeypatch, "--set", "a=1", "./b=2") == 0
+    assert seen[2][0] == {"path": "./b=2"}
+    assert call(monkeypatch, "--set", "a=1", "--", "b=2") == 0
+    assert seen[3][0] == {"path": "b=2"}
+    monkeypatch.setattr(newcomer, "resume_run", lambda *arguments: seen.append(arguments) or 0)
+    assert call(monkeypatch, "--resume", "~/run", "--accept", "data", "code", "--set", "a=1", "b=2") == 0
+    assert seen[4] == (Path("~/run").expanduser(), ["data", "code"], ["a=1", "b=2"])
+
+
+def test_accept_is_for_runs_that_are_resumed(here, monkeypatch, capfd):
+    captioned_folder(here / "data", 4)
+    assert call(monkeypatch, "data", "--accept", "code") == 2
+    assert "--accept says what may differ from a run that is continued; it needs --resume" in capfd.readouterr().err

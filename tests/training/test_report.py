@@ -172,6 +172,27 @@ def test_nothing_from_outside_leaves_its_place(tmp_path, hostile):
     assert (attacked / "report.html").stat().st_size < 400_000
 
 
+def test_the_last_verdict_of_training_and_that_of_the_run_folder_are_shown(tmp_path):
+    folder = a_run(tmp_path / "run")
+    for step, kind in ((200, "not yet a model of this data"), (400, "learning")):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "verdict": {"kind": kind, "sentence": f"<b> {kind}: 0 %."}}) + "\n")
+            file.write(json.dumps({"step": step, "verdict": [kind]}) + "\n")
+    (folder / "evaluation").mkdir()
+    evaluation = folder / "evaluation" / "evaluation.json"
+    # As a version before this one wrote it.
+    evaluation.write_text(json.dumps({"verdict": {"kind": "memorising", "sentence": "Memorising: 9 of 9."}}))
+    text = text_of(parsed(folder))
+    assert "Evaluation of step 400: <b> learning: 0 %." in text and "step 200: <b>" not in text
+    assert "evaluation/evaluation.json: Memorising: 9 of 9." in text
+    for content, said in ((None, ""), ({"kind": "fine"}, "holds no verdict that is known"), (3, "holds no verdict")):
+        evaluation.write_text(json.dumps({"verdict": content}))
+        text = text_of(parsed(folder))
+        assert "evaluation.json:" not in text and said in text
+    evaluation.write_text("{")
+    assert "evaluation.json cannot be read as JSON" in text_of(parsed(folder))
+
+
 def test_invisible_characters_are_written_out_and_letters_are_not():
     assert markup.escaped("a\x1b\u202e\ud800\U000e0041\n") == "a\\x1b\\u202e\\ud800\\U000e0041\n"
     assert markup.escaped("می‌خواهم 👩‍🚀 ß é") == "می‌خواهم 👩‍🚀 ß é"
@@ -244,7 +265,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
         assert named in text
     assert "samples/step_00000300.png cannot be read (it is no PNG)" in text
     assert "samples/step_00000100.png cannot be read (" in text
-    assert str(tmp_path) not in text.replace(f"--model {folder}", "")
+    assert str(tmp_path) not in text.replace(f"--model {folder}", "").replace(f"--resume {folder}", "")
     assert [caption for caption, _ in pictures(tree)] == ["step 400", "step 200"]
     (folder / "best" / "best.json").write_text('{"step": true, "held_out_loss": "low"}')
     (folder / "data.json").write_text(json.dumps({"a": 10**400, "b": math.nan, "c": [[[[[]]]]], "d": [None, {"e": 1}]}))

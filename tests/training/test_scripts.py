@@ -22,6 +22,7 @@ from tests.training.runs import (
     fresh_processes,
     losses,
     metrics,
+    run_autoencoder,
     run_ldm,
     settings,
 )
@@ -36,6 +37,8 @@ def test_a_run_writes_what_a_user_needs_and_resumes_bit_for_bit(space, tmp_path,
     printed = capsys.readouterr().out
     assert "1797 images: 1797 used (1621 to train on, 176 held out), 0 skipped, 0 duplicates" in printed
     assert "100 different captions" in printed
+    lost = "'handwritten three' of 'a handwritten three'"
+    assert f"sample.prompts: the text encoder reads 12 tokens of a text; lost: {lost}" in printed
 
     # A complete pipeline, in the run folder and in each checkpoint.
     for folder in (result, one / "checkpoints" / "step_00000002" / "pipeline"):
@@ -204,7 +207,14 @@ def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
         with pytest.raises(ValueError, match=rf"is being written by another run \(process {other.pid} on .*\); wait"):
             run_ldm(settings(tmp_path / "run", encoder_folder), resume=resume)
     other.communicate()
+    added = [tmp_path / "run" / name for name in ("pipeline/README.md", "pipeline/unet/notes", "best/pipeline/a.png")]
+    for path in added:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=2", resume=True)
+    assert [path.read_text() for path in added] == ["mine"] * 3
+    index = (tmp_path / "run" / "checkpoints" / "step_00000002" / "pipeline" / "model_index.json").read_bytes()
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").read_bytes() == index
 
 
 def test_resuming_with_another_meaning_is_refused(tmp_path, encoder_folder):
@@ -237,6 +247,15 @@ def test_a_first_stage_ends_with_latents_of_zero_mean_and_unit_variance(first_st
         codec.autoencoder.load_state_dict(averaged)
         torch.testing.assert_close(codec.autoencoder(images)[0], expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(folded["quant_conv.weight"], averaged["quant_conv.weight"])
+
+
+def test_a_first_stage_needs_no_captions(tmp_path, capsys):
+    data = captioned_folder(tmp_path / "data", 24)
+    for i in range(0, 24, 2):
+        (data / f"{i}.txt").unlink()
+    run_autoencoder(tmp_path / "run", f"data.path={data}", "train.validation_samples=4", "train.max_steps=1")
+    printed = capsys.readouterr().out
+    assert "24 images: 24 used (" in printed and "0 skipped, 0 duplicates; 12 without a caption" in printed
 
 
 def fails(capsys, monkeypatch, script, *arguments):

@@ -6,11 +6,14 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ldm.evaluation.memorising import Verdict
 from ldm.report.curves import Point
+from ldm.training.report.names import VERDICT
 
 LARGEST = 3.4e38  # of float32: what is measured on a network is no larger, unless it is infinite
 FEWEST = 5  # measurements before anything is said about their course
@@ -25,11 +28,13 @@ class Metrics:
         figures: name → (step, value); a step that was measured twice counts with its last value.
         faults: name → the first step at which its value was not finite, and how many there were.
         damaged: lines that are no record, such as one that is just being written.
+        verdict: the last one, and its step.
     """
 
     figures: dict[str, list[Point]]
     faults: dict[str, tuple[int, int]] = field(default_factory=dict)
     damaged: int = 0
+    verdict: tuple[int, Verdict] | None = None
 
     def points(self, name: str) -> list[Point]:
         return self.figures.get(name, [])
@@ -48,13 +53,16 @@ def read_metrics(path: Path) -> Metrics:
         return Metrics({})
     values: dict[str, dict[int, float]] = {}
     unusable: dict[str, list[int]] = {}
-    damaged = 0
+    damaged, verdict = 0, None
     for line in lines:
         record = _record(line)
         if record is None:
             damaged += 1
             continue
         step, entry = record
+        if VERDICT in entry:
+            with suppress(ValueError):
+                verdict = (step, Verdict.read(entry[VERDICT]))
         for name, value in entry.items():
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 continue  # a text is no figure
@@ -63,7 +71,7 @@ def read_metrics(path: Path) -> Metrics:
             else:
                 values.setdefault(name, {})[step] = float(value)
     figures = {name: sorted(found.items()) for name, found in values.items()}
-    return Metrics(figures, {name: (min(steps), len(steps)) for name, steps in unusable.items()}, damaged)
+    return Metrics(figures, {name: (min(steps), len(steps)) for name, steps in unusable.items()}, damaged, verdict)
 
 
 def _record(line: bytes) -> tuple[int, dict[str, object]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 PREFIX = "evaluation_"
+VERDICT = "verdict"  # stands in a line of its own, as it is no number
 _TITLES = {
     "frechet_ratio": "Fréchet distance over that of as many held-out images (1 is as good as real images)",
     "frechet": "Fréchet distance (lower is better)",

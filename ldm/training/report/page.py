@@ -7,20 +7,24 @@ import shlex
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ldm import disk
+from ldm.evaluation.memorising import Verdict
 from ldm.report import curves, markup, sheets
 from ldm.report.curves import Line, Point, smooth
 from ldm.report.markup import escaped, number
 from ldm.report.shell import write_page
 from ldm.training.report import metrics, names
+from ldm.training.started import resume_command
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
 MOST_OTHER_CURVES = 12
+LONGEST_SENTENCE = 2000
 
 
 def write_report(run_folder: Path) -> Path:
@@ -35,6 +39,7 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         ValueError: if there is no such folder.
     """
+    run_folder = disk.expanded(run_folder)
     if not run_folder.is_dir():
         raise ValueError(f"{run_folder} is no folder; name the folder that a training wrote, such as runs/openmoji")
     run = _Folder.read(run_folder)
@@ -55,6 +60,7 @@ class _Folder:
     best: tuple[int, float] | None
     plan: dict[str, Any]
     data: dict[str, Any]
+    verdicts: list[tuple[str, Verdict]]
     troubles: list[str]
 
     @classmethod
@@ -87,6 +93,7 @@ class _Folder:
             best=_best(read_object("best/best.json")),
             plan=read_object("plan.json"),
             data=read_object("data.json"),
+            verdicts=_verdicts(measured, read_object("evaluation/evaluation.json"), troubles),
             troubles=troubles,
         )
 
@@ -119,6 +126,17 @@ def _best(content: dict[str, Any]) -> tuple[int, float] | None:
     return (step, loss) if isinstance(step, int) and isinstance(loss, (int, float)) else None
 
 
+def _verdicts(measured: metrics.Metrics, evaluation: dict[str, Any], troubles: list[str]) -> list[tuple[str, Verdict]]:
+    """Of the last evaluation while it trained, and of `ldm evaluate` on the run folder, each with where it is from."""
+    found = [] if measured.verdict is None else [(f"Evaluation of step {measured.verdict[0]:,}", measured.verdict[1])]
+    if evaluation.get("verdict") is not None:
+        try:
+            found.append(("evaluation/evaluation.json", Verdict.read(evaluation["verdict"])))
+        except ValueError:
+            troubles.append("evaluation/evaluation.json holds no verdict that is known.")
+    return found
+
+
 def _troubles(measured: metrics.Metrics) -> Iterator[str]:
     if measured.damaged:
         yield f"Lines of metrics.jsonl that are no complete record and are left out: {measured.damaged:,}."
@@ -140,7 +158,7 @@ def _head(run: _Folder) -> Iterator[str]:
         status = (
             f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): not finished when this was written."
         )
-    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     yield f"<h1 dir='auto'>{escaped(run.name)}</h1>"
     yield f"<p class='note'>{status} Written {written}.</p>"
     tiles = "".join(
@@ -148,6 +166,8 @@ def _head(run: _Folder) -> Iterator[str]:
     )
     yield f"<dl class='figures'>{tiles}</dl>" if tiles else ""
     yield f"<p class='say'>{escaped(metrics.sentence(run.metrics))}</p>"
+    for where, verdict in run.verdicts:
+        yield f"<p class='say'>{escaped(where)}: {escaped(markup.cut(verdict.sentence, LONGEST_SENTENCE))}</p>"
     yield "".join(f"<p class='note'>{escaped(trouble)}</p>" for trouble in run.troubles)
 
 
@@ -302,7 +322,7 @@ def _use(run: _Folder) -> Iterator[str]:
     yield "".join(f"<p>{label}</p><pre dir='ltr'>{escaped(command)}</pre>" for label, command in commands)
     if saved:
         listed = ", ".join(saved[-20:])
-        resumed = "<code>--resume</code> goes on from the newest"
+        resumed = f"<code>{escaped(resume_command(run.path))}</code> goes on from the newest"
         yield f"<p class='note'>Checkpoints ({resumed}): {escaped(listed)}.</p>"
 
 

@@ -1,0 +1,50 @@
+"""How many cores this process may use, which can be fewer than the machine has."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Those that it is bound to (`taskset`, Slurm), and no more than the time that its control groups grant (a
+    container with a limit); at least 1.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(bound, _granted(root))))
+
+
+def _granted(root: Path) -> float:
+    """Cores whose whole time the control groups of this process grant, those above them included; else infinite."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):  # another system
+        return math.inf
+    granted = math.inf
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers  # of version 2, which names no controllers, the root itself
+        innermost = mount / group.lstrip("/")
+        for folder in (innermost, *innermost.parents):
+            granted = min(granted, _quota(folder))
+            if folder == mount:
+                break
+    return granted
+
+
+def _quota(folder: Path) -> float:
+    """Microseconds of work a period over those of the period; infinite where nothing is limited."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, and 1
+        try:
+            quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return math.inf

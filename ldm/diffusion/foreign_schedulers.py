@@ -1,0 +1,182 @@
+"""What `scheduler_config.json` may say: the schedulers of diffusers that walk a DDPM schedule, and their keys.
+
+A scheduler of diffusers reads the keys that its constructor has and ignores all others, such as those that a file kept
+from another class. So does `read_keys`. Of the keys that the class has, some are read into `ScheduleConfig`, some steer
+nothing but its own solver, and the rest has to be at the value under which diffusers walks the timesteps of training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+LINSPACE: dict[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0}
+LEADING: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 0}
+ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": False}
+THRESHOLD: dict[str, Any] = {"thresholding": False}
+LEVELS: dict[str, Any] = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+FLOW: dict[str, Any] = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
+CLIPPED: dict[str, Any] = {"lambda_min_clipped": -math.inf}
+END: dict[str, Any] = {"final_sigmas_type": "zero"}
+
+_DDIM = COMMON | LEADING | ZERO_SNR | THRESHOLD | {"set_alpha_to_one": True}
+_DDPM = COMMON | LEADING | ZERO_SNR | THRESHOLD | {"variance_type": "fixed_small"}
+_SECOND_ORDER = COMMON | SD_BETAS | LINSPACE | LEVELS
+_MULTISTEP = COMMON | LINSPACE | LEVELS | THRESHOLD | FLOW
+
+SCHEDULERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "DDIMScheduler": _DDIM,
+        "DDIMParallelScheduler": _DDIM,
+        "DDPMScheduler": _DDPM,
+        "DDPMParallelScheduler": _DDPM,
+        "PNDMScheduler": COMMON | LEADING | {"set_alpha_to_one": False},
+        "EulerDiscreteScheduler": COMMON
+        | LINSPACE
+        | LEVELS
+        | ZERO_SNR
+        | END
+        | {"interpolation_type": "linear", "timestep_type": "discrete"},
+        "EulerAncestralDiscreteScheduler": COMMON | LINSPACE | ZERO_SNR,
+        "LMSDiscreteScheduler": COMMON | LINSPACE | LEVELS,
+        "HeunDiscreteScheduler": _SECOND_ORDER,
+        "KDPM2DiscreteScheduler": _SECOND_ORDER,
+        "KDPM2AncestralDiscreteScheduler": _SECOND_ORDER,
+        "DPMSolverSDEScheduler": _SECOND_ORDER,
+        "DPMSolverMultistepScheduler": _MULTISTEP | ZERO_SNR | CLIPPED | END | {"use_lu_lambdas": False},
+        "DPMSolverSinglestepScheduler": COMMON | LEVELS | THRESHOLD | FLOW | CLIPPED | END,
+        "UniPCMultistepScheduler": _MULTISTEP | ZERO_SNR | END,
+        "DEISMultistepScheduler": _MULTISTEP,
+        "SASolverScheduler": COMMON | LINSPACE | LEVELS | THRESHOLD | CLIPPED | {"use_flow_sigmas": False},
+    }
+)
+"""The schedulers that walk a DDPM schedule: the keys of each that mean something here, with its defaults."""
+
+ENDS_AT_THE_FIRST_LEVEL = ("DEISMultistepScheduler", "SASolverScheduler")  # as set_alpha_to_one false: no key says so
+
+HARMLESS = frozenset(
+    (
+        # These steer the steps of one solver; a sampler of our own has its own.
+        *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
+        *("predict_x0", "solver_p", "disable_corrector", "predictor_order", "corrector_order", "tau_func"),
+        *("noise_sampler_seed", "variance_type"),
+        # Clamps pixels; StableDiffusionPipeline turns it off whatever the file says, and our codecs know their bounds.
+        *("clip_sample", "clip_sample_range"),
+        # Without thresholding, other noise levels or flow matching, which are refused, these do nothing.
+        *("dynamic_thresholding_ratio", "sample_max_value", "sigma_min", "sigma_max"),
+        *("flow_shift", "shift_terminal", "time_shift_type"),
+        # Of consistency models, whose schedulers are refused; another class ignores them.
+        *("original_inference_steps", "timestep_scaling"),
+        # In files of 2022; no release of today reads them.
+        *("tensor_format", "timestep_values"),
+    )
+)
+"""Keys under which our samplers draw the same, whatever their values."""
+
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (*LEVELS, "use_lu_lambdas", "interpolation_type", "lambda_min_clipped"),
+            "which samples at other noise levels than our samplers do",
+        ),
+        **dict.fromkeys(
+            (*FLOW, "timestep_type"), "which is not the process of a DDPM schedule, the only one that is supported"
+        ),
+        "thresholding": "which bounds the predicted x_0 as if it were pixels",
+    }
+)
+"""The keys that have to be at their default, and what they ask for otherwise."""
+
+OF_2022 = {"predict_epsilon": True}  # the only value of an old key that says nothing new
+
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
+
+
+def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The keys of `SCHEDULERS[name]` with the values of a file, or the defaults of that class where it has none.
+
+    Raises:
+        ValueError: for a scheduler of another kind of diffusion, and a key that asks for what our samplers do not do,
+            naming class, key and value, and the way out.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(_other_kind(name))
+    known = SCHEDULERS[name]
+    for key, value in sorted(config.items()):
+        # diffusers leaves keys alone that begin with an underscore; so do we, for our own.
+        if key.startswith("_") or key in HARMLESS or any(key in keys for keys in SCHEDULERS.values()):
+            continue
+        # A switch of a later release that is off changes nothing.
+        if value is not None and value is not OF_2022.get(key, False):
+            raise ValueError(f"scheduler {name} has {key} {value!r}, a key that is not known here; {_unknown(key)}")
+    found = {key: config.get(key, default) for key, default in known.items()}
+    for key, value in found.items():
+        if key in REFUSED and not _same(value, known[key]):
+            raise ValueError(f"scheduler {name} has {key} {value!r}, {REFUSED[key]}; {_way_out(name, key, known)}")
+        if key not in REFUSED:
+            _check_type(name, key, value, known[key])
+    if found.get("variance_type", VARIANCES[0]) not in VARIANCES:
+        raise ValueError(
+            f"scheduler {name} has variance_type {found['variance_type']!r}; supported are {', '.join(VARIANCES)}"
+        )
+    return found
+
+
+def _check_type(name: str, key: str, value: Any, default: Any) -> None:
+    numbers = isinstance(value, list | tuple) and all(isinstance(each, int | float) for each in value)
+    wanted, fits = {
+        "trained_betas": ("null or a list of numbers", value is None or numbers),
+        bool: ("true or false", value is None or isinstance(value, bool)),  # diffusers takes null for false
+        int: ("a whole number", isinstance(value, int) and not isinstance(value, bool)),
+        float: ("a number", isinstance(value, int | float) and not isinstance(value, bool)),
+        str: ("a text", isinstance(value, str)),
+    }["trained_betas" if key == "trained_betas" else type(default)]
+    if not fits:
+        raise ValueError(f"scheduler {name} has {key} {value!r}; it must be {wanted}")
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether diffusers takes both alike: of a switch, it asks for its truth alone."""
+    return value is None or value is False if default is False else value == default
+
+
+def _unknown(key: str) -> str:
+    if key == "predict_epsilon":
+        return 'set "prediction_type" to "sample" in its place'
+    return "take it out of the file if the samples are right without it"
+
+
+def _way_out(name: str, key: str, known: Mapping[str, Any]) -> str:
+    neutral = "-Infinity" if key == "lambda_min_clipped" else repr(known[key]).lower().replace("'", '"')
+    if key in (*FLOW, "timestep_type"):
+        return "take a model that was trained with a DDPM schedule"
+    if key == "thresholding":
+        return f"set it to {neutral} in the file (for models of pixels there is dynamic_threshold)"
+    return (
+        f"set it to {neutral} in the file, and to sample as it says give the scheduler itself as sampler: "
+        f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler', {key}=...)"
+    )
+
+
+def _other_kind(name: str) -> str:
+    if name.startswith(("LCM", "TCD")):
+        return (
+            f"scheduler {name} is for a network that was distilled for it, and our samplers would draw something else; "
+            f'set "_class_name" in the file, and "scheduler" in model_index.json, to DDIMScheduler, and give '
+            f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler') as sampler"
+        )
+    near = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=0.9)
+    advice = f"did you mean {near[0]}?" if near else f"supported are {', '.join(SCHEDULERS)}"
+    return f"scheduler {name} does not sample a DDPM schedule, or is not known here; {advice}"

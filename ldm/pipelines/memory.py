@@ -1,0 +1,170 @@
+"""How many pictures are computed at a time, and whether one fits into memory: estimated before, and said in one line.
+
+The rule: as many pictures go through a network together as need no more than `CHUNK_BYTES` by the estimate, at least
+one. That is a function of the model and the size of the pictures, so that a call computes the same wherever it runs;
+only where less memory is free there are fewer.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm.models import UNetConfig
+
+# Five pictures of Stable Diffusion 1.5 with guidance in float32, or 760 of openmoji-64. On a CPU more take longer
+# (600 of openmoji-64: 18 s at 2^27 bytes, 29 s at 2^32, for memory that is asked of the system).
+CHUNK_BYTES = 2 * 2**30
+# Where nobody can say what is free; more than that is no machine's, and overflows the sizes of torch.
+_ENDLESS = 2**48
+
+# Measured on the CPU for four shapes of networks, 64 to 192 positions a side: at its widest a level holds 6 times its
+# input with the skip connection, or 32 times its channels where it has attention (the gated layer alone is 16 of them).
+_MAPS_OF_RESNET, _MAPS_OF_ATTENTION = 6, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How many pictures go through the UNet, and through the first stage, at a time."""
+
+    drawn: int
+    decoded: int
+
+
+def room_for(
+    count: int,
+    size: tuple[int, int],
+    *,
+    each: int,
+    decoding: int,
+    device: torch.device,
+    beside: int = 0,
+    together: bool = False,
+) -> Room:
+    """Divides `count` pictures of `size` (height, width) into chunks that fit.
+
+    Args:
+        each: bytes that a picture needs on its way through the UNet.
+        decoding: those of its decoding (or encoding).
+        beside: bytes that are held all the while, on the device.
+        together: whether the pictures must not be divided.
+
+    Raises:
+        ValueError: where one of them does not fit, or not all of them as finished pictures.
+    """
+    here, name = available_bytes(torch.device("cpu")), "one picture" if count == 1 else f"{count:,} pictures"
+    free = here if device.type == "cpu" else available_bytes(device)
+    needed = max(each * (count if together else 1), decoding)
+    if needed > free:
+        which = f"{name} at once (a classifier is asked about all)" if together and count > 1 else "a picture"
+        raise ValueError(
+            f"height and width are {size[0]} and {size[1]}: {which} of this size needs about {_size(needed)} of "
+            f"memory, and {_size(free)} are free on {device}; choose a smaller size"
+        )
+    pictures = 3 * count * size[0] * size[1]  # as PIL images, in the memory of the CPU
+    free -= beside + (pictures if device.type == "cpu" else 0)
+    if needed > free or pictures > here:
+        raise ValueError(
+            f"{name} of {size[0]}x{size[1]} and their prompts take {_size(pictures + beside)}, and about "
+            f"{_size(needed)} to draw, and {_size(here)} of memory are free; ask for fewer at a time, or smaller ones"
+        )
+    budget = min(CHUNK_BYTES, free)
+    drawn = count if together else min(count, max(1, budget // max(1, each)))
+    return Room(drawn=drawn, decoded=min(count, max(1, budget // max(1, decoding))))
+
+
+def unet_bytes(config: UNetConfig, height: int, width: int, element: int) -> int:
+    """About how much a UNet needs for one image of height x width positions, beside its weights.
+
+    Args:
+        element: bytes of a number.
+    """
+    widths, layers = config.block_out_channels, config.per_level(config.layers_per_block)
+    skips, widest = widths[0], 0.0
+    for level, channels in enumerate(widths):
+        below = widths[min(level + 1, len(widths) - 1)]
+        attention = "CrossAttn" in config.down_block_types[level] or "CrossAttn" in config.up_block_types[-1 - level]
+        maps = max(_MAPS_OF_RESNET * (below + channels), _MAPS_OF_ATTENTION * channels * attention)
+        share = 0.25**level  # of the positions
+        skips += channels * layers[level] * share + channels * share / 4
+        widest = max(widest, maps * share)
+    return int((skips + widest) * element) * height * width
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can still be allocated; a very large number where that cannot be found out."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return _ENDLESS
+    with suppress(OSError, KeyError, ValueError):  # Linux
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+        return min(free, _left_to_process(), *_left_to_containers())
+    with suppress(AttributeError, OSError, ValueError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free if free > 0 else _ENDLESS
+    return _ENDLESS
+
+
+def _left_to_process() -> int:
+    """What `ulimit -v` still allows."""
+    import resource  # Linux has it
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return _ENDLESS if most == resource.RLIM_INFINITY else max(0, most - pages * resource.getpagesize())
+
+
+def _left_to_containers(root: Path = Path("/sys/fs/cgroup"), listing: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What the control groups (v2) above this process still allow; a large number stands for no limit."""
+    left = [_ENDLESS]
+    with suppress(OSError, ValueError):
+        (own,) = [line[3:] for line in listing.read_text().splitlines() if line.startswith("0::")]
+        folder = root / own.lstrip("/")
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError, KeyError):  # no limit is "max", and the root has none
+                most = int((group / "memory.max").read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
+                left.append(max(0, most - used))
+            if group == root:
+                break
+    return left
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, or that a size is beyond all memory."""
+    said = str(error).lower()
+    signs = (
+        "out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "_alloc_failed",
+        "size calculation overflowed", "failed to allocate", "cannot allocate memory",
+    )  # fmt: skip
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+    )
+
+
+@contextmanager
+def said_in_one_line(what: str, remedy: str) -> Iterator[None]:
+    """Makes a `ValueError` of running out of memory inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold on to the tensors that filled the memory
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what} did not fit into memory ({reason}); {remedy}") from None
+
+
+def _size(count: int) -> str:
+    """ "12 MiB", "3.4 GiB"."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
