@@ -3,7 +3,7 @@
     FOLDER/wheels.tar.xz      libraries that may be missing there, for Python 3.12 on x86-64 Linux
     FOLDER/pictures.tar.xz    the training side of OpenMoji at 64 pixels, lossless WebP, with metadata.jsonl
     FOLDER/text.safetensors.xz, text.json    MiniLM in float16, with the embedding rows that these captions use
-    FOLDER/bundle.json        sizes and hashes
+    FOLDER/bundle.json        sizes and hashes, and the commit that it was made from
 
 It stays below 24 MB: wheels are compressed together, and of diffusers only the modules travel that our tests and
 benchmark import. The held-out images do not travel, so nothing of them can be learned there.
@@ -30,9 +30,14 @@ from safetensors.torch import load, save
 
 from ldm.data import DataConfig, inspect, open_source, split
 from ldm.text import load_text_encoder
+from ldm.training.environment import commit
 
 MOST_BYTES = 24 * 10**6
 WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers")
+# diffusers asks for these as it is imported, and huggingface_hub has no need of them any more.
+PURE_WHEELS = ("requests", "urllib3", "charset-normalizer")
+# Machine code of pydantic-core: jumps are written as absolute addresses, which repeat.
+XZ_OF_WHEELS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 # float16 has two bytes a number: positions that alternate help LZMA (18.3 MB of MiniLM where the default gives 19.2).
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 1, "pb": 1}]
 MAX_LENGTH = 16
@@ -60,7 +65,8 @@ def write(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: [len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest()] for name in names}
     size = sum(count for count, _ in files.values())
-    (folder / "bundle.json").write_text(json.dumps({"bytes": size, "files": files}, indent=1) + "\n")
+    content = {"bytes": size, "commit": commit(), "files": files}
+    (folder / "bundle.json").write_text(json.dumps(content, indent=1) + "\n")
     if size > MOST_BYTES:
         raise ValueError(f"the bundle takes {size:,} bytes, and {MOST_BYTES:,} may be")
     print(f"{folder}: {size / 1e6:.1f} MB in {len(files)} files")
@@ -123,11 +129,16 @@ def read_text_encoder(bundle: Path, target: Path) -> None:
 def write_wheels(path: Path) -> None:
     """Downloads the tested versions; needs the network."""
     with tempfile.TemporaryDirectory() as name:
-        wanted = [f"{wheel}=={version(wheel)}" for wheel in WHEELS]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", name]
         platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_17", "2014")]
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*command, "--python-version=3.12", *platforms, "-d", name, *wanted], check=True)
-        with lzma.open(path, "wb", preset=9) as compressed, tarfile.open(fileobj=compressed, mode="w") as tar:
+        pure = ["--platform=any", "--implementation=py", "--abi=none"]
+        for wheels, kind in ((WHEELS, platforms), (PURE_WHEELS, pure)):
+            wanted = [f"{wheel}=={version(wheel)}" for wheel in wheels]
+            subprocess.run([*command, "--python-version=3.12", *kind, *wanted], check=True)
+        with (
+            lzma.open(path, "wb", filters=XZ_OF_WHEELS) as compressed,
+            tarfile.open(fileobj=compressed, mode="w") as tar,
+        ):
             for wheel in sorted(Path(name).glob("*.whl")):
                 kept = modules_of_diffusers() if wheel.name.startswith("diffusers") else None
                 add(tar, wheel.name, stored(wheel, kept))
