@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cuda)
             if not (REHEARSAL or torch.cuda.is_available()):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+    # Compiling takes as long as all others together: last, where a limit costs least.
+    items.sort(key=lambda item: item.originalname == "test_compiled" if isinstance(item, pytest.Function) else False)
 
 
 @pytest.fixture(autouse=True)

