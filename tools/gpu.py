@@ -8,7 +8,8 @@
 
 Every part is a process of its own with a share of the minutes. One that fails or hangs costs only itself. OUT/gpu.json
 and OUT/gpu.md are written anew after every result, OUT/log.txt holds what the parts printed, and weights that were
-trained come in files of at most 15 MiB (`python -m tools.gpu_training --join OUT`).
+trained come in files of at most 15 MiB (`python -m tools.gpu_training --join OUT`). A second call with other parts and
+the same OUT adds to what is there. Ctrl-C ends the part that runs and keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import lzma
 import os
@@ -27,25 +29,28 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "numpy", "peft", "pillow", "safetensors", "xformers")
 # Part → its share of the minutes.
+LOG_BYTES = 8 * 2**20
 PARTS = {"tests": 2.0, "benchmark": 2.5, "training": 7.0, "compile": 2.5}
 
 
 @dataclass
 class Part:
-    """What became of a part. `status` is "not run", "running", "done", "failed" or "timed out"."""
+    """What became of a part. `status` is "not run", "running", "done", "failed", "timed out" or "stopped"."""
 
     status: str = "not run"
     reason: str = ""
     limit_seconds: float = 0.0
     seconds: float = 0.0
+    commit: str | None = None
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -65,7 +70,14 @@ class Report:
             aside.replace(self.out / name)
 
 
-def machine(rehearse: bool) -> dict[str, Any]:
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def machine(rehearse: bool, bundle: Path | None = None) -> dict[str, Any]:
     """Card, driver, versions and commit; asks the driver, not torch, so that a broken torch is a part's failure."""
 
     def answer(*command: str) -> str | None:
@@ -90,7 +102,8 @@ def machine(rehearse: bool) -> dict[str, Any]:
         "memory": memory,
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in LIBRARIES},
-        "commit": answer("git", "rev-parse", "HEAD"),
+        # A copy of a checkout may have no history; a bundle tells what it was made from.
+        "commit": answer("git", "rev-parse", "HEAD") or (bundle and read_bundle(bundle).get("commit")),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -119,7 +132,7 @@ def command_of(name: str, scratch: Path, out: Path, seconds: float, arguments: a
 def run_part(report: Report, name: str, command: list[str], seconds: float, scratch: Path, site: Path | None) -> None:
     """Runs one part to its end or its limit, and takes over its figures as they come."""
     part, figures = report.parts[name], scratch / f"{name}.jsonl"
-    part.status, part.limit_seconds = "running", round(seconds, 1)
+    part.status, part.limit_seconds, part.commit = "running", round(seconds, 1), report.machine["commit"]
     report.write()
     paths = [str(ROOT), *([str(site)] if site else []), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
@@ -134,27 +147,41 @@ def run_part(report: Report, name: str, command: list[str], seconds: float, scra
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         seen = 0
-        while process.poll() is None and time.monotonic() - started < seconds:
-            time.sleep(0.2)
-            lines = read_figures(figures)
-            if len(lines) > seen:
-                seen, part.figures = len(lines), lines
-                part.seconds = round(time.monotonic() - started, 1)
-                report.write()
-        if process.poll() is None:
-            part.status, part.reason = "timed out", f"it was ended after {seconds:.0f} s"
-        elif process.returncode:
-            part.status, part.reason = "failed", f"exit code {process.returncode}; log.txt has its output"
-        else:
-            part.status = "done"
-        # Whatever it left running must not slow the next part, or hold the card's memory.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    part.figures = read_figures(figures)
-    part.seconds = round(time.monotonic() - started, 1)
-    report.write()
-    print(f"{name}: {part.status} in {part.seconds:.0f} s {part.reason}", flush=True)
+        try:
+            while process.poll() is None and time.monotonic() - started < seconds:
+                time.sleep(0.2)
+                lines = read_figures(figures)
+                if len(lines) > seen:
+                    seen, part.figures = len(lines), lines
+                    part.seconds = round(time.monotonic() - started, 1)
+                    report.write()
+            if process.poll() is None:
+                part.status, part.reason = "timed out", f"it was ended after {seconds:.0f} s"
+            elif process.returncode:
+                part.status, part.reason = "failed", f"exit code {process.returncode}; log.txt has its output"
+            else:
+                part.status = "done"
+        except KeyboardInterrupt:
+            part.status, part.reason = "stopped", "by a signal"
+            raise
+        finally:
+            # Whatever it left running must not slow the next part, or hold the card's memory.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            part.figures, part.seconds = read_figures(figures), round(time.monotonic() - started, 1)
+            if failed := sum("failed" in figure for figure in part.figures):
+                part.reason = "; ".join(filter(None, [part.reason, f"{failed} of {len(part.figures)} failed"]))
+            report.write()
+            shorten(report.out / "log.txt")
+            print(f"{name}: {part.status} in {part.seconds:.0f} s {part.reason}".rstrip(), flush=True)
+
+
+def shorten(log: Path) -> None:
+    """Keeps the end of a log that has grown too long."""
+    if log.stat().st_size > LOG_BYTES:
+        data = log.read_bytes()[-LOG_BYTES // 2 :]
+        log.write_bytes(b"(what came before is cut)\n" + data)
 
 
 def read_figures(path: Path) -> list[dict[str, Any]]:
@@ -194,33 +221,60 @@ def describe(figure: dict[str, Any]) -> str:
         for side, taken in figure["milliseconds"].items()
     ]
     ratios = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in figure["ratios"].items()]
-    memory = [f"{side} {size / 2**30:.2f} GiB" for side, size in figure["peak_bytes"].items()]
+    memory = [f"{side} {size / 2**30:.2f} GiB more" for side, size in figure["peak_bytes_above_weights"].items()]
     share = figure.get("model_flop_utilization")
     extra = [f"model FLOP utilization {share:.1%}"] if share else []
     return f"{head}: " + "; ".join([*ratios, *times, *memory, *extra])
 
 
-def earlier(out: Path, names: list[str]) -> dict[str, Part]:
-    """Parts that an earlier call left in `out` and this one does not run again."""
+def earlier(out: Path, present: dict[str, Any], names: list[str]) -> dict[str, Part]:
+    """Parts that an earlier call left in `out` and this one does not run again.
+
+    Raises:
+        ValueError: if they were measured on another machine, or in a rehearsal, where this is none.
+    """
     try:
-        parts = json.loads((out / "gpu.json").read_text(encoding="utf-8"))["parts"]
-    except (OSError, ValueError, KeyError):
+        content = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+        parts = {name: Part(**part) for name, part in content["parts"].items()}
+        differing = [key for key in ("rehearsal", "card", "versions") if content[key] != present[key]]
+    except FileNotFoundError:
         return {}
-    return {name: Part(**part) for name, part in parts.items() if name not in names}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out / 'gpu.json'} is none of ours ({error}); choose another folder for --out") from error
+    kept = {name: part for name, part in parts.items() if name not in names}
+    if differing and any(part.status != "not run" for part in kept.values()):
+        raise ValueError(
+            f"{out / 'gpu.json'} holds {', '.join(kept)} of a run with another {' and '.join(differing)}; choose "
+            "another folder for --out"
+        )
+    return kept
+
+
+def read_bundle(bundle: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    return content
 
 
 def install(bundle: Path, target: Path) -> Path:
-    """Installs the wheels of a bundle into a folder for PYTHONPATH."""
+    """Unpacks the wheels of a bundle into a folder for PYTHONPATH; they are zip files of what Python imports.
+
+    Raises:
+        ValueError: naming a file of the bundle that is damaged or missing.
+    """
+    for name, (_, sha256) in read_bundle(bundle)["files"].items():
+        path = bundle / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} is missing or damaged; copy the bundle again, or make it anew with --bundle")
     with lzma.open(bundle / "wheels.tar.xz") as compressed, tarfile.open(fileobj=compressed) as tar:
         tar.extractall(target / "wheels", filter="data")
-    wheels = sorted(map(str, (target / "wheels").glob("*.whl")))
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*command, "--target", str(target), *wheels], check=True)
+    for wheel in sorted((target / "wheels").glob("*.whl")):
+        with zipfile.ZipFile(wheel) as content:
+            content.extractall(target)
     return target
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder for the results")
     parser.add_argument("--parts", default=",".join(PARTS), help="of tests, benchmark, training, compile")
     parser.add_argument("--minutes", type=float, default=14.0, help="for all parts together")
@@ -245,27 +299,45 @@ def main() -> None:
         parser.error(f"--minutes is {arguments.minutes}; it must be above 0")
     if arguments.use and not (arguments.use / "bundle.json").is_file():
         parser.error(f"--use {arguments.use} holds no bundle.json; make a bundle with --bundle")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     out = arguments.out.resolve()
-    (out / "log.txt").unlink(missing_ok=True)
-    report = Report(out, machine(arguments.rehearse), earlier(out, names) | {name: Part() for name in names})
-    report.write()
-    deadline = time.monotonic() + 60 * arguments.minutes
+    bundle = arguments.use and arguments.use.resolve()
+    arguments.use = bundle
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = machine(arguments.rehearse, bundle)
+        report = Report(out, found, earlier(out, found, names) | {name: Part() for name in names})
+        report.write()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     scratch = Path(tempfile.mkdtemp(prefix="ldm-gpu-"))
     try:
-        site = install(arguments.use.resolve(), scratch / "site") if arguments.use else None
-        for i, name in enumerate(names):
-            left = deadline - time.monotonic()
-            seconds = left * PARTS[name] / sum(PARTS[later] for later in names[i:])
-            if seconds < 5:
-                report.parts[name].reason = "no time was left"
-                report.write()
-                continue
-            run_part(report, name, command_of(name, scratch, out, seconds, arguments), seconds, scratch, site)
+        site = install(bundle, scratch / "site") if bundle else None
+        run_parts(report, names, scratch, site, arguments)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(out / "gpu.md")
     sys.exit(any(report.parts[name].status != "done" for name in names))
+
+
+def run_parts(
+    report: Report, names: list[str], scratch: Path, site: Path | None, arguments: argparse.Namespace
+) -> None:
+    """Runs the parts in turn; what one leaves of its time is shared by those behind it."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for i, name in enumerate(names):
+        seconds = deadline - time.monotonic()
+        if not arguments.rehearse:  # where the machine may be slow, and only whether it runs is asked
+            seconds *= PARTS[name] / sum(PARTS[later] for later in names[i:])
+        if seconds < 5:
+            report.parts[name].reason = "no time was left"
+            report.write()
+            continue
+        run_part(report, name, command_of(name, scratch, report.out, seconds, arguments), seconds, scratch, site)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import statistics
@@ -118,13 +119,28 @@ class Bench:
     """Where figures go, and how long there is.
 
     Attributes:
-        rounds: how often each variant of a case is timed.
+        rounds: how often each variant of a case is timed, after `warmup` times that do not count.
     """
 
     device: torch.device
     file: Path
     deadline: float
     rounds: int
+    warmup: int
+
+    def group(self, cases: Callable[..., None], size: Size, *arguments: Any) -> None:
+        """Some cases of one kind; where making their networks fails, the next group goes on."""
+        name = f"{size.name}: {cases.__name__}"
+        if time.monotonic() > self.deadline:
+            self.write({"name": name, "skipped": "no time was left"})
+            return
+        try:
+            cases(self, size, *arguments)
+        except Exception as error:  # whatever it is: the figures of the other groups are worth having
+            self.write({"name": name, "failed": in_one_line(error)})
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def case(self, name: str, variants: dict[str, Callable[[], object]], **facts: Any) -> None:
         """Times the variants in turns and writes one line; a case that fails or comes too late is named."""
@@ -135,8 +151,8 @@ class Bench:
             return
         try:
             record |= self.measure(variants)
-        except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
-            record["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        except Exception as error:  # whatever it is: the other cases are worth having
+            record["failed"] = in_one_line(error)
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -149,15 +165,17 @@ class Bench:
     def measure(self, variants: dict[str, Callable[[], object]]) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in variants}
         memory: dict[str, int] = {}
-        for round in range(-2 if self.device.type == "cuda" else -1, self.rounds):
+        held = 0
+        for round in range(-self.warmup, self.rounds):
             for name, call in variants.items():
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
+                    held = torch.cuda.memory_allocated()
                 milliseconds = self.timed(call)
                 if round >= 0:
                     times[name].append(milliseconds)
                     if self.device.type == "cuda":
-                        memory[name] = torch.cuda.max_memory_allocated()
+                        memory[name] = torch.cuda.max_memory_allocated() - held
             if round >= 0 and time.monotonic() > self.deadline:
                 break
         figures = {
@@ -169,7 +187,8 @@ class Bench:
             for name, taken in times.items()
             if name != "ours" and "ours" in times
         }
-        return {"milliseconds": figures, "ratios": ratios, "peak_bytes": memory}
+        # Both sides' weights and moments are held all the time, so what a call adds to them is compared.
+        return {"milliseconds": figures, "ratios": ratios, "peak_bytes_above_weights": memory}
 
     def timed(self, call: Callable[[], object]) -> float:
         """Milliseconds: of CUDA's own clock where there is one."""
@@ -225,6 +244,11 @@ def unet_inputs(size: Size, batch: int, side: int, device: torch.device, dtype: 
     x_t = torch.randn(batch, 4, side, side, device=device, dtype=dtype)
     text = torch.randn(batch, size.tokens, size.unet["cross_attention_dim"], device=device, dtype=dtype)
     return x_t, torch.full((batch,), 500, device=device), text
+
+
+def in_one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'without a message'}"
 
 
 def flops_of(call: Callable[[], object]) -> int:
@@ -291,10 +315,12 @@ def text_folders(size: Size) -> Iterator[Path]:
         yield folder
 
 
-def pictures(bench: Bench, size: Size, batches: tuple[int, ...], compiled: bool = False) -> None:
+def pictures(
+    bench: Bench, size: Size, batches: tuple[int, ...], precisions: tuple[str, ...], compiled: bool = False
+) -> None:
     """Pictures of 25 steps with guidance, decoded and turned into PIL images; both draw with DDIM."""
     kind = {"num_inference_steps": PICTURE_STEPS, "guidance_scale": 7.5}
-    for precision in ["bf16"] if compiled else ["bf16", "fp16", "fp32"]:
+    for precision in precisions:
         dtype = DTYPES[precision]
         unet, their_unet = unets(size, bench.device, dtype)
         vae, their_vae = autoencoders(size, bench.device, dtype)
@@ -414,21 +440,24 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = torch.device("cpu" if arguments.rehearse else "cuda")
-    bench = Bench(device, arguments.file, time.monotonic() + arguments.seconds, rounds=2 if arguments.rehearse else 7)
+    deadline = time.monotonic() + arguments.seconds
+    bench = Bench(device, arguments.file, deadline, rounds=2 if arguments.rehearse else 7, warmup=2)
+    # A picture is 50 calls of a network: one to warm up, and fewer of them.
+    few = replace(bench, rounds=1 if arguments.rehearse else 3, warmup=1)
     large, small = (TINY, TINY) if arguments.rehearse else (STABLE_DIFFUSION, BUILT_IN)
-    batches = (1, 2) if arguments.rehearse else (1, 8)
-    unet_steps(bench, large, batches, arguments.compiled)
-    few = replace(bench, rounds=2 if arguments.rehearse else 3)
-    pictures(few, large, batches, arguments.compiled)
+    batches, halves = (1, 2) if arguments.rehearse else (1, 8), ("bf16",)
+    bench.group(unet_steps, large, batches, arguments.compiled)
+    few.group(pictures, large, batches, halves, arguments.compiled)
     if arguments.compiled:
-        pictures(few, small, batches, True)
+        few.group(pictures, small, batches, halves, True)
         return
-    training_steps(bench, large, large.side // 2)
-    training_steps(bench, large, large.side)
-    decoding(bench, large)
-    unet_steps(bench, small, batches)
-    pictures(few, small, batches)
-    training_steps(bench, small, small.side)
+    bench.group(training_steps, large, large.side // 2)
+    bench.group(training_steps, large, large.side)
+    bench.group(decoding, large)
+    bench.group(training_steps, small, small.side)
+    bench.group(unet_steps, small, batches)
+    few.group(pictures, small, batches, ("bf16", "fp16", "fp32"))
+    few.group(pictures, large, batches, ("fp16", "fp32"))
 
 
 if __name__ == "__main__":

@@ -72,14 +72,15 @@ def write(folder: Path) -> None:
     print(f"{folder}: {size / 1e6:.1f} MB in {len(files)} files")
 
 
-def write_training_data(folder: Path) -> None:
-    """Pictures and text encoder; this much needs no network."""
+def write_training_data(folder: Path, most: int | None = None) -> None:
+    """Pictures, `most` of them, and text encoder; this much needs no network."""
     config = DataConfig(path="openmoji", resolution=64)
     samples, _ = split(inspect(open_source(config), config).used, config.held_out)
+    samples = samples[:most]
     plain = {caption for sample in samples for caption in sample.captions}
     captions = sorted({"", *plain, *(TEMPLATE.format(caption) for caption in plain)})
     write_pictures(folder / "pictures.tar.xz", samples)
-    write_text_encoder(folder, captions)
+    write_text_encoder(folder, captions, XZ if most is None else [{"id": lzma.FILTER_LZMA2, "preset": 0}])
 
 
 def write_pictures(path: Path, samples: list[Any]) -> None:
@@ -99,7 +100,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(entry, io.BytesIO(data))
 
 
-def write_text_encoder(folder: Path, captions: list[str]) -> None:
+def write_text_encoder(folder: Path, captions: list[str], filters: list[dict[str, int]]) -> None:
     """MiniLM with a vocabulary of the tokens of these captions alone: longest matches stay what they are."""
     encoder = load_text_encoder("minilm", MAX_LENGTH)
     special = [encoder.tokenizer.pad_token_id, encoder.tokenizer.unk_token_id, encoder.tokenizer.mask_token_id]
@@ -110,7 +111,7 @@ def write_text_encoder(folder: Path, captions: list[str]) -> None:
     tensors["embeddings.position_embeddings.weight"] = tensors["embeddings.position_embeddings.weight"][:MAX_LENGTH]
     tensors = {name: tensor * ("pooler" not in name) for name, tensor in tensors.items()}  # no state depends on it
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    (folder / "text.safetensors.xz").write_bytes(lzma.compress(save(tensors), filters=XZ))
+    (folder / "text.safetensors.xz").write_bytes(lzma.compress(save(tensors), filters=filters))
     config = encoder.model.config.to_dict() | {"vocab_size": len(ids), "max_position_embeddings": MAX_LENGTH}
     (folder / "text.json").write_text(json.dumps({"config": config, "vocabulary": vocabulary}))
 

@@ -3,8 +3,9 @@
     python -m tools.gpu_training FIGURES --out OUT --scratch FOLDER --seconds 400 --use BUNDLE
     python -m tools.gpu_training --join OUT --to runs/openmoji-64-gpu       # a pipeline folder of what came back
 
-The learning rate is constant for three quarters of the time; then the speed is known, and it falls to 0 in the rest
-(arXiv:2405.18392). OUT gets weights in files of at most 15 MiB, whose hashes stand in the figures.
+It starts from the averaged weights with a new optimizer, so the learning rate first rises; it is constant for three
+quarters of the time; then the speed is known, and it falls to 0 in the rest (arXiv:2405.18392). Whatever ends a run
+early, the newest checkpoint is written out. OUT gets weights in files of at most 15 MiB; the figures have their hashes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ import yaml
 from ldm import Pipeline, checkpoint
 from ldm.codecs import LatentCodec
 from ldm.text import load_text_encoder
+from ldm.training.interruption import EXIT_CODE as STOPPED
 from tools import gpu_bundle
 
 ROOT = Path(__file__).parents[1]
 NAME = "openmoji-64"
 FILE_BYTES, ALL_BYTES = 15 * 2**20, 60 * 2**20
 CONSTANT_SHARE = 0.75
-RESERVED = 25.0  # seconds for the last checkpoint and the export
+RESERVED = 40.0  # seconds for what is not counted: this program's start, the last checkpoint, the export
+GRACE = 20.0  # of these, from SIGTERM to the end of the training script
+WARMUP = 200
 
 
 def prepare(scratch: Path, bundle: Path | None, most: int | None = None) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def prepare(scratch: Path, bundle: Path | None, most: int | None = None) -> dict
     if bundle is None:
         bundle = scratch / "bundle"
         bundle.mkdir()
-        gpu_bundle.write_training_data(bundle)
+        gpu_bundle.write_training_data(bundle, most)
     gpu_bundle.unpack(bundle / "pictures.tar.xz", scratch / "pictures")
     if most is not None:
         table = scratch / "pictures" / "metadata.jsonl"
@@ -68,31 +72,41 @@ def prepare(scratch: Path, bundle: Path | None, most: int | None = None) -> dict
         "data": base["data"] | {"path": str(scratch / "pictures"), "held_out": 0, "cache_dir": str(scratch / "cache")},
         "sample": base["sample"],
         "train": base["train"]
-        | {"batch_size": 256, "cooldown_steps": 0, "max_steps": 10**6, "evaluate_every": None, "validate_every": 10**6}
-        | {"sample_every": 10**6, "checkpoint_every": 10**6, "checkpoint_minutes": 1.0, "ema_decay": 0.9995},
+        # The rate of the release, for eight times its batch.
+        | {"batch_size": 256, "warmup_steps": WARMUP, "cooldown_steps": 0, "max_steps": 10**6, "evaluate_every": None}
+        | {"validate_every": 10**6, "sample_every": 10**6, "checkpoint_every": 10**6, "checkpoint_minutes": 1.0},
     }
 
 
-def train(config: dict[str, Any], scratch: Path, until: float, *arguments: str) -> int:
-    """Runs the training script until it ends, or until the time `until`, when it is told to save; returns its step."""
+def train(config: dict[str, Any], scratch: Path, until: float, *arguments: str) -> tuple[int, str]:
+    """Runs the training script until it ends, or until the time `until`, when it is told to save.
+
+    Returns:
+        The step of its newest checkpoint, and "" or what was wrong.
+    """
     path = scratch / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     script = [sys.executable, str(ROOT / "train" / "train_ldm.py"), "--config", str(path), *arguments]
     process = subprocess.Popen(script, cwd=ROOT)
+    wrong = ""
     try:
         code = process.wait(timeout=max(1.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=RESERVED)
-    if code not in (0, 75):
-        raise SystemExit(f"training ended with exit code {code}")
-    return step_of(newest(scratch / "run"))
+        try:
+            code = process.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+    if code not in (0, STOPPED):
+        wrong = f"train_ldm.py ended with {code}; the log has its output"
+    return step_of(newest(scratch / "run")), wrong
 
 
 def newest(run: Path) -> Path:
     found = sorted((run / "checkpoints").glob("step_*/manifest.json"))
     if not found:
-        raise SystemExit("training wrote no checkpoint; give it more seconds")
+        raise SystemExit("training wrote no checkpoint: it failed, or needs more seconds; the log has its output")
     return found[-1].parent
 
 
@@ -109,6 +123,8 @@ def write_weights(pipeline: Path, out: Path, scratch: Path) -> dict[str, Any]:
     """The averaged UNet in float16 as files in `out`; returns their hashes."""
     unet = checkpoint.load_model(pipeline / "unet", "UNet2DConditionModel")
     checkpoint.save_model(scratch / "half", unet, torch.float16, FILE_BYTES)
+    for path in out.glob("unet.*"):  # of an earlier call
+        path.unlink()
     files = {}
     for path in sorted((scratch / "half").iterdir()):
         data = path.read_bytes()
@@ -132,12 +148,13 @@ def join(out: Path, target: Path) -> Path:
         raise ValueError(f"{out / 'gpu.json'} tells of no weights; run the part training first")
     if target.exists():
         raise ValueError(f"{target} exists already; choose another folder")
-    checkpoint.link_tree(checkpoint.find_pipeline(NAME), target)
-    shutil.rmtree(target / "unet")
-    (target / "unet").mkdir()
     for name, (_, sha256) in records[-1]["files"].items():
         if not (out / name).is_file() or hashlib.sha256((out / name).read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{out / name} is missing or is not the file that was trained; copy it again")
+    checkpoint.link_tree(checkpoint.find_pipeline(NAME), target)
+    shutil.rmtree(target / "unet")
+    (target / "unet").mkdir()
+    for name in records[-1]["files"]:
         shutil.copyfile(out / name, target / "unet" / name.removeprefix("unet."))
     checkpoint.load_model(target / "unet", "UNet2DConditionModel")
     return target
@@ -174,25 +191,25 @@ def main() -> None:
     if arguments.rehearse:
         config["train"] |= {"batch_size": 2, "max_steps": 2, "warmup_steps": 1, "log_every": 1}
         config["sample"] |= {"prompts": ["a cat"], "images_per_prompt": 1, "num_inference_steps": 2}
-    begun = time.monotonic()
-    step = train(config, scratch, begun + CONSTANT_SHARE * (end - begun))
+    begun, batch = time.monotonic(), config["train"]["batch_size"]
+    step, wrong = train(config, scratch, begun + CONSTANT_SHARE * (end - begun))
     # Start-up and encoding are counted in, so the second part, which has less of both, ends in time.
     speed = step / (time.monotonic() - begun)
-    record("constant rate", value=step, unit="steps", samples_per_second=speed * config["train"]["batch_size"])
-    more = max(2, int(0.9 * speed * (end - time.monotonic())))
-    config["train"] |= {
-        "max_steps": step + more,
-        "cooldown_steps": more,
-        "warmup_steps": 0 if arguments.rehearse else 200,
-    }
-    if arguments.rehearse:
-        config["train"] |= {"max_steps": 4, "cooldown_steps": 2, "warmup_steps": 1}
-    last = train(config, scratch, end, "--resume")
-    record("cooled down", value=last, unit="steps", samples=last * config["train"]["batch_size"])
-    curve = losses(scratch / "run")
-    record("loss", value=curve[-1]["loss"], first=curve[0]["loss"], unit="mean square")
+    record("constant rate, start-up included", value=step, unit="steps", samples_per_second=speed * batch)
+    last = step
+    if not wrong:
+        more = 2 if arguments.rehearse else max(1, int(0.9 * speed * (end - time.monotonic())))
+        warmup = min(config["train"]["warmup_steps"], step)  # a slow machine has not come to its end
+        config["train"] |= {"max_steps": step + more, "cooldown_steps": more, "warmup_steps": warmup}
+        last, wrong = train(config, scratch, end, "--resume", "--accept", "train.warmup_steps")
+        record("cooled down", value=last - step, unit="steps", planned=more, samples=last * batch)
+    if wrong:
+        record("training ended early", failed=wrong)
+    if curve := losses(scratch / "run"):
+        record("loss", value=curve[-1]["loss"], first=curve[0]["loss"], unit="mean square")
     files = write_weights(newest(scratch / "run") / "pipeline", arguments.out, scratch)
     record("weights", value=len(files), unit="files", files=files, step=last)
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

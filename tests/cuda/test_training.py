@@ -25,10 +25,10 @@ def deterministic() -> Iterator[None]:
     """Exact resumption on a GPU needs this switch, since the backward pass of some kernels adds in an order of its own.
 
     Of what runs in training, torch then takes other algorithms for: the backward pass of convolutions (cuDNN),
-    attention (fused kernels), embeddings of a text encoder or codebook that learns, `index_select` and `index_put` (the
-    hybrid loss). It has none for, and would raise at, the backward pass of AdaptiveAvgPool2d, bilinear interpolation and
-    reflection padding, `bincount` with weights and `cumsum` of floats: nothing that training differentiates is one of
-    them (Upsample is nearest, Downsample pads with zeros).
+    attention (fused kernels), the embedding of a codebook that learns, `index_select` and `index_put` (the hybrid
+    loss). It has none for, and would raise at, the backward pass of AdaptiveAvgPool2d, bilinear interpolation and
+    reflection padding, `bincount` with weights and `cumsum` of floats: nothing that these tests differentiate is one
+    of them (Upsample is nearest, Downsample pads with zeros).
     """
     torch.use_deterministic_algorithms(True)
     yield
