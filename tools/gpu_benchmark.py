@@ -294,18 +294,23 @@ def no_grad(call: Callable[[], object]) -> Callable[[], object]:
     return without
 
 
-@contextlib.contextmanager
-def text_folders(size: Size) -> Iterator[Path]:
-    """A small random CLIP whose states have the width that the UNet takes, and a tokenizer of single bytes."""
+def byte_tokenizer(size: Size) -> transformers.CLIPTokenizer:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
     tokenizer.model_max_length = size.tokens
+    return tokenizer
+
+
+@contextlib.contextmanager
+def text_folders(size: Size) -> Iterator[Path]:
+    """A small random CLIP whose states have the width that the UNet takes, and a tokenizer of single bytes."""
+    tokenizer = byte_tokenizer(size)
     width = size.unet["cross_attention_dim"]
     config = transformers.CLIPTextConfig(
-        vocab_size=len(words), max_position_embeddings=size.tokens, bos_token_id=512, eos_token_id=513,
+        vocab_size=len(tokenizer), max_position_embeddings=size.tokens, bos_token_id=512, eos_token_id=513,
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=max(1, width // 64),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
@@ -326,8 +331,10 @@ def pictures(
         vae, their_vae = autoencoders(size, bench.device, dtype)
         with text_folders(size) as folder:
             text = load_text_encoder_folders(folder / "text_encoder", folder / "tokenizer").to(bench.device, dtype)
-            their_text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").to(bench.device, dtype)
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            their_text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True).to(
+                bench.device, dtype
+            )
+            tokenizer = byte_tokenizer(size)
         ours = Pipeline(unet=unet, codec=LatentCodec(vae), text_encoder=text, schedule=ScheduleConfig())
         theirs = StableDiffusionPipeline(
             unet=their_unet, vae=their_vae, text_encoder=their_text, tokenizer=tokenizer, safety_checker=None,
@@ -372,7 +379,9 @@ def training_steps(bench: Bench, size: Size, side: int) -> None:
     unet.load_state_dict({name: value.clone() for name, value in unet.state_dict().items()}, assign=True)
     vae = autoencoders(size, device, torch.bfloat16)[1].requires_grad_(False)
     with text_folders(size) as folder:
-        text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").to(device, torch.bfloat16)
+        text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True).to(
+            device, torch.bfloat16
+        )
     schedule, scheduler = NoiseSchedule.from_config(ScheduleConfig()), DDPMScheduler(beta_schedule="scaled_linear")
     latents, _, states = unet_inputs(size, batch, side, device, torch.float32)
     moments = torch.randn(batch, 8, side, side, device=device)

@@ -114,8 +114,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def losses(run: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """Its lines with a loss; a run that was ended early may have none."""
+    path = run / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
     return [line for line in lines if "loss" in line]
 
 
@@ -191,24 +193,30 @@ def main() -> None:
     if arguments.rehearse:
         config["train"] |= {"batch_size": 2, "max_steps": 2, "warmup_steps": 1, "log_every": 1}
         config["sample"] |= {"prompts": ["a cat"], "images_per_prompt": 1, "num_inference_steps": 2}
-    begun, batch = time.monotonic(), config["train"]["batch_size"]
+    run, batch = scratch / "run", config["train"]["batch_size"]
+    begun = time.monotonic()
     step, wrong = train(config, scratch, begun + CONSTANT_SHARE * (end - begun))
-    # Start-up and encoding are counted in, so the second part, which has less of both, ends in time.
-    speed = step / (time.monotonic() - begun)
-    record("constant rate, start-up included", value=step, unit="steps", samples_per_second=speed * batch)
+    log = log_of(run)
+    took = time.monotonic() - begun
+    speed = log[-1]["samples_per_second"] / batch if log else step / took
+    record("constant rate", value=step, unit="steps", samples_per_second=speed * batch, seconds=round(took, 1))
+    # The second start encodes nothing, so it takes no longer than the first.
+    left = end - time.monotonic() - (took - step / speed)
+    more = 2 if arguments.rehearse else int(0.95 * speed * left)
     last = step
+    if more < 1:
+        wrong = wrong or "no time was left for the falling rate"
     if not wrong:
-        more = 2 if arguments.rehearse else max(1, int(0.9 * speed * (end - time.monotonic())))
         warmup = min(config["train"]["warmup_steps"], step)  # a slow machine has not come to its end
         config["train"] |= {"max_steps": step + more, "cooldown_steps": more, "warmup_steps": warmup}
         last, wrong = train(config, scratch, end, "--resume", "--accept", "train.warmup_steps")
-        record("cooled down", value=last - step, unit="steps", planned=more, samples=last * batch)
+        record("falling rate", value=last - step, unit="steps", planned=more, samples=last * batch)
+    files = write_weights(newest(run) / "pipeline", arguments.out, scratch)
+    record("weights", value=len(files), unit="files", files=files, step=last)
     if wrong:
         record("training ended early", failed=wrong)
-    if curve := losses(scratch / "run"):
-        record("loss", value=curve[-1]["loss"], first=curve[0]["loss"], unit="mean square")
-    files = write_weights(newest(scratch / "run") / "pipeline", arguments.out, scratch)
-    record("weights", value=len(files), unit="files", files=files, step=last)
+    if log := log_of(run):
+        record("loss", value=log[-1]["loss"], first=log[0]["loss"], unit="mean square")
     sys.exit(bool(wrong))
 
 
