@@ -1,0 +1,176 @@
+"""What a GPU machine without network needs beside a checkout: `python tools/gpu.py --bundle FOLDER`, used with `--use`.
+
+    FOLDER/wheels.tar.xz      libraries that may be missing there, for Python 3.12 on x86-64 Linux
+    FOLDER/pictures.tar.xz    the training side of OpenMoji at 64 pixels, lossless WebP, with metadata.jsonl
+    FOLDER/text.safetensors.xz, text.json    MiniLM in float16, with the embedding rows that these captions use
+    FOLDER/bundle.json        sizes and hashes, and the commit that it was made from
+
+It stays below 24 MB: wheels are compressed together, and of diffusers only the modules travel that our tests and
+benchmark import. The held-out images do not travel, so nothing of them can be learned there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import lzma
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load, save
+
+from ldm.data import DataConfig, inspect, open_source, split
+from ldm.text import load_text_encoder
+from ldm.training.environment import commit
+
+MOST_BYTES = 24 * 10**6
+WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers")
+# diffusers asks for these as it is imported, and huggingface_hub has no need of them any more.
+PURE_WHEELS = ("requests", "urllib3", "charset-normalizer")
+# Machine code of pydantic-core: jumps are written as absolute addresses, which repeat.
+XZ_OF_WHEELS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+# float16 has two bytes a number: positions that alternate help LZMA (18.3 MB of MiniLM where the default gives 19.2).
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 1, "pb": 1}]
+MAX_LENGTH = 16
+TEMPLATE = "a {}"  # of configs/openmoji-64.yaml
+NEEDED = """
+import sys
+from diffusers import *
+from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
+    StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler, VQModel)
+from diffusers.training_utils import EMAModel
+"""
+
+
+def write(folder: Path) -> None:
+    """Writes the bundle.
+
+    Raises:
+        ValueError: if the folder is not empty, or the bundle is larger than MOST_BYTES.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; name a new folder for the bundle")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_wheels(folder / "wheels.tar.xz")
+    write_training_data(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: [len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest()] for name in names}
+    size = sum(count for count, _ in files.values())
+    content = {"bytes": size, "commit": commit(), "files": files}
+    (folder / "bundle.json").write_text(json.dumps(content, indent=1) + "\n")
+    if size > MOST_BYTES:
+        raise ValueError(f"the bundle takes {size:,} bytes, and {MOST_BYTES:,} may be")
+    print(f"{folder}: {size / 1e6:.1f} MB in {len(files)} files")
+
+
+def write_training_data(folder: Path, most: int | None = None) -> None:
+    """Pictures, `most` of them, and text encoder; this much needs no network."""
+    config = DataConfig(path="openmoji", resolution=64)
+    samples, _ = split(inspect(open_source(config), config).used, config.held_out)
+    samples = samples[:most]
+    plain = {caption for sample in samples for caption in sample.captions}
+    captions = sorted({"", *plain, *(TEMPLATE.format(caption) for caption in plain)})
+    write_pictures(folder / "pictures.tar.xz", samples)
+    write_text_encoder(folder, captions, XZ if most is None else [{"id": lzma.FILTER_LZMA2, "preset": 0}])
+
+
+def write_pictures(path: Path, samples: list[Any]) -> None:
+    rows = []
+    with lzma.open(path, "wb", preset=9) as compressed, tarfile.open(fileobj=compressed, mode="w") as tar:
+        for i, sample in enumerate(samples):
+            data = io.BytesIO()
+            sample.load().convert("RGB").save(data, "WEBP", lossless=True, quality=100, method=4)
+            add(tar, f"{i:04d}.webp", data.getvalue())
+            rows.append(json.dumps({"file_name": f"{i:04d}.webp", "text": list(sample.captions)}))
+        add(tar, "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def write_text_encoder(folder: Path, captions: list[str], filters: list[dict[str, int]]) -> None:
+    """MiniLM with a vocabulary of the tokens of these captions alone: longest matches stay what they are."""
+    encoder = load_text_encoder("minilm", MAX_LENGTH)
+    special = [encoder.tokenizer.pad_token_id, encoder.tokenizer.unk_token_id, encoder.tokenizer.mask_token_id]
+    ids = sorted({*special, *(token for row in encoder.tokenizer(captions).input_ids for token in row)})
+    vocabulary = dict(zip(encoder.tokenizer.convert_ids_to_tokens(ids), range(len(ids)), strict=True))
+    tensors = {name: tensor.half() for name, tensor in encoder.model.state_dict().items()}
+    tensors["embeddings.word_embeddings.weight"] = tensors["embeddings.word_embeddings.weight"][ids]
+    tensors["embeddings.position_embeddings.weight"] = tensors["embeddings.position_embeddings.weight"][:MAX_LENGTH]
+    tensors = {name: tensor * ("pooler" not in name) for name, tensor in tensors.items()}  # no state depends on it
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    (folder / "text.safetensors.xz").write_bytes(lzma.compress(save(tensors), filters=filters))
+    config = encoder.model.config.to_dict() | {"vocab_size": len(ids), "max_position_embeddings": MAX_LENGTH}
+    (folder / "text.json").write_text(json.dumps({"config": config, "vocabulary": vocabulary}))
+
+
+def read_text_encoder(bundle: Path, target: Path) -> None:
+    """Writes the text encoder of a bundle as a folder of transformers."""
+    content = json.loads((bundle / "text.json").read_text())
+    model = transformers.BertModel(transformers.BertConfig(**content["config"]))
+    model.load_state_dict(load(lzma.decompress((bundle / "text.safetensors.xz").read_bytes())))
+    model.to(torch.float32).save_pretrained(target)
+    tokenizer = transformers.BertTokenizer(vocab=content["vocabulary"])
+    tokenizer.model_max_length = MAX_LENGTH
+    tokenizer.save_pretrained(target)
+
+
+def write_wheels(path: Path) -> None:
+    """Downloads the tested versions; needs the network."""
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", name]
+        platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_17", "2014")]
+        pure = ["--platform=any", "--implementation=py", "--abi=none"]
+        for wheels, kind in ((WHEELS, platforms), (PURE_WHEELS, pure)):
+            wanted = [f"{wheel}=={version(wheel)}" for wheel in wheels]
+            subprocess.run([*command, "--python-version=3.12", *kind, *wanted], check=True)
+        with (
+            lzma.open(path, "wb", filters=XZ_OF_WHEELS) as compressed,
+            tarfile.open(fileobj=compressed, mode="w") as tar,
+        ):
+            for wheel in sorted(Path(name).glob("*.whl")):
+                kept = modules_of_diffusers() if wheel.name.startswith("diffusers") else None
+                add(tar, wheel.name, stored(wheel, kept))
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpacks one of the archives of a bundle."""
+    target.mkdir(parents=True)
+    with lzma.open(archive) as compressed, tarfile.open(fileobj=compressed) as tar:
+        tar.extractall(target, filter="data")
+
+
+def modules_of_diffusers() -> set[str]:
+    """Paths inside its wheel of the modules that are loaded with what we use of it."""
+    code = NEEDED.replace("from diffusers import *\n", "") + (
+        "print('\\n'.join(m.__file__ for n, m in list(sys.modules.items()) if n.split('.')[0] == 'diffusers'))"
+    )
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return {"diffusers/" + path.rpartition("/diffusers/")[2] for path in listed.split("\n") if "/diffusers/" in path}
+
+
+def stored(wheel: Path, kept: set[str] | None) -> bytes:
+    """The same wheel without compression, so that all of them can be compressed together; with `kept`, of its modules
+    only these.
+    """
+    data = io.BytesIO()
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as packed:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if kept is not None and entry.filename.endswith(".dist-info/RECORD"):
+                content = b"".join(line for line in content.splitlines(True) if line.split(b",")[0].decode() in kept)
+            if kept is None or entry.filename in kept or ".dist-info/" in entry.filename:
+                packed.writestr(entry.filename, content)
+    return data.getvalue()
