@@ -20,6 +20,7 @@ WAYS = {
     "--encoder": FIXED,
     "--image-column": FIXED,
     "--caption-column": FIXED,
+    "--caption-source": FIXED,
     "--plan": "its plan is plan.json in the run folder, and its config config.yaml; leave it out",
 }
 
@@ -69,6 +70,7 @@ def train(
             "--encoder": encoder,
             "--image-column": image_column,
             "--caption-column": caption_column,
+            "--caption-source": caption_source,
             "--plan": plan or None,
         }
         for option, value in given.items():

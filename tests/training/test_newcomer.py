@@ -1,6 +1,7 @@
 """`ldm train FOLDER` from end to end: what is printed, what is left behind, how it goes on, and how it fails."""
 
 import dataclasses
+import inspect
 import io
 import json
 import shlex
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from ldm import Pipeline, cli
+from ldm.cli.train import WAYS, train
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
 from ldm.data import DataConfig, open_source
 from ldm.evaluation import advice
@@ -398,6 +400,7 @@ def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
         (["--encoder", "minilm"], "--encoder is for a new one"),
         (["--image-column", "x"], "--image-column is for a new one"),
         (["--caption-column", "x"], "--caption-column is for a new one"),
+        (["--caption-source", "x"], "--caption-source is for a new one"),
         (["--set", "output_dir=other"], "--set output_dir names one"),
         (["--set", "train.max_stepps=3"], "did you mean train.max_steps?"),
         (["--set", "train.max_steps=0"], "max_steps is 0"),
@@ -414,6 +417,11 @@ def test_what_a_resumed_run_has_no_place_for_is_refused_by_name(arguments, part,
     error = capfd.readouterr().err
     assert part in error and error.count("\n") == 1
     assert (here / "run" / "config.yaml").read_text() == text
+
+
+def test_no_option_of_a_new_run_is_forgotten_when_one_is_resumed():
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(train).parameters}
+    assert options - {"--path", "--settings", "--resume", "--accept"} == set(WAYS)
 
 
 def test_several_values_follow_one_option_as_in_the_scripts(here, monkeypatch):
