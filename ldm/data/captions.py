@@ -20,6 +20,9 @@ FILE_NAMES = (
 # A caption has a few hundred bytes. What is larger by a factor of a thousand is not one, and would fill memory.
 MAX_TEXT_BYTES = 2**20
 
+# YOLO's: the number of a class and the place of a box, or the corners of an outline.
+_BOX = re.compile(r"\d+( [01]?\.\d+(e-?\d+)?){4,}")
+
 # UTF-32 goes first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -119,6 +122,7 @@ def caption_lines(data: bytes) -> list[str]:
     """A caption file: every line that is not empty is a caption.
 
     Raises:
+        KeyError: if all lines are boxes of YOLO, which stand beside images as captions do.
         ValueError: with the reason, which begins with a verb, so that the file's name can stand before it; an
             empty file is an "empty caption".
     """
@@ -139,6 +143,8 @@ def caption_lines(data: bytes) -> list[str]:
             continue  # only emptiness is left to fail: UTF-8 has no surrogates
     if not lines:
         raise ValueError("empty caption")
+    if all(map(_BOX.fullmatch, lines)):
+        raise KeyError("boxes, which are no captions")
     return lines
 
 

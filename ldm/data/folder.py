@@ -251,7 +251,7 @@ def _caption_image(
             data = (found.root / path).read_bytes()
             good, reasons = (caption_lines(data), []) if plain else json_captions(data, column)
         except KeyError:
-            continue  # JSON of another kind, such as boxes
+            continue  # of another kind, such as boxes
         except OSError as error:
             faults.append((path, f"{printable(name)} cannot be read: {error.strerror}"))
         except ValueError as error:

@@ -37,6 +37,8 @@ class JsonRows:
                 raise ValueError(f"not JSON: {error}") from error
         else:
             self.is_coco = isinstance(value, dict) and _is_coco(value)
+            if isinstance(value, dict) and not self.is_coco and _is_boxes(value):
+                raise ValueError("its annotations have no captions")
             self._records = list(_coco(value) if self.is_coco else _records(value))
         known = [record for record in self._records if isinstance(record, dict)]
         self.columns = list(dict.fromkeys(key for record in known[:_ROWS_FOR_COLUMNS] for key in record))
@@ -77,6 +79,18 @@ def _is_coco(value: dict[str, Any]) -> bool:
     )
 
 
+def _is_boxes(value: dict[str, Any]) -> bool:
+    """Whether it is COCO's, of boxes or points, and its images have no captions either."""
+    annotations, images = value.get("annotations"), value.get("images")
+    return (
+        isinstance(annotations, list)
+        and isinstance(images, list)
+        and _is_list_of_named(images)
+        and any(isinstance(entry, dict) and "image_id" in entry for entry in annotations)
+        and not any(isinstance(entry, dict) and match(entry, CAPTION_NAMES) is not None for entry in images)
+    )
+
+
 def _coco(value: dict[str, Any]) -> Iterator[Record]:
     names: dict[Any, Any] = {}
     images = value.get("images")
@@ -106,6 +120,8 @@ def _records(value: Any) -> Iterator[Record]:
         return
     # A file of one image's boxes is an object with lists too, but they do not name files.
     lists = [entries for entries in value.values() if _is_list_of_named(entries)]
+    if len(lists) > 1:  # images with captions, and boxes in them
+        lists = [entries for entries in lists if match(entries[0], CAPTION_NAMES) is not None]
     if len(lists) == 1:
         yield from map(_entry, lists[0])
         return

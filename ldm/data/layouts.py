@@ -190,7 +190,7 @@ def _choose(
             )
         return None
     same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
-    if best in same and any(one.images != best.images for one in same):
+    if captioned and best in same and any(one.images != best.images for one in same):
         names = "; ".join(one.name for one in same)
         raise ValueError(
             f"{found.root} has several tables that name images, as many each but not the same: {names}; set "
@@ -298,8 +298,9 @@ def _add_uncaptioned(found: Found, listing: Listing, config: DataConfig, by_path
     ]
     if listing.kind != "shards":
         listing.samples.sort(key=lambda sample: sample.id)
+    read = listing.covered if listing.kind != "shards" else set()  # what is said of a shard is a loss
+    listing.skipped = [entry for entry in listing.skipped if entry.path not in read.union(images)]
     listing.covered.update(images)
-    listing.skipped = [entry for entry in listing.skipped if entry.path not in listing.covered]
 
 
 def _refuse_splits(folder: Path, config: DataConfig) -> None:

@@ -65,16 +65,17 @@ class Names:
     def base(self, table: str, names: Iterable[str]) -> tuple[str, bool] | None:
         """What the names in the file `table` are relative to, and whether they are so `anywhere`, as `locate` takes it.
 
-        It is the folder that most of the first hundred are in, of: the table's own, those of images below it, those
-        above it, all others. If more of them are the end of one path each, or as many and the folder is not the
-        table's own, they are that. None if no name leads to an image.
+        It is the folder that most of the first hundred are in, of: the table's own, those of images that it is called
+        after, as captions_val2017.json is after val2017/, those below its own, those above it, all others. If more of
+        them are the end of one path each, or as many and the folder is not the table's own, they are that. None if no
+        name leads to an image.
         """
         found = ((name, self._ending(_tail(without_number(name)))) for name in dict.fromkeys(names))
         ends = dict(islice(((name, paths) for name, paths in found if paths), _NAMES_TO_TRY))
         tried, own = list(ends), folder_of(table)
         holding = Counter(folder_of(path) for paths in ends.values() for path in paths)
         best, most = own, 0
-        for base in _bases(own, [folder for folder, _ in holding.most_common(_FOLDERS_TO_TRY)]):
+        for base in _bases(table, [folder for folder, _ in holding.most_common(_FOLDERS_TO_TRY)]):
             held = sum(self._holds(base, name) for name in tried)
             if held > most:
                 best, most = base, held
@@ -182,11 +183,23 @@ class Names:
         return f"; did you mean {printable(near)}?" if near else ""
 
 
-def _bases(own: str, folders: Sequence[str]) -> Iterable[str]:
-    """What names of a table in the folder `own` may be relative to: that, those below, those above, and the others."""
+def _bases(table: str, folders: Sequence[str]) -> Iterable[str]:
+    """What names of a table may be relative to: its folder, those that it is called after, those below its own, those
+    above it, and the others.
+    """
+    own, name = folder_of(table), stem(_tail(table))
+    called = [folder for folder in sorted(folders) if _is_called(name, _tail(folder.rstrip("/")))]
     above = [own[: match.end()] for match in reversed(list(re.finditer("/", own.removesuffix("/"))))]
     below = [folder for folder in sorted(folders) if folder.startswith(own)]
-    return dict.fromkeys((own, *below, *above, "", *sorted(folders)))
+    return dict.fromkeys((own, *called, *below, *above, "", *sorted(folders)))
+
+
+def _is_called(table: str, folder: str) -> bool:
+    """Whether one of the words of a table's name begins as the name of a folder does, or that as the word."""
+    words = [word for word in re.split(r"[\W_]+", table.casefold()) if len(word) > 2]
+    return len(folder) > 2 and any(
+        word.startswith(folder.casefold()) or folder.casefold().startswith(word) for word in words
+    )
 
 
 def without_number(name: str) -> str:

@@ -83,9 +83,10 @@ class _Csv:
         self.lines = list(io.StringIO(text, newline=None))
         self.plain = plain
         filled = [number for number, line in enumerate(self.lines) if line.strip()]
-        told = re.fullmatch(r"sep=(.)\s*", self.lines[filled[0]], re.IGNORECASE) if filled else None  # as Excel is told
+        # as Excel is told
+        told = re.fullmatch(r"""(['"]?)sep=(.)\1\s*""", self.lines[filled[0]], re.IGNORECASE) if filled else None
         if told is not None:
-            delimiters = told[1]
+            delimiters = told[2]
             filled.pop(0)
         if not filled:
             raise ValueError("the file is empty")

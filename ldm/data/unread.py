@@ -15,7 +15,20 @@ from ldm.data.sources import CaptionSource
 _SHEETS = (".xlsx", ".ods", ".xlsm")
 _KINDS = frozenset(
     (
-        *(".txt", ".caption", ".captions", ".cap", ".token", ".tags", ".prompt", ".text", ".lst", ".rtf"),
+        *(
+            ".txt",
+            ".caption",
+            ".captions",
+            ".cap",
+            ".token",
+            ".tags",
+            ".prompt",
+            ".text",
+            ".lst",
+            ".rtf",
+            ".md",
+            ".dat",
+        ),
         *(
             ".json",
             ".jsonl",
@@ -39,7 +52,7 @@ _ENDS = "|".join(re.escape(end[1:]) for end in sorted(IMAGES, key=len, reverse=T
 _NAME = re.compile(rf"(?<![^\s\"'|,;:<>\\/])[^\s\"'|,;:<>\\/]{{1,255}}\.(?:{_ENDS})(?![a-z0-9])", re.IGNORECASE)
 # The cell that a name stands in, which says nothing besides.
 _CELL = re.compile(rf"(?<![^\t,;|\"<>\n])[^\t,;|\"<>\n]{{0,999}}\.(?:{_ENDS})(?:#\d+)?(?![a-z0-9])", re.IGNORECASE)
-_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,} +[^\W\d_]{2}")
+_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,},? +[^\W\d_]{2}")  # or tags
 _MOST = 2**24  # bytes of a file that are looked at
 _LOOKED_AT = 20  # of files that are named after images
 
@@ -65,15 +78,16 @@ def unread(
             after.setdefault(owner.casefold(), set()).add(path)
         for word in _named(name)[-1:]:
             by_name.setdefault(word, set()).add(path)
-    named_after: dict[tuple[str, str], list[str]] = {}
+    named_after: dict[tuple[str, str], list[tuple[str, str]]] = {}  # files, and what they are named after
     sources: list[CaptionSource] = []
     for path in found.files:
         if path in read or suffix(path) not in _KINDS or _last(path).lower().startswith(DOCUMENTS):
             continue
         if composed(stem(path)).casefold() in folded and suffix(path) in CAPTION_FILES:
             continue  # captions beside images are a source, and named there if they are none
-        if suffix(path) and stem(_last(composed(path))).casefold() in after:
-            named_after.setdefault((folder_of(path), suffix(path)), []).append(path)
+        bare = stem(_last(composed(path))).casefold()
+        if suffix(path) and bare in after:
+            named_after.setdefault((folder_of(path), suffix(path)), []).append((path, bare))
             continue
         text = _text(found.root / path)
         about = {image for name in _named(composed(text)) for image in by_name.get(name, ())}
@@ -82,16 +96,27 @@ def unread(
         # Names of images that are not there are those of a table whose images were moved or renamed.
         elif about or (path in reasons and _NAME.search(text)):
             sources.append(_source(path, about, captioned, text, reasons.get(path, _advice(path))))
-    for (folder, kind), paths in named_after.items():
-        about = {image for path in paths for image in after[stem(_last(composed(path))).casefold()]}
+        elif suffix(path) and (part := _part(bare, after)) is not None:
+            named_after.setdefault((folder_of(path), suffix(path)), []).append((path, part))
+    for (folder, kind), named in named_after.items():
+        about = {image for _, owner in named for image in after[owner]}
+        paths = [path for path, _ in named]
         text = "\n".join(_text(found.root / path) for path in paths[:_LOOKED_AT])
         name = paths[0] if len(paths) == 1 else f"{folder}*{kind}"
         beside = all(composed(stem(path)) in owners for path in paths)
         reason = f"{kind} beside images is not read" if beside else "named after images that it does not lie beside"
+        if any(stem(_last(composed(path))).casefold() != owner for path, owner in named):
+            reason = f"its name has more to it than that of the image; call it like the image, as in a{kind} of a.png"
         if kind == ".json" and beside:
             reason = "no caption under a usual name; set data.caption_column"
         sources.append(_source(name, about, captioned, text, reason))
     return sources
+
+
+def _part(name: str, after: Mapping[str, object]) -> str | None:
+    """The name of an image in one with a word more at an end, such as "1_caption" or "caption-1"; None for others."""
+    ways = (re.sub(r"[._ -]+[^\W\d_]+$", "", name), re.sub(r"^[^\W\d_]+[._ -]+", "", name))
+    return next((way for way in ways if way in after), None)
 
 
 def _named(text: str) -> list[str]:

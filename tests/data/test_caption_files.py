@@ -425,6 +425,8 @@ UNREAD: dict[str, object] = {
     "wide.txt": "1.png a dog in the snow\n",
     "captions/1.txt": "a dog in the snow",
     "dogs/1.captions": "a dog in the snow",
+    "dogs/1.md": "a dog in the snow",
+    "list.dat": "1.png\ta dog in the snow\n",
     "dogs/1.yaml": "caption: a dog in the snow",
     "dogs/1.json": {"alt_text": "a dog in the snow"},
 }
@@ -527,7 +529,7 @@ def test_tables_within_a_tar_are_named(tmp_path: Path) -> None:
 
 def test_the_first_line_that_tells_excel_the_delimiter(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    for line, mark in (("sep=;", ";"), ("SEP=|", "|"), ("sep=,", ","), ("sep=\t", "\t")):
+    for line, mark in (("sep=;", ";"), ('"sep=;"', ";"), ("SEP=|", "|"), ("sep=,", ","), ("sep=\t", "\t")):
         write(
             tmp_path / "metadata.csv",
             f'{line}\r\nfile_name{mark}text{mark}score\r\na.png{mark}a cat{mark}"0,5"\r\n',
@@ -572,3 +574,51 @@ def test_whole_paths_of_another_machine_lead_to_the_files_by_their_ends(tmp_path
     records = {top + name.replace("/", slash): {"caption": texts[0]} for name, texts in expected.items()}
     write(tmp_path / "meta_cap.json", json.dumps(records))
     assert captions(opened(tmp_path)) == expected
+
+
+def test_annotations_count_for_the_folder_that_they_are_called_after(tmp_path: Path) -> None:
+    for number, folder in enumerate(("train", "val")):
+        for place, name in enumerate(("1.png", "2.png")):
+            save(tmp_path / folder / name, (40 * number, 90 * place, 7))
+        write(tmp_path / "annotations" / f"captions_{folder}2017.json", coco(["1.png", "2.png"], f"of {folder}"))
+    found = captions(opened(tmp_path))
+    assert found == {f"{folder}/{i + 1}.png": (f"of {folder} {7 * i}",) for folder in ("train", "val") for i in (0, 1)}
+
+
+def test_annotations_without_captions_are_said_to_have_none(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "1.png", "red")
+    boxes = {
+        "images": [{"id": 1, "file_name": "1.png"}],
+        "annotations": [{"image_id": 1, "bbox": [0, 0, 4, 4], "category_id": 3}],
+    }
+    write(tmp_path / "train" / "_annotations.coco.json", boxes)
+    with pytest.raises(NothingCaptionedError) as caught:
+        opened(tmp_path)
+    (source, _) = caught.value.source.caption_sources
+    assert source.reason == "its annotations have no captions"
+    boxes["images"][0]["caption"] = "a red square"
+    write(tmp_path / "train" / "_annotations.coco.json", boxes)
+    assert captions(opened(tmp_path)) == {"train/1.png": ("a red square",)}
+
+
+def test_texts_whose_names_have_a_word_more_than_those_of_images_are_named(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "cats" / f"{number}.png", (60 * number, 0, 0))
+        write(tmp_path / "cats" / f"{number}_caption.txt", "an old cat")
+    with pytest.raises(NothingCaptionedError, match=r"cats/\*\.txt names 3 images and is not read \(its name has more"):
+        opened(tmp_path)
+
+
+def test_tags_are_words(tmp_path: Path) -> None:
+    save(tmp_path / "cats" / "1.png", "red")
+    write(tmp_path / "cats" / "1.tags", "1girl, solo, smile")
+    with pytest.raises(NothingCaptionedError, match=r"cats/1\.tags names 1 image"):
+        opened(tmp_path)
+
+
+def test_boxes_beside_images_are_no_captions(tmp_path: Path) -> None:
+    save(tmp_path / "cats" / "1.png", "red")
+    write(tmp_path / "cats" / "1.txt", "0 0.5 0.5 0.25 0.125\n12 0.3 0.2 0.1 1.0\n")
+    assert captions(opened(tmp_path)) == {"cats/1.png": ("cats",)}
+    write(tmp_path / "cats" / "1.txt", "0 0.5 0.5 0.25 0.125\na cat")
+    assert captions(opened(tmp_path)) == {"cats/1.png": ("0 0.5 0.5 0.25 0.125", "a cat")}

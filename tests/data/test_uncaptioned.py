@@ -129,3 +129,18 @@ def test_captions_are_needed_where_they_are(tmp_path: Path) -> None:
     save(tmp_path / "b.png")
     source = opened(tmp_path)
     assert (captions(source), reasons(source)) == ({"a.png": ("a",)}, {"b.png": "no caption"})
+
+
+def test_tables_that_do_not_agree_stop_nobody(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        save(tmp_path / f"{name}.png", "red")
+        (tmp_path / f"{name}.csv").write_text(f"file_name,text\n{name}.png,one\n")
+    assert set(images_of(tmp_path)) == {"1.png", "2.png"}
+
+
+def test_a_broken_shard_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "1.png", "red")
+    (tmp_path / "data.tar").write_bytes(b"junk")
+    source = open_source(DataConfig(path=str(tmp_path), resolution=8), captioned=False)
+    assert [sample.id for sample in source.samples] == ["1.png"]
+    assert [entry.path for entry in source.skipped] == ["data.tar"]
