@@ -142,10 +142,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one ValueError that names the file."""
     try:
+        disk.check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; the model folder is incomplete, copy or train it again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
         disk.check_not_pointer(path)
         raise ValueError(f"{path} cannot be read as JSON ({error}); copy or train the model again") from None
     if not isinstance(content, dict):
@@ -172,6 +173,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, or one ValueError that names it."""
     try:
+        disk.check_regular(path)
         return load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; the folder is incomplete, copy or train it again") from None
@@ -301,8 +303,11 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
         built = network_config.from_dict(config)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    with torch.device("meta"):
-        model: UNet | FirstStage = network(built)
+    try:
+        with torch.device("meta"):
+            model: UNet | FirstStage = network(built)
+    except RuntimeError as error:  # more numbers than can be counted
+        raise ValueError(f"{folder / 'config.json'}: no such network can be built ({error})") from None
     weights = plain_names(read_weights(folder), folder)
     if expected in FIRST_STAGES:
         weights = upgrade_state_dict(weights)

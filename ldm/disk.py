@@ -153,6 +153,10 @@ def _replace_folder(path: Path, aside: Path, replaces: Callable[[str], bool]) ->
     """Puts a folder in the place of another, with what that does not replace."""
     inside = _working_folder_in(path)
     _keep(path, aside, replaces)
+    for folder in (aside, *(place for place in aside.rglob("*") if place.is_dir() and not place.is_symlink())):
+        before = path / folder.relative_to(aside)
+        if before.is_dir():  # one that is its owner's alone, or shared with a group, stays so
+            folder.chmod(stat.S_IMODE(before.stat().st_mode) | stat.S_IRWXU)
     old = path.with_name(f"{aside.name.removesuffix('partial')}old")
     if _exchange(path, aside):
         aside.rename(old)
@@ -292,8 +296,17 @@ def stamp(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
+def check_regular(path: Path) -> None:
+    """`OSError` unless a name is that of a file with an end: a pipe would be waited for, a device read forever."""
+    if not path.is_file():
+        path.stat()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
 def check_not_pointer(path: Path) -> None:
     """`ValueError` if in the place of a file lies what git keeps of it where git-LFS was not at work."""
+    if not path.is_file():
+        return
     with suppress(OSError), path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ValueError(

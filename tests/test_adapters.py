@@ -399,6 +399,9 @@ def broken(folder, how):
         "alpha that is a word": (json.dumps({"unet.lora_alpha": "x"}), "is no number"),
         "a pattern that is a list": (json.dumps({"unet.alpha_pattern": [1]}), "is no number"),
         "a pattern that is no expression": (json.dumps({"unet.alpha_pattern": {"(": 1}}), "is no pattern"),
+        "a pattern of groups": (json.dumps({"unet.alpha_pattern": {"((.)+)+!": 1}}), "searched for hours"),
+        "a pattern of many repeats": (json.dumps({"unet.alpha_pattern": {".*.*.*.*!": 1}}), "searched for hours"),
+        "settings that are too deep": ("[" * 100_000, "settings that are no JSON"),
     }
     save_file(good, path, {"lora_adapter_metadata": settings[how][0]})
     return folder, settings[how][1]
@@ -431,6 +434,9 @@ def broken(folder, how):
         "alpha that is a word",
         "a pattern that is a list",
         "a pattern that is no expression",
+        "a pattern of groups",
+        "a pattern of many repeats",
+        "settings that are too deep",
     ],
 )
 def test_what_is_no_adapter_is_refused_by_name(unet, tmp_path, how):
@@ -698,3 +704,17 @@ def test_without_peft_no_file_is_looked_at(unet, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="LoRA needs peft, which cannot be imported"):
         load_adapter(unet, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["unet._orig_mod.", "unet.module._orig_mod.", "_orig_mod."])
+def test_adapters_of_compiled_networks_are_read_as_those_of_plain_ones(unet, tmp_path, prefix):
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    for start, name in (("unet.", "plain"), (prefix, "wrapped")):
+        generator = torch.Generator().manual_seed(0)
+        ends = {f"{start}{layer}.lora_{part}.weight": size for part, size in (("A", (2, 16)), ("B", (16, 2)))}
+        weights = {key: torch.randn(size, generator=generator) for key, size in ends.items()}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        load_adapter(unet, tmp_path / f"{name}.safetensors", name)
+    tensors = adapter_tensors(unet, "wrapped")
+    assert tensors.keys() == adapter_tensors(unet, "plain").keys()
+    assert all(torch.equal(value, tensors[key]) for key, value in adapter_tensors(unet, "plain").items())

@@ -548,3 +548,57 @@ def test_a_first_stage_of_another_class_is_named(saved):
     assert "describes an AutoencoderTiny; a first stage is an AutoencoderKL or a VQModel" in fault(saved)
     tiny.edit_json(saved / "vae" / "config.json", _class_name="VQModel")
     assert "vae/config.json" in fault(saved)
+
+
+def test_a_pipe_among_the_files_is_named_and_not_waited_for(saved):
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        os.mkfifo(saved / name)
+        message = fault(saved)
+        assert name in message
+        assert "Not a regular file" in message
+        (saved / name).unlink()
+        (saved / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "text_encoder/config.json"])
+def test_json_that_is_too_deep_or_too_long_a_number_is_named(saved, name, text):
+    (saved / name).write_text(text)
+    assert str(saved / name) in fault(saved)
+
+
+def test_configs_that_ask_for_more_than_the_weights_hold_cost_neither_time_nor_memory(saved):
+    cases = [
+        ("unet", "layers_per_block", 10**6, "at most 100"),
+        ("unet", "transformer_layers_per_block", 10**6, "at most 100"),
+        ("unet", "in_channels", 10**18, "at most 2147483647"),
+        ("unet", "block_out_channels", [2**30, 2**31 - 4], "no such network can be built"),
+        ("vae", "layers_per_block", 10**6, "at most 100"),
+        ("text_encoder", "num_hidden_layers", 10**6, "has 1000000 layers"),
+        ("text_encoder", "vocab_size", 10**11, "the weights hold"),
+        ("text_encoder", "intermediate_size", 10**9, "the weights hold"),
+    ]
+    for part, key, value, message in cases:
+        path = saved / part / "config.json"
+        content = path.read_text()
+        path.write_text(json.dumps(json.loads(content) | {key: value}))
+        assert message in fault(saved)
+        path.write_text(content)
+
+
+def test_an_autoencoder_that_is_not_finite_is_not_saved(saved, tmp_path):
+    pipeline = Pipeline.from_pretrained(saved)
+    with torch.no_grad():
+        pipeline.codec.autoencoder.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"the autoencoder: .*decoder.conv_out.bias holds numbers that are not finite"):
+        pipeline.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_that_the_text_encoder_does_not_have_are_named(saved):
+    tiny.edit_json(saved / "tokenizer" / "tokenizer_config.json", eos_token="<|another|>")
+    pipeline = Pipeline.from_pretrained(saved)
+    with pytest.raises(ValueError, match="the tokenizer gives the token 514, but the text encoder has 514"):
+        pipeline("a cat", num_inference_steps=1)

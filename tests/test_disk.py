@@ -2,6 +2,8 @@
 
 import errno
 import os
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -176,3 +178,25 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
         disk.folder_to_write(tmp_path / "f")
     with pytest.raises(ValueError, match="is a mount point"):
         disk.folder_to_write("/")
+
+
+def test_a_folder_that_is_private_or_shared_with_a_group_stays_so(tmp_path):
+    (tmp_path / "f" / "unet").mkdir(parents=True)
+    (tmp_path / "f").chmod(0o2770)
+    (tmp_path / "f" / "unet").chmod(0o700)
+    with disk.new_folder(tmp_path / "f") as aside:
+        (aside / "unet").mkdir()
+        (aside / "vae").mkdir()
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o2770
+    assert stat.S_IMODE((tmp_path / "f" / "unet").stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_and_devices_are_no_files_to_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="Not a regular file"):
+            disk.check_regular(path)
+        disk.check_not_pointer(path)  # does not wait
+    with pytest.raises(FileNotFoundError):
+        disk.check_regular(tmp_path / "none")

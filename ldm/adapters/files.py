@@ -36,6 +36,7 @@ from ldm.adapters.layers import (
 from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
 from ldm.adapters.names import names_in_files
 from ldm.weights import check_weights, converted
+from ldm.wrapped import plain_names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -73,6 +74,9 @@ _PREFIXES = {
 }
 # Layers of CLIP, which a UNet has not: files of a text encoder alone have no other prefix either.
 _OF_TEXT_ENCODER = re.compile(r"text_model[._]|encoder[._]layers[._]")
+
+# Expressions of strangers are searched in the names of layers; with few repeats, none of a group, that ends.
+_REPEATS, _REPEATED_GROUP, _MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{?]"), 2
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,10 @@ def _settings_of(file: _File, part: str) -> dict[str, Any]:
             re.compile(expression)
         except (re.error, TypeError):
             raise ValueError(f"{file.path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
+        if len(_REPEATS.findall(expression)) > _MOST_REPEATS or _REPEATED_GROUP.search(expression):
+            raise ValueError(
+                f"{file.path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
+            )
     return found
 
 
@@ -260,12 +268,13 @@ def _read(source: str | os.PathLike[str]) -> _File:
     try:
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  (it is no dict)
+            found = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  (it is no dict)
     except (SafetensorError, OSError) as error:
         disk.check_not_pointer(path)
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save or download it again") from None
-    if not tensors:
+    if not found:
         raise ValueError(f"{path} holds no weights; save or download it again")
+    tensors = plain_names(found, path)
     if METADATA in header:
         return _File(path, tensors, _settings(path, header[METADATA]))
     beside = path.parent / PEFT_CONFIG
@@ -277,7 +286,7 @@ def _read(source: str | os.PathLike[str]) -> _File:
 def _settings(path: Path, text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         disk.check_not_pointer(path)
         raise ValueError(f"{path} has settings that are no JSON ({error}); save or download it again") from None
     if not isinstance(settings, dict):

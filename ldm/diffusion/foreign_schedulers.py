@@ -178,5 +178,6 @@ def _other_kind(name: str) -> str:
             f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler') as sampler"
         )
     near = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=0.9)
-    advice = f"did you mean {near[0]}?" if near else f"supported are {', '.join(SCHEDULERS)}"
+    mistyped = near and not name.endswith(near[0])  # IPNDMScheduler is another one
+    advice = f"did you mean {near[0]}?" if mistyped else f"supported are {', '.join(SCHEDULERS)}"
     return f"scheduler {name} does not sample a DDPM schedule, or is not known here; {advice}"

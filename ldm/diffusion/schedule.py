@@ -45,7 +45,7 @@ class ScheduleConfig:
         beta_schedule: "linear" (DDPM, section 4), "scaled_linear" (linear in √β: LDM, Stable Diffusion), "sigmoid"
             (GeoDiff), "cosine" (Improved DDPM, Eq. 17) or "plain_cosine" (ᾱ = (cos(πt/T) + 1) / 2 inside
             [1e-4, 1 − 1e-4]); `beta_start` and `beta_end` have no meaning for the last two.
-        num_train_timesteps: T, at least 1.
+        num_train_timesteps: T, from 1 to a million.
         beta_start, beta_end: β_1 and β_T, 0 < beta_start <= beta_end < 1.
         trained_betas: a table of T betas in (0, 1) that replaces `beta_schedule`; the last may be 1.
         rescale_betas_zero_snr: whether ᾱ is rescaled so that the last is 0 (arXiv:2305.08891, Algorithm 1).
@@ -80,8 +80,10 @@ class ScheduleConfig:
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1")
+        if not 1 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1, at most {_MOST_TIMESTEPS}"
+            )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; "
@@ -98,6 +100,9 @@ class ScheduleConfig:
             raise ValueError("num_train_timesteps is 1; rescale_betas_zero_snr keeps the first step, so it needs 2")
         if self.rescale_betas_zero_snr or (self.trained_betas is not None and self.trained_betas[-1] == 1):
             check_no_signal(self.prediction_type, self.num_train_timesteps - 1)
+
+
+_MOST_TIMESTEPS = 1_000_000
 
 
 class NoiseSchedule:

@@ -149,6 +149,9 @@ class Pipeline(Editing):
         weights = self.unet.state_dict()
         check_weights(weights, "unet")
         converted(weights, dtype, "unet")
+        codec = _unwrapped(self.codec)
+        if isinstance(codec, LatentCodec):
+            check_weights(codec.autoencoder.state_dict(), "the autoencoder")
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
         place = disk.folder_to_write(folder)
         with checkpoint.atomic_folder(place) as target:

@@ -46,12 +46,13 @@ class Weights:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. `ValueError` names the file where it is missing, damaged or not an object."""
     try:
+        disk.check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the folder is incomplete, save or download it again") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): save or download it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
         disk.check_not_pointer(path)
         raise ValueError(f"{path} is not valid JSON ({error}): save or download it again") from None
     if not isinstance(content, dict):

@@ -251,9 +251,11 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
         config = config.get("text_config", config)
     tensors = read_tensors(weights, family.other_towers)
     try:
+        built = model_class.config_class(**_declared(config, model_class.config_class))
+        _check_size(model_class, built, tensors)
         model, report = model_class.from_pretrained(
             None,
-            config=model_class.config_class(**_declared(config, model_class.config_class)),
+            config=built,
             state_dict=tensors,
             dtype=torch.float32,
             use_safetensors=True,
@@ -276,6 +278,20 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
             "save or download the model again"
         )
     return model
+
+
+def _check_size(model_class: Any, config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """`ValueError` where a config asks for far more than the weights hold, before time and memory are spent on it.
+
+    Twice their numbers are let through: tied ones are counted twice here, and a pooling head may be missing.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(f"config.json has {config.num_hidden_layers} layers, and the weights {len(tensors)} tensors")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if wanted > 2 * held:
+        raise ValueError(f"config.json describes {wanted:,} numbers, and the weights hold {held:,}")
 
 
 def _declared(config: dict[str, Any], config_class: Any) -> dict[str, Any]:

@@ -246,3 +246,14 @@ def test_the_files_of_published_models_are_read(name):
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-6)
     assert config.prediction_type == theirs.config.prediction_type
     assert config.timestep_spacing == theirs.config.timestep_spacing
+
+
+@pytest.mark.parametrize("name", ["IPNDMScheduler", "CosineDPMSolverMultistepScheduler"])
+def test_another_scheduler_is_no_misspelling_of_one_that_is_known(name):
+    with pytest.raises(ValueError, match=f"{name} does not sample a DDPM schedule.*supported are"):
+        config_from_diffusers({"_class_name": name})
+
+
+def test_a_schedule_that_fills_the_memory_is_refused():
+    with pytest.raises(ValueError, match=r"num_train_timesteps is 10000000000; it must be .* at most 1000000"):
+        config_from_diffusers({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**10})
