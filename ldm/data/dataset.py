@@ -41,7 +41,9 @@ class Item:
 
 
 class Batch(NamedTuple):
-    """B items of one `size` (h, w): `indices` int64 [B], `flipped` bool [B], `images` uint8 [B, 3, h, w] or None."""
+    """B items of one `size` (h, w): `indices` int64 [B], `flipped` bool [B], `images` uint8 [N, 3, h, w], or None for
+    N = 0, of the N items that are `loaded`, bool [B].
+    """
 
     ids: list[str]
     epochs: list[int]
@@ -50,6 +52,7 @@ class Batch(NamedTuple):
     flipped: Tensor
     size: tuple[int, int]
     images: Tensor | None
+    loaded: Tensor
 
 
 class CaptionedImages(Dataset[Item]):
@@ -109,6 +112,8 @@ class CaptionedImages(Dataset[Item]):
         """The sample `index` as epoch `epoch` shows it, for `position` (epoch, index)."""
         epoch, index = position
         sample = self.samples[index]
+        if sample.renew is not None:
+            return self._renewed(epoch, index)
         flipped = self.config.flip and bool(self._draw("flip", epoch, sample).integers(2))
         image = None
         if self.with_images and self.config.crop == "random":
@@ -119,9 +124,22 @@ class CaptionedImages(Dataset[Item]):
             image = self.image_at(index, flipped)
         return Item(sample.id, epoch, index, self.caption_at(epoch, index), flipped, self.shape_of(index), image)
 
+    def sample_at(self, epoch: int, index: int) -> Sample:
+        """What stands at a place in an epoch: the sample there, or the one that has taken its place."""
+        sample = self.samples[index]
+        return sample if sample.renew is None else sample.renew(epoch)
+
+    def _renewed(self, epoch: int, index: int) -> Item:
+        """An item that is kept by nobody from before: its image is loaded in the first epoch that shows it."""
+        sample, shape = self.sample_at(epoch, index), self.shape_of(index)
+        image = None
+        if self.with_images or epoch % self.config.renew_every == 0:
+            image = cover(sample.load(), shape)  # [3, h, w]
+        return Item(sample.id, epoch, index, self.caption_at(epoch, index), False, shape, image)
+
     def caption_at(self, epoch: int, index: int) -> str:
         """Which of its captions a sample has in an epoch; "" for one that has none."""
-        sample = self.samples[index]
+        sample = self.sample_at(epoch, index)
         if not sample.captions:
             return ""
         return sample.captions[int(self._draw("caption", epoch, sample).integers(len(sample.captions)))]
@@ -249,7 +267,8 @@ def collate(items: Sequence[Item]) -> Batch:
         captions=[item.caption for item in items],
         flipped=torch.tensor([item.flipped for item in items], dtype=torch.bool),
         size=size,
-        images=torch.stack(images) if images else None,  # [B, 3, h, w]
+        images=torch.stack(images) if images else None,  # [N, 3, h, w]
+        loaded=torch.tensor([item.image is not None for item in items], dtype=torch.bool),
     )
 
 
@@ -274,7 +293,8 @@ def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...
     side that never changes is a function of the name alone, and that may leave nothing held out. A single group is
     trained on.
 
-    Which group a sample is of may depend on what else there is: see `inspect`.
+    Which group a sample is of may depend on what else there is: see `inspect`. Samples that say their side themselves
+    are on it.
 
     Raises:
         ValueError: if nothing is left to train on.
@@ -283,6 +303,8 @@ def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...
         raise ValueError("no images are left for training; add captioned images")
     if not 0 <= held_out < 1:
         raise ValueError(f"data.held_out is {held_out}; it is a share of the data, at least 0 and below 1")
+    if all(sample.held_out is not None for sample in samples):
+        return tuple(one for one in samples if not one.held_out), tuple(one for one in samples if one.held_out)
     ranks = {sample.group: _unit_hash(sample.group) for sample in samples}
     chosen = {group for group, rank in ranks.items() if rank < held_out}
     if len(ranks) == 1:

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 
 from ldm.requirements import pip_install
 
-BUILT_IN = ("digits", "openmoji")
+BUILT_IN = ("digits", "openmoji", "scenes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class DataConfig:
     """What to train on, and how an image becomes a square of pixels.
 
     Args:
-        path: "digits", "openmoji", a folder or file, or the id of a data set on the hub; a folder that bears the
+        path: "digits", "openmoji", "scenes", a folder or file, or the id of a data set on the hub; a folder that bears the
             name of a built-in one is written "./digits".
         resolution: side R of square images in pixels; with buckets, images of any shape have about R² pixels.
         flip: mirror half of the images horizontally, drawn anew in every epoch.
@@ -40,6 +40,10 @@ class DataConfig:
             "metadata", "sidecars" (text beside images), "shards", or "folders" (the names of sub-folders); None takes
             the one that captions most images.
         caption_templates: each caption counts once more with every one of these, "a photo of {}", around it.
+        scenes: of path "scenes", how many are in use at a time, at least 1, and
+        renew_every: the epochs, at least 1, after which new ones take their place.
+        first_scene: the number of the first, at least 0: a training that goes on from another's weights sees new ones.
+        things: what they show: the "common" third of all things, or "all".
 
     Raises:
         ValueError: naming key and value.
@@ -57,6 +61,10 @@ class DataConfig:
     background: str = "white"
     skin_tones: bool = False
     caption_templates: tuple[str, ...] = ()
+    scenes: int = 4096
+    renew_every: int = 6
+    first_scene: int = 0
+    things: Literal["common", "all"] = "common"
     image_column: str | None = None
     caption_column: str | None = None
     caption_source: str | None = None
@@ -81,6 +89,14 @@ class DataConfig:
             raise ValueError(f"data.held_out is {self.held_out}; it is a share of the data, at least 0 and below 1")
         if self.skin_tones and self.path != "openmoji":
             raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
+        for key, default in (("scenes", 4096), ("renew_every", 6), ("first_scene", 0), ("things", "common")):
+            if self.path != "scenes" and getattr(self, key) != default:
+                raise ValueError(f'data.{key} is for data.path "scenes" only, not for "{self.path}"; leave it out')
+        for key, least in (("scenes", 1), ("renew_every", 1), ("first_scene", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"data.{key} is {getattr(self, key)}; it is at least {least}")
+        if self.path == "scenes" and self.flip:
+            raise ValueError('data.flip would turn "left of" into "right of"; leave it out for data.path "scenes"')
         for template in self.caption_templates:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(
@@ -154,6 +170,8 @@ class Sample:
         size: width and height of the upright image in pixels, once they are known.
         place: where a person finds it (file:row), if the id does not say.
         templated: how many of the captions, the last ones, are of `data.caption_templates`.
+        held_out: the side of the split that it is on; None leaves that to its group.
+        renew: gives the sample that takes this one's place in an epoch ≥ 0; None: this one, always.
     """
 
     id: str
@@ -166,6 +184,8 @@ class Sample:
     size: tuple[int, int] | None = None
     place: str = field(default="", compare=False)
     templated: int = 0
+    held_out: bool | None = None
+    renew: Callable[[int], Sample] | None = field(default=None, compare=False, repr=False)
 
     @property
     def shown(self) -> str:
@@ -279,6 +299,10 @@ def _opened(config: DataConfig, captioned: bool) -> Source:
         from ldm.data.openmoji import open_openmoji
 
         return open_openmoji(config.resolution, config.background_rgb, skin_tones=config.skin_tones)
+    if config.path == "scenes":
+        from ldm.data.scenes.source import open_scenes
+
+        return open_scenes(config)
     from ldm.data.layouts import open_path
 
     return open_path(config, captioned)

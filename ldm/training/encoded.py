@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ldm.codecs import Codec
 from ldm.cores import usable_cores
 from ldm.data import Batch, CaptionedImages, Sample, ignore_signals, to_signed
-from ldm.data.images import TRANSFORM_VERSION
+from ldm.data.images import TRANSFORM_VERSION, cover
 from ldm.data.sources import digest_of
 from ldm.data.store import Rows, Store
 from ldm.text import TextEncoder
@@ -64,15 +64,18 @@ class EncodedImages:
         started = time.perf_counter()
         self.images = images
         self.device = encoders.device
-        captions = sorted({"", *(caption for sample in images.samples for caption in sample.captions)})
+        # What other samples replace is encoded when it comes.
+        self._renewed = RenewedRows(images, encoders) if any(one.renew is not None for one in images.samples) else None
+        lasting = () if self._renewed else images.samples
+        captions = sorted({"", *(caption for sample in lasting for caption in sample.captions)})
         self._row_of = {caption: row for row, caption in enumerate(captions)}
         self._states, self.new_captions = encoders.encode_captions(captions)
-        self._moments, self.new_images = encoders.encode_images(images)
+        self._moments, self.new_images = (None, 0) if self._renewed else encoders.encode_images(images)
         self._draw = encoders.codec.drawing()
         self._codec = encoders.codec if self._moments is None else None
         self._channels, self._factor = encoders.codec.channels, encoders.codec.factor
         self.null = self.text([""])
-        images.with_images = self._moments is None
+        images.with_images = self._moments is None and not self._renewed
         kept = "" if self._moments is None else f"{self.new_images} of {len(images)} images and "
         encoders.print(
             f"encoded {kept}{self.new_captions} of {len(captions)} captions (with the empty one) in "
@@ -87,7 +90,9 @@ class EncodedImages:
     @torch.no_grad()
     def latents(self, batch: Batch, posterior: Tensor | None) -> Tensor:
         """Latents [B, C, h, w] float32, drawn with `posterior` [B, C, h, w]; None takes the mean."""
-        if self._moments is None:
+        if self._renewed:
+            moments = self._renewed.moments(batch).to(self.device)
+        elif self._moments is None:
             assert batch.images is not None and self._codec is not None
             moments = self._codec.moments(to_signed(batch.images).to(self.device))
         else:
@@ -96,6 +101,8 @@ class EncodedImages:
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, L, D] float32 of captions of the data, or the empty one."""
+        if self._renewed and list(captions) != [""]:
+            return self._renewed.states(captions).to(self.device)
         return self._states[[self._row_of[caption] for caption in captions]].to(self.device)
 
     @torch.no_grad()
@@ -112,6 +119,63 @@ class EncodedImages:
                 values.append(latents.transpose(0, 1).flatten(1).cpu())  # [C, b·h·w]
         joined = torch.cat(values, dim=1)
         return joined.mean(dim=1), joined.std(dim=1)
+
+
+class RenewedRows:
+    """Moments and states of samples that others replace every `data.renew_every` epochs, in memory, half precision.
+
+    They are encoded in the step that first asks for them, so that no step encodes more than a batch: over
+    `renew_every` epochs each is encoded once, by each process that sees it. Rows are functions of image and caption
+    alone, so that a resumed run, whose memory is empty, goes on as an unbroken one.
+
+    Images that no worker has loaded, those of a resumed run, are loaded here.
+    """
+
+    def __init__(self, images: CaptionedImages, encoders: Encoders) -> None:
+        self._images, self._encoders = images, encoders
+        self._moments: dict[tuple[int, int], Tensor] = {}  # (epoch // renew_every, index) → [M, h, w]
+        self._states: dict[str, Tensor] = {}  # the newest last
+
+    @torch.no_grad()
+    def moments(self, batch: Batch) -> Tensor:
+        """[B, M, h, w] float32 on the CPU."""
+        every, images = self._images.config.renew_every, self._images
+        keys = [(epoch // every, index) for epoch, index in zip(batch.epochs, batch.indices.tolist(), strict=True)]
+        place_of = {place: i for i, place in enumerate(batch.loaded.nonzero().flatten().tolist())}
+        pixels = {}
+        for place, key in enumerate(keys):
+            if key in self._moments or key in pixels:
+                continue
+            if place in place_of:
+                assert batch.images is not None
+                pixels[key] = batch.images[place_of[place]]
+            else:
+                sample = images.sample_at(batch.epochs[place], key[1])
+                pixels[key] = cover(sample.load(), batch.size)
+        with _exact(self._encoders.device):
+            for part in _parts(list(pixels), _at_once(*batch.size)):
+                rows = self._encoders.moments_of(torch.stack([pixels[key] for key in part]))
+                self._moments |= zip(part, rows.to(torch.float16), strict=True)
+        # A batch lies in one block of epochs, or across the end of one.
+        oldest = min(block for block, _ in keys)
+        for key in [key for key in self._moments if key[0] < oldest]:
+            del self._moments[key]
+        return torch.stack([self._moments[key] for key in keys]).float()
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[str]) -> Tensor:
+        """[B, L, D] float32 on the CPU."""
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
+        with _exact(self._encoders.device):
+            for part in _parts(missing, CAPTIONS_AT_ONCE):
+                rows = self._encoders.states_of(part).to(torch.float16)
+                self._states |= zip(part, rows.unbind(), strict=True)
+        found = [self._states[caption] for caption in captions]
+        # The same caption may come again with another image, so the oldest go, not those of the last block.
+        most = max(len(self._images) * 5 // 4, len(found))
+        for caption in list(self._states)[: max(0, len(self._states) - most)]:
+            del self._states[caption]
+        return torch.stack(found).float()
 
 
 class Encoders:
@@ -166,7 +230,7 @@ class Encoders:
             row_bytes = self.text_encoder.max_length * self.text_encoder.hidden_size * 4
             for part in _parts(missing, _shard_rows(row_bytes)):
                 batches = _parts(part, CAPTIONS_AT_ONCE)
-                yield part, torch.cat([self._states_of([captions[i] for i in batch]) for batch in batches])  # [N, L, D]
+                yield part, torch.cat([self.states_of([captions[i] for i in batch]) for batch in batches])  # [N, L, D]
 
         return self._filled(self._captions, keys, len(keys), encode, "captions")
 
@@ -233,13 +297,14 @@ class Encoders:
 
     # ---- what the networks compute
 
-    def _states_of(self, captions: list[str]) -> Tensor:
+    def states_of(self, captions: list[str]) -> Tensor:
         """At most CAPTIONS_AT_ONCE captions → [B, L, D] on the CPU."""
         padding = [""] * (CAPTIONS_AT_ONCE - len(captions))
         return self.text_encoder([*captions, *padding])[: len(captions)].to("cpu", torch.float32)
 
-    def _moments_of(self, images: Tensor, size: int) -> Tensor:
-        """uint8 [B, 3, H, W], at most `size` of them → [B, M, h, w] on the CPU."""
+    def moments_of(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W], at most `_at_once` of them → [B, M, h, w] on the CPU."""
+        size = _at_once(*images.shape[-2:])
         padding = images[-1:].expand(size - len(images), -1, -1, -1)
         moments = self.codec.moments(to_signed(torch.cat([images, padding])).to(self.device))
         return moments[: len(images)].to("cpu", torch.float32)
@@ -270,7 +335,7 @@ class Encoders:
             parts = []
             for _ in _parts(indices, size):
                 pixels = _stacked(next(loader))
-                both = [self._moments_of(pixels.flip(-1) if mirror else pixels, size) for mirror in flipped]
+                both = [self.moments_of(pixels.flip(-1) if mirror else pixels) for mirror in flipped]
                 parts.append(torch.stack(both))  # [flips, B, M, h, w]
             positions = [index + len(images) * mirror for mirror in flipped for index in indices]
             yield positions, torch.cat(parts, dim=1).flatten(0, 1)  # [flips · N, M, h, w]

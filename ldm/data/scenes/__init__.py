@@ -1,0 +1,1 @@
+"""`data.path: scenes`: drawings of common things, composed into captioned scenes by code, without end."""

@@ -1,0 +1,213 @@
+"""From a scene to pixels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ldm.data.scenes.catalog import Drawing, raster
+from ldm.data.scenes.scene import PLACES, Part, Scene
+
+# sRGB, by eye: far enough from each other that a person names them alike.
+RGB = {
+    "red": (214, 40, 40),
+    "orange": (247, 127, 0),
+    "yellow": (252, 208, 20),
+    "green": (56, 150, 60),
+    "blue": (30, 100, 215),
+    "purple": (130, 60, 170),
+    "pink": (246, 130, 180),
+    "brown": (125, 75, 40),
+    "black": (45, 45, 50),
+    "white": (247, 247, 247),
+    "gray": (140, 143, 148),
+}
+# What is worn is that much wider than the head, the eyes or the neck, and what is held that much smaller than its bearer.
+WORN_WIDTH = {"head": 1.12, "face": 1.15, "neck": 1.25}
+HELD_SIZE = 0.5
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def draw_scene(scene: Scene, draw: np.random.Generator, resolution: int) -> Image.Image:
+    """An RGB image of `resolution` × `resolution` pixels; `draw` moves things about by a little."""
+    side = 2 * resolution  # reduced to half at the end, so that edges are smooth
+    canvas = _ground(scene.background, draw, side)
+    for part, box, bottom in _boxes(scene, draw):
+        unit = _unit(part, round(1.5 * resolution))
+        _paste(canvas, unit, box, bottom, side)
+    return canvas.reduce(2)
+
+
+def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, tuple[float, float, float, float], bool]]:
+    """Each part with the box that it fills, from behind to the front, and whether it stands on the box's bottom."""
+    first = scene.parts[0]
+    if scene.kind == "count":
+        return [(first, box, False) for box in _grid(scene.count, draw)]
+    if len(scene.parts) == 1:
+        side = {"small": draw.uniform(0.28, 0.42), "big": draw.uniform(0.94, 1.0), None: draw.uniform(0.74, 0.94)}
+        size = side[first.size]
+        x, y = draw.uniform(0, 1 - size, 2) if first.size == "small" else (1 - size) * draw.uniform(0.3, 0.7, 2)
+        return [(first, (x, y, x + size, y + size), False)]
+    if scene.kind == "three":
+        y = draw.uniform(0.28, 0.4)
+        xs = (0.01, 0.34, 0.67)
+        return [(part, (x, y, x + 0.32, y + 0.34), True) for part, x in zip(scene.parts, xs, strict=True)]
+    second = scene.parts[1]
+    sizes = {"big": 1.1, "small": 0.62, None: 1.0}
+    a, b = sizes[first.size], sizes[second.size]
+    how = scene.how
+    if how in ("next to", "left of", "right of"):
+        swapped = how == "right of" or (how == "next to" and draw.random() < 0.5)
+        left, right, wl, wr = (second, first, b, a) if swapped else (first, second, a, b)
+        wl, wr = 0.46 * wl, 0.46 * wr
+        bottom = draw.uniform(0.72, 0.84)
+        return [
+            (left, (0.25 - wl / 2, bottom - 1.2 * wl, 0.25 + wl / 2, bottom), True),
+            (right, (0.75 - wr / 2, bottom - 1.2 * wr, 0.75 + wr / 2, bottom), True),
+        ]
+    if how in ("above", "under"):
+        top, low, ht, hl = (first, second, a, b) if how == "above" else (second, first, b, a)
+        ht, hl = 0.46 * ht, 0.46 * hl
+        x = 0.5 + draw.uniform(-0.05, 0.05)
+        return [
+            (top, (x - 0.34, 0.48 - ht, x + 0.34, 0.48), False),
+            (low, (x - 0.34, 0.99 - hl, x + 0.34, 0.99), True),
+        ]
+    front, back, f, k = (first, second, a, b) if how == "in front of" else (second, first, b, a)
+    shift = draw.uniform(-0.12, 0.12)
+    k, f = 0.68 * k, 0.46 * f
+    return [
+        (back, (0.5 - k / 2 - shift, 0.78 - k, 0.5 + k / 2 - shift, 0.78), True),
+        (front, (0.5 - f / 2 + shift, 0.98 - f, 0.5 + f / 2 + shift, 0.98), True),
+    ]
+
+
+def _grid(count: int, draw: np.random.Generator) -> list[tuple[float, float, float, float]]:
+    """Boxes for two to five of a kind, which nothing covers."""
+    row = draw.random() < 0.4
+    if count == 2:
+        centers, size = [(0.26, 0.5), (0.74, 0.5)], 0.44
+    elif count == 3 and row:
+        centers, size = [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)], 0.31
+    elif count == 3:
+        centers, size = [(0.5, 0.26), (0.26, 0.74), (0.74, 0.74)], 0.42
+    elif count == 4:
+        centers, size = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)], 0.42
+    else:
+        centers, size = [(0.18, 0.18), (0.82, 0.18), (0.5, 0.5), (0.18, 0.82), (0.82, 0.82)], 0.31
+    size *= draw.uniform(0.88, 1.0)
+    return [(x - size / 2, y - size / 2, x + size / 2, y + size / 2) for x, y in centers]
+
+
+def _paste(
+    canvas: Image.Image, unit: Image.Image, box: tuple[float, float, float, float], bottom: bool, side: int
+) -> None:
+    """Puts an image as large as it fits into a box of the canvas, in its middle or at its bottom."""
+    left, top, right, low = (edge * side for edge in box)
+    scale = min((right - left) / unit.width, (low - top) / unit.height)
+    width, height = max(1, round(unit.width * scale)), max(1, round(unit.height * scale))
+    x = round((left + right - width) / 2)
+    y = round(low - height) if bottom else round((top + low - height) / 2)
+    # Tall things that stand beside each other may lack room above, not below.
+    x, y = min(max(x, 0), max(0, side - width)), min(max(y, 0), max(0, side - height))
+    resized = unit.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    canvas.paste(resized, (x, y), resized)
+
+
+def _unit(part: Part, side: int) -> Image.Image:
+    """A thing with all that it wears and holds, cut to what can be seen of it; RGBA."""
+    body = _sprite(part, side)
+    if part.worn is not None or part.held is not None:
+        margin = side
+        joined = Image.new("RGBA", (body.width + 2 * margin, body.height + 2 * margin))
+        joined.alpha_composite(body, (margin, margin))
+        if part.worn is not None:
+            _attach(joined, part.drawing, part.worn, body.size, margin, side)
+        if part.held is not None:
+            hand = part.drawing.anchors["hand"]
+            held = _sprite(part.held, max(1, round(HELD_SIZE * max(body.size))))
+            x, y = margin + hand.x * body.width, margin + hand.y * body.height
+            joined.alpha_composite(held, (round(x - held.width / 2), round(y - 0.75 * held.height)))
+        bounds = joined.getbbox()
+        assert bounds is not None
+        body = joined.crop(bounds)
+    return body.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if part.mirrored else body
+
+
+def _attach(
+    joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int
+) -> None:
+    place, name = worn.thing.wears, worn.thing.anchor
+    assert place is not None
+    assert name is not None
+    anchor = bearer.anchors[name]
+    width = max(2, round(WORN_WIDTH[place] * anchor.width * size[0]))
+    sprite = _sprite(worn, side)
+    height = max(2, round(sprite.height * width / sprite.width))
+    limit = round(0.9 * max(size))
+    if height > limit:
+        width, height = max(2, round(width * limit / height)), limit
+    sprite = sprite.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    # Where in the sprite the anchor lies: a hat sits on its lower edge, glasses in their middle, a scarf hangs.
+    x, y = width / 2, {"head": 0.88, "face": 0.5, "neck": 0.25}[place] * height
+    if anchor.angle:
+        turned = sprite.rotate(-anchor.angle, Image.Resampling.BILINEAR, expand=True)
+        radians = np.deg2rad(anchor.angle)
+        dx, dy = x - width / 2, y - height / 2
+        x = turned.width / 2 + dx * np.cos(radians) - dy * np.sin(radians)
+        y = turned.height / 2 + dx * np.sin(radians) + dy * np.cos(radians)
+        sprite = turned
+    left = round(margin + anchor.x * size[0] - x)
+    top = round(margin + anchor.y * size[1] - y)
+    joined.alpha_composite(sprite, (max(0, left), max(0, top)))
+
+
+@lru_cache(maxsize=512)
+def _tinted(drawing: Drawing, side: int, color: str | None) -> Image.Image:
+    pixels = raster(drawing, side)
+    return Image.fromarray(pixels if color is None else tint(pixels, RGB[color]), "RGBA")
+
+
+def _sprite(part: Part, side: int) -> Image.Image:
+    return _tinted(part.drawing, side, part.color)
+
+
+def tint(pixels: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
+    """A drawing in one color with its light and shade kept.
+
+    Args:
+        pixels: uint8 [h, w, 4]. What most of it has as its lightness becomes `rgb`; darker parts become darker, lighter
+            ones go towards white.
+    """
+    values = pixels[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # [h, w]
+    opaque = values[pixels[..., 3] > 127]
+    middle = float(np.percentile(opaque, 60)) if opaque.size else 128.0
+    middle = max(middle, 60.0)
+    shade = np.clip(values / middle, 0.12, 1.0)[..., None]
+    light = (0.75 * np.clip((values - middle) / max(255.0 - middle, 1.0), 0.0, 1.0))[..., None]
+    color = np.array(rgb, np.float32)
+    tinted = color * shade
+    tinted += (255.0 - tinted) * light
+    return np.concatenate([np.rint(tinted).astype(np.uint8), pixels[..., 3:]], axis=-1)
+
+
+def _ground(background: str, draw: np.random.Generator, side: int) -> Image.Image:
+    if background not in PLACES:
+        return Image.new("RGB", (side, side), RGB[background] if background else (255, 255, 255))
+    if background == "night sky":
+        canvas = Image.new("RGB", (side, side), (18, 24, 66))
+        pen = ImageDraw.Draw(canvas)
+        for x, y in draw.integers(0, side, (24, 2)).tolist():
+            pen.ellipse((x - 1, y - 1, x + 1, y + 1), fill=(250, 246, 210))
+        return canvas
+    sky, ground = ((190, 226, 250), (106, 176, 76)) if background == "grass" else ((206, 234, 250), (45, 130, 200))
+    canvas = Image.new("RGB", (side, side), sky)
+    pen = ImageDraw.Draw(canvas)
+    horizon = round(side * draw.uniform(0.58, 0.7))
+    pen.rectangle((0, horizon, side, side), fill=ground)
+    if background == "sea":
+        for x, y in zip(draw.integers(0, side, 10), draw.integers(horizon, side, 10), strict=True):
+            pen.arc((int(x) - 7, int(y) - 4, int(x) + 7, int(y) + 4), 200, 340, fill=(170, 215, 240), width=2)
+    return canvas

@@ -1,0 +1,112 @@
+"""Scenes as a data set without end: sample i of an epoch is scene number f(i, epoch), and a scene is a function of its
+number.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+from ldm.data.keyed import generator
+from ldm.data.scenes.captions import Writer
+from ldm.data.scenes.catalog import load_catalog
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.scene import SHARES, Scene, SceneSampler
+from ldm.data.sources import Decoded, Sample, Source, digest_of
+
+if TYPE_CHECKING:
+    from ldm.data.sources import DataConfig
+
+# Raised when a number gives another scene than before.
+VERSION = 1
+TIERS = {"common": 1, "all": 2}
+
+
+def open_scenes(config: DataConfig) -> Source:
+    """`config.scenes` training scenes, which others replace every `config.renew_every` epochs, and for a share of
+    `config.held_out` of them scenes that each show a combination that no training scene ever shows.
+    """
+    samples = [
+        training_sample(config, config.first_scene + place, partial(_renewed, config, place))
+        for place in range(config.scenes)
+    ]
+    samples += [held_out_sample(config, place) for place in range(round(config.held_out * config.scenes))]
+    return Source("scenes", tuple(samples), curated=True)
+
+
+def training_sample(config: DataConfig, number: int, renew: partial[Sample] | None = None) -> Sample:
+    """Training scene `number`, 0 or more."""
+    _, caption = training_scene(number, TIERS[config.things])
+    return _sample(config, f"scenes/{number}", caption, {"number": number}, held_out=False, renew=renew)
+
+
+def training_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
+    """What training scene `number` shows, and its caption."""
+    draw = generator(VERSION, "scene", number)
+    scene = _sampler(tier).scene(draw, number)
+    return scene, Writer(draw).caption(scene).text
+
+
+def held_out_sample(config: DataConfig, number: int) -> Sample:
+    """Held-out scene `number`: of the kinds that a training scene may be, each in its turn."""
+    _, caption = held_out_scene(number, TIERS[config.things])
+    return _sample(config, f"scenes/held-out/{number}", caption, {"held_out": number}, held_out=True)
+
+
+def held_out_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
+    """A scene with a combination of things, or of a thing and a color, that no training scene shows."""
+    draw = generator(VERSION, "held-out scene", number)
+    kinds = [kind for kind in SHARES if kind != "held"]
+    kind = "one" if number % 3 == 0 else kinds[number % len(kinds)]
+    sampler = _sampler(tier)
+    while True:
+        scene = sampler.of_kind(kind, draw)
+        if any(fact.is_held_out for fact in scene.facts()):
+            return scene, Writer(draw).caption(scene).text
+
+
+def draw_number(key: bytes, resolution: int, tier: int) -> Decoded:
+    """The image of a scene by the bytes that name it."""
+    name = json.loads(key)
+    if "held_out" in name:
+        scene, _ = held_out_scene(name["held_out"], tier)
+        draw = generator(VERSION, "held-out pixels", name["held_out"])
+    else:
+        scene, _ = training_scene(name["number"], tier)
+        draw = generator(VERSION, "pixels", name["number"])
+    return Decoded(draw_scene(scene, draw, resolution), "SVG", "RGB")
+
+
+def _renewed(config: DataConfig, place: int, epoch: int) -> Sample:
+    block = epoch // config.renew_every
+    return training_sample(config, config.first_scene + block * config.scenes + place)
+
+
+def _sample(
+    config: DataConfig,
+    id: str,
+    caption: str,
+    name: dict[str, int],
+    *,
+    held_out: bool,
+    renew: partial[Sample] | None = None,
+) -> Sample:
+    tier = TIERS[config.things]
+    key = json.dumps({**name, "tier": tier, "version": VERSION, "catalog": load_catalog().digest}).encode()
+    return Sample(
+        id=id,
+        captions=(caption,),
+        group=id,
+        read=partial(bytes, key),
+        decode=partial(draw_number, resolution=config.resolution, tier=tier),
+        digest=digest_of(key),
+        size=(config.resolution, config.resolution),
+        held_out=held_out,
+        renew=renew,
+    )
+
+
+@cache
+def _sampler(tier: int) -> SceneSampler:
+    return SceneSampler(load_catalog(), tier)
