@@ -103,7 +103,10 @@ def _emoji(family: str, package: Path, things: list[dict[str, Any]]) -> Iterator
     icons, names = _json(package / "icons.json"), _json(package / "chars.json")
     for thing in things:
         seen: set[str] = set()
-        for code in thing["emoji"]:
+        for listed in thing["emoji"]:
+            only, _, code = listed.rpartition("/")
+            if only not in ("", family):
+                continue
             name = names.get(code.lower().replace("-fe0f", ""))
             icon = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
             # Some families draw two code points alike.
