@@ -3,7 +3,9 @@
     mkdir packages && cd packages
     for name in noto twemoji fluent-emoji-flat openmoji; do npm pack @iconify-json/$name; done
     for archive in *.tgz; do mkdir "${archive%.tgz}" && tar xzf "$archive" -C "${archive%.tgz}" --strip-components=1; done
-    cd .. && python tools/build_scenes.py --packages packages
+    apt-get download openclipart-svg && dpkg-deb -x openclipart-svg_*.deb clipart
+    pip install scour && cd ..
+    python tools/build_scenes.py --packages packages --clipart packages/clipart/usr/share/openclipart/svg
 
 The words are in tools/scenes/things.yaml, the places where a thing is worn or held in tools/scenes/anchors.yaml. The same
 inputs give the same bytes. Writes drawings.json.xz and LICENSES.md, and prints what is missing.
@@ -46,9 +48,22 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
 }
 
 
+CLIPART = {
+    "name": "clipart",
+    "style": "clip art",
+    "title": "Open Clip Art Library",
+    "version": "0.18, Debian openclipart-svg 1:0.18+dfsg-19",
+    "license": "public domain",
+    "license_url": "https://creativecommons.org/publicdomain/zero/1.0/",
+    "source": "https://openclipart.org",
+    "attribution": "Open Clip Art Library, dedicated to the public domain by its authors, who are named below.",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder of the unpacked npm packages")
+    parser.add_argument("--clipart", type=Path, help="folder `svg` of Debian's openclipart-svg; without it, emoji only")
     parser.add_argument("--out", type=Path, default=ROOT / "ldm/assets/scenes")
     arguments = parser.parse_args()
     things = read_things(HERE / "things.yaml")
@@ -58,6 +73,9 @@ def main() -> None:
         package = _package(arguments.packages, FAMILIES[family][0])
         families.append(_family(family, package))
         drawings += _emoji(family, package, things)
+    if arguments.clipart:
+        families.append(CLIPART)
+        drawings += _clipart(arguments.clipart, things)
     for drawing in drawings:
         drawing["anchors"] = anchors.pop(drawing["id"], {})
     if anchors:
@@ -116,6 +134,16 @@ def _emoji(family: str, package: Path, things: list[dict[str, Any]]) -> Iterator
             box = [icon.get(key, icons.get(key, 0)) for key in ("left", "top", "width", "height")]
             svg = scenes_svg.shortened(scenes_svg.cropped(icon["body"], (box[0], box[1], box[2], box[3])))
             yield _drawing(f"{family}/{code}", thing["name"], family, svg)
+
+
+def _clipart(folder: Path, things: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    import scenes_clipart  # needs scour, which emoji do not
+
+    listed = yaml.safe_load((HERE / "clipart.yaml").read_text(encoding="utf-8"))
+    for found in scenes_clipart.drawings(folder, listed, [thing["name"] for thing in things]):
+        identity = f"clipart/{found['path'].removesuffix('.svg')}"
+        words = {key: found[key] for key in ("title", "author") if found[key]}
+        yield _drawing(identity, found["thing"], "clipart", found["svg"], **words)
 
 
 def _drawing(identity: str, thing: str, family: str, svg: str, **more: str) -> dict[str, Any]:

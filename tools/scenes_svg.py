@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ _PATH = re.compile(r'(\sd=")([^"]*)(")')
 _PLAIN = re.compile(
     r'(\s(?:x|y|x1|y1|x2|y2|cx|cy|r|rx|ry|fx|fy|width|height|points|stroke-width|stroke-dasharray)=")([^"]*)(")'
 )
+_MATRIX = re.compile(r'(ransform=")([^"]*)(")')
 _IDS = re.compile(r'\sid="([^"]+)"')
 
 
@@ -78,7 +80,7 @@ def shortened(svg: str) -> str:
     """The same picture in fewer characters: the fewest decimals that leave it as it is."""
     svg = _short_ids(svg)
     reference = _premultiplied(render(svg, COMPARED))
-    for decimals in range(5):
+    for decimals in range(-1, 5):
         shorter = rounded(svg, decimals)
         if len(shorter) < len(svg) and _same(reference, _premultiplied(render(shorter, COMPARED))):
             return shorter
@@ -86,8 +88,9 @@ def shortened(svg: str) -> str:
 
 
 def rounded(svg: str, decimals: int) -> str:
-    """With the numbers of shapes rounded; matrices keep theirs."""
+    """With the numbers of shapes rounded, and those of matrices to five digits."""
     svg = _PATH.sub(lambda found: found[1] + _rounded_path(found[2], decimals) + found[3], svg)
+    svg = _MATRIX.sub(lambda found: found[1] + _significant(found[2]) + found[3], svg)
     return _PLAIN.sub(lambda found: found[1] + _rounded_list(found[2], max(decimals, 1)) + found[3], svg)
 
 
@@ -95,6 +98,14 @@ def _rounded_list(text: str, decimals: int) -> str:
     if "%" in text or re.search(r"[a-df-zA-DF-Z]", text):
         return text
     return _joined([_short(float(number), decimals) for number in re.findall(_NUMBER, text)])
+
+
+def _significant(transform: str) -> str:
+    def five(number: str) -> str:
+        value = float(number)
+        return _short(value, 4 - math.floor(math.log10(abs(value)))) if value else "0"
+
+    return re.sub(r"\(([^)]*)\)", lambda found: f"({_joined([*map(five, re.findall(_NUMBER, found[1]))])})", transform)
 
 
 def _rounded_path(path: str, decimals: int) -> str:
@@ -161,7 +172,7 @@ def _written(
 
 
 def _short(value: float, decimals: int) -> str:
-    text = f"{value:.{decimals}f}"
+    text = f"{round(value, decimals):.{max(decimals, 0)}f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     if text.startswith("0."):
