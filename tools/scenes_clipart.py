@@ -4,59 +4,32 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scenes_svg
 from scour import scour
+
+import scenes_svg
 
 _PURE = {"rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#", "dc": "http://purl.org/dc/elements/1.1/"}
 _UNITS = {"": 1.0, "px": 1.0, "pt": 96 / 72, "pc": 16.0, "mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96.0}
 _ROOT = re.compile(r"<svg\b[^>]*>", re.S)
-LONGEST = 40_000  # characters of a drawing: a few are traced photographs
-
-
-def drawings(folder: Path, listed: dict[str, list[str]], names: list[str]) -> Iterator[dict[str, Any]]:
-    """The listed files, in the order of the things: thing, path, title, author and svg; those that fail are named.
-
-    Raises:
-        ValueError: a thing that is not in the vocabulary.
-    """
-    if unknown := sorted(set(listed) - set(names)):
-        raise ValueError(f"clipart.yaml: no such thing in things.yaml: {', '.join(unknown)}")
-    for name in names:
-        for path in listed.get(name, []):
-            try:
-                source = (folder / path).read_bytes()
-                svg = plain(source.decode("utf-8", errors="replace"))
-            except (OSError, ValueError) as error:
-                print(f"{path} is left out: {error}")
-                continue
-            if len(svg) > LONGEST:
-                print(f"{path} is left out: {len(svg):,} characters")
-                continue
-            title, author = _words(source)
-            yield {"thing": name, "path": path, "title": title, "author": author, "svg": svg}
 
 
 def plain(source: str) -> str:
-    """A short SVG that looks the same, cropped to what is drawn.
+    """A short SVG that looks the same, cropped to what is drawn, of the text of a file.
 
     Raises:
         ValueError: resvg cannot draw it.
     """
-    whole = scenes_svg.cropped(*_body(source))
+    whole = scenes_svg.document(*_body(source))
     try:
-        cleaned = scenes_svg.cropped(*_body(_scoured(source)))
+        cleaned = scenes_svg.document(*_body(_scoured(source)))
     except Exception:  # scour gives up on a few in its own ways
         return scenes_svg.shortened(whole)
-    # The box is found anew, so it may differ by a pixel of 256; scour is believed where the pictures agree.
-    first, second = (scenes_svg.render(svg, 64).astype(np.float32) for svg in (whole, cleaned))
-    if first.shape != second.shape or np.abs(first - second).mean() > 2:
-        return scenes_svg.shortened(whole)
-    return scenes_svg.shortened(cleaned)
+    # Scour is believed where the pictures agree.
+    first, second = (scenes_svg.render(svg, 128).astype(np.float32) for svg in (whole, cleaned))
+    same = first.shape == second.shape and np.abs(first - second).mean() < 1
+    return scenes_svg.shortened(cleaned if same else whole)
 
 
 def _scoured(source: str) -> str:
@@ -105,16 +78,17 @@ def _box(attributes: dict[str, str]) -> tuple[float, float, float, float]:
     return 0.0, 0.0, sides[0], sides[1]
 
 
-def _words(source: bytes) -> tuple[str, str]:
-    """Title and author, as the metadata have them; empty where they do not."""
+def title_and_author(source: bytes) -> dict[str, str]:
+    """`title` and `author`, where the metadata of a file have them."""
     try:
         root = ET.fromstring(source)
     except ET.ParseError:
-        return "", ""
+        return {}
     work = next((node for node in root.iter() if node.tag.endswith("}Work")), None)
     if work is None:
-        return "", ""
+        return {}
     title = work.findtext("dc:title", "", _PURE)
     author = work.find("dc:creator", _PURE)
     agent = "" if author is None else "".join(author.itertext())
-    return " ".join(title.split()), " ".join(agent.split())
+    words = {"title": " ".join(title.split()), "author": " ".join(agent.split())}
+    return {key: value for key, value in words.items() if value}
