@@ -17,7 +17,7 @@ from PIL import Image
 from ldm.data.sources import digest_of, require
 
 PATH = Path(__file__).parents[2] / "assets" / "scenes" / "drawings.json.xz"
-CLIP_ART = "clip art"  # the family of many hands; the others are each of one
+CLIP_ART = "clipart"  # the family of many hands; the others are each of one
 
 Place = Literal["head", "face", "neck"]
 
