@@ -25,7 +25,7 @@ RGB = {
     "white": (247, 247, 247),
     "gray": (140, 143, 148),
 }
-# What is worn is that much wider than the head, the eyes or the neck; what is held is that much smaller than its bearer.
+# What is worn is wider than the head, the eyes or the neck by so much; what is held is smaller than its bearer.
 WORN_WIDTH = {"head": 1.12, "face": 1.15, "neck": 1.25}
 HELD_SIZE = 0.5
 Box = tuple[float, float, float, float]  # left, top, right, bottom
