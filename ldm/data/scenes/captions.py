@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ldm.data.scenes.scene import PLACES, Part, Scene
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
 
+# Phrases can be a part of another phrase, clauses cannot. The first of each list is the plain one.
 ONE = (
     "{a}",
     "{a}",
@@ -24,31 +26,29 @@ ONE = (
     "an icon of {a}",
     "a simple drawing of {a}",
     "{a} alone",
-    "here is {a}",
-    "this is {a}",
-    "only {a}",
     "a cartoon of {a}",
 )
+ONE_CLAUSES = ("here is {a}", "this is {a}", "only {a}")
 COUNT = (
     "{n} {many}",
     "{n} {many}",
     "a group of {n} {many}",
     "a picture of {n} {many}",
-    "there are {n} {many}",
     "exactly {n} {many}",
     "{n} {many} together",
     "a drawing of {n} {many}",
     "a set of {n} {many}",
 )
+COUNT_CLAUSES = ("there are {n} {many}", "here are {n} {many}")
 THREE = (
     "{a}, {b} and {c}",
     "{a}, {b}, and {c}",
     "{a} next to {b} next to {c}",
     "{a}, {b} and {c} in a row",
     "{b} between {a} and {c}",
-    "from left to right: {a}, {b}, {c}",
     "a picture of {a}, {b} and {c}",
 )
+THREE_CLAUSES = ("from left to right: {a}, {b}, {c}",)
 # Said of the first and the second; every relation is said from both sides.
 HOW = {
     "left of": (
@@ -60,7 +60,6 @@ HOW = {
         "{b} to the right of {a}",
         "{b} right of {a}",
         "{b} on the right side of {a}",
-        "on the left {a}, on the right {b}",
         "{b} on the right and {a} on the left",
     ),
     "above": (
@@ -75,9 +74,9 @@ HOW = {
         "{b} underneath {a}",
     ),
     "next to": (
-        "{a} and {b}",
-        "{a} and {b}",
         "{a} next to {b}",
+        "{a} and {b}",
+        "{a} and {b}",
         "{a} beside {b}",
         "{a} with {b}",
         "{a} by {b}",
@@ -97,6 +96,12 @@ HOW = {
         "{a} in the foreground, {b} in the background",
     ),
 }
+HOW_CLAUSES = {
+    "left of": ("on the left {a}, on the right {b}", "{a} is to the left of {b}", "{b} is to the right of {a}"),
+    "above": ("{a} is above {b}", "{b} is under {a}"),
+    "next to": ("{a} is next to {b}", "there are {a} and {b}"),
+    "in front of": ("{a} is in front of {b}", "{b} is behind {a}"),
+}
 _TURNED = {"right of": "left of", "under": "above", "behind": "in front of"}
 WORN = {
     "head": (
@@ -106,10 +111,7 @@ WORN = {
         "{a} with {w} on its head",
         "{a} with {w}",
         "{a} that wears {w}",
-        "{w} on {a}",
-        "{a} wears {w}",
-        "{a} has {w} on its head",
-        "{w} on the head of {a}",
+        "{a} with {w} on",
     ),
     "face": (
         "{a} wearing {w}",
@@ -117,9 +119,7 @@ WORN = {
         "{a} with {w}",
         "{a} in {w}",
         "{a} that wears {w}",
-        "{a} wears {w}",
         "{a} with {w} on",
-        "{w} on the face of {a}",
     ),
     "neck": (
         "{a} wearing {w}",
@@ -127,9 +127,13 @@ WORN = {
         "{a} with {w}",
         "{a} in {w}",
         "{a} that wears {w}",
-        "{a} wears {w}",
         "{a} with {w} around its neck",
     ),
+}
+WORN_CLAUSES = {
+    "head": ("{a} wears {w}", "{a} has {w} on its head", "{w} on {a}", "{w} on the head of {a}"),
+    "face": ("{a} wears {w}", "{w} on the face of {a}", "{a} has {w} on"),
+    "neck": ("{a} wears {w}", "{a} has {w} around its neck"),
 }
 HELD = (
     "{a} holding {w}",
@@ -137,9 +141,8 @@ HELD = (
     "{a} with {w}",
     "{a} carrying {w}",
     "{a} that holds {w}",
-    "{a} holds {w}",
-    "{a} with {w} in its hand",
 )
+HELD_CLAUSES = ("{a} holds {w}", "{a} is holding {w}")
 ON_COLOR = (
     "{text} on {a_color} background",
     "{text} on {color}",
@@ -152,9 +155,12 @@ ON_PLACE = {
     "sea": ("{text} at sea", "{text} on the water", "{text} in the sea", "{text} on the ocean"),
     "night sky": ("{text} in the night sky", "{text} at night", "{text} under the stars", "{text} in front of the stars"),
 }
-STYLE = ("{text}, {style} style", "{text} in {style} style", "{text} in the style of {style}", "{style} style {text}")
-STYLE_OF_MANY = ("clip art of {text}", "{text}, clip art", "a clip art of {text}", "{text} as clip art")
+STYLE = ("{text}, {style} style", "{text} in {style} style", "{text} in the style of {style}")
+STYLE_PHRASES = ("{style} style {text}", "a {style} drawing of {text}")
+STYLE_OF_MANY = ("{text}, clip art", "{text} as clip art")
+STYLE_OF_MANY_PHRASES = ("clip art of {text}", "a clip art of {text}")
 COLOR_SENTENCES = ("the {noun} is {color}", "the color of the {noun} is {color}")
+CLASS_SENTENCES = ("the {noun} is {a_class}", "{a_noun} is {a_class}")
 GROUND_SENTENCES = {
     "": ("the background is white", "nothing else is there"),
     "grass": ("the ground is green grass and the sky is light",),
@@ -193,30 +199,8 @@ class Writer:
         """
         caption = Caption()
         is_long = not plain and self.draw.random() < 0.1
-        # A long one opens in its own way, and a plain one does not.
-        first_only = plain or is_long
-        parts = [self._noun_phrase(part, caption, plain) for part in scene.parts]
-        first = scene.parts[0]
-        if scene.kind == "count":
-            color = f"{first.color} " if first.color else ""
-            number = NUMBERS[scene.count] if first_only or self.draw.random() < 0.85 else str(scene.count)
-            many = color + self._name(first.thing, caption, plain, plural=True)
-            template = self._template(COUNT[: 1 if first_only else None], caption)
-            text = template.format(n=number, many=many)
-        elif scene.kind == "three":
-            text = self._template(THREE, caption).format(a=parts[0], b=parts[1], c=parts[2])
-        elif len(parts) == 2:
-            how = _TURNED.get(scene.how, scene.how)
-            a, b = parts if how == scene.how else parts[::-1]
-            # Who stands side by side is also next to each other, and one of them is left.
-            if how == "left of" and not plain and self.draw.random() < 0.15:
-                how = "next to"
-            text = self._template(HOW[how], caption).format(a=a, b=b)
-        elif first.worn is not None or first.held is not None:
-            text = parts[0]
-        else:
-            template = self._template(ONE[: 1 if first_only else None], caption)
-            text = template.format(a=parts[0], bare=_without_article(parts[0]))
+        may_be_clause = not plain and not is_long and self.draw.random() < 0.2
+        text = self._what(scene, caption, plain, is_long, may_be_clause)
         if is_long:
             caption.text = self._long(text, scene, caption)
             return caption
@@ -224,24 +208,63 @@ class Writer:
             if scene.background and self.draw.random() < 0.85:
                 text = self._on_ground(text, scene.background, caption)
             if scene.family is not None and self.draw.random() < 0.15:
-                text = self._styled(text, scene.family, caption)
+                text = self._styled(text, scene.family, caption, phrase=not may_be_clause)
         caption.text = text
         return caption
 
-    def _template(self, templates: Sequence[str], caption: Caption) -> str:
+    def _what(self, scene: Scene, caption: Caption, plain: bool, is_long: bool, clause: bool) -> str:
+        """The things of a scene, as a phrase, or as a clause where one is asked for."""
+        first, only_first = scene.parts[0], plain or is_long
+        if len(scene.parts) == 1 and scene.kind != "count" and (first.worn is not None or first.held is not None):
+            return self._noun_phrase(first, caption, plain, clause)
+        if scene.kind == "count":
+            color = f"{first.color} " if first.color else ""
+            number = NUMBERS[scene.count] if only_first or self.draw.random() < 0.85 else str(scene.count)
+            many = color + self._name(first.thing, caption, plain, plural=True)
+            return self._choice(COUNT, COUNT_CLAUSES, clause, only_first, caption).format(n=number, many=many)
+        parts = [self._noun_phrase(part, caption, plain) for part in scene.parts]
+        if scene.kind == "three":
+            a, b, c = parts
+            return self._choice(THREE, THREE_CLAUSES, clause, only_first, caption).format(a=a, b=b, c=c)
+        if len(parts) == 2:
+            how = _TURNED.get(scene.how, scene.how)
+            a, b = parts if how == scene.how else parts[::-1]
+            # What stands to the left is also next to.
+            if how == "left of" and not plain and self.draw.random() < 0.15:
+                how = "next to"
+            return self._choice(HOW[how], HOW_CLAUSES[how], clause, plain, caption).format(a=a, b=b)
+        template = self._choice(ONE, ONE_CLAUSES, clause, only_first, caption)
+        return template.format(a=parts[0], bare=_without_article(parts[0]))
+
+    def _choice(
+        self, phrases: Sequence[str], clauses: Sequence[str], clause: bool, only_first: bool, caption: Caption
+    ) -> str:
+        if only_first:
+            return phrases[0]
+        return self._template(clauses if clause else phrases, caption, plain_first=not clause)
+
+    def _template(self, templates: Sequence[str], caption: Caption, *, plain_first: bool = True) -> str:
         facts = [Fact("phrasing", (template,)) for template in templates]
-        # The first of each list is the plain one, and never held out.
-        unseen = [place for place, fact in enumerate(facts) if place and fact.is_held_out]
+        # The first of a list of phrases is never held out, whatever its hash, nor where it stands again.
+        unseen = [
+            place for place, fact in enumerate(facts) if fact.is_held_out and not (plain_first and fact == facts[0])
+        ]
         allowed = [place for place in range(len(templates)) if place not in unseen]
-        if unseen and "phrasing" in self.held_out:
-            allowed = unseen
-        place = allowed[int(self.draw.integers(len(allowed)))]
-        if place:
+        if not allowed or (unseen and "phrasing" in self.held_out):
+            allowed = unseen if "phrasing" in self.held_out else [0]
+        place = _any_of(allowed, self.draw)
+        if not plain_first or facts[place] != facts[0]:
             caption.facts.append(facts[place])
         return templates[place]
 
-    def _noun_phrase(self, part: Part, caption: Caption, plain: bool) -> str:
-        """ "a small red car", and what it wears or holds."""
+    def _noun_phrase(
+        self, part: Part, caption: Caption, plain: bool, clause: bool = False, broader: float = 0.03
+    ) -> str:
+        """ "a small red car", and what it wears or holds.
+
+        Args:
+            broader: probability of a word of its classes.
+        """
         words = []
         if part.size is not None and (plain or self.draw.random() < 0.9):
             big = ("big", "large") if plain or self.draw.random() < 0.9 else ("huge", "giant")
@@ -249,34 +272,38 @@ class Writer:
             words.append((big if part.size == "big" else small)[int(self.draw.integers(2))])
         if part.color is not None and (plain or self.draw.random() < 0.92):
             words.append(part.color)
-        name = self._name(part.thing, caption, plain)
+        name = self._name(part.thing, caption, plain, broader=broader)
         text = _with_article(part.thing, " ".join([*words, name]), bool(words) or name != part.thing.name)
         if part.worn is not None:
             place = part.worn.thing.wears
             assert place is not None
-            template = self._template(WORN[place], caption)
-            text = template.format(a=text, w=self._noun_phrase(part.worn, caption, plain))
+            template = self._choice(WORN[place], WORN_CLAUSES[place], clause, plain, caption)
+            # Whatever is worn on a head is mostly called a hat.
+            text = template.format(a=text, w=self._noun_phrase(part.worn, caption, plain, broader=0.2))
         if part.held is not None:
-            text = self._template(HELD, caption).format(a=text, w=self._noun_phrase(part.held, caption, plain))
+            template = self._choice(HELD, HELD_CLAUSES, clause, plain, caption)
+            text = template.format(a=text, w=self._noun_phrase(part.held, caption, plain))
         return text
 
-    def _name(self, thing: Thing, caption: Caption, plain: bool, plural: bool = False) -> str:
+    def _name(
+        self, thing: Thing, caption: Caption, plain: bool, plural: bool = False, broader: float = 0.03
+    ) -> str:
         own = thing.plural if plural else thing.name
         if plain or plural:
             return own
         chance = self.draw.random()
-        if chance < 0.03 and thing.classes:
-            return thing.classes[int(self.draw.integers(len(thing.classes)))]
+        if chance < broader and thing.classes:
+            return _any_of(thing.classes, self.draw)
         others = [*thing.synonyms, *thing.kinds]
         if "synonym" in self.held_out:
             unseen = [word for word in others if Fact("synonym", (thing.name, word)).is_held_out]
             if unseen:
-                word = unseen[int(self.draw.integers(len(unseen)))]
+                word = _any_of(unseen, self.draw)
                 caption.facts.append(Fact("synonym", (thing.name, word)))
                 return word
         others = [word for word in others if not Fact("synonym", (thing.name, word)).is_held_out]
-        if chance < 0.25 and others:
-            word = others[int(self.draw.integers(len(others)))]
+        if chance < broader + 0.27 and others:
+            word = _any_of(others, self.draw)
             caption.facts.append(Fact("synonym", (thing.name, word)))
             return word
         return own
@@ -284,22 +311,27 @@ class Writer:
     def _on_ground(self, text: str, background: str, caption: Caption) -> str:
         if background in PLACES:
             return self._template(ON_PLACE[background], caption).format(text=text)
-        article = "an" if _sounds_open(background) else "a"
-        return self._template(ON_COLOR, caption).format(text=text, color=background, a_color=f"{article} {background}")
+        a_color = _article_before(background)
+        return self._template(ON_COLOR, caption).format(text=text, color=background, a_color=a_color)
 
-    def _styled(self, text: str, family: str, caption: Caption) -> str:
-        if family == CLIP_ART:
-            return self._template(STYLE_OF_MANY, caption).format(text=text)
-        return self._template(STYLE, caption).format(text=text, style=family)
+    def _styled(self, text: str, family: str, caption: Caption, *, phrase: bool) -> str:
+        any_text, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if family == CLIP_ART else (STYLE, STYLE_PHRASES)
+        templates = (*any_text, *phrases) if phrase else any_text
+        return self._template(templates, caption).format(text=text, style=family)
 
     def _long(self, text: str, scene: Scene, caption: Caption) -> str:
         """Whole sentences, up to thirty words."""
         opening = self._template(LONG_OPENINGS, caption)
         sentences = [opening.format(text=text)]
-        for part in scene.parts:
-            if part.color is not None and scene.count == 1:
-                template = self._template(COLOR_SENTENCES, caption)
-                sentences.append(template.format(noun=part.thing.name, color=part.color))
+        for part in scene.parts if scene.count == 1 else ():
+            noun = part.thing.name
+            if part.color is not None:
+                sentences.append(self._template(COLOR_SENTENCES, caption).format(noun=noun, color=part.color))
+            if part.thing.classes and part.thing.article:
+                broader = _any_of(part.thing.classes, self.draw)
+                template = self._template(CLASS_SENTENCES, caption)
+                a_noun = _with_article(part.thing, noun, False)
+                sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=_article_before(broader)))
         if scene.background in GROUND_SENTENCES:
             sentences.append(self._template(GROUND_SENTENCES[scene.background], caption))
         else:
@@ -315,15 +347,25 @@ class Writer:
 
 
 LONGEST = 30  # words
+_UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furniture", "jewelry", "candy", "clothing")
+T = TypeVar("T")
 
 
 def _with_article(thing: Thing, words: str, changed: bool) -> str:
     """ "a red car", "an orange", "jeans"."""
     if not thing.article:
         return words
-    if not changed:
-        return f"{thing.article} {words}"
+    return _article_before(words) if changed else f"{thing.article} {words}"
+
+
+def _article_before(words: str) -> str:
+    if words in _UNCOUNTED:
+        return words
     return f"{'an' if _sounds_open(words) else 'a'} {words}"
+
+
+def _any_of(choices: Sequence[T], draw: np.random.Generator) -> T:
+    return choices[int(draw.integers(len(choices)))]
 
 
 def _sounds_open(words: str) -> bool:

@@ -119,8 +119,9 @@ def load_catalog() -> Catalog:
     return Catalog(tuple(sorted(things, key=lambda thing: thing.name)), digest_of(packed))
 
 
-def _anchor(values: list[float]) -> Anchor:
-    return Anchor(*(float(value) for value in values[:4]))
+def _anchor(values: list[float | str]) -> Anchor:
+    # A hand has a side, "left" or "right", where the others have a width.
+    return Anchor(*(float(value) for value in values if not isinstance(value, str)))
 
 
 def _thing(entry: dict[str, object], drawings: tuple[Drawing, ...]) -> Thing:

@@ -27,6 +27,8 @@ RGB = {
 }
 # What is worn is wider than the head, the eyes or the neck by so much; what is held is smaller than its bearer.
 WORN_WIDTH = {"head": 1.12, "face": 1.15, "neck": 1.25}
+# As wide, at least, as this share of the bearer: at 64 pixels less cannot be seen.
+LEAST_WORN = {"head": 0.36, "face": 0.32, "neck": 0.3}
 HELD_SIZE = 0.5
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -181,7 +183,7 @@ def _attach(
     assert place is not None
     assert name is not None
     anchor = bearer.anchors[name]
-    width = max(2, round(WORN_WIDTH[place] * anchor.width * size[0]))
+    width = max(2, round(max(WORN_WIDTH[place] * anchor.width * size[0], LEAST_WORN[place] * max(size))))
     sprite = _sprite(worn, side)
     height = max(2, round(sprite.height * width / sprite.width))
     limit = round(0.9 * max(size))

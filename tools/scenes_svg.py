@@ -1,0 +1,209 @@
+"""Drawings as short SVG: numbers rounded as far as the picture allows, and a view box that the drawing fills."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+from resvg_py import svg_to_bytes
+
+COMPARED = 128  # pixels of the longer side at which a shortened drawing must look the same
+MEASURED = 256  # pixels at which the box of a drawing is measured
+VISIBLE = 8  # of 255: what counts as drawn
+MEAN, LOCAL = 1.0, 20.0  # of 255: differences allowed on average, and anywhere in a square of 8 × 8 pixels
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_COMMAND = re.compile(r"([MmZzLlHhVvCcSsQqTtAa])([^MmZzLlHhVvCcSsQqTtAa]*)")
+_PATH = re.compile(r'(\sd=")([^"]*)(")')
+_PLAIN = re.compile(
+    r'(\s(?:x|y|x1|y1|x2|y2|cx|cy|r|rx|ry|fx|fy|width|height|points|stroke-width|stroke-dasharray)=")([^"]*)(")'
+)
+_IDS = re.compile(r'\sid="([^"]+)"')
+
+
+def render(svg: str, size: int) -> np.ndarray:
+    """The drawing, its longer side `size` pixels.
+
+    Returns:
+        uint8 [H, W, 4], not premultiplied.
+
+    Raises:
+        ValueError: resvg cannot draw it.
+    """
+    width, height = view_box(svg)[2:]
+    side = {"width": size} if width >= height else {"height": size}
+    png = bytes(svg_to_bytes(svg_string=svg, skip_system_fonts=True, **side))
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGBA"))
+
+
+def view_box(svg: str) -> tuple[float, float, float, float]:
+    """(x, y, width, height) of the root."""
+    found = re.search(r'viewBox="([^"]+)"', svg)
+    assert found
+    x, y, width, height = map(float, found.group(1).split())
+    return x, y, width, height
+
+
+def document(body: str, box: tuple[float, float, float, float]) -> str:
+    """The SVG of elements within a view box."""
+    x, y, width, height = (_short(value, 3) for value in box)
+    links = ' xmlns:xlink="http://www.w3.org/1999/xlink"' if "xlink:" in body else ""
+    size = f'width="{width}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{links} {size} viewBox="{x} {y} {width} {height}">{body}</svg>'
+
+
+def cropped(body: str, box: tuple[float, float, float, float]) -> str:
+    """The SVG whose view box is what is seen of the drawing.
+
+    Raises:
+        ValueError: nothing is seen.
+    """
+    seen = render(document(body, box), MEASURED)[..., 3] > VISIBLE  # [H, W]
+    if not seen.any():
+        raise ValueError("nothing is seen of it")
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    x, y, width, height = box
+    unit = max(width, height) / MEASURED
+    left, top = columns[0] * unit, rows[0] * unit
+    return document(
+        body, (x + left, y + top, (columns[-1] + 1) * unit - left, (rows[-1] + 1) * unit - top)
+    )
+
+
+def shortened(svg: str) -> str:
+    """The same picture in fewer characters: the fewest decimals that leave it as it is."""
+    svg = _short_ids(svg)
+    reference = _premultiplied(render(svg, COMPARED))
+    for decimals in range(5):
+        shorter = rounded(svg, decimals)
+        if len(shorter) < len(svg) and _same(reference, _premultiplied(render(shorter, COMPARED))):
+            return shorter
+    return svg
+
+
+def rounded(svg: str, decimals: int) -> str:
+    """With the numbers of shapes rounded; matrices keep theirs."""
+    svg = _PATH.sub(lambda found: found[1] + _rounded_path(found[2], decimals) + found[3], svg)
+    return _PLAIN.sub(lambda found: found[1] + _rounded_list(found[2], max(decimals, 1)) + found[3], svg)
+
+
+def _rounded_list(text: str, decimals: int) -> str:
+    if "%" in text or re.search(r"[a-df-zA-DF-Z]", text):
+        return text
+    return _joined([_short(float(number), decimals) for number in re.findall(_NUMBER, text)])
+
+
+def _rounded_path(path: str, decimals: int) -> str:
+    """A path with rounded numbers. Those of relative commands are rounded so that their errors do not add up."""
+    parts: list[str] = []
+    error = [0.0, 0.0]  # of the current point: true minus written
+    start = [0.0, 0.0]
+    previous = ""
+    for command, text in _COMMAND.findall(path):
+        numbers = [*_arguments(command, text)]
+        written, error, start = _written(command, numbers, decimals, error, start)
+        joint = _joined(written)
+        # A command that repeats is left out, but for m and z, whose repetition means something else.
+        if command == previous and command not in "MmZz":
+            parts.append(joint if joint.startswith("-") else " " + joint)
+        else:
+            parts.append(command + joint)
+        previous = command
+    return "".join(parts)
+
+
+_COUNTS = {"m": 2, "l": 2, "t": 2, "h": 1, "v": 1, "c": 6, "s": 4, "q": 4, "a": 7, "z": 0}
+
+
+def _arguments(command: str, text: str) -> Iterator[float]:
+    """The numbers after a command; the flags of an arc may be written without anything between them."""
+    if command not in "Aa":
+        yield from map(float, re.findall(_NUMBER, text))
+        return
+    place, index = 0, 0
+    pattern = re.compile(r"[\s,]*(" + _NUMBER + ")")
+    flag = re.compile(r"[\s,]*([01])")
+    while found := (flag if index % 7 in (3, 4) else pattern).match(text, place):
+        yield float(found[1])
+        place, index = found.end(), index + 1
+
+
+def _written(
+    command: str, numbers: list[float], decimals: int, error: list[float], start: list[float]
+) -> tuple[list[str], list[float], list[float]]:
+    kind, relative = command.lower(), command.islower()
+    if kind == "z":
+        return [], list(start), start
+    count, out = _COUNTS[kind], []
+    for first in range(0, len(numbers), count):
+        values = numbers[first : first + count]
+        end = error if relative else [0.0, 0.0]
+        after = list(error)
+        for place, value in enumerate(values):
+            axis = {"h": 0, "v": 1}.get(kind, (place - 5) % 2 if kind == "a" else place % 2)
+            if kind == "a" and place < 5:
+                # Radii, angle, flags; a radius keeps a decimal more, since the chord may need it.
+                out.append(_short(value, decimals + 1) if place < 2 else _short(value, 1))
+                continue
+            exact = value + end[axis]
+            text = _short(exact, decimals)
+            out.append(text)
+            if place >= count - 2 or kind in "hv":
+                after[axis] = exact - float(text)
+        error = after
+        if kind == "m" and first == 0:
+            start = list(error)
+    return out, error, start
+
+
+def _short(value: float, decimals: int) -> str:
+    text = f"{value:.{decimals}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    if text.startswith("0."):
+        return text[1:]
+    if text.startswith("-0."):
+        return "-" + text[2:]
+    return "0" if text == "-0" else text
+
+
+def _joined(numbers: list[str]) -> str:
+    """With a space only where two numbers would run together."""
+    out = ""
+    for number in numbers:
+        out += number if not out or number.startswith("-") else " " + number
+    return out
+
+
+def _short_ids(svg: str) -> str:
+    """Ids in order of appearance as a, b, c…; those that nothing refers to are dropped."""
+    names = [name for name in dict.fromkeys(_IDS.findall(svg))]
+    used = [name for name in names if f"#{name})" in svg or f'"#{name}"' in svg or f"#{name}'" in svg]
+    for name in names:
+        if name not in used:
+            svg = svg.replace(f' id="{name}"', "")
+    for number, name in enumerate(used):
+        new = f"i{number}"
+        svg = svg.replace(f'id="{name}"', f'id="{new}"')
+        for before, after in (("(#", ")"), ('"#', '"'), ("'#", "'")):
+            svg = svg.replace(f"{before}{name}{after}", f"{before}{new}{after}")
+    return svg
+
+
+def _premultiplied(image: np.ndarray) -> np.ndarray:
+    values = image.astype(np.float32)
+    values[..., :3] *= values[..., 3:] / 255
+    return values
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    if first.shape != second.shape:
+        return False
+    difference = np.abs(first - second).mean(-1)  # [H, W]
+    height, width = (side // 8 * 8 for side in difference.shape)
+    squares = difference[:height, :width].reshape(height // 8, 8, width // 8, 8).mean((1, 3))
+    return bool(difference.mean() < MEAN and (not squares.size or squares.max() < LOCAL))
