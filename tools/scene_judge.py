@@ -1,6 +1,6 @@
 """Trains the judge of scenes, `ldm/evaluation/judge.py`, from nothing, on composed scenes and no generated picture.
 
-    OMP_NUM_THREADS=1 nice -n 10 python tools/scene_judge.py           # about 40 minutes of one core
+    python tools/scene_judge.py                # about 40 minutes of one core
     python tools/scene_judge.py --scores-only                          # of the judge that is there
 
 Its scenes are a stream of their own, which no model is trained on, with combinations that are held out from models
@@ -88,7 +88,7 @@ def rows_of(drawn: Sequence[Drawn], numbers: dict[str, int]) -> np.ndarray:
 
 
 class Stream:
-    """Images and what they show. Half of every batch was drawn before, and comes again, changed in another way.
+    """Images and what they show. Two thirds of every batch were drawn before, and come again, changed in other ways.
 
     Args:
         things: names in the order of their numbers.
@@ -103,7 +103,7 @@ class Stream:
 
     def batch(self, size: int, draw: np.random.Generator) -> tuple[Tensor, Objects]:
         """uint8 [size, 3, 64, 64], and what is on them."""
-        old = draw.integers(len(self.images), size=size // 2).tolist() if self.images else []
+        old = draw.integers(len(self.images), size=2 * size // 3).tolist() if self.images else []
         images, rows = [self.images[place] for place in old], [self.rows[place] for place in old]
         while len(images) < size:
             scene, pixels = judge_scene(self.sampler, self.next)
@@ -128,9 +128,9 @@ def changed(
     """Images [B, 3, 64, 64] in [−1, 1] as a decoder may give them, and what is left to be seen on them."""
     images = to_signed(pictures)
     size = len(images)
-    # A quarter is read as decoded, so that the judge sees what a first stage makes of scenes.
+    # A part is read as decoded, so that the judge sees what a first stage makes of scenes.
     if codecs:
-        some = torch.from_numpy(draw.permutation(size)[: size // 4])
+        some = torch.from_numpy(draw.permutation(size)[: size // 6])
         codec = codecs[int(draw.integers(len(codecs)))]
         with torch.no_grad():
             latents = codec.draw(codec.moments(images[some]))
@@ -235,7 +235,7 @@ def train(
     first: int = 0,
     go_on: bool = False,
 ) -> Judge:
-    """Trains for so many samples, half of them scenes that come for the second time or more; saves into a folder."""
+    """Trains for so many samples, a third of them new scenes; saves into a folder."""
     torch.manual_seed(0)
     network = started(config, folder if go_on else None).to(memory_format=torch.channels_last).train()
     stream = Stream(SceneSampler(load_catalog(), config.tier), config.things, first)
@@ -275,7 +275,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER)
-    parser.add_argument("--samples", type=int, default=300_000, help="images to train on; half of them are new scenes")
+    parser.add_argument("--samples", type=int, default=300_000, help="images to train on; a third are new scenes")
     parser.add_argument("--first", type=int, default=0, help="number of the first scene of the judge's stream")
     parser.add_argument("--things", choices=("common", "all"), default="common")
     parser.add_argument("--first-stages", nargs="*", default=["openmoji-first-stage"], help="names or folders")

@@ -21,6 +21,7 @@ from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.scene import SceneSampler
 from ldm.data.scenes.source import draw_training_scene
 from ldm.evaluation.axes import AXES, COMBINATIONS, Axis, Prompt, prompts, redrawn, right
+from ldm.evaluation.drawn import draw
 from ldm.evaluation.faithfulness import share_interval
 from ldm.evaluation.frechet import Interval
 from ldm.evaluation.judge import Judge, Reading
@@ -160,30 +161,36 @@ def compose(
         raise ValueError(f"{count} prompts of an axis were asked for; it must be at least 1")
     if judge.config.tier < tier:
         raise ValueError("the judge knows the common things alone, and the model was trained on all; train another one")
-    settings = {
-        "seed": seed,
-        "num_inference_steps": pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps,
-        "guidance_scale": pipeline.guidance_scale if guidance_scale is None else guidance_scale,
-    }
+    steps = pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps
+    guidance = pipeline.guidance_scale if guidance_scale is None else guidance_scale
     sampler = SceneSampler(load_catalog(), tier)
     wanted = {axis: tuple(prompts(axis, count, seed, sampler)) for axis in axes}
     parts = []
     with bars("pictures", EACH * sum(map(len, wanted.values()))) as done:
         for axis, asked in wanted.items():
             captions = [prompt.caption for prompt in asked for _ in range(EACH)]
-            draws = keep.draw if keep is not None else _drawn
-            at_once = pictures_at_once(height, width)
-            pictures = draws(pipeline, captions, at_once=at_once, progress=done, **settings)
+            pictures = (draw if keep is None else keep.draw)(
+                pipeline,
+                captions,
+                seed=seed,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                at_once=pictures_at_once(height, width),
+                progress=done,
+            )
             parts.append(part_of(axis, asked, pictures, pipeline.codec, judge, seed))
     nearest = None if seen is None else _nearest(parts, seen, tier, seed, height, bars)
-    about = {"things": len(sampler.things), "each": EACH, "judge": judge.digest, "catalog": load_catalog().digest}
-    return Composition(settings | about, tuple(parts), nearest)
-
-
-def _drawn(pipeline: Pipeline, captions: Sequence[str], **settings: Any) -> Tensor:
-    from ldm.evaluation.drawn import draw
-
-    return draw(pipeline, captions, **settings)
+    settings = {
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "sampler": pipeline.sampler,
+        "things": len(sampler.things),
+        "pictures_of_a_prompt": EACH,
+        "judge": judge.digest,
+        "catalog": load_catalog().digest,
+    }
+    return Composition(settings, tuple(parts), nearest)
 
 
 def part_of(axis: Axis, asked: Sequence[Prompt], pictures: Tensor, codec: Codec, judge: Judge, seed: int) -> Part:
@@ -206,8 +213,8 @@ def real_scenes(asked: Sequence[Prompt], resolution: int, seed: int) -> Tensor:
     images = []
     for prompt in asked:
         for place in range(EACH):
-            draw = generator(seed, "axes", prompt.axis, prompt.caption, place)
-            images.append(np.asarray(draw_scene(redrawn(prompt.scene, draw), draw, resolution)))
+            moved = generator(seed, "axes", prompt.axis, prompt.caption, place)
+            images.append(np.asarray(draw_scene(redrawn(prompt.scene, moved), moved, resolution)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
