@@ -2,31 +2,39 @@
 
     mkdir packages && cd packages
     for name in noto twemoji fluent-emoji-flat openmoji; do npm pack @iconify-json/$name; done
-    for archive in *.tgz; do mkdir "${archive%.tgz}" && tar xzf "$archive" -C "${archive%.tgz}" --strip-components=1; done
-    cd .. && python tools/build_scenes.py --packages packages
+    for archive in *.tgz; do mkdir "${archive%.tgz}"; tar xzf "$archive" -C "${archive%.tgz}" --strip-components=1; done
+    apt-get download openclipart-svg && dpkg-deb -x openclipart-svg_*.deb clipart
+    pip install scour && cd ..
+    python tools/build_scenes.py --packages packages --clipart packages/clipart/usr/share/openclipart/svg
 
-The words are in tools/scenes/things.yaml, the places where a thing is worn or held in tools/scenes/anchors.yaml. The same
-inputs give the same bytes. Writes drawings.json.xz and LICENSES.md, and prints what is missing.
+In tools/scenes, things.yaml has the words, clipart.yaml the clip art that was chosen, anchors.yaml and
+clipart_anchors.yaml the places where drawings wear and hold things. The same inputs give the same bytes. Writes
+drawings.json.xz and LICENSES.md, and prints what is left out and what few families draw.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import lzma
-from collections.abc import Iterator
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import scenes_svg
 import yaml
-from scenes_vocabulary import read_things
 
+import scenes_clipart
+import scenes_svg
 from ldm import disk
+from scenes_vocabulary import read_things
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "scenes"
 LIMIT = 6_000_000  # bytes of drawings.json.xz
+LONGEST = 80_000  # characters of a drawing: a few are traced photographs
 FORMAT = 1
 
 # Package, name in captions, and what the license asks to be said.
@@ -46,22 +54,69 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
 }
 
 
+CLIPART = {
+    "name": "clipart",
+    "style": "clip art",
+    "title": "Open Clip Art Library",
+    "version": "0.18, Debian openclipart-svg 1:0.18+dfsg-19",
+    "license": "public domain",
+    "license_url": "https://creativecommons.org/licenses/publicdomain/",
+    "source": "https://openclipart.org",
+    "attribution": "Open Clip Art Library, dedicated to the public domain by its authors, who are named below.",
+}
+
+
+class Kept:
+    """What is made of a text, kept in a file, since it takes minutes to make it of all drawings."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._code = b"".join(Path(module.__file__).read_bytes() for module in (scenes_svg, scenes_clipart))
+        self._known: dict[str, str] = _json(path) if path and path.exists() else {}
+
+    def __call__(self, make: Callable[[str], str], text: str) -> str:
+        key = hashlib.sha256(self._code + text.encode()).hexdigest()
+        if key not in self._known:
+            self._known[key] = make(text)
+            if len(self._known) % 100 == 0:
+                self.save()
+        return self._known[key]
+
+    def save(self) -> None:
+        if self._path:
+            disk.write_text(self._path, json.dumps(self._known))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder of the unpacked npm packages")
+    parser.add_argument("--clipart", type=Path, help="folder `svg` of Debian's openclipart-svg; without it, emoji only")
+    parser.add_argument("--cache", type=Path, help="file that keeps shortened drawings from one call to the next")
     parser.add_argument("--out", type=Path, default=ROOT / "ldm/assets/scenes")
     arguments = parser.parse_args()
     things = read_things(HERE / "things.yaml")
     anchors = _anchors(HERE / "anchors.yaml")
-    families, drawings = [], []
+    clipart_anchors = _anchors(HERE / "clipart_anchors.yaml")
+    anchors |= {f"clipart/{path.removesuffix('.svg')}": places for path, places in clipart_anchors.items()}
+    kept = Kept(arguments.cache)
+    families: list[dict[str, str]] = []
+    drawings: list[dict[str, Any]] = []
     for family in FAMILIES:
         package = _package(arguments.packages, FAMILIES[family][0])
         families.append(_family(family, package))
-        drawings += _emoji(family, package, things)
+        drawings += _emoji(family, package, things, kept)
+    if arguments.clipart:
+        families.append(CLIPART)
+        drawings += _clipart(arguments.clipart, things, kept)
+    kept.save()
     for drawing in drawings:
         drawing["anchors"] = anchors.pop(drawing["id"], {})
-    if anchors:
-        raise ValueError(f"anchors.yaml: no such drawing: {', '.join(sorted(anchors))}")
+        drawing["colors"] = scenes_svg.colors(drawing["svg"])
+    if anchors and arguments.clipart:
+        raise ValueError(f"anchors without a drawing: {', '.join(sorted(anchors))}")
+    bare = {thing["name"] for thing in things} - {drawing["thing"] for drawing in drawings}
+    if bare and arguments.clipart:
+        raise ValueError(f"things.yaml: nothing draws {', '.join(sorted(bare))}")
     _write(arguments.out, families, things, drawings)
 
 
@@ -98,7 +153,7 @@ def _family(name: str, package: Path) -> dict[str, str]:
     }
 
 
-def _emoji(family: str, package: Path, things: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _emoji(family: str, package: Path, things: list[dict[str, Any]], kept: Kept) -> Iterator[dict[str, Any]]:
     """The drawings of a family, in the order of the things."""
     icons, names = _json(package / "icons.json"), _json(package / "chars.json")
     for thing in things:
@@ -114,8 +169,29 @@ def _emoji(family: str, package: Path, things: list[dict[str, Any]]) -> Iterator
                 continue
             seen.add(icon["body"])
             box = [icon.get(key, icons.get(key, 0)) for key in ("left", "top", "width", "height")]
-            svg = scenes_svg.shortened(scenes_svg.cropped(icon["body"], (box[0], box[1], box[2], box[3])))
+            whole = scenes_svg.document(icon["body"], (box[0], box[1], box[2], box[3]))
+            svg = kept(scenes_svg.shortened, whole)
             yield _drawing(f"{family}/{code}", thing["name"], family, svg)
+
+
+def _clipart(folder: Path, things: list[dict[str, Any]], kept: Kept) -> Iterator[dict[str, Any]]:
+    """The drawings of clipart.yaml, in the order of the things; those that fail are named and left out."""
+    listed = yaml.safe_load((HERE / "clipart.yaml").read_text(encoding="utf-8"))
+    if unknown := sorted(set(listed) - {thing["name"] for thing in things}):
+        raise ValueError(f"clipart.yaml: no such thing in things.yaml: {', '.join(unknown)}")
+    for thing in things:
+        for path in listed.get(thing["name"], []):
+            source = (folder / path).read_bytes()
+            try:
+                svg = kept(scenes_clipart.plain, source.decode("utf-8", errors="replace"))
+            except ValueError as error:
+                print(f"{path} is left out: {error}")
+                continue
+            if len(svg) > LONGEST:
+                print(f"{path} is left out: {len(svg):,} characters")
+                continue
+            words = scenes_clipart.title_and_author(source)
+            yield _drawing(f"clipart/{path.removesuffix('.svg')}", thing["name"], "clipart", svg, **words)
 
 
 def _drawing(identity: str, thing: str, family: str, svg: str, **more: str) -> dict[str, Any]:
@@ -147,8 +223,8 @@ def _licenses(families: list[dict[str, str]], drawings: list[dict[str, Any]]) ->
     lines = [
         "# The drawings of `scenes`",
         "",
-        "`drawings.json.xz` holds drawings of these collections, each under its own license. They were changed: cropped to",
-        "what is drawn, numbers rounded. `tools/build_scenes.py` makes the file.",
+        "`drawings.json.xz` holds drawings of these collections, each under its own license. They were changed:",
+        "cropped to what is drawn, numbers rounded. `tools/build_scenes.py` makes the file.",
         "",
         "| family | collection | drawings | license | source | attribution |",
         "|---|---|---|---|---|---|",
@@ -160,6 +236,12 @@ def _licenses(families: list[dict[str, str]], drawings: list[dict[str, Any]]) ->
             f"| {family['name']} | {family['title']} ({family['version']}) | {count} | {license_link} | "
             f"{family['source']} | {family['attribution']} |"
         )
+    authors = Counter(drawing.get("author", "unknown") for drawing in drawings if drawing["family"] == "clipart")
+    if authors:
+        named = ", ".join(
+            f"{name} ({count})" for name, count in sorted(authors.items(), key=lambda one: one[0].lower())
+        )
+        lines += ["", "Authors of the clip art, with the number of drawings:", "", *textwrap.wrap(named, 120)]
     return "\n".join(lines) + "\n"
 
 

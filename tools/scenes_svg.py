@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ _PATH = re.compile(r'(\sd=")([^"]*)(")')
 _PLAIN = re.compile(
     r'(\s(?:x|y|x1|y1|x2|y2|cx|cy|r|rx|ry|fx|fy|width|height|points|stroke-width|stroke-dasharray)=")([^"]*)(")'
 )
+_MATRIX = re.compile(r'(ransform=")([^"]*)(")')
 _IDS = re.compile(r'\sid="([^"]+)"')
 
 
@@ -48,6 +50,31 @@ def view_box(svg: str) -> tuple[float, float, float, float]:
     return x, y, width, height
 
 
+def colors(svg: str) -> list[str]:
+    """The words for the colors of at least a fifth of what is drawn, the largest first; the borders were set by eye."""
+    image = render(svg, 64)
+    seen = image[image[..., 3] > 127][:, :3]  # [N, 3]
+    hsv = np.asarray(Image.fromarray(seen[None]).convert("HSV"), np.float32)[0] / 255  # [N, 3]
+    hue, saturation, value = hsv[:, 0] * 360, hsv[:, 1], hsv[:, 2]
+    rules = {
+        "black": value < 0.25,
+        "white": (saturation < 0.15) & (value > 0.88),
+        "gray": saturation < 0.15,
+        "brown": (hue >= 8) & (hue < 48) & ((value < 0.72) | (saturation < 0.5) & (value < 0.9)),
+        "pink": ((hue < 15) | (hue >= 345)) & (saturation < 0.5) | (hue >= 300) & (hue < 345) & (value >= 0.5),
+        "red": (hue < 15) | (hue >= 345),
+        "orange": hue < 38,
+        "yellow": hue < 68,
+        "green": hue < 165,
+        "blue": hue < 252,
+        "purple": hue < 345,
+    }
+    names = np.select(list(rules.values()), list(range(len(rules))))  # the first that holds
+    shares = np.bincount(names, minlength=len(rules)) / len(seen)
+    largest = sorted(zip(-shares, rules, strict=True), key=lambda one: one[0])
+    return [name for share, name in largest if -share >= 0.2]
+
+
 def document(body: str, box: tuple[float, float, float, float]) -> str:
     """The SVG of elements within a view box."""
     x, y, width, height = (_short(value, 3) for value in box)
@@ -56,29 +83,37 @@ def document(body: str, box: tuple[float, float, float, float]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg"{links} {size} viewBox="{x} {y} {width} {height}">{body}</svg>'
 
 
-def cropped(body: str, box: tuple[float, float, float, float]) -> str:
-    """The SVG whose view box is what is seen of the drawing.
+def cropped(svg: str) -> str:
+    """With a view box that is what is seen of the drawing.
 
     Raises:
         ValueError: nothing is seen.
     """
-    seen = render(document(body, box), MEASURED)[..., 3] > VISIBLE  # [H, W]
+    seen = render(svg, MEASURED)[..., 3] > VISIBLE  # [H, W]
     if not seen.any():
         raise ValueError("nothing is seen of it")
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-    x, y, width, height = box
+    x, y, width, height = view_box(svg)
     unit = max(width, height) / MEASURED
     left, top = columns[0] * unit, rows[0] * unit
-    return document(
-        body, (x + left, y + top, (columns[-1] + 1) * unit - left, (rows[-1] + 1) * unit - top)
-    )
+    body = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
+    return document(body, (x + left, y + top, (columns[-1] + 1) * unit - left, (rows[-1] + 1) * unit - top))
 
 
 def shortened(svg: str) -> str:
-    """The same picture in fewer characters: the fewest decimals that leave it as it is."""
-    svg = _short_ids(svg)
+    """The same picture, cropped, in fewer characters: the fewest decimals that leave it as it is.
+
+    Args:
+        svg: as `document` writes it.
+
+    Raises:
+        ValueError: nothing is seen.
+    """
+    svg = _short_ids(cropped(svg))
     reference = _premultiplied(render(svg, COMPARED))
-    for decimals in range(5):
+    # About a hundredth of the box; small details ask for more.
+    first = 1 - math.floor(math.log10(max(view_box(svg)[2:]) / 4))
+    for decimals in range(first, first + 5):
         shorter = rounded(svg, decimals)
         if len(shorter) < len(svg) and _same(reference, _premultiplied(render(shorter, COMPARED))):
             return shorter
@@ -86,8 +121,9 @@ def shortened(svg: str) -> str:
 
 
 def rounded(svg: str, decimals: int) -> str:
-    """With the numbers of shapes rounded; matrices keep theirs."""
+    """With the numbers of shapes rounded, and those of matrices to five digits."""
     svg = _PATH.sub(lambda found: found[1] + _rounded_path(found[2], decimals) + found[3], svg)
+    svg = _MATRIX.sub(lambda found: found[1] + _significant(found[2]) + found[3], svg)
     return _PLAIN.sub(lambda found: found[1] + _rounded_list(found[2], max(decimals, 1)) + found[3], svg)
 
 
@@ -95,6 +131,14 @@ def _rounded_list(text: str, decimals: int) -> str:
     if "%" in text or re.search(r"[a-df-zA-DF-Z]", text):
         return text
     return _joined([_short(float(number), decimals) for number in re.findall(_NUMBER, text)])
+
+
+def _significant(transform: str) -> str:
+    def five(number: str) -> str:
+        value = float(number)
+        return _short(value, 4 - math.floor(math.log10(abs(value)))) if value else "0"
+
+    return re.sub(r"\(([^)]*)\)", lambda found: f"({_joined([*map(five, re.findall(_NUMBER, found[1]))])})", transform)
 
 
 def _rounded_path(path: str, decimals: int) -> str:
@@ -161,7 +205,7 @@ def _written(
 
 
 def _short(value: float, decimals: int) -> str:
-    text = f"{value:.{decimals}f}"
+    text = f"{round(value, decimals):.{max(decimals, 0)}f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     if text.startswith("0."):
@@ -180,8 +224,8 @@ def _joined(numbers: list[str]) -> str:
 
 
 def _short_ids(svg: str) -> str:
-    """Ids in order of appearance as a, b, c…; those that nothing refers to are dropped."""
-    names = [name for name in dict.fromkeys(_IDS.findall(svg))]
+    """Ids in order of appearance as i0, i1…; those that nothing refers to are dropped."""
+    names = list(dict.fromkeys(_IDS.findall(svg)))
     used = [name for name in names if f"#{name})" in svg or f'"#{name}"' in svg or f"#{name}'" in svg]
     for name in names:
         if name not in used:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,54 @@ DEFAULTS: dict[str, Any] = {
 LISTS = ("emoji", "synonyms", "kinds", "classes", "color")
 
 
+# Plurals that no rule gives, by the last word or the end of it.
+IRREGULAR = {
+    **dict.fromkeys(("fish", "sheep", "deer", "aircraft", "spacecraft", "salmon", "trout", "tuna", "cod", "elk"), ""),
+    **{word: word + "es" for word in ("hero", "superhero", "potato", "tomato", "volcano", "tornado", "buffalo")},
+    "bacterium": "bacteria",
+    "cactus": "cacti",
+    "child": "children",
+    "die": "dice",
+    "elf": "elves",
+    "foot": "feet",
+    "fungus": "fungi",
+    "goose": "geese",
+    "half": "halves",
+    "knife": "knives",
+    "larva": "larvae",
+    "leaf": "leaves",
+    "loaf": "loaves",
+    "mouse": "mice",
+    "ox": "oxen",
+    "person": "people",
+    "tooth": "teeth",
+    "wolf": "wolves",
+}
+_PREPOSITIONS = "of with without in on covering blowing sticking licking baring lifting bouncing doing waving wearing"
+_REST = re.compile(f"(?= (?:{_PREPOSITIONS.replace(' ', '|')}) )")
+
+
 def plural_of(noun: str) -> str:
-    """The regular plural."""
-    if noun.endswith(("s", "x", "z", "ch", "sh")):
-        return noun + "es"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
-        return noun[:-1] + "ies"
-    return noun + "s"
+    """The plural of the noun that a name turns on: "pairs of socks"; empty for two joined by "and"."""
+    if " and " in noun:
+        return ""
+    head, *rest = _REST.split(noun, maxsplit=1)
+    before, space, last = head.rpartition(" ")
+    return before + space + _plural_word(last) + "".join(rest)
+
+
+def _plural_word(word: str) -> str:
+    if word in IRREGULAR:
+        return IRREGULAR[word] or word
+    if word.endswith("fish"):
+        return word
+    if word.endswith("man") and word not in ("human", "talisman"):
+        return word[:-3] + "men"
+    if word.endswith(("s", "x", "z", "ch", "sh")):
+        return word + "es"
+    if word.endswith("y") and word[-2] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + "s"
 
 
 def article_of(noun: str) -> str:
@@ -46,18 +88,39 @@ def article_of(noun: str) -> str:
 
 
 def read_things(path: Path) -> list[dict[str, Any]]:
-    """Every thing of the file, in its order, with all keys.
+    """Every thing of the file, in its order, with all keys, and `forms`: article and plural of each of its words.
 
     Raises:
         ValueError: unknown keys or values, or a word with two owners.
     """
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     groups = document["groups"]
-    things = [_resolved(entry, group, groups[group]) for group, entries in document["things"].items() for entry in entries]
+    things = [
+        _resolved(entry, group, groups[group]) for group, entries in document["things"].items() for entry in entries
+    ]
+    articles = {word: article for article, listed in document["words"].items() for word in listed}
+    for thing in things:
+        thing["forms"] = {word: _forms(word, thing, articles) for word in _words(thing)}
+    if unused := sorted(set(articles) - {word for thing in things for word in _words(thing)}):
+        raise ValueError(f"{path.name}: words: nobody's synonym or kind: {', '.join(unused)}")
     problems = [*_wrong_values(things), *_shared_words(things)]
     if problems:
         raise ValueError(f"{path.name}: " + "; ".join(problems))
     return things
+
+
+def _words(thing: dict[str, Any]) -> list[str]:
+    return [thing["name"], *thing["synonyms"], *thing["kinds"]]
+
+
+def _forms(word: str, thing: dict[str, Any], articles: dict[str, str]) -> list[str]:
+    """Article and plural of a word, each empty where it has none."""
+    if word == thing["name"]:
+        return [thing["article"], thing["plural"]]
+    article = articles.get(word, article_of(word))
+    if article in ("no_article", "the"):
+        return ["" if article == "no_article" else "the", ""]
+    return [article, plural_of(word)]
 
 
 def _resolved(entry: dict[str, Any], group: str, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def check(
     )
     lost, uncounted = None, ""
     try:
-        lost = load_text_encoder(encoder or "minilm", 32 if max_length is None else max_length).lost
+        shortest = 48 if path == "scenes" else 32
+        lost = load_text_encoder(encoder or "minilm", shortest if max_length is None else max_length).lost
     except ValueError as error:
         if encoder is not None or max_length is not None:
             raise

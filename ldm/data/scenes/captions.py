@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -156,7 +157,7 @@ ON_PLACE = {
     "night sky": ("{text} in the night sky", "{text} at night", "{text} under the stars", "{text} in front of the stars"),
 }
 STYLE = ("{text}, {style} style", "{text} in {style} style", "{text} in the style of {style}")
-STYLE_PHRASES = ("{style} style {text}", "a {style} drawing of {text}")
+STYLE_PHRASES = ("{style} style {text}", "{a_style} drawing of {text}")
 STYLE_OF_MANY = ("{text}, clip art", "{text} as clip art")
 STYLE_OF_MANY_PHRASES = ("clip art of {text}", "a clip art of {text}")
 COLOR_SENTENCES = ("the {noun} is {color}", "the color of the {noun} is {color}")
@@ -317,7 +318,8 @@ class Writer:
     def _styled(self, text: str, family: str, caption: Caption, *, phrase: bool) -> str:
         any_text, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if family == CLIP_ART else (STYLE, STYLE_PHRASES)
         templates = (*any_text, *phrases) if phrase else any_text
-        return self._template(templates, caption).format(text=text, style=family)
+        a_style = _article_before(family)
+        return self._template(templates, caption).format(text=text, style=family, a_style=a_style)
 
     def _long(self, text: str, scene: Scene, caption: Caption) -> str:
         """Whole sentences, up to thirty words."""
@@ -327,8 +329,9 @@ class Writer:
             noun = part.thing.name
             if part.color is not None:
                 sentences.append(self._template(COLOR_SENTENCES, caption).format(noun=noun, color=part.color))
-            if part.thing.classes and part.thing.article:
-                broader = _any_of(part.thing.classes, self.draw)
+            counted = [word for word in part.thing.classes if word not in _UNCOUNTED]
+            if counted and part.thing.article:
+                broader = _any_of(counted, self.draw)
                 template = self._template(CLASS_SENTENCES, caption)
                 a_noun = _with_article(part.thing, noun, False)
                 sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=_article_before(broader)))
@@ -341,12 +344,15 @@ class Writer:
             sentences.append(f"it is {style}" if scene.family == CLIP_ART else f"it is drawn {style}")
         kept = [sentences[0]]
         for sentence in sentences[1:]:
-            if sum(len(one.split()) for one in [*kept, sentence]) <= LONGEST:
+            whole = ". ".join([*kept, sentence])
+            if len(whole.split()) <= LONGEST and len(re.findall(r"\w+|[^\w\s]", whole)) <= MOST_PIECES:
                 kept.append(sentence)
         return ". ".join(one[0].upper() + one[1:] for one in kept) + "."
 
 
 LONGEST = 30  # words
+# Parts of words and marks: tokenizers split "jack-o'-lantern" into five. So `text.max_length: 48` cuts nothing.
+MOST_PIECES = 32
 _UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furniture", "jewelry", "candy", "clothing")
 T = TypeVar("T")
 

@@ -1,0 +1,205 @@
+"""Scenes that code composes: the same for all, without end, told as they are, and never what is held out."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from ldm.data import CaptionedImages, DataConfig, generator, open_source, split
+from ldm.data.scenes.captions import Writer
+from ldm.data.scenes.catalog import load_catalog
+from ldm.data.scenes.draw import draw_scene, tint
+from ldm.data.scenes.held_out import SHARES, Fact, relation
+from ldm.data.scenes.scene import COLORS, PLACES, RELATIONS, SceneSampler
+from ldm.data.scenes.source import held_out_scene, training_scene
+from ldm.text import load_text_encoder
+from tests.training.runs import ROOT
+
+CONFIG = DataConfig(path="scenes", resolution=32, scenes=6, renew_every=2, held_out=0.5)
+# Over the course of a training, from single things to scenes.
+NUMBERS = range(0, 3_000_000, 1_000)
+MANY = range(100_000)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return SceneSampler(load_catalog())
+
+
+def check_nothing_is_held_out(numbers):
+    """Reads scenes and captions by itself: it asks neither for `Scene.facts` nor for `Caption.facts`."""
+    unseen = {
+        thing.name: [
+            word
+            for word in (*thing.synonyms, *thing.kinds)
+            if Fact("synonym", (thing.name, word)).is_held_out and word not in thing.classes
+        ]
+        for thing in load_catalog().things
+    }
+    for number in numbers:
+        scene, caption = training_scene(number)
+        names = [part.thing.name for part in scene.parts]
+        for part in scene.all_parts:
+            if part.color and part.color not in part.thing.colors:
+                assert not Fact("color", (part.thing.name, part.color)).is_held_out, (number, caption)
+            if part.worn:
+                assert not Fact("worn", (part.thing.name, part.worn.thing.name)).is_held_out, (number, caption)
+        if len(names) == 2:
+            assert not relation(names[0], scene.how, names[1]).is_held_out, (number, caption)
+        if len(names) == 3:
+            for first, second in ((0, 1), (0, 2), (1, 2)):
+                assert not relation(names[first], "left of", names[second]).is_held_out, (number, caption)
+        if len(scene.all_parts) == 1:
+            words = f" {caption.lower().rstrip('.')} "
+            own = f"{scene.parts[0].thing.name} {scene.parts[0].thing.plural}"
+            for word in unseen[scene.parts[0].thing.name]:
+                assert word.lower() in own.lower() or f" {word.lower()} " not in words, (number, caption)
+
+
+def test_no_training_scene_shows_or_says_what_is_held_out():
+    check_nothing_is_held_out(NUMBERS)
+
+
+@pytest.mark.slow
+def test_no_one_of_a_hundred_thousand_shows_or_says_what_is_held_out():
+    check_nothing_is_held_out(MANY)
+
+
+@pytest.mark.parametrize("numbers", [NUMBERS, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_no_caption_is_cut(numbers):
+    config = yaml.safe_load((ROOT / "configs" / "scenes-64.yaml").read_text())
+    encoder = load_text_encoder(config["text"]["encoder"], config["text"]["max_length"])
+    captions = [training_scene(number)[1] for number in numbers]
+    assert max(encoder.overflow(captions)) == 0
+    long = [caption for caption in captions if len(caption.split()) > 30]
+    assert not long, long[0]
+
+
+def test_shares_are_held_out_of_each_kind(sampler):
+    things = sampler.things
+    color = [Fact("color", (thing.name, color)).is_held_out for thing in things for color in COLORS]
+    pairs = [relation(a.name, how, b.name).is_held_out for a in things[:60] for b in things[:60] for how in RELATIONS]
+    worn = [Fact("worn", (a.name, b.name)).is_held_out for a in sampler.bearers for b in sampler.worn]
+    synonyms = [Fact("synonym", (a.name, word)).is_held_out for a in things for word in (*a.synonyms, *a.kinds)]
+    for share, found in zip(SHARES.values(), (color, pairs, worn, synonyms), strict=False):
+        spread = 4 * (share * (1 - share) / len(found)) ** 0.5
+        assert abs(np.mean(found) - share) < spread
+
+
+def test_a_relation_is_one_fact_from_both_sides():
+    assert relation("cat", "left of", "dog") == relation("dog", "right of", "cat")
+    assert relation("cat", "above", "dog") == relation("dog", "under", "cat") != relation("dog", "above", "cat")
+    assert relation("cat", "in front of", "dog") == relation("dog", "behind", "cat")
+    assert relation("cat", "next to", "dog") == relation("dog", "next to", "cat")
+
+
+def test_held_out_scenes_each_show_something_new():
+    for number in range(60):
+        scene, caption = held_out_scene(number)
+        assert any(fact.is_held_out for fact in scene.facts()), caption
+
+
+def test_a_scene_is_a_function_of_its_number():
+    first, again = (open_source(CONFIG).samples for _ in range(2))
+    assert [one.captions for one in first] == [one.captions for one in again]
+    assert [one.digest for one in first] == [one.digest for one in again]
+    for one, other in zip(first, again, strict=True):
+        assert one.load().tobytes() == other.load().tobytes()
+    assert len({one.digest for one in first}) == len(first) == 9
+
+
+def test_others_take_their_places():
+    training, held_out = split(open_source(CONFIG).samples, CONFIG.held_out)
+    images = CaptionedImages(training, CONFIG, seed=0)
+    assert (len(images), len(held_out)) == (6, 3)
+    ids = [[images[epoch, index].id for index in range(6)] for epoch in range(6)]
+    assert ids[0] == ids[1] == [f"scenes/{number}" for number in range(6)]
+    assert ids[2] == ids[3] == [f"scenes/{number}" for number in range(6, 12)]
+    assert images[5, 2].caption == training_scene(14)[1]
+    later = CaptionedImages(split(open_source(replace(CONFIG, first_scene=12)).samples, 0.5)[0], CONFIG, seed=0)
+    assert later[0, 2].caption == training_scene(14)[1]
+    assert np.array_equal(later[0, 2].image, images[5, 2].image)
+    # Workers load what is new, and nothing twice, for those who keep it.
+    images.with_images = False
+    assert [images[epoch, 2].image is not None for epoch in range(6)] == [True, False] * 3
+
+
+def test_things_come_first_and_scenes_later():
+    kinds = [Counter(training_scene(first + i)[0].kind for i in range(600)) for first in (0, 1_000_000)]
+    ones = [kind["one"] / 600 for kind in kinds]
+    assert abs(ones[0] - 0.75) < 0.08
+    assert abs(ones[1] - 0.45) < 0.08
+
+
+def test_a_plain_caption_names_all_that_can_be_seen(sampler):
+    draw = generator(1, "plain")
+    for kind in ("count", "pair", "worn", "three"):
+        for _ in range(40):
+            scene = sampler.of_kind(kind, draw)
+            text = Writer(draw).caption(scene, plain=True).text
+            for part in scene.all_parts:
+                name = part.thing.plural if kind == "count" else part.thing.name
+                assert f"{part.color} {name}" in text if part.color else name in text
+            if kind == "count":
+                assert text.startswith(("two", "three", "four", "five"))
+
+
+def test_articles_and_plurals(sampler):
+    draw = generator(2, "articles")
+    wrong = (" a a", " a e", " a i", " a o", " an b", " an c", " an d", " an p", " an t", " a an ", " an a ")
+    for number in range(4_000):
+        text = f" {training_scene(number * 311)[1].lower()} "
+        assert not any(pair in text for pair in wrong), text
+    thing = load_catalog().named("mouse")
+    scene = replace(sampler.of_kind("count", draw), count=3)
+    scene = replace(scene, parts=(replace(scene.parts[0], thing=thing, drawing=thing.drawings[0], color="red"),))
+    assert Writer(draw).caption(scene, plain=True).text == "three red mice"
+
+
+def test_relations_are_drawn_as_they_are_told(sampler):
+    """One thing is tinted red, the other blue: where the colors lie is where the things are."""
+    draw = generator(3, "relations")
+    for how in ("left of", "right of", "above", "under"):
+        for _ in range(12):
+            scene = sampler.of_kind("pair", draw)
+            first, second = (replace(part, size=None) for part in scene.parts)
+            parts = (replace(first, color="red"), replace(second, color="blue"))
+            scene = replace(scene, parts=parts, how=how, background="")
+            red, _, blue = np.moveaxis(np.asarray(draw_scene(scene, draw, 64), np.int64), -1, 0)
+            (red_y, red_x), (blue_y, blue_x) = (
+                [places.mean() for places in np.nonzero(one > other + 60)] for one, other in ((red, blue), (blue, red))
+            )
+            apart = {"left of": blue_x - red_x, "right of": red_x - blue_x}
+            apart |= {"above": blue_y - red_y, "under": red_y - blue_y}
+            assert apart[how] > 12
+
+
+def test_a_tint_keeps_light_and_shade():
+    ramp = np.zeros((1, 256, 4), np.uint8)
+    ramp[..., :3] = np.arange(256, dtype=np.uint8)[:, None]
+    ramp[..., 3] = 255
+    tinted = tint(ramp, (30, 100, 215)).astype(int)
+    brightness = tinted[0, :, :3].sum(axis=-1)
+    assert (np.diff(brightness) >= 0).all()
+    assert tinted[0, 153, :3].tolist() == [30, 100, 215]  # what 60 % of it are darker than
+    assert (tinted[..., 3] == 255).all()
+
+
+def test_nothing_disappears_in_front_of_its_ground(sampler):
+    draw = generator(4, "ground")
+    for _ in range(300):
+        scene = sampler.of_kind("one", draw)
+        if scene.parts[0].color and scene.background not in PLACES:
+            assert scene.parts[0].color != (scene.background or "white")
+
+
+def test_settings_of_scenes_are_for_scenes(tmp_path):
+    for key, value in (("scenes", 5), ("renew_every", 2), ("first_scene", 7), ("things", "all")):
+        with pytest.raises(ValueError, match=f"data.{key} is for"):
+            DataConfig(path=str(tmp_path), resolution=8, **{key: value})
+    with pytest.raises(ValueError, match="data.flip"):
+        DataConfig(path="scenes", resolution=8, flip=True)
+    with pytest.raises(ValueError, match="data.scenes is 0"):
+        DataConfig(path="scenes", resolution=8, scenes=0)
