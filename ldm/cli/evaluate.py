@@ -58,6 +58,12 @@ def evaluate(
     sweep_steps: Annotated[str, typer.Option(help="The numbers of steps of --sweep.")] = "5,10,20,50",
     sweep_samples: Annotated[int, typer.Option(help="Pictures for each of these.")] = 64,
     store: Annotated[bool, typer.Option(help="With --sweep: store the best as the defaults of the model.")] = True,
+    axes: Annotated[
+        bool, typer.Option("--axes", help="Instead, of a model of scenes: how it composes, axis by axis.")
+    ] = False,
+    prompts: Annotated[
+        int | None, typer.Option(help="With --axes: prompts of each at most; 100 by default, and all single things.")
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
     caption_source: Annotated[
@@ -71,7 +77,11 @@ def evaluate(
         str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
     ] = None,
 ) -> None:
-    """Draw pictures for captions of the data, and measure them against its images. Writes a page with all of it."""
+    """Draw pictures for captions of the data, and measure them against its images. Writes a page with all of it.
+
+    With --axes, of a model whose data is scenes: how often single things, colors, relations, counts and combinations
+    that training never shows come out right, as axes.json and axes.png.
+    """
     from ldm.data import DataConfig
     from ldm.evaluation.evaluate import check_samples
     from ldm.pipelines.arguments import check_steps, image_seeds
@@ -90,13 +100,25 @@ def evaluate(
         raise ValueError(f"--reference is {reference}; it is a number of images, at least 1")
     if sweep and (steps is not None or guidance is not None):
         raise ValueError("--sweep chooses steps and guidance; say with --sweep-steps and --sweep-guidance what to try")
+    if axes and (sweep or path is not None):
+        raise ValueError(
+            "--axes asks for scenes of its own, with the defaults that are stored; leave DATA and --sweep out"
+        )
+    if prompts is not None and not axes:
+        raise ValueError("--prompts is for --axes; pictures for captions of the data are counted by --samples")
     grid = _grid(sweep_guidance, sweep_steps) if sweep else None
     model = str(disk.expanded(model)) if model.startswith("~") else model
     run = find_run(model)
     folder = output_folder("--output", output or _own_folder(model, run))
+    asked = Asked(model, path, run, folder, samples, seed, steps, guidance, as_json)
     try:
+        if axes:
+            from ldm.cli.axes import evaluate_axes
+
+            evaluate_axes(asked, prompts, device, _bars)
+            return
         _evaluate(
-            _Asked(model, path, run, folder, samples, seed, steps, guidance, as_json),
+            asked,
             columns={
                 "image_column": image_column,
                 "caption_column": caption_column,
@@ -116,7 +138,7 @@ def evaluate(
         raise typer.Exit(130) from None
 
 
-class _Asked:
+class Asked:
     """The arguments that most parts need."""
 
     def __init__(
@@ -139,7 +161,7 @@ class _Asked:
 
 
 def _evaluate(
-    asked: _Asked,
+    asked: Asked,
     *,
     columns: dict[str, str | None],
     held_out: float | None,
@@ -239,7 +261,7 @@ def _own_folder(model: str, run: Trained | None) -> Path:
 
 
 def _data(
-    asked: _Asked, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
+    asked: Asked, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
 ) -> tuple[CaptionedImages, CaptionedImages | None, list[str]]:
     """Both sides of the split, and what a reader has to know of it."""
     from ldm.data import CaptionedImages, inspect, open_source
@@ -273,7 +295,7 @@ def _data(
 
 
 def _data_config(
-    asked: _Asked, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
+    asked: Asked, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
 ) -> tuple[DataConfig, bool]:
     """The data to take, and whether it is what the model is known to have been trained on."""
     from ldm.data import DataConfig
@@ -296,7 +318,7 @@ def _data_config(
 
 
 def _sweep(
-    asked: _Asked,
+    asked: Asked,
     pipeline: Pipeline,
     reference: Reference,
     space: FeatureSpace,
@@ -329,7 +351,7 @@ def _sweep(
     return found
 
 
-def _models(asked: _Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path | None]:
+def _models(asked: Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path | None]:
     """The weights that a sweep tries, and the folder whose defaults it may change."""
     from ldm.checkpoint import BUILT_IN_PIPELINES
     from ldm.evaluation.sweep import raw_model
@@ -353,7 +375,7 @@ def _models(asked: _Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Pat
     return {"EMA": pipeline, "raw": raw_model(pipeline, saved[-1] / "training")}, run.folder / "pipeline"
 
 
-def _about(asked: _Asked, opened: str, training: CaptionedImages, unseen: CaptionedImages | None) -> dict[str, Any]:
+def _about(asked: Asked, opened: str, training: CaptionedImages, unseen: CaptionedImages | None) -> dict[str, Any]:
     import ldm
     from ldm.training.resuming import digest_of
 

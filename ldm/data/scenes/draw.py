@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,25 +25,43 @@ RGB = {
     "white": (247, 247, 247),
     "gray": (140, 143, 148),
 }
-# What is worn is that much wider than the head, the eyes or the neck, and what is held that much smaller than its bearer.
+# What is worn is wider than the head, the eyes or the neck by so much; what is held is smaller than its bearer.
 WORN_WIDTH = {"head": 1.12, "face": 1.15, "neck": 1.25}
 # As wide, at least, as this share of the bearer: at 64 pixels less cannot be seen.
 LEAST_WORN = {"head": 0.36, "face": 0.32, "neck": 0.3}
 HELD_SIZE = 0.5
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A part where it was drawn: its box in shares of the image, from the top left; other parts may cover it."""
+
+    part: Part
+    box: Box
 
 
 def draw_scene(scene: Scene, draw: np.random.Generator, resolution: int) -> Image.Image:
     """An RGB image of `resolution` × `resolution` pixels; `draw` moves things about by a little."""
+    return draw_parts(scene, draw, resolution)[0]
+
+
+def draw_parts(scene: Scene, draw: np.random.Generator, resolution: int) -> tuple[Image.Image, list[Drawn]]:
+    """The image of `draw_scene`, and where everything is: what is worn and held too, and each of a count."""
     side = 2 * resolution  # reduced to half at the end, so that edges are smooth
     canvas = _ground(scene.background, draw, side)
+    drawn = []
     for part, box, bottom in _boxes(scene, draw):
-        unit = _unit(part, round(1.5 * resolution))
-        _paste(canvas, unit, box, bottom, side)
-    return canvas.reduce(2)
+        unit, inside = _unit(part, round(1.5 * resolution))
+        x, y, width, height = _paste(canvas, unit, box, bottom, side)
+        for one, (left, top, right, low) in inside:
+            across, down = width / unit.width / side, height / unit.height / side
+            place = (x / side + left * across, y / side + top * down, x / side + right * across, y / side + low * down)
+            drawn.append(Drawn(one, place))
+    return canvas.reduce(2), drawn
 
 
-def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, tuple[float, float, float, float], bool]]:
+def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, Box, bool]]:
     """Each part with the box that it fills, from behind to the front, and whether it stands on the box's bottom."""
     first = scene.parts[0]
     if scene.kind == "count":
@@ -86,7 +105,7 @@ def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, tuple[fl
     ]
 
 
-def _grid(count: int, draw: np.random.Generator) -> list[tuple[float, float, float, float]]:
+def _grid(count: int, draw: np.random.Generator) -> list[Box]:
     """Boxes for two to five of a kind, which nothing covers."""
     row = draw.random() < 0.4
     if count == 2:
@@ -104,9 +123,13 @@ def _grid(count: int, draw: np.random.Generator) -> list[tuple[float, float, flo
 
 
 def _paste(
-    canvas: Image.Image, unit: Image.Image, box: tuple[float, float, float, float], bottom: bool, side: int
-) -> None:
-    """Puts an image as large as it fits into a box of the canvas, in its middle or at its bottom."""
+    canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side: int
+) -> tuple[int, int, int, int]:
+    """Puts an image as large as it fits into a box of the canvas, in its middle or at its bottom.
+
+    Returns:
+        Left, top, width and height, in pixels of the canvas.
+    """
     left, top, right, low = (edge * side for edge in box)
     scale = min((right - left) / unit.width, (low - top) / unit.height)
     width, height = max(1, round(unit.width * scale)), max(1, round(unit.height * scale))
@@ -116,31 +139,46 @@ def _paste(
     x, y = min(max(x, 0), max(0, side - width)), min(max(y, 0), max(0, side - height))
     resized = unit.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
     canvas.paste(resized, (x, y), resized)
+    return x, y, width, height
 
 
-def _unit(part: Part, side: int) -> Image.Image:
-    """A thing with all that it wears and holds, cut to what can be seen of it; RGBA."""
+def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
+    """A thing with all that it wears and holds, cut to what can be seen of it; RGBA, and the box of each in pixels."""
     body = _sprite(part, side)
+    boxes: list[tuple[Part, Box]] = [(part, (0, 0, *body.size))]
     if part.worn is not None or part.held is not None:
         margin = side
         joined = Image.new("RGBA", (body.width + 2 * margin, body.height + 2 * margin))
         joined.alpha_composite(body, (margin, margin))
+        boxes = [(part, (margin, margin, margin + body.width, margin + body.height))]
         if part.worn is not None:
-            _attach(joined, part.drawing, part.worn, body.size, margin, side)
+            boxes.append((part.worn, _attach(joined, part.drawing, part.worn, body.size, margin, side)))
         if part.held is not None:
             hand = part.drawing.anchors["hand"]
             held = _sprite(part.held, max(1, round(HELD_SIZE * max(body.size))))
             x, y = margin + hand.x * body.width, margin + hand.y * body.height
-            joined.alpha_composite(held, (round(x - held.width / 2), round(y - 0.75 * held.height)))
+            left, top = round(x - held.width / 2), round(y - 0.75 * held.height)
+            joined.alpha_composite(held, (left, top))
+            boxes.append((part.held, (left, top, left + held.width, top + held.height)))
         bounds = joined.getbbox()
         assert bounds is not None
         body = joined.crop(bounds)
-    return body.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if part.mirrored else body
+        x, y = bounds[:2]
+        boxes = [(one, (box[0] - x, box[1] - y, box[2] - x, box[3] - y)) for one, box in boxes]
+    if part.mirrored:
+        body = body.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        boxes = [(one, (body.width - box[2], box[1], body.width - box[0], box[3])) for one, box in boxes]
+    return body, boxes
 
 
 def _attach(
     joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int
-) -> None:
+) -> Box:
+    """Puts a thing on its bearer.
+
+    Returns:
+        Its box in pixels.
+    """
     place, name = worn.thing.wears, worn.thing.anchor
     assert place is not None
     assert name is not None
@@ -163,7 +201,12 @@ def _attach(
         sprite = turned
     left = round(margin + anchor.x * size[0] - x)
     top = round(margin + anchor.y * size[1] - y)
-    joined.alpha_composite(sprite, (max(0, left), max(0, top)))
+    left, top = max(0, left), max(0, top)
+    joined.alpha_composite(sprite, (left, top))
+    # Turning leaves empty corners.
+    inner = sprite.getbbox() if anchor.angle else None
+    inner = inner or (0, 0, *sprite.size)
+    return left + inner[0], top + inner[1], left + inner[2], top + inner[3]
 
 
 @lru_cache(maxsize=512)

@@ -16,6 +16,8 @@ from ldm.data.scenes.scene import SHARES, Scene, SceneSampler
 from ldm.data.sources import Decoded, Sample, Source, digest_of
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ldm.data.sources import DataConfig
 
 # Raised when a number gives another scene than before.
@@ -69,13 +71,17 @@ def held_out_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
 def draw_number(key: bytes, resolution: int, tier: int) -> Decoded:
     """The image of a scene by the bytes that name it."""
     name = json.loads(key)
-    if "held_out" in name:
-        scene, _ = held_out_scene(name["held_out"], tier)
-        draw = generator(VERSION, "held-out pixels", name["held_out"])
-    else:
-        scene, _ = training_scene(name["number"], tier)
-        draw = generator(VERSION, "pixels", name["number"])
+    if "number" in name:
+        return Decoded(draw_training_scene(name["number"], resolution, tier), "SVG", "RGB")
+    scene, _ = held_out_scene(name["held_out"], tier)
+    draw = generator(VERSION, "held-out pixels", name["held_out"])
     return Decoded(draw_scene(scene, draw, resolution), "SVG", "RGB")
+
+
+def draw_training_scene(number: int, resolution: int, tier: int = 1) -> Image.Image:
+    """The RGB image of training scene `number`."""
+    scene, _ = training_scene(number, tier)
+    return draw_scene(scene, generator(VERSION, "pixels", number), resolution)
 
 
 def _renewed(config: DataConfig, place: int, epoch: int) -> Sample:
