@@ -273,8 +273,11 @@ class Writer:
             words.append((big if part.size == "big" else small)[int(self.draw.integers(2))])
         if part.color is not None and (plain or self.draw.random() < 0.92):
             words.append(part.color)
+        elif part.color is None and not plain and self.draw.random() < 0.12:
+            # Its own color, where the drawing and what is usual agree.
+            words += [color for color in part.drawing.colors[:1] if part.thing.tint and color in part.thing.colors]
         name = self._name(part.thing, caption, plain, broader=broader)
-        text = _with_article(part.thing, " ".join([*words, name]), bool(words) or name != part.thing.name)
+        text = _with_article(part.thing, words, name)
         if part.worn is not None:
             place = part.worn.thing.wears
             assert place is not None
@@ -289,8 +292,16 @@ class Writer:
     def _name(
         self, thing: Thing, caption: Caption, plain: bool, plural: bool = False, broader: float = 0.03
     ) -> str:
-        own = thing.plural if plural else thing.name
-        if plain or plural:
+        if plural:
+            others = [word for word, (_, many) in thing.forms.items() if many]
+            others = [word for word in others if not Fact("synonym", (thing.name, word)).is_held_out]
+            if not plain and others and self.draw.random() < 0.25:
+                word = _any_of(others, self.draw)
+                caption.facts.append(Fact("synonym", (thing.name, word)))
+                return thing.forms[word][1]
+            return thing.plural
+        own = thing.name
+        if plain:
             return own
         chance = self.draw.random()
         if chance < broader and thing.classes:
@@ -330,10 +341,10 @@ class Writer:
             if part.color is not None:
                 sentences.append(self._template(COLOR_SENTENCES, caption).format(noun=noun, color=part.color))
             counted = [word for word in part.thing.classes if word not in _UNCOUNTED]
-            if counted and part.thing.article:
+            if counted and part.thing.forms[noun][0]:
                 broader = _any_of(counted, self.draw)
                 template = self._template(CLASS_SENTENCES, caption)
-                a_noun = _with_article(part.thing, noun, False)
+                a_noun = _with_article(part.thing, [], noun)
                 sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=_article_before(broader)))
         if scene.background in GROUND_SENTENCES:
             sentences.append(self._template(GROUND_SENTENCES[scene.background], caption))
@@ -357,11 +368,15 @@ _UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furni
 T = TypeVar("T")
 
 
-def _with_article(thing: Thing, words: str, changed: bool) -> str:
-    """ "a red car", "an orange", "jeans"."""
-    if not thing.article:
-        return words
-    return _article_before(words) if changed else f"{thing.article} {words}"
+def _with_article(thing: Thing, adjectives: Sequence[str], word: str) -> str:
+    """ "a red car", "an orange", "jeans"; of a broader word than the thing has forms for, by its sound."""
+    text = " ".join([*adjectives, word])
+    if word not in thing.forms:
+        return _article_before(text) if word not in _UNCOUNTED else text
+    article = thing.forms[word][0]
+    if not article:
+        return text
+    return _article_before(text) if adjectives else f"{article} {text}"
 
 
 def _article_before(words: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -37,12 +37,15 @@ class Anchor:
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """One picture of a thing: an SVG that fills its box, the family of its style, and anchors by name."""
+    """One picture of a thing: an SVG that fills its box, the family of its style, anchors by name, and the colors that
+    most of it has, the main one first.
+    """
 
     id: str
     family: str
     svg: str
     anchors: Mapping[str, Anchor]
+    colors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +53,8 @@ class Thing:
     """What a noun names.
 
     Args:
-        name, plural: without an article.
-        article: "a", "an", or "" where there is none ("broccoli", "jeans").
+        name: without an article.
+        forms: of every word for it, its article ("a", "an", or "" as in "broccoli") and its plural ("" for none).
         group: "animal", "face", "food" …
         tier: 1 for the most common third of all things, else 2.
         synonyms: other names of the same thing; `kinds` are narrower words that it can stand for, `classes` broader.
@@ -64,8 +67,7 @@ class Thing:
     """
 
     name: str
-    plural: str
-    article: str
+    forms: Mapping[str, tuple[str, str]]
     group: str
     tier: int
     synonyms: tuple[str, ...]
@@ -78,6 +80,11 @@ class Thing:
     bearer: bool
     stands: str
     drawings: tuple[Drawing, ...]
+
+    @property
+    def plural(self) -> str:
+        """Of its name; "" where it has none."""
+        return self.forms[self.name][1]
 
     @property
     def anchor(self) -> str | None:
@@ -113,7 +120,7 @@ def load_catalog() -> Catalog:
     drawings: dict[str, list[Drawing]] = {}
     for entry in content["drawings"]:
         anchors = {name: _anchor(values) for name, values in entry.get("anchors", {}).items()}
-        drawing = Drawing(entry["id"], entry["family"], entry["svg"], anchors)
+        drawing = Drawing(entry["id"], entry["family"], entry["svg"], anchors, tuple(entry.get("colors", ())))
         drawings.setdefault(entry["thing"], []).append(drawing)
     things = [_thing(entry, tuple(drawings[entry["name"]])) for entry in content["things"]]
     return Catalog(tuple(sorted(things, key=lambda thing: thing.name)), digest_of(packed))
@@ -124,26 +131,21 @@ def _anchor(values: list[float | str]) -> Anchor:
     return Anchor(*(float(value) for value in values if not isinstance(value, str)))
 
 
-def _thing(entry: dict[str, object], drawings: tuple[Drawing, ...]) -> Thing:
+def _thing(entry: dict[str, Any], drawings: tuple[Drawing, ...]) -> Thing:
     def words(key: str) -> tuple[str, ...]:
-        value = entry.get(key) or ()
-        assert isinstance(value, (list, tuple)), (entry["name"], key)
-        return tuple(str(word) for word in value)
+        return tuple(str(word) for word in entry.get(key) or ())
 
-    wears = entry.get("wears")
-    assert wears in (None, "head", "face", "neck"), entry["name"]
     return Thing(
         name=str(entry["name"]),
-        plural=str(entry["plural"]),
-        article=str(entry["article"]),
+        forms={word: (str(article), str(plural)) for word, (article, plural) in entry["forms"].items()},
         group=str(entry["group"]),
-        tier=int(str(entry["tier"])),
+        tier=int(entry["tier"]),
         synonyms=words("synonyms"),
         kinds=words("kinds"),
         classes=words("classes"),
         colors=words("color"),
         tint=bool(entry.get("tint")),
-        wears=wears,  # type: ignore[arg-type]
+        wears=entry.get("wears"),
         held=bool(entry.get("held")),
         bearer=bool(entry.get("bearer")),
         stands=str(entry.get("stands", "any")),

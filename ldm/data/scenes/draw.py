@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.scenes.catalog import Drawing, raster
+from ldm.data.scenes.catalog import Anchor, Drawing, raster
 from ldm.data.scenes.scene import PLACES, Part, Scene
 
 # sRGB, by eye: far enough from each other that a person names them alike.
@@ -25,8 +25,10 @@ RGB = {
     "white": (247, 247, 247),
     "gray": (140, 143, 148),
 }
-# What is worn is wider than the head, the eyes or the neck by so much; what is held is smaller than its bearer.
-WORN_WIDTH = {"head": 1.12, "face": 1.15, "neck": 1.25}
+# Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in their middle, a
+# scarf hangs. That width of it becomes WORN_WIDTH times the width of the head, the eyes or the neck.
+WORN = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
+WORN_WIDTH = 1.05
 # As wide, at least, as this share of the bearer: at 64 pixels less cannot be seen.
 LEAST_WORN = {"head": 0.36, "face": 0.32, "neck": 0.3}
 HELD_SIZE = 0.5
@@ -183,18 +185,20 @@ def _attach(
     assert place is not None
     assert name is not None
     anchor = bearer.anchors[name]
-    width = max(2, round(max(WORN_WIDTH[place] * anchor.width * size[0], LEAST_WORN[place] * max(size))))
+    own = worn.drawing.anchors.get("worn", WORN[place])
+    wide = WORN_WIDTH * anchor.width * size[0] / own.width
+    width = max(2, round(max(wide, LEAST_WORN[place] * max(size))))
     sprite = _sprite(worn, side)
     height = max(2, round(sprite.height * width / sprite.width))
     limit = round(0.9 * max(size))
     if height > limit:
         width, height = max(2, round(width * limit / height)), limit
     sprite = sprite.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    # Where in the sprite the anchor lies: a hat sits on its lower edge, glasses in their middle, a scarf hangs.
-    x, y = width / 2, {"head": 0.88, "face": 0.5, "neck": 0.25}[place] * height
-    if anchor.angle:
-        turned = sprite.rotate(-anchor.angle, Image.Resampling.BILINEAR, expand=True)
-        radians = np.deg2rad(anchor.angle)
+    x, y = own.x * width, own.y * height
+    angle = anchor.angle - own.angle
+    if angle:
+        turned = sprite.rotate(-angle, Image.Resampling.BILINEAR, expand=True)
+        radians = np.deg2rad(angle)
         dx, dy = x - width / 2, y - height / 2
         x = turned.width / 2 + dx * np.cos(radians) - dy * np.sin(radians)
         y = turned.height / 2 + dx * np.sin(radians) + dy * np.cos(radians)
@@ -204,7 +208,7 @@ def _attach(
     left, top = max(0, left), max(0, top)
     joined.alpha_composite(sprite, (left, top))
     # Turning leaves empty corners.
-    inner = sprite.getbbox() if anchor.angle else None
+    inner = sprite.getbbox() if angle else None
     inner = inner or (0, 0, *sprite.size)
     return left + inner[0], top + inner[1], left + inner[2], top + inner[3]
 

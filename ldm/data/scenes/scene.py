@@ -47,6 +47,13 @@ class Part:
     held: Part | None = None
     mirrored: bool = False
 
+    @property
+    def shown_color(self) -> str | None:
+        """The color that is seen: the tint, or the main one of a drawing whose thing may have any."""
+        if self.color is not None or not self.thing.tint:
+            return self.color
+        return self.drawing.colors[0] if self.drawing.colors else None
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -81,9 +88,9 @@ class Scene:
     def facts(self) -> list[Fact]:
         """All combinations that can be seen, of kinds that may be held out."""
         facts = [
-            Fact("color", (part.thing.name, part.color))
+            Fact("color", (part.thing.name, color))
             for part in self.all_parts
-            if part.color is not None and part.color not in part.thing.colors
+            if (color := part.shown_color) is not None and color not in part.thing.colors
         ]
         facts += [Fact("worn", (part.thing.name, part.worn.thing.name)) for part in self.parts if part.worn is not None]
         names = [part.thing.name for part in self.parts]
@@ -131,7 +138,8 @@ class SceneSampler:
             parts = (self._part(_any(self.things, draw), family, draw, colored=0.3, sized=0.15),)
             return self._placed(Scene(kind, parts), draw)
         if kind == "count":
-            part = self._part(_any(self.things, draw), family, draw, colored=0.15)
+            counted = [thing for thing in self.things if thing.plural]
+            part = self._part(_any(counted, draw), family, draw, colored=0.15)
             return self._placed(Scene(kind, (part,), count=int(draw.integers(2, 6))), draw)
         if kind == "three":
             chosen = _some(self.things, 3, draw)
@@ -213,7 +221,7 @@ class SceneSampler:
         elif chance < 0.33:
             background = _any(PLACES, draw)
         tints = {part.color for part in scene.all_parts}
-        own = {color for part in scene.all_parts if part.color is None for color in part.thing.colors[:1]}
+        own = {color for part in scene.all_parts if part.color is None for color in part.drawing.colors[:1]}
         hidden = {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}
         while hidden.get(background, {background}) & (tints | own):
             if "white" in own and background == "" and "white" not in tints:
