@@ -3,6 +3,7 @@
     python tools/gpu.py --out OUT                                     # all parts, in the order of their worth
     python tools/gpu.py --out OUT --parts tests,benchmark --minutes 4
     python tools/gpu.py --out OUT --parts training --minutes 7 --use BUNDLE
+    python tools/gpu.py --out OUT --parts peer --peer DIFFUSERS       # the training script of a checkout of diffusers
     python tools/gpu.py --out OUT --rehearse                          # on a CPU, with tiny sizes
     python tools/gpu.py --bundle BUNDLE                               # what a machine without network needs
 
@@ -37,9 +38,11 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "numpy", "peft", "pillow", "safetensors", "xformers")
-# Part → its share of the minutes.
 LOG_BYTES = 8 * 2**20
+# Part → its share of the minutes.
 PARTS = {"tests": 2.0, "benchmark": 2.5, "training": 7.0, "compile": 2.5}
+PEER = "peer"  # runs only where --peer names a checkout of diffusers
+SHARES = PARTS | {PEER: 1.5}
 
 
 @dataclass
@@ -121,6 +124,11 @@ def command_of(name: str, scratch: Path, out: Path, seconds: float, arguments: a
             sys.executable, "-m", "tools.gpu_training", figures, "--out", str(out), "--scratch", str(scratch),
             "--seconds", f"{seconds:.0f}", *use, *rehearse,
         ]  # fmt: skip
+    if name == PEER:
+        return [
+            sys.executable, "-m", "tools.gpu_peer", figures, "--peer", str(arguments.peer), "--scratch", str(scratch),
+            "--seconds", f"{seconds:.0f}", *rehearse,
+        ]  # fmt: skip
     compiled = ["--compiled"] if name == "compile" else []
     # The last cases are long: none begins in the last sixth.
     return [
@@ -170,8 +178,9 @@ def run_part(report: Report, name: str, command: list[str], seconds: float, scra
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             part.figures, part.seconds = read_figures(figures), round(time.monotonic() - started, 1)
-            if failed := sum("failed" in figure for figure in part.figures):
-                part.reason = "; ".join(filter(None, [part.reason, f"{failed} of {len(part.figures)} failed"]))
+            if failed := [figure["failed"] for figure in part.figures if "failed" in figure]:
+                told = f"{len(failed)} of {len(part.figures)} failed: {failed[0]}"
+                part.reason = "; ".join(filter(None, [part.reason, told]))
             report.write()
             shorten(report.out / "log.txt")
             print(f"{name}: {part.status} in {part.seconds:.0f} s {part.reason}".rstrip(), flush=True)
@@ -280,7 +289,13 @@ def install(bundle: Path, target: Path) -> Path:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder for the results")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of tests, benchmark, training, compile")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="of tests, benchmark, training, compile; and peer, with --peer"
+    )
+    parser.add_argument(
+        "--peer", type=Path, metavar="FOLDER",
+        help="a checkout of diffusers: its train_text_to_image.py is timed in a part of its own, peer",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=14.0, help="for all parts together")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: whether everything runs")
     parser.add_argument("--bundle", type=Path, help="write a bundle into this folder, and end")
@@ -295,9 +310,13 @@ def main() -> None:
             parser.error(str(error))
         return
     names = arguments.parts.split(",")
+    if arguments.peer and PEER not in names:
+        names.insert(names.index("benchmark") + 1 if "benchmark" in names else len(names), PEER)
     if arguments.out is None:
         parser.error("--out is missing; name a folder for the results")
-    if unknown := set(names) - set(PARTS):
+    if PEER in names and not arguments.peer:
+        parser.error("--parts has peer; name a checkout of diffusers with --peer")
+    if unknown := set(names) - set(SHARES):
         parser.error(f"--parts has {min(unknown)!r}; choose of {', '.join(PARTS)}")
     if not 0 < arguments.minutes < 24 * 60:
         parser.error(f"--minutes is {arguments.minutes}; it must be above 0")
@@ -306,6 +325,7 @@ def main() -> None:
     out = arguments.out.resolve()
     bundle = arguments.use and arguments.use.resolve()
     arguments.use = bundle
+    arguments.peer = arguments.peer and arguments.peer.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = machine(arguments.rehearse, bundle)
@@ -336,7 +356,7 @@ def run_parts(
     for i, name in enumerate(names):
         seconds = deadline - time.monotonic()
         if not arguments.rehearse:  # where the machine may be slow, and only whether it runs is asked
-            seconds *= PARTS[name] / sum(PARTS[later] for later in names[i:])
+            seconds *= SHARES[name] / sum(SHARES[later] for later in names[i:])
         if seconds < 5:
             report.parts[name].reason = "no time was left"
             report.write()

@@ -138,8 +138,12 @@ class Bench:
             cases(self, size, *arguments)
         except Exception as error:  # whatever it is: the figures of the other groups are worth having
             self.write({"name": name, "failed": in_one_line(error)})
+        self.release()
+
+    def release(self) -> None:
+        """Gives back the memory of networks that nothing refers to any more."""
+        gc.collect()
         if self.device.type == "cuda":
-            gc.collect()
             torch.cuda.empty_cache()
 
     def case(self, name: str, variants: dict[str, Callable[[], object]], **facts: Any) -> None:
@@ -304,8 +308,7 @@ def byte_tokenizer(size: Size) -> transformers.CLIPTokenizer:
     return tokenizer
 
 
-@contextlib.contextmanager
-def text_folders(size: Size) -> Iterator[Path]:
+def write_text_folders(folder: Path, size: Size) -> None:
     """A small random CLIP whose states have the width that the UNet takes, and a tokenizer of single bytes."""
     tokenizer = byte_tokenizer(size)
     width = size.unet["cross_attention_dim"]
@@ -313,11 +316,15 @@ def text_folders(size: Size) -> Iterator[Path]:
         vocab_size=len(tokenizer), max_position_embeddings=size.tokens, bos_token_id=512, eos_token_id=513,
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=max(1, width // 64),
     )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+@contextlib.contextmanager
+def text_folders(size: Size) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-        tokenizer.save_pretrained(folder / "tokenizer")
-        yield folder
+        write_text_folders(Path(name), size)
+        yield Path(name)
 
 
 def pictures(
@@ -434,6 +441,23 @@ def training_steps(bench: Bench, size: Size, side: int) -> None:
     bench.case(f"{size.name}: training step", calls, batch=batch, latents=side, precision="bf16", flops=3 * forward)
 
 
+def start(file: Path, deadline: float, rehearse: bool) -> Bench:
+    """Settings that all figures share: quiet libraries, a seed, TF32.
+
+    Raises:
+        ValueError: without a CUDA device, unless it is a rehearsal.
+    """
+    if not rehearse and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; --rehearse runs tiny sizes on the CPU")
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = torch.device("cpu" if rehearse else "cuda")
+    return Bench(device, file, deadline, rounds=2 if rehearse else 7, warmup=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a line of JSON for each case is added to this file")
@@ -441,16 +465,10 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile on both sides, bf16, channels_last")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     arguments = parser.parse_args()
-    if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --rehearse runs tiny sizes on the CPU")
-    for library in (transformers, diffusers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = torch.device("cpu" if arguments.rehearse else "cuda")
-    deadline = time.monotonic() + arguments.seconds
-    bench = Bench(device, arguments.file, deadline, rounds=2 if arguments.rehearse else 7, warmup=2)
+    try:
+        bench = start(arguments.file, time.monotonic() + arguments.seconds, arguments.rehearse)
+    except ValueError as error:
+        parser.error(str(error))
     # A picture is 50 calls of a network: one to warm up, and fewer of them.
     few = replace(bench, rounds=1 if arguments.rehearse else 3, warmup=1)
     large, small = (TINY, TINY) if arguments.rehearse else (STABLE_DIFFUSION, BUILT_IN)

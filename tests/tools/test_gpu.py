@@ -87,6 +87,7 @@ def test_a_half_written_line_waits(tmp_path):
     [
         ([], "--out"),
         (["--out", "x", "--parts", "tests,dreams"], "dreams"),
+        (["--out", "x", "--parts", "tests,peer"], "--peer"),
         (["--out", "x", "--minutes", "0"], "--minutes"),
         (["--out", "x", "--minutes", "soon"], "--minutes"),
         (["--out", "/dev/null/x"], "/dev/null"),
