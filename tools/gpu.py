@@ -167,6 +167,8 @@ def run_part(report: Report, name: str, command: list[str], seconds: float, scra
                 part.status, part.reason = "timed out", f"it was ended after {seconds:.0f} s"
             elif process.returncode:
                 part.status, part.reason = "failed", f"exit code {process.returncode}; log.txt has its output"
+                if not any("failed" in figure for figure in read_figures(figures)):
+                    part.reason += f", the last line: {last_line(report.out / 'log.txt')}"
             else:
                 part.status = "done"
         except KeyboardInterrupt:
@@ -184,6 +186,12 @@ def run_part(report: Report, name: str, command: list[str], seconds: float, scra
             report.write()
             shorten(report.out / "log.txt")
             print(f"{name}: {part.status} in {part.seconds:.0f} s {part.reason}".rstrip(), flush=True)
+
+
+def last_line(log: Path) -> str:
+    """What a part said last; an exception names itself there."""
+    lines = log.read_text(encoding="utf-8", errors="replace")[-10_000:].strip().splitlines()
+    return lines[-1][:300] if lines else ""
 
 
 def shorten(log: Path) -> None:
@@ -272,8 +280,11 @@ def install(bundle: Path, target: Path) -> Path:
     """Unpacks the wheels of a bundle into a folder for PYTHONPATH; they are zip files of what Python imports.
 
     Raises:
-        ValueError: naming a file of the bundle that is damaged or missing.
+        ValueError: naming a file of the bundle that is damaged or missing, or if its wheels are for another Python.
     """
+    found = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if found != (wanted := read_bundle(bundle).get("python", found)):
+        raise ValueError(f"{bundle} holds wheels for Python {wanted} and this is {found}; run it with Python {wanted}")
     for name, (_, sha256) in read_bundle(bundle)["files"].items():
         path = bundle / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:

@@ -42,6 +42,7 @@ PURE_WHEELS = ("requests", "urllib3")
 XZ_OF_WHEELS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 # float16 has two bytes a number: positions that alternate help LZMA (18.3 MB of MiniLM where the default gives 19.2).
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 1, "pb": 1}]
+PYTHON = "3.12"
 MAX_LENGTH = 16
 TEMPLATE = "a {}"  # of configs/openmoji-64.yaml
 # Package → what is used of it; modules that this does not load stay behind.
@@ -74,7 +75,7 @@ def write(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: [len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest()] for name in names}
     size = sum(count for count, _ in files.values())
-    content = {"bytes": size, "commit": commit(), "files": files}
+    content = {"bytes": size, "python": PYTHON, "commit": commit(), "files": files}
     (folder / "bundle.json").write_text(json.dumps(content, indent=1) + "\n")
     if size > MOST_BYTES:
         raise ValueError(f"the bundle takes {size:,} bytes, and {MOST_BYTES:,} may be")
@@ -144,7 +145,7 @@ def write_wheels(path: Path) -> None:
         pure = ["--platform=any", "--implementation=py", "--abi=none"]
         for wheels, kind in ((WHEELS, platforms), (PURE_WHEELS, pure)):
             wanted = [f"{wheel}=={version(wheel)}" for wheel in wheels]
-            subprocess.run([*command, "--python-version=3.12", *kind, *wanted], check=True)
+            subprocess.run([*command, f"--python-version={PYTHON}", *kind, *wanted], check=True)
         with (
             lzma.open(path, "wb", filters=XZ_OF_WHEELS) as compressed,
             tarfile.open(fileobj=compressed, mode="w") as tar,
