@@ -32,7 +32,7 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,8 +80,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def machine(rehearse: bool, bundle: Path | None = None) -> dict[str, Any]:
-    """Card, driver, versions and commit; asks the driver, not torch, so that a broken torch is a part's failure."""
+def machine(rehearse: bool, bundle: Path | None = None, site: Path | None = None) -> dict[str, Any]:
+    """Card, driver, versions and commit; asks the driver, not torch, so that a broken torch is a part's failure.
+
+    What came with a bundle, in `site`, is used in the place of what is installed.
+    """
 
     def answer(*command: str) -> str | None:
         try:
@@ -91,10 +94,8 @@ def machine(rehearse: bool, bundle: Path | None = None) -> dict[str, Any]:
         return done.stdout.strip()
 
     def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
+        path = [*([str(site)] if site else []), *sys.path]
+        return next((found.version for found in distributions(name=name, path=path)), None)
 
     asked = answer("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     card, driver, memory = (asked.splitlines()[0].split(", ") if asked else [None, None, None])[:3]
@@ -337,17 +338,14 @@ def main() -> None:
     bundle = arguments.use and arguments.use.resolve()
     arguments.use = bundle
     arguments.peer = arguments.peer and arguments.peer.resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        found = machine(arguments.rehearse, bundle)
-        report = Report(out, found, earlier(out, found, names) | {name: Part() for name in names})
-        report.write()
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     scratch = Path(tempfile.mkdtemp(prefix="ldm-gpu-"))
     try:
+        out.mkdir(parents=True, exist_ok=True)
         site = install(bundle, scratch / "site") if bundle else None
+        found = machine(arguments.rehearse, bundle, site)
+        report = Report(out, found, earlier(out, found, names) | {name: Part() for name in names})
+        report.write()
         run_parts(report, names, scratch, site, arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))

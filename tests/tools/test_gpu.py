@@ -78,6 +78,15 @@ def test_a_damaged_bundle_is_named(tmp_path):
         gpu.install(tmp_path, tmp_path / "site")
 
 
+def test_versions_are_those_that_the_parts_use(tmp_path):
+    (tmp_path / "peft-99.0.dist-info").mkdir()
+    (tmp_path / "peft-99.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 99.0\n")
+    with_bundle, without = (gpu.machine(rehearse=True, site=site)["versions"] for site in (tmp_path, None))
+    assert with_bundle["peft"] == "99.0"
+    assert without["peft"] != "99.0"
+    assert with_bundle["torch"] == without["torch"] is not None
+
+
 def test_a_bundle_for_another_python_is_named(tmp_path):
     (tmp_path / "bundle.json").write_text(json.dumps({"files": {}, "python": "3.7"}))
     with pytest.raises(ValueError, match=r"wheels for Python 3\.7 and this is "):
