@@ -3,6 +3,7 @@
     python tools/gpu.py --out OUT                                     # all parts, in the order of their worth
     python tools/gpu.py --out OUT --parts tests,benchmark --minutes 4
     python tools/gpu.py --out OUT --parts training --minutes 7 --use BUNDLE
+    python tools/gpu.py --out OUT --parts peer --peer DIFFUSERS       # the training script of a checkout of diffusers
     python tools/gpu.py --out OUT --rehearse                          # on a CPU, with tiny sizes
     python tools/gpu.py --bundle BUNDLE                               # what a machine without network needs
 
@@ -31,15 +32,17 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "numpy", "peft", "pillow", "safetensors", "xformers")
-# Part → its share of the minutes.
 LOG_BYTES = 8 * 2**20
+# Part → its share of the minutes.
 PARTS = {"tests": 2.0, "benchmark": 2.5, "training": 7.0, "compile": 2.5}
+PEER = "peer"  # runs only where --peer names a checkout of diffusers
+SHARES = PARTS | {PEER: 1.5}
 
 
 @dataclass
@@ -77,8 +80,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def machine(rehearse: bool, bundle: Path | None = None) -> dict[str, Any]:
-    """Card, driver, versions and commit; asks the driver, not torch, so that a broken torch is a part's failure."""
+def machine(rehearse: bool, bundle: Path | None = None, site: Path | None = None) -> dict[str, Any]:
+    """Card, driver, versions and commit; asks the driver, not torch, so that a broken torch is a part's failure.
+
+    What came with a bundle, in `site`, is used in the place of what is installed.
+    """
 
     def answer(*command: str) -> str | None:
         try:
@@ -88,10 +94,8 @@ def machine(rehearse: bool, bundle: Path | None = None) -> dict[str, Any]:
         return done.stdout.strip()
 
     def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
+        path = [*([str(site)] if site else []), *sys.path]
+        return next((found.version for found in distributions(name=name, path=path)), None)
 
     asked = answer("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     card, driver, memory = (asked.splitlines()[0].split(", ") if asked else [None, None, None])[:3]
@@ -120,6 +124,11 @@ def command_of(name: str, scratch: Path, out: Path, seconds: float, arguments: a
         return [
             sys.executable, "-m", "tools.gpu_training", figures, "--out", str(out), "--scratch", str(scratch),
             "--seconds", f"{seconds:.0f}", *use, *rehearse,
+        ]  # fmt: skip
+    if name == PEER:
+        return [
+            sys.executable, "-m", "tools.gpu_peer", figures, "--peer", str(arguments.peer), "--scratch", str(scratch),
+            "--seconds", f"{seconds:.0f}", *rehearse,
         ]  # fmt: skip
     compiled = ["--compiled"] if name == "compile" else []
     # The last cases are long: none begins in the last sixth.
@@ -159,6 +168,8 @@ def run_part(report: Report, name: str, command: list[str], seconds: float, scra
                 part.status, part.reason = "timed out", f"it was ended after {seconds:.0f} s"
             elif process.returncode:
                 part.status, part.reason = "failed", f"exit code {process.returncode}; log.txt has its output"
+                if not any("failed" in figure for figure in read_figures(figures)):
+                    part.reason += f", the last line: {last_line(report.out / 'log.txt')}"
             else:
                 part.status = "done"
         except KeyboardInterrupt:
@@ -170,11 +181,18 @@ def run_part(report: Report, name: str, command: list[str], seconds: float, scra
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             part.figures, part.seconds = read_figures(figures), round(time.monotonic() - started, 1)
-            if failed := sum("failed" in figure for figure in part.figures):
-                part.reason = "; ".join(filter(None, [part.reason, f"{failed} of {len(part.figures)} failed"]))
+            if failed := [figure["failed"] for figure in part.figures if "failed" in figure]:
+                told = f"{len(failed)} of {len(part.figures)} failed: {failed[0]}"
+                part.reason = "; ".join(filter(None, [part.reason, told]))
             report.write()
             shorten(report.out / "log.txt")
             print(f"{name}: {part.status} in {part.seconds:.0f} s {part.reason}".rstrip(), flush=True)
+
+
+def last_line(log: Path) -> str:
+    """What a part said last; an exception names itself there."""
+    lines = log.read_text(encoding="utf-8", errors="replace")[-10_000:].strip().splitlines()
+    return lines[-1][:300] if lines else ""
 
 
 def shorten(log: Path) -> None:
@@ -263,8 +281,11 @@ def install(bundle: Path, target: Path) -> Path:
     """Unpacks the wheels of a bundle into a folder for PYTHONPATH; they are zip files of what Python imports.
 
     Raises:
-        ValueError: naming a file of the bundle that is damaged or missing.
+        ValueError: naming a file of the bundle that is damaged or missing, or if its wheels are for another Python.
     """
+    found = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if found != (wanted := read_bundle(bundle).get("python", found)):
+        raise ValueError(f"{bundle} holds wheels for Python {wanted} and this is {found}; run it with Python {wanted}")
     for name, (_, sha256) in read_bundle(bundle)["files"].items():
         path = bundle / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
@@ -280,7 +301,13 @@ def install(bundle: Path, target: Path) -> Path:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder for the results")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of tests, benchmark, training, compile")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="of tests, benchmark, training, compile; and peer, with --peer"
+    )
+    parser.add_argument(
+        "--peer", type=Path, metavar="FOLDER",
+        help="a checkout of diffusers: its train_text_to_image.py is timed in a part of its own, peer",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=14.0, help="for all parts together")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: whether everything runs")
     parser.add_argument("--bundle", type=Path, help="write a bundle into this folder, and end")
@@ -295,9 +322,13 @@ def main() -> None:
             parser.error(str(error))
         return
     names = arguments.parts.split(",")
+    if arguments.peer and PEER not in names:
+        names.insert(names.index("benchmark") + 1 if "benchmark" in names else len(names), PEER)
     if arguments.out is None:
         parser.error("--out is missing; name a folder for the results")
-    if unknown := set(names) - set(PARTS):
+    if PEER in names and not arguments.peer:
+        parser.error("--parts has peer; name a checkout of diffusers with --peer")
+    if unknown := set(names) - set(SHARES):
         parser.error(f"--parts has {min(unknown)!r}; choose of {', '.join(PARTS)}")
     if not 0 < arguments.minutes < 24 * 60:
         parser.error(f"--minutes is {arguments.minutes}; it must be above 0")
@@ -306,17 +337,15 @@ def main() -> None:
     out = arguments.out.resolve()
     bundle = arguments.use and arguments.use.resolve()
     arguments.use = bundle
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        found = machine(arguments.rehearse, bundle)
-        report = Report(out, found, earlier(out, found, names) | {name: Part() for name in names})
-        report.write()
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    arguments.peer = arguments.peer and arguments.peer.resolve()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     scratch = Path(tempfile.mkdtemp(prefix="ldm-gpu-"))
     try:
+        out.mkdir(parents=True, exist_ok=True)
         site = install(bundle, scratch / "site") if bundle else None
+        found = machine(arguments.rehearse, bundle, site)
+        report = Report(out, found, earlier(out, found, names) | {name: Part() for name in names})
+        report.write()
         run_parts(report, names, scratch, site, arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -336,7 +365,7 @@ def run_parts(
     for i, name in enumerate(names):
         seconds = deadline - time.monotonic()
         if not arguments.rehearse:  # where the machine may be slow, and only whether it runs is asked
-            seconds *= PARTS[name] / sum(PARTS[later] for later in names[i:])
+            seconds *= SHARES[name] / sum(SHARES[later] for later in names[i:])
         if seconds < 5:
             report.parts[name].reason = "no time was left"
             report.write()

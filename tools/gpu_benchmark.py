@@ -45,10 +45,10 @@ from ldm.training.optimisation import adamw, make_ema
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICTURE_STEPS = 25
-# Dense peaks of tensor cores in FLOP/s by the vendor's data sheets: (bf16 and fp16, TF32).
+# Dense peaks of tensor cores in FLOP/s by the vendor's data sheets: (bf16 and fp16, TF32). The first name that fits.
 PEAKS = {
-    "H100": (989e12, 494e12), "H200": (989e12, 494e12), "A100": (312e12, 156e12), "L40S": (362e12, 183e12),
-    "RTX 4090": (165e12, 82e12), "RTX 3090": (71e12, 36e12),
+    "H100 PCIe": (756e12, 378e12), "H100 NVL": (835e12, 417e12), "H100": (989e12, 494e12), "H200": (989e12, 494e12),
+    "A100": (312e12, 156e12), "L40S": (362e12, 183e12), "RTX 4090": (165e12, 82e12), "RTX 3090": (71e12, 36e12),
 }  # fmt: skip
 
 
@@ -138,8 +138,12 @@ class Bench:
             cases(self, size, *arguments)
         except Exception as error:  # whatever it is: the figures of the other groups are worth having
             self.write({"name": name, "failed": in_one_line(error)})
+        self.release()
+
+    def release(self) -> None:
+        """Gives back the memory of networks that nothing refers to any more."""
+        gc.collect()
         if self.device.type == "cuda":
-            gc.collect()
             torch.cuda.empty_cache()
 
     def case(self, name: str, variants: dict[str, Callable[[], object]], **facts: Any) -> None:
@@ -204,8 +208,10 @@ class Bench:
         return float(start.elapsed_time(end))
 
     def compile(self, call: Any) -> Any:
-        """torch.compile; a rehearsal traces and generates no code, which takes a CPU minutes."""
-        return torch.compile(call, backend="inductor" if self.device.type == "cuda" else "aot_eager")
+        """torch.compile for each shape anew, since code for any batch is slower and takes longer to make; a rehearsal
+        traces and generates no code, which takes a CPU minutes.
+        """
+        return torch.compile(call, backend="inductor" if self.device.type == "cuda" else "aot_eager", dynamic=False)
 
     def peak(self, precision: str) -> float | None:
         if self.device.type != "cuda":
@@ -304,8 +310,7 @@ def byte_tokenizer(size: Size) -> transformers.CLIPTokenizer:
     return tokenizer
 
 
-@contextlib.contextmanager
-def text_folders(size: Size) -> Iterator[Path]:
+def write_text_folders(folder: Path, size: Size) -> None:
     """A small random CLIP whose states have the width that the UNet takes, and a tokenizer of single bytes."""
     tokenizer = byte_tokenizer(size)
     width = size.unet["cross_attention_dim"]
@@ -313,11 +318,15 @@ def text_folders(size: Size) -> Iterator[Path]:
         vocab_size=len(tokenizer), max_position_embeddings=size.tokens, bos_token_id=512, eos_token_id=513,
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=max(1, width // 64),
     )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+@contextlib.contextmanager
+def text_folders(size: Size) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-        tokenizer.save_pretrained(folder / "tokenizer")
-        yield folder
+        write_text_folders(Path(name), size)
+        yield Path(name)
 
 
 def pictures(
@@ -434,6 +443,23 @@ def training_steps(bench: Bench, size: Size, side: int) -> None:
     bench.case(f"{size.name}: training step", calls, batch=batch, latents=side, precision="bf16", flops=3 * forward)
 
 
+def start(file: Path, deadline: float, rehearse: bool) -> Bench:
+    """Settings that all figures share: quiet libraries, a seed, TF32.
+
+    Raises:
+        ValueError: without a CUDA device, unless it is a rehearsal.
+    """
+    if not rehearse and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; --rehearse runs tiny sizes on the CPU")
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = torch.device("cpu" if rehearse else "cuda")
+    return Bench(device, file, deadline, rounds=2 if rehearse else 7, warmup=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a line of JSON for each case is added to this file")
@@ -441,25 +467,23 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile on both sides, bf16, channels_last")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     arguments = parser.parse_args()
-    if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --rehearse runs tiny sizes on the CPU")
-    for library in (transformers, diffusers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = torch.device("cpu" if arguments.rehearse else "cuda")
-    deadline = time.monotonic() + arguments.seconds
-    bench = Bench(device, arguments.file, deadline, rounds=2 if arguments.rehearse else 7, warmup=2)
+    try:
+        bench = start(arguments.file, time.monotonic() + arguments.seconds, arguments.rehearse)
+    except ValueError as error:
+        parser.error(str(error))
     # A picture is 50 calls of a network: one to warm up, and fewer of them.
     few = replace(bench, rounds=1 if arguments.rehearse else 3, warmup=1)
     large, small = (TINY, TINY) if arguments.rehearse else (STABLE_DIFFUSION, BUILT_IN)
     batches, halves = (1, 2) if arguments.rehearse else (1, 8), ("bf16",)
-    bench.group(unet_steps, large, batches, arguments.compiled)
-    few.group(pictures, large, batches, halves, arguments.compiled)
     if arguments.compiled:
+        # Each network and batch takes a card about a minute to compile: the larger batch only once the smaller is done.
+        for batch in batches:
+            bench.group(unet_steps, large, (batch,), True)
+            few.group(pictures, large, (batch,), halves, True)
         few.group(pictures, small, batches, halves, True)
         return
+    bench.group(unet_steps, large, batches)
+    few.group(pictures, large, batches, halves)
     bench.group(training_steps, large, large.side // 2)
     bench.group(training_steps, large, large.side)
     bench.group(decoding, large)

@@ -5,8 +5,9 @@
     FOLDER/text.safetensors.xz, text.json    MiniLM in float16, with the embedding rows that these captions use
     FOLDER/bundle.json        sizes and hashes, and the commit that it was made from
 
-It stays below 24 MB: wheels are compressed together, and of diffusers only the modules travel that our tests and
-benchmark import. The held-out images do not travel, so nothing of them can be learned there.
+It stays below 24 MB: wheels are compressed together, and of diffusers and peft only the modules travel that our tests
+and benchmark import. peft travels although most have it: one older than 0.18 cannot be imported beside transformers 5,
+and diffusers not beside it. The held-out images do not travel, so nothing of them can be learned there.
 """
 
 from __future__ import annotations
@@ -33,22 +34,31 @@ from ldm.text import load_text_encoder
 from ldm.training.environment import commit
 
 MOST_BYTES = 24 * 10**6
-WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers")
-# diffusers asks for these as it is imported, and huggingface_hub has no need of them any more.
-PURE_WHEELS = ("requests", "urllib3", "charset-normalizer")
+WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers", "peft")
+# diffusers imports requests, and huggingface_hub has no need of it any more. What guesses the encoding of a page for it
+# stays behind.
+PURE_WHEELS = ("requests", "urllib3")
 # Machine code of pydantic-core: jumps are written as absolute addresses, which repeat.
 XZ_OF_WHEELS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 # float16 has two bytes a number: positions that alternate help LZMA (18.3 MB of MiniLM where the default gives 19.2).
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 1, "pb": 1}]
+PYTHON = "3.12"
 MAX_LENGTH = 16
 TEMPLATE = "a {}"  # of configs/openmoji-64.yaml
-NEEDED = """
-import sys
-from diffusers import *
+# Package → what is used of it; modules that this does not load stay behind.
+NEEDED = {
+    "diffusers": """
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
     StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler, VQModel)
 from diffusers.training_utils import EMAModel
-"""
+""",
+    "peft": """
+import peft.tuners.lora
+from peft.utils.other import get_pattern_key
+""",
+}
+# pydantic 1, inside of pydantic 2 for those who still need it; a plugin of mypy; proxies and browsers.
+LEFT_OUT = ("pydantic/v1/", "pydantic/mypy.py", "urllib3/contrib/")
 
 
 def write(folder: Path) -> None:
@@ -65,7 +75,7 @@ def write(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: [len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest()] for name in names}
     size = sum(count for count, _ in files.values())
-    content = {"bytes": size, "commit": commit(), "files": files}
+    content = {"bytes": size, "python": PYTHON, "commit": commit(), "files": files}
     (folder / "bundle.json").write_text(json.dumps(content, indent=1) + "\n")
     if size > MOST_BYTES:
         raise ValueError(f"the bundle takes {size:,} bytes, and {MOST_BYTES:,} may be")
@@ -135,14 +145,14 @@ def write_wheels(path: Path) -> None:
         pure = ["--platform=any", "--implementation=py", "--abi=none"]
         for wheels, kind in ((WHEELS, platforms), (PURE_WHEELS, pure)):
             wanted = [f"{wheel}=={version(wheel)}" for wheel in wheels]
-            subprocess.run([*command, "--python-version=3.12", *kind, *wanted], check=True)
+            subprocess.run([*command, f"--python-version={PYTHON}", *kind, *wanted], check=True)
         with (
             lzma.open(path, "wb", filters=XZ_OF_WHEELS) as compressed,
             tarfile.open(fileobj=compressed, mode="w") as tar,
         ):
             for wheel in sorted(Path(name).glob("*.whl")):
-                kept = modules_of_diffusers() if wheel.name.startswith("diffusers") else None
-                add(tar, wheel.name, stored(wheel, kept))
+                package = wheel.name.partition("-")[0]
+                add(tar, wheel.name, stored(wheel, modules_of(package) if package in NEEDED else None))
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -152,25 +162,32 @@ def unpack(archive: Path, target: Path) -> None:
         tar.extractall(target, filter="data")
 
 
-def modules_of_diffusers() -> set[str]:
+def modules_of(package: str) -> set[str]:
     """Paths inside its wheel of the modules that are loaded with what we use of it."""
-    code = NEEDED.replace("from diffusers import *\n", "") + (
-        "print('\\n'.join(m.__file__ for n, m in list(sys.modules.items()) if n.split('.')[0] == 'diffusers'))"
-    )
+    code = f"""import sys
+{NEEDED[package]}
+print(*(m.__file__ for n, m in list(sys.modules.items()) if n.split(".")[0] == "{package}"), sep="\\n")"""
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return {"diffusers/" + path.rpartition("/diffusers/")[2] for path in listed.split("\n") if "/diffusers/" in path}
+    inside = f"/{package}/"
+    return {inside[1:] + path.rpartition(inside)[2] for path in listed.split("\n") if inside in path}
 
 
 def stored(wheel: Path, kept: set[str] | None) -> bytes:
     """The same wheel without compression, so that all of them can be compressed together; with `kept`, of its modules
     only these.
     """
+
+    def stays(name: str) -> bool:
+        return not name.startswith(LEFT_OUT) and (kept is None or name in kept or ".dist-info/" in name)
+
     data = io.BytesIO()
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as packed:
         for entry in source.infolist():
             content = source.read(entry)
-            if kept is not None and entry.filename.endswith(".dist-info/RECORD"):
-                content = b"".join(line for line in content.splitlines(True) if line.split(b",")[0].decode() in kept)
-            if kept is None or entry.filename in kept or ".dist-info/" in entry.filename:
+            if entry.filename.endswith(".dist-info/RECORD"):
+                content = b"".join(line for line in content.splitlines(True) if stays(line.split(b",")[0].decode()))
+            if entry.filename.endswith(".dist-info/METADATA"):
+                content = content.partition(b"\n\n")[0] + b"\n"  # without the page of the registry
+            if stays(entry.filename):
                 packed.writestr(entry.filename, content)
     return data.getvalue()

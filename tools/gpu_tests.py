@@ -27,6 +27,12 @@ class Recorder:
         self.outcomes[report.outcome] += 1
         self.write(record)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported; without this nothing would say why none of its tests was run."""
+        if report.failed:
+            lines = report.longreprtext.strip().splitlines() or ["without a message"]
+            self.write({"name": report.nodeid, "value": "not imported", "failed": lines[-1].removeprefix("E   ")[:300]})
+
     def write(self, record: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -36,7 +42,9 @@ def main() -> int:
     """Runs them; without CUDA all are skipped, which is a failure here."""
     file, *tests = sys.argv[1:]
     recorder = Recorder(Path(file))
-    code = pytest.main(["-m", "cuda", "-q", "-p", "no:cacheprovider", *tests], plugins=[recorder])
+    # A warning that a card gives rise to is told in the log; as an error it would cost the test.
+    options = ["-m", "cuda", "-q", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    code = pytest.main([*options, *tests], plugins=[recorder])
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(recorder.outcomes.items()))
     record = {"name": "tests", "value": counts or "none was run"}
     if not recorder.outcomes["passed"]:

@@ -29,7 +29,7 @@ def run(report, name, code, seconds, tmp_path):
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(report, tmp_path):
     child = "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=1); "
-    run(report, "one", "raise SystemExit(3)", 60, tmp_path)
+    run(report, "one", "print('out of luck'); raise SystemExit(3)", 60, tmp_path)
     started = time.monotonic()
     run(report, "two", child + "time.sleep(60)", 2, tmp_path)
     assert time.monotonic() - started < 10
@@ -38,6 +38,7 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(report, tmp_path):
     assert [part["status"] for part in content["parts"].values()] == ["failed", "timed out", "done"]
     assert all(part["figures"] == [{"name": "a", "value": 1}] for part in content["parts"].values())
     assert "exit code 3" in content["parts"]["one"]["reason"]
+    assert content["parts"]["one"]["reason"].endswith("the last line: out of luck")
     assert "timed out" in (tmp_path / "out" / "gpu.md").read_text()
 
 
@@ -77,6 +78,29 @@ def test_a_damaged_bundle_is_named(tmp_path):
         gpu.install(tmp_path, tmp_path / "site")
 
 
+def test_versions_are_those_that_the_parts_use(tmp_path):
+    (tmp_path / "peft-99.0.dist-info").mkdir()
+    (tmp_path / "peft-99.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 99.0\n")
+    with_bundle, without = (gpu.machine(rehearse=True, site=site)["versions"] for site in (tmp_path, None))
+    assert with_bundle["peft"] == "99.0"
+    assert without["peft"] != "99.0"
+    assert with_bundle["torch"] == without["torch"] is not None
+
+
+def test_a_bundle_for_another_python_is_named(tmp_path):
+    (tmp_path / "bundle.json").write_text(json.dumps({"files": {}, "python": "3.7"}))
+    with pytest.raises(ValueError, match=r"wheels for Python 3\.7 and this is "):
+        gpu.install(tmp_path, tmp_path / "site")
+
+
+def test_tests_that_cannot_be_imported_say_why(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import no_such_library_of_ours")
+    command = [sys.executable, "-m", "tools.gpu_tests", str(tmp_path / "tests.jsonl"), str(tmp_path / "test_broken.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "no_such_library_of_ours" in gpu.read_figures(tmp_path / "tests.jsonl")[0]["failed"]
+
+
 def test_a_half_written_line_waits(tmp_path):
     (tmp_path / "f.jsonl").write_text('{"name": "a"}\n{"na')
     assert gpu.read_figures(tmp_path / "f.jsonl") == [{"name": "a"}]
@@ -87,6 +111,7 @@ def test_a_half_written_line_waits(tmp_path):
     [
         ([], "--out"),
         (["--out", "x", "--parts", "tests,dreams"], "dreams"),
+        (["--out", "x", "--parts", "tests,peer"], "--peer"),
         (["--out", "x", "--minutes", "0"], "--minutes"),
         (["--out", "x", "--minutes", "soon"], "--minutes"),
         (["--out", "/dev/null/x"], "/dev/null"),
