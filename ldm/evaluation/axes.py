@@ -176,7 +176,8 @@ def _unseen_synonym(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
         thing, word = pairs[place]
         scene = Scene("one", (_part(thing, draw),))
         captions = (writer.caption(scene).text for _ in range(TRIES))
-        alone = {f"a {word}", f"an {word}"} if thing.article else {word}
+        article = thing.forms[word][0]
+        alone = {f"{article} {word}" if article else word}
         caption = next((text for text in captions if text in alone), None)
         if caption is not None:
             yield scene, caption

@@ -150,7 +150,7 @@ def test_articles_and_plurals(sampler):
     draw = generator(2, "articles")
     wrong = (" a a", " a e", " a i", " a o", " an b", " an c", " an d", " an p", " an t", " a an ", " an a ")
     for number in range(4_000):
-        text = f" {training_scene(number * 311)[1].lower()} "
+        text = f" {training_scene(number * 311)[1].lower()} ".replace(" a ewe", "")
         assert not any(pair in text for pair in wrong), text
     thing = load_catalog().named("mouse")
     scene = replace(sampler.of_kind("count", draw), count=3)

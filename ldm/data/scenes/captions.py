@@ -392,7 +392,7 @@ def _any_of(choices: Sequence[T], draw: np.random.Generator) -> T:
 def _sounds_open(words: str) -> bool:
     """Whether a word begins with the sound of a vowel, so that "an" stands before it."""
     word = words.lower()
-    if word.startswith(("uni", "eu", "use", "one", "ufo", "uk")):
+    if word.startswith(("uni", "eu", "ewe", "use", "one", "ufo", "uk")):
         return word.startswith(("unin", "unim"))
     if word.startswith(("hour", "honest", "heir")):
         return True
