@@ -46,6 +46,7 @@ def test_drawings_fill_their_boxes_and_say_whose_they_are(content):
     for drawing in content["drawings"]:
         assert drawing["family"] in named
         assert drawing["svg"].startswith("<svg ") and 0.02 < drawing["ratio"] < 50
+        assert not any(tag in drawing["svg"] for tag in ("<text", "<flowRoot", "<image")), drawing["id"]
     licenses = (ASSETS / "LICENSES.md").read_text(encoding="utf-8")
     assert all(family["attribution"] in licenses for family in content["families"])
 
