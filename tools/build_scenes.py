@@ -5,7 +5,7 @@
     for archive in *.tgz; do mkdir "${archive%.tgz}"; tar xzf "$archive" -C "${archive%.tgz}" --strip-components=1; done
     apt-get download openclipart-svg && dpkg-deb -x openclipart-svg_*.deb clipart
     pip install scour && cd ..
-    python tools/build_scenes.py --packages packages --clipart packages/clipart/usr/share/openclipart/svg
+    python -m tools.build_scenes --packages packages --clipart packages/clipart/usr/share/openclipart/svg
 
 In tools/scenes, things.yaml has the words, clipart.yaml the clip art that was chosen, anchors.yaml and
 clipart_anchors.yaml the places where drawings wear and hold things. The same inputs give the same bytes. Writes
@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,16 +27,16 @@ from typing import Any
 
 import yaml
 
-import scenes_clipart
-import scenes_svg
 from ldm import disk
-from scenes_vocabulary import read_things
+from tools import scenes_clipart, scenes_svg
+from tools.scenes_vocabulary import read_things
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "scenes"
 LIMIT = 6_000_000  # bytes of drawings.json.xz
 LONGEST = 80_000  # characters of a drawing: a few are traced photographs
 FORMAT = 1
+_EMAIL = re.compile(r"\s*[(<]?[\w.+-]+@[\w.-]+[)>]?")
 
 # Package, name in captions, and what the license asks to be said.
 FAMILIES: dict[str, tuple[str, str, str]] = {
@@ -54,6 +55,18 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
 }
 
 
+MIT = """
+MIT License. Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright notice and
+this permission notice shall be included in all copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED
+"AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
 CLIPART = {
     "name": "clipart",
     "style": "clip art",
@@ -190,7 +203,7 @@ def _clipart(folder: Path, things: list[dict[str, Any]], kept: Kept) -> Iterator
             if len(svg) > LONGEST:
                 print(f"{path} is left out: {len(svg):,} characters")
                 continue
-            words = scenes_clipart.title_and_author(source)
+            words = {key: _EMAIL.sub("", text) for key, text in scenes_clipart.title_and_author(source).items()}
             yield _drawing(f"clipart/{path.removesuffix('.svg')}", thing["name"], "clipart", svg, **words)
 
 
@@ -236,6 +249,13 @@ def _licenses(families: list[dict[str, str]], drawings: list[dict[str, Any]]) ->
             f"| {family['name']} | {family['title']} ({family['version']}) | {count} | {license_link} | "
             f"{family['source']} | {family['attribution']} |"
         )
+    lines += [
+        "",
+        "The text of the Apache License 2.0 is that of the package's own LICENSE file. Fluent Emoji:",
+        "",
+        "Copyright (c) Microsoft Corporation.",
+        MIT.strip(),
+    ]
     authors = Counter(drawing.get("author", "unknown") for drawing in drawings if drawing["family"] == "clipart")
     if authors:
         named = ", ".join(

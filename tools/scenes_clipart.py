@@ -6,12 +6,12 @@ import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
-from scour import scour
 
-import scenes_svg
+from tools import scenes_svg
 
 _PURE = {"rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#", "dc": "http://purl.org/dc/elements/1.1/"}
 _UNITS = {"": 1.0, "px": 1.0, "pt": 96 / 72, "pc": 16.0, "mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96.0}
+_TEXT = re.compile(r"<(text|flowRoot)\b(?:[^>]*/>|.*?</\1>)", re.S)
 _ROOT = re.compile(r"<svg\b[^>]*>", re.S)
 
 
@@ -21,18 +21,23 @@ def plain(source: str) -> str:
     Raises:
         ValueError: resvg cannot draw it.
     """
+    import scour  # noqa: F401  # its absence is no reason to leave something out
+
     whole = scenes_svg.document(*_body(source))
     try:
         cleaned = scenes_svg.document(*_body(_scoured(source)))
     except Exception:  # scour gives up on a few in its own ways
-        return scenes_svg.shortened(whole)
+        return scenes_svg.shortened(_TEXT.sub("", whole))
     # Scour is believed where the pictures agree.
     first, second = (scenes_svg.render(svg, 128).astype(np.float32) for svg in (whole, cleaned))
     same = first.shape == second.shape and np.abs(first - second).mean() < 1
-    return scenes_svg.shortened(cleaned if same else whole)
+    # Letters would be drawn where a machine has the font, and only there.
+    return scenes_svg.shortened(_TEXT.sub("", cleaned if same else whole))
 
 
 def _scoured(source: str) -> str:
+    from scour import scour
+
     options = scour.sanitizeOptions(None)
     options.remove_metadata = options.remove_descriptive_elements = options.strip_comments = True
     options.strip_xml_prolog = options.strip_ids = options.shorten_ids = True
