@@ -30,12 +30,11 @@ _PHRASES: dict[Layout, tuple[str, ...]] = {
         "{a} and a small picture of {b} in the {corner} corner",
         "{a} with a small picture of {b} in the {corner}",
         "{b} in the {corner} corner of a picture of {a}",
-        "in the {corner} corner {b}, behind it {a}",
     ),
 }
 # Each a clause for the first and one for the second.
 _CLAUSES: dict[Layout, tuple[tuple[str, str], ...]] = {
-    "beside": (("on the left: {a}", "on the right: {b}"), ("left: {a}", "right: {b}"), ("left {a}", "right {b}")),
+    "beside": (("on the left: {a}", "on the right: {b}"), ("left: {a}", "right: {b}")),
     "above": (("at the top: {a}", "at the bottom: {b}"), ("above: {a}", "below: {b}"), ("top: {a}", "bottom: {b}")),
     "inset": (("{a}", "small, in the {corner} corner: {b}"), ("{a}", "in the {corner} corner: {b}")),
 }

@@ -94,7 +94,7 @@ def open_openmoji(
             decode=partial(render, resolution=resolution, background=background, with_alpha=cutouts),
             digest=digest_of(path.read_bytes()),
             size=(resolution, resolution),
-            cutout=_cutout(path.read_bytes(), background) if cutouts else None,
+            cutout=_cutout(path.read_bytes()) if cutouts else None,
         )
         for codes, path in drawings.items()
     )
@@ -139,9 +139,9 @@ def _rendered(svg: bytes, resolution: int, background: tuple[int, int, int] | No
     return Image.open(io.BytesIO(png))
 
 
-def _cutout(svg: bytes, background: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    drawn = render(svg, CUTOUT_PIXELS, background, with_alpha=True)
-    return cutout_of(drawn.alpha, drawn.image)
+def _cutout(svg: bytes) -> tuple[int, int, int] | None:
+    drawn = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
+    return cutout_of(drawn.getchannel("A"), drawn.convert("RGB"))
 
 
 def _svg_folder() -> Path:
