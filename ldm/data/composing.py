@@ -32,7 +32,8 @@ COUNTED = 1024
 LEAST_KEPT = 0.45
 # What a thing has on the mean in color, and its ground.
 LEAST_CONTRAST = 90.0
-PLAIN_BORDER, PLAIN_TOLERANCE = 0.8, 14
+# A border is of one color where so much of it is, so nearly: scanned digits touch the edge.
+PLAIN_BORDER, PLAIN_TOLERANCE = 0.6, 14
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]

@@ -29,7 +29,7 @@ _PHRASES: dict[Layout, tuple[str, ...]] = {
         "{a} with {b} in the {corner} corner",
         "{a} and a small picture of {b} in the {corner} corner",
         "{a} with a small picture of {b} in the {corner}",
-        "{b} in the {corner} corner of a picture of {a}",
+        "{a}, and in the {corner} corner {b}",
     ),
 }
 # Each a clause for the first and one for the second.
@@ -144,7 +144,10 @@ def _on_color(text: str, phrase: bool, sentence: bool, color: str, place: float 
     if phrase:
         template = min(ON_COLOR[:1] + ON_COLOR[3:4], key=len) if place is None else _picked(ON_COLOR, place)
         return template.format(text=text, color=color, a_color=f"{article} {color}")
-    return f"{text}. The background is {color}." if sentence else f"{text}, {color} background"
+    if sentence:
+        return f"{text}. The background is {color}."
+    # Behind clauses it is one more, and not a part of the last.
+    return f"{text}{';' if '; ' in text else ','} {color} background"
 
 
 def _picked(things: Sequence[T], place: float) -> T:

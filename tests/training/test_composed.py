@@ -66,6 +66,21 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_were_not(
     np.testing.assert_allclose(losses(tmp_path / "three"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_scenes_that_were_broken_off_go_on_as_if_they_were_not(space, encoder_folder, first_stage, tmp_path):
+    def train(folder, resume=False, **how):
+        given = [one for one in arguments(folder, "scenes", **how) if "flip" not in one and "compose" not in one]
+        known = settings(folder, encoder_folder, space, first_stage)
+        run_ldm(known, *given, "data.scenes=24", "data.resolution=16", resume=resume)
+
+    train(tmp_path / "one")
+    two = broken_off(tmp_path / "one", tmp_path / "two", BROKEN_AFTER)
+    train(two, resume=True)
+    assert differences(evidence(tmp_path / "one"), evidence(two)) == []
+    train(tmp_path / "three", accumulation=3, workers=1)
+    np.testing.assert_allclose(losses(tmp_path / "three"), losses(tmp_path / "one"), rtol=1e-4)
+
+
 def test_what_is_held_out_is_not_composed(pictures, encoder_folder, first_stage, tmp_path):
     """So that its loss is that of a run without, where nothing is learned."""
     first = []
