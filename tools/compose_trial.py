@@ -24,7 +24,7 @@ from ldm import checkpoint
 
 ROOT = Path(__file__).parents[1]
 # Joined captions need more tokens than those of single emoji; both runs get them.
-SETTINGS = ("text.max_length=32", "train.evaluate_every=0", "train.keep_checkpoints=1")
+SETTINGS = ("text.max_length=32", "train.evaluate_every=null", "train.keep_checkpoints=1")
 
 
 def train(folder: Path, share: float, steps: int, more: Sequence[str]) -> None:
