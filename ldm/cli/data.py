@@ -26,6 +26,9 @@ def check(
     split: Annotated[str, typer.Option(help="The split of a data set that has several.")] = "train",
     subset: Annotated[str | None, typer.Option(help="Its configuration, where it has several.")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the images that training will never see.")] = 0.1,
+    compose: Annotated[
+        float, typer.Option(help="Share of the samples that training composes of several images.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Write the whole account as JSON.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
@@ -43,6 +46,7 @@ def check(
         split=split,
         subset=subset,
         held_out=held_out,
+        compose=compose,
     )
     lost, uncounted = None, ""
     try:

@@ -95,6 +95,7 @@ class Account:
         formats, modes, traits: number of used images for each; see `Decoded`.
         treatment: what is done with each trait that occurs.
         caption_sources: where the folder has captions, the one that is used, others, and files that are not read.
+        composed: share of the samples of an epoch that are composed of training images.
         notes: what is worth knowing; `needs_attention`: what should be mended, and how. One line each.
     """
 
@@ -119,6 +120,7 @@ class Account:
     notes: tuple[str, ...]
     needs_attention: tuple[str, ...]
     caption_sources: tuple[CaptionSource, ...] = ()
+    composed: float = 0.0
 
     def line(self) -> str:
         """One line, for the start of a training."""
@@ -128,6 +130,7 @@ class Account:
             f"{self.name}: {what}: {self.used} used ({self.training} to train on, {self.held_out} held "
             f"out), {self.skipped} skipped, {plural(self.duplicate, 'duplicate')}"
             + (f"; {self.captions.without} without a caption" if self.captions.without else "")
+            + (f"; {100 * self.composed:g} % of the samples of an epoch are composed" if self.composed else "")
         )
 
     def unused_captions(self, *, harmless: bool = False) -> tuple[str, ...]:
@@ -193,6 +196,7 @@ def account_of(
         notes=(),
         needs_attention=(),
         caption_sources=inspection.caption_sources,
+        composed=config.compose,
     )
     return replace(
         account,
@@ -339,6 +343,12 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
         )
     if not account.captions.without:
         yield from account.unused_captions(harmless=True)
+    if account.composed:
+        cutouts = sum(sample.cutout is not None for sample in inspection.used)
+        yield (
+            f"{cutouts} of {plural(account.used, 'image')} are transparent around what they show, and can be composed "
+            "on a colored ground"
+        )
     if inspection.unkept:
         yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.cores import usable_cores
 from ldm.data.buckets import Buckets, assign, bucket_sizes, squares
+from ldm.data.composing import Composer
 from ldm.data.images import cover
 from ldm.data.keyed import generator
 from ldm.data.order import BatchOrder
@@ -29,7 +30,10 @@ MIN_STD = 1 / 127.5
 
 @dataclass(frozen=True)
 class Item:
-    """One sample as it is seen in one epoch; `image` is uint8 [3, *size], or None where it is not loaded."""
+    """One sample as it is seen in one epoch; `image` is uint8 [3, *size], or None where it is not loaded.
+
+    `renewed` says that it is there for `data.renew_every` epochs only: composed, or one that took another's place.
+    """
 
     id: str
     epoch: int
@@ -38,11 +42,12 @@ class Item:
     flipped: bool
     size: tuple[int, int]
     image: Tensor | None
+    renewed: bool = False
 
 
 class Batch(NamedTuple):
     """B items of one `size` (h, w): `indices` int64 [B], `flipped` bool [B], `images` uint8 [N, 3, h, w], or None for
-    N = 0, of the N items that are `loaded`, bool [B].
+    N = 0, of the N items that are `loaded`, bool [B]; `renewed` bool [B].
     """
 
     ids: list[str]
@@ -53,6 +58,7 @@ class Batch(NamedTuple):
     size: tuple[int, int]
     images: Tensor | None
     loaded: Tensor
+    renewed: Tensor
 
 
 class CaptionedImages(Dataset[Item]):
@@ -71,11 +77,16 @@ class CaptionedImages(Dataset[Item]):
         batch_size: with buckets, sizes that are nearest to fewer images are given up: see `assign`.
         sizes: with buckets, the (height, width) to choose from, such as `buckets.sizes` of the training images for
             those held out; None takes `bucket_sizes`.
+        composed: whether items are composed as `config.compose` says: those of training are, and of them alone;
+            `samples` and `image_at` are always the plain ones.
 
     Attributes:
         buckets: which image has which size.
+        composer: what composes; None where nothing is.
         with_images: at first True; set to False, items are drawn as before but nothing is loaded and
             `Item.image` is None, for those who hold the images encoded.
+        renewed_kept: of the samples below this index, those who hold the images encoded keep what is renewed too, so
+            that it is loaded only in the first epoch in which it is there; 0 at first.
 
     Raises:
         ValueError: if there are no samples, or one that has to be loaded has become unreadable.
@@ -90,6 +101,7 @@ class CaptionedImages(Dataset[Item]):
         *,
         batch_size: int = 1,
         sizes: Sequence[tuple[int, int]] | None = None,
+        composed: bool = False,
     ) -> None:
         if not samples:
             raise ValueError(f"no images in {config.path}; add captioned images")
@@ -97,6 +109,8 @@ class CaptionedImages(Dataset[Item]):
         self.config = config
         self.seed = seed
         self.with_images = True
+        self.renewed_kept = 0
+        self.composer = Composer(self.samples, config, seed) if composed and config.compose > 0 else None
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
         if config.bucketed:
             choice = sizes or bucket_sizes(config.resolution)
@@ -111,9 +125,9 @@ class CaptionedImages(Dataset[Item]):
     def __getitem__(self, position: tuple[int, int]) -> Item:
         """The sample `index` as epoch `epoch` shows it, for `position` (epoch, index)."""
         epoch, index = position
-        sample = self.samples[index]
-        if sample.renew is not None:
-            return self._renewed(epoch, index)
+        sample = self.sample_at(epoch, index)
+        if sample is not self.samples[index]:
+            return self._renewed(epoch, index, sample)
         flipped = self.config.flip and bool(self._draw("flip", epoch, sample).integers(2))
         image = None
         if self.with_images and self.config.crop == "random":
@@ -122,24 +136,35 @@ class CaptionedImages(Dataset[Item]):
             image = image.flip(-1) if flipped else image
         elif self.with_images:
             image = self.image_at(index, flipped)
-        return Item(sample.id, epoch, index, self.caption_at(epoch, index), flipped, self.shape_of(index), image)
+        return Item(sample.id, epoch, index, self._caption(epoch, sample), flipped, self.shape_of(index), image)
 
     def sample_at(self, epoch: int, index: int) -> Sample:
         """What stands at a place in an epoch: the sample there, or the one that has taken its place."""
         sample = self.samples[index]
-        return sample if sample.renew is None else sample.renew(epoch)
+        if sample.renew is not None:
+            return sample.renew(epoch)
+        composed = None if self.composer is None else self.composer.composed(epoch, index, self.shape_of(index))
+        return sample if composed is None else composed
 
-    def _renewed(self, epoch: int, index: int) -> Item:
-        """An item that is kept by nobody from before: its image is loaded in the first epoch that shows it."""
-        sample, shape = self.sample_at(epoch, index), self.shape_of(index)
-        image = None
-        if self.with_images or epoch % self.config.renew_every == 0:
+    @property
+    def renewed_share(self) -> float:
+        """Of the samples of an epoch, at most so many are there for `data.renew_every` epochs only."""
+        if any(sample.renew is not None for sample in self.samples):
+            return 1.0
+        return 0.0 if self.composer is None else self.config.compose
+
+    def _renewed(self, epoch: int, index: int, sample: Sample) -> Item:
+        """An item that is kept by nobody from before, and never mirrored: captions say what is left and right."""
+        shape, image = self.shape_of(index), None
+        if self.with_images or index >= self.renewed_kept or epoch % self.config.renew_every == 0:
             image = cover(sample.load(), shape)  # [3, h, w]
-        return Item(sample.id, epoch, index, self.caption_at(epoch, index), False, shape, image)
+        return Item(sample.id, epoch, index, self._caption(epoch, sample), False, shape, image, renewed=True)
 
     def caption_at(self, epoch: int, index: int) -> str:
         """Which of its captions a sample has in an epoch; "" for one that has none."""
-        sample = self.sample_at(epoch, index)
+        return self._caption(epoch, self.sample_at(epoch, index))
+
+    def _caption(self, epoch: int, sample: Sample) -> str:
         if not sample.captions:
             return ""
         return sample.captions[int(self._draw("caption", epoch, sample).integers(len(sample.captions)))]
@@ -269,6 +294,7 @@ def collate(items: Sequence[Item]) -> Batch:
         size=size,
         images=torch.stack(images) if images else None,  # [N, 3, h, w]
         loaded=torch.tensor([item.image is not None for item in items], dtype=torch.bool),
+        renewed=torch.tensor([item.renewed for item in items], dtype=torch.bool),
     )
 
 

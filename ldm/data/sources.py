@@ -15,6 +15,7 @@ from PIL import Image, ImageColor
 from ldm.requirements import pip_install
 
 BUILT_IN = ("digits", "openmoji", "scenes")
+LEAST_COMPOSED = 16  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class DataConfig:
     """What to train on, and how an image becomes a square of pixels.
 
     Args:
-        path: "digits", "openmoji", "scenes", a folder or file, or the id of a data set on the hub; a folder that bears the
-            name of a built-in one is written "./digits".
+        path: "digits", "openmoji", "scenes", a folder or file, or the id of a data set on the hub; a folder that bears
+            the name of a built-in one is written "./digits".
         resolution: side R of square images in pixels; with buckets, images of any shape have about R² pixels.
         flip: mirror half of the images horizontally, drawn anew in every epoch.
         crop: which part of an image is taken where its shape does not fit: the "center", or a "random" one drawn
@@ -40,8 +41,10 @@ class DataConfig:
             "metadata", "sidecars" (text beside images), "shards", or "folders" (the names of sub-folders); None takes
             the one that captions most images.
         caption_templates: each caption counts once more with every one of these, "a photo of {}", around it.
-        scenes: of path "scenes", how many are in use at a time, at least 1, and
-        renew_every: the epochs, at least 1, after which new ones take their place.
+        compose: share of the samples of an epoch, in [0, 1), that are composed of training images: see
+            `ldm.data.composing`.
+        renew_every: the epochs, at least 1, after which others are composed, or take the place of scenes.
+        scenes: of path "scenes", how many are in use at a time, at least 1.
         first_scene: the number of the first, at least 0: a training that goes on from another's weights sees new ones.
         things: what they show: the "common" third of all things, or "all".
 
@@ -61,8 +64,9 @@ class DataConfig:
     background: str = "white"
     skin_tones: bool = False
     caption_templates: tuple[str, ...] = ()
-    scenes: int = 4096
+    compose: float = 0.0
     renew_every: int = 6
+    scenes: int = 4096
     first_scene: int = 0
     things: Literal["common", "all"] = "common"
     image_column: str | None = None
@@ -89,9 +93,10 @@ class DataConfig:
             raise ValueError(f"data.held_out is {self.held_out}; it is a share of the data, at least 0 and below 1")
         if self.skin_tones and self.path != "openmoji":
             raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
-        for key, default in (("scenes", 4096), ("renew_every", 6), ("first_scene", 0), ("things", "common")):
+        for key, default in (("scenes", 4096), ("first_scene", 0), ("things", "common")):
             if self.path != "scenes" and getattr(self, key) != default:
                 raise ValueError(f'data.{key} is for data.path "scenes" only, not for "{self.path}"; leave it out')
+        self._check_compose()
         for key, least in (("scenes", 1), ("renew_every", 1), ("first_scene", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"data.{key} is {getattr(self, key)}; it is at least {least}")
@@ -110,6 +115,22 @@ class DataConfig:
                     f'not for "{self.path}"; leave it out'
                 )
         _rgb(self.background)
+
+    def _check_compose(self) -> None:
+        if not 0 <= self.compose < 1:
+            raise ValueError(f"data.compose is {self.compose}; it is a share of the samples, at least 0 and below 1")
+        if self.compose > 0 and self.path == "scenes":
+            raise ValueError('data.compose is for images of your own, and "scenes" are composed already; leave it out')
+        if self.compose > 0 and self.resolution < LEAST_COMPOSED:
+            raise ValueError(
+                f"data.compose puts two images into one, which at data.resolution {self.resolution} nobody could tell "
+                f"apart; raise that to {LEAST_COMPOSED} or more, or leave data.compose out"
+            )
+        if self.compose == 0 and self.path != "scenes" and self.renew_every != 6:
+            raise ValueError(
+                f'data.renew_every is for data.path "scenes" and for data.compose above 0, not for "{self.path}" as it '
+                "is; leave it out"
+            )
 
     @property
     def bucketed(self) -> bool:
@@ -146,12 +167,18 @@ class Decoded:
         image: at its native size, in mode RGB, upright, transparent parts on the background.
         format, mode: as stored, in the words of Pillow ("JPEG", "CMYK").
         traits: what had to be dealt with, out of "rotated", "cmyk", "16-bit", "palette", "transparent", "animated".
+        alpha: how opaque each pixel was before, in mode L; None where all are, or nobody asked.
     """
 
     image: Image.Image
     format: str
     mode: str
     traits: tuple[str, ...] = ()
+    alpha: Image.Image | None = field(default=None, compare=False, repr=False)
+
+
+class UnreadableError(ValueError):
+    """An image could be read before, and now cannot; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +199,8 @@ class Sample:
         templated: how many of the captions, the last ones, are of `data.caption_templates`.
         held_out: the side of the split that it is on; None leaves that to its group.
         renew: gives the sample that takes this one's place in an epoch ≥ 0; None: this one, always.
+        cutout: of one that shows something on a transparent ground, the mean color of that, once it is known; None
+            for one that brings its own ground.
     """
 
     id: str
@@ -186,6 +215,7 @@ class Sample:
     templated: int = 0
     held_out: bool | None = None
     renew: Callable[[int], Sample] | None = field(default=None, compare=False, repr=False)
+    cutout: tuple[int, int, int] | None = None
 
     @property
     def shown(self) -> str:
@@ -194,10 +224,16 @@ class Sample:
 
     def load(self) -> Image.Image:
         """The image; ValueError naming the sample if it has become unreadable."""
+        return self.decoded().image
+
+    def decoded(self) -> Decoded:
+        """The image and how it was stored; ValueError naming the sample if it has become unreadable."""
         try:
-            return self.decode(self.read()).image
+            return self.decode(self.read())
+        except UnreadableError:  # of another sample that this one is made of
+            raise
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UnreadableError(
                 f"{self.shown} could be read before, and now cannot: {error}; restore or remove it"
             ) from error
 
@@ -298,7 +334,9 @@ def _opened(config: DataConfig, captioned: bool) -> Source:
     if config.path == "openmoji":
         from ldm.data.openmoji import open_openmoji
 
-        return open_openmoji(config.resolution, config.background_rgb, skin_tones=config.skin_tones)
+        return open_openmoji(
+            config.resolution, config.background_rgb, skin_tones=config.skin_tones, cutouts=config.compose > 0
+        )
     if config.path == "scenes":
         from ldm.data.scenes.source import open_scenes
 

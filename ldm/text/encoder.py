@@ -63,6 +63,17 @@ class EncoderFiles:
     scratch: TemporaryDirectory[str] | None = None
 
 
+@dataclass(frozen=True)
+class Fits:
+    """Whether a caption has at most `max_length` tokens; it can be pickled."""
+
+    tokenizer: Callable[..., Any]
+    max_length: int
+
+    def __call__(self, caption: str) -> bool:
+        return len(self.tokenizer(caption)["input_ids"]) <= self.max_length
+
+
 class TextEncoder:
     """A frozen text encoder: `encoder(captions)` gives the states that cross-attention sees.
 
@@ -157,6 +168,10 @@ class TextEncoder:
         """
         tokens = self._whole(_checked(captions))
         return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
+
+    def fits(self) -> "Fits":
+        """A function that says of a caption whether all of it is read, for other processes: without the model."""
+        return Fits(self._whole, self.max_length)
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that name this function of captions: weights, tokenizer, length and use of the mask.

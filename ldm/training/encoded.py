@@ -10,6 +10,7 @@ and captions are chosen and dropped, when a batch is made.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ PIXELS_AT_ONCE = 32 * 128**2
 # What a killed process loses, at most.
 SHARD_ROWS, SHARD_BYTES = 256, 64 * 2**20
 STATISTICS_ROWS = 1024
+# Of what is renewed: few in a batch, so that fewer are encoded at once, and most bytes of moments and of states each.
+RENEWED_AT_ONCE, KEPT_BYTES = 8, 2**30
 
 T = TypeVar("T")
 
@@ -64,18 +67,18 @@ class EncodedImages:
         started = time.perf_counter()
         self.images = images
         self.device = encoders.device
-        # What other samples replace is encoded when it comes.
-        self._renewed = RenewedRows(images, encoders) if any(one.renew is not None for one in images.samples) else None
-        lasting = () if self._renewed else images.samples
+        # What is there for some epochs only is encoded when it comes; of composed images their parts last.
+        self._renewed = RenewedRows(images, encoders) if images.renewed_share > 0 else None
+        lasting = tuple(sample for sample in images.samples if sample.renew is None)
         captions = sorted({"", *(caption for sample in lasting for caption in sample.captions)})
         self._row_of = {caption: row for row, caption in enumerate(captions)}
         self._states, self.new_captions = encoders.encode_captions(captions)
-        self._moments, self.new_images = (None, 0) if self._renewed else encoders.encode_images(images)
+        self._moments, self.new_images = encoders.encode_images(images) if lasting else (None, 0)
         self._draw = encoders.codec.drawing()
-        self._codec = encoders.codec if self._moments is None else None
+        self._codec = encoders.codec if self._moments is None and lasting else None
         self._channels, self._factor = encoders.codec.channels, encoders.codec.factor
         self.null = self.text([""])
-        images.with_images = self._moments is None and not self._renewed
+        images.with_images = self._codec is not None
         kept = "" if self._moments is None else f"{self.new_images} of {len(images)} images and "
         encoders.print(
             f"encoded {kept}{self.new_captions} of {len(captions)} captions (with the empty one) in "
@@ -90,20 +93,41 @@ class EncodedImages:
     @torch.no_grad()
     def latents(self, batch: Batch, posterior: Tensor | None) -> Tensor:
         """Latents [B, C, h, w] float32, drawn with `posterior` [B, C, h, w]; None takes the mean."""
-        if self._renewed:
-            moments = self._renewed.moments(batch).to(self.device)
-        elif self._moments is None:
-            assert batch.images is not None and self._codec is not None
+        if self._codec is not None:
+            assert batch.images is not None
             moments = self._codec.moments(to_signed(batch.images).to(self.device))
         else:
-            moments = self._moments[batch.indices + len(self.images) * batch.flipped].to(self.device)  # [B, M, h, w]
+            moments = self._kept_moments(batch).to(self.device)  # [B, M, h, w]
         return self._draw(moments, posterior)
+
+    def _kept_moments(self, batch: Batch) -> Tensor:
+        """[B, M, h, w] float32: of what lasts from disk, of the rest as it is kept in memory."""
+        renewed = batch.renewed.nonzero().flatten()  # [R]
+        if self._renewed is None or not len(renewed):
+            assert self._moments is not None
+            return self._moments[batch.indices + len(self.images) * batch.flipped]
+        rows = self._renewed.moments(batch, renewed.tolist())  # [R, M, h, w]
+        if len(rows) == len(batch.ids):
+            return rows
+        assert self._moments is not None
+        moments = rows.new_empty(len(batch.ids), *rows.shape[1:])
+        moments[batch.renewed] = rows
+        plain = ~batch.renewed
+        moments[plain] = self._moments[(batch.indices + len(self.images) * batch.flipped)[plain]]
+        return moments
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, L, D] float32 of captions of the data, or the empty one."""
-        if self._renewed and list(captions) != [""]:
-            return self._renewed.states(captions).to(self.device)
-        return self._states[[self._row_of[caption] for caption in captions]].to(self.device)
+        fresh = [place for place, caption in enumerate(captions) if caption not in self._row_of]
+        if self._renewed is None or not fresh:
+            return self._states[[self._row_of[caption] for caption in captions]].to(self.device)
+        rows = self._renewed.states([captions[place] for place in fresh])  # [R, L, D]
+        states = rows.new_empty(len(captions), *rows.shape[1:])
+        states[fresh] = rows
+        known = [place for place, caption in enumerate(captions) if caption in self._row_of]
+        if known:
+            states[known] = self._states[[self._row_of[captions[place]] for place in known]]
+        return states.to(self.device)
 
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor] | None:
@@ -122,58 +146,70 @@ class EncodedImages:
 
 
 class RenewedRows:
-    """Moments and states of samples that others replace every `data.renew_every` epochs, in memory, half precision.
+    """Moments and states of what is there for `data.renew_every` epochs only, in memory, half precision.
 
     They are encoded in the step that first asks for them, so that no step encodes more than a batch: over
     `renew_every` epochs each is encoded once, by each process that sees it. Rows are functions of image and caption
     alone, so that a resumed run, whose memory is empty, goes on as an unbroken one.
 
-    Images that no worker has loaded, those of a resumed run, are loaded here.
+    What does not fit into KEPT_BYTES is encoded whenever it is shown. Images that no worker has loaded, those of a
+    resumed run, are loaded here.
     """
 
     def __init__(self, images: CaptionedImages, encoders: Encoders) -> None:
         self._images, self._encoders = images, encoders
-        self._moments: dict[tuple[int, int], Tensor] = {}  # (epoch // renew_every, index) → [M, h, w]
+        self._moments: dict[int, tuple[int, Tensor]] = {}  # index → (epoch // renew_every, [M, h, w])
         self._states: dict[str, Tensor] = {}  # the newest last
+        share, codec, text = images.renewed_share, encoders.codec, encoders.text_encoder
+        # Mean and log-variance, of two bytes each; of the largest shape.
+        row_bytes = max(4 * math.prod(codec.latent_shape(*size)) for size in images.buckets.sizes)
+        self._kept = min(len(images), int(KEPT_BYTES / (row_bytes * share)))
+        # In a later epoch a sample may come to a process that has not seen it yet.
+        images.renewed_kept = self._kept if encoders.world == 1 else 0
+        # The same caption may come again with another image, so that the oldest go, not those of the last block.
+        in_use = math.ceil(1.25 * share * len(images))
+        self._most_states = min(in_use, KEPT_BYTES // (2 * text.max_length * text.hidden_size))
 
     @torch.no_grad()
-    def moments(self, batch: Batch) -> Tensor:
-        """[B, M, h, w] float32 on the CPU."""
-        every, images = self._images.config.renew_every, self._images
-        keys = [(epoch // every, index) for epoch, index in zip(batch.epochs, batch.indices.tolist(), strict=True)]
-        place_of = {place: i for i, place in enumerate(batch.loaded.nonzero().flatten().tolist())}
-        pixels = {}
-        for place, key in enumerate(keys):
-            if key in self._moments or key in pixels:
-                continue
-            if place in place_of:
+    def moments(self, batch: Batch, places: Sequence[int]) -> Tensor:
+        """[R, M, h, w] float32 on the CPU, of the R items at these places of a batch, at least one."""
+        every, indices = self._images.config.renew_every, batch.indices.tolist()
+        keys = [(indices[place], batch.epochs[place] // every) for place in places]
+        rows: dict[tuple[int, int], Tensor] = {}
+        pixels: dict[tuple[int, int], Tensor] = {}
+        image_of = {place: i for i, place in enumerate(batch.loaded.nonzero().flatten().tolist())}
+        for place, (index, block) in zip(places, keys, strict=True):
+            kept = self._moments.get(index)
+            if kept is not None and kept[0] == block:
+                rows[index, block] = kept[1]
+            elif place in image_of:
                 assert batch.images is not None
-                pixels[key] = batch.images[place_of[place]]
-            else:
-                sample = images.sample_at(batch.epochs[place], key[1])
-                pixels[key] = cover(sample.load(), batch.size)
+                pixels[index, block] = batch.images[image_of[place]]
+            elif (index, block) not in pixels:
+                sample = self._images.sample_at(batch.epochs[place], index)
+                pixels[index, block] = cover(sample.load(), batch.size)
+        size = min(RENEWED_AT_ONCE, _at_once(*batch.size))
         with _exact(self._encoders.device):
-            for part in _parts(list(pixels), _at_once(*batch.size)):
-                rows = self._encoders.moments_of(torch.stack([pixels[key] for key in part]))
-                self._moments |= zip(part, rows.to(torch.float16), strict=True)
-        # A batch lies in one block of epochs, or across the end of one.
-        oldest = min(block for block, _ in keys)
-        for key in [key for key in self._moments if key[0] < oldest]:
-            del self._moments[key]
-        return torch.stack([self._moments[key] for key in keys]).float()
+            for part in _parts(list(pixels), size):
+                encoded = self._encoders.moments_of(torch.stack([pixels[key] for key in part]), size)
+                # A row that is a view would keep those encoded with it in memory.
+                rows |= zip(part, (row.clone() for row in encoded.to(torch.float16)), strict=True)
+        # What is plain now may have been composed before.
+        for index in indices:
+            self._moments.pop(index, None)
+        self._moments |= {index: (block, rows[index, block]) for index, block in keys if index < self._kept}
+        return torch.stack([rows[key] for key in keys]).float()
 
     @torch.no_grad()
     def states(self, captions: Sequence[str]) -> Tensor:
         """[B, L, D] float32 on the CPU."""
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
         with _exact(self._encoders.device):
-            for part in _parts(missing, CAPTIONS_AT_ONCE):
-                rows = self._encoders.states_of(part).to(torch.float16)
-                self._states |= zip(part, rows.unbind(), strict=True)
+            for part in _parts(missing, RENEWED_AT_ONCE):
+                rows = self._encoders.states_of(part, RENEWED_AT_ONCE).to(torch.float16)
+                self._states |= zip(part, (row.clone() for row in rows), strict=True)
         found = [self._states[caption] for caption in captions]
-        # The same caption may come again with another image, so the oldest go, not those of the last block.
-        most = max(len(self._images) * 5 // 4, len(found))
-        for caption in list(self._states)[: max(0, len(self._states) - most)]:
+        for caption in list(self._states)[: max(0, len(self._states) - self._most_states)]:
             del self._states[caption]
         return torch.stack(found).float()
 
@@ -216,7 +252,7 @@ class Encoders:
         self.codec, self.text_encoder = codec, text_encoder
         self.cache_folder, self.device = cache_folder, device
         self.print = print
-        self._rank, self._world, self._wait = rank, world, wait
+        self._rank, self.world, self._wait = rank, world, wait
         self._num_workers, self._show_progress = num_workers, show_progress
         self._captions = Store(cache_folder / "captions" / f"{text_encoder.fingerprint()}-{VERSION}", print)
         name = codec.fingerprint()
@@ -264,7 +300,7 @@ class Encoders:
         missing = store.missing(keys)
         new = len({position % count for position in missing})
         self._wait()  # all have looked before the first writes
-        self._add(store, keys, [p for p in missing if p % count % self._world == self._rank], encode, what)
+        self._add(store, keys, [p for p in missing if p % count % self.world == self._rank], encode, what)
         self._wait()
         # Machines that share no folder each need all rows.
         self._add(store, keys, store.missing(keys), encode, what)
@@ -297,14 +333,13 @@ class Encoders:
 
     # ---- what the networks compute
 
-    def states_of(self, captions: list[str]) -> Tensor:
-        """At most CAPTIONS_AT_ONCE captions → [B, L, D] on the CPU."""
-        padding = [""] * (CAPTIONS_AT_ONCE - len(captions))
+    def states_of(self, captions: list[str], size: int = CAPTIONS_AT_ONCE) -> Tensor:
+        """At most `size` captions → [B, L, D] on the CPU. The same size gives the same bits."""
+        padding = [""] * (size - len(captions))
         return self.text_encoder([*captions, *padding])[: len(captions)].to("cpu", torch.float32)
 
-    def moments_of(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W], at most `_at_once` of them → [B, M, h, w] on the CPU."""
-        size = _at_once(*images.shape[-2:])
+    def moments_of(self, images: Tensor, size: int) -> Tensor:
+        """uint8 [B, 3, H, W], at most `size` of them → [B, M, h, w] on the CPU. The same size gives the same bits."""
         padding = images[-1:].expand(size - len(images), -1, -1, -1)
         moments = self.codec.moments(to_signed(torch.cat([images, padding])).to(self.device))
         return moments[: len(images)].to("cpu", torch.float32)
@@ -335,7 +370,7 @@ class Encoders:
             parts = []
             for _ in _parts(indices, size):
                 pixels = _stacked(next(loader))
-                both = [self.moments_of(pixels.flip(-1) if mirror else pixels) for mirror in flipped]
+                both = [self.moments_of(pixels.flip(-1) if mirror else pixels, size) for mirror in flipped]
                 parts.append(torch.stack(both))  # [flips, B, M, h, w]
             positions = [index + len(images) * mirror for mirror in flipped for index in indices]
             yield positions, torch.cat(parts, dim=1).flatten(0, 1)  # [flips · N, M, h, w]

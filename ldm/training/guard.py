@@ -127,7 +127,7 @@ def suspects(
     guilty: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for (epoch, index), (loss, timestep) in zip(positions, losses, strict=True):
-        entry: dict[str, Any] = {"id": images.samples[index].id, "epoch": epoch}
+        entry: dict[str, Any] = {"id": images.sample_at(epoch, index).id, "epoch": epoch}
         entry["caption"] = images.caption_at(epoch, index)
         if timestep >= 0:
             entry["timestep"] = int(timestep)

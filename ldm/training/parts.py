@@ -73,7 +73,7 @@ def open_images(
     if len(inspection.skipped) > SKIPPED_SHOWN:
         run.print(f"  … and {len(inspection.skipped) - SKIPPED_SHOWN} more: ldm data check {config.path} --all")
     training, held_out = split(inspection.used, config.held_out)
-    images = CaptionedImages(training, config, run.config.seed, batch_size=run.config.train.batch_size)
+    images = CaptionedImages(training, config, run.config.seed, batch_size=run.config.train.batch_size, composed=True)
     sizes = images.buckets.sizes
     measured_on = CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
     run.check_data(images, measured_on, account)
@@ -122,6 +122,9 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
             num_inference_steps=config.sample.num_inference_steps,
             sampler=config.sample.sampler,
         ).to(run.device)
+    if images.composer is not None:
+        images.composer.fits = pipeline.text_encoder.fits()
+        run.print(images.composer.line(images.shape_of))
     cut = pipeline.text_encoder.cut(config.sample.prompts)
     if cut:
         run.print(f"sample.prompts: {cut}")

@@ -26,6 +26,12 @@ from ldm.data.sources import require
         ({"caption_templates": ("a photo",)}, r'data\.caption_templates has "a photo"; each needs one {}'),
         ({"caption_templates": ("{} {}",)}, r'data\.caption_templates has "{} {}"; each needs one {}'),
         ({"skin_tones": True}, r'data\.skin_tones .* not for "digits"'),
+        ({"compose": 1.0}, r"data\.compose is 1\.0; it is a share"),
+        ({"compose": -0.1}, r"data\.compose is -0\.1; it is a share"),
+        ({"compose": 0.3}, r"data\.resolution 8 nobody could tell apart; raise that to 16 or more"),
+        ({"compose": 0.3, "path": "scenes", "resolution": 64}, r'"scenes" are composed already; leave it out'),
+        ({"renew_every": 2}, r'data\.renew_every .* for data\.compose above 0, not for "digits" as it is'),
+        ({"compose": 0.3, "resolution": 16, "renew_every": 0}, r"data\.renew_every is 0; it is at least 1"),
     ],
 )
 def test_a_config_names_the_key_and_the_value_that_it_refuses(change: dict[str, Any], message: str) -> None:
