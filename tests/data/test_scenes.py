@@ -199,7 +199,7 @@ def test_settings_of_scenes_are_for_scenes(tmp_path):
     for key, value in (("scenes", 5), ("renew_every", 2), ("first_scene", 7), ("things", "all")):
         with pytest.raises(ValueError, match=f"data.{key} is for"):
             DataConfig(path=str(tmp_path), resolution=8, **{key: value})
-    with pytest.raises(ValueError, match="data.flip"):
+    with pytest.raises(ValueError, match=r"data\.flip"):
         DataConfig(path="scenes", resolution=8, flip=True)
-    with pytest.raises(ValueError, match="data.scenes is 0"):
+    with pytest.raises(ValueError, match=r"data\.scenes is 0"):
         DataConfig(path="scenes", resolution=8, scenes=0)

@@ -154,7 +154,12 @@ ON_COLOR = (
 ON_PLACE = {
     "grass": ("{text} on the grass", "{text} in a meadow", "{text} on a green meadow", "{text} on a lawn"),
     "sea": ("{text} at sea", "{text} on the water", "{text} in the sea", "{text} on the ocean"),
-    "night sky": ("{text} in the night sky", "{text} at night", "{text} under the stars", "{text} in front of the stars"),
+    "night sky": (
+        "{text} in the night sky",
+        "{text} at night",
+        "{text} under the stars",
+        "{text} in front of the stars",
+    ),
 }
 STYLE = ("{text}, {style} style", "{text} in {style} style", "{text} in the style of {style}")
 STYLE_PHRASES = ("{style} style {text}", "{a_style} drawing of {text}")
@@ -289,9 +294,7 @@ class Writer:
             text = template.format(a=text, w=self._noun_phrase(part.held, caption, plain))
         return text
 
-    def _name(
-        self, thing: Thing, caption: Caption, plain: bool, plural: bool = False, broader: float = 0.03
-    ) -> str:
+    def _name(self, thing: Thing, caption: Caption, plain: bool, plural: bool = False, broader: float = 0.03) -> str:
         if plural:
             others = [word for word, (_, many) in thing.forms.items() if many]
             others = [word for word in others if not Fact("synonym", (thing.name, word)).is_held_out]

@@ -25,8 +25,8 @@ RGB = {
     "white": (247, 247, 247),
     "gray": (140, 143, 148),
 }
-# Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in their middle, a
-# scarf hangs. That width of it becomes WORN_WIDTH times the width of the head, the eyes or the neck.
+# Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in their middle,
+# a scarf hangs. That width of it becomes WORN_WIDTH times the width of the head, the eyes or the neck.
 WORN = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
 WORN_WIDTH = 1.05
 # As wide, at least, as this share of the bearer: at 64 pixels less cannot be seen.
@@ -124,9 +124,7 @@ def _grid(count: int, draw: np.random.Generator) -> list[Box]:
     return [(x - size / 2, y - size / 2, x + size / 2, y + size / 2) for x, y in centers]
 
 
-def _paste(
-    canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side: int
-) -> tuple[int, int, int, int]:
+def _paste(canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side: int) -> tuple[int, int, int, int]:
     """Puts an image as large as it fits into a box of the canvas, in its middle or at its bottom.
 
     Returns:
@@ -173,9 +171,7 @@ def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
     return body, boxes
 
 
-def _attach(
-    joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int
-) -> Box:
+def _attach(joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int) -> Box:
     """Puts a thing on its bearer.
 
     Returns:

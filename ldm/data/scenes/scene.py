@@ -75,9 +75,7 @@ class Scene:
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """`parts`, and after each what it wears and holds."""
-        return tuple(
-            one for part in self.parts for one in (part, part.worn, part.held) if one is not None
-        )
+        return tuple(one for part in self.parts for one in (part, part.worn, part.held) if one is not None)
 
     @property
     def family(self) -> str | None:
@@ -134,6 +132,7 @@ class SceneSampler:
     def of_kind(self, kind: Kind, draw: np.random.Generator) -> Scene:
         """Any scene of a kind, held out or not."""
         family = self._family(draw)
+        parts: tuple[Part, ...]
         if kind == "one":
             parts = (self._part(_any(self.things, draw), family, draw, colored=0.3, sized=0.15),)
             return self._placed(Scene(kind, parts), draw)
@@ -205,9 +204,7 @@ class SceneSampler:
         part = self._on(bearer, anchored, family, draw)
         return replace(part, held=replace(self._part(held, family, draw, colored=0.25), mirrored=False))
 
-    def _on(
-        self, bearer: Thing, anchored: Sequence[Drawing], family: str | None, draw: np.random.Generator
-    ) -> Part:
+    def _on(self, bearer: Thing, anchored: Sequence[Drawing], family: str | None, draw: np.random.Generator) -> Part:
         of_family = [drawing for drawing in anchored if drawing.family == family]
         part = self._part(bearer, family, draw, colored=0.12)
         return replace(part, drawing=_any(of_family, draw) if of_family else _by_family(anchored, draw))
