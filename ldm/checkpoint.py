@@ -38,14 +38,9 @@ WEIGHTS = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
 ASSETS = Path(__file__).parent / "assets"
 # First stages and pipelines that are part of the package, by the name under which they are asked for. A folder of
-# such a name is written "./scenes-64".
-BUILT_IN = {
-    "openmoji-first-stage": ASSETS / "openmoji-first-stage",
-    "scenes-first-stage": ASSETS / "scenes-64" / "vae",
-}
-BUILT_IN_PIPELINES = {"scenes-64": ASSETS / "scenes-64"}
-# Models that were a part of the package once, and the config that trains them again.
-FORMER = {"openmoji-64": "configs/openmoji-64.yaml"}
+# such a name is written "./openmoji-64".
+BUILT_IN = {"openmoji-first-stage": ASSETS / "openmoji-first-stage"}
+BUILT_IN_PIPELINES = {"openmoji-64": ASSETS / "openmoji-64"}
 COMPONENTS: dict[str, tuple[type, type]] = {
     "UNet2DConditionModel": (UNet, UNetConfig),
     "AutoencoderKL": (AutoencoderKL, AutoencoderConfig),
@@ -470,7 +465,6 @@ def find_pipeline(name: str | os.PathLike[str]) -> Path:
     """
     if name in BUILT_IN_PIPELINES:  # a Path is a folder, whatever its name
         return BUILT_IN_PIPELINES[str(name)]
-    _refuse_former(name)
     local = _find_local(name, "model_index.json")
     return local or _download(os.fspath(name), ["model_index.json", *(f"{part}/*" for part in PARTS)], ".")
 
@@ -485,7 +479,6 @@ def find_autoencoder(name: str) -> Path:
         return BUILT_IN[name]
     if name in BUILT_IN_PIPELINES:
         return BUILT_IN_PIPELINES[name] / "vae"
-    _refuse_former(name)
     inside = disk.expanded(name) / "vae"
     if (inside / "config.json").is_file():
         return inside
@@ -493,14 +486,6 @@ def find_autoencoder(name: str) -> Path:
         raise ValueError(f"{inside.parent} is a model of pixels, which has no autoencoder; name one of latents")
     local = _find_local(name, "config.json")
     return local or _download(name, ["config.json", f"{WEIGHTS}*", "vae/*"], ".", "vae")
-
-
-def _refuse_former(name: str | os.PathLike[str]) -> None:
-    if name in FORMER:
-        raise ValueError(
-            f"{name} is no longer a part of ldm; take {next(iter(BUILT_IN_PIPELINES))}, or train it again with "
-            f"{FORMER[str(name)]} (a folder of that name is ./{name})"
-        )
 
 
 def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:

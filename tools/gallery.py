@@ -1,9 +1,9 @@
 """The pictures that the README opens with: the built-in model's first picture for each of twelve prompts.
 
     python tools/gallery.py                                      # docs/gallery.png
-    python tools/gallery.py --model runs/scenes-64/pipeline -o gallery.png
+    python tools/gallery.py --model runs/openmoji-64/pipeline -o gallery.png
 
-The forty prompts of tools/scene_prompts.txt and the seed were fixed before the model was trained; --all draws them all.
+Prompts and seed were fixed before the model was trained.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm import Pipeline
 from ldm.pipelines import save_png
 
-PROMPTS = tuple((Path(__file__).parent / "scene_prompts.txt").read_text(encoding="utf-8").splitlines())
-SHOWN = 12
+PROMPTS = (
+    *("dog face", "red apple", "pizza", "a blue car", "smiling face with sunglasses", "a clock"),
+    *("green tree", "a house", "a cat", "a rocket", "a red heart", "a corgi wearing a hat"),
+)
 SEED = 0
 COLUMNS = 6
 ENLARGED = 4
@@ -48,16 +50,14 @@ def sheet(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Imag
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="scenes-64")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS[:SHOWN], help="others than the first twelve")
-    parser.add_argument("--all", action="store_true", help="all forty prompts")
+    parser.add_argument("--model", default="openmoji-64")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="others than the twelve")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    prompts = PROMPTS if arguments.all else arguments.prompts
     pipeline = Pipeline.from_pretrained(arguments.model)
-    pictures = [pipeline(prompt, seed=arguments.seed).images[0] for prompt in prompts]
-    save_png(sheet(pictures, prompts), arguments.output)
+    pictures = [pipeline(prompt, seed=arguments.seed).images[0] for prompt in arguments.prompts]
+    save_png(sheet(pictures, arguments.prompts), arguments.output)
     print(arguments.output)
 
 

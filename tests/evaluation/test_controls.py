@@ -14,7 +14,7 @@ from ldm.evaluation.evaluate import Asked, captions_wanted, evaluate, measure
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.reference import Reference, some_of
 from ldm.evaluation.said import said
-from ldm.training.space import load_first_stage
+from ldm.pipelines import Pipeline
 from tests import tiny
 from tests.training.runs import captioned_folder
 
@@ -245,7 +245,7 @@ def test_drawings(features, tmp_path, capsys):
     sides = opened("openmoji", 64, tmp_path / "cache", held_out=0.1)
     reference = Reference.of(*sides, feature_space(features, device=CPU))
     known = Known(*sides)
-    codec = load_first_stage("openmoji-first-stage")
+    codec = Pipeline.from_pretrained("openmoji-64", device="cpu").codec
     digits = F.interpolate(stack(opened("digits", 8, tmp_path / "cache")[0]).float(), 64, mode="bilinear").byte()
 
     def latents(side, own):

@@ -48,10 +48,10 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     size = release_model.release(tmp_path / "run", target, card, 3.0, 5)
     assert size == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     assert (target / "README.md").read_text() == "# A model"
-    monkeypatch.setitem(checkpoint.BUILT_IN_PIPELINES, "scenes-64", target)
-    known = find_run("scenes-64")
+    monkeypatch.setitem(checkpoint.BUILT_IN_PIPELINES, "openmoji-64", target)
+    known = find_run("openmoji-64")
     assert known is not None and (known.samples, known.sha256, known.config.data.path) == (7, "abc", "openmoji")
-    released = Pipeline.from_pretrained("scenes-64")
+    released = Pipeline.from_pretrained("openmoji-64")
     assert (released.guidance_scale, released.num_inference_steps) == (3.0, 5)
     assert json.loads((target / "text_encoder" / "reference.json").read_text())["name"] == "minilm"
 

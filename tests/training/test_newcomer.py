@@ -395,7 +395,7 @@ def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
         (["--plan"], "--plan is for a new one"),
         (["-o", "other"], "--output is for a new one"),
         (["--resolution", "16"], "--resolution is for a new one"),
-        (["--start-from", "scenes-64"], "--start-from is for a new one"),
+        (["--start-from", "openmoji-64"], "--start-from is for a new one"),
         (["--method", "lora"], "--method is for a new one"),
         (["--encoder", "minilm"], "--encoder is for a new one"),
         (["--image-column", "x"], "--image-column is for a new one"),

@@ -25,7 +25,7 @@ RGB = {
     "white": (247, 247, 247),
     "gray": (140, 143, 148),
 }
-# Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in their middle,
+# Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in the middle,
 # a scarf hangs. That width of it becomes WORN_WIDTH times the width of the head, the eyes or the neck.
 WORN = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
 WORN_WIDTH = 1.05
