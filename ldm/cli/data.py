@@ -16,7 +16,7 @@ def check(
     encoder: Annotated[
         str | None, typer.Option(help="The text encoder that captions have to fit into; minilm by default.")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a caption that it reads; 32 by default.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a caption that it reads; 32 by default, of scenes 48.")] = None,
     background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
@@ -50,8 +50,8 @@ def check(
     )
     lost, uncounted = None, ""
     try:
-        shortest = 48 if path == "scenes" else 32
-        lost = load_text_encoder(encoder or "minilm", shortest if max_length is None else max_length).lost
+        length = 48 if path == "scenes" else 32
+        lost = load_text_encoder(encoder or "minilm", length if max_length is None else max_length).lost
     except ValueError as error:
         if encoder is not None or max_length is not None:
             raise
