@@ -16,7 +16,9 @@ def check(
     encoder: Annotated[
         str | None, typer.Option(help="The text encoder that captions have to fit into; minilm by default.")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a caption that it reads; 32 by default, of scenes 48.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a caption that it reads; 32 by default, of scenes 48.")
+    ] = None,
     background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
     image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,

@@ -122,7 +122,7 @@ def test_others_take_their_places():
     assert later[0, 2].caption == training_scene(14)[1]
     assert np.array_equal(later[0, 2].image, images[5, 2].image)
     # Workers load what is new, and nothing twice, for those who keep it.
-    images.with_images = False
+    images.with_images, images.renewed_kept = False, len(images)
     assert [images[epoch, 2].image is not None for epoch in range(6)] == [True, False] * 3
 
 

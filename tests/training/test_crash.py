@@ -205,7 +205,7 @@ def held_out(folder: Path) -> list[tuple[int, float]]:
 # Where the signal comes: a function that the run calls, and the call at which it does; then the step that is saved.
 MOMENTS = {
     "opening the data": ("ldm.training.parts.inspect", 1, None),
-    "caching": ("ldm.training.encoded.Encoders._states_of", 1, None),
+    "caching": ("ldm.training.encoded.Encoders.states_of", 1, None),
     "planning": ("ldm.training.probe.evaluation_seconds", 1, None),
     "a step": ("ldm.training.run.Run.backward", 3, 3),
     "validating": ("ldm.training.parts.diffusion_loss", 2, 2),

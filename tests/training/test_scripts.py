@@ -320,7 +320,9 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
         "train.batch_size=2",
         "train.validation_samples=2",
     ]
+    small += ["data.scenes=20"] if path.name.startswith("scenes") else []
     if "first-stage" in path.name:
+        small += ["start_from=openmoji-first-stage"] if "start_from" in path.read_text() else []
         train_autoencoder.train(load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False)
         assert load_first_stage(str(tmp_path / "run" / "autoencoder")).factor == 4
         return
@@ -333,7 +335,7 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
         small += ["train.gradient_accumulation_steps=1"]
     else:
         small += [f"text.encoder={encoder_folder}", "text.max_length=null", "data.held_out=0.9"]
-    if path.name == "digits-latent.yaml":
+    if path.name in ("digits-latent.yaml", "scenes-64.yaml"):
         small += [f"first_stage={first_stage}/autoencoder"]
     made = train_ldm.train(load_config(path, small, LDMConfig), False)
     if made.name == "lora":
