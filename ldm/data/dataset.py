@@ -6,7 +6,7 @@ import hashlib
 import math
 import mmap
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,6 +87,7 @@ class CaptionedImages(Dataset[Item]):
             `Item.image` is None, for those who hold the images encoded.
         renewed_kept: of the samples below this index, those who hold the images encoded keep what is renewed too, so
             that it is loaded only in the first epoch in which it is there; 0 at first.
+        reloaded: epochs in which it is loaded even so: the first ones of a resumed run, whose memory is empty.
 
     Raises:
         ValueError: if there are no samples, or one that has to be loaded has become unreadable.
@@ -110,6 +111,7 @@ class CaptionedImages(Dataset[Item]):
         self.seed = seed
         self.with_images = True
         self.renewed_kept = 0
+        self.reloaded: Collection[int] = ()
         self.composer = Composer(self.samples, config, seed) if composed and config.compose > 0 else None
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
         if config.bucketed:
@@ -156,7 +158,8 @@ class CaptionedImages(Dataset[Item]):
     def _renewed(self, epoch: int, index: int, sample: Sample) -> Item:
         """An item that is kept by nobody from before, and never mirrored: captions say what is left and right."""
         shape, image = self.shape_of(index), None
-        if self.with_images or index >= self.renewed_kept or epoch % self.config.renew_every == 0:
+        is_new = epoch % self.config.renew_every == 0 or epoch in self.reloaded
+        if self.with_images or index >= self.renewed_kept or is_new:
             image = cover(sample.load(), shape)  # [3, h, w]
         return Item(sample.id, epoch, index, self._caption(epoch, sample), False, shape, image, renewed=True)
 

@@ -44,6 +44,9 @@ SHARD_ROWS, SHARD_BYTES = 256, 64 * 2**20
 STATISTICS_ROWS = 1024
 # Of what is renewed: few in a batch, so that fewer are encoded at once, and most bytes of moments and of states each.
 RENEWED_AT_ONCE, KEPT_BYTES = 8, 2**30
+# Where all is renewed, a GPU waits for launches if few are encoded at once. What takes no more than so many bytes stays
+# there: to copy a batch of it takes as long as a step of a small network.
+ON_GPU_AT_ONCE, ON_GPU_BYTES = 64, 2**29
 
 T = TypeVar("T")
 
@@ -113,7 +116,7 @@ class EncodedImages:
         moments = rows.new_empty(len(batch.ids), *rows.shape[1:])
         moments[batch.renewed] = rows
         plain = ~batch.renewed
-        moments[plain] = self._moments[(batch.indices + len(self.images) * batch.flipped)[plain]]
+        moments[plain] = self._moments[(batch.indices + len(self.images) * batch.flipped)[plain]].to(rows.device)
         return moments
 
     def text(self, captions: Sequence[str]) -> Tensor:
@@ -126,7 +129,7 @@ class EncodedImages:
         states[fresh] = rows
         known = [place for place, caption in enumerate(captions) if caption in self._row_of]
         if known:
-            states[known] = self._states[[self._row_of[captions[place]] for place in known]]
+            states[known] = self._states[[self._row_of[captions[place]] for place in known]].to(rows.device)
         return states.to(self.device)
 
     @torch.no_grad()
@@ -152,8 +155,7 @@ class RenewedRows:
     `renew_every` epochs each is encoded once, by each process that sees it. Rows are functions of image and caption
     alone, so that a resumed run, whose memory is empty, goes on as an unbroken one.
 
-    What does not fit into KEPT_BYTES is encoded whenever it is shown. Images that no worker has loaded, those of a
-    resumed run, are loaded here.
+    What does not fit into KEPT_BYTES is encoded whenever it is shown. Images that no worker has loaded are loaded here.
     """
 
     def __init__(self, images: CaptionedImages, encoders: Encoders) -> None:
@@ -168,11 +170,15 @@ class RenewedRows:
         images.renewed_kept = self._kept if encoders.world == 1 else 0
         # The same caption may come again with another image, so that the oldest go, not those of the last block.
         in_use = math.ceil(1.25 * share * len(images))
-        self._most_states = min(in_use, KEPT_BYTES // (2 * text.max_length * text.hidden_size))
+        state_bytes = 2 * text.max_length * text.hidden_size
+        self._most_states = min(in_use, KEPT_BYTES // state_bytes)
+        kept_bytes = share * self._kept * row_bytes + self._most_states * state_bytes
+        self._home = encoders.device if kept_bytes <= ON_GPU_BYTES else torch.device("cpu")
+        self._at_once = ON_GPU_AT_ONCE if encoders.device.type != "cpu" and share == 1 else RENEWED_AT_ONCE
 
     @torch.no_grad()
     def moments(self, batch: Batch, places: Sequence[int]) -> Tensor:
-        """[R, M, h, w] float32 on the CPU, of the R items at these places of a batch, at least one."""
+        """[R, M, h, w] float32, of the R items at these places of a batch, at least one."""
         every, indices = self._images.config.renew_every, batch.indices.tolist()
         keys = [(indices[place], batch.epochs[place] // every) for place in places]
         rows: dict[tuple[int, int], Tensor] = {}
@@ -188,10 +194,10 @@ class RenewedRows:
             elif (index, block) not in pixels:
                 sample = self._images.sample_at(batch.epochs[place], index)
                 pixels[index, block] = cover(sample.load(), batch.size)
-        size = min(RENEWED_AT_ONCE, _at_once(*batch.size))
+        size = _at_once(*batch.size, self._at_once)
         with _exact(self._encoders.device):
             for part in _parts(list(pixels), size):
-                encoded = self._encoders.moments_of(torch.stack([pixels[key] for key in part]), size)
+                encoded = self._encoders.moments_of(torch.stack([pixels[key] for key in part]), size, self._home)
                 # A row that is a view would keep those encoded with it in memory.
                 rows |= zip(part, (row.clone() for row in encoded.to(torch.float16)), strict=True)
         # What is plain now may have been composed before.
@@ -202,11 +208,11 @@ class RenewedRows:
 
     @torch.no_grad()
     def states(self, captions: Sequence[str]) -> Tensor:
-        """[B, L, D] float32 on the CPU."""
+        """[B, L, D] float32."""
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
         with _exact(self._encoders.device):
-            for part in _parts(missing, RENEWED_AT_ONCE):
-                rows = self._encoders.states_of(part, RENEWED_AT_ONCE).to(torch.float16)
+            for part in _parts(missing, self._at_once):
+                rows = self._encoders.states_of(part, self._at_once, self._home).to(torch.float16)
                 self._states |= zip(part, (row.clone() for row in rows), strict=True)
         found = [self._states[caption] for caption in captions]
         for caption in list(self._states)[: max(0, len(self._states) - self._most_states)]:
@@ -333,16 +339,16 @@ class Encoders:
 
     # ---- what the networks compute
 
-    def states_of(self, captions: list[str], size: int = CAPTIONS_AT_ONCE) -> Tensor:
-        """At most `size` captions → [B, L, D] on the CPU. The same size gives the same bits."""
+    def states_of(self, captions: list[str], size: int = CAPTIONS_AT_ONCE, to: torch.device | str = "cpu") -> Tensor:
+        """At most `size` captions → [B, L, D] on `to`. The same size gives the same bits."""
         padding = [""] * (size - len(captions))
-        return self.text_encoder([*captions, *padding])[: len(captions)].to("cpu", torch.float32)
+        return self.text_encoder([*captions, *padding])[: len(captions)].to(to, torch.float32)
 
-    def moments_of(self, images: Tensor, size: int) -> Tensor:
-        """uint8 [B, 3, H, W], at most `size` of them → [B, M, h, w] on the CPU. The same size gives the same bits."""
+    def moments_of(self, images: Tensor, size: int, to: torch.device | str = "cpu") -> Tensor:
+        """uint8 [B, 3, H, W], at most `size` of them → [B, M, h, w] on `to`. The same size gives the same bits."""
         padding = images[-1:].expand(size - len(images), -1, -1, -1)
         moments = self.codec.moments(to_signed(torch.cat([images, padding])).to(self.device))
-        return moments[: len(images)].to("cpu", torch.float32)
+        return moments[: len(images)].to(to, torch.float32)
 
     def _moments_by_shard(
         self, images: CaptionedImages, shapes: list[tuple[int, int]], missing: list[int]
@@ -449,8 +455,8 @@ def _exact(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _at_once(height: int, width: int) -> int:
-    return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+def _at_once(height: int, width: int, most: int = IMAGES_AT_ONCE) -> int:
+    return max(1, min(most, PIXELS_AT_ONCE // (height * width)))
 
 
 def _shard_rows(row_bytes: int) -> int:

@@ -226,6 +226,9 @@ class Run:
         interruption.may_break_off = False
         train = self.config.train
         sampler = self.micro_batches(images, self.step, train.max_steps)
+        if self.is_resumed:
+            epoch = min(epoch for epoch, _ in images.order(train.batch_size).batch(self.step))
+            images.reloaded = (epoch, epoch + 1)  # each image comes once in the rest of the one, or in the other
         loader = DataLoader(
             images,
             batch_sampler=sampler,

@@ -102,7 +102,9 @@ def test_held_out_scenes_each_show_something_new():
 
 
 def test_a_scene_is_a_function_of_its_number():
-    first, again = (open_source(CONFIG).samples for _ in range(2))
+    first = open_source(CONFIG).samples
+    training_scene.cache_clear()
+    again = open_source(CONFIG).samples
     assert [one.captions for one in first] == [one.captions for one in again]
     assert [one.digest for one in first] == [one.digest for one in again]
     for one, other in zip(first, again, strict=True):
@@ -124,6 +126,8 @@ def test_others_take_their_places():
     # Workers load what is new, and nothing twice, for those who keep it.
     images.with_images, images.renewed_kept = False, len(images)
     assert [images[epoch, 2].image is not None for epoch in range(6)] == [True, False] * 3
+    images.reloaded = (3, 4)  # whoever goes on in the middle of epoch 3 keeps nothing yet
+    assert [images[epoch, 2].image is not None for epoch in range(7)] == [True, False, True, True, True, False, True]
 
 
 def test_things_come_first_and_scenes_later():

@@ -116,6 +116,7 @@ class SceneSampler:
         self.worn = [thing for thing in self.things if thing.wears is not None]
         self.held = [thing for thing in self.things if thing.held]
         self.tinted = [thing for thing in self.things if thing.tint]
+        self.families = sorted({drawing.family for thing in self.things for drawing in thing.drawings})
 
     def scene(self, draw: np.random.Generator, number: int) -> Scene:
         """The training scene `number`, ≥ 0, which nothing held out can be seen in."""
@@ -168,8 +169,7 @@ class SceneSampler:
         """The style of a whole scene, in most scenes; None mixes."""
         if draw.random() < 0.25:
             return None
-        families = sorted({drawing.family for thing in self.things for drawing in thing.drawings})
-        return families[int(draw.integers(len(families)))]
+        return self.families[int(draw.integers(len(self.families)))]
 
     def _part(
         self, thing: Thing, family: str | None, draw: np.random.Generator, *, colored: float = 0.0, sized: float = 0.0

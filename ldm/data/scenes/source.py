@@ -5,7 +5,7 @@ number.
 from __future__ import annotations
 
 import json
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING
 
 from ldm.data.keyed import generator
@@ -43,6 +43,8 @@ def training_sample(config: DataConfig, number: int, renew: partial[Sample] | No
     return _sample(config, f"scenes/{number}", caption, {"number": number}, held_out=False, renew=renew)
 
 
+# Who loads a sample asks for its caption, its name and its image: three times, and in later epochs again.
+@lru_cache(maxsize=2**13)
 def training_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
     """What training scene `number` shows, and its caption."""
     draw = generator(VERSION, "scene", number)
