@@ -33,7 +33,7 @@ from ldm.codecs import LatentCodec
 from ldm.data import generator, to_signed
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.draw import Drawn, draw_parts
-from ldm.data.scenes.scene import Kind, Scene, SceneSampler
+from ldm.data.scenes.scene import COLORS, Kind, Part, Scene, SceneSampler
 from ldm.evaluation.axes import AXES, prompts
 from ldm.evaluation.composition import part_of, real_scenes
 from ldm.evaluation.judge import (
@@ -56,6 +56,8 @@ KINDS: dict[Kind, float] = {
 }  # fmt: skip
 TEST = 10**9  # scenes from this number on, and this seed, are for scores
 PEAKS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+TINTED = 0.45  # of the things that can be
+HIDDEN = {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}
 SPREAD = 0.7  # of the target of a center, in cells
 SECONDS_BETWEEN_SAVES = 240
 PARTS = ("center", "thing", "color", "box")  # of the loss
@@ -80,7 +82,21 @@ def judge_scene(sampler: SceneSampler, number: int) -> tuple[Scene, np.random.Ge
     """Scene `number` of the judge's own stream, and what draws it."""
     draw = generator(VERSION, "judge", number)
     kind = list(KINDS)[int(draw.choice(len(KINDS), p=list(KINDS.values())))]
-    return sampler.of_kind(kind, draw), draw
+    scene = sampler.of_kind(kind, draw)
+    scene = dataclasses.replace(scene, parts=tuple(_tinted(part, draw) for part in scene.parts))
+    tints = {part.color for part in scene.all_parts}
+    hidden = HIDDEN.get(scene.background, {scene.background})
+    while hidden & tints:
+        scene = dataclasses.replace(scene, background=COLORS[int(draw.integers(len(COLORS)))])
+        hidden = {scene.background}
+    return scene, draw
+
+
+def _tinted(part: Part, draw: np.random.Generator) -> Part:
+    """In any color, more often than training scenes are: a quarter of colored things teaches colors slowly."""
+    worn, held = part.worn and _tinted(part.worn, draw), part.held and _tinted(part.held, draw)
+    color = COLORS[int(draw.integers(len(COLORS)))] if part.thing.tint and draw.random() < TINTED else None
+    return dataclasses.replace(part, color=color, worn=worn, held=held)
 
 
 def rows_of(drawn: Sequence[Drawn], numbers: dict[str, int]) -> np.ndarray:

@@ -78,6 +78,8 @@ class JudgeNetwork(nn.Module):
         self.about = nn.Sequential(
             nn.Linear(config.query, config.query), nn.ReLU(), nn.Linear(config.query, len(ALL_COLORS) + 4)
         )
+        # Near 1 all things begin with one reading of colors and sizes; with any signs each would have to learn its own.
+        nn.init.normal_(self.asked.weight, 1.0, 0.1)
         nn.init.constant_(self.center.bias, -3.0)  # type: ignore[arg-type]  # few cells are centers
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
