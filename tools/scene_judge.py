@@ -33,8 +33,9 @@ from ldm.codecs import LatentCodec
 from ldm.data import generator, to_signed
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.draw import Drawn, draw_parts
-from ldm.data.scenes.scene import COLORS, Kind, Part, Scene, SceneSampler
-from ldm.evaluation.axes import AXES, prompts
+from ldm.data.scenes.scene import COLORS, Kind, Part, Scene, SceneSampler, hidden_by
+from ldm.data.scenes.source import TIERS
+from ldm.evaluation.axes import AXES, axis_prompts
 from ldm.evaluation.composition import part_of, real_scenes
 from ldm.evaluation.judge import (
     ALL_COLORS,
@@ -47,7 +48,7 @@ from ldm.evaluation.judge import (
     JudgeConfig,
     JudgeNetwork,
     peaks,
-    read_config,
+    read_judge_config,
 )
 
 VERSION = 1
@@ -57,7 +58,6 @@ KINDS: dict[Kind, float] = {
 TEST = 10**9  # scenes from this number on, and this seed, are for scores
 PEAKS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 TINTED = 0.45  # of the things that can be
-HIDDEN = {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}
 SPREAD = 0.7  # of the target of a center, in cells
 SECONDS_BETWEEN_SAVES = 240
 PARTS = ("center", "thing", "color", "box")  # of the loss
@@ -85,10 +85,8 @@ def judge_scene(sampler: SceneSampler, number: int) -> tuple[Scene, np.random.Ge
     scene = sampler.of_kind(kind, draw)
     scene = dataclasses.replace(scene, parts=tuple(_tinted(part, draw) for part in scene.parts))
     tints = {part.color for part in scene.all_parts}
-    hidden = HIDDEN.get(scene.background, {scene.background})
-    while hidden & tints:
+    while hidden_by(scene.background) & tints:
         scene = dataclasses.replace(scene, background=COLORS[int(draw.integers(len(COLORS)))])
-        hidden = {scene.background}
     return scene, draw
 
 
@@ -232,7 +230,7 @@ def started(config: JudgeConfig, folder: Path | None) -> JudgeNetwork:
     network = JudgeNetwork(config)
     if folder is None:
         return network
-    before = read_config(folder)
+    before = read_judge_config(folder)
     weights = {name: value.float() for name, value in checkpoint.load_tensors(folder / WEIGHTS).items()}
     own = network.state_dict()
     rows = {name: number for number, name in enumerate(before.things)}
@@ -321,7 +319,7 @@ def scores(judge: Judge, codecs: Mapping[str, LatentCodec], count: int | None = 
     found: dict[str, Any] = {}
     print(f"{'axis':<17}{'right':<8}{'scenes':>7}{'as drawn':>10}" + "".join(f"{name:>24}" for name in codecs))
     for axis in AXES:
-        asked = prompts(axis, count, TEST, sampler)
+        asked = axis_prompts(axis, count, TEST, sampler)
         scenes = real_scenes(asked, SIZE, TEST)
         parts = {name: part_of(axis, asked, scenes, codec, judge, TEST) for name, codec in codecs.items()}
         for place, figure in enumerate(next(iter(parts.values())).figures):
@@ -343,7 +341,7 @@ def main() -> None:
     parser.add_argument("--go-on", action="store_true", help="begin with the judge that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tier = {"common": 1, "all": 2}[arguments.things]
+    tier = TIERS[arguments.things]
     things = tuple(thing.name for thing in load_catalog().things if thing.tier <= tier)
     codecs = {
         name: LatentCodec(checkpoint.load_autoencoder(checkpoint.find_autoencoder(name)).eval().requires_grad_(False))

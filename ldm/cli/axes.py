@@ -7,10 +7,11 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
 
-    from ldm.cli.evaluate import Asked
-    from ldm.evaluation.composition import Composition, Figure, Part
+    from ldm.evaluation.composition import AxesReport, AxisFigure, AxisResult
     from ldm.evaluation.frechet import Interval
     from ldm.evaluation.reference import Bars
     from ldm.training.trained import Trained
@@ -18,7 +19,19 @@ if TYPE_CHECKING:
 SHOWN = 3  # prompts of each axis on the sheet
 
 
-def evaluate_axes(asked: Asked, count: int | None, device: str | None, bars: Bars) -> None:
+def evaluate_axes(
+    model: str,
+    run: Trained | None,
+    folder: Path,
+    *,
+    prompts: int | None,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str | None,
+    as_json: bool,
+    bars: Bars,
+) -> None:
     """Prints a table, or with `as_json` all figures; writes axes.json and axes.png.
 
     Raises:
@@ -33,43 +46,42 @@ def evaluate_axes(asked: Asked, count: int | None, device: str | None, bars: Bar
     from ldm.pipelines import save_png
     from ldm.training.trained import open_model
 
-    if asked.run is None:
+    if run is None:
         raise ValueError(
-            f"{asked.model} lies in no run folder, so that its data is not known; --axes is for models of scenes "
+            f"{model} lies in no run folder, so that its data is not known; --axes is for models of scenes "
             "(data.path: scenes)"
         )
-    data = asked.run.config.data
+    data = run.config.data
     if data.path != "scenes":
         raise ValueError(
-            f"{asked.model} was trained on {data.path}, and --axes is for models of scenes (data.path: scenes); "
-            "leave it out"
+            f"{model} was trained on {data.path}, and --axes is for models of scenes (data.path: scenes); leave it out"
         )
     judge = load_judge()
-    pipeline, opened = open_model(asked.model, asked.run, device)
+    pipeline, opened = open_model(model, run, device)
     digest = model_digest(pipeline)
-    asked.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found = compose(
         pipeline,
         judge,
         tier=TIERS[data.things],
-        seen=scenes_seen(asked.run),
-        count=count,
-        seed=asked.seed,
-        num_inference_steps=asked.steps,
-        guidance_scale=asked.guidance,
-        keep=KeptPictures(asked.folder / "pictures", digest),
+        seen=scenes_seen(run),
+        count=prompts,
+        seed=seed,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        keep=KeptPictures(folder / "pictures", digest),
         bars=bars,
     )
     content = {"model": opened, "model_digest": digest, **found.to_dict()}
     text = json.dumps(content, indent=2, allow_nan=False)
-    disk.write_text(asked.folder / "axes.json", text + "\n")
+    disk.write_text(folder / "axes.json", text + "\n")
     settings = {key: value for key, value in content.items() if key not in ("axes", "nearest")}
-    save_png(sheet(found), asked.folder / "axes.png", {"settings": settings})
-    if asked.as_json:
+    save_png(sheet(found), folder / "axes.png", {"settings": settings})
+    if as_json:
         print(text)
         return
     print("\n".join(lines(found)))
-    print(f"\nfigures: {asked.folder / 'axes.json'}\npictures: {asked.folder / 'axes.png'}")
+    print(f"\nfigures: {folder / 'axes.json'}\npictures: {folder / 'axes.png'}")
 
 
 def scenes_seen(run: Trained) -> int:
@@ -79,7 +91,7 @@ def scenes_seen(run: Trained) -> int:
     return config.data.first_scene + math.ceil(epochs / config.data.renew_every) * config.data.scenes
 
 
-def lines(found: Composition) -> list[str]:
+def lines(found: AxesReport) -> list[str]:
     """The table, and what has to be known of it."""
     settings = found.settings
     said = [
@@ -110,7 +122,7 @@ def lines(found: Composition) -> list[str]:
     return said
 
 
-def _is_fair(figure: Figure) -> bool:
+def _is_fair(figure: AxisFigure) -> bool:
     from ldm.evaluation.composition import FAIR
 
     return figure.real.mean >= FAIR
@@ -120,7 +132,7 @@ def _percent(value: Interval) -> str:
     return f"{value.mean:.1%} ({value.low:.0%} to {value.high:.0%})"
 
 
-def sheet(found: Composition) -> Image.Image:
+def sheet(found: AxesReport) -> Image.Image:
     """Of the first prompts of each axis: the model's pictures, then the real scenes."""
     from ldm.pipelines import contact_sheet
 
@@ -128,7 +140,7 @@ def sheet(found: Composition) -> Image.Image:
     return contact_sheet([pictures for pictures, _ in rows], [caption for _, caption in rows])
 
 
-def _rows(part: Part) -> list[tuple[list[Image.Image], str]]:
+def _rows(part: AxisResult) -> list[tuple[list[Image.Image], str]]:
     from ldm.data import to_signed
     from ldm.evaluation.composition import EACH
     from ldm.pipelines import to_pil

@@ -115,7 +115,18 @@ def evaluate(
         if axes:
             from ldm.cli.axes import evaluate_axes
 
-            evaluate_axes(asked, prompts, device, _bars)
+            evaluate_axes(
+                model,
+                run,
+                folder,
+                prompts=prompts,
+                seed=seed,
+                steps=steps,
+                guidance=guidance,
+                device=device,
+                as_json=as_json,
+                bars=_bars,
+            )
             return
         _evaluate(
             asked,

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from ldm.data.scenes.captions import HOW, ON_COLOR
+from ldm.data.scenes.captions import HOW, ON_COLOR, with_article
 
 Layout = Literal["beside", "above", "inset"]
 T = TypeVar("T")
@@ -22,7 +22,13 @@ T = TypeVar("T")
 # As scenes are told, without what would say that one touches the other, or belongs to it.
 _TOUCHING = {"{a} on top of {b}", "{a} over {b}", "{a} with {b}", "{a} by {b}", "{a} together with {b}"}
 _PHRASES: dict[Layout, tuple[str, ...]] = {
-    "beside": tuple(text for how in ("left of", "next to") for text in HOW[how] if text not in _TOUCHING),
+    "beside": (
+        *(text for how in ("left of", "next to") for text in HOW[how] if text not in _TOUCHING),
+        # The first is always on the left here.
+        "{b} and {a}",
+        "{b} next to {a}",
+        "{b} beside {a}",
+    ),
     "above": tuple(text for text in HOW["above"] if text not in _TOUCHING),
     "inset": (
         "{a} and {b} in the {corner} corner",
@@ -140,10 +146,9 @@ def _said(layout: Layout, a: str, b: str, wording: Wording, corner: str, color: 
 
 def _on_color(text: str, phrase: bool, sentence: bool, color: str, place: float | None) -> str:
     """With its ground; `place` chooses among the ways to say it, None takes a short one."""
-    article = "an" if color[0] in "aeiou" else "a"
     if phrase:
         template = min(ON_COLOR[:1] + ON_COLOR[3:4], key=len) if place is None else _picked(ON_COLOR, place)
-        return template.format(text=text, color=color, a_color=f"{article} {color}")
+        return template.format(text=text, color=color, a_color=with_article(color))
     if sentence:
         return f"{text}. The background is {color}."
     # Behind clauses it is one more, and not a part of the last.

@@ -30,7 +30,7 @@ from ldm.data.scenes.captions import (
     Writer,
 )
 from ldm.data.scenes.catalog import Drawing, Thing, load_catalog
-from ldm.data.scenes.held_out import Fact, relation
+from ldm.data.scenes.held_out import TURNED, Fact, relation
 from ldm.data.scenes.scene import COLORS, RELATIONS, Part, Scene, SceneSampler
 from ldm.evaluation.judge import Look, Reading
 
@@ -63,7 +63,7 @@ class Prompt:
         return tuple(part.thing.name for part in self.scene.all_parts)
 
 
-def prompts(axis: Axis, count: int | None, seed: int, sampler: SceneSampler) -> list[Prompt]:
+def axis_prompts(axis: Axis, count: int | None, seed: int, sampler: SceneSampler) -> list[Prompt]:
     """`count` prompts of an axis, or as many as there are; None: of "one thing" all things, of others 100."""
     draw = generator(seed, "axes", axis)
     most = (len(sampler.things) if axis == "one thing" else 100) if count is None else count
@@ -108,9 +108,8 @@ def right(prompt: Prompt, reading: Reading) -> dict[str, bool]:
 
 def is_placed(how: str, first: Look, second: Look) -> bool:
     """Whether the first stands so to the second."""
-    if how in ("right of", "under", "behind"):
-        turned = {"right of": "left of", "under": "above", "behind": "in front of"}
-        return is_placed(turned[how], second, first)
+    if how in TURNED:
+        return is_placed(TURNED[how], second, first)
     (x, y), (other_x, other_y) = _center(first), _center(second)
     across, down = other_x - x, other_y - y
     if how == "left of":

@@ -20,7 +20,7 @@ from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.scene import SceneSampler
 from ldm.data.scenes.source import draw_training_scene
-from ldm.evaluation.axes import AXES, COMBINATIONS, Axis, Prompt, prompts, redrawn, right
+from ldm.evaluation.axes import AXES, COMBINATIONS, Axis, Prompt, axis_prompts, redrawn, right
 from ldm.evaluation.drawn import draw
 from ldm.evaluation.faithfulness import share_interval
 from ldm.evaluation.frechet import Interval
@@ -41,7 +41,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Figure:
+class AxisFigure:
     """One share of right pictures.
 
     Attributes:
@@ -61,7 +61,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Part:
+class AxisResult:
     """One axis.
 
     Attributes:
@@ -78,7 +78,7 @@ class Part:
     real: Tensor
     right: dict[str, Tensor]
     first: tuple[tuple[str, ...], ...]
-    figures: tuple[Figure, ...]
+    figures: tuple[AxisFigure, ...]
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class Nearest:
 
 
 @dataclass(frozen=True)
-class Composition:
+class AxesReport:
     """What was measured, and what it stands on."""
 
     settings: dict[str, Any]
-    parts: tuple[Part, ...]
+    parts: tuple[AxisResult, ...]
     nearest: Nearest | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def compose(
     guidance_scale: float | None = None,
     keep: KeptPictures | None = None,
     bars: Bars = no_bars,
-) -> Composition:
+) -> AxesReport:
     """Asks a model for scenes, and judges what it draws.
 
     Args:
@@ -164,7 +164,7 @@ def compose(
     steps = pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps
     guidance = pipeline.guidance_scale if guidance_scale is None else guidance_scale
     sampler = SceneSampler(load_catalog(), tier)
-    wanted = {axis: tuple(prompts(axis, count, seed, sampler)) for axis in axes}
+    wanted = {axis: tuple(axis_prompts(axis, count, seed, sampler)) for axis in axes}
     parts = []
     with bars("pictures", EACH * sum(map(len, wanted.values()))) as done:
         for axis, asked in wanted.items():
@@ -190,10 +190,10 @@ def compose(
         "judge": judge.digest,
         "catalog": load_catalog().digest,
     }
-    return Composition(settings, tuple(parts), nearest)
+    return AxesReport(settings, tuple(parts), nearest)
 
 
-def part_of(axis: Axis, asked: Sequence[Prompt], pictures: Tensor, codec: Codec, judge: Judge, seed: int) -> Part:
+def part_of(axis: Axis, asked: Sequence[Prompt], pictures: Tensor, codec: Codec, judge: Judge, seed: int) -> AxisResult:
     """Judges pictures uint8 [P · EACH, 3, H, W] of prompts, and real scenes beside them."""
     real = real_scenes(asked, pictures.shape[-1], seed)
     decoded = through(codec, real)
@@ -205,7 +205,7 @@ def part_of(axis: Axis, asked: Sequence[Prompt], pictures: Tensor, codec: Codec,
         figure_of(axis, what, of_pictures[what], of_decoded[what], of_real[what], seed) for what in of_pictures
     )
     first = tuple(reading.first for reading in readings)
-    return Part(axis, tuple(asked), pictures, decoded, of_pictures, first, figures)
+    return AxisResult(axis, tuple(asked), pictures, decoded, of_pictures, first, figures)
 
 
 def real_scenes(asked: Sequence[Prompt], resolution: int, seed: int) -> Tensor:
@@ -251,12 +251,12 @@ def _of_prompt(values: Tensor, place: int) -> Tensor:
     return values[EACH * place : EACH * (place + 1)]
 
 
-def figure_of(axis: Axis, what: str, generated: Tensor, real: Tensor, untouched: Tensor, seed: int) -> Figure:
+def figure_of(axis: Axis, what: str, generated: Tensor, real: Tensor, untouched: Tensor, seed: int) -> AxisFigure:
     """From bool [P · EACH] of the model's pictures, of decoded real scenes, and of real scenes."""
     count = len(generated) // EACH
     groups = torch.arange(count).repeat_interleave(EACH)
     shares = [share_interval(values.double(), groups) for values in (generated, real)]
-    return Figure(axis, what, shares[0], shares[1], float(untouched.double().mean()), _ratio(generated, real, seed))
+    return AxisFigure(axis, what, shares[0], shares[1], float(untouched.double().mean()), _ratio(generated, real, seed))
 
 
 def _ratio(generated: Tensor, real: Tensor, seed: int) -> Interval | None:
@@ -275,7 +275,9 @@ def _ratio(generated: Tensor, real: Tensor, seed: int) -> Interval | None:
 # ---- copies
 
 
-def _nearest(parts: Sequence[Part], seen: int, tier: int, seed: int, resolution: int, bars: Bars) -> Nearest | None:
+def _nearest(
+    parts: Sequence[AxisResult], seen: int, tier: int, seed: int, resolution: int, bars: Bars
+) -> Nearest | None:
     of_combinations = [part for part in parts if part.axis in COMBINATIONS]
     if not of_combinations:
         return None

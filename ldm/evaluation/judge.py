@@ -1,7 +1,7 @@
 """A judge of scenes: a small network that says which things a picture shows, where, how large and in what color.
 
-It is trained by `tools/scene_judge.py` on composed scenes of a stream that no model is trained on, and on no generated
-picture; it comes with the package. Objects as points: CenterNet, arXiv:1904.07850. A cell of an 8×8 grid says whether
+`tools/scene_judge.py` trains it on composed scenes of a stream that no model is trained on, and on no generated
+picture. Objects as points: CenterNet, arXiv:1904.07850. A cell of an 8×8 grid says whether
 something has its center there, and what; of every thing that is asked for, the cell where it is most likely says how
 large it is and in what color, so that glasses in the middle of a face are read apart from the face.
 """
@@ -163,7 +163,7 @@ class Judge:
         """Raises:
         ValueError: where there is none, it is damaged, or it knows other things than the catalog has.
         """
-        config = read_config(folder)
+        config = read_judge_config(folder)
         network = JudgeNetwork(config)
         weights = checkpoint.load_tensors(folder / WEIGHTS)
         checkpoint.fill(network, {name: _widened(value) for name, value in weights.items()}, folder)
@@ -244,7 +244,7 @@ def box_of(cell: int, box: Sequence[float]) -> tuple[float, float, float, float]
     return x - box[2] / 2, y - box[3] / 2, x + box[2] / 2, y + box[3] / 2
 
 
-def read_config(folder: Path) -> JudgeConfig:
+def read_judge_config(folder: Path) -> JudgeConfig:
     """ValueError if there is none."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no judge in {folder}; {HOW_TO_TRAIN}")
@@ -258,7 +258,7 @@ def read_config(folder: Path) -> JudgeConfig:
 
 @cache
 def load_judge() -> Judge:
-    """The judge that comes with the package."""
+    """The judge in `FOLDER`, where `tools/scene_judge.py` leaves it; ValueError if there is none."""
     return Judge.load()
 
 

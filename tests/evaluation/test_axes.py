@@ -9,7 +9,7 @@ from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.draw import draw_parts
 from ldm.data.scenes.held_out import Fact
 from ldm.data.scenes.scene import SceneSampler
-from ldm.evaluation.axes import AXES, is_on, is_placed, prompts, redrawn, right
+from ldm.evaluation.axes import AXES, axis_prompts, is_on, is_placed, redrawn, right
 from ldm.evaluation.judge import OWN, Look, Reading
 
 
@@ -34,9 +34,9 @@ def perfect(scene, draw):
 
 @pytest.mark.parametrize("axis", AXES)
 def test_prompts_are_a_function_of_the_seed_and_real_scenes_of_them_are_right(sampler, axis):
-    found = prompts(axis, 12, 3, sampler)
+    found = axis_prompts(axis, 12, 3, sampler)
     assert len(found) == 12 == len({prompt.caption for prompt in found})
-    again, other = prompts(axis, 6, 3, sampler), prompts(axis, 6, 4, sampler)
+    again, other = axis_prompts(axis, 6, 3, sampler), axis_prompts(axis, 6, 4, sampler)
     assert [p.caption for p in again] == [p.caption for p in found[:6]] != [p.caption for p in other]
     for prompt in found:
         draw = generator(0, prompt.caption)
@@ -47,22 +47,22 @@ def test_prompts_are_a_function_of_the_seed_and_real_scenes_of_them_are_right(sa
 
 
 def test_all_things_are_asked_for_by_their_names(sampler):
-    found = prompts("one thing", None, 0, sampler)
+    found = axis_prompts("one thing", None, 0, sampler)
     assert sorted(prompt.asked[0] for prompt in found) == sorted(thing.name for thing in sampler.things)
     assert all(prompt.caption.endswith(prompt.asked[0]) for prompt in found)
 
 
 @pytest.mark.parametrize("axis", ["color", "relation", "worn", "two colors"])
 def test_combinations_are_held_out(sampler, axis):
-    for prompt in prompts(axis, 25, 0, sampler):
+    for prompt in axis_prompts(axis, 25, 0, sampler):
         assert any(fact.is_held_out for fact in prompt.scene.facts()), prompt.caption
 
 
 def test_synonyms_and_phrasings_are_held_out_and_nothing_else_is(sampler):
-    for prompt in prompts("unseen synonym", None, 0, sampler):
+    for prompt in axis_prompts("unseen synonym", None, 0, sampler):
         word = prompt.caption.removeprefix("a ").removeprefix("an ")
         assert Fact("synonym", (prompt.asked[0], word)).is_held_out
-    found = prompts("unseen phrasing", 40, 0, sampler)
+    found = axis_prompts("unseen phrasing", 40, 0, sampler)
     assert len({prompt.scene.kind for prompt in found}) > 3
     for prompt in found:
         assert not any(fact.is_held_out for fact in prompt.scene.facts())
@@ -108,7 +108,7 @@ def test_what_is_worn_is_on_its_bearer():
     ],
 )
 def test_what_is_wrong_is_said(sampler, axis, changes, wrong):
-    prompt = next(p for p in prompts(axis, 30, 0, sampler) if axis != "relation" or p.scene.how == "left of")
+    prompt = next(p for p in axis_prompts(axis, 30, 0, sampler) if axis != "relation" or p.scene.how == "left of")
     reading = perfect(prompt.scene, generator(0, "wrong"))
     changed = dataclasses.replace(reading.looks[-1], **changes)
     results = right(prompt, Reading(reading.count, (), (*reading.looks[:-1], changed)))
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said(sampler, axis, changes, wrong):
 
 
 def test_a_wrong_number_is_said(sampler):
-    prompt = prompts("count", 1, 0, sampler)[0]
+    prompt = axis_prompts("count", 1, 0, sampler)[0]
     reading = perfect(prompt.scene, generator(0, "count"))
     results = right(prompt, Reading(reading.count + 1, (), reading.looks))
     assert results == {"count": False, "top 5": True, "right": False}

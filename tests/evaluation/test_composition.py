@@ -7,7 +7,7 @@ import torch
 
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.scene import SceneSampler
-from ldm.evaluation.axes import AXES, prompts
+from ldm.evaluation.axes import AXES, axis_prompts
 from ldm.evaluation.composition import EACH, compose, figure_of, part_of, real_scenes, through
 from ldm.evaluation.judge import Judge, JudgeConfig, JudgeNetwork
 from tests import tiny
@@ -43,7 +43,7 @@ def test_every_axis_is_measured_and_said_as_json(pipeline, judge):
 
 
 def test_a_model_that_drew_real_scenes_has_all_that_is_read_of_them(pipeline, judge):
-    asked = prompts("color", 3, 0, SceneSampler(load_catalog()))
+    asked = axis_prompts("color", 3, 0, SceneSampler(load_catalog()))
     scenes = real_scenes(asked, 64, 0)
     assert len({scenes[place].numpy().tobytes() for place in range(len(scenes))}) > 2 * len(asked)
     part = part_of("color", asked, through(pipeline.codec, scenes), pipeline.codec, judge, 0)

@@ -67,10 +67,10 @@ def test_a_box_is_around_its_center():
 
 @pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason="no judge is there yet")
 def test_the_judge_of_the_package_reads_real_scenes():
-    from ldm.evaluation.axes import prompts, right
+    from ldm.evaluation.axes import axis_prompts, right
     from ldm.evaluation.composition import EACH, real_scenes
 
-    asked = prompts("one thing", 25, 1, SceneSampler(load_catalog()))
+    asked = axis_prompts("one thing", 25, 1, SceneSampler(load_catalog()))
     readings = load_judge().read(real_scenes(asked, 64, 1), [prompt.asked for prompt in asked for _ in range(EACH)])
     good = [right(asked[place // EACH], reading)["top 5"] for place, reading in enumerate(readings)]
     assert sum(good) > 0.85 * len(good)

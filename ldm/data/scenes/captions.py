@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.data.scenes.catalog import CLIP_ART, Thing
-from ldm.data.scenes.held_out import Fact
+from ldm.data.scenes.held_out import TURNED, Fact
 from ldm.data.scenes.scene import PLACES, Part, Scene
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
@@ -50,7 +50,7 @@ THREE = (
     "a picture of {a}, {b} and {c}",
 )
 THREE_CLAUSES = ("from left to right: {a}, {b}, {c}",)
-# Said of the first and the second; every relation is said from both sides.
+# Said of the first and the second; every relation is said from both sides ("next to" by the order, which is random).
 HOW = {
     "left of": (
         "{a} to the left of {b}",
@@ -84,9 +84,6 @@ HOW = {
         "{a} near {b}",
         "{a} and {b} side by side",
         "{a} together with {b}",
-        "{b} and {a}",
-        "{b} next to {a}",
-        "{b} beside {a}",
     ),
     "in front of": (
         "{a} in front of {b}",
@@ -103,7 +100,6 @@ HOW_CLAUSES = {
     "next to": ("{a} is next to {b}", "there are {a} and {b}"),
     "in front of": ("{a} is in front of {b}", "{b} is behind {a}"),
 }
-_TURNED = {"right of": "left of", "under": "above", "behind": "in front of"}
 WORN = {
     "head": (
         "{a} wearing {w}",
@@ -168,7 +164,7 @@ STYLE_OF_MANY_PHRASES = ("clip art of {text}", "a clip art of {text}")
 COLOR_SENTENCES = ("the {noun} is {color}", "the color of the {noun} is {color}")
 CLASS_SENTENCES = ("the {noun} is {a_class}", "{a_noun} is {a_class}")
 GROUND_SENTENCES = {
-    "": ("the background is white", "nothing else is there"),
+    "": ("nothing else is there",),
     "grass": ("the ground is green grass and the sky is light",),
     "sea": ("below is the blue sea",),
     "night sky": ("it is night and there are stars",),
@@ -233,7 +229,7 @@ class Writer:
             a, b, c = parts
             return self._choice(THREE, THREE_CLAUSES, clause, only_first, caption).format(a=a, b=b, c=c)
         if len(parts) == 2:
-            how = _TURNED.get(scene.how, scene.how)
+            how = TURNED.get(scene.how, scene.how)
             a, b = parts if how == scene.how else parts[::-1]
             # What stands to the left is also next to.
             if how == "left of" and not plain and self.draw.random() < 0.15:
@@ -256,8 +252,8 @@ class Writer:
             place for place, fact in enumerate(facts) if fact.is_held_out and not (plain_first and fact == facts[0])
         ]
         allowed = [place for place in range(len(templates)) if place not in unseen]
-        if not allowed or (unseen and "phrasing" in self.held_out):
-            allowed = unseen if "phrasing" in self.held_out else [0]
+        if unseen and "phrasing" in self.held_out:
+            allowed = unseen
         place = _any_of(allowed, self.draw)
         if not plain_first or facts[place] != facts[0]:
             caption.facts.append(facts[place])
@@ -282,7 +278,7 @@ class Writer:
             # Its own color, where the drawing and what is usual agree.
             words += [color for color in part.drawing.colors[:1] if part.thing.tint and color in part.thing.colors]
         name = self._name(part.thing, caption, plain, broader=broader)
-        text = _with_article(part.thing, words, name)
+        text = _thing_with_article(part.thing, words, name)
         if part.worn is not None:
             place = part.worn.thing.wears
             assert place is not None
@@ -326,13 +322,13 @@ class Writer:
     def _on_ground(self, text: str, background: str, caption: Caption) -> str:
         if background in PLACES:
             return self._template(ON_PLACE[background], caption).format(text=text)
-        a_color = _article_before(background)
+        a_color = with_article(background)
         return self._template(ON_COLOR, caption).format(text=text, color=background, a_color=a_color)
 
     def _styled(self, text: str, family: str, caption: Caption, *, phrase: bool) -> str:
         any_text, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if family == CLIP_ART else (STYLE, STYLE_PHRASES)
         templates = (*any_text, *phrases) if phrase else any_text
-        a_style = _article_before(family)
+        a_style = with_article(family)
         return self._template(templates, caption).format(text=text, style=family, a_style=a_style)
 
     def _long(self, text: str, scene: Scene, caption: Caption) -> str:
@@ -347,12 +343,12 @@ class Writer:
             if counted and part.thing.forms[noun][0]:
                 broader = _any_of(counted, self.draw)
                 template = self._template(CLASS_SENTENCES, caption)
-                a_noun = _with_article(part.thing, [], noun)
-                sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=_article_before(broader)))
-        if scene.background in GROUND_SENTENCES:
+                a_noun = _thing_with_article(part.thing, [], noun)
+                sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=with_article(broader)))
+        if scene.background in PLACES or (not scene.background and self.draw.random() < 0.5):
             sentences.append(self._template(GROUND_SENTENCES[scene.background], caption))
         else:
-            sentences.append(f"the background is {scene.background}")
+            sentences.append(f"the background is {scene.background or 'white'}")
         if scene.family is not None:
             style = "clip art" if scene.family == CLIP_ART else f"in {scene.family} style"
             sentences.append(f"it is {style}" if scene.family == CLIP_ART else f"it is drawn {style}")
@@ -366,23 +362,24 @@ class Writer:
 
 LONGEST = 30  # words
 # Parts of words and marks: tokenizers split "jack-o'-lantern" into five. So `text.max_length: 48` cuts nothing.
-MOST_PIECES = 32
+MOST_PIECES = 30
 _UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furniture", "jewelry", "candy", "clothing")
 T = TypeVar("T")
 
 
-def _with_article(thing: Thing, adjectives: Sequence[str], word: str) -> str:
+def _thing_with_article(thing: Thing, adjectives: Sequence[str], word: str) -> str:
     """ "a red car", "an orange", "jeans"; of a broader word than the thing has forms for, by its sound."""
     text = " ".join([*adjectives, word])
     if word not in thing.forms:
-        return _article_before(text) if word not in _UNCOUNTED else text
+        return with_article(text) if word not in _UNCOUNTED else text
     article = thing.forms[word][0]
     if not article:
         return text
-    return _article_before(text) if adjectives else f"{article} {text}"
+    return with_article(text) if adjectives else f"{article} {text}"
 
 
-def _article_before(words: str) -> str:
+def with_article(words: str) -> str:
+    """ "a red car", "an hour"; words that cannot be counted as they are."""
     if words in _UNCOUNTED:
         return words
     return f"{'an' if _sounds_open(words) else 'a'} {words}"

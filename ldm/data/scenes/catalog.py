@@ -154,7 +154,7 @@ def _thing(entry: dict[str, Any], drawings: tuple[Drawing, ...]) -> Thing:
 
 
 @lru_cache(maxsize=6000)
-def raster(drawing: Drawing, side: int) -> np.ndarray:
+def rasterize(drawing: Drawing, side: int) -> np.ndarray:
     """A drawing whose longer side has `side` pixels: uint8 [h, w, 4], red, green, blue and opacity."""
     from resvg_py import svg_to_bytes
 

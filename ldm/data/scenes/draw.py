@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.scenes.catalog import Anchor, Drawing, raster
+from ldm.data.scenes.catalog import Anchor, Drawing, rasterize
 from ldm.data.scenes.scene import PLACES, Part, Scene
 
 # sRGB, by eye: far enough from each other that a person names them alike.
@@ -211,7 +211,7 @@ def _attach(joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, i
 
 @lru_cache(maxsize=512)
 def _tinted(drawing: Drawing, side: int, color: str | None) -> Image.Image:
-    pixels = raster(drawing, side)
+    pixels = rasterize(drawing, side)
     return Image.fromarray(pixels if color is None else tint(pixels, RGB[color]), "RGBA")
 
 

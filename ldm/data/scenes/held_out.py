@@ -9,7 +9,7 @@ Kind = Literal["color", "relation", "worn", "synonym", "phrasing"]
 
 SHARES: dict[Kind, float] = {"color": 0.1, "relation": 0.1, "worn": 0.1, "synonym": 0.05, "phrasing": 0.1}
 # Two ways to say the same place, and the one that it is kept under.
-_TURNED = {"right of": "left of", "under": "above", "behind": "in front of"}
+TURNED = {"right of": "left of", "under": "above", "behind": "in front of"}
 _BOTH_WAYS = ("next to",)
 
 
@@ -29,8 +29,8 @@ class Fact(NamedTuple):
 
 def relation(first: str, how: str, second: str) -> Fact:
     """`first` stands `how` ("left of", "above", "in front of", "next to" or their opposites) `second`."""
-    if how in _TURNED:
-        first, how, second = second, _TURNED[how], first
+    if how in TURNED:
+        first, how, second = second, TURNED[how], first
     elif how in _BOTH_WAYS:
         first, second = sorted((first, second))
     return Fact("relation", (first, how, second))

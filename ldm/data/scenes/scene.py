@@ -155,7 +155,7 @@ class SceneSampler:
             others = [thing for thing in self.things if thing not in (first.thing, first.worn and first.worn.thing)]
             parts = (first, self._part(_any(others, draw), family, draw, colored=0.2))
         else:
-            # Half of the pairs have two colors: what belongs to which thing is the hardest to learn.
+            # Four in ten pairs have two colors: what belongs to which thing is the hardest to learn.
             both = draw.random() < 0.4
             chosen = _some(self.tinted if both else self.things, 2, draw)
             parts = tuple(self._part(thing, family, draw, colored=1.0 if both else 0.15) for thing in chosen)
@@ -219,12 +219,16 @@ class SceneSampler:
             background = _any(PLACES, draw)
         tints = {part.color for part in scene.all_parts}
         own = {color for part in scene.all_parts if part.color is None for color in part.drawing.colors[:1]}
-        hidden = {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}
-        while hidden.get(background, {background}) & (tints | own):
+        while hidden_by(background) & (tints | own):
             if "white" in own and background == "" and "white" not in tints:
                 break  # the outlines of white drawings are seen on white, as everyone draws them
             background = _any(COLORS, draw)
         return replace(scene, background=background)
+
+
+def hidden_by(background: str) -> set[str]:
+    """Colors that cannot be seen before it."""
+    return {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}.get(background, {background})
 
 
 def _any(choices: Sequence[T], draw: np.random.Generator) -> T:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ldm.data.sources import DataConfig
 
 # Raised when a number gives another scene than before.
-VERSION = 1
+VERSION = 2
 TIERS = {"common": 1, "all": 2}
 
 
