@@ -158,7 +158,7 @@ ON_PLACE = {
     ),
 }
 STYLE = ("{text}, {style} style", "{text} in {style} style", "{text} in the style of {style}")
-STYLE_PHRASES = ("{style} style {text}", "{a_style} drawing of {text}")
+STYLE_PHRASES = ("{style} style: {text}", "{a_style} drawing of {text}")
 STYLE_OF_MANY = ("{text}, clip art", "{text} as clip art")
 STYLE_OF_MANY_PHRASES = ("clip art of {text}", "a clip art of {text}")
 COLOR_SENTENCES = ("the {noun} is {color}", "the color of the {noun} is {color}")
@@ -230,12 +230,19 @@ class Writer:
             return self._choice(THREE, THREE_CLAUSES, clause, only_first, caption).format(a=a, b=b, c=c)
         if len(parts) == 2:
             how = TURNED.get(scene.how, scene.how)
-            a, b = parts if how == scene.how else parts[::-1]
+            turned = how != scene.how
+            a, b = parts[::-1] if turned else parts
             # What stands to the left is also next to.
             if how == "left of" and not plain and self.draw.random() < 0.15:
                 how = "next to"
-            return self._choice(HOW[how], HOW_CLAUSES[how], clause, plain, caption).format(a=a, b=b)
+            template = self._choice(HOW[how], HOW_CLAUSES[how], clause, plain, caption)
+            second = template.startswith("{b}")  # the subject of a clause
+            if _is_many(scene.parts[second != turned].thing, b if second else a):
+                template = template.replace("} is ", "} are ")
+            return template.format(a=a, b=b)
         template = self._choice(ONE, ONE_CLAUSES, clause, only_first, caption)
+        if _is_many(first.thing, parts[0]):
+            template = template.replace("this is", "these are").replace("here is", "here are")
         return template.format(a=parts[0], bare=_without_article(parts[0]))
 
     def _choice(
@@ -327,7 +334,8 @@ class Writer:
 
     def _styled(self, text: str, family: str, caption: Caption, *, phrase: bool) -> str:
         any_text, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if family == CLIP_ART else (STYLE, STYLE_PHRASES)
-        templates = (*any_text, *phrases) if phrase else any_text
+        # "a noto drawing of a cartoon of a dog" would be one picture of another.
+        templates = (*any_text, *phrases) if phrase and not _PICTURED.match(text) else any_text
         a_style = with_article(family)
         return self._template(templates, caption).format(text=text, style=family, a_style=a_style)
 
@@ -338,7 +346,10 @@ class Writer:
         for part in scene.parts if scene.count == 1 else ():
             noun = part.thing.name
             if part.color is not None:
-                sentences.append(self._template(COLOR_SENTENCES, caption).format(noun=noun, color=part.color))
+                template = self._template(COLOR_SENTENCES, caption)
+                if _is_many(part.thing, noun) and template.startswith("the {noun}"):
+                    template = template.replace(" is ", " are ")
+                sentences.append(template.format(noun=noun, color=part.color))
             counted = [word for word in part.thing.classes if word not in _UNCOUNTED]
             if counted and part.thing.forms[noun][0]:
                 broader = _any_of(counted, self.draw)
@@ -363,6 +374,7 @@ class Writer:
 LONGEST = 30  # words
 # Parts of words and marks: tokenizers split "jack-o'-lantern" into five. So `text.max_length: 48` cuts nothing.
 MOST_PIECES = 30
+_PICTURED = re.compile(r"an? (simple )?(picture|drawing|image|illustration|icon|cartoon) of ")
 _UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furniture", "jewelry", "candy", "clothing")
 T = TypeVar("T")
 
@@ -383,6 +395,12 @@ def with_article(words: str) -> str:
     if words in _UNCOUNTED:
         return words
     return f"{'an' if _sounds_open(words) else 'a'} {words}"
+
+
+def _is_many(thing: Thing, words: str) -> bool:
+    """Whether "are" stands after words for it: "blue jeans", but "a pair of jeans", "Santa Claus"."""
+    is_plural = not thing.forms[thing.name][0] and thing.name.endswith("s") and thing.name.islower()
+    return is_plural and words == _without_article(words)
 
 
 def _any_of(choices: Sequence[T], draw: np.random.Generator) -> T:
