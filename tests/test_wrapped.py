@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm import Pipeline, adapters, checkpoint
-from ldm.training.networks import Networks
-from ldm.training.optimisation import make_ema
+from ldm.training.optimizer import make_ema
+from ldm.training.training_state import TrainingState
 from ldm.wrapped import plain_name, plain_names
 from tests import tiny
 
@@ -114,7 +114,7 @@ def test_training_goes_on_from_a_checkpoint_of_a_compiled_network_without_compil
         if wrapped:
             model[0] = compiled(model[0])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        return Networks(model=model, optimizer=optimizer, ema=make_ema(model, 0.9))
+        return TrainingState(model=model, optimizer=optimizer, ema=make_ema(model, 0.9))
 
     for first, second in ((True, False), (False, True)):
         made = networks(first)
@@ -126,7 +126,7 @@ def test_training_goes_on_from_a_checkpoint_of_a_compiled_network_without_compil
         made.save(folder)
         assert not [name for path in folder.iterdir() for name in load_file(path) if "_orig_mod" in name]
         gone_on = networks(second)
-        assert gone_on.untrained_digest == made.untrained_digest
+        assert gone_on.frozen_hash == made.frozen_hash
         gone_on.restore(folder, 1, None)
         for one, other in zip(made.model.parameters(), gone_on.model.parameters(), strict=True):
             assert torch.equal(one, other)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ldm.data.store import Store
-from ldm.training.encoded import SHARD_ROWS
+from ldm.training.latents import SHARD_ROWS
 
 SHAPE = (2, 8, 16, 16)
 BATCH = 128

@@ -40,8 +40,8 @@ from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss, drop_co
 from ldm.models import sample_posterior
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder_folders
-from ldm.training.draws import keyed_draws
-from ldm.training.optimisation import adamw, make_ema
+from ldm.training.noise import step_noise
+from ldm.training.optimizer import adamw, make_ema
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICTURE_STEPS = 25
@@ -407,7 +407,7 @@ def training_steps(bench: Bench, size: Size, side: int) -> None:
 
     def ours() -> None:
         # As a run does: from the cached posterior's moments, with noise that is drawn on the CPU, a sample at a time.
-        draws = keyed_draws(
+        draws = step_noise(
             0, [0] * batch, ids, next(step), shape=shape, num_train_timesteps=1000, caption_dropout=0.1, device=device
         )
         x_0 = sample_posterior(moments, draws.posterior)

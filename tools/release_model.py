@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ldm import Pipeline, checkpoint
-from ldm.training import trained
+from ldm.training import run_info
 
 ROOT = Path(__file__).parents[1]
 FILE_BYTES = 15 * 2**20
@@ -30,7 +30,7 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
     """
     if not card.is_file():
         raise ValueError(f"{card} is missing; a model without a card is not released")
-    found = trained.find_run(str(run))
+    found = run_info.find_run(str(run))
     if found is None or found.sha256 is None:
         raise ValueError(f"{run} is no run folder with a checkpoint; name one that train/train_ldm.py has written")
     pipeline = Pipeline.from_pretrained(run / "pipeline")
@@ -39,8 +39,8 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
     with checkpoint.atomic_folder(target) as aside:
         pipeline.save_pretrained(aside, dtype=torch.float16, shard_bytes=FILE_BYTES, text_encoder="reference")
         shutil.copyfile(card, aside / "README.md")
-        shutil.copyfile(run / "config.yaml", aside / trained.CONFIG)
-        checkpoint.write_json(aside / trained.DATA, {"samples": found.samples, "sha256": found.sha256})
+        shutil.copyfile(run / "config.yaml", aside / run_info.CONFIG)
+        checkpoint.write_json(aside / run_info.DATA, {"samples": found.samples, "sha256": found.sha256})
         size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
         if size > ALL_BYTES:
             raise ValueError(f"the model takes {size:,} bytes, and {ALL_BYTES:,} may be; train a smaller one")

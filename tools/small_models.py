@@ -24,8 +24,8 @@ from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleCon
 from ldm.models import UNet, UNetConfig
 from ldm.pipelines.images import from_pil
 from ldm.text import load_text_encoder
-from ldm.training.draws import keyed_draws
-from ldm.training.optimisation import learning_rate, make_ema, make_optimizer, optimizer_tensors, restore_optimizer
+from ldm.training.noise import step_noise
+from ldm.training.optimizer import learning_rate, make_ema, make_optimizer, optimizer_tensors, restore_optimizer
 
 SIMPLE = LossConfig()
 # DDPM, section 4: T = 1000, β from 1e-4 to 0.02.
@@ -179,7 +179,7 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
         epochs, places = [epoch for epoch, _ in batch], [place for _, place in batch]
         ids = [data.ids[place] for place in places]
         shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-        draws = keyed_draws(
+        draws = step_noise(
             recipe.seed, epochs, ids, step, shape=shape, num_train_timesteps=schedule.num_train_timesteps, device=device
         )
         captions = [

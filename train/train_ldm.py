@@ -12,23 +12,23 @@ from ldm.config import LDMConfig
 from ldm.data import Batch
 from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
 from ldm.evaluation.likelihood import decoder_of
-from ldm.training import finetune, launch, parts
-from ldm.training.draws import GlobalBatches, keyed_draws
-from ldm.training.encoded import EncodedImages
-from ldm.training.guard import Losses
-from ldm.training.measuring import Evaluator
-from ldm.training.networks import Networks
-from ldm.training.optimisation import make_ema, make_optimizer
+from ldm.training import finetune, launch, setup
+from ldm.training.evaluator import Evaluator
+from ldm.training.latents import LatentCache
+from ldm.training.noise import GlobalBatchIndex, step_noise
+from ldm.training.nonfinite import StepLosses
+from ldm.training.optimizer import make_ema, make_optimizer
 from ldm.training.run import Run
+from ldm.training.training_state import TrainingState
 
 
 def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     run = Run(config, export=config.export, resume=resume, accept=accept)
 
     # The data, and the model at step 0; "auto" is decided here.
-    images, held_out = parts.open_images(config.data, run)
-    config = parts.settle(config, images, run)
-    pipeline = parts.make_pipeline(config, images, run)
+    images, held_out = setup.open_images(config.data, run)
+    config = setup.resolve_config(config, images, run)
+    pipeline = setup.make_pipeline(config, images, run)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     prediction_type = pipeline.schedule.prediction_type
     decoder = decoder_of(pipeline.codec)
@@ -38,23 +38,23 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
     unet = finetune.prepare(pipeline.unet, config)
     ema = make_ema(unet, config.train.ema_decay)
     model, optimizer = run.accelerator.prepare(unet, make_optimizer(unet, config.train))
-    networks = Networks(model=unet, optimizer=optimizer, ema=ema)
+    networks = TrainingState(model=unet, optimizer=optimizer, ema=ema)
     run.start(networks)
-    parts.settle_threads(pipeline, model, networks, run)
+    setup.choose_unet_threads(pipeline, model, networks, run)
 
     # What the frozen networks say of the data is encoded once; then they leave memory, and come back to draw samples.
-    frozen = parts.freeze(pipeline, config, run)
-    encoders = parts.make_encoders(config, pipeline, run)
-    encoded = EncodedImages(images, encoders)
-    held_out_encoded = held_out and EncodedImages(held_out, encoders)
-    parts.report_encoded(encoded, pipeline.text_encoder, run)
+    frozen = setup.save_frozen_components(pipeline, config, run)
+    encoders = setup.make_cached_encoders(config, pipeline, run)
+    encoded = LatentCache(images, encoders)
+    held_out_encoded = held_out and LatentCache(held_out, encoders)
+    setup.log_cache_summary(encoded, pipeline.text_encoder, run)
     del pipeline, encoders
 
     # Timesteps are drawn each by itself, or spread over the global batch of a step.
-    stratified = GlobalBatches(images, config.train.batch_size) if config.train.timesteps == "stratified" else None
+    stratified = GlobalBatchIndex(images, config.train.batch_size) if config.train.timesteps == "stratified" else None
 
-    def losses_of(network: nn.Module, batch: Batch) -> Losses:
-        draws = keyed_draws(
+    def losses_of(network: nn.Module, batch: Batch) -> StepLosses:
+        draws = step_noise(
             config.seed,
             batch.epochs,
             batch.ids,
@@ -78,23 +78,23 @@ def train(config: LDMConfig, resume: bool = False, accept: Sequence[str] = ()) -
             loss=config.train.loss,
             decoder=decoder,
         )
-        return Losses(losses, draws.timesteps)
+        return StepLosses(losses, draws.timesteps)
 
     def export(folder: Path) -> None:
-        parts.export(folder, ema.module, frozen, config)
+        setup.export(folder, ema.module, frozen, config)
 
     def look() -> None:
         if held_out_encoded and run.due(config.train.validate_every):
-            run.measure(lambda: parts.held_out_loss(ema.module, schedule, prediction_type, config, held_out_encoded))
-            run.keep_best("held_out_loss", export)
+            run.measure(lambda: setup.held_out_loss(ema.module, schedule, prediction_type, config, held_out_encoded))
+            run.save_best("held_out_loss", export)
         if run.due(config.train.sample_every):
-            run.save_sheet(lambda: parts.sample_sheet(frozen.pipeline(ema.module), config.sample))
+            run.save_samples(lambda: setup.sample_grid(frozen.pipeline(ema.module), config.sample))
         if evaluator and run.due(config.train.evaluate_every):
             run.measure(lambda: evaluator(frozen.pipeline(ema.module)))
 
     if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
         look()
-    parts.plan_run(config, images, held_out, model, networks, frozen, run, losses_of, evaluator)
+    setup.plan_diffusion_run(config, images, held_out, model, networks, frozen, run, losses_of, evaluator)
 
     for batch in run.batches(images):
         with run.accelerator.accumulate(model):

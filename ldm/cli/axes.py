@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from ldm.evaluation.composition import AxesReport, AxisFigure, AxisResult
     from ldm.evaluation.frechet import Interval
     from ldm.evaluation.reference import Bars
-    from ldm.training.trained import Trained
+    from ldm.training.run_info import RunInfo
 
 SHOWN = 3  # prompts of each axis on the sheet
 
 
 def evaluate_axes(
     model: str,
-    run: Trained | None,
+    run: RunInfo | None,
     folder: Path,
     *,
     prompts: int | None,
@@ -44,7 +44,7 @@ def evaluate_axes(
     from ldm.evaluation.kept import KeptPictures
     from ldm.evaluation.sweep import model_digest
     from ldm.pipelines import save_png
-    from ldm.training.trained import open_model
+    from ldm.training.run_info import open_model
 
     if run is None:
         raise ValueError(
@@ -84,7 +84,7 @@ def evaluate_axes(
     print(f"\nfigures: {folder / 'axes.json'}\npictures: {folder / 'axes.png'}")
 
 
-def scenes_seen(run: Trained) -> int:
+def scenes_seen(run: RunInfo) -> int:
     """Numbers from 0 on that a run, and those that it went on from, had in training, at most."""
     config = run.config
     epochs = math.ceil(config.train.max_steps * config.train.batch_size / config.data.scenes)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.reference import Reference
     from ldm.evaluation.sweep import Sweep
     from ldm.pipelines import Pipeline
-    from ldm.training.trained import Trained
+    from ldm.training.run_info import RunInfo
 
 
 def evaluate(
@@ -86,7 +86,7 @@ def evaluate(
     from ldm.evaluation.evaluate import check_samples
     from ldm.pipelines.arguments import check_steps, image_seeds
     from ldm.pipelines.sampling import Settings
-    from ldm.training.trained import find_run
+    from ldm.training.run_info import find_run
 
     # What is wrong whatever the model is said before it is loaded.
     check_samples(samples)
@@ -156,7 +156,7 @@ class Asked:
         self,
         model: str,
         path: str | None,
-        run: Trained | None,
+        run: RunInfo | None,
         folder: Path,
         samples: int,
         seed: int,
@@ -192,7 +192,7 @@ def _evaluate(
     from ldm.evaluation.said import said
     from ldm.evaluation.sweep import model_digest
     from ldm.pipelines.pipeline import usable_device
-    from ldm.training.trained import open_model
+    from ldm.training.run_info import open_model
 
     if asked.path is not None:
         check_path(asked.path)
@@ -262,7 +262,7 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         raise ValueError(f"{option} is {text!r}; give numbers with commas between them, such as 1,2,5") from None
 
 
-def _own_folder(model: str, run: Trained | None) -> Path:
+def _own_folder(model: str, run: RunInfo | None) -> Path:
     """RUN/evaluation for a run folder, else `evaluation` here."""
     is_run = run is not None and Path(model).expanduser().resolve() == run.folder
     return run.folder / "evaluation" if run is not None and is_run else Path("evaluation")
@@ -295,7 +295,7 @@ def _data(
             f"{asked.model} was trained on {asked.run.config.data.path}, not on {config.path}: none of these images is "
             "known to be trained on"
         )
-    elif (change := asked.run.change_of_data(training, unseen)) is not None:
+    elif (change := asked.run.data_mismatch(training, unseen)) is not None:
         notes.append(f"{change}; images that it was trained on may be among the held-out ones")
     if unseen is None:
         notes.append(
@@ -310,10 +310,10 @@ def _data_config(
 ) -> tuple[DataConfig, bool]:
     """The data to take, and whether it is what the model is known to have been trained on."""
     from ldm.data import DataConfig
-    from ldm.training.trained import data_of, is_its_data
+    from ldm.training.run_info import data_config, uses_same_data
 
-    if asked.run is not None and (asked.path is None or is_its_data(asked.run, asked.path)):
-        return data_of(asked.run, held_out=held_out, **columns), True
+    if asked.run is not None and (asked.path is None or uses_same_data(asked.run, asked.path)):
+        return data_config(asked.run, held_out=held_out, **columns), True
     if asked.path is None:
         raise ValueError(
             f"{asked.model} is no run folder, so that its data is not known; name it: ldm evaluate MODEL DATA"
@@ -366,7 +366,7 @@ def _models(asked: Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path
     """The weights that a sweep tries, and the folder whose defaults it may change."""
     from ldm.checkpoint import BUILT_IN_PIPELINES
     from ldm.evaluation.sweep import raw_model
-    from ldm.training.saving import checkpoints
+    from ldm.training.checkpoints import list_checkpoints
 
     run, where = asked.run, Path(asked.model).expanduser()
     if asked.model in BUILT_IN_PIPELINES:
@@ -379,7 +379,7 @@ def _models(asked: Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path
     if run.config.export != "pipeline":
         asked.say("note: the defaults of a LoRA stand with the model that it is loaded on; none are stored")
         return {"EMA": pipeline}, None
-    saved = checkpoints(run.folder)
+    saved = list_checkpoints(run.folder)
     if not saved:
         asked.say(f"note: {run.folder} has no checkpoint, so that the weights without averaging are not tried")
         return {"EMA": pipeline}, run.folder / "pipeline"
@@ -388,13 +388,13 @@ def _models(asked: Asked, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path
 
 def _about(asked: Asked, opened: str, training: CaptionedImages, unseen: CaptionedImages | None) -> dict[str, Any]:
     import ldm
-    from ldm.training.resuming import digest_of
+    from ldm.training.resume import data_fingerprint
 
     return {
         "model": opened,
         "run": None if asked.run is None else str(asked.run.folder),
         "data": training.config.path,
-        "data_sha256": digest_of(training, unseen),
+        "data_sha256": data_fingerprint(training, unseen),
         "held_out": training.config.held_out,
         "ldm": ldm.__version__,
     }

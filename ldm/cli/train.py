@@ -56,7 +56,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on captioned images: look at them, choose everything, say why, and start."""
-    from ldm.training.newcomer import resume_run, train_folder
+    from ldm.training.auto import auto_train, resume_run
 
     if resume is not None:
         if path is not None:
@@ -88,11 +88,11 @@ def train(
         raise ValueError(f"--minutes is {minutes}; it must be more than 0")
     if method is not None and (start_from is None or method not in ("full", "attention", "lora")):
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
-    from ldm.training.choose import Wishes
+    from ldm.training.auto_config import TrainOptions
 
     where = disk.expanded(path).resolve()
     name = where.name if where.is_dir() else where.stem if where.exists() else path.replace("/", "-")
-    wishes = Wishes(
+    options = TrainOptions(
         output_dir=output or f"runs/{name}",
         minutes=minutes,
         resolution=resolution,
@@ -102,4 +102,4 @@ def train(
     )
     columns = {"image_column": image_column, "caption_column": caption_column, "caption_source": caption_source}
     data = {"path": path} | {key: value for key, value in columns.items() if value is not None}
-    raise typer.Exit(train_folder(data, wishes, settings or [], plan))
+    raise typer.Exit(auto_train(data, options, settings or [], plan))

@@ -14,7 +14,7 @@ from ldm.models import PatchDiscriminator, discriminator_loss, generator_loss
 DELTA = 1e-6
 
 
-class Opinion(NamedTuple):
+class AdversarialTerms(NamedTuple):
     """What becomes of a micro-batch under a discriminator.
 
     Attributes:
@@ -30,7 +30,7 @@ class Opinion(NamedTuple):
     weight: float
 
 
-class Adversary:
+class AdversarialLoss:
     """A discriminator, and the weight of its opinion.
 
     The adaptive weight (VQGAN, arXiv:2012.09841, Eq. 7) is the ratio of the gradients that distance and generator loss
@@ -55,7 +55,7 @@ class Adversary:
 
     def judge(
         self, images: Tensor, reconstruction: Tensor, seen: Tensor, distance: Tensor, last_layer: Tensor
-    ) -> Opinion:
+    ) -> AdversarialTerms:
         """What both networks learn from images [B, 3, H, W] and their reconstructions.
 
         Args:
@@ -76,7 +76,7 @@ class Adversary:
         logits = self._prepared(torch.cat([images, seen.detach()]))  # [2 B, 1, h, w]: one call, one backward pass
         of_images, of_fakes = logits.chunk(2)
         weight = self._config.adversarial_weight * self.weight
-        return Opinion(
+        return AdversarialTerms(
             gradient=pull + weight * push,
             generator=generator.detach(),
             discriminator=discriminator_loss(of_images, of_fakes, kind),
@@ -89,10 +89,10 @@ class Adversary:
         Args:
             moved: whether the step was made; a step that was skipped leaves the weight as it was.
         """
-        wishes, self._wishes = self._wishes, []
-        if not wishes or not moved:
+        options, self._wishes = self._wishes, []
+        if not options or not moved:
             return
-        mean = torch.stack(wishes).mean(dim=0)
+        mean = torch.stack(options).mean(dim=0)
         if accelerator.num_processes > 1:
             gathered = accelerator.reduce(mean, "mean")
             assert isinstance(gathered, Tensor)

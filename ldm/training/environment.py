@@ -17,7 +17,7 @@ PACKAGES = ("torch", "numpy", "pillow", "transformers", "accelerate")
 PACKAGE = Path(__file__).parents[1]
 
 
-def environment(device: torch.device, processes: int) -> dict[str, Any]:
+def describe_environment(device: torch.device, processes: int) -> dict[str, Any]:
     """A flat record; `Run` stores it with each checkpoint and compares it when it goes on."""
     return {
         "versions.python": platform.python_version(),
@@ -30,7 +30,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
     }
 
 
-def changed(stored: dict[str, Any], present: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_keys(stored: dict[str, Any], present: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key → (then, now) of all that may change what a step computes.
 
     Another number of processes is meant to be possible, and changes the threads of each; the commit is that of the

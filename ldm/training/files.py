@@ -14,19 +14,19 @@ from torch import Tensor
 from ldm import checkpoint
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """The first file that two folders do not share, by the hashes of both."""
     return next((name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)), None)
 
 
-def step_of(line: str) -> int | None:
+def log_step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None  # a line that was cut short when the run was killed
 
 
-def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
@@ -41,7 +41,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """A hash of named tensors, whatever their device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -50,7 +50,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def damage(folder: Path, manifest: str = "manifest.json") -> str | None:
+def find_damage(folder: Path, manifest: str = "manifest.json") -> str | None:
     """The first file that is not what the manifest says, or None. Files of other kinds may lie beside them."""
     try:
         files = checkpoint.read_json(folder / manifest)["files"]
@@ -70,11 +70,11 @@ def damage(folder: Path, manifest: str = "manifest.json") -> str | None:
     return None
 
 
-def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
-            flat |= flattened(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.config import C, load_config
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
-from ldm.training.started import resume_command
+from ldm.training.start_folder import resume_command
 
 
 def main(train: Callable[..., Path], kind: type[C], default_config: Path, description: str) -> None:

@@ -40,10 +40,10 @@ class Pace:
         seconds = (self._clock() - self._since) / (FIRST_STEPS - 1)
         if seconds <= TOO_SLOW * self._plan.seconds_per_step:
             return None
-        return slower(self._plan, seconds, self._threads)
+        return slow_step_message(self._plan, seconds, self._threads)
 
 
-def slower(plan: Plan, seconds: float, threads: int | None) -> str:
+def slow_step_message(plan: Plan, seconds: float, threads: int | None) -> str:
     """A line: how long steps take, what becomes of the time that was planned, and what may be done about it."""
     expected = plan.expected_seconds * seconds / plan.seconds_per_step
     line = (

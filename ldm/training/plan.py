@@ -73,8 +73,8 @@ class Plan:
             share = self.evaluation_seconds / self.expected_seconds
             time += f"; evaluations of drawn pictures take {100 * share:.2g} % of it"
         memory = (
-            f"about {size(self.memory_bytes)} at the peak, of {size(self.memory_of)}; weights, gradients, moments and "
-            f"average alone are {size(self.fixed_bytes)}"
+            f"about {format_bytes(self.memory_bytes)} at the peak, of {format_bytes(self.memory_of)}; "
+            f"weights, gradients, moments and average alone are {format_bytes(self.fixed_bytes)}"
         )
         rows = {
             "data": self.data,
@@ -84,7 +84,7 @@ class Plan:
             "time": time,
             **({"threads": self.threads} if self.threads else {}),
             "memory": memory,
-            "disk": f"about {size(self.disk_bytes)} in the run folder",
+            "disk": f"about {format_bytes(self.disk_bytes)} in the run folder",
             "expect": self.quality,
         }
         return "\n".join(["plan"] + [f"  {name:<8} {value}" for name, value in rows.items()])
@@ -124,9 +124,9 @@ def make_plan(
     return Plan(
         data=f"{len(images)} images to train on, {len(held_out) if held_out else 0} held out, {shape}",
         space=space,
-        network=f"{millions(parameters)} parameters"
-        + (f", of which {millions(trained)} learn" if trained < parameters else "")
-        + (f"; a discriminator of {millions(judging)} beside it" if beside else ""),
+        network=f"{format_millions(parameters)} parameters"
+        + (f", of which {format_millions(trained)} learn" if trained < parameters else "")
+        + (f"; a discriminator of {format_millions(judging)} beside it" if beside else ""),
         parameters=parameters,
         trained_parameters=trained,
         batch=f"{train.batch_size} images; {epoch:.3g} steps an epoch; {train.max_steps} steps are "
@@ -138,8 +138,8 @@ def make_plan(
         fixed_bytes=fixed_bytes(model) + 16 * judging,  # it has no average
         memory_of=_memory_of(device),
         disk_bytes=_bytes_on_disk(train, costs),
-        quality=quality(config, images),
-        evaluation_seconds=times_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
+        quality=expected_result(config, images),
+        evaluation_seconds=count_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
         threads=threads,
     )
 
@@ -153,8 +153,9 @@ def check_memory(model: nn.Module, device: torch.device) -> None:
     needed, there = fixed_bytes(model), _memory_of(device)
     if needed > there > 0:
         raise ValueError(
-            f"weights, gradients, optimizer and moving average take {size(needed)} and there are {size(there)}; choose "
-            "finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
+            f"weights, gradients, optimizer and moving average take {format_bytes(needed)} and there are "
+            f"{format_bytes(there)}; "
+            "choose finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
         )
 
 
@@ -172,7 +173,7 @@ def _seconds(train: TrainConfig, step: int, costs: Costs) -> float:
         (train.checkpoint_every, costs.checkpoint),
         (_evaluate_every(train), costs.evaluation),
     ):
-        seconds += times_due(step, train.max_steps, every) * cost
+        seconds += count_due(step, train.max_steps, every) * cost
     return seconds
 
 
@@ -181,21 +182,21 @@ def _evaluate_every(train: TrainConfig) -> int | None:
 
 
 def _bytes_on_disk(train: TrainConfig, costs: Costs) -> int:
-    checkpoints = min(train.keep_checkpoints, times_due(0, train.max_steps, train.checkpoint_every))
-    sheets = times_due(0, train.max_steps, train.sample_every)
+    checkpoints = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
+    sheets = count_due(0, train.max_steps, train.sample_every)
     # A sheet is a file, an event for TensorBoard, and a part of the report, whose base64 adds a third.
     in_report = min(sheets * costs.sheet_bytes, MOST_BYTES, MOST_SHEETS * costs.sheet_bytes)
     return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * sheets * costs.sheet_bytes + in_report * 4 // 3
 
 
-def times_due(first: int, last: int, every: int | None) -> int:
+def count_due(first: int, last: int, every: int | None) -> int:
     """How often something happens in steps `first` + 1 … `last`, every so many steps and at the last; None is never."""
     if every is None:
         return 0
     return last // every - first // every + (last % every != 0 and first < last)
 
 
-def quality(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
+def expected_result(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
     """What the nearest of our own measured runs reached: nearest in image size, images and samples seen, as factors."""
     if isinstance(config, AutoencoderTrainingConfig):
         # One that goes on from a model begins where another ends: samples seen from nothing say little of it.
@@ -229,12 +230,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """ "12 MB", "3.4 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
-def millions(count: int) -> str:
+def format_millions(count: int) -> str:
     """ "0.65 M", "11.5 M", "860 M"."""
     return f"{count / 1e6:.3g} M"
 

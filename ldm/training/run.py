@@ -37,23 +37,34 @@ from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import NotFinite, save_png
-from ldm.training import guard, resuming, saving, threads
+from ldm.training import checkpoints, nonfinite, threads
 from ldm.training.codebook import Codebook
-from ldm.training.environment import environment
-from ldm.training.files import hashes
-from ldm.training.folder import open_folder, write_once
-from ldm.training.guard import Losses
+from ldm.training.distributed import join_processes, sum_over_processes
+from ldm.training.environment import describe_environment
+from ldm.training.files import file_hashes
 from ldm.training.interruption import Stopped, interruption
-from ldm.training.networks import Networks
-from ldm.training.optimisation import learning_rate
+from ldm.training.nonfinite import StepLosses
+from ldm.training.optimizer import learning_rate
 from ldm.training.pace import Pace
 from ldm.training.plan import Plan, duration
-from ldm.training.processes import join, total
 from ldm.training.report import write_report
 from ldm.training.report.names import PREFIX as EVALUATION
 from ldm.training.report.names import VERDICT
-from ldm.training.started import resume_command
+from ldm.training.resume import (
+    check_compatible,
+    config_differences,
+    data_differences,
+    data_fingerprint,
+    find_differences,
+    logged_values,
+    sample_fingerprints,
+    stored_threads,
+    truncate_log,
+)
+from ldm.training.run_folder import open_folder, write_once
+from ldm.training.start_folder import resume_command
 from ldm.training.threads import Threads
+from ldm.training.training_state import TrainingState
 
 
 class Run:
@@ -70,7 +81,7 @@ class Run:
     Attributes:
         step: steps done; the position in the data follows from it.
         stopping: whether the run ends after this step, since some process of it was told to.
-        threads: of a process that computes on the CPU, else None; where their number is open, `take_threads` settles it
+        threads: of a process that computes on the CPU, else None; where their number is open, `set_threads` settles it
             before anything is encoded or trained.
     """
 
@@ -85,25 +96,27 @@ class Run:
         self.config = config
         self.folder = Path(config.output_dir).expanduser()
         self.export = export
-        allowed = threads.allowed()  # accelerate may set another number
-        self.accelerator = join(config.train, self.folder)
+        allowed = threads.available_threads()  # accelerate may set another number
+        self.accelerator = join_processes(config.train, self.folder)
         self.device = self.accelerator.device
         self.stopping = False
         self._resume, self._accept = resume, accept
-        self._resumed, self._damaged = saving.find(self.accelerator, self.folder, self.print) if resume else (None, [])
-        self.step = 0 if self._resumed is None else saving.step_of(self._resumed)
+        self._resumed, self._damaged = (
+            checkpoints.find_checkpoint(self.accelerator, self.folder, self.print) if resume else (None, [])
+        )
+        self.step = 0 if self._resumed is None else checkpoints.checkpoint_step(self._resumed)
         self.threads: Threads | None = None
         if self.device.type == "cpu":
             processes = self.accelerator.num_processes
-            begun_with = None if self._resumed is None else resuming.threads_of(self._resumed, processes)
-            decided = threads.decide(allowed, config.train.cpu_threads, begun_with)
-            self.threads = threads.agreed(decided, self.accelerator)
+            begun_with = None if self._resumed is None else stored_threads(self._resumed, processes)
+            decided = threads.resolve_threads(allowed, config.train.cpu_threads, begun_with)
+            self.threads = threads.agree_on_threads(decided, self.accelerator)
             # Until it is measured half of the cores: all may be slow beside another program, and one for a large model.
             torch.set_num_threads(self.threads.number or max(1, self.threads.most // 2))
-        self._environment = environment(self.device, self.accelerator.num_processes)
+        self._environment = describe_environment(self.device, self.accelerator.num_processes)
         if self._resumed is not None:
-            found = resuming.differences(config, self._environment, self._resumed, self.print)
-            resuming.refuse(found, accept, self._resumed, self.print)
+            found = find_differences(config, self._environment, self._resumed, self.print)
+            check_compatible(found, accept, self._resumed, self.print)
             if self.step > config.train.max_steps:
                 raise ValueError(
                     f"{self._resumed} is beyond train.max_steps {config.train.max_steps}; raise that to {self.step} or "
@@ -115,7 +128,7 @@ class Run:
         self._held_out: CaptionedImages | None = None
         self._data: dict[str, Any] = {}
         self._account: Account | None = None
-        self._micro: list[Losses] = []  # of the present step
+        self._micro: list[StepLosses] = []  # of the present step
         self._losses: list[float] = []  # of the steps since the last line of the log
         self._figures: dict[str, list[float]] = {}  # what else was measured in them
         self._gradient_norm = 0.0
@@ -123,14 +136,14 @@ class Run:
         self._seen, self._since = 0, time.perf_counter()
         self._started_at, self._logs_are_cut = self.step, False
         self._saved = -1 if self._resumed is None else self.step
-        self._saved_at, self._minutes_are_up = time.monotonic(), False
+        self._saved_at, self._save_now = time.monotonic(), False
         self._bar: tqdm[Any] | None = None
         self._plan: dict[str, Any] | None = None
         self._planned = 0.0
         self._pace: Pace | None = None
         self.reason: str | None = None
 
-    def start(self, networks: Networks) -> None:
+    def start(self, networks: TrainingState) -> None:
         """Opens the run folder and fills the networks from the checkpoint that is resumed.
 
         Raises:
@@ -149,7 +162,7 @@ class Run:
             )
             if self._account is not None and self._images is not None:
                 checkpoint.write_json(self.folder / "data.json", self._account.to_dict())
-                prints = resuming.fingerprints(self._images, self._held_out)
+                prints = sample_fingerprints(self._images, self._held_out)
                 checkpoint.write_json(self.folder / "fingerprints.json", prints)
         self.accelerator.wait_for_everyone()
         # What TensorBoard was told after this step is hidden, as it is cut from the log.
@@ -181,13 +194,13 @@ class Run:
         """
         self.micro_batches(images, 0, 0)
         self._images, self._held_out, self._account = images, held_out, account
-        self._data = {"samples": len(images), "sha256": resuming.digest_of(images, held_out)}
+        self._data = {"samples": len(images), "sha256": data_fingerprint(images, held_out)}
         if self._resumed is not None:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
-            found = resuming.data_differences(self.folder, stored, self._data, images, held_out)
-            resuming.refuse(found, self._accept, self._resumed, self.print)
+            found = data_differences(self.folder, stored, self._data, images, held_out)
+            check_compatible(found, self._accept, self._resumed, self.print)
 
-    def take_threads(self, measured: Threads) -> None:
+    def set_threads(self, measured: Threads) -> None:
         """Takes the number of threads with which all that follows is computed, in this session and those after it."""
         assert measured.number is not None
         self.threads = measured
@@ -200,8 +213,8 @@ class Run:
         self.reason = reason
         if self._resumed is not None:
             stored = checkpoint.read_json(self._resumed / "training" / "state.json")["config"]
-            found = resuming.config_differences(stored, config, str(self._resumed))
-            resuming.refuse(found, self._accept, self._resumed, lambda _: None)
+            found = config_differences(stored, config, str(self._resumed))
+            check_compatible(found, self._accept, self._resumed, lambda _: None)
 
     def micro_batches(
         self, images: CaptionedImages, first_step: int, last_step: int
@@ -254,7 +267,7 @@ class Run:
                 break
         self._bar.close()
 
-    def backward(self, losses: Losses) -> None:
+    def backward(self, losses: StepLosses) -> None:
         """Adds the gradients of a micro-batch's losses."""
         losses.backward(self.accelerator)
         self._micro.append(losses.detached())
@@ -289,10 +302,10 @@ class Run:
         minutes = train.checkpoint_minutes
         is_time = self.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         stop = interruption.requested is not None
-        met = guard.meet(self.accelerator, micro, norm, beside=beside, stop=stop, save=is_time)
+        met = nonfinite.sync_step(self.accelerator, micro, norm, beside=beside, stop=stop, save=is_time)
         self._micro = []
         self.stopping |= met.stop
-        self._minutes_are_up = met.save
+        self._save_now = met.save
         if met.is_finite:
             self._losses.append(met.loss)
             for name, value in met.figures.items():
@@ -309,22 +322,22 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
         return met.is_finite and not self.accelerator.optimizer_step_was_skipped
 
-    def _skip(self, met: guard.Meeting, micro: Sequence[Losses]) -> None:
+    def _skip(self, met: nonfinite.StepResult, micro: Sequence[StepLosses]) -> None:
         """Counts and names a step that is not made."""
         self._skipped = {key: count + 1 for key, count in self._skipped.items()}
         assert self._images is not None
-        losses = guard.in_order(self.accelerator, micro)
+        losses = nonfinite.gather_in_order(self.accelerator, micro)
         log = self.folder / "nonfinite.jsonl"
         if self.is_main:
-            self._cut_logs()
+            self._truncate_logs()
             positions = self._images.order(self.config.train.batch_size).batch(self.step)
-            samples = guard.suspects(self._images, positions, losses.tolist())
-            self.print(guard.note(log, self.step + 1, met, samples))
+            samples = nonfinite.nonfinite_samples(self._images, positions, losses.tolist())
+            self.print(nonfinite.log_skipped_step(log, self.step + 1, met, samples))
         if self._skipped["in_a_row"] >= self.config.train.max_nonfinite_steps:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row, whose samples are "
-                f"in {log}; {saving.standing(self.folder)}; leave these samples out, or go on from there with a lower "
-                f"learning rate: {resume_command(self.folder)} --set "
+                f"in {log}; {checkpoints.describe_newest(self.folder)}; leave these samples out, or go on from there "
+                f"with a lower learning rate: {resume_command(self.folder)} --set "
                 f"train.learning_rate={self.config.train.learning_rate / 2:g} --accept train.learning_rate (where its "
                 "weights are spoilt already, move it away first, and the one before is used)"
             )
@@ -375,7 +388,7 @@ class Run:
         """Prints the plan and keeps it in `plan.json`; what it took is added at the end."""
         self.print(plan.text())
         self._plan = plan.to_dict()
-        self._cut_logs()
+        self._truncate_logs()
         checkpoint.write_json(self.folder / "plan.json", self._plan)
         self._planned = time.perf_counter()
         self._pace = Pace(plan, None if self.threads is None else self.threads.number)
@@ -388,10 +401,10 @@ class Run:
     def note(self, content: Mapping[str, Any]) -> None:
         """Appends to `metrics.jsonl` alone what need not be numbers."""
         if self.is_main:
-            self._cut_logs()
+            self._truncate_logs()
             disk.append_line(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **content}))
 
-    def _cut_logs(self) -> None:
+    def _truncate_logs(self) -> None:
         """Drops, before the first line of this session, what an earlier one wrote after the step it goes on from."""
         if self._resume and not self._logs_are_cut:
             train = self.config.train
@@ -400,39 +413,39 @@ class Run:
                 again += ["held_out"] if self.due(train.validate_every) else []
                 is_due = isinstance(train, DiffusionTrainConfig) and self.due(train.evaluate_every)
                 again += [EVALUATION, VERDICT] if is_due else []
-            resuming.cut_log(self.folder / "metrics.jsonl", self._started_at, again=again)
-            resuming.cut_log(self.folder / "nonfinite.jsonl", self._started_at, again=())
+            truncate_log(self.folder / "metrics.jsonl", self._started_at, again=again)
+            truncate_log(self.folder / "nonfinite.jsonl", self._started_at, again=())
         self._logs_are_cut = True
 
     def measure(self, values: Callable[[], Mapping[str, float]]) -> None:
         """Computes figures on the main process and logs them."""
-        with self._aside():
+        with self._on_main_process():
             if self.is_main:
                 try:
                     self.log(values())
                 except NotFinite as error:  # the weights are finite, and what follows may be
                     self.print(f"step {self.step} was not measured: {error}")
 
-    def keep_best(self, name: str, export: Callable[[Path], None]) -> None:
+    def save_best(self, name: str, export: Callable[[Path], None]) -> None:
         """Exports what is trained to `RUN/best/` if the figure `name`, just measured, is the lowest of the run so far.
 
         What the log says decides, so that a resumed run decides as an unbroken one.
         """
         if self.stopping:  # it was not measured to the end
             return
-        with self._aside():
+        with self._on_main_process():
             if not self.is_main:
                 return
-            *earlier, (step, latest) = resuming.logged(self.folder, name)
+            *earlier, (step, latest) = logged_values(self.folder, name)
             if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
                 return
             with checkpoint.atomic_folder(self.folder / "best", "best") as folder:
                 export(folder / self.export)
-                checkpoint.write_json(folder / "best.json", {"step": step, name: latest, "files": hashes(folder)})
+                checkpoint.write_json(folder / "best.json", {"step": step, name: latest, "files": file_hashes(folder)})
 
-    def save_sheet(self, draw: Callable[[], Image.Image]) -> None:
+    def save_samples(self, draw: Callable[[], Image.Image]) -> None:
         """Draws a sample grid on the main process and writes it as PNG and to TensorBoard."""
-        with self._aside():
+        with self._on_main_process():
             if self.is_main:
                 try:
                     sheet = draw()
@@ -456,7 +469,7 @@ class Run:
         return folder
 
     @contextmanager
-    def _aside(self, may_break_off: bool = True) -> Iterator[None]:
+    def _on_main_process(self, may_break_off: bool = True) -> Iterator[None]:
         """What the main process does alone, in time that does not count as training. The others wait, and learn
         whether it has failed, or the run is to stop.
         """
@@ -468,7 +481,9 @@ class Run:
             pass
         except Exception as caught:
             error = caught
-        failed, stop = total(self.accelerator, [int(error is not None), int(interruption.requested is not None)])
+        failed, stop = sum_over_processes(
+            self.accelerator, [int(error is not None), int(interruption.requested is not None)]
+        )
         if error is not None:
             raise error
         if failed:
@@ -479,38 +494,38 @@ class Run:
         if self._pace is not None:
             self._pace.leave_out(took)
 
-    def save_if_due(self, networks: Networks, export: Callable[[Path], None]) -> None:
+    def save_if_due(self, networks: TrainingState, export: Callable[[Path], None]) -> None:
         """Writes a checkpoint every so many steps and minutes, at the end, and before the run stops.
 
         Args:
             export: writes the trained model into the folder that it is given.
         """
-        due = self._is_multiple(self.config.train.checkpoint_every) or self._minutes_are_up or self.stopping
+        due = self._is_multiple(self.config.train.checkpoint_every) or self._save_now or self.stopping
         if not due or self._saved == self.step:
             return
-        with self._aside(may_break_off=False):
+        with self._on_main_process(may_break_off=False):
             if self.is_main:
                 self._save(networks, export)
-        self._saved, self._saved_at, self._minutes_are_up = self.step, time.monotonic(), False
+        self._saved, self._saved_at, self._save_now = self.step, time.monotonic(), False
 
-    def _save(self, networks: Networks, export: Callable[[Path], None]) -> None:
+    def _save(self, networks: TrainingState, export: Callable[[Path], None]) -> None:
         def fill(folder: Path) -> None:
             export(folder / self.export)
             self._write_training_state(folder / "training", networks)
 
-        target, train = saving.folder_of(self.folder, self.step), self.config.train
+        target, train = checkpoints.checkpoint_folder(self.folder, self.step), self.config.train
         for log in self.folder.glob("*.jsonl"):  # never older than the checkpoint
             disk.sync(log)
-        saving.write_checkpoint(target, fill)
+        checkpoints.write_checkpoint(target, fill)
         self._renew_export(target)
-        saving.prune(self.folder, train.keep_checkpoints, train.keep_every)
+        checkpoints.prune_checkpoints(self.folder, train.keep_checkpoints, train.keep_every)
         write_report(self.folder)
 
     def _renew_export(self, newest: Path) -> None:
         with checkpoint.atomic_folder(self.folder / self.export, self.export) as folder:
             checkpoint.link_tree(newest / self.export, folder)
 
-    def finish(self, networks: Networks, export: Callable[[Path], None]) -> None:
+    def finish(self, networks: TrainingState, export: Callable[[Path], None]) -> None:
         """Ends the run: says how long it took beside what was planned, and writes the last report.
 
         Raises:
@@ -532,15 +547,15 @@ class Run:
 
     # ---- what is resumed
 
-    def _check_untrained(self, networks: Networks, resumed: Path) -> None:
+    def _check_untrained(self, networks: TrainingState, resumed: Path) -> None:
         state = checkpoint.read_json(resumed / "training" / "state.json")
-        if state.get("untrained_sha256") != networks.untrained_digest:
+        if state.get("untrained_sha256") != networks.frozen_hash:
             raise ValueError(
                 f"{resumed} was trained on other weights than those of the model in start_from today; restore that "
                 "model, or start a new run in another output_dir"
             )
 
-    def _restore(self, networks: Networks, resumed: Path) -> None:
+    def _restore(self, networks: TrainingState, resumed: Path) -> None:
         folder = resumed / "training"
         state = checkpoint.read_json(folder / "state.json")
         networks.restore(folder, state["ema_updates"], state.get("adversarial_weight"))
@@ -552,10 +567,10 @@ class Run:
         self._skipped = state.get("skipped", self._skipped)
         if self.is_main:  # a process that was killed after its checkpoint has left an older one there, or none
             self._renew_export(resumed)
-            saving.prune(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
+            checkpoints.prune_checkpoints(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
         self.print(f"resumed {resumed}")
 
-    def _write_training_state(self, folder: Path, networks: Networks) -> None:
+    def _write_training_state(self, folder: Path, networks: TrainingState) -> None:
         folder.mkdir()
         networks.save(folder)
         scaler = self.accelerator.scaler
@@ -565,7 +580,7 @@ class Run:
                 "step": self.step,
                 "data": self._data,
                 "processes": self.accelerator.num_processes,
-                "untrained_sha256": networks.untrained_digest,
+                "untrained_sha256": networks.frozen_hash,
                 "ema_updates": int(networks.ema.n_averaged),
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "losses": self._losses,

@@ -20,7 +20,7 @@ DEFAULT_FIRST_STAGE = "openmoji-first-stage"
 
 
 @dataclass(frozen=True)
-class Choice:
+class SpaceChoice:
     """A space, its first stage, and why.
 
     `advice` is what `ldm autoencoder evaluate` would say. Where it is "tune" or "train", latents of a first stage that
@@ -46,12 +46,12 @@ def choose_space(config: LDMConfig, images: CaptionedImages, device: torch.devic
     """(the config with `space: auto` decided, the reason in one line); any other config as it is, and None."""
     if config.start_from is not None or config.space != "auto":
         return config, None
-    choice = choose(images, config.first_stage, device)
+    choice = decide_space(images, config.first_stage, device)
     decided = dataclasses.replace(config, space=choice.space, first_stage=choice.first_stage)
     return decided, f"{choice.space}, because {choice.reason}"
 
 
-def choose(images: CaptionedImages, first_stage: str | None, device: torch.device) -> Choice:
+def decide_space(images: CaptionedImages, first_stage: str | None, device: torch.device) -> SpaceChoice:
     """Decides for this data; `first_stage` is the one at hand, None the built-in one.
 
     Raises:
@@ -59,7 +59,7 @@ def choose(images: CaptionedImages, first_stage: str | None, device: torch.devic
     """
     resolution = images.config.resolution
     if resolution <= PIXELS_UP_TO:  # no first stage need be opened
-        return Choice("pixel", None, small_enough(resolution), advice="pixels")
+        return SpaceChoice("pixel", None, small_enough(resolution), advice="pixels")
     name = first_stage or DEFAULT_FIRST_STAGE
     codec = load_first_stage(name).to(device)
     if resolution > PIXELS_AT_MOST:
@@ -70,8 +70,8 @@ def choose(images: CaptionedImages, first_stage: str | None, device: torch.devic
     advice = advise(found)
     # What is to be trained first is not there yet; small images are diffused as they are until it is.
     if advice.action == "pixels" or (advice.action != "use" and resolution <= PIXELS_AT_MOST):
-        return Choice("pixel", None, advice.why, found.psnr, advice.action)
-    return Choice("latent", name, advice.why, found.psnr, advice.action)
+        return SpaceChoice("pixel", None, advice.why, found.psnr, advice.action)
+    return SpaceChoice("latent", name, advice.why, found.psnr, advice.action)
 
 
 def load_first_stage(name: str) -> LatentCodec:

@@ -19,9 +19,9 @@ from accelerate import Accelerator
 
 from ldm.cores import usable_cores
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of two that differ torch takes the second
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of two that differ torch takes the second
 ROUNDS, ENOUGH_SECONDS = 5, 3.0
-HOPELESS = 4.0  # times as slow as another number, in its first call: measured no more
+TOO_SLOW = 4.0  # times as slow as another number, in its first call: measured no more
 # So much slower may a smaller number be, and is taken all the same: it leaves cores to others and does not wait.
 MARGIN = 1.1
 
@@ -44,7 +44,7 @@ class Threads:
         return f"{self.number}, {self.why}"
 
 
-def allowed() -> Threads:
+def available_threads() -> Threads:
     """What the environment says of this process; asked before any library has changed the number of torch.
 
     `OMP_NUM_THREADS` and `MKL_NUM_THREADS` decide. Without them the number is open; processes on one machine share
@@ -54,7 +54,7 @@ def allowed() -> Threads:
     cores = max(1, usable_cores() // max(1, sharing))
     if _is_of_the_launcher():
         return Threads(None, cores)
-    said = [name for name in VARIABLES if re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", os.environ.get(name, ""))]
+    said = [name for name in THREAD_VARIABLES if re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", os.environ.get(name, ""))]
     if said:
         return Threads(torch.get_num_threads(), cores, f"as {said[-1]} says")
     return Threads(None, min(cores, torch.get_num_threads()))
@@ -63,17 +63,17 @@ def allowed() -> Threads:
 def _is_of_the_launcher() -> bool:
     """Whether `OMP_NUM_THREADS=1` is what `accelerate launch` and `torchrun` set where their user says nothing."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or os.environ.get(VARIABLES[0]) != "1" or VARIABLES[1] in os.environ:
+    if not launched or os.environ.get(THREAD_VARIABLES[0]) != "1" or THREAD_VARIABLES[1] in os.environ:
         return False
     try:
         launcher = psutil.Process(os.getppid())
-        asked = VARIABLES[0] in launcher.environ() or "num_cpu_threads" in " ".join(launcher.cmdline())
+        asked = THREAD_VARIABLES[0] in launcher.environ() or "num_cpu_threads" in " ".join(launcher.cmdline())
     except psutil.Error:  # of another user
         return False
     return not asked
 
 
-def decide(found: Threads, configured: int | None, begun_with: int | None) -> Threads:
+def resolve_threads(found: Threads, configured: int | None, begun_with: int | None) -> Threads:
     """What is known before anything is computed.
 
     Args:
@@ -93,7 +93,7 @@ def decide(found: Threads, configured: int | None, begun_with: int | None) -> Th
     return found
 
 
-def agreed(found: Threads, accelerator: Accelerator) -> Threads:
+def agree_on_threads(found: Threads, accelerator: Accelerator) -> Threads:
     """The same in all processes: the smallest number where any of them has one, else the smallest share."""
     if accelerator.num_processes == 1:
         return found
@@ -104,7 +104,7 @@ def agreed(found: Threads, accelerator: Accelerator) -> Threads:
     return Threads(least, found.most, found.why) if decided else Threads(None, least)
 
 
-def measure(found: Threads, seconds: Callable[[], float], what: str) -> Threads:
+def measure_threads(found: Threads, seconds: Callable[[], float], what: str) -> Threads:
     """Chooses a number that is still open: the smallest that is about as fast as any. Torch has another afterwards.
 
     Args:
@@ -116,9 +116,9 @@ def measure(found: Threads, seconds: Callable[[], float], what: str) -> Threads:
         torch.set_num_threads(number)
         return seconds()
 
-    medians = in_turn(candidates(found.most), seconds_with)
+    medians = median_seconds(candidates(found.most), seconds_with)
     measured = ", ".join(f"{median:.2g} s with {count}" for count, median in medians.items())
-    return Threads(fewest(medians), found.most, f"measured: {measured} ({what})")
+    return Threads(smallest_fast_enough(medians), found.most, f"measured: {measured} ({what})")
 
 
 def candidates(most: int) -> list[int]:
@@ -126,13 +126,13 @@ def candidates(most: int) -> list[int]:
     return sorted({1, max(1, most // 4), max(1, most // 2), most})
 
 
-def in_turn(counts: list[int], seconds: Callable[[int], float]) -> dict[int, float]:
+def median_seconds(counts: list[int], seconds: Callable[[int], float]) -> dict[int, float]:
     """Number of threads → median seconds of a call with it; all are called in turn, so that they meet the same machine.
 
     One that is hopeless in its first call, which no median counts otherwise, is not called again.
     """
     first = {count: seconds(count) for count in counts}
-    times = {count: [] if once < HOPELESS * min(first.values()) else [once] for count, once in first.items()}
+    times = {count: [] if once < TOO_SLOW * min(first.values()) else [once] for count, once in first.items()}
     going = [count for count in counts if not times[count]]
     for rounds in range(1, 1 + (ROUNDS if len(going) > 1 else 1)):
         for count in going:
@@ -142,12 +142,12 @@ def in_turn(counts: list[int], seconds: Callable[[int], float]) -> dict[int, flo
     return {count: statistics.median(measured) for count, measured in times.items()}
 
 
-def fewest(medians: Mapping[int, float]) -> int:
+def smallest_fast_enough(medians: Mapping[int, float]) -> int:
     """The smallest number of threads that is about as fast as the fastest."""
     return min(count for count, median in medians.items() if median <= MARGIN * min(medians.values()))
 
 
-def seconds_of(action: Callable[[], object], accelerator: Accelerator | None = None) -> float:
+def timed_call(action: Callable[[], object], accelerator: Accelerator | None = None) -> float:
     """Seconds of a call; where several processes make it together, those of the main process in each."""
     started = time.perf_counter()
     action()

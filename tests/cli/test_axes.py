@@ -9,7 +9,7 @@ from ldm.cli.axes import scenes_seen
 from ldm.config import LDMConfig, load_config, to_yaml
 from ldm.evaluation.axes import AXES
 from ldm.evaluation.judge import FOLDER
-from ldm.training.trained import find_run
+from ldm.training.run_info import find_run
 from tests import tiny
 from tests.test_cli import call
 from tests.training.runs import ROOT

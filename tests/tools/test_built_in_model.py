@@ -8,7 +8,7 @@ import pytest
 from ldm import Pipeline, checkpoint
 from ldm.data import DataConfig, open_source
 from ldm.text import load_text_encoder, loading
-from ldm.training.trained import find_run
+from ldm.training.run_info import find_run
 from tests import tiny
 from tools import release_model, unseen_phrasings
 

@@ -12,8 +12,8 @@ from PIL import Image
 from ldm.checkpoint import load_model
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
-from ldm.training import first_stage
-from ldm.training.parts import load_first_stage
+from ldm.training.autoencoder_setup import held_out_metrics
+from ldm.training.setup import load_first_stage
 from train import train_autoencoder, train_ldm
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_held_out_psnr_is_a_mean_over_images_of_all_shapes(folder, first_run):
         with torch.no_grad():
             error = (image - autoencoder(image[None])[0][0].clamp(-1, 1)).square().mean()
         ratios.append(float(10 * torch.log10(4 / error)))
-    found = first_stage.held_out_figures(autoencoder, images, config, None, torch.device("cpu"))
+    found = held_out_metrics(autoencoder, images, config, None, torch.device("cpu"))
     assert found == {"held_out_psnr": pytest.approx(np.mean(ratios), abs=1e-4)}
 
 

@@ -13,7 +13,7 @@ from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
 from ldm.models import VectorQuantizer, VQModel
 from ldm.training.codebook import Codebook
-from ldm.training.parts import load_first_stage
+from ldm.training.setup import load_first_stage
 from tests import tiny
 from tests.training.runs import (
     ROOT,
@@ -259,7 +259,7 @@ def train(folder, pictures, *more, resume=False):
         AutoencoderTrainingConfig,
     )
     with pytest.MonkeyPatch.context() as patch:  # a plan takes time
-        patch.setattr("ldm.training.first_stage.plan_run", lambda *arguments: None)
+        patch.setattr("ldm.training.autoencoder_setup.plan_autoencoder_run", lambda *arguments: None)
         return train_autoencoder.train(config, resume).parent
 
 
@@ -338,7 +338,7 @@ def test_two_processes_train_as_one(run, pictures, tmp_path):
 def test_a_diffusion_model_trains_on_latents_before_quantisation(
     run, pictures, encoder_folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ldm.training.parts.plan_run", lambda *arguments: None)
+    monkeypatch.setattr("ldm.training.setup.plan_diffusion_run", lambda *arguments: None)
 
     def diffuse(folder, *more, resume=False):
         data = [f"data.path={pictures}", "data.held_out=0.2", f"data.cache_dir={tmp_path / 'cache'}"]

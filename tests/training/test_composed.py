@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.training.test_latents import make_codec, text_encoder, text_files  # noqa: F401 (fixtures)
 
 from ldm.data import CaptionedImages, DataConfig, collate, inspect, open_source, to_signed
-from ldm.training import encoded as module
-from ldm.training.encoded import EncodedImages, Encoders
+from ldm.training import latents as module
+from ldm.training.latents import CachedEncoders, LatentCache
 from tests.training.runs import losses, run_autoencoder, run_ldm, settings
-from tests.training.test_encoded import make_codec, text_encoder, text_files  # noqa: F401 (fixtures)
 from tests.training.test_resume import broken_off
 from tools.torture_resume import differences, evidence
 
@@ -114,8 +114,8 @@ def composed(pictures, tmp_path, **changes):
 
 def encode(images, text_encoder, codec):  # noqa: F811
     device = torch.device("cpu")
-    encoders = Encoders(codec, text_encoder, images.config.cache_folder, device=device, print=lambda _: None)
-    return EncodedImages(images, encoders)
+    encoders = CachedEncoders(codec, text_encoder, images.config.cache_folder, device=device, print=lambda _: None)
+    return LatentCache(images, encoders)
 
 
 def batch_of(images, epoch):
@@ -167,7 +167,7 @@ def test_several_processes_load_in_every_epoch(pictures, tmp_path, text_encoder)
     images = composed(pictures, tmp_path)
     device = torch.device("cpu")
     cache = images.config.cache_folder
-    encoders = Encoders(make_codec(), text_encoder, cache, device=device, world=2, print=lambda _: None)
-    EncodedImages(images, encoders)
+    encoders = CachedEncoders(make_codec(), text_encoder, cache, device=device, world=2, print=lambda _: None)
+    LatentCache(images, encoders)
     batch = batch_of(images, 1)
     assert torch.equal(batch.loaded, batch.renewed)

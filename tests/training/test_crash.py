@@ -25,13 +25,13 @@ from PIL import Image
 
 from ldm import checkpoint, disk
 from ldm.config import LDMConfig, load_config
-from ldm.training import environment, saving
-from ldm.training.files import damage
-from ldm.training.folder import open_folder
+from ldm.training import checkpoints, environment
+from ldm.training.files import find_damage
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
-from ldm.training.networks import Networks
-from ldm.training.optimisation import make_ema
+from ldm.training.optimizer import make_ema
 from ldm.training.run import Run
+from ldm.training.run_folder import open_folder
+from ldm.training.training_state import TrainingState
 from tests.training.runs import ROOT, digests, fresh_processes, losses, metrics, run_ldm, settings
 from train import train_ldm
 
@@ -98,7 +98,7 @@ def small_run(tmp_path, encoder_folder):
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    networks = Networks(model=layer, optimizer=optimizer, ema=make_ema(layer, 0.9))
+    networks = TrainingState(model=layer, optimizer=optimizer, ema=make_ema(layer, 0.9))
     run.start(networks)
 
     def export(folder: Path) -> None:
@@ -129,17 +129,17 @@ def test_whatever_fails_on_the_disk_the_checkpoint_before_stands(small_run, monk
         failed.append(disk.failed)
         if not message:  # a folder that should be made was there, a hard link became a copy
             assert disk.failed.split()[0] in ("mkdir", "link"), disk.failed
-            assert damage(saving.folder_of(run.folder, run.step)) is None
+            assert find_damage(checkpoints.checkpoint_folder(run.folder, run.step)) is None
             continue
         assert "No space left on device" in message, disk.failed
         # Before the checkpoint stands it is named, with what to go on from.
-        newest, damaged = saving.newest_checkpoint(run.folder, print)
+        newest, damaged = checkpoints.newest_intact_checkpoint(run.folder, print)
         assert newest is not None and not damaged, disk.failed
         if newest.name != f"step_{run.step:08d}":
             assert f"the checkpoint of step {run.step} cannot be written" in message, disk.failed
             assert f"the newest checkpoint is {newest}" in message, disk.failed
         state = checkpoint.read_json(newest / "training" / "state.json")
-        assert state["step"] == saving.step_of(newest), disk.failed
+        assert state["step"] == checkpoints.checkpoint_step(newest), disk.failed
         exported = checkpoint.load_tensors(newest / "pipeline" / "weights.safetensors")
         assert exported["step"] == state["step"], disk.failed
         assert not list(run.folder.glob("checkpoints/.*")), disk.failed
@@ -147,8 +147,8 @@ def test_whatever_fails_on_the_disk_the_checkpoint_before_stands(small_run, monk
     assert kinds >= {"fsync", "rename", "replace", "open", "write", "save", "mkdir"}, kinds
     assert len(failed) > 30
     # With the disk mended, all is as it should be, and the old ones are gone.
-    assert [saving.step_of(folder) for folder in saving.checkpoints(run.folder)] == [run.step]
-    assert damage(run.folder / "checkpoints" / f"step_{run.step:08d}") is None
+    assert [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(run.folder)] == [run.step]
+    assert find_damage(run.folder / "checkpoints" / f"step_{run.step:08d}") is None
     assert checkpoint.read_json(run.folder / "pipeline" / "model_index.json") == {"step": run.step}
 
 
@@ -204,13 +204,13 @@ def held_out(folder: Path) -> list[tuple[int, float]]:
 
 # Where the signal comes: a function that the run calls, and the call at which it does; then the step that is saved.
 MOMENTS = {
-    "opening the data": ("ldm.training.parts.inspect", 1, None),
-    "caching": ("ldm.training.encoded.Encoders.states_of", 1, None),
-    "planning": ("ldm.training.probe.evaluation_seconds", 1, None),
+    "opening the data": ("ldm.training.setup.inspect", 1, None),
+    "caching": ("ldm.training.latents.CachedEncoders.states_of", 1, None),
+    "planning": ("ldm.training.timing.evaluation_seconds", 1, None),
     "a step": ("ldm.training.run.Run.backward", 3, 3),
-    "validating": ("ldm.training.parts.diffusion_loss", 2, 2),
+    "validating": ("ldm.training.setup.diffusion_loss", 2, 2),
     "sampling": ("ldm.training.run.save_png", 1, 2),
-    "saving": ("ldm.training.parts.export", 2, 2),
+    "saving": ("ldm.training.setup.export", 2, 2),
     "the end": ("ldm.training.run.save_png", 2, 4),
 }
 
@@ -245,7 +245,7 @@ def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
     assert caught.value.code == EXIT_CODE
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert called >= at
-    steps = [saving.step_of(folder) for folder in saving.checkpoints(tmp_path / "run")]
+    steps = [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(tmp_path / "run")]
     if saved is not None:
         assert steps[-1] == saved
     if steps:
@@ -499,18 +499,18 @@ def test_a_lock_does_not_outlive_the_process_in_its_workers(tmp_path):
     program = """
 import os, sys, time
 from pathlib import Path
-from ldm.training.folder import lock
-lock(Path(sys.argv[1]))
+from ldm.training.run_folder import lock_folder
+lock_folder(Path(sys.argv[1]))
 if os.fork() == 0:   # a worker, which lives on when its parent is killed
     time.sleep(20)
     os._exit(0)
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
-    from ldm.training.folder import lock
+    from ldm.training.run_folder import lock_folder
 
     started = time.monotonic()
-    lock(tmp_path)()
+    lock_folder(tmp_path)()
     assert time.monotonic() - started < 3
 
 
@@ -593,8 +593,8 @@ def test_copies_that_someone_keeps_beside_the_checkpoints_are_left_alone(tmp_pat
     for copy in copies:
         shutil.copytree(newest, copy)
     run_ldm(settings(run, encoder_folder), "train.max_steps=6", "train.keep_checkpoints=1", resume=True)
-    assert [saving.step_of(folder) for folder in saving.checkpoints(run)] == [6]
-    assert all(damage(copy) is None for copy in copies)
+    assert [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(run)] == [6]
+    assert all(find_damage(copy) is None for copy in copies)
 
 
 def test_a_run_is_not_cut_back_to_fewer_steps(tmp_path, encoder_folder, finished):
@@ -616,16 +616,25 @@ def test_what_another_process_has_added_before_the_lock_was_free_is_not_undone(t
 def test_which_checkpoints_are_kept(tmp_path, encoder_folder):
     arguments = [*settings(tmp_path / "run", encoder_folder), "train.max_steps=7", "train.checkpoint_every=1"]
     run_ldm(arguments, "train.keep_every=3", "train.keep_checkpoints=2")
-    assert [saving.step_of(folder) for folder in saving.checkpoints(tmp_path / "run")] == [3, 6, 7]
-    assert damage(tmp_path / "run" / "best", "best.json") is None
+    assert [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(tmp_path / "run")] == [
+        3,
+        6,
+        7,
+    ]
+    assert find_damage(tmp_path / "run" / "best", "best.json") is None
 
 
 def test_checkpoints_by_minutes(tmp_path, encoder_folder):
     arguments = [*settings(tmp_path / "run", encoder_folder), "train.checkpoint_every=1000", "train.keep_checkpoints=9"]
     run_ldm(arguments, "train.checkpoint_minutes=1e-9")
-    assert [saving.step_of(folder) for folder in saving.checkpoints(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(tmp_path / "run")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     run_ldm([*arguments, f"output_dir={tmp_path / 'other'}"], "train.checkpoint_minutes=60")
-    assert [saving.step_of(folder) for folder in saving.checkpoints(tmp_path / "other")] == [4]
+    assert [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(tmp_path / "other")] == [4]
 
 
 def test_another_environment_is_refused_and_accepted_key_by_key(tmp_path, encoder_folder, monkeypatch, capsys):
@@ -673,9 +682,9 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, encoder_folder):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    (newest,) = saving.checkpoints(tmp_path / "run")
-    last = saving.step_of(newest)
-    assert damage(newest) is None
+    (newest,) = checkpoints.list_checkpoints(tmp_path / "run")
+    last = checkpoints.checkpoint_step(newest)
+    assert find_damage(newest) is None
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, last + 1))
     assert (
         error.count(f"stopped: step {last} of 100000 is saved; go on with ldm train --resume {tmp_path / 'run'}") == 2

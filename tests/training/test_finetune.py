@@ -21,10 +21,10 @@ from ldm.data import CaptionedImages, inspect, open_source, split, to_signed
 from ldm.diffusion import NoiseSchedule
 from ldm.models import AutoencoderKL, UNet
 from ldm.text import TextEncoder
-from ldm.training import finetune, parts
-from ldm.training.draws import keyed_draws
-from ldm.training.files import damage, hashes
-from ldm.training.optimisation import make_ema
+from ldm.training import finetune, setup
+from ldm.training.files import file_hashes, find_damage
+from ldm.training.noise import step_noise
+from ldm.training.optimizer import make_ema
 from ldm.training.run import Run
 from tests import tiny
 from tests.training.runs import captioned_folder, digests, losses, metrics, run_config
@@ -105,7 +105,7 @@ def made(tmp_path_factory, pictures):
         if method not in kept:
             folder = tmp_path_factory.mktemp(method)
             tiny.stable_diffusion().save_pretrained(folder / "model")
-            kept[method] = Made(folder / "model", folder / "whole", folder / "stopped", hashes(folder / "model"))
+            kept[method] = Made(folder / "model", folder / "whole", folder / "stopped", file_hashes(folder / "model"))
             run_config(kept[method].config(method, folder / "whole", pictures))
             run_config(kept[method].config(method, folder / "stopped", pictures, train__max_steps=2))
         return kept[method]
@@ -129,7 +129,7 @@ def test_only_what_was_chosen_moves_and_diffusers_draws_the_same(method, made):
 
     for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert (made_here / part).read_bytes() == (stable_diffusion / part).read_bytes()
-    assert hashes(stable_diffusion) == before
+    assert file_hashes(stable_diffusion) == before
     ours, theirs, base = (
         drawn_by(pipeline, (4, 8, 8))
         for pipeline in (
@@ -158,7 +158,7 @@ def test_a_pixel_model_goes_on_at_another_size(tmp_path, pixel_model, pictures):
 def test_a_lora_is_small_and_diffusers_draws_the_same_with_it(made):
     one = made("lora")
     stable_diffusion, adapter = one.model, one.whole / "lora"
-    assert hashes(stable_diffusion) == one.before
+    assert file_hashes(stable_diffusion) == one.before
 
     # Nothing but the adapter is written, anywhere in the run.
     weights = {path: load_file(path) for path in one.whole.rglob("*.safetensors")}
@@ -320,7 +320,7 @@ def test_a_model_without_attention_has_none_to_train(tmp_path, pictures):
 
 def test_both_frozen_networks_leave_memory_while_training(tmp_path, stable_diffusion, pictures, monkeypatch):
     alive, sheets = [], []
-    batches, save_sheet = Run.batches, Run.save_sheet
+    batches, save_samples = Run.batches, Run.save_samples
 
     def kinds():
         gc.collect()
@@ -340,7 +340,7 @@ def test_both_frozen_networks_leave_memory_while_training(tmp_path, stable_diffu
             sheets.append(pipeline_kinds)
             return picture
 
-        save_sheet(self, watched_draw)
+        save_samples(self, watched_draw)
 
     def seen(decode, found):
         def decoding(self, latents):
@@ -350,7 +350,7 @@ def test_both_frozen_networks_leave_memory_while_training(tmp_path, stable_diffu
         return decoding
 
     monkeypatch.setattr(Run, "batches", watched)
-    monkeypatch.setattr(Run, "save_sheet", drawn)
+    monkeypatch.setattr(Run, "save_samples", drawn)
     outside = kinds()  # of other tests
     run_config(content(tmp_path / "run", stable_diffusion, pictures, "lora", train__sample_every=2))
     assert outside <= {UNet}
@@ -368,12 +368,12 @@ def test_the_held_out_loss_is_what_a_direct_computation_gives(tmp_path, stable_d
     pipeline = Pipeline.from_pretrained(exported)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     expected = {}
-    looks = parts.looks_of(len(held_out), config.train.validation_samples)
+    looks = setup.repeats_per_image(len(held_out), config.train.validation_samples)
     assert looks > 1  # few images are looked at several times
     # One by one, where training takes them in batches.
     for (i, sample), look in itertools.product(enumerate(held_out), range(looks)):
         t = torch.tensor([(2 * (i * looks + look) + 1) * 1000 // (2 * len(held_out) * looks)])
-        draws = keyed_draws(0, [look], [f"held out: {sample.id}"], 0, shape=(4, 8, 8), num_train_timesteps=1000)
+        draws = step_noise(0, [look], [f"held out: {sample.id}"], 0, shape=(4, 8, 8), num_train_timesteps=1000)
         with torch.no_grad():
             pixels = to_signed(images.image_at(i))[None]
             latents = pipeline.codec.draw(pipeline.codec.moments(pixels))
@@ -394,18 +394,18 @@ def test_the_held_out_loss_is_what_a_direct_computation_gives(tmp_path, stable_d
 
 def best_of(run):
     """What is kept as the best, whose files must be those that were written."""
-    assert damage(run / "best", "best.json") is None
+    assert find_damage(run / "best", "best.json") is None
     return {key: value for key, value in json.loads((run / "best/best.json").read_text()).items() if key != "files"}
 
 
 def test_best_holds_the_export_of_the_lowest_held_out_loss(tmp_path, stable_diffusion, pictures, monkeypatch):
     wanted = iter([3.0, 2.0, 2.5, 2.5, 2.0])  # step 2 is looked at once more by the run that goes on from it
-    measured = parts.held_out_loss
+    measured = setup.held_out_loss
 
     def falling_then_rising(*arguments):
         return measured(*arguments) | {"held_out_loss": next(wanted)}
 
-    monkeypatch.setattr(parts, "held_out_loss", falling_then_rising)
+    monkeypatch.setattr(setup, "held_out_loss", falling_then_rising)
     config = content(tmp_path / "run", stable_diffusion, pictures, train__validate_every=1, train__checkpoint_every=1)
     config["train"] |= {"max_steps": 2, "keep_checkpoints": 9}
     run_config(config)

@@ -24,8 +24,8 @@ from ldm.diffusion import (
 from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import SAMPLER_NAMES
 from ldm.pipelines import SAMPLERS, contact_sheet
-from ldm.training.draws import keyed_draws
-from ldm.training.parts import sample_sheet
+from ldm.training.noise import step_noise
+from ldm.training.setup import sample_grid
 from tests import tiny
 from tests.training.runs import captioned_folder, digests, losses, metrics, run_config, run_ldm, settings
 
@@ -59,7 +59,7 @@ def first_batch(config, pipeline):
     images = CaptionedImages(split(used, config.data.held_out)[0], config.data, config.seed)
     positions = images.order(config.train.batch_size).batch(0)
     pixels = torch.stack([images.image_at(index) for _, index in positions])
-    draws = keyed_draws(
+    draws = step_noise(
         config.seed,
         [epoch for epoch, _ in positions],
         [images.samples[index].id for _, index in positions],
@@ -313,4 +313,4 @@ def test_a_sheet_is_drawn_with_the_sampler_of_the_config(tmp_path):
         prompts=("a",), images_per_prompt=1, num_inference_steps=3, guidance_scale=2.0, sampler="ddpm"
     )
     drawn = pipeline("a", seed=0, num_inference_steps=3, sampler="ddpm").images
-    assert sample_sheet(pipeline, config) == contact_sheet([drawn], ["a"])
+    assert sample_grid(pipeline, config) == contact_sheet([drawn], ["a"])

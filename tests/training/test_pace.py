@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from ldm.training import parts, probe
-from ldm.training.pace import FIRST_STEPS, Pace, slower
+from ldm.training import setup, timing
+from ldm.training.pace import FIRST_STEPS, Pace, slow_step_message
 from ldm.training.plan import Plan
 from tests.training.runs import run_ldm, settings
 
@@ -66,21 +66,21 @@ def test_only_steps_count(steps, aside, slow):
     ],
 )
 def test_what_to_do(threads, parts, others):
-    line = slower(PLAN, 0.3, threads)
+    line = slow_step_message(PLAN, 0.3, threads)
     assert all(part in line for part in parts) and not any(other in line for other in others) and "\n" not in line
 
 
 def test_a_run_says_it(tmp_path, encoder_folder, monkeypatch, capsys):
     rare = [f"train.{key}=100" for key in ("checkpoint_every", "sample_every")]
-    passed, now, measure, validate = [0.0], time.perf_counter, probe.step_seconds, parts.held_out_loss
+    passed, now, measure, validate = [0.0], time.perf_counter, timing.step_seconds, setup.held_out_loss
 
     def for_hours(*arguments):
         passed[0] += 1e4
         return validate(*arguments)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now() + passed[0])
-    monkeypatch.setattr(parts, "held_out_loss", for_hours)
-    monkeypatch.setattr(probe, "step_seconds", lambda *arguments: measure(*arguments) / 1000)
+    monkeypatch.setattr(setup, "held_out_loss", for_hours)
+    monkeypatch.setattr(timing, "step_seconds", lambda *arguments: measure(*arguments) / 1000)
     run_ldm(settings(tmp_path / "run", encoder_folder), *rare, f"train.max_steps={FIRST_STEPS + 1}")
     (line,) = re.findall("slower than planned: a step takes (.*) s instead of", capsys.readouterr().out)
     assert float(line) < 100

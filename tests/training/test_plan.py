@@ -15,10 +15,10 @@ from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, open_source, split
-from ldm.training import probe
-from ldm.training.optimisation import make_optimizer
-from ldm.training.plan import MEASURED_RUNS, Costs, duration, make_plan, quality, size, times_due
-from ldm.training.run import Networks
+from ldm.training import timing
+from ldm.training.optimizer import make_optimizer
+from ldm.training.plan import MEASURED_RUNS, Costs, count_due, duration, expected_result, format_bytes, make_plan
+from ldm.training.run import TrainingState
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
 
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -27,12 +27,12 @@ DIGITS = ROOT / "configs" / "digits.yaml"
 @pytest.mark.parametrize(("first", "last", "every"), [(0, 10, 5), (0, 10, 3), (4, 10, 3), (6, 10, 3), (10, 10, 3)])
 def test_what_is_due_is_counted_as_the_run_counts(first, last, every):
     happens = [step for step in range(first + 1, last + 1) if step % every == 0 or step == last]
-    assert times_due(first, last, every) == len(happens)
+    assert count_due(first, last, every) == len(happens)
 
 
 def test_words_for_numbers():
     assert [duration(s) for s in (1, 89, 90, 3600, 3600 * 3 + 305)] == ["1 s", "89 s", "2 min", "60 min", "3 h 05 min"]
-    assert [size(b) for b in (10, 12.4e6, 3.44e9)] == ["1 MB", "12 MB", "3.4 GB"]
+    assert [format_bytes(b) for b in (10, 12.4e6, 3.44e9)] == ["1 MB", "12 MB", "3.4 GB"]
 
 
 def digits(*overrides):
@@ -74,18 +74,18 @@ def test_a_plan_adds_up():
 def test_what_to_expect_is_the_nearest_run_that_was_measured():
     runs = {run["name"]: run for run in json.loads(MEASURED_RUNS.read_text())}
     config, images, _ = digits("train.max_steps=1000")
-    assert runs["configs/digits.yaml"]["result"] in quality(config, images)
-    assert "expect less" not in quality(config, images)
+    assert runs["configs/digits.yaml"]["result"] in expected_result(config, images)
+    assert "expect less" not in expected_result(config, images)
     config, images, _ = digits("train.max_steps=100")
-    assert "this run sees 10 times fewer samples: expect less" in quality(config, images)
+    assert "this run sees 10 times fewer samples: expect less" in expected_result(config, images)
     config, images, _ = digits("data.resolution=32")
-    assert runs["configs/digits-latent.yaml"]["result"] in quality(config, images)
+    assert runs["configs/digits-latent.yaml"]["result"] in expected_result(config, images)
     stage = load_config(ROOT / "configs" / "openmoji-first-stage.yaml", [], AutoencoderTrainingConfig)
-    assert runs["configs/openmoji-first-stage.yaml"]["result"] in quality(stage, images)
+    assert runs["configs/openmoji-first-stage.yaml"]["result"] in expected_result(stage, images)
     tuned = dataclasses.replace(stage, autoencoder=None, start_from="openmoji-first-stage", trained="decoder")
-    assert quality(tuned, images) == "no run of this kind has been measured yet"
+    assert expected_result(tuned, images) == "no run of this kind has been measured yet"
     coded = load_config(ROOT / "configs" / "openmoji-first-stage-vq.yaml", [], AutoencoderTrainingConfig)
-    assert quality(coded, images) == "no run of this kind has been measured yet"
+    assert expected_result(coded, images) == "no run of this kind has been measured yet"
     for run in runs.values():
         assert run["kind"] in ("new", "fine-tuning", "first stage") and run["result"]
         assert all(math.isfinite(math.log(run[key])) for key in ("images", "resolution", "samples"))
@@ -98,23 +98,23 @@ def test_a_sample_grid_is_foreseen_from_short_ones(monkeypatch):
         drawn.append(steps)
         clock[0] += 0.3 + 0.05 * steps + (0.2 if len(drawn) == 1 else 0)  # the first does more
 
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
-    assert probe.sheet_seconds(draw, 50) == pytest.approx(0.3 + 0.05 * 50)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing.grid_seconds(draw, 50) == pytest.approx(0.3 + 0.05 * 50)
     assert drawn == [1, 1, 3]
-    assert probe.sheet_seconds(draw, 1) == pytest.approx(0.35)
+    assert timing.grid_seconds(draw, 1) == pytest.approx(0.35)
 
 
 def test_moments_are_foreseen_until_they_are_there():
     config, _, _ = digits()
     model = nn.Linear(10**4, 3000)  # 30 M parameters, 120 MB
-    networks = Networks(model=model, optimizer=make_optimizer(model, config.train), ema=None)
+    networks = TrainingState(model=model, optimizer=make_optimizer(model, config.train), ema=None)
     run = type("OnTheCPU", (), {"device": torch.device("cpu")})()
     model(torch.ones(1, 10**4)).sum().backward()
     so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    assert probe.peak_memory(run, networks) - so_far == pytest.approx(8 * networks.trained_parameters, abs=2**20)
+    assert timing.peak_memory(run, networks) - so_far == pytest.approx(8 * networks.trainable_parameters, abs=2**20)
     networks.optimizer.step()
     so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    assert probe.peak_memory(run, networks) - so_far == pytest.approx(0, abs=2**20)
+    assert timing.peak_memory(run, networks) - so_far == pytest.approx(0, abs=2**20)
 
 
 # A run in a process of its own, whose peak of memory is that of the run. Seconds are those of the processor: other
@@ -188,7 +188,7 @@ def test_a_plan_changes_nothing_of_the_run(tmp_path, encoder_folder, monkeypatch
     from tests.training.runs import digests, run_ldm
 
     run_ldm(settings(tmp_path / "with", encoder_folder), "unet.dropout=0.2", "train.max_steps=2")
-    monkeypatch.setattr("ldm.training.parts.plan_run", lambda *arguments: None)
+    monkeypatch.setattr("ldm.training.setup.plan_diffusion_run", lambda *arguments: None)
     run_ldm(settings(tmp_path / "without", encoder_folder), "unet.dropout=0.2", "train.max_steps=2")
     last = "checkpoints/step_00000002"
     assert digests(tmp_path / "with" / last) == digests(tmp_path / "without" / last)

@@ -13,7 +13,7 @@ from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
 from ldm.evaluation.advice import GOOD_PSNR, advise, look
 from ldm.evaluation.perceptual import perceptual_distance
 from ldm.training import space
-from ldm.training.space import choose, choose_space, load_first_stage
+from ldm.training.space import choose_space, decide_space, load_first_stage
 from tests.training.runs import ROOT, captioned_folder, digests, losses, run_ldm, settings
 
 CPU = torch.device("cpu")
@@ -51,14 +51,14 @@ def noise(tmp_path_factory):
 
 
 def test_small_images_are_diffused_as_they_are(plain):
-    choice = choose(images(plain, 32), "./no first stage is opened", CPU)
+    choice = decide_space(images(plain, 32), "./no first stage is opened", CPU)
     assert (choice.space, choice.first_stage, choice.train_first_stage) == ("pixel", None, False)
     assert "32 pixels a side are few enough" in choice.reason
 
 
 def test_latents_are_taken_where_they_keep_the_picture(plain):
     data = images(plain, 40)
-    choice = choose(data, None, CPU)
+    choice = decide_space(data, None, CPU)
     assert (choice.space, choice.first_stage) == ("latent", BUILT_IN)
     assert choice.psnr > GOOD_PSNR
     assert f"{BUILT_IN} reconstructs these images at {choice.psnr:.1f} dB" in choice.reason
@@ -77,10 +77,10 @@ def test_latents_are_taken_where_they_keep_the_picture(plain):
 
 
 def test_without_the_packages_of_the_perceptual_distance_psnr_decides(plain, monkeypatch):
-    with_it = choose(images(plain, 40), None, CPU)
+    with_it = decide_space(images(plain, 40), None, CPU)
     assert " dB and a perceptual distance of 0.0" in with_it.reason
     monkeypatch.setattr(space, "is_installed", lambda: False)
-    without = choose(images(plain, 40), None, CPU)
+    without = decide_space(images(plain, 40), None, CPU)
     assert (
         without.reason == f"{BUILT_IN} reconstructs these images at {without.psnr:.1f} dB, 24 or more keep what matters"
     )
@@ -88,7 +88,7 @@ def test_without_the_packages_of_the_perceptual_distance_psnr_decides(plain, mon
 
 
 def test_latents_that_lose_the_picture_are_taken_only_where_pixels_are_too_many(noise):
-    small, large = choose(images(noise, 64), None, CPU), choose(images(noise, 68), None, CPU)
+    small, large = decide_space(images(noise, 64), None, CPU), decide_space(images(noise, 68), None, CPU)
     assert small.space == "pixel" and small.first_stage is None
     assert f"at {small.psnr:.1f} dB and a perceptual distance of " in small.reason
     assert small.reason.endswith(", below 24 and 10 images are few to train a first stage on")
@@ -99,12 +99,12 @@ def test_latents_that_lose_the_picture_are_taken_only_where_pixels_are_too_many(
 
 @pytest.mark.slow
 def test_many_images_deserve_a_first_stage_of_their_own(noise):
-    choice = choose(images(noise, 36, times=100), None, CPU)
+    choice = decide_space(images(noise, 36, times=100), None, CPU)
     assert choice.train_first_stage
     assert "1000 images suffice to train a first stage" in choice.reason
-    assert not choose(images(noise, 36, times=99), None, CPU).train_first_stage
+    assert not decide_space(images(noise, 36, times=99), None, CPU).train_first_stage
     # One that cannot divide the images would be of no use.
-    odd = choose(images(noise, 38, times=100), None, CPU)
+    odd = decide_space(images(noise, 38, times=100), None, CPU)
     assert (odd.space, odd.train_first_stage) == ("pixel", False)
 
 
@@ -112,23 +112,23 @@ def test_latents_that_hold_more_than_their_decoder_shows_deserve_a_better_one(tm
     """Scans of digits: nothing like emoji, and the built-in decoder makes coloured patches of them."""
     config = DataConfig(path="digits", resolution=64)
     few = CaptionedImages(open_source(config).samples[:40], config, 0)
-    choice = choose(few, None, CPU)
+    choice = decide_space(few, None, CPU)
     assert (choice.space, choice.first_stage, choice.tune_decoder) == ("pixel", None, True)
     assert "but its latents hold more" in choice.reason and "trained: decoder" in choice.reason
     # Too large for pixels, its latents are used, and the decoder can be exchanged later: they stay as they are.
     config = dataclasses.replace(config, resolution=80, buckets=False)
-    large = choose(CaptionedImages(few.samples[:12], config, 0), None, CPU)
+    large = decide_space(CaptionedImages(few.samples[:12], config, 0), None, CPU)
     assert (large.space, large.first_stage, large.tune_decoder) == ("latent", BUILT_IN, True)
 
 
 def test_a_first_stage_that_does_not_divide_the_images(plain):
-    choice = choose(images(plain, 50), None, CPU)
+    choice = decide_space(images(plain, 50), None, CPU)
     assert choice.space == "pixel"
     assert choice.reason == f"the factor 4 of {BUILT_IN} does not divide 50"
     with pytest.raises(
         ValueError, match=r"image size 70x70 is not divisible by the codec's factor 4; set data\.resolution"
     ):
-        choose(images(plain, 70), None, CPU)
+        decide_space(images(plain, 70), None, CPU)
 
 
 def test_a_space_that_is_said_is_not_asked(plain):

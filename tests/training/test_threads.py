@@ -11,9 +11,17 @@ import torch
 
 from ldm import checkpoint
 from ldm.data import DataConfig, open_source
-from ldm.training import choose, newcomer, saving, threads
-from ldm.training.choose import Wishes, choose_config
-from ldm.training.threads import Threads, agreed, allowed, candidates, decide, fewest, in_turn
+from ldm.training import auto, auto_config, checkpoints, threads
+from ldm.training.auto_config import TrainOptions, choose_config
+from ldm.training.threads import (
+    Threads,
+    agree_on_threads,
+    available_threads,
+    candidates,
+    median_seconds,
+    resolve_threads,
+    smallest_fast_enough,
+)
 from tests.training.runs import digests, run_autoencoder, run_ldm, settings
 
 CPU = torch.device("cpu")
@@ -25,7 +33,7 @@ def machine(monkeypatch):
     before = torch.get_num_threads()
 
     def with_(cores=8, torch_threads=8, **environment):
-        for name in (*threads.VARIABLES, "LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        for name in (*threads.THREAD_VARIABLES, "LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
@@ -78,7 +86,7 @@ def speeds(monkeypatch):
 )
 def test_what_the_environment_allows(machine, environment, cores, torch_threads, expected):
     machine(cores, torch_threads, **environment)
-    assert allowed() == expected
+    assert available_threads() == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the environment of a launcher is read from /proc")
@@ -100,9 +108,9 @@ def test_one_thread_that_a_launcher_sets_is_not_what_its_user_says(
         process.stdout.readline()
         monkeypatch.setattr(threads.os, "getppid", lambda: process.pid)
         machine(8, int(number), OMP_NUM_THREADS=number, LOCAL_WORLD_SIZE=2, TORCHELASTIC_RUN_ID="none")
-        assert allowed() == expected
+        assert available_threads() == expected
         machine(8, int(number), OMP_NUM_THREADS=number, LOCAL_WORLD_SIZE=2)  # nobody has launched it
-        assert allowed() == Threads(int(number), 4, "as OMP_NUM_THREADS says")
+        assert available_threads() == Threads(int(number), 4, "as OMP_NUM_THREADS says")
         process.stdin.close()
 
 
@@ -119,15 +127,15 @@ def test_one_thread_that_a_launcher_sets_is_not_what_its_user_says(
     ],
 )
 def test_what_comes_first(found, configured, begun_with, expected):
-    decided = decide(found, configured, begun_with)
+    decided = resolve_threads(found, configured, begun_with)
     assert (decided.number, decided.most) == expected
     assert bool(decided.why) == (decided.number is not None)
 
 
 def test_a_config_that_outranks_the_environment_says_so():
-    told = decide(Threads(1, 8, "as OMP_NUM_THREADS says"), 4, None)
+    told = resolve_threads(Threads(1, 8, "as OMP_NUM_THREADS says"), 4, None)
     assert str(told) == "4, as train.cpu_threads says (OMP_NUM_THREADS says 1)"
-    assert str(decide(Threads(4, 8, "as OMP_NUM_THREADS says"), 4, None)) == "4, as train.cpu_threads says"
+    assert str(resolve_threads(Threads(4, 8, "as OMP_NUM_THREADS says"), 4, None)) == "4, as train.cpu_threads says"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_processes_agree_on_the_smallest_number(own, others, expected):
         def gather(row):
             return torch.cat([row, torch.tensor(others)])
 
-    assert agreed(own, Accelerator) == expected
+    assert agree_on_threads(own, Accelerator) == expected
 
 
 # ---- what is measured
@@ -162,11 +170,11 @@ def test_all_numbers_are_called_in_turn_and_spikes_do_not_count():
         called.append(count)
         return next(times[count])
 
-    assert in_turn([1, 2], seconds) == {1: pytest.approx(0.1), 2: pytest.approx(0.08)}
+    assert median_seconds([1, 2], seconds) == {1: pytest.approx(0.1), 2: pytest.approx(0.08)}
     assert called == 4 * [1, 2]  # 3 s are enough
     times = {1: iter([9.0] + 5 * [0.1]), 2: iter([9.0] + 5 * [0.2])}
     called.clear()
-    assert in_turn([1, 2], seconds) == {1: pytest.approx(0.1), 2: pytest.approx(0.2)}
+    assert median_seconds([1, 2], seconds) == {1: pytest.approx(0.1), 2: pytest.approx(0.2)}
     assert called == 6 * [1, 2]
 
 
@@ -177,7 +185,7 @@ def test_a_number_that_is_many_times_as_slow_is_called_once():
         called.append(count)
         return {1: 0.1, 2: 5.0}[count]
 
-    assert in_turn([1, 2], seconds) == {1: 0.1, 2: 5.0}
+    assert median_seconds([1, 2], seconds) == {1: 0.1, 2: 5.0}
     assert called == [1, 2, 1]
 
 
@@ -192,7 +200,7 @@ def test_a_number_that_is_many_times_as_slow_is_called_once():
     ],
 )
 def test_the_fewest_that_are_about_as_fast_as_any(medians, expected):
-    assert fewest(medians) == expected
+    assert smallest_fast_enough(medians) == expected
 
 
 def test_what_is_tried():
@@ -203,18 +211,18 @@ def test_what_is_tried():
 
 def test_what_was_measured_is_told(machine, speeds):
     machine(2, 2)
-    found = threads.measure(Threads(None, 2), lambda: threads.seconds_of(lambda: None), "a step")
+    found = threads.measure_threads(Threads(None, 2), lambda: threads.timed_call(lambda: None), "a step")
     assert found.number == 2
     assert str(found) == "2, measured: 0.1 s with 1, 0.05 s with 2 (a step)"
     speeds[2] = 0.3
-    assert threads.measure(Threads(None, 2), lambda: threads.seconds_of(lambda: None), "a step").number == 1
+    assert threads.measure_threads(Threads(None, 2), lambda: threads.timed_call(lambda: None), "a step").number == 1
 
 
 # ---- a run, and the one that goes on with it
 
 
 def environment_of(run, step):
-    return checkpoint.read_json(saving.folder_of(run, step) / "training" / "state.json")["environment"]
+    return checkpoint.read_json(checkpoints.checkpoint_folder(run, step) / "training" / "state.json")["environment"]
 
 
 def test_a_run_takes_what_is_fastest_and_goes_on_with_it(tmp_path, encoder_folder, machine, speeds, capsys):
@@ -249,7 +257,7 @@ def test_measuring_changes_nothing_of_either_run(tmp_path, encoder_folder, machi
         run_autoencoder(tmp_path / f"{name}-stage", "train.cpu_threads=null", "train.max_steps=1")
         assert environment_of(tmp_path / f"{name}-stage", 1)["threads"] == torch.get_num_threads() == 1
     for kind in ("", "-stage"):
-        folders = [saving.folder_of(tmp_path / f"{name}{kind}", 1) for name in ("measured", "decided")]
+        folders = [checkpoints.checkpoint_folder(tmp_path / f"{name}{kind}", 1) for name in ("measured", "decided")]
         measured, decided = map(digests, folders)
         assert measured == decided and len(measured) == 3
 
@@ -264,31 +272,31 @@ def test_what_is_chosen_by_is_what_trains(machine, speeds, monkeypatch):
         used.append(torch.get_num_threads())
         return 0.01
 
-    monkeypatch.setattr(choose, "unet_seconds", seconds)
+    monkeypatch.setattr(auto_config, "unet_seconds", seconds)
     samples = open_source(DataConfig(path="digits", resolution=8)).samples
     for fast, slow in ((1, 2), (2, 1)):
         speeds[fast], speeds[slow] = 0.1, 0.3
         machine(2, 2)
-        chosen = choose_config(samples, {"path": "digits"}, Wishes("runs/test"), CPU)
+        chosen = choose_config(samples, {"path": "digits"}, TrainOptions("runs/test"), CPU)
         assert chosen.threads == fast and set(used) == {fast}
         assert any(reason.startswith(f"threads: {fast}, measured: ") for reason in chosen.reasons)
         used.clear()
     machine(2, 2)
-    assert choose_config(samples, {"path": "digits"}, Wishes("runs/test", cpu_threads=1), CPU).threads == 1
+    assert choose_config(samples, {"path": "digits"}, TrainOptions("runs/test", cpu_threads=1), CPU).threads == 1
     machine(2, 2, OMP_NUM_THREADS=2)
     speeds[1] = 0.01
-    assert choose_config(samples, {"path": "digits"}, Wishes("runs/test"), CPU).threads == 2
+    assert choose_config(samples, {"path": "digits"}, TrainOptions("runs/test"), CPU).threads == 2
 
 
 def test_a_script_is_told_the_number(tmp_path, monkeypatch, machine):
     written = "import os, sys; print([os.environ.get(name) for name in sys.argv[2:]], file=open(sys.argv[1], 'w'))"
     (tmp_path / "script.py").write_text(written)
-    monkeypatch.setattr(newcomer, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(auto, "SCRIPTS", tmp_path)
     machine(2, 2, MKL_NUM_THREADS=7)
     out = tmp_path / "out"
     for number, expected in ((3, ["3", "3"]), (None, [None, "7"])):
-        assert newcomer.run_script("script.py", [str(out), *threads.VARIABLES], number) == 0
+        assert auto.run_script("script.py", [str(out), *threads.THREAD_VARIABLES], number) == 0
         assert out.read_text().strip() == str(expected)
     machine(2, 2)
-    assert newcomer.run_script("script.py", [str(out), *threads.VARIABLES], 3) == 0
+    assert auto.run_script("script.py", [str(out), *threads.THREAD_VARIABLES], 3) == 0
     assert out.read_text().strip() == str(["3", None]) and "OMP_NUM_THREADS" not in os.environ

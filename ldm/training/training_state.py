@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldm import checkpoint
-from ldm.training.adversarial import Adversary
+from ldm.training.adversarial import AdversarialLoss
 from ldm.training.codebook import Codebook
-from ldm.training.files import tensors_digest
-from ldm.training.optimisation import optimizer_tensors, restore_optimizer, trained_names
+from ldm.training.files import tensors_hash
+from ldm.training.optimizer import optimizer_tensors, restore_optimizer, trainable_names
 from ldm.wrapped import plain_name, plain_names
 
 
 @dataclass(frozen=True)
-class Networks:
+class TrainingState:
     """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was.
 
     A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average,
@@ -30,7 +30,7 @@ class Networks:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
-    adversary: Adversary | None = None
+    adversary: AdversarialLoss | None = None
     codebook: Codebook | None = None
 
     @property
@@ -40,11 +40,11 @@ class Networks:
         return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
 
     @property
-    def trained_parameters(self) -> int:
+    def trainable_parameters(self) -> int:
         """How many numbers learn."""
         return sum(parameter.numel() for parameter in self.learning)
 
-    def drop_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         """Forgets a step that is not made."""
         self.model.zero_grad(set_to_none=True)
         if self.adversary is not None:
@@ -56,21 +56,21 @@ class Networks:
         """The weights in `module` (the network or its average) that learn."""
         state = plain_names(module.state_dict())
         assert len(state) == len(list(module.parameters())), "buffers would be lost"
-        return {name: state[name] for name in trained_names(self.model)}
+        return {name: state[name] for name in trainable_names(self.model)}
 
     def load(self, module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Puts back what `trained` gave."""
-        if set(weights) != set(trained_names(self.model)):
+        if set(weights) != set(trainable_names(self.model)):
             raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
         stored = {plain_name(name): name for name in module.state_dict()}  # a part of it may be compiled
         module.load_state_dict({stored[name]: value for name, value in weights.items()}, strict=False)
 
     @cached_property
-    def untrained_digest(self) -> str | None:
+    def frozen_hash(self) -> str | None:
         """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
-        names = set(trained_names(self.model))
+        names = set(trainable_names(self.model))
         others = {name: value for name, value in plain_names(self.model.state_dict()).items() if name not in names}
-        return tensors_digest(others) if others else None
+        return tensors_hash(others) if others else None
 
     def save(self, folder: Path) -> None:
         """Writes weights, average and moments into `folder`."""

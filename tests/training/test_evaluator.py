@@ -13,9 +13,9 @@ from ldm.evaluation.evaluate import evaluate
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.reference import Reference
 from ldm.pipelines import NotFinite, Pipeline
-from ldm.training.measuring import Evaluator, figures
+from ldm.training.evaluator import Evaluator, log_values
 from ldm.training.report.names import PREFIX, name_of, title_of
-from ldm.training.trained import find_run
+from ldm.training.run_info import find_run
 from tests.test_cli import call
 from tests.training.runs import ROOT, captioned_folder, evaluations, metrics, run_ldm, settings
 
@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_the_exported_weights(run):
     assert reference.mirrored is not None  # training flips, so that a mirrored copy is one
     found = evaluate(Pipeline.from_pretrained(folder / "pipeline", device="cpu"), reference, samples=N)
     (_, last) = evaluations(folder)[-1]
-    assert figures(found, "pixel") == pytest.approx(last)
+    assert log_values(found, "pixel") == pytest.approx(last)
     assert [line["verdict"] for line in metrics(folder) if "verdict" in line][-1] == vars(found.verdict)
 
 
@@ -160,8 +160,8 @@ def test_samples_that_are_not_finite_do_not_stop_a_run_nor_keep_it_from_going_on
     def overflows(*arguments, **settings):
         raise NotFinite("picture 0 left the finite numbers")
 
-    monkeypatch.setattr("ldm.training.parts.sample_sheet", overflows)
-    monkeypatch.setattr("ldm.training.measuring.evaluate", overflows)
+    monkeypatch.setattr("ldm.training.setup.sample_grid", overflows)
+    monkeypatch.setattr("ldm.training.evaluator.evaluate", overflows)
     data = captioned_folder(tmp_path / "data", 80, side=8)
     arguments = [*settings(tmp_path / "run", encoder_folder), f"data.path={data}", "data.resolution=8", *EVALUATED]
     run_ldm(arguments, "train.max_steps=2", "data.held_out=0.3")  # the plan draws too, when it goes on as well

@@ -9,25 +9,25 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ldm import checkpoint, disk
-from ldm.training.files import damage, hashes
-from ldm.training.processes import total
-from ldm.training.started import resume_command
+from ldm.training.distributed import sum_over_processes
+from ldm.training.files import file_hashes, find_damage
+from ldm.training.start_folder import resume_command
 
 PREFIX = "step_"
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"{PREFIX}{step:08d}"
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first. A copy that someone keeps beside them has another name."""
     named = [path for path in run.glob(f"checkpoints/{PREFIX}*") if re.fullmatch(PREFIX + r"\d{8,}", path.name)]
-    return sorted((path for path in named if (path / "manifest.json").is_file()), key=step_of)
+    return sorted((path for path in named if (path / "manifest.json").is_file()), key=checkpoint_step)
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
@@ -40,29 +40,30 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
     """
     try:
         if target.exists() or target.is_symlink():
-            set_aside([target])
+            rename_damaged([target])
         with disk.new_folder(target) as folder:
             fill(folder)
             disk.sync_tree(folder)
-            checkpoint.write_json(folder / "manifest.json", {"files": hashes(folder)})  # the last file
-        wrong = damage(target)
+            checkpoint.write_json(folder / "manifest.json", {"files": file_hashes(folder)})  # the last file
+        wrong = find_damage(target)
         if wrong is not None:
             disk.remove_folder(target)
             raise OSError(f"it does not read back as it was written: {wrong}")
     except OSError as error:
         raise OSError(
-            f"the checkpoint of step {step_of(target)} cannot be written ({error}); {standing(target.parents[1])}; "
+            f"the checkpoint of step {checkpoint_step(target)} cannot be written ({error}); "
+            f"{describe_newest(target.parents[1])}; "
             f"mend that, and go on with {resume_command(target.parents[1])}"
         ) from error
 
 
-def prune(run: Path, keep: int, keep_every: int | None) -> None:
+def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
     """Removes all but the `keep` newest checkpoints and those of every `keep_every`-th step.
 
     One into which someone has put files of their own stays.
     """
-    for old in checkpoints(run)[:-keep]:
-        if (keep_every is None or step_of(old) % keep_every) and not _holds_more(old):
+    for old in list_checkpoints(run)[:-keep]:
+        if (keep_every is None or checkpoint_step(old) % keep_every) and not _holds_more(old):
             disk.remove_folder(old)
 
 
@@ -76,16 +77,16 @@ def _holds_more(folder: Path) -> bool:
     return any(path.relative_to(folder).as_posix() not in named for path in files)
 
 
-def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+def newest_intact_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
     """(the newest checkpoint whose files are those of its manifest, the newer ones that are damaged and were named).
 
     Raises:
         ValueError: if there are checkpoints but none is intact.
     """
-    folders = checkpoints(run)
+    folders = list_checkpoints(run)
     damaged: list[Path] = []
     for folder in reversed(folders):
-        wrong = damage(folder) or _misnamed(folder)
+        wrong = find_damage(folder) or _misnamed(folder)
         if wrong is None:
             return folder, damaged
         say(f"{folder} is damaged ({wrong}); taking the one before")
@@ -104,10 +105,10 @@ def _misnamed(folder: Path) -> str | None:
         step = checkpoint.read_json(folder / "training" / "state.json").get("step")
     except ValueError as error:
         return str(error)
-    return None if step == step_of(folder) else f"it was made at step {step}"
+    return None if step == checkpoint_step(folder) else f"it was made at step {step}"
 
 
-def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+def find_checkpoint(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
     """What the main process finds with `newest_checkpoint`, told to all: they read the same one.
 
     Raises:
@@ -118,23 +119,23 @@ def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tup
     wrong: ValueError | None = None
     if accelerator.is_main_process:
         try:
-            newest, damaged = newest_checkpoint(run, say)
+            newest, damaged = newest_intact_checkpoint(run, say)
         except ValueError as error:
             wrong = error
-    found = -2 if wrong else -1 if newest is None else step_of(newest)
-    (step,) = total(accelerator, [found if accelerator.is_main_process else 0])
+    found = -2 if wrong else -1 if newest is None else checkpoint_step(newest)
+    (step,) = sum_over_processes(accelerator, [found if accelerator.is_main_process else 0])
     if step == -2:
         raise wrong or ValueError(f"no checkpoint in {run / 'checkpoints'} is intact")
-    return (None if step == -1 else folder_of(run, step)), damaged
+    return (None if step == -1 else checkpoint_folder(run, step)), damaged
 
 
-def standing(run: Path) -> str:
+def describe_newest(run: Path) -> str:
     """What there is to go on from, for an error message."""
-    newest = checkpoints(run)[-1:]
+    newest = list_checkpoints(run)[-1:]
     return f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
 
 
-def set_aside(damaged: list[Path]) -> None:
+def rename_damaged(damaged: list[Path]) -> None:
     """Renames damaged checkpoints, so that a new one of the same step can be written."""
     for folder in damaged:
         name = f"damaged.{folder.name}"

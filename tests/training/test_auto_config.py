@@ -14,9 +14,9 @@ from PIL import Image
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.data import DataConfig, inspect, open_source
 from ldm.models import UNet, UNetConfig
-from ldm.training import choose as module
+from ldm.training import auto_config as module
 from ldm.training import speed as speed_module
-from ldm.training.choose import Wishes, choose_config, prompts, unet_keys
+from ldm.training.auto_config import TrainOptions, choose_config, sample_prompts, unet_keys
 from ldm.training.speed import unet_seconds
 from tests import tiny
 
@@ -52,9 +52,9 @@ def used(path, **data):
     return inspect(open_source(config), config).used
 
 
-def chosen(path, samples=None, **wishes):
-    wishes = {"output_dir": "runs/test"} | wishes
-    choice = choose_config(samples or used(path), {"path": str(path)}, Wishes(**wishes), CPU)
+def chosen(path, samples=None, **options):
+    options = {"output_dir": "runs/test"} | options
+    choice = choose_config(samples or used(path), {"path": str(path)}, TrainOptions(**options), CPU)
     config = parse_config(choice.config, LDMConfig, "the test")
     sane(config)
     if choice.first_stage is not None:
@@ -221,7 +221,7 @@ def test_the_length_of_captions_is_the_shortest_that_nearly_all_fit_into(tmp_pat
     assert config.text.max_length == 77
     assert "captions: 77 tokens; 1 of 6 are longer and lose their end" in reasons
     # A text as long is no prompt for a grid.
-    assert len(prompts(used(pictures))) == 5
+    assert len(sample_prompts(used(pictures))) == 5
 
 
 def test_one_picture_is_refused(tmp_path, speed):

@@ -19,10 +19,10 @@ from ldm.cli.train import WAYS, train
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
 from ldm.data import DataConfig, open_source
 from ldm.evaluation import advice
-from ldm.training import choose, newcomer
-from ldm.training.folder import open_folder
+from ldm.training import auto, auto_config
+from ldm.training.run_folder import open_folder
 from ldm.training.space import load_first_stage
-from ldm.training.started import resume_command
+from ldm.training.start_folder import resume_command
 from tests.training.runs import ROOT, captioned_folder, fresh_processes, losses, run_config
 from train import train_autoencoder, train_ldm
 
@@ -47,8 +47,8 @@ def call(monkeypatch, *arguments, overrides=(), command="train"):
 def here(tmp_path, monkeypatch):
     """The working folder, a machine of one speed, and networks that take no time to look at."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(choose, "unet_seconds", lambda *arguments: 0.01)
-    monkeypatch.setattr(choose, "autoencoder_seconds", lambda *arguments: 0.01)
+    monkeypatch.setattr(auto_config, "unet_seconds", lambda *arguments: 0.01)
+    monkeypatch.setattr(auto_config, "autoencoder_seconds", lambda *arguments: 0.01)
     return tmp_path
 
 
@@ -68,7 +68,7 @@ def in_this_process(monkeypatch):
         module.train(load_config(Path(arguments[1]), changes, kind), "--resume" in arguments)
         return 0
 
-    monkeypatch.setattr(newcomer, "run_script", run)
+    monkeypatch.setattr(auto, "run_script", run)
 
 
 def printed_configs(out):
@@ -112,7 +112,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
 ):
     # As few images and steps as make a run.
     monkeypatch.setattr(advice, "ENOUGH_IMAGES", 20)
-    monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
     assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 0
@@ -136,17 +136,17 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
     monkeypatch.setattr(advice, "ENOUGH_IMAGES", 20)
-    monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
-    whole, called = newcomer.run_script, []
+    whole, called = auto.run_script, []
 
     def killed(script, arguments, threads=None):
         called.append(script)
         return 137
 
     with monkeypatch.context() as broken:
-        broken.setattr(newcomer, "run_script", killed)
+        broken.setattr(auto, "run_script", killed)
         assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 137
     assert called == ["train_autoencoder.py"]
     planned = (here / "out" / "config.yaml").read_text()
@@ -155,7 +155,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
         called.append(script)
         return whole(script, arguments)
 
-    monkeypatch.setattr(newcomer, "run_script", one_of_them)
+    monkeypatch.setattr(auto, "run_script", one_of_them)
     assert call(monkeypatch, "--resume", "out") == 0
     assert "its first stage comes before, out-first-stage" in capfd.readouterr().out
     assert called[1:] == ["train_autoencoder.py", "train_ldm.py"]
@@ -170,7 +170,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
 def test_a_decoder_is_tuned_before_where_the_latents_hold_more_than_it_shows(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
-    monkeypatch.setattr(choose, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     (here / "data").mkdir()
     for i, sample in enumerate(open_source(DataConfig(path="digits", resolution=8)).samples[:12]):
         sample.load().resize((64, 64), Image.Resampling.BICUBIC).save(here / "data" / f"{i}.png")
@@ -208,9 +208,9 @@ def test_what_is_set_counts_before_anything_is_chosen(here, encoder_folder, monk
     data = captioned_folder(here / "data", 6, 20)
     (data / "7.png").write_bytes(b"no picture")
     (data / "7.txt").write_text("nothing")
-    wishes = [f"text.encoder={encoder_folder}", "data.resolution=40", "data.held_out=0.5", "space=latent"]
-    wishes += ["output_dir=elsewhere", "train.batch_size=2", "data.background=black"]
-    assert call(monkeypatch, data, "--plan", overrides=wishes) == 0
+    options = [f"text.encoder={encoder_folder}", "data.resolution=40", "data.held_out=0.5", "space=latent"]
+    options += ["output_dir=elsewhere", "train.batch_size=2", "data.background=black"]
+    assert call(monkeypatch, data, "--plan", overrides=options) == 0
     out = capfd.readouterr().out
     config = parse_config(printed_configs(out)["train_ldm.py"], LDMConfig, "the plan")
     assert (config.space, config.first_stage) == ("latent", "openmoji-first-stage")
@@ -285,7 +285,7 @@ def test_wrong_wishes_are_one_line_and_leave_no_trace(arguments, part, here, mon
 def called(monkeypatch):
     """Which scripts would run: (working folder, name, arguments)."""
     calls = []
-    monkeypatch.setattr(newcomer, "run_script", lambda *call: calls.append((Path.cwd(), *call)) or 75)
+    monkeypatch.setattr(auto, "run_script", lambda *call: calls.append((Path.cwd(), *call)) or 75)
     return calls
 
 
@@ -409,7 +409,7 @@ def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
     ],
 )
 def test_what_a_resumed_run_has_no_place_for_is_refused_by_name(arguments, part, here, monkeypatch, capfd):
-    monkeypatch.setattr(newcomer, "run_script", lambda *arguments: pytest.fail("nothing may start"))
+    monkeypatch.setattr(auto, "run_script", lambda *arguments: pytest.fail("nothing may start"))
     (here / "run").mkdir()
     text = (ROOT / "configs" / "digits.yaml").read_text()
     (here / "run" / "config.yaml").write_text(text)
@@ -426,18 +426,18 @@ def test_no_option_of_a_new_run_is_forgotten_when_one_is_resumed():
 
 def test_several_values_follow_one_option_as_in_the_scripts(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(newcomer, "train_folder", lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(auto, "auto_train", lambda *arguments: seen.append(arguments) or 0)
     assert call(monkeypatch, "pics", "--set", "a.b=1", "c=2 #3", "-o", "x=y", "--set=d=4", "e=f=5") == 0
-    ((data, wishes, settings, plan),) = seen
+    ((data, options, settings, plan),) = seen
     assert (data, settings, plan) == ({"path": "pics"}, ["a.b=1", "c=2 #3", "d=4", "e=f=5"], False)
-    assert wishes.output_dir == "x=y" and wishes.minutes == 30 and wishes.encoder == "minilm"
+    assert options.output_dir == "x=y" and options.minutes == 30 and options.encoder == "minilm"
     assert call(monkeypatch, "--set", "a=1", "b=2", "pics") == 0
     assert seen[1][0] == {"path": "pics"} and seen[1][2] == ["a=1", "b=2"]
     assert call(monkeypatch, "--set", "a=1", "./b=2") == 0
     assert seen[2][0] == {"path": "./b=2"}
     assert call(monkeypatch, "--set", "a=1", "--", "b=2") == 0
     assert seen[3][0] == {"path": "b=2"}
-    monkeypatch.setattr(newcomer, "resume_run", lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(auto, "resume_run", lambda *arguments: seen.append(arguments) or 0)
     assert call(monkeypatch, "--resume", "~/run", "--accept", "data", "code", "--set", "a=1", "b=2") == 0
     assert seen[4] == (Path("~/run").expanduser(), ["data", "code"], ["a=1", "b=2"])
 

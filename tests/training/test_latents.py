@@ -22,9 +22,9 @@ from ldm.data import Buckets, CaptionedImages, DataConfig, collate, open_source,
 from ldm.diffusion import drop_conditioning
 from ldm.models import AutoencoderConfig, AutoencoderKL
 from ldm.text import load_text_encoder_folders
-from ldm.training import encoded as module
-from ldm.training.draws import keyed_draws
-from ldm.training.encoded import EncodedImages, Encoders
+from ldm.training import latents as module
+from ldm.training.latents import CachedEncoders, LatentCache
+from ldm.training.noise import step_noise
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def data(folder, tmp_path, **changes):
 
 
 def encode(images, codec, text_encoder, lines=None, **how):
-    encoders = Encoders(
+    encoders = CachedEncoders(
         codec,
         text_encoder,
         images.config.cache_folder,
@@ -80,7 +80,7 @@ def encode(images, codec, text_encoder, lines=None, **how):
         print=(lines if lines is not None else []).append,
         **how,
     )
-    return EncodedImages(images, encoders)
+    return LatentCache(images, encoders)
 
 
 def new(encoded):
@@ -341,7 +341,7 @@ def test_nothing_random_is_kept(folder, tmp_path, codec, text_encoder):
     for epoch in range(12):
         batch = batch_of(images, epoch)
         assert batch.images is None  # nothing is decoded any more
-        draws = keyed_draws(0, batch.epochs, batch.ids, epoch, shape=SHAPE, caption_dropout=0.3)
+        draws = step_noise(0, batch.epochs, batch.ids, epoch, shape=SHAPE, caption_dropout=0.3)
         latents = encoded.latents(batch, draws.posterior)
         mean = encoded.latents(batch, None)
         deviation = (latents - mean) / draws.posterior
@@ -395,8 +395,8 @@ def test_the_networks_can_be_freed(folder, tmp_path, text_files):
     images = data(folder, tmp_path)
     codec = make_codec()
     text_encoder = load_text_encoder_folders(text_files / "text_encoder", text_files / "tokenizer")
-    encoders = Encoders(codec, text_encoder, tmp_path / "cache", device=torch.device("cpu"), print=lambda _: None)
-    encoded = EncodedImages(images, encoders)
+    encoders = CachedEncoders(codec, text_encoder, tmp_path / "cache", device=torch.device("cpu"), print=lambda _: None)
+    encoded = LatentCache(images, encoders)
     expected = everything(encoded)
     networks = [weakref.ref(codec.autoencoder), weakref.ref(text_encoder.model)]
     del codec, text_encoder, encoders
@@ -475,8 +475,8 @@ def test_the_transform_changes_with_its_version_alone(tmp_path):
 WAITER = """
 import datetime, sys, time, torch
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
-from ldm.training.encoded import patient_barrier
-wait = patient_barrier(2)
+from ldm.training.latents import long_barrier
+wait = long_barrier(2)
 time.sleep(3 * torch.distributed.get_rank())
 wait()
 """

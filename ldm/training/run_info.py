@@ -14,7 +14,7 @@ from ldm.config import LDMConfig, load_config
 from ldm.config.reading import read_yaml
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
-from ldm.training import resuming, saving, started
+from ldm.training import checkpoints, resume, start_folder
 
 CONFIG = "config.yaml"
 DATA = "data.json"  # of a built-in model: how many images it was trained on, and their digest
@@ -23,14 +23,14 @@ DEEPEST = 3
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunInfo:
     """The run that made a model.
 
     Attributes:
         folder: the run folder.
         config: that it was trained with.
-        samples, sha256: how many images it was trained on, and `resuming.digest_of` its data; None before the first
-            checkpoint.
+        samples, sha256: how many images it was trained on, and the `data_fingerprint` of its data; None before
+            the first checkpoint.
     """
 
     folder: Path
@@ -38,13 +38,13 @@ class Trained:
     samples: int | None
     sha256: str | None
 
-    def change_of_data(self, images: CaptionedImages, held_out: CaptionedImages | None) -> str | None:
+    def data_mismatch(self, images: CaptionedImages, held_out: CaptionedImages | None) -> str | None:
         """What to say if these are not the images that the run trained on and held out; None if they are."""
         if self.sha256 is None:
             return f"{self.folder} has no checkpoint that says which images it was trained on"
         before = {"samples": self.samples, "sha256": self.sha256}
-        present = {"samples": len(images), "sha256": resuming.digest_of(images, held_out)}
-        found = resuming.data_differences(self.folder, before, present, images, held_out)
+        present = {"samples": len(images), "sha256": resume.data_fingerprint(images, held_out)}
+        found = resume.data_differences(self.folder, before, present, images, held_out)
         if not found:
             return None
         then, now = found["data"]
@@ -52,7 +52,7 @@ class Trained:
         return f"the data is not what {self.folder} was trained on{older}: {then} then, {now} now"
 
 
-def find_run(model: str) -> Trained | None:
+def find_run(model: str) -> RunInfo | None:
     """The run that a folder is, or lies in; None for other folders and for hub ids.
 
     Raises:
@@ -76,22 +76,22 @@ def find_run(model: str) -> Trained | None:
         return None
     if "autoencoder" in content:
         raise ValueError(f"{folder} is the run of a first stage, which draws nothing; name the run of a model")
-    saved = saving.checkpoints(folder)
+    saved = checkpoints.list_checkpoints(folder)
     data = checkpoint.read_json(saved[-1] / "training" / "state.json")["data"] if saved else {}
     config = load_config(path, [], LDMConfig)
-    with suppress(ValueError):  # said by `data_of`, if its data is asked for
-        config = started.located(config, folder)
-    return Trained(folder, config, data.get("samples"), data.get("sha256"))
+    with suppress(ValueError):  # said by `data_config`, if its data is asked for
+        config = start_folder.with_absolute_paths(config, folder)
+    return RunInfo(folder, config, data.get("samples"), data.get("sha256"))
 
 
-def _of_built_in(folder: Path) -> Trained | None:
+def _of_built_in(folder: Path) -> RunInfo | None:
     """What `tools/release_model.py` has kept of the run beside the model."""
     if not (folder / CONFIG).is_file():
         return None
     path = folder / CONFIG
     config = load_config(path, [], LDMConfig)
     data = checkpoint.read_json(folder / DATA)
-    return Trained(folder, config, data["samples"], data["sha256"])
+    return RunInfo(folder, config, data["samples"], data["sha256"])
 
 
 def _is_of(run: Path, model: Path) -> bool:
@@ -104,7 +104,7 @@ def _is_of(run: Path, model: Path) -> bool:
     )
 
 
-def open_model(model: str, run: Trained | None, device: str | torch.device | None) -> tuple[Pipeline, str]:
+def open_model(model: str, run: RunInfo | None, device: str | torch.device | None) -> tuple[Pipeline, str]:
     """The pipeline of a run folder, of a pipeline folder or of a hub id, and what it was read from.
 
     A run that trained a LoRA gives the model it started from, with the LoRA on, at the size of training.
@@ -133,13 +133,13 @@ def open_model(model: str, run: Trained | None, device: str | torch.device | Non
     return pipeline, f"{run.config.start_from} with {folder}"
 
 
-def is_its_data(run: Trained, path: str) -> bool:
+def uses_same_data(run: RunInfo, path: str) -> bool:
     """Whether a path names the data of a run."""
     own = run.config.data.path
     return path == own or Path(path).expanduser().resolve() == Path(own).expanduser().resolve()
 
 
-def data_of(run: Trained, **changes: str | float | None) -> DataConfig:
+def data_config(run: RunInfo, **changes: str | float | None) -> DataConfig:
     """The data of a run with what was asked for otherwise; None leaves a key as it is.
 
     Raises:
@@ -152,4 +152,4 @@ def data_of(run: Trained, **changes: str | float | None) -> DataConfig:
             "seen would count as held out; leave the option out"
         )
     given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(started.located(run.config, run.folder).data, **given)  # type: ignore[arg-type]
+    return dataclasses.replace(start_folder.with_absolute_paths(run.config, run.folder).data, **given)  # type: ignore[arg-type]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ldm.config import LDMConfig, load_config, to_yaml
-from ldm.training.started import base_of, located, record, resume_command
-from ldm.training.trained import data_of, find_run
+from ldm.training.run_info import data_config, find_run
+from ldm.training.start_folder import base_folder, record_start, resume_command, with_absolute_paths
 from tests.training.runs import ROOT
 
 
@@ -24,46 +24,46 @@ def run(tmp_path, monkeypatch):
     overrides = [f"output_dir={tmp_path / 'run'}", "data.path=pics"]
     config = load_config(ROOT / "configs" / "digits.yaml", overrides, LDMConfig)
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
-    record(tmp_path / "run", config)
+    record_start(tmp_path / "run", config)
     monkeypatch.chdir(tmp_path / "now")
     return tmp_path / "run"
 
 
 def test_relative_paths_are_read_from_where_the_run_was_started(run, tmp_path, monkeypatch):
     then, now = tmp_path / "then", tmp_path / "now"
-    assert base_of(run, content()) == then
+    assert base_folder(run, content()) == then
     (now / "pics").mkdir()  # of the same name, but not what the run was started on
-    assert base_of(run, content()) == then
+    assert base_folder(run, content()) == then
     (then / "pics").rename(then / "elsewhere")
-    assert base_of(run, content()) == now
+    assert base_folder(run, content()) == now
     (now / "pics").rmdir()
     with pytest.raises(ValueError, match=r"data\.path of .*run is pics, relative to .*then, where the run was started"):
-        base_of(run, content())
-    assert base_of(run, content(), {"data.path"}) == now
-    assert base_of(run, content(data={"path": "/other"})) == now
+        base_folder(run, content())
+    assert base_folder(run, content(), {"data.path"}) == now
+    assert base_folder(run, content(data={"path": "/other"})) == now
     monkeypatch.chdir(then)
-    assert base_of(run, content()) == then
+    assert base_folder(run, content()) == then
 
 
 def test_names_of_what_is_built_in_and_hub_ids_are_no_paths(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     config = load_config(ROOT / "configs" / "digits.yaml", [], LDMConfig)
-    record(tmp_path, config)
+    record_start(tmp_path, config)
     monkeypatch.chdir(tmp_path / "digits")
-    assert base_of(tmp_path, content(data={"path": "digits"})) == tmp_path / "digits"
+    assert base_folder(tmp_path, content(data={"path": "digits"})) == tmp_path / "digits"
     (tmp_path / "started.json").unlink()  # of an older version
-    assert base_of(tmp_path, content()) == tmp_path / "digits"
+    assert base_folder(tmp_path, content()) == tmp_path / "digits"
 
 
 def test_an_evaluation_finds_the_data_of_a_run_from_any_folder(run, tmp_path):
     found = find_run(str(run))
-    assert data_of(found).path == str(tmp_path / "then" / "pics")
-    assert located(found.config, run) == found.config
+    assert data_config(found).path == str(tmp_path / "then" / "pics")
+    assert with_absolute_paths(found.config, run) == found.config
     (tmp_path / "then" / "pics").rmdir()
     found = find_run(str(run))  # other data may be named
     with pytest.raises(ValueError, match=r"data\.path of .* is no longer there"):
-        data_of(found)
+        data_config(found)
 
 
 def test_the_command_is_quoted_for_the_shell():

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from ldm.config import AutoencoderTrainingConfig, parse_config
-from ldm.training import folder as folders
-from ldm.training import newcomer
-from ldm.training.folder import lock, open_folder
+from ldm.training import auto
+from ldm.training import run_folder as folders
+from ldm.training.run_folder import lock_folder, open_folder
 
 
 def config_of(folder, seed=0):
@@ -99,7 +99,7 @@ def test_a_lock_that_was_opened_before_its_folder_moved_is_not_taken_for_that_of
         monkeypatch.setattr(time, "sleep", lambda _: None)
 
     monkeypatch.setattr(time, "sleep", moved)
-    unlock = lock(tmp_path / "run")
+    unlock = lock_folder(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").read_text().startswith("process ")
     assert (tmp_path / "run.1" / ".lock").read_text() == ""
     unlock()
@@ -125,10 +125,10 @@ def test_what_was_refused_is_not_cleared_away_where_another_process_has_begun(tm
     opened(tmp_path / "run")()
     held = os.open(tmp_path / "run" / ".lock", os.O_RDWR)
     assert folders._lock(held)
-    newcomer._forget_unbegun(tmp_path / "run")
+    auto._remove_empty_run(tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").is_file()
     os.close(held)
-    newcomer._forget_unbegun(tmp_path / "run")
+    auto._remove_empty_run(tmp_path / "run")
     assert os.listdir(tmp_path) == []
-    newcomer._forget_unbegun(tmp_path / "run")
+    auto._remove_empty_run(tmp_path / "run")
     assert os.listdir(tmp_path) == []

@@ -31,19 +31,19 @@ from ldm.data import account_of, inspect, open_source
 from ldm.data.captions import printable
 from ldm.pipelines.pipeline import default_device
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
-from ldm.training.choose import FIRST_STAGE, Wishes, choose_config
-from ldm.training.folder import check_new, lock, open_folder
-from ldm.training.saving import checkpoints
+from ldm.training.auto_config import FIRST_STAGE, TrainOptions, choose_config
+from ldm.training.checkpoints import list_checkpoints
+from ldm.training.run_folder import check_new, lock_folder, open_folder
 from ldm.training.space import DEFAULT_FIRST_STAGE
-from ldm.training.started import FILE as STARTED
-from ldm.training.started import PATHS, base_of, is_local, resume_command, working_in
-from ldm.training.threads import VARIABLES
+from ldm.training.start_folder import PATHS, base_folder, is_relative_path, resume_command, working_directory
+from ldm.training.start_folder import START_FILE as STARTED
+from ldm.training.threads import THREAD_VARIABLES
 
 REFUSED = 2  # the exit code of a script whose config or data is wrong
 SCRIPTS = Path(__file__).parents[2] / "train"
 
 
-def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str], plan_only: bool) -> int:
+def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str], plan_only: bool) -> int:
     """Inspects, chooses, says why, and trains; returns the exit code of the script that failed, or 0.
 
     Args:
@@ -55,11 +55,11 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
         ValueError: if there is nothing to train on, or a wish cannot be fulfilled.
     """
     _find("train_ldm.py")
-    draft = _draft(data, wishes, overrides)
-    wishes = _heard(draft, wishes, overrides)
-    if wishes.start_from is not None:
-        find_pipeline(wishes.start_from)
-    check_new(Path(wishes.output_dir).expanduser())
+    draft = _draft(data, options, overrides)
+    options = _apply_overrides(draft, options, overrides)
+    if options.start_from is not None:
+        find_pipeline(options.start_from)
+    check_new(Path(options.output_dir).expanduser())
     inspection = inspect(open_source(draft.data), draft.data, progress=True)
     account = account_of(inspection, draft.data)
     print(account.line())
@@ -68,7 +68,7 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     device = default_device()
     given = with_overrides({"data": data}, [override for override in overrides if override.startswith("data.")])["data"]
     given.pop("resolution", None)
-    chosen = choose_config(inspection.used, given, wishes, device)
+    chosen = choose_config(inspection.used, given, options, device)
     for reason in chosen.reasons:
         print(reason)
     final = parse_config(with_overrides(chosen.config, overrides), LDMConfig, "the chosen config")
@@ -86,20 +86,20 @@ def train_folder(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str],
     code = _run_stages(stages, begun=first is not None, threads=chosen.threads)
     if code == REFUSED and first is not None:
         for config in (first, final):
-            _forget_unbegun(Path(config.output_dir).expanduser())
+            _remove_empty_run(Path(config.output_dir).expanduser())
     elif code and first is not None:  # each script speaks of its own run
         print(f"go on with both: {resume_command(Path(final.output_dir).expanduser())}", file=sys.stderr)
     if code == 0:
-        _say_what_now(Path(wishes.output_dir).expanduser())
+        _print_next_steps(Path(options.output_dir).expanduser())
     return code
 
 
-def _forget_unbegun(folder: Path) -> None:
+def _remove_empty_run(folder: Path) -> None:
     """Removes a run folder that holds its config and nothing else: what was refused leaves no trace."""
     if not folder.is_dir():
         return
     try:
-        unlock = lock(folder)
+        unlock = lock_folder(folder)
     except ValueError:  # another process has begun a run there
         return
     if {path.name for path in folder.iterdir()} <= {"config.yaml", STARTED, ".lock"}:
@@ -107,36 +107,36 @@ def _forget_unbegun(folder: Path) -> None:
     unlock()
 
 
-def _draft(data: dict[str, Any], wishes: Wishes, overrides: Sequence[str]) -> LDMConfig:
+def _draft(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str]) -> LDMConfig:
     """A config of what is known before anything is looked at, so that a wrong key or value costs no time."""
     content: dict[str, Any] = {
-        "output_dir": wishes.output_dir,
-        "data": {"resolution": 64 if wishes.resolution is None else wishes.resolution} | data,
+        "output_dir": options.output_dir,
+        "data": {"resolution": 64 if options.resolution is None else options.resolution} | data,
         "train": {"max_steps": 10**9},  # whatever is said of steps fits: they are counted later
         "sample": {"prompts": ["a"]},
     }
-    if wishes.start_from is not None:
-        content["start_from"] = wishes.start_from
+    if options.start_from is not None:
+        content["start_from"] = options.start_from
     # Keys of the network stand beside those that are chosen for it.
     content = with_overrides(content, [override for override in overrides if not override.startswith("unet.")])
     if content.get("start_from") is None:
-        content = {"space": "auto", "unet": {}, "text": {"encoder": wishes.encoder}} | content
+        content = {"space": "auto", "unet": {}, "text": {"encoder": options.encoder}} | content
         if content["space"] == "latent" and content.get("first_stage") is None:
             content["first_stage"] = DEFAULT_FIRST_STAGE
-    elif wishes.method is not None:
-        content["finetune"] = {"method": wishes.method} | (content.get("finetune") or {})
+    elif options.method is not None:
+        content["finetune"] = {"method": options.method} | (content.get("finetune") or {})
     return parse_config(content, LDMConfig, "ldm train")
 
 
-def _heard(draft: LDMConfig, wishes: Wishes, overrides: Sequence[str]) -> Wishes:
-    """Wishes that are said with --set count as those with options of their own."""
+def _apply_overrides(draft: LDMConfig, options: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
+    """TrainOptions that are said with --set count as those with options of their own."""
     keys = {override.partition("=")[0].strip() for override in overrides}
     return dataclasses.replace(
-        wishes,
+        options,
         output_dir=draft.output_dir,
-        resolution=draft.data.resolution if "data.resolution" in keys else wishes.resolution,
+        resolution=draft.data.resolution if "data.resolution" in keys else options.resolution,
         start_from=draft.start_from,
-        method=draft.finetune.method if "finetune.method" in keys else wishes.method,
+        method=draft.finetune.method if "finetune.method" in keys else options.method,
         encoder=draft.text.encoder,
         space=draft.space,
         first_stage=draft.first_stage,
@@ -182,20 +182,20 @@ def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = (
             f"--resume {folder} goes on in that folder, and --set output_dir names one; leave it out (a run folder may "
             "be moved while nothing runs in it)"
         )
-    here, base = Path.cwd(), base_of(folder, content, keys)
+    here, base = Path.cwd(), base_folder(folder, content, keys)
     if base == here:
         return _resume(folder, content, accept, overrides)
     print(f"the run was started in {base}, and its relative paths are read from there", flush=True)
     settings = [_from_here(override) for override in overrides]
     folder = folder.absolute()
-    with working_in(base):
+    with working_directory(base):
         return _resume(folder, content, accept, settings)
 
 
 def _from_here(override: str) -> str:
     """An override whose value is a file or folder of the working folder, with that in front of it."""
     key, _, value = override.partition("=")
-    is_path = key.strip() in PATHS and not value.startswith(OPEN_CLIP) and is_local(value, Path.cwd())
+    is_path = key.strip() in PATHS and not value.startswith(OPEN_CLIP) and is_relative_path(value, Path.cwd())
     return f"{key}={Path(value).absolute()}" if is_path else override
 
 
@@ -216,21 +216,25 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
     arguments = ["--config", str(folder / "config.yaml"), "--set", *settings, "--resume"]
     code = run_script(script, [*arguments, *(["--accept", *accept] if accept else [])])
     if code == 0 and script == "train_ldm.py":
-        _say_what_now(folder)
+        _print_next_steps(folder)
     return code
 
 
 def _own_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
-    """The run of the first stage that `train_folder` began with a run, while that has no checkpoint.
+    """The run of the first stage that `auto_train` began with a run, while that has no checkpoint.
 
     One that is finished goes on too: where it was killed at its very end, its export is made again. One whose
     checkpoints someone has removed is taken as it is.
     """
     run = folder.with_name(f"{folder.name}{FIRST_STAGE}")
     stage = content.get("first_stage")
-    if checkpoints(folder) or stage is None or Path(stage).expanduser().resolve() != (run / "autoencoder").resolve():
+    if (
+        list_checkpoints(folder)
+        or stage is None
+        or Path(stage).expanduser().resolve() != (run / "autoencoder").resolve()
+    ):
         return None
-    thrown_away = (run / "autoencoder").is_dir() and not checkpoints(run)
+    thrown_away = (run / "autoencoder").is_dir() and not list_checkpoints(run)
     return run if (run / "config.yaml").is_file() and not thrown_away else None
 
 
@@ -244,7 +248,7 @@ def run_script(script: str, arguments: list[str], threads: int | None = None) ->
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    names = [VARIABLES[0], *(name for name in VARIABLES[1:] if name in os.environ)]
+    names = [THREAD_VARIABLES[0], *(name for name in THREAD_VARIABLES[1:] if name in os.environ)]
     told = {} if threads is None else dict.fromkeys(names, str(threads))
     process = subprocess.Popen([*command, str(_find(script)), *arguments], env=os.environ | told)
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -267,7 +271,7 @@ def _find(script: str) -> Path:
     return path
 
 
-def _say_what_now(folder: Path) -> None:
+def _print_next_steps(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     prompt = shlex.quote(printable(config["sample"]["prompts"][0]))
     sheets = sorted((folder / "samples").glob("step_*.png"))
@@ -277,6 +281,6 @@ def _say_what_now(folder: Path) -> None:
         print(f"draw:     ldm generate {prompt} --model {shlex.quote(str(folder / 'pipeline'))}")
     else:
         model, lora = config["start_from"], shlex.quote(str(folder / "lora"))
-        if folder.is_absolute() and is_local(model, Path.cwd()):  # it may be read in another folder
+        if folder.is_absolute() and is_relative_path(model, Path.cwd()):  # it may be read in another folder
             model = str(Path(model).absolute())
         print(f"draw:     ldm generate {prompt} --model {shlex.quote(model)} --lora {lora}")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ldm import disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config, to_yaml
-from ldm.training import resuming, saving, started
-from ldm.training.files import difference, hashes
+from ldm.training import checkpoints, start_folder
+from ldm.training.files import file_hashes, first_difference
+from ldm.training.resume import config_differences
 
 # A process that was killed may hold its lock a moment longer, while the system clears up after it.
 LOCK_SECONDS, BETWEEN_TRIES = 3.0, 0.1
@@ -21,7 +22,7 @@ LOCK_SECONDS, BETWEEN_TRIES = 3.0, 0.1
 _held: dict[Path, int] = {}
 
 
-def _forget() -> None:
+def _close_inherited() -> None:
     """In a process that was forked: a worker that outlives a killed run must not hold its lock."""
     for file in _held.values():
         os.close(file)
@@ -29,10 +30,10 @@ def _forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
-def lock(folder: Path) -> Callable[[], None]:
+def lock_folder(folder: Path) -> Callable[[], None]:
     """Locks a run folder until the returned function is called or the process ends, however it ends.
 
     The folder is made if there is none. A run of this process that has failed, in a notebook say, gives way.
@@ -44,7 +45,7 @@ def lock(folder: Path) -> Callable[[], None]:
     if name in _held:
         os.close(_held.pop(name))
     deadline = time.monotonic() + LOCK_SECONDS
-    while (file := _locked(folder)) is None:
+    while (file := _try_lock(folder)) is None:
         if time.monotonic() > deadline:
             holder = (folder / ".lock").read_text(errors="replace").strip() if (folder / ".lock").is_file() else ""
             raise ValueError(
@@ -63,7 +64,7 @@ def lock(folder: Path) -> Callable[[], None]:
     return unlock
 
 
-def _locked(folder: Path) -> int | None:
+def _try_lock(folder: Path) -> int | None:
     """The lock of a folder, open and held; None if another process holds it, or moves the folder aside right now."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -73,7 +74,7 @@ def _locked(folder: Path) -> int | None:
         return None
     try:
         # One that was opened before the folder was moved aside is the lock of the folder aside.
-        if _lock(file) and os.path.samestat(os.fstat(file), path.stat()):
+        if _try_flock(file) and os.path.samestat(os.fstat(file), path.stat()):
             return file
     except FileNotFoundError:
         pass
@@ -81,7 +82,7 @@ def _locked(folder: Path) -> int | None:
     return None
 
 
-def _lock(file: int) -> bool:
+def _try_flock(file: int) -> bool:
     try:
         import fcntl
     except ImportError:
@@ -137,22 +138,22 @@ def open_folder(
         ValueError: if the folder is not ours, or another process writes it.
     """
     check_new(folder)
-    unlock = lock(folder)
+    unlock = lock_folder(folder)
     try:
         check_new(folder)  # it may be another one by now
-        stays = resume and (step > 0 or bool(saving.checkpoints(folder)) or _is_this_run(folder, config))
+        stays = resume and (step > 0 or bool(checkpoints.list_checkpoints(folder)) or _is_this_run(folder, config))
         if _is_begun(os.listdir(folder)) and not stays:
             unlock = _move_aside(folder, say)
-        newest = next((path for path in reversed(saving.checkpoints(folder)) if path not in damaged), None)
-        if newest is not None and saving.step_of(newest) != step:
+        newest = next((path for path in reversed(checkpoints.list_checkpoints(folder)) if path not in damaged), None)
+        if newest is not None and checkpoints.checkpoint_step(newest) != step:
             raise ValueError(f"another process has gone on with {folder} meanwhile, to {newest}; start again")
-        if resume and not saving.checkpoints(folder):
+        if resume and not checkpoints.list_checkpoints(folder):
             say(f"{folder} has no checkpoint to resume; starting at step 0")
         for inside in (folder, folder / "checkpoints", folder / "samples"):
             disk.remove_partial(inside)
-        saving.set_aside(damaged)
+        checkpoints.rename_damaged(damaged)
         disk.write_text(folder / "config.yaml", to_yaml(config))
-        started.record(folder, config)
+        start_folder.record_start(folder, config)
     except BaseException:
         unlock()
         raise
@@ -173,7 +174,7 @@ def _move_aside(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
         now = aside if folder.is_symlink() else folder.with_name(aside.name)
         say(f"{folder} held an earlier run, which is now {now}")
         place.mkdir(exist_ok=True)
-        return lock(folder)
+        return lock_folder(folder)
     finally:
         os.close(held)
 
@@ -184,7 +185,7 @@ def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) ->
         return True  # stopped before it had one
     with suppress(ValueError):
         stored = read_config(folder / "config.yaml", type(config))
-        return not resuming.config_differences(stored, config, str(folder / "config.yaml"))
+        return not config_differences(stored, config, str(folder / "config.yaml"))
     return False
 
 
@@ -202,7 +203,7 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> None:
             aside.rename(folder)
             disk.sync(folder.parent)
             return
-        changed = difference(hashes(folder), hashes(aside))
+        changed = first_difference(file_hashes(folder), file_hashes(aside))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if changed is not None:

@@ -15,12 +15,12 @@ from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
 from ldm.data import CaptionedImages
 from ldm.data.captions import printable
-from ldm.training.environment import changed
-from ldm.training.files import flattened, step_of
+from ldm.training.environment import changed_keys
+from ldm.training.files import flatten, log_step
 
 # What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same. That the data
 # under another path is the same data, the hashes of its samples say.
-FREE_TO_CHANGE = (
+IGNORED_KEYS = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
     *("train.cooldown_steps", "train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
@@ -28,13 +28,13 @@ FREE_TO_CHANGE = (
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
     *("data.path", "data.cache_dir"),
 )
-NAMES_SHOWN = 5
+MAX_NAMES = 5
 
 Differences = dict[str, tuple[Any, Any]]
 """Key → (what it was, what it is)."""
 
 
-def differences(
+def find_differences(
     config: LDMConfig | AutoencoderTrainingConfig, present: Mapping[str, Any], folder: Path, say: Callable[[str], None]
 ) -> Differences:
     """In what config and environment differ from those of the checkpoint `folder`, where that changes its meaning.
@@ -59,10 +59,10 @@ def differences(
             f"the run had {before['processes']} processes and has {present['processes']}: it sees the same samples and "
             "noise, and sums are rounded otherwise"
         )
-    return config_differences(stored, config, str(folder)) | changed(before, dict(present))
+    return config_differences(stored, config, str(folder)) | changed_keys(before, dict(present))
 
 
-def threads_of(folder: Path, processes: int) -> int | None:
+def stored_threads(folder: Path, processes: int) -> int | None:
     """The threads with which the run of a checkpoint computed; None on a GPU, and with another number of processes."""
     before = checkpoint.read_json(folder / "training" / "state.json").get("environment", {})
     threads: int | None = before.get("threads") if before.get("processes") == processes else None
@@ -76,16 +76,16 @@ def config_differences(
     kind: Any = type(config)
     with suppress(ValueError):  # keys that are newer than the run stood at their defaults
         stored = yaml.safe_load(to_yaml(parse_config(stored, kind, where)))
-    then, now = flattened(stored), flattened(yaml.safe_load(to_yaml(config)))
+    then, now = flatten(stored), flatten(yaml.safe_load(to_yaml(config)))
     found = {}
     for key in sorted(then.keys() | now.keys()):
         open_still = now.get("space") == "auto" and key in ("space", "first_stage")  # see `Run.settle`
-        if then.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE) and not open_still:
+        if then.get(key) != now.get(key) and not key.startswith(IGNORED_KEYS) and not open_still:
             found[key] = (then.get(key), now.get(key))
     return found
 
 
-def refuse(found: Differences, accept: Iterable[str], folder: Path, say: Callable[[str], None]) -> None:
+def check_compatible(found: Differences, accept: Iterable[str], folder: Path, say: Callable[[str], None]) -> None:
     """Refuses to go on from a checkpoint under other conditions than those that were accepted one by one.
 
     Raises:
@@ -111,13 +111,13 @@ def _shown(value: Any) -> str:
 # ---- the data
 
 
-def fingerprints(images: CaptionedImages, held_out: CaptionedImages | None) -> dict[str, str]:
+def sample_fingerprints(images: CaptionedImages, held_out: CaptionedImages | None) -> dict[str, str]:
     """Sample id → a hash of its picture's bytes and its captions."""
     samples = (*images.samples, *(held_out.samples if held_out else ()))
     return {sample.id: _hash(repr((sample.digest, sample.captions)))[:16] for sample in samples}
 
 
-def digest_of(images: CaptionedImages, held_out: CaptionedImages | None) -> str:
+def data_fingerprint(images: CaptionedImages, held_out: CaptionedImages | None) -> str:
     """A hash of all that decides which pictures and captions a step sees, and what it is measured on."""
     sides = (images.samples, held_out.samples if held_out else ())
     text = repr([[(sample.id, sample.digest, sample.captions) for sample in samples] for samples in sides])
@@ -139,7 +139,7 @@ def data_differences(
     then, now = f"{stored['samples']} images", f"{present['samples']} images"
     known = run / "fingerprints.json"
     if known.is_file():
-        before, after = checkpoint.read_json(known), fingerprints(images, held_out)
+        before, after = checkpoint.read_json(known), sample_fingerprints(images, held_out)
         groups = {
             "changed": [name for name in after if name in before and before[name] != after[name]],
             "new": [name for name in after if name not in before],
@@ -152,8 +152,8 @@ def data_differences(
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
-    return shown + (", …" if len(names) > NAMES_SHOWN else "")
+    shown = ", ".join(printable(name) for name in names[:MAX_NAMES])
+    return shown + (", …" if len(names) > MAX_NAMES else "")
 
 
 def _hash(text: str) -> str:
@@ -163,15 +163,15 @@ def _hash(text: str) -> str:
 # ---- the log
 
 
-def logged(run: Path, name: str) -> list[tuple[int, float]]:
+def logged_values(run: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of a figure as often as it was logged, in the order of the log."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    entries = [json.loads(line) for line in lines if step_of(line) is not None]
+    entries = [json.loads(line) for line in lines if log_step(line) is not None]
     return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
 
-def cut_log(path: Path, step: int, *, again: Sequence[str]) -> None:
+def truncate_log(path: Path, step: int, *, again: Sequence[str]) -> None:
     """Drops what was logged after the step that is resumed, and half a line at the end.
 
     Args:
@@ -181,7 +181,7 @@ def cut_log(path: Path, step: int, *, again: Sequence[str]) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        at = step_of(line)
+        at = log_step(line)
         repeated = at == step and any(f'"{name}' in line for name in again)
         if at is not None and at <= step and not repeated:
             kept.append(line)

@@ -15,7 +15,7 @@ from ldm.diffusion import stratified_timestep
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepNoise:
     """What is random about B samples at one step.
 
     Attributes:
@@ -31,14 +31,14 @@ class Draws:
     posterior: Tensor
 
 
-class Places(NamedTuple):
+class BatchPositions(NamedTuple):
     """Where samples stand in the global batch of a step: `indices`, each 0 to `batch_size` − 1."""
 
     indices: Sequence[int]
     batch_size: int
 
 
-class GlobalBatches:
+class GlobalBatchIndex:
     """Finds samples in the global batch of their step, which follows from the step alone: a sample has the same place
     whichever process, worker or micro-batch it is in.
     """
@@ -46,15 +46,15 @@ class GlobalBatches:
     def __init__(self, images: CaptionedImages, batch_size: int) -> None:
         self._order = images.order(batch_size)
 
-    def places(self, batch: Batch, step: int) -> Places:
+    def places(self, batch: Batch, step: int) -> BatchPositions:
         """Where the samples of a micro-batch stand in the global batch of `step` (0-based)."""
         # An image is in a batch twice only in different epochs.
         place = {position: i for i, position in enumerate(self._order.batch(step))}
         positions = zip(batch.epochs, batch.indices.tolist(), strict=True)
-        return Places([place[position] for position in positions], self._order.batch_size)
+        return BatchPositions([place[position] for position in positions], self._order.batch_size)
 
 
-def keyed_draws(
+def step_noise(
     seed: int,
     epochs: Sequence[int],
     ids: Sequence[str],
@@ -63,9 +63,9 @@ def keyed_draws(
     shape: tuple[int, int, int],
     num_train_timesteps: int = 1,
     caption_dropout: float = 0.0,
-    places: Places | None = None,
+    places: BatchPositions | None = None,
     device: torch.device | str = "cpu",
-) -> Draws:
+) -> StepNoise:
     """Draws for each sample from a generator of its own, so that batches can be cut and spread in any way.
 
     Args:
@@ -86,7 +86,7 @@ def keyed_draws(
         dropped[i] = draw.random() < caption_dropout
         noise[i] = draw.standard_normal(shape, np.float32)
         posterior[i] = draw.standard_normal(shape, np.float32)
-    return Draws(
+    return StepNoise(
         timesteps=torch.from_numpy(timesteps),
         dropped=torch.from_numpy(dropped).to(device),
         noise=torch.from_numpy(noise).to(device),

@@ -4,11 +4,13 @@ import os
 
 import pytest
 
-from ldm.training import saving
+from ldm.training import checkpoints
 
 
 def write(run, step):
-    saving.write_checkpoint(saving.folder_of(run, step), lambda folder: (folder / "weights").write_text(str(step)))
+    checkpoints.write_checkpoint(
+        checkpoints.checkpoint_folder(run, step), lambda folder: (folder / "weights").write_text(str(step))
+    )
 
 
 @pytest.mark.parametrize(
@@ -18,17 +20,17 @@ def test_a_checkpoint_with_files_of_someone_is_not_pruned(added, stays, tmp_path
     for step in (2, 4, 6):
         write(tmp_path, step)
     if added is not None:
-        path = saving.folder_of(tmp_path, 2) / added
+        path = checkpoints.checkpoint_folder(tmp_path, 2) / added
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    saving.prune(tmp_path, 1, None)
+    checkpoints.prune_checkpoints(tmp_path, 1, None)
     left = ["step_00000002"] * stays + ["step_00000006"]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == left
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
 def test_what_stands_where_a_checkpoint_is_written_is_renamed(what, tmp_path):
-    target = saving.folder_of(tmp_path, 2)
+    target = checkpoints.checkpoint_folder(tmp_path, 2)
     target.parent.mkdir()
     if what == "folder":
         target.mkdir()
@@ -43,4 +45,4 @@ def test_what_stands_where_a_checkpoint_is_written_is_renamed(what, tmp_path):
     assert (
         os.readlink(aside) == "nowhere" if what == "link" else (aside / "notes" if what == "folder" else aside).exists()
     )
-    assert saving.checkpoints(tmp_path) == [target]
+    assert checkpoints.list_checkpoints(tmp_path) == [target]

@@ -17,7 +17,7 @@ from ldm.config import TrainConfig
 PATIENCE = timedelta(days=1)
 
 
-def join(train: TrainConfig, folder: Path) -> Accelerator:
+def join_processes(train: TrainConfig, folder: Path) -> Accelerator:
     """The accelerator of this process.
 
     Raises:
@@ -43,7 +43,7 @@ def join(train: TrainConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
-def total(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
+def sum_over_processes(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
     """The sums of whole numbers over all processes, the same in each; all have to call this."""
     if accelerator.num_processes == 1:
         return list(values)

@@ -20,7 +20,7 @@ from ldm.data.captions import printable
 NAMES_SHOWN = 4
 
 
-class Losses(NamedTuple):
+class StepLosses(NamedTuple):
     """Losses of the samples of a micro-batch.
 
     Attributes:
@@ -40,13 +40,13 @@ class Losses(NamedTuple):
         for objective in self.objectives or (self.values.mean(),):
             accelerator.backward(objective)
 
-    def detached(self) -> Losses:
+    def detached(self) -> StepLosses:
         """The numbers alone."""
         figures = {name: figure.detach().mean() for name, figure in self.figures.items()}
-        return Losses(self.values.detach(), self.timesteps, figures)
+        return StepLosses(self.values.detach(), self.timesteps, figures)
 
 
-class Meeting(NamedTuple):
+class StepResult(NamedTuple):
     """What all processes know after a step.
 
     Attributes:
@@ -65,15 +65,15 @@ class Meeting(NamedTuple):
     save: bool
 
 
-def meet(
+def sync_step(
     accelerator: Accelerator,
-    micro: Sequence[Losses],
+    micro: Sequence[StepLosses],
     norm: Tensor,
     *,
     beside: Mapping[str, Tensor],
     stop: bool,
     save: bool,
-) -> Meeting:
+) -> StepResult:
     """The moment of a step at which the processes hear of each other, and the host of its device.
 
     Args:
@@ -100,10 +100,10 @@ def meet(
     mean, *rest = torch.cat([words, same]).tolist()
     means, (failures, stops, saves, largest, *others) = rest[: len(names)], rest[len(names) :]
     told = dict(zip([*names, *beside], [*means, *others], strict=True))
-    return Meeting(mean, largest, told, failures == 0, stops > 0, saves > 0)
+    return StepResult(mean, largest, told, failures == 0, stops > 0, saves > 0)
 
 
-def in_order(accelerator: Accelerator, micro: Sequence[Losses]) -> Tensor:
+def gather_in_order(accelerator: Accelerator, micro: Sequence[StepLosses]) -> Tensor:
     """Loss and timestep (−1: none) of each sample of the global batch, [B, 2], in its order; all have to call this."""
     values = torch.cat([losses.values.float() for losses in micro])  # [M·b]
     timesteps = [losses.timesteps for losses in micro if losses.timesteps is not None]
@@ -115,7 +115,7 @@ def in_order(accelerator: Accelerator, micro: Sequence[Losses]) -> Tensor:
     return by_process.transpose(0, 1).flatten(0, 2)
 
 
-def suspects(
+def nonfinite_samples(
     images: CaptionedImages, positions: Sequence[tuple[int, int]], losses: Sequence[Sequence[float]]
 ) -> list[dict[str, Any]]:
     """The samples of a step whose loss is not finite; all of them where it was the gradient alone.
@@ -135,7 +135,7 @@ def suspects(
     return guilty or others
 
 
-def note(path: Path, step: int, met: Meeting, samples: Sequence[dict[str, Any]]) -> str:
+def log_skipped_step(path: Path, step: int, met: StepResult, samples: Sequence[dict[str, Any]]) -> str:
     """Appends a line of JSON with all of a skipped step, and returns what is said of it."""
     figures = {"loss": str(met.loss), "gradient_norm": str(met.gradient_norm)}
     figures |= {name: str(value) for name, value in met.figures.items()}

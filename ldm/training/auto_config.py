@@ -18,26 +18,26 @@ from ldm.models import AutoencoderKL, UNet, UNetConfig
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder
 from ldm.training import finetune, threads
-from ldm.training.plan import duration, millions
-from ldm.training.space import DEFAULT_FIRST_STAGE, Choice, choose, load_first_stage
+from ldm.training.plan import duration, format_millions
+from ldm.training.space import DEFAULT_FIRST_STAGE, SpaceChoice, decide_space, load_first_stage
 from ldm.training.speed import autoencoder_seconds, unet_pass, unet_seconds
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
 CPU_RESOLUTION, GPU_RESOLUTION = 64, 256  # what a UNet learns from nothing in hours, by what we measured
 TEXT_LENGTHS = (16, 32, 77)
-MOST_EPOCHS = 1000
-FEWEST_STEPS = 100
+MAX_EPOCHS = 1000
+MIN_STEPS = 100
 # A network and a size are affordable if the time allows this many samples: 75 a training image made plain emoji
 # recognisable (docs/openmoji.md), and few images are seen more often.
-EPOCHS_NEEDED, FEWEST_SAMPLES_NEEDED, MOST_SAMPLES_NEEDED = 75, 8_000, 200_000
+EPOCHS_NEEDED, MIN_SAMPLES_NEEDED, MAX_SAMPLES_NEEDED = 75, 8_000, 200_000
 PROBED_IMAGES = 4
 PROBED_SIDE, PROBED_TEXT = 32, (16, 384)  # of a network and of text whose size is not chosen yet
-FEWEST_IMAGES, FEW_IMAGES = 2, 1000
+MIN_IMAGES, FEW_IMAGES = 2, 1000
 FIRST_STAGE = "-first-stage"  # the folder of its run, after the name of that which it is for
-SHARE_OF_FIRST_STAGE = 0.4
+FIRST_STAGE_FRACTION = 0.4
 # A decoder that starts from one for other images has most of what it gains after 120 steps: `ldm.evaluation.readout`.
-MOST_STEPS, MOST_TUNING_STEPS = 10_000, 2_000
-SHARE_OF_SHEETS = 0.2
+MAX_FIRST_STAGE_STEPS, MAX_DECODER_STEPS = 10_000, 2_000
+GRID_FRACTION = 0.2
 MOST_SHEETS = 4
 PROMPTS, LONG_PROMPT = 6, 80
 LARGE = 200_000_000  # parameters: Stable Diffusion has 860 million, ours have 10
@@ -45,7 +45,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 600
 
 
 @dataclass
-class Chosen:
+class ChosenConfig:
     """Configs as nested mappings, ready for YAML, in the order in which they are trained; and why they are so.
 
     Args:
@@ -59,7 +59,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TrainOptions:
     """What the user may say; None leaves it to us.
 
     Args:
@@ -81,7 +81,9 @@ class Wishes:
     cpu_threads: int | None = None
 
 
-def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishes, device: torch.device) -> Chosen:
+def choose_config(
+    samples: Sequence[Sample], data: dict[str, Any], options: TrainOptions, device: torch.device
+) -> ChosenConfig:
     """Decides everything that the user did not say, from the data and from short measurements on this machine.
 
     Args:
@@ -91,13 +93,13 @@ def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishe
     Raises:
         ValueError: if there are too few images, or a wish cannot be fulfilled.
     """
-    if len(samples) < FEWEST_IMAGES:
-        raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {FEWEST_IMAGES}")
-    chosen = Chosen({"output_dir": wishes.output_dir, "seed": 0, "data": dict(data)})
-    if wishes.start_from is not None:
-        _go_on(chosen, samples, wishes, device)
+    if len(samples) < MIN_IMAGES:
+        raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {MIN_IMAGES}")
+    chosen = ChosenConfig({"output_dir": options.output_dir, "seed": 0, "data": dict(data)})
+    if options.start_from is not None:
+        _go_on(chosen, samples, options, device)
     else:
-        _begin(chosen, samples, wishes, device)
+        _begin(chosen, samples, options, device)
     # What is written is complete and has been validated.
     parse_config(chosen.config, LDMConfig, "the chosen config")
     if chosen.first_stage is not None:
@@ -105,53 +107,53 @@ def choose_config(samples: Sequence[Sample], data: dict[str, Any], wishes: Wishe
     return chosen
 
 
-def _begin(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: torch.device) -> None:
+def _begin(chosen: ChosenConfig, samples: Sequence[Sample], options: TrainOptions, device: torch.device) -> None:
     """A new model: image size, space, network, batch, steps."""
     data = chosen.config["data"]
-    data["resolution"] = wishes.resolution or _resolution(samples, device, chosen)
+    data["resolution"] = options.resolution or _resolution(samples, device, chosen)
     chosen.reasons.append(f"start: a new UNet, for there is no --start-from{_few(len(samples))}")
     images = _training_images(samples, data)
     side = min(data["resolution"], PROBED_SIDE)
     keys = unet_keys(side, 64) | {"in_channels": 3, "out_channels": 3, "cross_attention_dim": PROBED_TEXT[1]}
     network = UNet(TypeAdapter(UNetConfig).validate_python(keys)).to(device)
-    _settle_threads(chosen, network, (3, side, side), PROBED_TEXT, wishes, device)
-    choice = _space(chosen, images, wishes, device)
-    minutes = wishes.minutes * (1 if chosen.first_stage is None else 1 - SHARE_OF_FIRST_STAGE)
+    _settle_threads(chosen, network, (3, side, side), PROBED_TEXT, options, device)
+    choice = _space(chosen, images, options, device)
+    minutes = options.minutes * (1 if chosen.first_stage is None else 1 - FIRST_STAGE_FRACTION)
     chosen.config["space"] = choice.space
     if chosen.first_stage is not None:
         chosen.config["first_stage"] = f"{chosen.first_stage['output_dir']}/autoencoder"
     elif choice.first_stage is not None:
         chosen.config["first_stage"] = choice.first_stage
-    length, *text = _text(samples, wishes.encoder, chosen)
-    chosen.config["text"] = {"encoder": wishes.encoder, "max_length": length}
+    length, *text = _text(samples, options.encoder, chosen)
+    chosen.config["text"] = {"encoder": options.encoder, "max_length": length}
     # Pixels bound what is predicted, so that a schedule that ends in pure noise is safe; v leaves no specks there.
     chosen.config["schedule"] = (
         {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
         if choice.space == "latent"
         else {"beta_schedule": "cosine", "prediction_type": "v_prediction"}
     )
-    place = Place((text[0], text[1]), minutes, device)
-    network, shape = _affordable(chosen, choice, len(images), place, keep_size=wishes.resolution is not None)
-    chosen.config["sample"] = {"prompts": prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
+    place = Budget((text[0], text[1]), minutes, device)
+    network, shape = _affordable(chosen, choice, len(images), place, keep_size=options.resolution is not None)
+    chosen.config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
     _steps(chosen, network, shape, _batch_size(len(images), 64), len(images), place)
     chosen.config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
 
 
 def _settle_threads(
-    chosen: Chosen,
+    chosen: ChosenConfig,
     network: UNet,
     shape: tuple[int, int, int],
     text: tuple[int, int],
-    wishes: Wishes,
+    options: TrainOptions,
     device: torch.device,
 ) -> None:
     """On a CPU: with how many threads all that follows is measured and trained, by a network like that of the run."""
     if device.type != "cpu":
         return
-    found = threads.decide(threads.allowed(), wishes.cpu_threads, None)
+    found = threads.resolve_threads(threads.available_threads(), options.cpu_threads, None)
     if found.number is None:
         passes = unet_pass(network, shape, text, 1, device, "no")
-        found = threads.measure(found, lambda: threads.seconds_of(passes), "an image forward and back")
+        found = threads.measure_threads(found, lambda: threads.timed_call(passes), "an image forward and back")
         network.zero_grad(set_to_none=True)
     assert found.number is not None
     torch.set_num_threads(found.number)
@@ -159,34 +161,34 @@ def _settle_threads(
     chosen.reasons.append(f"threads: {found}")
 
 
-def _space(chosen: Chosen, images: CaptionedImages, wishes: Wishes, device: torch.device) -> Choice:
+def _space(chosen: ChosenConfig, images: CaptionedImages, options: TrainOptions, device: torch.device) -> SpaceChoice:
     """The space, and a config for a first stage where one is to be trained on these images before."""
-    if wishes.space != "auto":
-        name = (wishes.first_stage or DEFAULT_FIRST_STAGE) if wishes.space == "latent" else None
-        chosen.reasons.append(f"space: {wishes.space}, as asked")
-        return Choice("latent" if wishes.space == "latent" else "pixel", name, "as asked")
-    choice = choose(images, wishes.first_stage, device)
+    if options.space != "auto":
+        name = (options.first_stage or DEFAULT_FIRST_STAGE) if options.space == "latent" else None
+        chosen.reasons.append(f"space: {options.space}, as asked")
+        return SpaceChoice("latent" if options.space == "latent" else "pixel", name, "as asked")
+    choice = decide_space(images, options.first_stage, device)
     learns = choice.tune_decoder or choice.train_first_stage
     chosen.reasons.append(f"space: {'latent' if learns else choice.space}, because {choice.reason}")
     base: str | None = None
     if choice.tune_decoder:
-        base = wishes.first_stage or DEFAULT_FIRST_STAGE
-        chosen.first_stage = tuning_config(chosen.config["data"], base, wishes, len(images), device)
+        base = options.first_stage or DEFAULT_FIRST_STAGE
+        chosen.first_stage = tuning_config(chosen.config["data"], base, options, len(images), device)
         what = f"the decoder of {base} is fine-tuned"
     elif choice.train_first_stage:
-        chosen.first_stage = first_stage_config(chosen.config["data"], wishes, len(images), device)
+        chosen.first_stage = first_stage_config(chosen.config["data"], options, len(images), device)
         what = "one is trained"
     else:
         return choice
     chosen.reasons.append(
         f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
-        f"up to {SHARE_OF_FIRST_STAGE:.0%} of the time"
+        f"up to {FIRST_STAGE_FRACTION:.0%} of the time"
     )
     return dataclasses.replace(choice, space="latent", first_stage=base)
 
 
 @dataclass(frozen=True)
-class Place:
+class Budget:
     """What bounds a network: (tokens, width) of the text's states, minutes, and where it computes."""
 
     text: tuple[int, int]
@@ -195,14 +197,14 @@ class Place:
 
 
 def _affordable(
-    chosen: Chosen, choice: Choice, count: int, place: Place, *, keep_size: bool
+    chosen: ChosenConfig, choice: SpaceChoice, count: int, place: Budget, *, keep_size: bool
 ) -> tuple[UNet, tuple[int, int, int]]:
     """The largest network, and on pixels the largest images, of which enough samples fit into the time.
 
     Sets `unet` and, where smaller images are needed, `data.resolution`. Returns the network and the shape (C, h, w)
     of what it works on.
     """
-    needed = min(MOST_SAMPLES_NEEDED, max(FEWEST_SAMPLES_NEEDED, EPOCHS_NEEDED * count))
+    needed = min(MAX_SAMPLES_NEEDED, max(MIN_SAMPLES_NEEDED, EPOCHS_NEEDED * count))
     resolution = chosen.config["data"]["resolution"]
     halvings = 1 if choice.space == "latent" or keep_size else max(1, int(math.log2(resolution)) - 3)
     bases = (128, 64) if place.device.type == "cuda" else (64, 32)
@@ -223,13 +225,13 @@ def _affordable(
             f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {count} images need, "
             f"would fit into --minutes {place.minutes:g}"
         )
-    size = millions(sum(p.numel() for p in network.parameters()))
+    size = format_millions(sum(p.numel() for p in network.parameters()))
     slow = f"; too slow for the {needed} samples wanted: raise --minutes" if possible < needed else ""
     chosen.reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
     return network, shape
 
 
-def _diffused(choice: Choice, side: int) -> tuple[int, int, int]:
+def _diffused(choice: SpaceChoice, side: int) -> tuple[int, int, int]:
     """(C, h, w) of what is diffused for square images."""
     if choice.space == "pixel":
         return 3, side, side
@@ -244,24 +246,24 @@ def _training_images(samples: Sequence[Sample], data: dict[str, Any]) -> Caption
     return CaptionedImages(training, config, 0)
 
 
-def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: torch.device) -> None:
+def _go_on(chosen: ChosenConfig, samples: Sequence[Sample], options: TrainOptions, device: torch.device) -> None:
     """A model to start from brings all but image size, batch and steps."""
-    assert wishes.start_from is not None
-    pipeline = Pipeline.from_pretrained(wishes.start_from, device=device)
-    side = wishes.resolution or pipeline.default_size[0]
+    assert options.start_from is not None
+    pipeline = Pipeline.from_pretrained(options.start_from, device=device)
+    side = options.resolution or pipeline.default_size[0]
     data = chosen.config["data"]
     data["resolution"] = side
-    of = "as asked" if wishes.resolution is not None else f"that of {wishes.start_from}"
+    of = "as asked" if options.resolution is not None else f"that of {options.start_from}"
     chosen.reasons.append(f"image size: {side}, {of}")
     shape = pipeline.codec.latent_shape(side, side)
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
     large = parameters > LARGE
-    method = wishes.method or ("lora" if large or len(samples) < 50 else "full")
-    why = "as asked" if wishes.method else f"for {len(samples)} images and {millions(parameters)} parameters"
-    chosen.reasons.append(f"start: {wishes.start_from}, method {method}, {why}")
-    chosen.config |= {"start_from": wishes.start_from, "finetune": {"method": method}}
+    method = options.method or ("lora" if large or len(samples) < 50 else "full")
+    why = "as asked" if options.method else f"for {len(samples)} images and {format_millions(parameters)} parameters"
+    chosen.reasons.append(f"start: {options.start_from}, method {method}, {why}")
+    chosen.config |= {"start_from": options.start_from, "finetune": {"method": method}}
     chosen.config["sample"] = {
-        "prompts": prompts(samples),
+        "prompts": sample_prompts(samples),
         "images_per_prompt": 4,
         "guidance_scale": pipeline.guidance_scale,
         "num_inference_steps": pipeline.num_inference_steps,
@@ -273,14 +275,14 @@ def _go_on(chosen: Chosen, samples: Sequence[Sample], wishes: Wishes, device: to
             layer.requires_grad_(True)
     count = len(_training_images(samples, data))
     encoder = pipeline.text_encoder
-    place = Place((encoder.max_length, encoder.hidden_size), wishes.minutes, device)
-    _settle_threads(chosen, pipeline.unet, shape, place.text, wishes, device)
+    place = Budget((encoder.max_length, encoder.hidden_size), options.minutes, device)
+    _settle_threads(chosen, pipeline.unet, shape, place.text, options, device)
     _steps(chosen, pipeline.unet, shape, _batch_size(count, 4 if large else 16), count, place)
     rate = (1e-4 if large else 1e-3) if method == "lora" else (1e-5 if large else 1e-4)
     chosen.config["train"] |= {"learning_rate": rate, "lr_schedule": "constant"}
 
 
-def _resolution(samples: Sequence[Sample], device: torch.device, chosen: Chosen) -> int:
+def _resolution(samples: Sequence[Sample], device: torch.device, chosen: ChosenConfig) -> int:
     """The largest of our sizes that the middle image fills, and that this machine learns in hours."""
     # Curated sets are not looked at before training; a few of their images speak for all.
     seen = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
@@ -302,7 +304,7 @@ def _few(count: int) -> str:
     )
 
 
-def _text(samples: Sequence[Sample], encoder: str, chosen: Chosen) -> tuple[int | None, int, int]:
+def _text(samples: Sequence[Sample], encoder: str, chosen: ChosenConfig) -> tuple[int | None, int, int]:
     """(`text.max_length`, tokens, the encoder's hidden size): of MiniLM the shortest of a few lengths that 99 % of the
     captions fit into; of others their own.
     """
@@ -340,11 +342,11 @@ def unet_keys(size: int, base: int) -> dict[str, Any]:
     }
 
 
-def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device: torch.device) -> dict[str, Any]:
+def first_stage_config(data: dict[str, Any], options: TrainOptions, count: int, device: torch.device) -> dict[str, Any]:
     """The design of configs/openmoji-first-stage.yaml on these images, as long as its share of the time allows."""
     batch = _batch_size(count, 16)
     content: dict[str, Any] = {
-        "output_dir": wishes.output_dir.rstrip("/") + FIRST_STAGE,
+        "output_dir": options.output_dir.rstrip("/") + FIRST_STAGE,
         "seed": 0,
         "data": dict(data),
         "autoencoder": {
@@ -360,32 +362,32 @@ def first_stage_config(data: dict[str, Any], wishes: Wishes, count: int, device:
     config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
     assert config is not None
     seconds = autoencoder_seconds(AutoencoderKL(config).to(device), data["resolution"], batch, device)
-    content["train"] |= _first_steps(wishes, seconds, MOST_STEPS)
+    content["train"] |= _first_steps(options, seconds, MAX_FIRST_STAGE_STEPS)
     return content
 
 
 def tuning_config(
-    data: dict[str, Any], first_stage: str, wishes: Wishes, count: int, device: torch.device
+    data: dict[str, Any], first_stage: str, options: TrainOptions, count: int, device: torch.device
 ) -> dict[str, Any]:
     """The decoder of a first stage goes on learning on these images, as long as its share of the time allows."""
     batch = _batch_size(count, 16)
     network = load_first_stage(first_stage).autoencoder.requires_grad_(True).to(device)
     seconds = autoencoder_seconds(network, data["resolution"], batch, device)  # with the encoder: an upper bound
     return {
-        "output_dir": wishes.output_dir.rstrip("/") + FIRST_STAGE,
+        "output_dir": options.output_dir.rstrip("/") + FIRST_STAGE,
         "seed": 0,
         "data": dict(data),
         "start_from": first_stage,
         "trained": "decoder",
         "train": {"batch_size": batch, "learning_rate": 1e-3, "lr_schedule": "cosine"}
-        | _first_steps(wishes, seconds, MOST_TUNING_STEPS),
+        | _first_steps(options, seconds, MAX_DECODER_STEPS),
     }
 
 
-def _first_steps(wishes: Wishes, seconds: float, most: int) -> dict[str, Any]:
+def _first_steps(options: TrainOptions, seconds: float, most: int) -> dict[str, Any]:
     """How long a first stage is trained at so many seconds a step, and how long its weights are averaged over."""
-    steps = int(wishes.minutes * 60 * SHARE_OF_FIRST_STAGE / seconds)
-    return {"max_steps": max(FEWEST_STEPS, _round(min(steps, most))), "ema_decay": 0.995}
+    steps = int(options.minutes * 60 * FIRST_STAGE_FRACTION / seconds)
+    return {"max_steps": max(MIN_STEPS, _round(min(steps, most))), "ema_decay": 0.995}
 
 
 def _batch_size(count: int, most: int) -> int:
@@ -398,7 +400,9 @@ def _round(steps: int) -> int:
     return steps // 100 * 100 if steps >= 1000 else steps // 10 * 10
 
 
-def _steps(chosen: Chosen, network: UNet, shape: tuple[int, int, int], batch: int, count: int, place: Place) -> None:
+def _steps(
+    chosen: ChosenConfig, network: UNet, shape: tuple[int, int, int], batch: int, count: int, place: Budget
+) -> None:
     """Precision, the number of steps that fit into the time, and how often is measured, drawn and saved.
 
     Sets `train`, and where grids would take too much of the time draws fewer pictures.
@@ -410,15 +414,15 @@ def _steps(chosen: Chosen, network: UNet, shape: tuple[int, int, int], batch: in
     }
     precision = "bf16" if precisions["bf16"] < 0.9 * precisions["no"] else "no"
     second = precisions[precision]
-    limit = max(FEWEST_STEPS, _round(MOST_EPOCHS * count // batch))
+    limit = max(MIN_STEPS, _round(MAX_EPOCHS * count // batch))
     allowed = min(place.minutes * 60, limit * second)
     sheet, sheets = _sheets(chosen.config["sample"], second / batch / 3, allowed)
     possible = _round(int((allowed - sheets * sheet) / second))
-    steps = min(limit, max(FEWEST_STEPS, possible))
-    if possible < FEWEST_STEPS:
+    steps = min(limit, max(MIN_STEPS, possible))
+    if possible < MIN_STEPS:
         why = f"the fewest that make sense; --minutes {place.minutes:g} is not enough"
     else:
-        why = f"--minutes {place.minutes:g}" if allowed < limit * second else f"{MOST_EPOCHS} times through the data"
+        why = f"--minutes {place.minutes:g}" if allowed < limit * second else f"{MAX_EPOCHS} times through the data"
     chosen.reasons.append(
         f"steps: {steps} of {batch} images, about {duration(steps * second + sheets * sheet)} at {second:.2g} s a step "
         f"({'bf16' if precision == 'bf16' else 'float32'}, measured) with {plural(sheets, 'sample grid')}: {why}"
@@ -448,14 +452,14 @@ def _sheets(sample: dict[str, Any], evaluation: float, allowed: float) -> tuple[
     def seconds() -> float:
         return 2 * steps * sample["images_per_prompt"] * len(sample["prompts"]) * evaluation
 
-    while seconds() > allowed * SHARE_OF_SHEETS / 2 and sample["images_per_prompt"] > 1:
+    while seconds() > allowed * GRID_FRACTION / 2 and sample["images_per_prompt"] > 1:
         sample["images_per_prompt"] //= 2
-    while seconds() > allowed * SHARE_OF_SHEETS and len(sample["prompts"]) > 2:
+    while seconds() > allowed * GRID_FRACTION and len(sample["prompts"]) > 2:
         sample["prompts"] = sample["prompts"][::2]
-    return seconds(), max(1, min(MOST_SHEETS, int(allowed * SHARE_OF_SHEETS / seconds())))
+    return seconds(), max(1, min(MOST_SHEETS, int(allowed * GRID_FRACTION / seconds())))
 
 
-def prompts(samples: Sequence[Sample]) -> list[str]:
+def sample_prompts(samples: Sequence[Sample]) -> list[str]:
     """A few different captions, evenly from the data, what the sample grids draw; long ones only where all are."""
     captions = list(dict.fromkeys(min(sample.captions, key=len) for sample in samples))
     captions = [caption for caption in captions if len(caption) <= LONG_PROMPT] or captions

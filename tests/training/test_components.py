@@ -4,7 +4,7 @@ import pytest
 
 from ldm import Pipeline
 from ldm.config import SampleConfig
-from ldm.training.frozen import Frozen
+from ldm.training.components import FrozenComponents
 from tests import tiny
 
 
@@ -13,7 +13,7 @@ def test_frozen_parts_are_linked_not_copied(space, tmp_path):
     pipeline = tiny.pipeline(tmp_path / "text", space)
     pipeline.save_frozen(tmp_path / "frozen")
     sample = SampleConfig(prompts=("a",), num_inference_steps=4, guidance_scale=2.0)
-    frozen = Frozen(tmp_path / "frozen", pipeline.index(), pipeline.schedule, sample)
+    frozen = FrozenComponents(tmp_path / "frozen", pipeline.index(), pipeline.schedule, sample)
     for name in ("one", "two"):
         frozen.save(tmp_path / name, pipeline.unet)
     weights = [tmp_path / name / "text_encoder" / "model.safetensors" for name in ("frozen", "one", "two")]

@@ -24,7 +24,7 @@ REFERENCE_IMAGES = 5000
 
 
 class Evaluator:
-    """Draws `train.evaluation_samples` pictures at the settings of `sample`, and measures them against the data.
+    """StepNoise `train.evaluation_samples` pictures at the settings of `sample`, and measures them against the data.
 
     Captions and noise are the same each time, so that figures of two steps compare, and a resumed run measures what
     an unbroken one would have.
@@ -60,7 +60,7 @@ class Evaluator:
         found = evaluate(pipeline, self.reference, samples=self.samples, seed=self.seed, with_loss_gap=False)
         self._run.print(f"step {self._run.step}: {found.verdict.sentence}")
         self._run.note({VERDICT: vars(found.verdict)})
-        return figures(found, self._space.name)
+        return log_values(found, self._space.name)
 
     def seconds(self, size: tuple[int, int]) -> float:
         """Of all but drawing, with noise for pictures of this (height, width)."""
@@ -79,7 +79,7 @@ class Evaluator:
         return time.perf_counter() - started
 
 
-def figures(found: Evaluation, features: str) -> dict[str, float]:
+def log_values(found: Evaluation, features: str) -> dict[str, float]:
     """What an evaluation says, under names that carry what each number stands on."""
     values: dict[str, float] = {}
     if found.quality is not None:

@@ -33,21 +33,21 @@ from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import NotFinite, Pipeline, contact_sheet
 from ldm.text import TextEncoder, cut_prompts_said, load_text_encoder
-from ldm.training import finetune, probe
-from ldm.training.draws import keyed_draws
-from ldm.training.encoded import IMAGES_AT_ONCE, EncodedImages, Encoders, patient_barrier
-from ldm.training.files import tensors_digest
-from ldm.training.frozen import Frozen
-from ldm.training.guard import Losses
-from ldm.training.measuring import Evaluator
-from ldm.training.networks import Networks
+from ldm.training import finetune, timing
+from ldm.training.components import FrozenComponents
+from ldm.training.evaluator import Evaluator
+from ldm.training.files import tensors_hash
+from ldm.training.latents import IMAGES_AT_ONCE, CachedEncoders, LatentCache, long_barrier
+from ldm.training.noise import step_noise
+from ldm.training.nonfinite import StepLosses
 from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
 from ldm.training.space import choose_space, load_first_stage
 from ldm.training.speed import unet_pass
+from ldm.training.training_state import TrainingState
 
 BANDS = 4
-MOST_LOOKS = 16
+MAX_REPEATS = 16
 SKIPPED_SHOWN = 10
 
 
@@ -82,7 +82,7 @@ def open_images(
     return images, measured_on
 
 
-def settle(config: LDMConfig, images: CaptionedImages, run: Run) -> LDMConfig:
+def resolve_config(config: LDMConfig, images: CaptionedImages, run: Run) -> LDMConfig:
     """The config with what was left open decided, which the run takes as its own."""
     config, reason = choose_space(config, images, run.device)
     if reason is not None:
@@ -175,32 +175,32 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNe
     return UNet(complete)
 
 
-def settle_threads(pipeline: Pipeline, model: nn.Module, networks: Networks, run: Run) -> None:
+def choose_unet_threads(pipeline: Pipeline, model: nn.Module, networks: TrainingState, run: Run) -> None:
     """Chooses the number of threads, where it is open, by the network that learns; its data is not encoded yet."""
     side = run.config.data.resolution
     shape = pipeline.codec.latent_shape(side, side)
     text = (pipeline.text_encoder.max_length, pipeline.text_encoder.hidden_size)
     # `model` brings its precision itself.
-    probe.settle_threads(run, networks, lambda count: unet_pass(model, shape, text, count, run.device, "no"))
+    timing.choose_threads(run, networks, lambda count: unet_pass(model, shape, text, count, run.device, "no"))
 
 
-def make_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Encoders:
+def make_cached_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> CachedEncoders:
     """What encodes images and captions, a share in each process of the run, into `data.cache_dir`."""
-    return Encoders(
+    return CachedEncoders(
         pipeline.codec,
         pipeline.text_encoder,
         config.data.cache_folder,
         device=run.device,
         rank=run.accelerator.process_index,
         world=run.accelerator.num_processes,
-        wait=patient_barrier(run.accelerator.num_processes),
+        wait=long_barrier(run.accelerator.num_processes),
         num_workers=config.train.num_workers,
         print=run.print,
         show_progress=run.is_main,
     )
 
 
-def report_encoded(encoded: EncodedImages, text_encoder: TextEncoder, run: Run) -> None:
+def log_cache_summary(encoded: LatentCache, text_encoder: TextEncoder, run: Run) -> None:
     """Says how many captions lose words to the encoder's length, and how far what is diffused is from the zero mean and
     unit variance that the papers assume.
     """
@@ -223,7 +223,7 @@ def report_encoded(encoded: EncodedImages, text_encoder: TextEncoder, run: Run) 
     )
 
 
-def freeze(pipeline: Pipeline, config: LDMConfig, run: Run) -> Frozen:
+def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> FrozenComponents:
     """Puts what does not learn on disk: into the run folder, or, where it is not exported, where it is already."""
     if config.export == "lora":
         assert config.start_from is not None
@@ -231,7 +231,7 @@ def freeze(pipeline: Pipeline, config: LDMConfig, run: Run) -> Frozen:
         run.write_once("frozen", lambda names: _name_frozen(pipeline, names))
     else:
         folder = run.write_once("frozen", pipeline.save_frozen)
-    return Frozen(folder, pipeline.index(), pipeline.schedule, config.sample)
+    return FrozenComponents(folder, pipeline.index(), pipeline.schedule, config.sample)
 
 
 def _name_frozen(pipeline: Pipeline, folder: Path) -> None:
@@ -242,7 +242,7 @@ def _name_frozen(pipeline: Pipeline, folder: Path) -> None:
     settings: dict[str, Any] = codec.autoencoder.config.to_dict() if isinstance(codec, LatentCodec) else {}
     content = {
         "text_encoder": pipeline.text_encoder.fingerprint(),
-        "codec": tensors_digest(codec.state_dict()),
+        "codec": tensors_hash(codec.state_dict()),
         "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
         "schedule": dataclasses.asdict(pipeline.schedule),
     }
@@ -251,7 +251,7 @@ def _name_frozen(pipeline: Pipeline, folder: Path) -> None:
     checkpoint.write_json(folder / "model.json", content)
 
 
-def export(folder: Path, unet: nn.Module, frozen: Frozen, config: LDMConfig) -> None:
+def export(folder: Path, unet: nn.Module, frozen: FrozenComponents, config: LDMConfig) -> None:
     """Writes what a run makes: a pipeline folder, or the adapter alone."""
     assert isinstance(unet, UNet)
     if config.export == "lora":
@@ -262,7 +262,7 @@ def export(folder: Path, unet: nn.Module, frozen: Frozen, config: LDMConfig) -> 
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType, config: LDMConfig, encoded: EncodedImages
+    unet: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType, config: LDMConfig, encoded: LatentCache
 ) -> dict[str, float]:
     """L_simple on held-out images with noise and timesteps that never change, and its share of each band of noise.
 
@@ -277,13 +277,13 @@ def held_out_loss(
     """
     held_out, steps = encoded.images, schedule.num_train_timesteps
     count = min(len(held_out), config.train.validation_samples)
-    looks = looks_of(count, config.train.validation_samples)
+    looks = repeats_per_image(count, config.train.validation_samples)
     losses, timesteps = torch.empty(looks, count), torch.empty(looks, count, dtype=torch.int64)
     for look in range(looks):
         for chunk in held_out.chunks(IMAGES_AT_ONCE, count):
             batch = collate([held_out[0, i] for i in chunk])
             latents = encoded.latents(batch, None)
-            draws = keyed_draws(
+            draws = step_noise(
                 config.seed,
                 [look] * len(chunk),
                 [f"held out: {name}" for name in batch.ids],
@@ -320,29 +320,29 @@ def _prediction_of(unet: nn.Module) -> Denoiser:
     return lambda x_t, timesteps, condition: split_variance(unet(x_t, timesteps, condition), x_t)[0]
 
 
-def looks_of(count: int, most: int) -> int:
+def repeats_per_image(count: int, most: int) -> int:
     """How often each of `count` held-out images is looked at: 16 times at most, and `most` times for all together."""
-    return max(1, min(MOST_LOOKS, most // count))
+    return max(1, min(MAX_REPEATS, most // count))
 
 
-def plan_run(
+def plan_diffusion_run(
     config: LDMConfig,
     images: CaptionedImages,
     held_out: CaptionedImages | None,
     model: nn.Module,
-    networks: Networks,
-    frozen: Frozen,
+    networks: TrainingState,
+    frozen: FrozenComponents,
     run: Run,
-    losses_of: Callable[[nn.Module, Batch], Losses],
+    losses_of: Callable[[nn.Module, Batch], StepLosses],
     evaluator: Evaluator | None,
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
     check_memory(networks.model, run.device)
-    step = probe.step_seconds(run, model, networks, images, losses_of)
+    step = timing.step_seconds(run, model, networks, images, losses_of)
     if run.is_main:
-        one = probe.evaluation_seconds(run, networks.ema.module, images, losses_of)
+        one = timing.evaluation_seconds(run, networks.ema.module, images, losses_of)
         count = min(len(held_out), config.train.validation_samples) if held_out else 0
-        validated = count * looks_of(count, config.train.validation_samples) if count else 0
+        validated = count * repeats_per_image(count, config.train.validation_samples) if count else 0
         costs = _costs(config, networks, frozen, run, step=step, validation=one * validated)
         if evaluator is not None:
             drawn = costs.sheet / (len(config.sample.prompts) * config.sample.images_per_prompt) * evaluator.samples
@@ -364,10 +364,12 @@ def plan_run(
     run.accelerator.wait_for_everyone()
 
 
-def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, step: float, validation: float) -> Costs:
+def _costs(
+    config: LDMConfig, networks: TrainingState, frozen: FrozenComponents, run: Run, *, step: float, validation: float
+) -> Costs:
     """`validation` is that of the measurement alone."""
     lora = config.export == "lora"
-    trained = networks.trained_parameters
+    trained = networks.trainable_parameters
     export_bytes = 4 * (trained if lora else sum(p.numel() for p in networks.model.parameters()))
     # Of the frozen parts, weights are hard links and small files are copied into each export.
     sizes = {} if lora else {path: path.stat().st_size for path in frozen.folder.rglob("*") if path.is_file()}
@@ -379,16 +381,16 @@ def _costs(config: LDMConfig, networks: Networks, frozen: Frozen, run: Run, *, s
         sample = dataclasses.replace(config.sample, num_inference_steps=steps)
         file = io.BytesIO()
         with suppress(NotFinite):  # said where a grid is due; it must not keep a run from going on
-            sample_sheet(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
+            sample_grid(frozen.pipeline(networks.ema.module), sample).save(file, format="PNG")
         sheets.append(len(file.getvalue()))
 
     exports = 2 if validation else 1  # the newest, which shares its weights with a checkpoint, and the best
     return Costs(
         step=step,
-        validation=validation + (probe.write_seconds(run.folder, export_bytes, 0) if validation else 0),
-        sheet=probe.sheet_seconds(draw, config.sample.num_inference_steps),
-        checkpoint=probe.checkpoint_seconds(run, training_bytes + export_bytes, sum(sizes.values())),
-        memory=probe.peak_memory(run, networks),
+        validation=validation + (timing.write_seconds(run.folder, export_bytes, 0) if validation else 0),
+        sheet=timing.grid_seconds(draw, config.sample.num_inference_steps),
+        checkpoint=timing.checkpoint_seconds(run, training_bytes + export_bytes, sum(sizes.values())),
+        memory=timing.peak_memory(run, networks),
         checkpoint_bytes=training_bytes + export_bytes + copied,
         sheet_bytes=sheets[-1],
         once_bytes=sum(sizes.values()) + (exports - 1) * export_bytes + exports * copied,
@@ -401,7 +403,7 @@ def _space_of(config: LDMConfig) -> str:
     return f"{config.space}, as the config says" + (f", of {config.first_stage}" if config.first_stage else "")
 
 
-def sample_sheet(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
+def sample_grid(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
     """A row of pictures a prompt; picture j of every row has seed `config.seed` + j."""
     seeds = [config.seed + j for _ in config.prompts for j in range(config.images_per_prompt)]
     with cut_prompts_said():  # by make_pipeline, once a run

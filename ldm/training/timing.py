@@ -17,12 +17,12 @@ from ldm.data import Batch, CaptionedImages, collate
 from ldm.data.captions import plural
 from ldm.training import threads
 from ldm.training.finetune import precision_of
-from ldm.training.guard import Losses
-from ldm.training.networks import Networks
-from ldm.training.optimisation import adamw
-from ldm.training.plan import size
+from ldm.training.nonfinite import StepLosses
+from ldm.training.optimizer import adamw
+from ldm.training.plan import format_bytes
 from ldm.training.report import write_report
 from ldm.training.run import Run
+from ldm.training.training_state import TrainingState
 
 ENOUGH_SECONDS = 1.0
 MOST_REPEATS = 30
@@ -33,7 +33,7 @@ WRITTEN_BYTES = 2**24
 TIMED_PARAMETERS = 2**24
 
 
-def settle_threads(run: Run, networks: Networks, passes: Callable[[int], Callable[[], object]]) -> None:
+def choose_threads(run: Run, networks: TrainingState, passes: Callable[[int], Callable[[], object]]) -> None:
     """Measures with how many threads this run computes, where that is open: once, and before anything is encoded.
 
     Args:
@@ -44,8 +44,8 @@ def settle_threads(run: Run, networks: Networks, passes: Callable[[int], Callabl
     train = run.config.train
 
     def seconds(call: Callable[[], object]) -> float:
-        took = threads.seconds_of(call, run.accelerator)
-        networks.drop_gradients()
+        took = threads.timed_call(call, run.accelerator)
+        networks.discard_gradients()
         return took
 
     one = passes(1)
@@ -54,15 +54,15 @@ def settle_threads(run: Run, networks: Networks, passes: Callable[[int], Callabl
     count = max(1, min(micro_batch, int(TIMED_SECONDS / seconds(one))))
     several = passes(count)
     what = f"{plural(count, 'image')} forward and back"
-    run.take_threads(threads.measure(run.threads, lambda: seconds(several), what))
+    run.set_threads(threads.measure_threads(run.threads, lambda: seconds(several), what))
 
 
 def step_seconds(
     run: Run,
     model: nn.Module,
-    networks: Networks,
+    networks: TrainingState,
     images: CaptionedImages,
-    losses_of: Callable[[nn.Module, Batch], Losses],
+    losses_of: Callable[[nn.Module, Batch], StepLosses],
 ) -> float:
     """Seconds of an optimizer step: reading, forward, backward, AdamW and the moving average.
 
@@ -89,12 +89,12 @@ def step_seconds(
             "train.gradient_checkpointing=true"
         ) from error
     updating = _update_seconds(run, networks)
-    networks.drop_gradients()
+    networks.discard_gradients()
     micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
     return micro * train.gradient_accumulation_steps + updating
 
 
-def _update_seconds(run: Run, networks: Networks) -> float:
+def _update_seconds(run: Run, networks: TrainingState) -> float:
     """Of clipping, AdamW and the moving average. The gradients that are there are scaled."""
     learning = networks.learning
     scratch: list[nn.Parameter] = []
@@ -116,7 +116,7 @@ def _update_seconds(run: Run, networks: Networks) -> float:
             list(module.parameters())
             list(module.buffers())
 
-    share = sum(p.numel() for p in scratch) / networks.trained_parameters
+    share = sum(p.numel() for p in scratch) / networks.trainable_parameters
     return _seconds(run, update) / share + _seconds(run, clip_and_look_up)
 
 
@@ -131,7 +131,7 @@ def evaluation_seconds(
         return _seconds(run, lambda: losses_of(network, batch), together=False) / len(positions)
 
 
-def sheet_seconds(draw: Callable[[int], object], steps: int) -> float:
+def grid_seconds(draw: Callable[[int], object], steps: int) -> float:
     """Seconds of a sample grid: `draw(s)` draws one with s sampling steps, and is called with few, not with `steps`.
 
     That also shows what memory a grid takes.
@@ -158,7 +158,9 @@ def write_seconds(folder: Path, written: int, hashed: int) -> float:
 
             writing = seconds_of(write)
     except OSError as error:  # writing does not say where
-        raise OSError(error.errno, f"cannot write {size(WRITTEN_BYTES)} there: {error.strerror}", str(folder)) from None
+        raise OSError(
+            error.errno, f"cannot write {format_bytes(WRITTEN_BYTES)} there: {error.strerror}", str(folder)
+        ) from None
     hashing = seconds_of(lambda: hashlib.sha256(block).hexdigest())
     return (writing * written + hashing * hashed) / WRITTEN_BYTES
 
@@ -177,11 +179,11 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peak_memory(run: Run, networks: Networks) -> int:
+def peak_memory(run: Run, networks: TrainingState) -> int:
     """Bytes that this process will hold at the peak: those that it has held at most so far, after steps without an
     optimizer, and the two moments of AdamW where they are not there yet. Of the GPU, or else of main memory.
     """
-    moments = 0 if networks.optimizer.state else 8 * networks.trained_parameters
+    moments = 0 if networks.optimizer.state else 8 * networks.trainable_parameters
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device) + moments
     try:

@@ -63,7 +63,7 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     return ema.requires_grad_(False).eval()
 
 
-def trained_names(model: nn.Module) -> list[str]:
+def trainable_names(model: nn.Module) -> list[str]:
     """Names of the parameters that learn, without those of wrappers."""
     return [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
 

@@ -9,8 +9,8 @@ import torch
 
 from ldm.config import TrainConfig
 from ldm.data import CaptionedImages, DataConfig, collate, generator, micro_batches, open_source
-from ldm.training.draws import GlobalBatches, Places, keyed_draws
-from ldm.training.optimisation import (
+from ldm.training.noise import BatchPositions, GlobalBatchIndex, step_noise
+from ldm.training.optimizer import (
     learning_rate,
     make_ema,
     make_optimizer,
@@ -20,7 +20,7 @@ from ldm.training.optimisation import (
 
 
 def draws(ids, *, seed=0, epochs=None, step=3, shape=(2, 4, 4), dropout=0.3):
-    return keyed_draws(
+    return step_noise(
         seed, epochs or [0] * len(ids), ids, step, shape=shape, num_train_timesteps=1000, caption_dropout=dropout
     )
 
@@ -74,12 +74,12 @@ def digits():
 
 def spread(images, step, accumulation, world):
     """(epoch, id) → timestep of a global batch of 16 of 20 images, which crosses epochs, however it is cut up."""
-    batches, found = GlobalBatches(images, 16), {}
+    batches, found = GlobalBatchIndex(images, 16), {}
     for rank in range(world):
         cut = {"first_step": step, "last_step": step + 1, "accumulation": accumulation, "rank": rank, "world": world}
         for positions in micro_batches(images.order(16), **cut):
             batch = collate([images[position] for position in positions])
-            drawn = keyed_draws(
+            drawn = step_noise(
                 5, batch.epochs, batch.ids, step, shape=(1, 1, 1), num_train_timesteps=50,
                 places=batches.places(batch, step),
             )  # fmt: skip
@@ -100,9 +100,9 @@ def test_stratified_timesteps_cover_the_schedule_however_a_batch_is_cut_up(step,
 def test_stratified_timesteps_are_uniform_over_many_steps():
     counts = torch.zeros(10, dtype=torch.int64)
     for step in range(400):
-        drawn = keyed_draws(
+        drawn = step_noise(
             0, [0] * 4, list("abcd"), step, shape=(1, 1, 1), num_train_timesteps=10, caption_dropout=0.3,
-            places=Places(range(4), 4),
+            places=BatchPositions(range(4), 4),
         )  # fmt: skip
         counts += torch.bincount(drawn.timesteps, minlength=10)
     assert float(((counts - 160) ** 2 / 160).sum()) < 27.9  # chi squared, 9 degrees, p = 0.001

@@ -51,7 +51,7 @@ ON_GPU_AT_ONCE, ON_GPU_BYTES = 64, 2**29
 T = TypeVar("T")
 
 
-class EncodedImages:
+class LatentCache:
     """Posterior moments of the images and hidden states of the captions, read from disk batch by batch.
 
     With random crops, and on pixels, images are not kept but encoded batch by batch, and then alone the codec is
@@ -66,12 +66,12 @@ class EncodedImages:
         new_images, new_captions: how many were not in the cache.
     """
 
-    def __init__(self, images: CaptionedImages, encoders: Encoders) -> None:
+    def __init__(self, images: CaptionedImages, encoders: CachedEncoders) -> None:
         started = time.perf_counter()
         self.images = images
         self.device = encoders.device
         # What is there for some epochs only is encoded when it comes; of composed images their parts last.
-        self._renewed = RenewedRows(images, encoders) if images.renewed_share > 0 else None
+        self._renewed = MemoryCache(images, encoders) if images.renewed_share > 0 else None
         lasting = tuple(sample for sample in images.samples if sample.renew is None)
         captions = sorted({"", *(caption for sample in lasting for caption in sample.captions)})
         self._row_of = {caption: row for row, caption in enumerate(captions)}
@@ -148,7 +148,7 @@ class EncodedImages:
         return joined.mean(dim=1), joined.std(dim=1)
 
 
-class RenewedRows:
+class MemoryCache:
     """Moments and states of what is there for `data.renew_every` epochs only, in memory, half precision.
 
     They are encoded in the step that first asks for them, so that no step encodes more than a batch: over
@@ -158,7 +158,7 @@ class RenewedRows:
     What does not fit into KEPT_BYTES is encoded whenever it is shown. Images that no worker has loaded are loaded here.
     """
 
-    def __init__(self, images: CaptionedImages, encoders: Encoders) -> None:
+    def __init__(self, images: CaptionedImages, encoders: CachedEncoders) -> None:
         self._images, self._encoders = images, encoders
         self._moments: dict[int, tuple[int, Tensor]] = {}  # index → (epoch // renew_every, [M, h, w])
         self._states: dict[str, Tensor] = {}  # the newest last
@@ -220,7 +220,7 @@ class RenewedRows:
         return torch.stack(found).float()
 
 
-class Encoders:
+class CachedEncoders:
     """Both frozen networks, and the stores of what they have said.
 
     A row is a function of its image or caption alone, bit for bit, whatever else is encoded with it: batches have
@@ -232,7 +232,7 @@ class Encoders:
         cache_folder: holds the stores; made when something is written.
         device: where both networks are.
         rank, world: this process, and how many there are.
-        wait: returns when all processes have called it, however long that takes: `patient_barrier`.
+        wait: returns when all processes have called it, however long that takes: `long_barrier`.
         num_workers: processes that load and decode images; 0 does so in this one.
         print: is told what was encoded, and of damaged files.
         show_progress: whether long work shows a bar.
@@ -386,7 +386,7 @@ class Encoders:
         return _shard_rows(2 * channels * h * w * 4)  # mean and log-variance, float32
 
 
-def patient_barrier(processes: int) -> Callable[[], None]:
+def long_barrier(processes: int) -> Callable[[], None]:
     """Waits for all processes. The run's own group gives up after minutes, and encoding takes as long as it takes."""
     if processes == 1:
         return lambda: None

@@ -20,8 +20,8 @@ from ldm.models import (
     kl_divergence,
 )
 from ldm.training import adversarial
-from ldm.training.adversarial import Adversary
-from ldm.training.first_stage import autoencoder_loss
+from ldm.training.adversarial import AdversarialLoss
+from ldm.training.autoencoder_setup import autoencoder_loss
 from ldm.training.space import load_first_stage
 from tests import tiny
 from tests.training.runs import autoencoder_settings, captioned_folder, digests, metrics, run_autoencoder
@@ -41,7 +41,7 @@ def perceptual():
 
 
 class OneProcess:
-    """What `Adversary.settle` needs of accelerate."""
+    """What `AdversarialLoss.settle` needs of accelerate."""
 
     num_processes = 1
 
@@ -68,7 +68,7 @@ class FirstStage:
         self.discriminator = PatchDiscriminator(DiscriminatorConfig(channels=8, levels=2, norm_num_groups=4))
         self.loss = AutoencoderLossConfig(kl_weight=0.1, adversarial_weight=0.7, **loss)
         self.perceptual = perceptual
-        self.adversary = Adversary(self.discriminator, self.discriminator, self.loss)
+        self.adversary = AdversarialLoss(self.discriminator, self.discriminator, self.loss)
 
     @property
     def last_layer(self):
@@ -199,7 +199,7 @@ def test_the_adaptive_weight_does_not_depend_on_how_a_batch_is_cut():
     stage.adversary.settle(OneProcess(), moved=True)
     assert stage.adversary.weight == pytest.approx(expected, rel=1e-4)
 
-    one, two = Adversary(stage.discriminator, stage.discriminator, stage.loss), FirstStage()  # two processes
+    one, two = AdversarialLoss(stage.discriminator, stage.discriminator, stage.loss), FirstStage()  # two processes
     two.losses(images[2:], noise[2:])
     (sent,) = two.adversary._wishes
     stage.adversary = one
@@ -223,7 +223,7 @@ def train(pictures_folder, monkeypatch):
     def run(folder, *overrides, plan=False, **more):
         with monkeypatch.context() as patch:
             if not plan:
-                patch.setattr("ldm.training.first_stage.plan_run", lambda *arguments: None)
+                patch.setattr("ldm.training.autoencoder_setup.plan_autoencoder_run", lambda *arguments: None)
             return run_autoencoder(folder, *few(pictures_folder), *overrides, **more).parent
 
     return run

@@ -30,14 +30,14 @@ from ldm.models import (
     kl_divergence,
 )
 from ldm.pipelines import contact_sheet, to_pil
-from ldm.training import probe
-from ldm.training.adversarial import Adversary
+from ldm.training import timing
+from ldm.training.adversarial import AdversarialLoss
 from ldm.training.codebook import Codebook
-from ldm.training.guard import Losses
-from ldm.training.networks import Networks
+from ldm.training.nonfinite import StepLosses
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Run
 from ldm.training.space import load_first_stage
+from ldm.training.training_state import TrainingState
 
 IMAGES_AT_ONCE = 32
 # What follows from data and training, and may be otherwise in a model that training goes on from.
@@ -101,7 +101,7 @@ def make_discriminator(config: AutoencoderTrainingConfig, device: torch.device) 
     return PatchDiscriminator(config.discriminator).to(device) if config.loss.adversarial_weight > 0 else None
 
 
-def make_perceptual(config: AutoencoderTrainingConfig, device: torch.device) -> PerceptualDistance | None:
+def make_perceptual_distance(config: AutoencoderTrainingConfig, device: torch.device) -> PerceptualDistance | None:
     """The perceptual distance, if it has a weight; ValueError if its network is not installed."""
     return perceptual_distance(device) if config.loss.perceptual_weight > 0 else None
 
@@ -130,10 +130,10 @@ def autoencoder_loss(
     *,
     loss: AutoencoderLossConfig,
     perceptual: PerceptualDistance | None,
-    adversary: Adversary | None,
+    adversary: AdversarialLoss | None,
     last_layer: Tensor,
-    regularised: bool = True,
-) -> Losses:
+    regularize: bool = True,
+) -> StepLosses:
     """LDM (arXiv:2112.10752), Eq. 25: distance + regulariser, and with an adversary what it says of reconstructions.
 
     `values` hold distance and regulariser. The adversarial term is a move in a game and measures nothing, so that it is
@@ -144,28 +144,30 @@ def autoencoder_loss(
         latents: what the autoencoder gives beside reconstructions: moments [B, 2C, h, w], or latents and their codes.
         adversary: None while there is none, and before its start.
         last_layer: weight of the last layer of the decoder.
-        regularised: whether the encoder learns; if not, the regulariser acts on nothing, and is left out.
+        regularize: whether the encoder learns; if not, the regulariser acts on nothing, and is left out.
     """
-    regularisation, figures = regulariser(images, latents, loss) if regularised else (images.new_zeros(len(images)), {})
+    regularisation, figures = (
+        regularization_loss(images, latents, loss) if regularize else (images.new_zeros(len(images)), {})
+    )
     seen = reconstruction if adversary is None else reconstruction.detach().requires_grad_()
-    terms = distances(images, seen, loss, perceptual)
+    terms = distance_terms(images, seen, loss, perceptual)
     distance = terms["loss_reconstruction"]
     if perceptual is not None:
         distance = distance + loss.perceptual_weight * terms["loss_perceptual"]
     values = distance + regularisation
     figures = terms | figures
     if adversary is None:
-        return Losses(values, figures=figures)
+        return StepLosses(values, figures=figures)
     opinion = adversary.judge(images, reconstruction, seen, distance, last_layer)
     figures["loss_generator"], figures["loss_discriminator"] = opinion.generator, opinion.discriminator
     figures["adversarial_weight"] = values.new_tensor(opinion.weight)
     # The inner product has the gradient that was found at the reconstructions, and takes it into the autoencoder in one
     # backward pass. The two objectives share no parameter: neither network sees the other's gradient.
     generated = (reconstruction * opinion.gradient).sum() + regularisation.mean()
-    return Losses(values, figures=figures, objectives=(generated, opinion.discriminator.mean()))
+    return StepLosses(values, figures=figures, objectives=(generated, opinion.discriminator.mean()))
 
 
-def regulariser(
+def regularization_loss(
     images: Tensor, latents: Tensor | Quantized, loss: AutoencoderLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What keeps latents in bounds: ([B], what of it is logged), the first weighted and the second not."""
@@ -176,7 +178,7 @@ def regulariser(
     return loss.kl_weight * divergence, {"loss_kl": divergence}
 
 
-def distances(
+def distance_terms(
     images: Tensor, reconstruction: Tensor, loss: AutoencoderLossConfig, perceptual: PerceptualDistance | None
 ) -> dict[str, Tensor]:
     """How far reconstructions are from images [B, 3, H, W], term by term: name → [B]."""
@@ -218,7 +220,7 @@ def export_autoencoder(
 
 
 @torch.no_grad()
-def held_out_figures(
+def held_out_metrics(
     averaged: nn.Module,
     images: CaptionedImages,
     config: AutoencoderTrainingConfig,
@@ -231,12 +233,12 @@ def held_out_figures(
         `held_out_psnr` in dB; `held_out_perceptual` where that distance is trained with.
     """
     batches = _in_batches(images, device, config.train.validation_samples)
-    measured = [reconstruction_figures(averaged, batch, perceptual) for batch in batches]
+    measured = [reconstruction_metrics(averaged, batch, perceptual) for batch in batches]
     return {f"held_out_{name}": float(torch.cat([m[name] for m in measured]).mean()) for name in measured[0]}
 
 
 @torch.no_grad()
-def reconstruction_figures(
+def reconstruction_metrics(
     averaged: nn.Module, images: Tensor, perceptual: PerceptualDistance | None
 ) -> dict[str, Tensor]:
     """Of reconstructions of images [B, 3, H, W]: `psnr` (peak signal-to-noise ratio, in dB) and `perceptual`, [B]."""
@@ -248,7 +250,7 @@ def reconstruction_figures(
 
 
 @torch.no_grad()
-def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: torch.device) -> Image.Image:
+def reconstruction_grid(averaged: nn.Module, images: CaptionedImages, device: torch.device) -> Image.Image:
     """Up to twelve images, evenly from the whole data set, above their reconstructions."""
     assert isinstance(averaged, FirstStage)
     count = min(12, len(images))
@@ -260,12 +262,12 @@ def reconstruction_sheet(averaged: nn.Module, images: CaptionedImages, device: t
     return contact_sheet([originals, reconstructions], ["images", "reconstructions"])
 
 
-def settle_threads(
+def choose_autoencoder_threads(
     images: CaptionedImages,
     model: nn.Module,
-    networks: Networks,
+    networks: TrainingState,
     run: Run,
-    losses_of: Callable[[nn.Module, Batch, Adversary | None], Losses],
+    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
 ) -> None:
     """Chooses the number of threads, where it is open, by the network that learns."""
     positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
@@ -274,49 +276,49 @@ def settle_threads(
         batch = collate([images[position] for position in positions[:count]])
         return lambda: losses_of(model, batch, None).backward(run.accelerator)
 
-    probe.settle_threads(run, networks, passes)
+    timing.choose_threads(run, networks, passes)
 
 
-def plan_run(
+def plan_autoencoder_run(
     config: AutoencoderTrainingConfig,
     images: CaptionedImages,
     held_out: CaptionedImages | None,
     model: nn.Module,
-    networks: Networks,
+    networks: TrainingState,
     run: Run,
     perceptual: PerceptualDistance | None,
-    losses_of: Callable[[nn.Module, Batch, Adversary | None], Losses],
+    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
 ) -> None:
     """Measures what the parts of the run cost, and says what is about to happen."""
     step = _step_seconds(config, images, model, networks, run, losses_of)
     if run.is_main:
 
         def measure(network: nn.Module, batch: Batch) -> None:
-            reconstruction_figures(network, _pixels(batch, run.device), perceptual)
+            reconstruction_metrics(network, _pixels(batch, run.device), perceptual)
 
         def encode(network: nn.Module, batch: Batch) -> None:
             assert isinstance(network, FirstStage)
             network.encode(_pixels(batch, run.device))
 
-        one = probe.evaluation_seconds(run, networks.ema.module, images, measure)
+        one = timing.evaluation_seconds(run, networks.ema.module, images, measure)
         # The statistics of the latents are those of all images.
         folded = len(images) if config.trained == "all" else 0
-        encoded = probe.evaluation_seconds(run, networks.ema.module, images, encode) * folded
+        encoded = timing.evaluation_seconds(run, networks.ema.module, images, encode) * folded
         weights = 4 * sum(p.numel() for p in model.parameters())
         # What learns and the average of the autoencoder, two moments of AdamW, and what is exported.
         averaged = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        written = 12 * networks.trained_parameters + averaged + weights
+        written = 12 * networks.trainable_parameters + averaged + weights
         sheet = io.BytesIO()
 
         def draw() -> None:
-            reconstruction_sheet(networks.ema.module, held_out or images, run.device).save(sheet, format="PNG")
+            reconstruction_grid(networks.ema.module, held_out or images, run.device).save(sheet, format="PNG")
 
         costs = Costs(
             step=step,
             validation=one * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
-            sheet=probe.seconds_of(draw),
-            checkpoint=probe.checkpoint_seconds(run, written) + encoded,
-            memory=probe.peak_memory(run, networks),
+            sheet=timing.seconds_of(draw),
+            checkpoint=timing.checkpoint_seconds(run, written) + encoded,
+            memory=timing.peak_memory(run, networks),
             checkpoint_bytes=written,
             sheet_bytes=len(sheet.getvalue()),
             once_bytes=0,
@@ -342,15 +344,15 @@ def _step_seconds(
     config: AutoencoderTrainingConfig,
     images: CaptionedImages,
     model: nn.Module,
-    networks: Networks,
+    networks: TrainingState,
     run: Run,
-    losses_of: Callable[[nn.Module, Batch, Adversary | None], Losses],
+    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
 ) -> float:
     """The mean over the steps to come, those before and those after the start of the adversary."""
 
-    def seconds(adversary: Adversary | None) -> float:
+    def seconds(adversary: AdversarialLoss | None) -> float:
         present = dataclasses.replace(networks, adversary=adversary)
-        return probe.step_seconds(run, model, present, images, lambda net, batch: losses_of(net, batch, adversary))
+        return timing.step_seconds(run, model, present, images, lambda net, batch: losses_of(net, batch, adversary))
 
     to_come = config.train.max_steps - run.step
     alone = min(max(0, config.loss.adversarial_start - run.step), to_come) if networks.adversary else to_come

@@ -18,7 +18,7 @@ from ldm.text import load_text_encoder_folders
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenComponents:
     """Everything of a pipeline but its UNet.
 
     Args:
