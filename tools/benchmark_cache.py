@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.data.store import Store
+from ldm.data.cache import RowCache
 from ldm.training.latents import SHARD_ROWS
 
 SHAPE = (2, 8, 16, 16)
@@ -48,7 +48,7 @@ def memory() -> dict[str, float]:
 
 
 def build(folder: Path, entries: int) -> dict[str, float]:
-    store = Store(folder / "moments" / "synthetic")
+    store = RowCache(folder / "moments" / "synthetic")
     started, before = time.perf_counter(), memory()["anonymous"]
     for start in range(0, entries, SHARD_ROWS):
         end = min(start + SHARD_ROWS, entries)
@@ -61,7 +61,7 @@ def read(folder: Path, entries: int) -> dict[str, float]:
     every = keys(0, entries)
     before = memory()
     started = time.perf_counter()
-    store = Store(folder / "moments" / "synthetic")
+    store = RowCache(folder / "moments" / "synthetic")
     assert store.missing(every) == []
     rows = store.open(every)
     opened, at_open = time.perf_counter() - started, memory()

@@ -32,8 +32,8 @@ from ldm import checkpoint
 from ldm.codecs import LatentCodec
 from ldm.data import generator, to_signed
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.draw import Drawn, draw_parts
-from ldm.data.scenes.scene import COLORS, Kind, Part, Scene, SceneSampler, hidden_by
+from ldm.data.scenes.render import RenderedPart, render_parts
+from ldm.data.scenes.scene import COLORS, Part, Scene, SceneKind, SceneSampler, invisible_colors
 from ldm.data.scenes.source import TIERS
 from ldm.evaluation.axes import AXES, axis_prompts
 from ldm.evaluation.composition import part_of, real_scenes
@@ -52,7 +52,7 @@ from ldm.evaluation.judge import (
 )
 
 VERSION = 1
-KINDS: dict[Kind, float] = {
+KINDS: dict[SceneKind, float] = {
     "one": 0.3, "count": 0.13, "pair": 0.28, "three": 0.05, "worn": 0.12, "held": 0.05, "worn pair": 0.07
 }  # fmt: skip
 TEST = 10**9  # scenes from this number on, and this seed, are for scores
@@ -82,10 +82,10 @@ def judge_scene(sampler: SceneSampler, number: int) -> tuple[Scene, np.random.Ge
     """Scene `number` of the judge's own stream, and what draws it."""
     draw = generator(VERSION, "judge", number)
     kind = list(KINDS)[int(draw.choice(len(KINDS), p=list(KINDS.values())))]
-    scene = sampler.of_kind(kind, draw)
+    scene = sampler.sample_kind(kind, draw)
     scene = dataclasses.replace(scene, parts=tuple(_tinted(part, draw) for part in scene.parts))
     tints = {part.color for part in scene.all_parts}
-    while hidden_by(scene.background) & tints:
+    while invisible_colors(scene.background) & tints:
         scene = dataclasses.replace(scene, background=COLORS[int(draw.integers(len(COLORS)))])
     return scene, draw
 
@@ -97,7 +97,7 @@ def _tinted(part: Part, draw: np.random.Generator) -> Part:
     return dataclasses.replace(part, color=color, worn=worn, held=held)
 
 
-def rows_of(drawn: Sequence[Drawn], numbers: dict[str, int]) -> np.ndarray:
+def rows_of(drawn: Sequence[RenderedPart], numbers: dict[str, int]) -> np.ndarray:
     """[n, 6]: number of the thing, number of its color, center, width and height."""
     rows = []
     for one in drawn:
@@ -128,7 +128,7 @@ class Stream:
         images, rows = [self.images[place] for place in old], [self.rows[place] for place in old]
         while len(images) < size:
             scene, pixels = judge_scene(self.sampler, self.next)
-            image, drawn = draw_parts(scene, pixels, SIZE)
+            image, drawn = render_parts(scene, pixels, SIZE)
             images.append(np.asarray(image))
             rows.append(rows_of(drawn, self.numbers))
             if len(self.images) < self.most:
@@ -301,7 +301,7 @@ def best_peak(judge: Judge, count: int = 600) -> float:
         scene, draw = judge_scene(sampler, number)
         number += 1
         if scene.kind in ("one", "count", "pair"):
-            image, drawn = draw_parts(scene, draw, SIZE)
+            image, drawn = render_parts(scene, draw, SIZE)
             images.append(np.asarray(image))
             counts.append(len(drawn))
     batch = to_signed(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))

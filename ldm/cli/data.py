@@ -35,7 +35,7 @@ def check(
     everything: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
     """Say what is in a data set, and what is wrong with it. Exit code 1 when something needs attention."""
-    from ldm.data import DataConfig, NothingCaptionedError, account_of, inspect, open_source
+    from ldm.data import DataConfig, NoCaptionsError, dataset_report, inspect, open_source
     from ldm.text import load_text_encoder
 
     config = DataConfig(
@@ -50,10 +50,10 @@ def check(
         held_out=held_out,
         compose=compose,
     )
-    lost, uncounted = None, ""
+    truncated_words, uncounted = None, ""
     try:
         length = 48 if path == "scenes" else 32
-        lost = load_text_encoder(encoder or "minilm", length if max_length is None else max_length).lost
+        truncated_words = load_text_encoder(encoder or "minilm", length if max_length is None else max_length).lost
     except ValueError as error:
         if encoder is not None or max_length is not None:
             raise
@@ -61,10 +61,10 @@ def check(
         uncounted = str(error)
     try:
         source = open_source(config)
-    except NothingCaptionedError as error:  # what was skipped, and why, is what the account is for
+    except NoCaptionsError as error:  # what was skipped, and why, is what the account is for
         source = error.source
     inspection = inspect(source, config, progress=True, everything=True)
-    account = account_of(inspection, config, lost=lost, uncounted=uncounted)
+    account = dataset_report(inspection, config, truncated_words=truncated_words, uncounted=uncounted)
     if as_json:
         import json
 

@@ -1,6 +1,5 @@
 """Captioned images: sources, split, sampling order, and the data set that training reads."""
 
-from ldm.data.account import Account, account_of
 from ldm.data.buckets import Buckets, bucket_sizes
 from ldm.data.dataset import (
     Batch,
@@ -15,29 +14,30 @@ from ldm.data.dataset import (
 )
 from ldm.data.digits import DIGIT_WORDS
 from ldm.data.inspection import Duplicate, Inspection, inspect
-from ldm.data.keyed import generator
 from ldm.data.order import BatchOrder, SampleOrder, micro_batches
-from ldm.data.sources import DataConfig, NothingCaptionedError, Sample, Skipped, Source, open_source
+from ldm.data.report import DatasetReport, dataset_report
+from ldm.data.rng import generator
+from ldm.data.sources import DataConfig, NoCaptionsError, Sample, Skipped, Source, open_source
 
 __all__ = [
     "DIGIT_WORDS",
-    "Account",
     "Batch",
     "BatchOrder",
     "Buckets",
     "CaptionedImages",
     "DataConfig",
+    "DatasetReport",
     "Duplicate",
     "Inspection",
     "Item",
-    "NothingCaptionedError",
+    "NoCaptionsError",
     "Sample",
     "SampleOrder",
     "Skipped",
     "Source",
-    "account_of",
     "bucket_sizes",
     "collate",
+    "dataset_report",
     "generator",
     "ignore_signals",
     "image_statistics",

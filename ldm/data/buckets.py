@@ -38,7 +38,7 @@ class Buckets:
             members[bucket].append(index)
         return tuple(map(tuple, members))
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """What a person should know of it."""
         counts = np.bincount(self.assignment, minlength=len(self.sizes))
         sizes = ", ".join(f"{h}x{w} ({count})" for (h, w), count in zip(self.sizes, counts, strict=True))
@@ -79,12 +79,12 @@ def _rounded(side: float, step: int) -> int:
     return max(1, math.floor(side / step + 0.5)) * step
 
 
-def squares(count: int, resolution: int) -> Buckets:
+def square_bucket(count: int, resolution: int) -> Buckets:
     """All images as squares."""
     return Buckets(((resolution, resolution),), (0,) * count)
 
 
-def assign(shapes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]], batch_size: int) -> Buckets:
+def assign_buckets(shapes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]], batch_size: int) -> Buckets:
     """Brings each image to the size that is nearest in log aspect ratio, which crops least.
 
     As long as a size has fewer images than a batch, the one that has the fewest is given up, and its images go to the

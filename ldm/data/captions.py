@@ -87,7 +87,7 @@ def captions(value: object) -> tuple[list[str], list[str]]:
     return good, reasons
 
 
-def listed(cell: object) -> object:
+def parse_list(cell: object) -> object:
     """A cell of a text table in which a list of texts is spelled, in JSON or as pandas writes it → the list.
 
     All else stays as it is, such as tags in brackets.
@@ -163,7 +163,7 @@ def json_captions(data: bytes, column: str | None) -> tuple[list[str], list[str]
         raise ValueError(f"is not JSON that holds a caption: {error}") from error
     if not isinstance(record, dict):
         raise KeyError("text")
-    key = column if column is not None else match(record, CAPTION_NAMES)
+    key = column if column is not None else match_column(record, CAPTION_NAMES)
     if key is None or key not in record:
         raise KeyError(column or "text")
     return captions(record[key])
@@ -180,13 +180,13 @@ def class_caption(folder: str) -> str:
     return caption(words)
 
 
-def match(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
+def match_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
     """The column that bears the first of `names`, or None."""
     found = {re.sub(r"[\s-]+", "_", column.strip()).casefold(): column for column in reversed(list(columns))}
     return next((found[name] for name in names if name in found), None)
 
 
-def choose(
+def choose_column(
     where: str, columns: list[str], possible: list[str], names: tuple[str, ...], key: str, given: str | None
 ) -> str:
     """The column to use: the one the config gives, else the one that is named as usual, else the only one possible.
@@ -206,7 +206,7 @@ def choose(
         if given not in columns:
             raise ValueError(f'data.{key} is "{given}", but {where} has no such column; it has {listed}')
         return given
-    found = match(possible, names)
+    found = match_column(possible, names)
     if found is not None:
         return found
     if len(possible) == 1:

@@ -45,7 +45,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
         return (_lab(None)(image), UNUSABLE) if image.mode == "LAB" else (image, UNUSABLE)
 
 
-def said_otherwise(image: Image.Image) -> str | None:
+def ignored_color_space(image: Image.Image) -> str | None:
     """How an image without a profile, as it was opened, says that its colors are not sRGB, which is not followed: GAMMA
     (gAMA or cHRM of a PNG) or ADOBE (the EXIF of cameras); None.
     """

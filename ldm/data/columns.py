@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.data.captions import CAPTION_NAMES, choose, match
+from ldm.data.captions import CAPTION_NAMES, choose_column, match_column
 from ldm.data.rows import is_text, is_texts
 from ldm.data.sources import DataConfig
 
@@ -53,7 +53,7 @@ def pick_columns(where: str, schema: Any, config: DataConfig, captioned: bool = 
     columns = list(schema.names)
     features = _features(schema)
     images = _image_columns(schema)
-    image = choose(where, columns, images, IMAGE_NAMES, "image_column", config.image_column)
+    image = choose_column(where, columns, images, IMAGE_NAMES, "image_column", config.image_column)
     if image not in images:
         raise ValueError(
             f'{where}: column "{image}" holds {schema.field(image).type}, not images; set data.image_column to one of '
@@ -66,9 +66,9 @@ def pick_columns(where: str, schema: Any, config: DataConfig, captioned: bool = 
         if field.name != image and (is_text(field.type) or is_texts(field.type) or field.name in classes)
     ]
     keys = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
-    key = match(keys, KEY_NAMES)
+    key = match_column(keys, KEY_NAMES)
     try:
-        caption = choose(where, columns, captions, CAPTION_NAMES, "caption_column", config.caption_column)
+        caption = choose_column(where, columns, captions, CAPTION_NAMES, "caption_column", config.caption_column)
     except ValueError:
         if captioned or config.caption_column is not None:
             raise

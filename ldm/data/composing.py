@@ -16,22 +16,22 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.data.images import CLEAR_ALPHA, border_of, cover, is_clear
+from ldm.data.images import CLEAR_ALPHA, border_of, is_clear, resize_and_crop
 from ldm.data.joining import Wording, grounded, joined, names_ground
-from ldm.data.keyed import generator
-from ldm.data.scenes.draw import RGB
+from ldm.data.rng import generator
+from ldm.data.scenes.render import RGB
 from ldm.data.sources import DataConfig, Decoded, Sample
 
 Layout = Literal["beside", "above", "inset", "ground"]
 
-SHARES: dict[Layout, float] = {"beside": 0.38, "above": 0.24, "inset": 0.2, "ground": 0.18}
+LAYOUT_FRACTIONS: dict[Layout, float] = {"beside": 0.38, "above": 0.24, "inset": 0.2, "ground": 0.18}
 COLORED = 0.5  # of the pairs of which both can stand on any ground
 TRIES = 4
 COUNTED = 1024
 # Of a picture that fills its place at least so much is to be seen: half of a square one is.
-LEAST_KEPT = 0.45
+MIN_VISIBLE = 0.45
 # What a thing has on the mean in color, and its ground.
-LEAST_CONTRAST = 90.0
+MIN_CONTRAST = 90.0
 # A border is of one color where so much of it is, so nearly: scanned digits touch the edge.
 PLAIN_BORDER, PLAIN_TOLERANCE = 0.6, 14
 
@@ -56,26 +56,26 @@ class Composer:
         self.samples, self.config, self.seed = samples, config, seed
         self.fits: Callable[[str], bool] | None = None
 
-    def composed(self, epoch: int, index: int, size: Size) -> Sample | None:
+    def compose(self, epoch: int, index: int, size: Size) -> Sample | None:
         """What takes the place of a sample in an epoch, as a picture of (height, width) `size`; None: nothing does."""
         sample = self.samples[index]
-        draw = generator(self.seed, "compose", epoch // self.config.renew_every, sample.id)
-        if draw.random() >= self.config.compose:
+        rng = generator(self.seed, "compose", epoch // self.config.renew_every, sample.id)
+        if rng.random() >= self.config.compose:
             return None
         for _ in range(TRIES):
-            found = self._tried(sample, draw, size)
+            found = self._tried(sample, rng, size)
             if found is not None:
                 return found
         return None
 
-    def line(self, size_of: Callable[[int], Size]) -> str:
+    def summary(self, size_of: Callable[[int], Size]) -> str:
         """How many samples are composed, counted over a part of the first epoch, and what to do where none is.
 
         Args:
             size_of: (height, width) by index.
         """
         indices = range(0, len(self.samples), max(1, len(self.samples) // COUNTED))
-        made = sum(self.composed(0, index, size_of(index)) is not None for index in indices)
+        made = sum(self.compose(0, index, size_of(index)) is not None for index in indices)
         every = self.config.renew_every
         told = f"{100 * made / len(indices):.3g} % of the samples are composed of others, anew every {every} epochs"
         if made > self.config.compose * len(indices) / 2:
@@ -85,10 +85,10 @@ class Composer:
             "than text.max_length, or most images have the same"
         )
 
-    def _tried(self, sample: Sample, draw: np.random.Generator, size: Size) -> Sample | None:
-        partner = self.samples[int(draw.integers(len(self.samples)))]
-        wording, place, turned = Wording.drawn(draw), draw.random(4), bool(draw.integers(2))
-        layout = _layout(draw.random(), sample, None if _alike(sample, partner) else partner, size)
+    def _tried(self, sample: Sample, rng: np.random.Generator, size: Size) -> Sample | None:
+        partner = self.samples[int(rng.integers(len(self.samples)))]
+        wording, place, turned = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
+        layout = _layout(rng.random(), sample, None if _alike(sample, partner) else partner, size)
         if layout is None:
             return None
         parts = (sample,) if layout == "ground" else (sample, partner)
@@ -98,7 +98,7 @@ class Composer:
         on_ground = parts[:1] if layout == "inset" else parts
         color = None
         if layout == "ground" or place[3] < COLORED:
-            color = _ground(on_ground, float(draw.random()))
+            color = _ground(on_ground, float(rng.random()))
         if layout == "ground" and color is None:
             return None
         composition = Composition(layout, parts, color, self.config.background_rgb, tuple(place[:3].tolist()))
@@ -175,14 +175,14 @@ def _layout(chance: float, sample: Sample, partner: Sample | None, size: Size) -
     possible: list[Layout] = []
     if partner is not None:
         for layout, cell in (("beside", (height, width / 2)), ("above", (height / 2, width))):
-            if all(_kept(part, cell) >= LEAST_KEPT for part in (sample, partner)):
+            if all(_kept(part, cell) >= MIN_VISIBLE for part in (sample, partner)):
                 possible.append(layout)  # type: ignore[arg-type]
         possible.append("inset")
     if sample.cutout is not None:
         possible.append("ground")
-    left = chance * sum(SHARES[layout] for layout in possible)
+    left = chance * sum(LAYOUT_FRACTIONS[layout] for layout in possible)
     for layout in possible:
-        left -= SHARES[layout]
+        left -= LAYOUT_FRACTIONS[layout]
         if left < 0:
             return layout
     return possible[-1] if possible else None
@@ -203,7 +203,7 @@ def _ground(parts: Sequence[Sample], chance: float) -> str | None:
     if any(one is None for one in cutouts) or any(names_ground(text) for part in parts for text in _own(part)):
         return None
     means = np.array(cutouts, dtype=np.float64)  # [P, 3]
-    fit = [name for name, rgb in RGB.items() if np.linalg.norm(means - rgb, axis=1).min() >= LEAST_CONTRAST]
+    fit = [name for name, rgb in RGB.items() if np.linalg.norm(means - rgb, axis=1).min() >= MIN_CONTRAST]
     return fit[int(chance * len(fit))] if fit else None
 
 
@@ -228,7 +228,7 @@ class _Piece:
 def _picture(key: bytes, composition: Composition, size: Size) -> Decoded:
     del key  # it names what `composition` says
     height, width = size
-    pieces = [_piece(part.decoded(), composition.background) for part in composition.parts]
+    pieces = [_piece(part.load_decoded(), composition.background) for part in composition.parts]
     color = composition.background if composition.color is None else RGB[composition.color]
     x, y, z = composition.places
     if composition.layout == "inset":
@@ -271,7 +271,7 @@ def _large(part: Sample, piece: _Piece, size: Size, color: tuple[int, int, int] 
     """A picture as it is trained on alone, or on a ground."""
     height, width = size
     if color is None:
-        return Image.fromarray(cover(part.load(), size).permute(1, 2, 0).numpy())  # [h, w, 3]
+        return Image.fromarray(resize_and_crop(part.load(), size).permute(1, 2, 0).numpy())  # [h, w, 3]
     canvas = Image.new("RGB", (width, height), color)
     _place(canvas, piece, (0, 0, width, height), color, (0.5, 0.5), 0.92)
     return canvas

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.cores import usable_cores
-from ldm.data.buckets import Buckets, assign, bucket_sizes, squares
+from ldm.data.buckets import Buckets, assign_buckets, bucket_sizes, square_bucket
 from ldm.data.composing import Composer
-from ldm.data.images import cover
-from ldm.data.keyed import generator
+from ldm.data.images import resize_and_crop
 from ldm.data.order import BatchOrder
+from ldm.data.rng import generator
 from ldm.data.sources import DataConfig, Sample
 
 # One grey level in [-1, 1]: bytes cannot tell a smaller deviation from none.
@@ -74,7 +74,7 @@ class CaptionedImages(Dataset[Item]):
         seed: any integer.
         cache_bytes: with `crop: center` images are kept in memory once resized, as many as fit into this many
             bytes. Worker processes that are forked share them.
-        batch_size: with buckets, sizes that are nearest to fewer images are given up: see `assign`.
+        batch_size: with buckets, sizes that are nearest to fewer images are given up: see `assign_buckets`.
         sizes: with buckets, the (height, width) to choose from, such as `buckets.sizes` of the training images for
             those held out; None takes `bucket_sizes`.
         composed: whether items are composed as `config.compose` says: those of training are, and of them alone;
@@ -85,9 +85,9 @@ class CaptionedImages(Dataset[Item]):
         composer: what composes; None where nothing is.
         with_images: at first True; set to False, items are drawn as before but nothing is loaded and
             `Item.image` is None, for those who hold the images encoded.
-        renewed_kept: of the samples below this index, those who hold the images encoded keep what is renewed too, so
+        renewed_cached: of the samples below this index, those who hold the images encoded keep what is renewed too, so
             that it is loaded only in the first epoch in which it is there; 0 at first.
-        reloaded: epochs in which it is loaded even so: the first ones of a resumed run, whose memory is empty.
+        reload_epochs: epochs in which it is loaded even so: the first ones of a resumed run, whose memory is empty.
 
     Raises:
         ValueError: if there are no samples, or one that has to be loaded has become unreadable.
@@ -110,15 +110,15 @@ class CaptionedImages(Dataset[Item]):
         self.config = config
         self.seed = seed
         self.with_images = True
-        self.renewed_kept = 0
-        self.reloaded: Collection[int] = ()
+        self.renewed_cached = 0
+        self.reload_epochs: Collection[int] = ()
         self.composer = Composer(self.samples, config, seed) if composed and config.compose > 0 else None
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
         if config.bucketed:
             choice = sizes or bucket_sizes(config.resolution)
-            self.buckets = assign(_native_sizes(self.samples), choice, batch_size)
+            self.buckets = assign_buckets(_native_sizes(self.samples), choice, batch_size)
         else:
-            self.buckets = squares(len(self.samples), config.resolution)
+            self.buckets = square_bucket(len(self.samples), config.resolution)
         self._cache = _Cache(self.buckets, self.cache_bytes)
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ class CaptionedImages(Dataset[Item]):
         image = None
         if self.with_images and self.config.crop == "random":
             place = float(self._draw("crop", epoch, sample).random())
-            image = cover(sample.load(), self.shape_of(index), place)  # [3, h, w]
+            image = resize_and_crop(sample.load(), self.shape_of(index), place)  # [3, h, w]
             image = image.flip(-1) if flipped else image
         elif self.with_images:
             image = self.image_at(index, flipped)
@@ -145,11 +145,11 @@ class CaptionedImages(Dataset[Item]):
         sample = self.samples[index]
         if sample.renew is not None:
             return sample.renew(epoch)
-        composed = None if self.composer is None else self.composer.composed(epoch, index, self.shape_of(index))
+        composed = None if self.composer is None else self.composer.compose(epoch, index, self.shape_of(index))
         return sample if composed is None else composed
 
     @property
-    def renewed_share(self) -> float:
+    def renewed_fraction(self) -> float:
         """Of the samples of an epoch, at most so many are there for `data.renew_every` epochs only."""
         if any(sample.renew is not None for sample in self.samples):
             return 1.0
@@ -158,9 +158,9 @@ class CaptionedImages(Dataset[Item]):
     def _renewed(self, epoch: int, index: int, sample: Sample) -> Item:
         """An item that is kept by nobody from before, and never mirrored: captions say what is left and right."""
         shape, image = self.shape_of(index), None
-        is_new = epoch % self.config.renew_every == 0 or epoch in self.reloaded
-        if self.with_images or index >= self.renewed_kept or is_new:
-            image = cover(sample.load(), shape)  # [3, h, w]
+        is_new = epoch % self.config.renew_every == 0 or epoch in self.reload_epochs
+        if self.with_images or index >= self.renewed_cached or is_new:
+            image = resize_and_crop(sample.load(), shape)  # [3, h, w]
         return Item(sample.id, epoch, index, self._caption(epoch, sample), False, shape, image, renewed=True)
 
     def caption_at(self, epoch: int, index: int) -> str:
@@ -215,7 +215,7 @@ class CaptionedImages(Dataset[Item]):
         """
         image = self._cache.get(index)
         if image is None:
-            image = cover(self.samples[index].load(), self.shape_of(index))  # [3, h, w]
+            image = resize_and_crop(self.samples[index].load(), self.shape_of(index))  # [3, h, w]
             self._cache.put(index, image)
         return image.flip(-1) if flipped else image
 

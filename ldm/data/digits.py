@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from ldm.data.sources import Decoded, Sample, Source, digest_of, require
+from ldm.data.rng import content_hash
+from ldm.data.sources import Decoded, Sample, Source, require
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -44,7 +45,7 @@ def open_digits() -> Source:
         greys = np.rint(scan * (255 / 16)).astype(np.uint8)
         stored = greys.tobytes()
         captions = digit_captions(int(digit))
-        samples.append(Sample(name, captions, name, partial(bytes, stored), _decode, digest_of(stored), SIZE))
+        samples.append(Sample(name, captions, name, partial(bytes, stored), _decode, content_hash(stored), SIZE))
     return Source("digits", tuple(samples), curated=True)
 
 

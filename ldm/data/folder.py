@@ -40,7 +40,7 @@ _CONTAINERS = frozenset(
 
 
 @dataclass(frozen=True)
-class Found:
+class FolderFiles:
     """The files of a folder and all folders below it, as sorted posix paths within it, and what cannot be read.
 
     Hidden files and folders (`.name`) and macOS's copies of them (`__MACOSX`) are passed over.
@@ -56,7 +56,7 @@ class Found:
 
 
 @dataclass
-class Listing:
+class SampleListing:
     """What a layout makes of a folder.
 
     Args:
@@ -87,7 +87,7 @@ class Candidate:
     """
 
     name: str
-    listing: Listing
+    listing: SampleListing
     error: ValueError | None = None
     named: set[str] = field(default_factory=set)
     files: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ class Candidate:
         return {sample.id for sample in self.listing.samples} or self.named
 
 
-def walk(folder: Path) -> Found:
+def list_files(folder: Path) -> FolderFiles:
     """Lists a folder. Links to files are followed, links to folders are not.
 
     Raises:
@@ -125,7 +125,7 @@ def walk(folder: Path) -> Found:
                     f"the folder {folder} cannot be read: {error.strerror}; mend its permissions"
                 ) from error
             skipped.append(Skipped(below, f"the folder cannot be read: {error.strerror}"))
-    return Found(folder, sorted(files), skipped)
+    return FolderFiles(folder, sorted(files), skipped)
 
 
 def _sort_entry(
@@ -157,12 +157,12 @@ def stem(path: str) -> str:
     return path[:dot] if path.rfind("/") + 1 < dot < len(path) - 1 else path
 
 
-def composed(path: str) -> str:
+def nfc(path: str) -> str:
     """The same letters in the code points that most systems use (NFC); macOS decomposes accents in names."""
     return unicodedata.normalize("NFC", path)
 
 
-def foreign(path: str) -> str | None:
+def unsupported_reason(path: str) -> str | None:
     """Why a file of pictures in a format that is not read cannot be used; None for all other files."""
     name = PurePosixPath(path).name.lower()
     for archive in _ARCHIVES:
@@ -187,7 +187,7 @@ _BEGINNINGS = (
 _TEXTS = frozenset((*CAPTION_FILES, ".json", ".jsonl", ".csv", ".tsv"))
 
 
-def unnamed_image(found: Found, path: str) -> str | None:
+def misnamed_image(found: FolderFiles, path: str) -> str | None:
     """Why a file that is an image, but not by its name, is not used; None for all other files."""
     if suffix(path) in _TEXTS:  # there may be one for each image
         return None
@@ -200,7 +200,9 @@ def unnamed_image(found: Found, path: str) -> str | None:
     return kind and f"an image, but its name does not say so; let it end in {kind}"
 
 
-def sample_of(found: Found, path: str, captions: list[str], group: str, background: tuple[int, int, int]) -> Sample:
+def file_sample(
+    found: FolderFiles, path: str, captions: list[str], group: str, background: tuple[int, int, int]
+) -> Sample:
     """A file of the folder as a sample; equal captions count once."""
     read = partial(_read, os.path.join(found.root, path))
     return Sample(path, tuple(dict.fromkeys(captions)), group, read, partial(decode, background=background))
@@ -210,37 +212,42 @@ def _read(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def list_sidecars(found: Found, column: str | None, background: tuple[int, int, int]) -> Listing | None:
+def list_sidecars(found: FolderFiles, column: str | None, background: tuple[int, int, int]) -> SampleListing | None:
     """`a.txt`, `a.caption` (or `a.png.txt`) beside `a.png`, each line of it a caption; None where there are none.
 
     With several such files an image has the captions of all. Where it has none of them, but an `a.json` with a
     caption under `column` or a usual name, that counts. Images that share a stem share a group.
     """
     images = [path for path in found.files if suffix(path) in IMAGES]
-    owners = {composed(owner) for path in images for owner in (path, stem(path))}
+    owners = {nfc(owner) for path in images for owner in (path, stem(path))}
     texts: dict[str, list[str]] = {}
     for kind in (*CAPTION_FILES, ".json"):
         for path in found.ending(kind):
-            texts.setdefault(composed(stem(path)), []).append(path)
-    listing = Listing("captions beside images")
+            texts.setdefault(nfc(stem(path)), []).append(path)
+    listing = SampleListing("captions beside images")
     for image in images:
-        beside = [*texts.get(composed(image), ()), *texts.get(composed(stem(image)), ())]
+        beside = [*texts.get(nfc(image), ()), *texts.get(nfc(stem(image)), ())]
         # Two files may have one name in other code points, each with captions of its own.
         beside = [path for path in beside if stem(path) in (image, stem(image))] or beside
         _caption_image(found, image, beside, column, background, listing)
     if not listing.covered:
         return None
-    strays = {path for path in found.ending(*CAPTION_FILES) if composed(stem(path)) not in owners}
-    foreigners = {stem(path) for path in found.files if foreign(path)}
-    for path in sorted(strays):
+    orphans = {path for path in found.ending(*CAPTION_FILES) if nfc(stem(path)) not in owners}
+    foreigners = {stem(path) for path in found.files if unsupported_reason(path)}
+    for path in sorted(orphans):
         if stem(path) not in foreigners and not PurePosixPath(path).name.lower().startswith(DOCUMENTS):
             listing.skipped.append(Skipped(path, "a caption without an image"))
-    _hint_at_case(images, strays, listing)
+    _hint_at_case(images, orphans, listing)
     return listing
 
 
 def _caption_image(
-    found: Found, image: str, beside: list[str], column: str | None, background: tuple[int, int, int], listing: Listing
+    found: FolderFiles,
+    image: str,
+    beside: list[str],
+    column: str | None,
+    background: tuple[int, int, int],
+    listing: SampleListing,
 ) -> None:
     captions: list[str] = []
     faults: list[tuple[str, str]] = []
@@ -261,7 +268,7 @@ def _caption_image(
             captions += good
             faults += [(path, reason) for reason in reasons]
     if captions:
-        listing.samples.append(sample_of(found, image, captions, stem(image), background))
+        listing.samples.append(file_sample(found, image, captions, stem(image), background))
         listing.covered.update(beside)
         listing.skipped += [
             Skipped(path, f"{reason}; the other captions of {printable(image)} count") for path, reason in faults
@@ -272,21 +279,21 @@ def _caption_image(
         listing.covered.add(image)
 
 
-def _hint_at_case(images: list[str], strays: set[str], listing: Listing) -> None:
-    folded = {composed(stem(path)).casefold(): path for path in strays}
+def _hint_at_case(images: list[str], orphans: set[str], listing: SampleListing) -> None:
+    folded = {nfc(stem(path)).casefold(): path for path in orphans}
     for image in images:
-        near = folded.get(composed(stem(image)).casefold())
+        near = folded.get(nfc(stem(image)).casefold())
         if image not in listing.covered and near is not None:
             listing.skipped.append(Skipped(image, f"no caption; {printable(near)} differs in upper and lower case"))
             listing.covered.add(image)
 
 
-def list_classes(found: Found, background: tuple[int, int, int]) -> Listing | None:
+def list_classes(found: FolderFiles, background: tuple[int, int, int]) -> SampleListing | None:
     """Images in sub-folders, with the name of the folder that holds them as caption; None where there are none.
 
     `_` and `-` are read as spaces, and the `10_` of "10_my dog" is dropped.
     """
-    listing = Listing(
+    listing = SampleListing(
         "the names of sub-folders",
         uncovered="no caption: it lies in no sub-folder that names its class; put it into one, "
         "or a .txt with its caption beside it",
@@ -302,16 +309,16 @@ def list_classes(found: Found, background: tuple[int, int, int]) -> Listing | No
             reason = f'no caption: the name of its folder, "{printable(folder)}", does not say what it shows'
             listing.skipped.append(Skipped(image, reason))
         else:
-            listing.samples.append(sample_of(found, image, [words], stem(image), background))
+            listing.samples.append(file_sample(found, image, [words], stem(image), background))
     return listing if listing.covered else None
 
 
-def summary(found: Found) -> str:
+def summary(found: FolderFiles) -> str:
     """What a folder holds, by suffix: "12 .png files, 3 .txt files"."""
     return ", ".join(_counts(found)) or "no files"
 
 
-def _counts(found: Found) -> Iterator[str]:
+def _counts(found: FolderFiles) -> Iterator[str]:
     kinds: dict[str, int] = {}
     for path in found.files:
         kinds[suffix(path)] = kinds.get(suffix(path), 0) + 1

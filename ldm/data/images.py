@@ -10,9 +10,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from ldm.data.color import CONVERTED, said_otherwise, to_srgb
-from ldm.data.kinds import what_is
-from ldm.data.png import without_texts
+from ldm.data.color import CONVERTED, ignored_color_space, to_srgb
+from ldm.data.kinds import file_type
+from ldm.data.png import strip_text_chunks
 from ldm.data.sources import Decoded
 
 # Not every build of Pillow has libavif.
@@ -37,18 +37,18 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     if not data:
         raise ValueError("the file is empty")
     try:
-        data, profile = without_texts(data)
+        data, profile = strip_text_chunks(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if profile is not None:
                 image.info["icc_profile"] = profile
             # Pillow hands out 16-bit colors as 8 bits, and forgets about it once they are loaded.
             deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
             upright, found = to_srgb(ImageOps.exif_transpose(image))
-            traits = tuple(_traits(image, deep, found or said_otherwise(image)))
+            traits = tuple(_traits(image, deep, found or ignored_color_space(image)))
             rgb = to_rgb(upright, background)
             return Decoded(rgb, image.format or "", image.mode, traits, _alpha(upright))
     except UnidentifiedImageError as error:
-        raise ValueError(what_is(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
+        raise ValueError(file_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow stops warning and refuses
         raise ValueError(f"more than {most:,} pixels, which would fill memory; save it smaller") from error
@@ -102,7 +102,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return None if lowest == 255 else alpha
 
 
-def cover(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tensor:
+def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tensor:
     """The largest part of an RGB image with the shape of `size`, resized (antialiased bicubic) to uint8 [3, h, w].
 
     The same as resizing until both sides cover `size`, and no further, and then cropping at whole pixels, in one

@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm.cores import usable_cores
-from ldm.data.facts import Facts, FactsStore, KnownFacts, facts_of
-from ldm.data.similar import THUMBNAIL, Bytes, clusters
-from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source, digest_of
+from ldm.data.duplicates import THUMBNAIL, Bytes, near_duplicate_clusters
+from ldm.data.image_info import CachedImageInfo, ImageInfo, ImageInfoCache, image_info
+from ldm.data.rng import content_hash
+from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source
 
 # Images that are looked at before what was found is written: what an interruption costs.
 _BLOCK = 256
 _BAR_AFTER = 2.0  # seconds
 
 
-class Kind(NamedTuple):
+class ImageFormat(NamedTuple):
     """How an image is stored, and what is done with it: see `Decoded`."""
 
     format: str
@@ -35,7 +36,7 @@ class Kind(NamedTuple):
 class Duplicate:
     """A sample that shows exactly the pixels of another, `of`, and captions which that one did not have.
 
-    Both are named as a person finds them: `Sample.shown`.
+    Both are named as a person finds them: `Sample.display_name`.
     """
 
     path: str
@@ -53,9 +54,9 @@ class Inspection:
             a group, and so a side of the split.
         skipped: what cannot be used, and why, in natural order.
         duplicates: exact copies, in natural order: not used themselves, but their captions are.
-        near: ids of used samples that show one picture, some of them re-saved, resized, retouched or mirrored.
-        kinds: of each used sample; empty where a curated source was passed through unseen.
-        unkept: why what was found could not be kept for the next start; "" where it was.
+        near_duplicates: ids of used samples that show the same image, re-saved, resized, retouched or mirrored.
+        formats: of each used sample; empty where a curated source was passed through unseen.
+        cache_error: why what was found could not be kept for the next start; "" where it was.
         caption_sources: those of the source.
     """
 
@@ -63,9 +64,9 @@ class Inspection:
     used: tuple[Sample, ...]
     skipped: tuple[Skipped, ...]
     duplicates: tuple[Duplicate, ...] = ()
-    near: tuple[tuple[str, ...], ...] = ()
-    kinds: tuple[Kind, ...] = ()
-    unkept: str = ""
+    near_duplicates: tuple[tuple[str, ...], ...] = ()
+    formats: tuple[ImageFormat, ...] = ()
+    cache_error: str = ""
     caption_sources: tuple[CaptionSource, ...] = ()
 
     @property
@@ -88,8 +89,8 @@ def inspect(
     start only reads and hashes. The bytes are hashed every time: an edit that keeps size and time is seen too.
 
     Of exact copies (the same upright RGB pixels on the background) the first in natural order is used, with the
-    captions of all. The group of near-duplicates (`similar.clusters`) is that of the first in natural order. So files
-    that sort behind all others leave the groups of those as they are, unless one of them ties two older groups
+    captions of all. The group of near-duplicates (`near_duplicate_clusters`) is that of the first in natural order. So
+    files that sort behind all others leave the groups of those as they are, unless one of them ties two older groups
     together by sharing a caption file with one and the picture with the other. Files that sort before others may
     give them a new group, and with it another side of the split.
 
@@ -102,8 +103,8 @@ def inspect(
     if source.curated and not everything:
         return Inspection(source.name, source.samples, source.skipped, caption_sources=source.caption_sources)
     assert len({sample.id for sample in source.samples}) == len(source.samples), "ids are distinct"
-    store = None if source.curated else FactsStore(config)
-    found, unreadable, thumbnails, unkept = _look(source, store, workers, progress)
+    store = None if source.curated else ImageInfoCache(config)
+    found, unreadable, thumbnails, cache_error = _look(source, store, workers, progress)
     by_name = sorted(found, key=lambda one: natural_order(one.sample.id))
     first = by_name if source.curated else _first_of_pixels(by_name)
     copies = {one.sample.id: of for one, of in zip(by_name, first, strict=True) if one is not of}
@@ -129,7 +130,7 @@ def inspect(
         tuple(duplicates),
         tuple(tuple(one.sample.id for one in alike) for alike in near),
         tuple(one.kind for one in used),
-        unkept,
+        cache_error,
         source.caption_sources,
     )
     assert inspection.total == len(source.samples) + len(source.skipped), "every sample is accounted for once"
@@ -159,13 +160,13 @@ class _Found(NamedTuple):
     digest: str
     pixels: bytes
     size: tuple[int, int]
-    kind: Kind
+    kind: ImageFormat
     place: int
     cutout: tuple[int, int, int] | None
 
 
 def _look(
-    source: Source, store: FactsStore | None, workers: int | None, progress: bool
+    source: Source, store: ImageInfoCache | None, workers: int | None, progress: bool
 ) -> tuple[list[_Found], list[Skipped], Bytes, str]:
     """(what can be decoded, what cannot, thumbnails [N, 16, 16, 3], why nothing is kept in `store`)."""
     samples = source.samples
@@ -173,8 +174,8 @@ def _look(
     found: list[_Found] = []
     unreadable: list[Skipped] = []
     thumbnails = np.zeros((len(samples), THUMBNAIL, THUMBNAIL, 3), np.uint8)
-    kinds: dict[Kind, Kind] = {}  # one object for all that are alike
-    unkept = ""
+    kinds: dict[ImageFormat, ImageFormat] = {}  # one object for all that are alike
+    cache_error = ""
     # Decoding, hashing and resizing release the interpreter lock, so threads use all cores.
     with _quiet_decoding(), _bar(len(samples), progress) as bar, ThreadPoolExecutor(workers or usable_cores()) as pool:
         for start in range(0, len(samples), _BLOCK):
@@ -184,33 +185,33 @@ def _look(
                 pool.map(lambda sample: _examine(sample, known, source.captioned), block), start
             ):
                 if isinstance(seen, str):
-                    unreadable.append(Skipped(samples[place].shown, seen))
+                    unreadable.append(Skipped(samples[place].display_name, seen))
                     continue
-                digest, facts, is_fresh = seen
+                digest, info, is_fresh = seen
                 if is_fresh:
-                    fresh.append((digest, facts))
-                kind = Kind(facts.format, facts.mode, facts.traits)
+                    fresh.append((digest, info))
+                kind = ImageFormat(info.format, info.mode, info.traits)
                 kind = kinds.setdefault(kind, kind)
-                thumbnails[place] = facts.thumbnail
-                found.append(_Found(samples[place], digest, facts.pixels, facts.size, kind, place, facts.cutout))
+                thumbnails[place] = info.thumbnail
+                found.append(_Found(samples[place], digest, info.pixels, info.size, kind, place, info.cutout))
             bar.update(len(block))
             try:
                 if store:
                     store.write(fresh)
             except OSError as error:
-                unkept, store = f"{store.folder if store else ''}: {error.strerror or error}", None
-    return found, unreadable, thumbnails, unkept
+                cache_error, store = f"{store.folder if store else ''}: {error.strerror or error}", None
+    return found, unreadable, thumbnails, cache_error
 
 
-def _examine(sample: Sample, known: KnownFacts | None, captioned: bool) -> tuple[str, Facts, bool] | str:
-    """(digest, facts, whether they had to be found out), or why the sample cannot be used."""
+def _examine(sample: Sample, known: CachedImageInfo | None, captioned: bool) -> tuple[str, ImageInfo, bool] | str:
+    """(digest, info, whether they had to be found out), or why the sample cannot be used."""
     if captioned and not sample.captions:
         return "no caption"
     try:
         data = sample.read()
-        digest = digest_of(data)
-        facts = known.get(digest) if known else None
-        return (digest, facts, False) if facts else (digest, facts_of(sample.decode(data)), True)
+        digest = content_hash(data)
+        info = known.get(digest) if known else None
+        return (digest, info, False) if info else (digest, image_info(sample.decode(data)), True)
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     except (ValueError, MemoryError) as error:
@@ -252,7 +253,7 @@ def _merged(
             so_far = captions.get(of.sample.id, of.sample.captions)
             added = tuple(text for text in dict.fromkeys(one.sample.captions) if text not in so_far)
             captions[of.sample.id] = so_far + added
-            duplicates.append(Duplicate(one.sample.shown, of.sample.shown, added))
+            duplicates.append(Duplicate(one.sample.display_name, of.sample.display_name, added))
     return captions, duplicates
 
 
@@ -260,7 +261,9 @@ def _alike(kept: Sequence[_Found], thumbnails: Bytes) -> list[list[_Found]]:
     """The clusters of near-duplicates that have more than one member, in the order given."""
     members: dict[int, list[_Found]] = defaultdict(list)
     for one, leader in zip(
-        kept, clusters(thumbnails[[one.place for one in kept]], [one.size for one in kept]).tolist(), strict=True
+        kept,
+        near_duplicate_clusters(thumbnails[[one.place for one in kept]], [one.size for one in kept]).tolist(),
+        strict=True,
     ):
         members[leader].append(one)
     return [cluster for _, cluster in sorted(members.items()) if len(cluster) > 1]

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from ldm.data.scenes.captions import HOW, ON_COLOR, with_article
+from ldm.data.scenes.captions import ON_COLOR, RELATION_PHRASES, with_article
 
 Layout = Literal["beside", "above", "inset"]
 T = TypeVar("T")
@@ -23,13 +23,13 @@ T = TypeVar("T")
 _TOUCHING = {"{a} on top of {b}", "{a} over {b}", "{a} with {b}", "{a} by {b}", "{a} together with {b}"}
 _PHRASES: dict[Layout, tuple[str, ...]] = {
     "beside": (
-        *(text for how in ("left of", "next to") for text in HOW[how] if text not in _TOUCHING),
+        *(text for how in ("left of", "next to") for text in RELATION_PHRASES[how] if text not in _TOUCHING),
         # The first is always on the left here.
         "{b} and {a}",
         "{b} next to {a}",
         "{b} beside {a}",
     ),
-    "above": tuple(text for text in HOW["above"] if text not in _TOUCHING),
+    "above": tuple(text for text in RELATION_PHRASES["above"] if text not in _TOUCHING),
     "inset": (
         "{a} and {b} in the {corner} corner",
         "{a} with {b} in the {corner} corner",
@@ -69,8 +69,8 @@ class Wording:
     ground: float
 
     @classmethod
-    def drawn(cls, draw: np.random.Generator) -> Wording:
-        a, b, template, turned, ground = draw.random(5).tolist()
+    def sample(cls, rng: np.random.Generator) -> Wording:
+        a, b, template, turned, ground = rng.random(5).tolist()
         return cls((a, b), template, turned < 0.5, ground)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, match
+from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, match_column
 from ldm.data.rows import JsonLines, Row
 
 _ROWS_FOR_COLUMNS = 1000
@@ -87,7 +87,7 @@ def _is_boxes(value: dict[str, Any]) -> bool:
         and isinstance(images, list)
         and _is_list_of_named(images)
         and any(isinstance(entry, dict) and "image_id" in entry for entry in annotations)
-        and not any(isinstance(entry, dict) and match(entry, CAPTION_NAMES) is not None for entry in images)
+        and not any(isinstance(entry, dict) and match_column(entry, CAPTION_NAMES) is not None for entry in images)
     )
 
 
@@ -96,7 +96,7 @@ def _coco(value: dict[str, Any]) -> Iterator[Record]:
     images = value.get("images")
     for image in images if isinstance(images, list) else []:
         if isinstance(image, dict) and isinstance(image.get("id"), int | str):
-            key = match(image, FILE_NAMES)
+            key = match_column(image, FILE_NAMES)
             names[image["id"]] = image[key] if key else _numbered(image["id"])
     for entry in value["annotations"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
@@ -121,7 +121,7 @@ def _records(value: Any) -> Iterator[Record]:
     # A file of one image's boxes is an object with lists too, but they do not name files.
     lists = [entries for entries in value.values() if _is_list_of_named(entries)]
     if len(lists) > 1:  # images with captions, and boxes in them
-        lists = [entries for entries in lists if match(entries[0], CAPTION_NAMES) is not None]
+        lists = [entries for entries in lists if match_column(entries[0], CAPTION_NAMES) is not None]
     if len(lists) == 1:
         yield from map(_entry, lists[0])
         return
@@ -137,7 +137,7 @@ def _is_list_of_named(entries: Any) -> bool:
         isinstance(entries, list)
         and bool(entries)
         and isinstance(entries[0], dict)
-        and (match(entries[0], FILE_NAMES) is not None or "image_id" in entries[0])
+        and (match_column(entries[0], FILE_NAMES) is not None or "image_id" in entries[0])
     )
 
 
@@ -146,9 +146,9 @@ def _entry(entry: Any) -> Record:
         return {"file_name": entry[0], "caption": entry[1]}
     if not isinstance(entry, dict):
         return "not a JSON object"
-    if match(entry, FILE_NAMES) is None and isinstance(entry.get("image_id"), int | str):
+    if match_column(entry, FILE_NAMES) is None and isinstance(entry.get("image_id"), int | str):
         entry = {"file_name": _numbered(entry["image_id"]), **entry}
-    if isinstance(entry.get("sentences"), list) and match(entry, CAPTION_NAMES) is None:
+    if isinstance(entry.get("sentences"), list) and match_column(entry, CAPTION_NAMES) is None:
         entry = {
             **entry,
             "caption": [text.get("raw") if isinstance(text, dict) else text for text in entry["sentences"]],
@@ -159,6 +159,6 @@ def _entry(entry: Any) -> Record:
 def _with_tags(entry: dict[str, Any]) -> dict[str, Any]:
     """kohya's record of an image: tags count where there is no caption."""
     tags = entry.get("tags")
-    if tags is None or match(entry, CAPTION_NAMES) is not None:
+    if tags is None or match_column(entry, CAPTION_NAMES) is not None:
         return entry
     return {**entry, "caption": ", ".join(map(str, tags)) if isinstance(tags, list) else tags}

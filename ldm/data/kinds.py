@@ -40,7 +40,7 @@ _WAYS = {
 }
 
 
-def what_is(data: bytes) -> str | None:
+def file_type(data: bytes) -> str | None:
     """What the bytes are and what to do, as in "a HEIC picture, which is not read; convert it to PNG or JPEG"; None for
     what is not known.
     """

@@ -30,24 +30,24 @@ from ldm.data.columns import has_images
 from ldm.data.folder import (
     IMAGES,
     Candidate,
-    Found,
-    Listing,
-    foreign,
+    FolderFiles,
+    SampleListing,
+    file_sample,
     list_classes,
+    list_files,
     list_sidecars,
-    sample_of,
+    misnamed_image,
     stem,
     suffix,
     summary,
-    unnamed_image,
-    walk,
+    unsupported_reason,
 )
 from ldm.data.metadata import METADATA, list_metadata, list_named_tables
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
 from ldm.data.rows import first_line
-from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NothingCaptionedError, Skipped, Source
+from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Skipped, Source
 from ldm.data.splits import choose_split
-from ldm.data.tables import Table, is_saved, list_tables, open_arrow, open_hub, open_parquet, open_saved
+from ldm.data.tables import ImageTable, is_saved, list_tables, open_arrow, open_hub, open_parquet, open_saved
 from ldm.data.tars import list_tar
 from ldm.data.unread import unread
 
@@ -69,7 +69,7 @@ def open_path(config: DataConfig, captioned: bool = True) -> Source:
     if path.exists():
         return _open_file(path, config, captioned)
     check_path(config.path)
-    listing = Listing("", *list_tables([open_hub(config, captioned)], None, config, captioned))
+    listing = SampleListing("", *list_tables([open_hub(config, captioned)], None, config, captioned))
     return _source(config.path, listing, f"data set {config.path} has no captioned image", captioned)
 
 
@@ -84,12 +84,12 @@ def check_path(name: str) -> None:
 
 
 def _open_saved(folder: Path, config: DataConfig, captioned: bool) -> Source:
-    listing = Listing("", *list_tables([open_saved(folder, config, captioned)], folder, config, captioned))
+    listing = SampleListing("", *list_tables([open_saved(folder, config, captioned)], folder, config, captioned))
     return _source(str(folder), listing, f"no captioned image in {folder}", captioned)
 
 
 def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
-    found = walk(folder)
+    found = list_files(folder)
     tables, broken = _tables_with_images(found)
     # Who names a column of images means a table.
     shards = tables if config.image_column is not None else found.ending(".tar") or tables
@@ -97,7 +97,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     classes = list_classes(found, config.background_rgb) if config.image_column is None else None
     in_shards = _shard_images(found, shards, config) if shards and (candidates or classes) else 0
     chosen = _choose(found, candidates, reasons, shards, in_shards, classes, config, captioned)
-    name, listing = str(folder), Listing("")
+    name, listing = str(folder), SampleListing("")
     if chosen == SHARDS:
         paths, split = choose_split(str(folder), shards, config)
         listing = _list_shards(found, paths, config, captioned)
@@ -130,7 +130,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     return _source(name, listing, nothing, captioned, tuple(sources))
 
 
-def _written(found: Found, tables: list[str], config: DataConfig) -> tuple[list[Candidate], dict[str, str]]:
+def _written(found: FolderFiles, tables: list[str], config: DataConfig) -> tuple[list[Candidate], dict[str, str]]:
     """(sources of captions that are files beside image files, in the order in which they are preferred; why others are
     none).
     """
@@ -149,12 +149,12 @@ def _written(found: Found, tables: list[str], config: DataConfig) -> tuple[list[
 
 
 def _choose(
-    found: Found,
+    found: FolderFiles,
     candidates: Sequence[Candidate],
     reasons: Mapping[str, str],
     shards: Sequence[str],
     in_shards: int,
-    classes: Listing | None,
+    classes: SampleListing | None,
     config: DataConfig,
     captioned: bool,
 ) -> str | None:
@@ -199,7 +199,7 @@ def _choose(
     return best.name
 
 
-def _shard_images(found: Found, shards: Sequence[str], config: DataConfig) -> int:
+def _shard_images(found: FolderFiles, shards: Sequence[str], config: DataConfig) -> int:
     """How many images are in the shards that would be read, of tables without a look at their rows; 0 for none."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -240,17 +240,17 @@ def _described(
 
 def _with_classes(
     folder: Path,
-    listing: Listing,
-    classes: Listing,
+    listing: SampleListing,
+    classes: SampleListing,
     chosen: str | None,
     sources: list[CaptionSource],
     config: DataConfig,
     captioned: bool,
-) -> Listing:
+) -> SampleListing:
     """What is used where the names of sub-folders may be captions too: they are, if nobody wrote any.
 
     Raises:
-        NothingCaptionedError: if files may have captions and cannot be read, or have those of less than half as many.
+        NoCaptionsError: if files may have captions and cannot be read, or have those of less than half as many.
     """
     count, written = len(classes.samples), len(listing.samples)
     more = len({sample.id for sample in classes.samples}.difference(sample.id for sample in listing.samples))
@@ -277,14 +277,14 @@ def _with_classes(
         skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
         skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
         unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
-        raise NothingCaptionedError(
+        raise NoCaptionsError(
             f"{folder} may have captions that would be lost: {printable(why)}",
             Source(str(folder), (), tuple(skipped), caption_sources=tuple(unused)),
         )
     return listing
 
 
-def _add_uncaptioned(found: Found, listing: Listing, config: DataConfig, by_path: bool) -> None:
+def _add_uncaptioned(found: FolderFiles, listing: SampleListing, config: DataConfig, by_path: bool) -> None:
     """Makes samples of the images that have no captions; what was said of these captions is no loss.
 
     Args:
@@ -294,7 +294,7 @@ def _add_uncaptioned(found: Found, listing: Listing, config: DataConfig, by_path
     images = [path for path in found.files if suffix(path) in IMAGES and path not in taken]
     groups = images if by_path else map(stem, images)
     listing.samples += [
-        sample_of(found, path, [], group, config.background_rgb) for path, group in zip(images, groups, strict=True)
+        file_sample(found, path, [], group, config.background_rgb) for path, group in zip(images, groups, strict=True)
     ]
     if listing.kind != "shards":
         listing.samples.sort(key=lambda sample: sample.id)
@@ -309,9 +309,9 @@ def _refuse_splits(folder: Path, config: DataConfig) -> None:
             raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
 
 
-def _list_shards(found: Found, paths: Sequence[str], config: DataConfig, captioned: bool) -> Listing:
-    listing = Listing("shards", uncovered="no caption: the shards beside it count alone")
-    opened: list[Table] = []
+def _list_shards(found: FolderFiles, paths: Sequence[str], config: DataConfig, captioned: bool) -> SampleListing:
+    listing = SampleListing("shards", uncovered="no caption: the shards beside it count alone")
+    opened: list[ImageTable] = []
     for path in paths:
         if suffix(path) == ".tar":
             samples, skipped = list_tar(found.root / path, path, config, captioned)
@@ -327,7 +327,7 @@ def _list_shards(found: Found, paths: Sequence[str], config: DataConfig, caption
     return listing
 
 
-def _tables_with_images(found: Found) -> tuple[list[str], list[Skipped]]:
+def _tables_with_images(found: FolderFiles) -> tuple[list[str], list[Skipped]]:
     """(parquet and Arrow files with image bytes in them, those that are broken)."""
     paths = found.ending(".parquet", ".arrow")
     if not paths:
@@ -350,36 +350,38 @@ def _tables_with_images(found: Found) -> tuple[list[str], list[Skipped]]:
     return with_images, broken
 
 
-def _account_for_the_rest(found: Found, shards: set[str], broken: Sequence[Skipped], listing: Listing) -> None:
+def _account_for_the_rest(
+    found: FolderFiles, shards: set[str], broken: Sequence[Skipped], listing: SampleListing
+) -> None:
     named = {entry.path for entry in listing.skipped}
     listing.skipped += [entry for entry in broken if entry.path not in named]
     for path in found.files:
         if path in listing.covered:
             continue
-        unread = foreign(path)
+        unread = unsupported_reason(path)
         if unread is not None:
             listing.skipped.append(Skipped(path, unread))
         elif suffix(path) in IMAGES:
             listing.skipped.append(Skipped(path, listing.uncovered))
         elif path in shards:
             listing.skipped.append(Skipped(path, f"passed over: the folder is read by {listing.kind}"))
-        elif (reason := unnamed_image(found, path)) is not None:
+        elif (reason := misnamed_image(found, path)) is not None:
             listing.skipped.append(Skipped(path, reason))
 
 
 def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:
     nothing = f"no captioned image in {path}"
     if suffix(path.name) == ".tar":
-        listing = Listing("", *list_tar(path, path.name, config, captioned))
+        listing = SampleListing("", *list_tar(path, path.name, config, captioned))
         return _source(str(path), listing, nothing, captioned)
-    found = Found(path.parent, [path.name], [])
+    found = FolderFiles(path.parent, [path.name], [])
     tables, broken = _tables_with_images(found)
     if broken:
         raise ValueError(f"{path}: {broken[0].reason}; write or download it again")
     if tables:
         return _source(str(path), _list_shards(found, tables, config, captioned), nothing, captioned)
     if suffix(path.name) in TEXT_TABLES:
-        named, _ = list_named_tables(walk(path.parent), config, [path.name])
+        named, _ = list_named_tables(list_files(path.parent), config, [path.name])
         if not named:
             raise ValueError(
                 f"no row of {path} names an image beside or below it; look at its column of file names, or give the "
@@ -388,12 +390,12 @@ def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:
         if named[0].error is not None:
             raise named[0].error
         return _source(str(path), named[0].listing, nothing, captioned)
-    reason = foreign(path.name) or "give the folder that holds the captioned images"
+    reason = unsupported_reason(path.name) or "give the folder that holds the captioned images"
     raise ValueError(f"data.path {config.path} is a file; {reason}")
 
 
 def _source(
-    name: str, listing: Listing, nothing: str, captioned: bool, sources: tuple[CaptionSource, ...] = ()
+    name: str, listing: SampleListing, nothing: str, captioned: bool, sources: tuple[CaptionSource, ...] = ()
 ) -> Source:
     skipped = tuple(sorted(listing.skipped, key=lambda entry: entry.path))
     if not listing.samples:
@@ -403,7 +405,7 @@ def _source(
         cause = f" ({printable(telling[0].path)}: {telling[0].reason})" if telling else ""
         source = Source(name, (), skipped, caption_sources=sources, captioned=captioned)
         if not captioned:
-            raise NothingCaptionedError(f"{nothing.replace('captioned ', '')}{cause}; add images", source)
-        raise NothingCaptionedError(f"{nothing}{cause}; {WAYS_OUT}", source)
+            raise NoCaptionsError(f"{nothing.replace('captioned ', '')}{cause}; add images", source)
+        raise NoCaptionsError(f"{nothing}{cause}; {WAYS_OUT}", source)
     assert len({sample.id for sample in listing.samples}) == len(listing.samples)
     return Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=captioned)

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from ldm.data.captions import printable
-from ldm.data.folder import IMAGES, Found, composed, stem, suffix
+from ldm.data.folder import IMAGES, FolderFiles, nfc, stem, suffix
 
 _NAMES_TO_TRY = 100
 _FOLDERS_TO_TRY = 50
@@ -20,7 +20,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 Key = TypeVar("Key")
 
 
-class Names:
+class FileNames:
     """The files of a folder by the names that a table may have for them.
 
     A name leads to the file that it spells, relative to a folder, in full, or with backslashes. The same letters in
@@ -28,10 +28,10 @@ class Names:
     one. No name leads out of the folder.
     """
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: FolderFiles) -> None:
         self.found = found
 
-    def locate(self, base: str, name: str, *, anywhere: bool = False) -> str:
+    def resolve(self, base: str, name: str, *, anywhere: bool = False) -> str:
         """The path within the folder; ValueError with the reason if there is no such file in it.
 
         Args:
@@ -62,8 +62,8 @@ class Names:
             raise ValueError(f"{shown} may be {' or '.join(map(printable, alike[:2]))}; give the whole name")
         raise ValueError(f"there is no file {shown}{self._hint(meant)}")
 
-    def base(self, table: str, names: Iterable[str]) -> tuple[str, bool] | None:
-        """What the names in the file `table` are relative to, and whether they are so `anywhere`, as `locate` takes it.
+    def base_folder(self, table: str, names: Iterable[str]) -> tuple[str, bool] | None:
+        """The folder that names in the file `table` are relative to, and `anywhere` as `resolve` takes it.
 
         It is the folder that most of the first hundred are in, of: the table's own, those of images that it is called
         after, as captions_val2017.json is after val2017/, those below its own, those above it, all others. If more of
@@ -72,8 +72,8 @@ class Names:
         """
         found = ((name, self._ending(_tail(without_number(name)))) for name in dict.fromkeys(names))
         ends = dict(islice(((name, paths) for name, paths in found if paths), _NAMES_TO_TRY))
-        tried, own = list(ends), folder_of(table)
-        holding = Counter(folder_of(path) for paths in ends.values() for path in paths)
+        tried, own = list(ends), parent_prefix(table)
+        holding = Counter(parent_prefix(path) for paths in ends.values() for path in paths)
         best, most = own, 0
         for base in _bases(table, [folder for folder, _ in holding.most_common(_FOLDERS_TO_TRY)]):
             held = sum(self._holds(base, name) for name in tried)
@@ -89,7 +89,7 @@ class Names:
 
     def _holds(self, base: str, name: str, anywhere: bool = False) -> bool:
         try:
-            return suffix(self.locate(base, name, anywhere=anywhere)) in IMAGES
+            return suffix(self.resolve(base, name, anywhere=anywhere)) in IMAGES
         except ValueError:
             return False
 
@@ -119,23 +119,23 @@ class Names:
 
     def _alike(self, path: str) -> Sequence[str]:
         """Files that `path` names in other code points, with the suffix in other case, or without its suffix."""
-        path = composed(path)
+        path = nfc(path)
         same = [other for other in self._composed.get(path, ()) if suffix(other) == suffix(path)]
         if same:
             return same
         if suffix(path) in IMAGES:
-            return [other for other in self._stems.get(composed(stem(path)), ()) if suffix(other) == suffix(path)]
+            return [other for other in self._stems.get(nfc(stem(path)), ()) if suffix(other) == suffix(path)]
         return self._stems.get(path, ())
 
     def _ending(self, path: str) -> Sequence[str]:
         """Images whose path ends with `path`, which may lack its suffix."""
-        path = composed(path)
+        path = nfc(path)
         ends = self._tails.get(_tail(path).casefold(), ())
         if suffix(path) in IMAGES:
-            whole = [f"/{composed(stem(other))}{suffix(other)}" for other in ends]
+            whole = [f"/{nfc(stem(other))}{suffix(other)}" for other in ends]
             path = stem(path) + suffix(path)
         else:
-            whole = [f"/{composed(stem(other))}" for other in ends]
+            whole = [f"/{nfc(stem(other))}" for other in ends]
         exact = [other for other, full in zip(ends, whole, strict=True) if full.endswith(f"/{path}")]
         return exact or (self._numbers.get(int(path), ()) if re.fullmatch(r"[0-9]{1,18}", path) else ())
 
@@ -149,16 +149,16 @@ class Names:
 
     @cached_property
     def _composed(self) -> dict[str, list[str]]:
-        return _grouped((composed(path), path) for path in self.found.files if not path.isascii())
+        return _grouped((nfc(path), path) for path in self.found.files if not path.isascii())
 
     @cached_property
     def _stems(self) -> dict[str, list[str]]:
-        return _grouped((composed(stem(path)), path) for path in self._images)
+        return _grouped((nfc(stem(path)), path) for path in self._images)
 
     @cached_property
     def _tails(self) -> dict[str, list[str]]:
-        named = ((_tail(composed(path)).casefold(), path) for path in self._images)
-        bare = ((_tail(composed(stem(path))).casefold(), path) for path in self._images)
+        named = ((_tail(nfc(path)).casefold(), path) for path in self._images)
+        bare = ((_tail(nfc(stem(path))).casefold(), path) for path in self._images)
         return _grouped((*named, *bare))
 
     @cached_property
@@ -172,12 +172,12 @@ class Names:
 
     @cached_property
     def _folded(self) -> dict[str, str]:
-        folded = {composed(stem(path)).casefold(): path for path in self._images}
-        return folded | {composed(path).casefold(): path for path in self._images}
+        folded = {nfc(stem(path)).casefold(): path for path in self._images}
+        return folded | {nfc(path).casefold(): path for path in self._images}
 
     def _hint(self, path: str) -> str:
         """What may be meant that nobody may take for it: other case, another suffix."""
-        folded = composed(path).casefold()
+        folded = nfc(path).casefold()
         ends = self._tails.get(folded, [""])
         near = self._folded.get(folded) or self._folded.get(stem(folded)) or ends[0]
         return f"; did you mean {printable(near)}?" if near else ""
@@ -187,7 +187,7 @@ def _bases(table: str, folders: Sequence[str]) -> Iterable[str]:
     """What names of a table may be relative to: its folder, those that it is called after, those below its own, those
     above it, and the others.
     """
-    own, name = folder_of(table), stem(_tail(table))
+    own, name = parent_prefix(table), stem(_tail(table))
     called = [folder for folder in sorted(folders) if _is_called(name, _tail(folder.rstrip("/")))]
     above = [own[: match.end()] for match in reversed(list(re.finditer("/", own.removesuffix("/"))))]
     below = [folder for folder in sorted(folders) if folder.startswith(own)]
@@ -207,7 +207,7 @@ def without_number(name: str) -> str:
     return re.sub(r"#\d+$", "", name) if suffix(re.sub(r"#\d+$", "", name)) in IMAGES else name
 
 
-def folder_of(path: str) -> str:
+def parent_prefix(path: str) -> str:
     """ "a/" of "a/b.png", "" of "b.png"."""
     return path[: path.rfind("/") + 1]
 

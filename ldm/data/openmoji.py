@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.images import cutout_of
-from ldm.data.sources import Decoded, Sample, Source, digest_of, require
+from ldm.data.rng import content_hash
+from ldm.data.sources import Decoded, Sample, Source, require
 
 CUTOUT_PIXELS = 16
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
@@ -92,7 +93,7 @@ def open_openmoji(
             group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
             read=path.read_bytes,
             decode=partial(render, resolution=resolution, background=background, with_alpha=cutouts),
-            digest=digest_of(path.read_bytes()),
+            digest=content_hash(path.read_bytes()),
             size=(resolution, resolution),
             cutout=_cutout(path.read_bytes()) if cutouts else None,
         )

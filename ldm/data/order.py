@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ldm.data.keyed import generator
+from ldm.data.rng import generator
 
 
 @dataclass(frozen=True)

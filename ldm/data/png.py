@@ -12,7 +12,7 @@ _UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")
 _MAX_PROFILE = 2**24
 
 
-def without_texts(data: bytes) -> tuple[bytes, bytes | None]:
+def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:
     """A PNG → (it without its texts, its color profile if that is too large for Pillow); other files stay as they are.
 
     A profile of more than 16 MiB is cut off, and so damaged.

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from ldm.data.captions import FILE_NAMES, decode_text, match
+from ldm.data.captions import FILE_NAMES, decode_text, match_column
 from ldm.data.folder import IMAGES, suffix
 
 # A list of captions in plain text is a table of names and captions: img.jpg#0, a tab and the caption.
@@ -105,7 +105,7 @@ class _Csv:
         )
         if self.headless:
             self.columns = ["file_name", "number", "text"] if counted else ["file_name", "text"]
-        files = match(self.columns, FILE_NAMES)
+        files = match_column(self.columns, FILE_NAMES)
         self.files = None if files is None else self.columns.index(files)
 
     def read(self, columns: Sequence[str]) -> Iterator[Row]:
@@ -182,7 +182,7 @@ def is_image_name(cell: str) -> bool:
 
 def _tells_files(cells: Sequence[str]) -> bool:
     """Whether the first cells of a table have a name for a column of files, or begin with a file."""
-    return len(cells) > 1 and (match(cells, FILE_NAMES) is not None or is_image_name(cells[0]))
+    return len(cells) > 1 and (match_column(cells, FILE_NAMES) is not None or is_image_name(cells[0]))
 
 
 class JsonLines:

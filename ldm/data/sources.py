@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from PIL import Image, ImageColor
 from ldm.requirements import pip_install
 
 BUILT_IN = ("digits", "openmoji", "scenes")
-LEAST_COMPOSED = 16  # pixels
+MIN_COMPOSED_RESOLUTION = 16  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +120,10 @@ class DataConfig:
             raise ValueError(f"data.compose is {self.compose}; it is a share of the samples, at least 0 and below 1")
         if self.compose > 0 and self.path == "scenes":
             raise ValueError('data.compose is for images of your own, and "scenes" are composed already; leave it out')
-        if self.compose > 0 and self.resolution < LEAST_COMPOSED:
+        if self.compose > 0 and self.resolution < MIN_COMPOSED_RESOLUTION:
             raise ValueError(
                 f"data.compose puts two images into one, which at data.resolution {self.resolution} nobody could tell "
-                f"apart; raise that to {LEAST_COMPOSED} or more, or leave data.compose out"
+                f"apart; raise that to {MIN_COMPOSED_RESOLUTION} or more, or leave data.compose out"
             )
         if self.compose == 0 and self.path != "scenes" and self.renew_every != 6:
             raise ValueError(
@@ -193,7 +192,7 @@ class Sample:
             it cannot.
         decode: makes an image of those bytes; ValueError with the reason, without the name, where it cannot.
             Both can be pickled.
-        digest: `digest_of` those bytes, and
+        digest: `content_hash` those bytes, and
         size: width and height of the upright image in pixels, once they are known.
         place: where a person finds it (file:row), if the id does not say.
         templated: how many of the captions, the last ones, are of `data.caption_templates`.
@@ -218,15 +217,15 @@ class Sample:
     cutout: tuple[int, int, int] | None = None
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """What to call it in front of a person."""
         return self.place or self.id
 
     def load(self) -> Image.Image:
         """The image; ValueError naming the sample if it has become unreadable."""
-        return self.decoded().image
+        return self.load_decoded().image
 
-    def decoded(self) -> Decoded:
+    def load_decoded(self) -> Decoded:
         """The image and how it was stored; ValueError naming the sample if it has become unreadable."""
         try:
             return self.decode(self.read())
@@ -234,13 +233,8 @@ class Sample:
             raise
         except (OSError, ValueError) as error:
             raise UnreadableError(
-                f"{self.shown} could be read before, and now cannot: {error}; restore or remove it"
+                f"{self.display_name} could be read before, and now cannot: {error}; restore or remove it"
             ) from error
-
-
-def digest_of(data: bytes) -> str:
-    """32 hexadecimal digits that name these bytes."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -298,7 +292,7 @@ WAYS_OUT = (
 )
 
 
-class NothingCaptionedError(ValueError):
+class NoCaptionsError(ValueError):
     """Raised where there is a data set, but no captioned image in it; `source` has what was skipped, and why."""
 
     def __init__(self, message: str, source: Source) -> None:
@@ -315,7 +309,7 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
         captioned: False lists images without a caption too, for what learns from images alone.
 
     Raises:
-        NothingCaptionedError: a ValueError, if it holds no captioned image, or none at all.
+        NoCaptionsError: a ValueError, if it holds no captioned image, or none at all.
         ValueError: if there is no such data set, a package that it needs is missing, or columns, split or subset are
             asked for that it does not have.
     """

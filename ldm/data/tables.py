@@ -17,8 +17,9 @@ from typing import Any
 from ldm.data.captions import captions, printable
 from ldm.data.columns import Columns, pick_columns
 from ldm.data.images import decode
+from ldm.data.rng import content_hash
 from ldm.data.rows import first_line, is_text, values_of
-from ldm.data.sources import DataConfig, Sample, Skipped, digest_of
+from ldm.data.sources import DataConfig, Sample, Skipped
 
 _ROWS_AT_ONCE = 32  # of images of a few MB each; also what is read for one image of a converted file
 _ROW = "__row__"  # the column of a converted file that says which row of the parquet file a row was
@@ -26,7 +27,7 @@ _TAIL = 1024
 
 
 @dataclass(frozen=True)
-class Table:
+class ImageTable:
     """An open table: its name in reports, a `datasets.Dataset` whose rows lie on disk, and the columns to use."""
 
     name: str
@@ -36,7 +37,7 @@ class Table:
 
 def open_parquet(
     path: Path, name: str, config: DataConfig, captioned: bool = True
-) -> tuple[Table | None, list[Skipped]]:
+) -> tuple[ImageTable | None, list[Skipped]]:
     """A parquet file, by way of a copy in Arrow, and the rows of it that cannot be read.
 
     A row of parquet can only be read with the thousands around it, so the columns that are needed are copied
@@ -59,7 +60,7 @@ def open_parquet(
     # The inode's time of change cannot be set back, as the time of modification can.
     state = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, columns.names)
     folder = config.cache_folder / "tables"
-    copy = folder / f"{digest_of(repr(state).encode('utf-8', 'surrogatepass'))}.rows"
+    copy = folder / f"{content_hash(repr(state).encode('utf-8', 'surrogatepass'))}.rows"
     try:
         if not copy.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def open_parquet(
     skipped = [
         Skipped(f"{name}:{first}-{last}", f"these rows cannot be read: {reason}") for first, last, reason in faults
     ]
-    return Table(name, dataset, columns), skipped
+    return ImageTable(name, dataset, columns), skipped
 
 
 def _copy(path: Path, schema: Any, columns: Columns, target: Path) -> None:
@@ -125,7 +126,9 @@ def _plain(kind: Any) -> Any:
     return pa.large_binary() if str(kind) == "binary_view" else kind
 
 
-def open_arrow(path: Path, name: str, config: DataConfig, captioned: bool = True) -> tuple[Table | None, list[Skipped]]:
+def open_arrow(
+    path: Path, name: str, config: DataConfig, captioned: bool = True
+) -> tuple[ImageTable | None, list[Skipped]]:
     """An Arrow stream, as `datasets` keeps them; ValueError if the columns cannot be told."""
     import pyarrow as pa
     from datasets import Dataset
@@ -134,10 +137,12 @@ def open_arrow(path: Path, name: str, config: DataConfig, captioned: bool = True
         dataset = Dataset.from_file(str(path))
     except (pa.ArrowException, OSError) as error:
         return None, [Skipped(name, f"not an Arrow stream that can be read: {first_line(error)}")]
-    return Table(name, dataset, pick_columns(printable(name), dataset.features.arrow_schema, config, captioned)), []
+    return ImageTable(
+        name, dataset, pick_columns(printable(name), dataset.features.arrow_schema, config, captioned)
+    ), []
 
 
-def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> Table:
+def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> ImageTable:
     """A folder that `save_to_disk` wrote; of several splits, `config.split`.
 
     Raises:
@@ -153,7 +158,7 @@ def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> Tabl
         if config.split not in saved:
             raise ValueError(f'{folder} has no split "{config.split}"; set data.split to one of {", ".join(saved)}')
         saved = saved[config.split]
-    return Table(str(folder), saved, pick_columns(str(folder), saved.features.arrow_schema, config, captioned))
+    return ImageTable(str(folder), saved, pick_columns(str(folder), saved.features.arrow_schema, config, captioned))
 
 
 def is_saved(folder: Path) -> bool:
@@ -162,7 +167,7 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or all((folder / part).is_file() for part in parts)
 
 
-def open_hub(config: DataConfig, captioned: bool = True) -> Table:
+def open_hub(config: DataConfig, captioned: bool = True) -> ImageTable:
     """A data set of the hub by its id, downloaded as `datasets` does; code that comes with it is never run.
 
     Raises:
@@ -183,11 +188,11 @@ def open_hub(config: DataConfig, captioned: bool = True) -> Table:
         ) from error
     finally:
         logger.setLevel(level)
-    return Table(config.path, dataset, pick_columns(config.path, dataset.features.arrow_schema, config, captioned))
+    return ImageTable(config.path, dataset, pick_columns(config.path, dataset.features.arrow_schema, config, captioned))
 
 
 def list_tables(
-    tables: Sequence[Table], folder: Path | None, config: DataConfig, captioned: bool = True
+    tables: Sequence[ImageTable], folder: Path | None, config: DataConfig, captioned: bool = True
 ) -> tuple[list[Sample], list[Skipped]]:
     """The rows of tables as samples.
 
@@ -242,7 +247,7 @@ class _Row:
     fingerprint: str | None
 
 
-def _rows(table: Table) -> Iterator[_Row]:
+def _rows(table: ImageTable) -> Iterator[_Row]:
     import pyarrow as pa
     from pyarrow import compute
 

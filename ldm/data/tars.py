@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ldm.data.captions import MAX_TEXT_BYTES, caption_lines, json_captions, printable
-from ldm.data.folder import CAPTION_FILES, IMAGES, composed, foreign
+from ldm.data.folder import CAPTION_FILES, IMAGES, nfc, unsupported_reason
 from ldm.data.images import decode
 from ldm.data.sources import DataConfig, Sample, Skipped
 
@@ -45,9 +45,9 @@ def list_tar(path: Path, name: str, config: DataConfig, captioned: bool = True) 
 
 def _join_spellings(groups: dict[str, dict[str, tarfile.TarInfo]]) -> None:
     """Gives captions to the image whose key is the same in other code points, and has none of its own."""
-    mute = {composed(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
+    mute = {nfc(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
     for key, members in list(groups.items()):
-        image = mute.get(composed(key))
+        image = mute.get(nfc(key))
         if image is not None and image != key and IMAGES.isdisjoint(members):
             groups[image] |= groups.pop(key)
 
@@ -83,7 +83,7 @@ def _sort_member(
     if any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts):
         return
     key, kind = _key(path)
-    fault = foreign(base)
+    fault = unsupported_reason(base)
     if fault is None and kind in _TABLES:
         fault = "a table within a tar, which is not read; unpack the tar, or give each image a .txt with its caption"
     if fault is None and kind not in _KNOWN:

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from ldm.data.captions import decode_text
-from ldm.data.folder import CAPTION_FILES, DOCUMENTS, IMAGES, Found, composed, stem, suffix
-from ldm.data.names import folder_of
+from ldm.data.folder import CAPTION_FILES, DOCUMENTS, IMAGES, FolderFiles, nfc, stem, suffix
+from ldm.data.names import parent_prefix
 from ldm.data.sources import CaptionSource
 
 _SHEETS = (".xlsx", ".ods", ".xlsm")
@@ -58,7 +58,7 @@ _LOOKED_AT = 20  # of files that are named after images
 
 
 def unread(
-    found: Found, read: Collection[str], reasons: Mapping[str, str], captioned: Collection[str]
+    found: FolderFiles, read: Collection[str], reasons: Mapping[str, str], captioned: Collection[str]
 ) -> list[CaptionSource]:
     """Files that name images of the folder, or are named after them, and that nothing reads.
 
@@ -68,12 +68,12 @@ def unread(
         captioned: the images that have captions.
     """
     images = [path for path in found.files if suffix(path) in IMAGES]
-    owners = {composed(owner) for path in images for owner in (path, stem(path))}
+    owners = {nfc(owner) for path in images for owner in (path, stem(path))}
     folded = {owner.casefold() for owner in owners}
     after: dict[str, set[str]] = {}
     by_name: dict[str, set[str]] = {}
     for path in images:
-        name = _last(composed(path))
+        name = _last(nfc(path))
         for owner in (name, stem(name)):
             after.setdefault(owner.casefold(), set()).add(path)
         for word in _named(name)[-1:]:
@@ -83,29 +83,29 @@ def unread(
     for path in found.files:
         if path in read or suffix(path) not in _KINDS or _last(path).lower().startswith(DOCUMENTS):
             continue
-        if composed(stem(path)).casefold() in folded and suffix(path) in CAPTION_FILES:
+        if nfc(stem(path)).casefold() in folded and suffix(path) in CAPTION_FILES:
             continue  # captions beside images are a source, and named there if they are none
-        bare = stem(_last(composed(path))).casefold()
+        bare = stem(_last(nfc(path))).casefold()
         if suffix(path) and bare in after:
-            named_after.setdefault((folder_of(path), suffix(path)), []).append((path, bare))
+            named_after.setdefault((parent_prefix(path), suffix(path)), []).append((path, bare))
             continue
         text = _text(found.root / path)
-        about = {image for name in _named(composed(text)) for image in by_name.get(name, ())}
+        about = {image for name in _named(nfc(text)) for image in by_name.get(name, ())}
         if not text and suffix(path) in _SHEETS:
             sources.append(CaptionSource(path, 0, reason=f"it cannot be opened; {_advice(path)}", doubtful=True))
         # Names of images that are not there are those of a table whose images were moved or renamed.
         elif about or (path in reasons and _NAME.search(text)):
             sources.append(_source(path, about, captioned, text, reasons.get(path, _advice(path))))
         elif suffix(path) and (part := _part(bare, after)) is not None:
-            named_after.setdefault((folder_of(path), suffix(path)), []).append((path, part))
+            named_after.setdefault((parent_prefix(path), suffix(path)), []).append((path, part))
     for (folder, kind), named in named_after.items():
         about = {image for _, owner in named for image in after[owner]}
         paths = [path for path, _ in named]
         text = "\n".join(_text(found.root / path) for path in paths[:_LOOKED_AT])
         name = paths[0] if len(paths) == 1 else f"{folder}*{kind}"
-        beside = all(composed(stem(path)) in owners for path in paths)
+        beside = all(nfc(stem(path)) in owners for path in paths)
         reason = f"{kind} beside images is not read" if beside else "named after images that it does not lie beside"
-        if any(stem(_last(composed(path))).casefold() != owner for path, owner in named):
+        if any(stem(_last(nfc(path))).casefold() != owner for path, owner in named):
             reason = f"its name has more to it than that of the image; call it like the image, as in a{kind} of a.png"
         if kind == ".json" and beside:
             reason = "no caption under a usual name; set data.caption_column"

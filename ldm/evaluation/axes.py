@@ -15,22 +15,22 @@ import numpy as np
 
 from ldm.data import generator
 from ldm.data.scenes.captions import (
-    COUNT,
     COUNT_CLAUSES,
-    HELD,
+    COUNT_PHRASES,
     HELD_CLAUSES,
-    HOW,
-    HOW_CLAUSES,
-    ONE,
+    HELD_PHRASES,
     ONE_CLAUSES,
-    THREE,
+    ONE_PHRASES,
+    RELATION_CLAUSES,
+    RELATION_PHRASES,
     THREE_CLAUSES,
-    WORN,
+    THREE_PHRASES,
     WORN_CLAUSES,
-    Writer,
+    WORN_PHRASES,
+    CaptionWriter,
 )
 from ldm.data.scenes.catalog import Drawing, Thing, load_catalog
-from ldm.data.scenes.held_out import TURNED, Fact, relation
+from ldm.data.scenes.held_out import INVERSE_RELATIONS, Concept, relation_concept
 from ldm.data.scenes.scene import COLORS, RELATIONS, Part, Scene, SceneSampler
 from ldm.evaluation.judge import Look, Reading
 
@@ -100,16 +100,16 @@ def right(prompt: Prompt, reading: Reading) -> dict[str, bool]:
         # A hand may be anywhere beside the body.
         on = is_on(looks[1], looks[0], ON if first.worn is not None else 2 * ON)
         return {"on it": on, "top 5": things, "right": on and things}
-    if scene.how:
-        placed = is_placed(scene.how, looks[0], looks[1])
+    if scene.relation:
+        placed = is_placed(scene.relation, looks[0], looks[1])
         return {"placed": placed, "top 5": things, "right": placed and things}
     return {"top 5": things, "right": things}
 
 
 def is_placed(how: str, first: Look, second: Look) -> bool:
     """Whether the first stands so to the second."""
-    if how in TURNED:
-        return is_placed(TURNED[how], second, first)
+    if how in INVERSE_RELATIONS:
+        return is_placed(INVERSE_RELATIONS[how], second, first)
     (x, y), (other_x, other_y) = _center(first), _center(second)
     across, down = other_x - x, other_y - y
     if how == "left of":
@@ -168,9 +168,9 @@ def _unseen_synonym(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
         (thing, word)
         for thing in sampler.things
         for word in (*thing.synonyms, *thing.kinds)
-        if Fact("synonym", (thing.name, word)).is_held_out
+        if Concept("synonym", (thing.name, word)).is_held_out
     ]
-    writer = Writer(draw, frozenset({"synonym"}))
+    writer = CaptionWriter(draw, frozenset({"synonym"}))
     for place in draw.permutation(len(pairs)).tolist():
         thing, word = pairs[place]
         scene = Scene("one", (_part(thing, draw),))
@@ -194,18 +194,18 @@ def _relation(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
     for _ in range(TRIES * len(sampler.things)):
         first, second = _two(sampler.things, draw)
         how = RELATIONS[int(draw.integers(len(RELATIONS)))]
-        if relation(first.name, how, second.name).is_held_out:
+        if relation_concept(first.name, how, second.name).is_held_out:
             scene = Scene("pair", (_part(first, draw), _part(second, draw)), how)
             yield scene, _plain(scene, draw)
 
 
 def _worn(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
-    animals = [thing for thing in sampler.bearers if thing.group == "animal"]
+    animals = [thing for thing in sampler.characters if thing.group == "animal"]
     pairs = [
         (animal, worn)
         for animal in animals
         for worn in sampler.worn
-        if animal.can_wear(worn) and Fact("worn", (animal.name, worn.name)).is_held_out
+        if animal.can_wear(worn) and Concept("worn", (animal.name, worn.name)).is_held_out
     ]
     for place in draw.permutation(len(pairs)).tolist():
         animal, worn = pairs[place]
@@ -218,7 +218,7 @@ def _two_colors(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
         first, second = _two(sampler.tinted, draw)
         colors = [COLORS[place] for place in draw.choice(len(COLORS), 2, replace=False).tolist()]
         scene = Scene("pair", (_part(first, draw, colors[0]), _part(second, draw, colors[1])), "next to")
-        if any(fact.is_held_out for fact in scene.facts()):
+        if any(concept.is_held_out for concept in scene.concepts()):
             said = [_plain(Scene("one", (part,)), draw) for part in scene.parts]
             yield scene, " and ".join(said)
 
@@ -235,20 +235,20 @@ def _count(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
 
 def _unseen_phrasing(sampler: SceneSampler, draw: np.random.Generator) -> Scenes:
     """Scenes of all kinds that show nothing held out, said in a way that is."""
-    writer = Writer(draw, frozenset({"phrasing"}))
+    writer = CaptionWriter(draw, frozenset({"phrasing"}))
     templates: list[tuple[str, str, Sequence[str]]] = [
-        ("one", "", (*ONE[1:], *ONE_CLAUSES)),
-        ("count", "", (*COUNT[1:], *COUNT_CLAUSES)),
-        ("three", "", (*THREE[1:], *THREE_CLAUSES)),
-        ("held", "", (*HELD[1:], *HELD_CLAUSES)),
-        *(("pair", how, (*HOW[how][1:], *HOW_CLAUSES[how])) for how in HOW),
-        *(("worn", place, (*WORN[place][1:], *WORN_CLAUSES[place])) for place in WORN),
+        ("one", "", (*ONE_PHRASES[1:], *ONE_CLAUSES)),
+        ("count", "", (*COUNT_PHRASES[1:], *COUNT_CLAUSES)),
+        ("three", "", (*THREE_PHRASES[1:], *THREE_CLAUSES)),
+        ("held", "", (*HELD_PHRASES[1:], *HELD_CLAUSES)),
+        *(("pair", how, (*RELATION_PHRASES[how][1:], *RELATION_CLAUSES[how])) for how in RELATION_PHRASES),
+        *(("worn", place, (*WORN_PHRASES[place][1:], *WORN_CLAUSES[place])) for place in WORN_PHRASES),
     ]
     unseen = [
         (kind, about, template)
         for kind, about, phrasings in templates
         for template in phrasings
-        if Fact("phrasing", (template,)).is_held_out
+        if Concept("phrasing", (template,)).is_held_out
     ]
     for place in range(TRIES if unseen else 0):
         kind, about, template = unseen[place % len(unseen)]
@@ -257,7 +257,7 @@ def _unseen_phrasing(sampler: SceneSampler, draw: np.random.Generator) -> Scenes
             continue
         for _ in range(TRIES):
             caption = writer.caption(scene)
-            if caption.facts == [Fact("phrasing", (template,))] and _names_all(scene, caption.text):
+            if caption.concepts == [Concept("phrasing", (template,))] and _names_all(scene, caption.text):
                 yield scene, caption.text
                 break
 
@@ -265,13 +265,13 @@ def _unseen_phrasing(sampler: SceneSampler, draw: np.random.Generator) -> Scenes
 def _of_kind(kind: str, about: str, sampler: SceneSampler, draw: np.random.Generator) -> Scene | None:
     """A scene with nothing held out, in its own colors; `about`: how a pair stands, or where something is worn."""
     for _ in range(TRIES):
-        scene = sampler.of_kind(kind, draw)  # type: ignore[arg-type]
+        scene = sampler.sample_kind(kind, draw)  # type: ignore[arg-type]
         scene = replace(scene, parts=tuple(_bare(part) for part in scene.parts), background="")
         if kind == "pair":
-            scene = replace(scene, how=about)
+            scene = replace(scene, relation=about)
         worn = scene.parts[0].worn
         fits = (kind != "worn" or (worn is not None and worn.thing.wears == about)) and scene.count <= max(COUNTS)
-        if fits and not any(fact.is_held_out for fact in scene.facts()):
+        if fits and not any(concept.is_held_out for concept in scene.concepts()):
             return scene
     return None
 
@@ -292,7 +292,7 @@ _SCENES: dict[Axis, Callable[[SceneSampler, np.random.Generator], Scenes]] = {
 
 
 def _plain(scene: Scene, draw: np.random.Generator) -> str:
-    return Writer(draw).caption(scene, plain=True).text
+    return CaptionWriter(draw).caption(scene, plain=True).text
 
 
 def _names_all(scene: Scene, text: str) -> bool:
@@ -307,7 +307,7 @@ def _is_styled(text: str) -> bool:
 
 
 def _is_new(thing: Thing, color: str) -> bool:
-    return color not in thing.colors and Fact("color", (thing.name, color)).is_held_out
+    return color not in thing.colors and Concept("color", (thing.name, color)).is_held_out
 
 
 def _two(things: Sequence[Thing], draw: np.random.Generator) -> tuple[Thing, Thing]:

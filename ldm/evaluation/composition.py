@@ -17,9 +17,9 @@ from torch import Tensor
 from ldm.codecs import Codec
 from ldm.data import generator, to_signed, to_uint8
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.render import render_scene
 from ldm.data.scenes.scene import SceneSampler
-from ldm.data.scenes.source import draw_training_scene
+from ldm.data.scenes.source import render_training_scene
 from ldm.evaluation.axes import AXES, COMBINATIONS, Axis, Prompt, axis_prompts, redrawn, right
 from ldm.evaluation.drawn import draw
 from ldm.evaluation.faithfulness import share_interval
@@ -214,7 +214,7 @@ def real_scenes(asked: Sequence[Prompt], resolution: int, seed: int) -> Tensor:
     for prompt in asked:
         for place in range(EACH):
             moved = generator(seed, "axes", prompt.axis, prompt.caption, place)
-            images.append(np.asarray(draw_scene(redrawn(prompt.scene, moved), moved, resolution)))
+            images.append(np.asarray(render_scene(redrawn(prompt.scene, moved), moved, resolution)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
@@ -286,7 +286,7 @@ def _nearest(
     with bars("scenes that the run saw", len(numbers)) as done:
         for start in range(0, len(numbers), CHUNK):
             part = numbers[start : start + CHUNK]
-            images = np.stack([np.asarray(draw_training_scene(number, resolution, tier)) for number in part])
+            images = np.stack([np.asarray(render_training_scene(number, resolution, tier)) for number in part])
             features.append(copy_features(to_signed(torch.from_numpy(images).permute(0, 3, 1, 2))))
             done(len(part))
     training = torch.cat(features)

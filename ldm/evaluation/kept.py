@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.sources import digest_of
-from ldm.data.store import Store
+from ldm.data.cache import RowCache
+from ldm.data.rng import content_hash
 from ldm.evaluation.drawn import draw
 from ldm.pipelines import Pipeline
 
@@ -29,7 +29,7 @@ class KeptPictures:
     """
 
     def __init__(self, folder: Path, model: str) -> None:
-        self._store = Store(folder / digest_of(f"{VERSION} {model}".encode()))
+        self._store = RowCache(folder / content_hash(f"{VERSION} {model}".encode()))
 
     def draw(
         self,
@@ -44,7 +44,7 @@ class KeptPictures:
     ) -> Tensor:
         """As `ldm.evaluation.drawn.draw`: uint8 [N, 3, H, W]."""
         settings = (seed, num_inference_steps, guidance_scale, *pipeline.default_size)
-        keys = [digest_of(repr((*settings, place, caption)).encode()) for place, caption in enumerate(captions)]
+        keys = [content_hash(repr((*settings, place, caption)).encode()) for place, caption in enumerate(captions)]
         missing = self._store.missing(keys)
         first = min(missing, default=len(keys))  # captions of a larger number begin with those of a smaller one
         progress(first)

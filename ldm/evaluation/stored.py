@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.data import CaptionedImages, to_signed
+from ldm.data.cache import RowCache
 from ldm.data.images import TRANSFORM_VERSION
-from ldm.data.sources import digest_of
-from ldm.data.store import Store
+from ldm.data.rng import content_hash
 from ldm.evaluation.features import FeatureSpace
 
 VERSION = 1  # raised when features of one key come out otherwise than before
@@ -46,7 +46,9 @@ def stored_features(
         for chunk in images.chunks(SHARD_ROWS):
             found[chunk] = space.of(_batches(images, chunk, progress))
         return found
-    store = Store(images.config.cache_folder / "features" / digest_of(f"{VERSION} {space.label()}".encode()), print)
+    store = RowCache(
+        images.config.cache_folder / "features" / content_hash(f"{VERSION} {space.label()}".encode()), print
+    )
     keys = [_key(images, index) for index in range(len(images))]
     missing = set(store.missing(keys))
     progress(len(images) - len(missing))
@@ -69,6 +71,6 @@ def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable
 
 def _key(images: CaptionedImages, index: int) -> str:
     sample, config = images.samples[index], images.config
-    digest = sample.digest or digest_of(sample.read())
+    digest = sample.digest or content_hash(sample.read())
     transform = (TRANSFORM_VERSION, config.background_rgb, images.shape_of(index), digest)
-    return digest_of(repr(transform).encode())
+    return content_hash(repr(transform).encode())

@@ -27,7 +27,7 @@ from ldm.config import (
     to_yaml,
     with_overrides,
 )
-from ldm.data import account_of, inspect, open_source
+from ldm.data import dataset_report, inspect, open_source
 from ldm.data.captions import printable
 from ldm.pipelines.pipeline import default_device
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
@@ -61,8 +61,8 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
         find_pipeline(options.start_from)
     check_new(Path(options.output_dir).expanduser())
     inspection = inspect(open_source(draft.data), draft.data, progress=True)
-    account = account_of(inspection, draft.data)
-    print(account.line())
+    account = dataset_report(inspection, draft.data)
+    print(account.summary())
     for line in account.needs_attention:
         print(printable(f"  {line}"))
     device = default_device()

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from ldm.codecs import Codec
 from ldm.cores import usable_cores
 from ldm.data import Batch, CaptionedImages, Sample, ignore_signals, to_signed
-from ldm.data.images import TRANSFORM_VERSION, cover
-from ldm.data.sources import digest_of
-from ldm.data.store import Rows, Store
+from ldm.data.cache import CachedRows, RowCache
+from ldm.data.images import TRANSFORM_VERSION, resize_and_crop
+from ldm.data.rng import content_hash
 from ldm.text import TextEncoder
 
 # Raised when rows of one key come out otherwise than before.
@@ -71,7 +71,7 @@ class LatentCache:
         self.images = images
         self.device = encoders.device
         # What is there for some epochs only is encoded when it comes; of composed images their parts last.
-        self._renewed = MemoryCache(images, encoders) if images.renewed_share > 0 else None
+        self._renewed = MemoryCache(images, encoders) if images.renewed_fraction > 0 else None
         lasting = tuple(sample for sample in images.samples if sample.renew is None)
         captions = sorted({"", *(caption for sample in lasting for caption in sample.captions)})
         self._row_of = {caption: row for row, caption in enumerate(captions)}
@@ -162,12 +162,12 @@ class MemoryCache:
         self._images, self._encoders = images, encoders
         self._moments: dict[int, tuple[int, Tensor]] = {}  # index → (epoch // renew_every, [M, h, w])
         self._states: dict[str, Tensor] = {}  # the newest last
-        share, codec, text = images.renewed_share, encoders.codec, encoders.text_encoder
+        share, codec, text = images.renewed_fraction, encoders.codec, encoders.text_encoder
         # Mean and log-variance, of two bytes each; of the largest shape.
         row_bytes = max(4 * math.prod(codec.latent_shape(*size)) for size in images.buckets.sizes)
         self._kept = min(len(images), int(KEPT_BYTES / (row_bytes * share)))
         # In a later epoch a sample may come to a process that has not seen it yet.
-        images.renewed_kept = self._kept if encoders.world == 1 else 0
+        images.renewed_cached = self._kept if encoders.world == 1 else 0
         # The same caption may come again with another image, so that the oldest go, not those of the last block.
         in_use = math.ceil(1.25 * share * len(images))
         state_bytes = 2 * text.max_length * text.hidden_size
@@ -193,7 +193,7 @@ class MemoryCache:
                 pixels[index, block] = batch.images[image_of[place]]
             elif (index, block) not in pixels:
                 sample = self._images.sample_at(batch.epochs[place], index)
-                pixels[index, block] = cover(sample.load(), batch.size)
+                pixels[index, block] = resize_and_crop(sample.load(), batch.size)
         size = _at_once(*batch.size, self._at_once)
         with _exact(self._encoders.device):
             for part in _parts(list(pixels), size):
@@ -260,13 +260,13 @@ class CachedEncoders:
         self.print = print
         self._rank, self.world, self._wait = rank, world, wait
         self._num_workers, self._show_progress = num_workers, show_progress
-        self._captions = Store(cache_folder / "captions" / f"{text_encoder.fingerprint()}-{VERSION}", print)
+        self._captions = RowCache(cache_folder / "captions" / f"{text_encoder.fingerprint()}-{VERSION}", print)
         name = codec.fingerprint()
-        self._moments = None if name is None else Store(cache_folder / "moments" / f"{name}-{VERSION}", print)
+        self._moments = None if name is None else RowCache(cache_folder / "moments" / f"{name}-{VERSION}", print)
 
-    def encode_captions(self, captions: Sequence[str]) -> tuple[Rows, int]:
+    def encode_captions(self, captions: Sequence[str]) -> tuple[CachedRows, int]:
         """States of captions, a row [L, D] float32 each, and how many of them were new."""
-        keys = [digest_of(caption.encode("utf-8", "surrogatepass")) for caption in captions]
+        keys = [content_hash(caption.encode("utf-8", "surrogatepass")) for caption in captions]
 
         def encode(missing: list[int]) -> Iterator[tuple[list[int], Tensor]]:
             row_bytes = self.text_encoder.max_length * self.text_encoder.hidden_size * 4
@@ -276,7 +276,7 @@ class CachedEncoders:
 
         return self._filled(self._captions, keys, len(keys), encode, "captions")
 
-    def encode_images(self, images: CaptionedImages) -> tuple[Rows | None, int]:
+    def encode_images(self, images: CaptionedImages) -> tuple[CachedRows | None, int]:
         """Moments of images, a row [M, h, w] float32 each, all unflipped before all flipped, and how many images
         were new. None where they cannot be kept.
         """
@@ -296,12 +296,12 @@ class CachedEncoders:
 
     def _filled(
         self,
-        store: Store,
+        store: RowCache,
         keys: list[str],
         count: int,
         encode: Callable[[list[int]], Iterator[tuple[list[int], Tensor]]],
         what: str,
-    ) -> tuple[Rows, int]:
+    ) -> tuple[CachedRows, int]:
         """The rows of `keys`, encoded where they are missing; those at p, p + count, … belong to one thing."""
         missing = store.missing(keys)
         new = len({position % count for position in missing})
@@ -314,7 +314,7 @@ class CachedEncoders:
 
     def _add(
         self,
-        store: Store,
+        store: RowCache,
         keys: list[str],
         missing: list[int],
         encode: Callable[[list[int]], Iterator[tuple[list[int], Tensor]]],
@@ -427,7 +427,7 @@ def _image_keys(images: CaptionedImages) -> list[str]:
         unknown = iter(list(pool.map(_digest, [sample for sample in images.samples if sample.digest is None])))
     named = list(zip([sample.digest or next(unknown) for sample in images.samples], _shapes(images), strict=True))
     return [
-        digest_of(repr((*transform, shape, flipped, digest)).encode())
+        content_hash(repr((*transform, shape, flipped, digest)).encode())
         for flipped in ((False, True) if config.flip else (False,))
         for digest, shape in named
     ]
@@ -435,7 +435,7 @@ def _image_keys(images: CaptionedImages) -> list[str]:
 
 def _digest(sample: Sample) -> str:
     try:
-        return digest_of(sample.read())
+        return content_hash(sample.read())
     except (OSError, ValueError) as error:
         raise ValueError(f"{sample.id} cannot be read: {error}; restore or remove it") from error
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
-from ldm.data import Account, Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
+from ldm.data import Batch, CaptionedImages, DatasetReport, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import NotFinite, save_png
 from ldm.training import checkpoints, nonfinite, threads
 from ldm.training.codebook import Codebook
@@ -127,7 +127,7 @@ class Run:
         self._images: CaptionedImages | None = None
         self._held_out: CaptionedImages | None = None
         self._data: dict[str, Any] = {}
-        self._account: Account | None = None
+        self._account: DatasetReport | None = None
         self._micro: list[StepLosses] = []  # of the present step
         self._losses: list[float] = []  # of the steps since the last line of the log
         self._figures: dict[str, list[float]] = {}  # what else was measured in them
@@ -185,7 +185,7 @@ class Run:
         if self.is_main:
             tqdm.write(text)
 
-    def check_data(self, images: CaptionedImages, held_out: CaptionedImages | None, account: Account) -> None:
+    def check_data(self, images: CaptionedImages, held_out: CaptionedImages | None, account: DatasetReport) -> None:
         """Remembers what is trained on and held out; refuses a batch that cannot be made, and other samples than those
         resumed.
 
@@ -241,7 +241,7 @@ class Run:
         sampler = self.micro_batches(images, self.step, train.max_steps)
         if self.is_resumed:
             epoch = min(epoch for epoch, _ in images.order(train.batch_size).batch(self.step))
-            images.reloaded = (epoch, epoch + 1)  # each image comes once in the rest of the one, or in the other
+            images.reload_epochs = (epoch, epoch + 1)  # each image comes once in the rest of the one, or in the other
         loader = DataLoader(
             images,
             batch_sampler=sampler,

@@ -20,8 +20,8 @@ from ldm.data import (
     Batch,
     CaptionedImages,
     DataConfig,
-    account_of,
     collate,
+    dataset_report,
     image_statistics,
     inspect,
     open_source,
@@ -64,8 +64,8 @@ def open_images(
             resumed on other data.
     """
     inspection = inspect(open_source(config, captioned=captioned), config, progress=run.is_main)
-    account = account_of(inspection, config)
-    run.print(account.line())
+    account = dataset_report(inspection, config)
+    run.print(account.summary())
     for line in account.unused_captions() if captioned else ():
         run.print(f"  {line}")
     for skipped in inspection.skipped[:SKIPPED_SHOWN]:
@@ -78,7 +78,7 @@ def open_images(
     measured_on = CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
     run.check_data(images, measured_on, account)
     if config.bucketed:
-        run.print(images.buckets.line())
+        run.print(images.buckets.summary())
     return images, measured_on
 
 
@@ -124,7 +124,7 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
         ).to(run.device)
     if images.composer is not None:
         images.composer.fits = pipeline.text_encoder.fits()
-        run.print(images.composer.line(images.shape_of))
+        run.print(images.composer.summary(images.shape_of))
     cut = pipeline.text_encoder.cut(config.sample.prompts)
     if cut:
         run.print(f"sample.prompts: {cut}")

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from ldm.data.buckets import Buckets, assign, bucket_sizes, bucket_step
+from ldm.data.buckets import Buckets, assign_buckets, bucket_sizes, bucket_step
 
 SIZES = bucket_sizes(512)
 
@@ -51,7 +51,7 @@ def test_sizes_have_about_the_area_and_lie_between_one_to_two_and_two_to_one(res
 def test_an_image_goes_where_least_of_it_is_cropped() -> None:
     random = np.random.default_rng(0)
     shapes = [(int(w), int(h)) for w, h in random.integers(50, 3000, (500, 2))]
-    buckets = assign(shapes, SIZES, batch_size=1)
+    buckets = assign_buckets(shapes, SIZES, batch_size=1)
     for shape, place in zip(shapes, buckets.assignment, strict=True):
         best = max(kept(shape, size) for size in SIZES)
         assert kept(shape, buckets.sizes[place]) == pytest.approx(best, rel=1e-9)
@@ -65,7 +65,7 @@ def test_an_image_goes_where_least_of_it_is_cropped() -> None:
 
 def test_photographs_lose_little() -> None:
     def lost(width: int, height: int) -> float | None:
-        return assign([(width, height)], SIZES, batch_size=1).cropped
+        return assign_buckets([(width, height)], SIZES, batch_size=1).cropped
 
     assert lost(1000, 1000) == 0
     for width, height, most in ((4, 3, 0.04), (3, 2, 0.05), (16, 9, 0.04), (2, 1, 0.09), (4, 1, 0.55)):
@@ -76,12 +76,12 @@ def test_photographs_lose_little() -> None:
 def test_a_size_with_too_few_images_for_a_batch_is_given_up() -> None:
     sizes = [(448, 576), (448, 640), (384, 640), (384, 704)]
     shapes = shapes_like(sizes, [20, 7, 8, 30])
-    buckets = assign(shapes, SIZES, batch_size=8)
+    buckets = assign_buckets(shapes, SIZES, batch_size=8)
     # 448x640 (1.43) is nearer to 448x576 (1.29) than to 384x640 (1.67).
     assert buckets.sizes == ((448, 576), (384, 640), (384, 704))
     assert buckets.assignment == (0,) * 27 + (1,) * 8 + (2,) * 30
     assert buckets.moved == 7
-    untouched = assign(shapes, SIZES, batch_size=7)
+    untouched = assign_buckets(shapes, SIZES, batch_size=7)
     assert untouched.sizes == tuple(sizes)
     assert untouched.moved == 0
     assert buckets.cropped > untouched.cropped == pytest.approx(0, abs=1e-12)  # type: ignore[operator]
@@ -93,7 +93,7 @@ def test_every_size_in_use_fills_a_batch_and_each_image_is_at_the_nearest_of_the
     random = np.random.default_rng(1)
     aspects = np.exp(random.normal(0, 0.4, 150))
     shapes = [(round(1000 * math.sqrt(a)), round(1000 / math.sqrt(a))) for a in aspects]
-    buckets = assign(shapes, SIZES, batch_size)
+    buckets = assign_buckets(shapes, SIZES, batch_size)
     sizes = set(buckets.assignment)
     assert sizes == set(range(len(buckets.sizes)))
     if len(sizes) > 1:
@@ -101,19 +101,19 @@ def test_every_size_in_use_fills_a_batch_and_each_image_is_at_the_nearest_of_the
     for shape, place in zip(shapes, buckets.assignment, strict=True):
         best = max(kept(shape, size) for size in buckets.sizes)
         assert kept(shape, buckets.sizes[place]) == pytest.approx(best, rel=1e-9)
-    own = assign(shapes, SIZES, 1)
+    own = assign_buckets(shapes, SIZES, 1)
     moved = sum(own.sizes[a] != buckets.sizes[b] for a, b in zip(own.assignment, buckets.assignment, strict=True))
     assert buckets.moved == moved
     assert len(buckets.sizes) == 1 or batch_size < 75
     # The order of the images does not matter.
-    backwards = assign(shapes[::-1], SIZES, batch_size)
+    backwards = assign_buckets(shapes[::-1], SIZES, batch_size)
     assert (backwards.sizes, backwards.assignment[::-1]) == (buckets.sizes, buckets.assignment)
 
 
 def test_the_line_says_what_happens() -> None:
     shapes = shapes_like([(448, 576), (448, 640)], [20, 7])
-    line = assign(shapes, SIZES, batch_size=8).line()
+    line = assign_buckets(shapes, SIZES, batch_size=8).summary()
     assert "448x576 (27); 2.6% of an image is cropped away (of squares 24.2%); moved to the next size" in line
     assert line.endswith("make a batch: 7")
-    assert "moved" not in assign(shapes, SIZES, batch_size=7).line()
-    assert Buckets(((8, 8),), (0, 0)).line().endswith("8x8 (2)")
+    assert "moved" not in assign_buckets(shapes, SIZES, batch_size=7).summary()
+    assert Buckets(((8, 8),), (0, 0)).summary().endswith("8x8 (2)")

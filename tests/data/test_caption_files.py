@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ldm.data import DataConfig, NothingCaptionedError, account_of, inspect, open_source
+from ldm.data import DataConfig, NoCaptionsError, dataset_report, inspect, open_source
 from tests.data.pictures import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 
@@ -325,7 +325,7 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
     assert len(source.samples) == 39
     assert unused(tmp_path) == {"labels.csv": 2}
     config = DataConfig(path=str(tmp_path), resolution=8)
-    account = account_of(inspect(source, config), config)
+    account = dataset_report(inspect(source, config), config)
     assert "labels.csv names 2 images and is not used: 39 have captions from sidecars" in "\n".join(account.notes)
     assert [(one["name"], one["images"]) for one in account.to_dict()["caption_sources"]] == [
         ("sidecars", 39),
@@ -386,7 +386,7 @@ def test_a_source_with_captions_that_no_other_has_needs_attention(tmp_path: Path
         save(tmp_path / f"{number}.png", caption="x" if number < 3 else None)
     write(tmp_path / "extra.csv", "file,caption\n3.png,three\n4.png,four\n")
     config = DataConfig(path=str(tmp_path), resolution=8)
-    account = account_of(inspect(open_source(config), config), config)
+    account = dataset_report(inspect(open_source(config), config), config)
     [line] = account.unused_captions()
     assert line.startswith("extra.csv names 2 images (2 of them without a caption) and is not used: 3 have")
     assert line in account.needs_attention
@@ -452,7 +452,7 @@ def test_names_of_images_are_found_in_any_text(tmp_path: Path) -> None:
     for name in names:
         save(tmp_path / "dogs" / name)
     write(tmp_path / "captions.yaml", "".join(f"- {name}: a dog in the snow\n" for name in names))
-    with pytest.raises(NothingCaptionedError) as caught:
+    with pytest.raises(NoCaptionsError) as caught:
         opened(tmp_path)
     assert caught.value.source.caption_sources[0].name == "captions.yaml"
     assert caught.value.source.caption_sources[0].images >= 5
@@ -470,14 +470,14 @@ def test_json_beside_images_that_was_read_is_not_said_to_be_unread(tmp_path: Pat
 def test_a_sheet_that_cannot_be_opened_may_have_captions(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     (tmp_path / "captions.xlsx").write_bytes(b"PK encrypted")
-    with pytest.raises(NothingCaptionedError, match=r"captions\.xlsx names .* \(it cannot be opened"):
+    with pytest.raises(NoCaptionsError, match=r"captions\.xlsx names .* \(it cannot be opened"):
         opened(tmp_path)
 
 
 def test_a_sheet_of_excel_is_named(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     sheet(tmp_path / "captions.xlsx", "dogs/1.png</t></si><si><t>a dog")
-    with pytest.raises(NothingCaptionedError, match=r"captions\.xlsx names 1 image and is not read .* save it as CSV"):
+    with pytest.raises(NoCaptionsError, match=r"captions\.xlsx names 1 image and is not read .* save it as CSV"):
         opened(tmp_path)
     source = opened(tmp_path, caption_source="folders")
     assert [(one.name, one.images) for one in source.caption_sources] == [("captions.xlsx", 1), ("folders", 1)]
@@ -592,7 +592,7 @@ def test_annotations_without_captions_are_said_to_have_none(tmp_path: Path) -> N
         "annotations": [{"image_id": 1, "bbox": [0, 0, 4, 4], "category_id": 3}],
     }
     write(tmp_path / "train" / "_annotations.coco.json", boxes)
-    with pytest.raises(NothingCaptionedError) as caught:
+    with pytest.raises(NoCaptionsError) as caught:
         opened(tmp_path)
     (source, _) = caught.value.source.caption_sources
     assert source.reason == "its annotations have no captions"
@@ -605,14 +605,14 @@ def test_texts_whose_names_have_a_word_more_than_those_of_images_are_named(tmp_p
     for number in range(3):
         save(tmp_path / "cats" / f"{number}.png", (60 * number, 0, 0))
         write(tmp_path / "cats" / f"{number}_caption.txt", "an old cat")
-    with pytest.raises(NothingCaptionedError, match=r"cats/\*\.txt names 3 images and is not read \(its name has more"):
+    with pytest.raises(NoCaptionsError, match=r"cats/\*\.txt names 3 images and is not read \(its name has more"):
         opened(tmp_path)
 
 
 def test_tags_are_words(tmp_path: Path) -> None:
     save(tmp_path / "cats" / "1.png", "red")
     write(tmp_path / "cats" / "1.tags", "1girl, solo, smile")
-    with pytest.raises(NothingCaptionedError, match=r"cats/1\.tags names 1 image"):
+    with pytest.raises(NoCaptionsError, match=r"cats/1\.tags names 1 image"):
         opened(tmp_path)
 
 

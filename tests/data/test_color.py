@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.data import DataConfig, account_of, inspect, open_source
+from ldm.data import DataConfig, dataset_report, inspect, open_source
 from ldm.data.images import decode
 from ldm.pipelines.images import from_pil
 from tests.data import profiles
@@ -175,7 +175,7 @@ def test_the_account_counts_and_names_them(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(name)
     config = DataConfig(path=str(tmp_path), resolution=8)
     for _ in range(2):  # the second time from what is kept
-        account = account_of(inspect(open_source(config), config), config)
+        account = dataset_report(inspect(open_source(config), config), config)
         assert account.traits == {"color-profile": 2, "bad-profile": 1}
         assert account.treatment["color-profile"] == "converted from their color profiles to sRGB"
         assert "2 color-profile: converted" in account.to_text()

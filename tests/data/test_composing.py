@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data import CaptionedImages, DataConfig, Sample, account_of, collate, inspect, open_source, split
+from ldm.data import CaptionedImages, DataConfig, Sample, collate, dataset_report, inspect, open_source, split
 from ldm.data.composing import Composition
 from ldm.data.images import decode
-from ldm.data.scenes.draw import RGB
+from ldm.data.scenes.render import RGB
 
 WORDS = (
     "ant",
@@ -173,10 +173,10 @@ def test_captions_fit_or_nothing_is_composed(folder: Path, tmp_path: Path) -> No
     assert max(len(text.split()) for text in short) == 6
     assert len(short) > 0.6 * len(free), "what can be said shorter is"
     assert none == []
-    line = data.composer.line(data.shape_of)
+    line = data.composer.summary(data.shape_of)
     assert line.startswith("0 % of the samples") and "text.max_length" in line
     data.composer.fits = None
-    assert "text.max_length" not in data.composer.line(data.shape_of)
+    assert "text.max_length" not in data.composer.summary(data.shape_of)
 
 
 def test_pictures_of_one_group_or_caption_are_not_put_together(folder: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_workers_and_pickles_compose_the_same(folder: Path, tmp_path: Path) -> N
 def test_images_that_are_kept_by_others_are_loaded_once(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path)
     data.with_images = False
-    data.renewed_kept = 10
+    data.renewed_cached = 10
     for epoch in (0, 1):
         batch = collate([data[epoch, index] for index in range(len(data))])
         expected = batch.renewed & ((torch.arange(len(data)) >= 10) | torch.tensor(epoch == 0))
@@ -248,11 +248,11 @@ def test_uncaptioned_images_are_composed_without_a_word(folder: Path, tmp_path: 
 def test_the_account_says_how_many_are_composed(folder: Path, tmp_path: Path) -> None:
     config = DataConfig(path=str(folder), resolution=32, compose=0.3, cache_dir=str(tmp_path))
     for _ in range(2):  # found out, and known
-        account = account_of(inspect(open_source(config), config), config)
-        assert account.line().endswith("; 30 % of the samples of an epoch are composed")
+        account = dataset_report(inspect(open_source(config), config), config)
+        assert account.summary().endswith("; 30 % of the samples of an epoch are composed")
         assert any("10 of 20 images are transparent around what they show" in line for line in account.notes)
     plain = replace(config, compose=0.0)
-    assert "composed" not in account_of(inspect(open_source(plain), plain), plain).to_text()
+    assert "composed" not in dataset_report(inspect(open_source(plain), plain), plain).to_text()
 
 
 def test_openmoji_stand_on_colored_grounds() -> None:

@@ -24,7 +24,8 @@ from ldm.data import (
     to_uint8,
 )
 from ldm.data.dataset import MIN_STD
-from ldm.data.sources import Decoded, digest_of
+from ldm.data.rng import content_hash
+from ldm.data.sources import Decoded
 
 
 def noise(data: bytes, width: int, height: int) -> Decoded:
@@ -45,7 +46,7 @@ def samples(count: int, width: int = 24, height: int = 8) -> tuple[Sample, ...]:
             group=f"g{number // 2}",
             read=partial(stored, number),
             decode=partial(noise, width=width, height=height),
-            digest=digest_of(stored(number)),
+            digest=content_hash(stored(number)),
             size=(width, height),
         )
         for number in range(count)

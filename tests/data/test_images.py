@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.data import DataConfig, inspect, open_source
-from ldm.data.images import FORMATS, cover, decode, to_rgb
+from ldm.data.images import FORMATS, decode, resize_and_crop, to_rgb
 from tests.data import profiles
 
 WHITE = (255, 255, 255)
@@ -158,7 +158,7 @@ def test_what_can_be_decoded_is_whatever_its_name_says(tmp_path: Path, kind: str
     config = DataConfig(path=str(tmp_path), resolution=8)
     inspection = inspect(open_source(config), config)
     assert [(found.id, found.size) for found in inspection.used] == [("a.jpg", (12, 6))]
-    assert inspection.kinds[0].format == kind
+    assert inspection.formats[0].format == kind
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_square_at_its_own_size_is_cut_out_at_whole_pixels(width: int, height:
         (1 - 1e-9, max(width, height) - 10),
     ):
         cut = pixels[:, :, start : start + 10] if width > height else pixels[:, start : start + 10]
-        result = cover(image, (10, 10), place)
+        result = resize_and_crop(image, (10, 10), place)
         assert (result.dtype, result.shape, result.is_contiguous()) == (torch.uint8, (3, 10, 10), True)
         assert torch.equal(result, cut), (width, height, place)
 
@@ -225,7 +225,7 @@ def test_resizing_and_cutting_in_one_pass_equals_both_in_turn() -> None:
     short_side_first = image.resize((60, 20), Image.Resampling.BICUBIC)
     for place, left in ((0.0, 0), (0.5, 20), (1 - 1e-9, 40)):
         expected = np.asarray(short_side_first)[:, left : left + 20].transpose(2, 0, 1).astype(int)
-        assert np.abs(cover(image, (20, 20), place).numpy().astype(int) - expected).max() <= 1
+        assert np.abs(resize_and_crop(image, (20, 20), place).numpy().astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("size", "native", "spare"), [
@@ -248,7 +248,7 @@ def test_an_image_is_resized_until_it_covers_the_size_and_no_further(
         whole = (width + across, height + down)
         covering = image.resize(whole, Image.Resampling.BICUBIC, box=(0, 0, *(side * scale for side in whole)))
         expected = np.asarray(covering)[top : top + height, left : left + width].transpose(2, 0, 1).astype(int)
-        result = cover(image, size, place)
+        result = resize_and_crop(image, size, place)
         assert (result.dtype, tuple(result.shape), result.is_contiguous()) == (torch.uint8, (3, *size), True)
         assert np.abs(result.numpy().astype(int) - expected).max() <= 1, place
 
@@ -256,7 +256,7 @@ def test_an_image_is_resized_until_it_covers_the_size_and_no_further(
 def test_shrinking_is_antialiased() -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
-    assert (cover(Image.fromarray(stripes), (16, 16)).int() - 128).abs().max() < 12
+    assert (resize_and_crop(Image.fromarray(stripes), (16, 16)).int() - 128).abs().max() < 12
 
 
 def test_rgb_stays_as_it_is() -> None:

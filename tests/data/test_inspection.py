@@ -18,10 +18,11 @@ from PIL import Image
 
 from ldm.data import DataConfig, Inspection, Sample, Skipped, Source, inspect, open_source, split
 from ldm.data import inspection as module
-from ldm.data.facts import FactsStore
+from ldm.data.image_info import ImageInfoCache
 from ldm.data.images import FORMATS, decode
 from ldm.data.inspection import natural_order
-from ldm.data.sources import Decoded, digest_of
+from ldm.data.rng import content_hash
+from ldm.data.sources import Decoded
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -98,10 +99,11 @@ def test_every_entry_is_used_skipped_or_a_copy_for_any_number_of_workers(tmp_pat
     assert used["3.png"].captions == ("picture 3", "another caption")
     assert used["10.png"].captions == ("picture 10",)
     assert used["7 small.jpg"].size == (36, 30)
-    assert used["3.png"].digest == digest_of((tmp_path / "data/3.png").read_bytes())
+    assert used["3.png"].digest == content_hash((tmp_path / "data/3.png").read_bytes())
     assert first.near == (("7.png", "7 small.jpg"),)
     assert used["7.png"].group == used["7 small.jpg"].group == "7"
-    assert [kind.format for kind in first.kinds] == ["JPEG" if one.id.endswith("jpg") else "PNG" for one in first.used]
+    formats = [stored.format for stored in first.formats]
+    assert formats == ["JPEG" if one.id.endswith("jpg") else "PNG" for one in first.used]
 
 
 def test_groups_tied_by_pictures_and_captions_become_one(tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_damaged_facts_are_found_out_again(damage: str, tmp_path: Path) -> None:
     for number in range(5):
         save(folder / f"{number}.png", number)
     before = looked(folder)
-    [file] = FactsStore(config(folder)).folder.iterdir()
+    [file] = ImageInfoCache(config(folder)).folder.iterdir()
     content = file.read_bytes()
     at = len(content) - 400  # in the thumbnail of the last record
     changed = {
@@ -198,7 +200,7 @@ def test_two_runs_may_look_at_one_data_set_at_the_same_time(tmp_path: Path, monk
     source, decoded = count_decodes(folder_source(folder))
     assert inspect(source, config(folder)) == results[0]
     assert len(decoded) == 3
-    assert not [path for path in FactsStore(config(folder)).folder.iterdir() if path.suffix != ".facts"]
+    assert not [path for path in ImageInfoCache(config(folder)).folder.iterdir() if path.suffix != ".facts"]
 
 
 def test_facts_that_cannot_be_kept_do_not_stop_anything(tmp_path: Path) -> None:
@@ -206,9 +208,9 @@ def test_facts_that_cannot_be_kept_do_not_stop_anything(tmp_path: Path) -> None:
     before = looked(folder)
     (tmp_path / "file").write_text("")
     after = inspect(folder_source(folder), config(folder, cache_dir=str(tmp_path / "file")))
-    assert before.unkept == ""
-    assert "Not a directory" in after.unkept
-    assert replace(after, unkept="") == before
+    assert before.cache_error == ""
+    assert "Not a directory" in after.cache_error
+    assert replace(after, cache_error="") == before
 
 
 def test_pixels_in_another_shape_are_another_picture(tmp_path: Path) -> None:
@@ -249,12 +251,12 @@ def test_a_curated_source_is_passed_through_unless_everything_is_asked_for() -> 
 
     untouched = replace(digits, samples=tuple(replace(one, decode=refuse) for one in digits.samples))
     seen = inspect(untouched, DataConfig(path="digits", resolution=8))
-    assert seen.used is untouched.samples and seen.kinds == () and seen.total == 1797
+    assert seen.used is untouched.samples and seen.formats == () and seen.total == 1797
     few = replace(digits, samples=(*digits.samples[:40], replace(digits.samples[3], id="digits/again")))
     everything = inspect(few, DataConfig(path="digits", resolution=8), everything=True)
     assert everything.used == few.samples
     assert everything.near == (("digits/0003", "digits/again"),)
-    assert {kind.mode for kind in everything.kinds} == {"L"}
+    assert {kind.mode for kind in everything.formats} == {"L"}
 
 
 def test_natural_order() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from ldm.data import generator
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.draw import draw_parts, draw_scene
+from ldm.data.scenes.render import render_parts, render_scene
 from ldm.data.scenes.scene import Part, Scene, SceneSampler
 
 
@@ -19,9 +19,9 @@ def sampler():
 @pytest.mark.parametrize("kind", ["one", "count", "pair", "three", "worn", "held", "worn pair"])
 def test_every_part_has_a_box_and_the_pixels_are_those_of_the_scene(sampler, kind):
     for number in range(4):
-        scene = sampler.of_kind(kind, generator(number, "scene"))
-        image, drawn = draw_parts(scene, generator(number, "pixels"), 64)
-        assert np.array_equal(image, draw_scene(scene, generator(number, "pixels"), 64))
+        scene = sampler.sample_kind(kind, generator(number, "scene"))
+        image, drawn = render_parts(scene, generator(number, "pixels"), 64)
+        assert np.array_equal(image, render_scene(scene, generator(number, "pixels"), 64))
         expected = scene.all_parts * scene.count
         assert sorted(one.part.thing.name for one in drawn) == sorted(part.thing.name for part in expected)
         for one in drawn:
@@ -32,10 +32,10 @@ def test_every_part_has_a_box_and_the_pixels_are_those_of_the_scene(sampler, kin
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_box_is_what_is_not_ground(sampler, mirrored):
-    thing = load_catalog().named("cat")
+    thing = load_catalog().thing("cat")
     for drawing in thing.drawings[:3]:
         part = Part(thing, drawing, color="blue", size="small", mirrored=mirrored)
-        image, drawn = draw_parts(Scene("one", (part,)), generator(1, "pixels"), 64)
+        image, drawn = render_parts(Scene("one", (part,)), generator(1, "pixels"), 64)
         rows, columns = np.nonzero((np.asarray(image) != 255).any(axis=2))
         seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
         assert np.abs(seen - drawn[0].box).max() < 2.5 / 64
@@ -43,13 +43,13 @@ def test_a_box_is_what_is_not_ground(sampler, mirrored):
 
 def test_what_is_worn_is_told_where_it_differs_from_the_bearer_alone(sampler):
     for number, mirrored in enumerate((False, True, False, True)):
-        scene = sampler.of_kind("worn", generator(number, "worn"))
+        scene = sampler.sample_kind("worn", generator(number, "worn"))
         bearer = dataclasses.replace(scene.parts[0], mirrored=mirrored)
         red = dataclasses.replace(bearer, worn=dataclasses.replace(bearer.worn, color="red"))
         blue = dataclasses.replace(bearer, worn=dataclasses.replace(bearer.worn, color="blue"))
         images = []
         for part in (red, blue):
-            image, drawn = draw_parts(Scene("worn", (part,)), generator(1, "pixels"), 64)
+            image, drawn = render_parts(Scene("worn", (part,)), generator(1, "pixels"), 64)
             images.append(np.asarray(image).astype(int))
         rows, columns = np.nonzero(np.abs(images[0] - images[1]).max(axis=2) > 40)
         left, top, right, bottom = drawn[1].box

@@ -10,10 +10,10 @@ import yaml
 
 from ldm.data import CaptionedImages, DataConfig, generator, open_source, split
 from ldm.data.scenes import captions
-from ldm.data.scenes.captions import Writer
+from ldm.data.scenes.captions import CaptionWriter
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.draw import draw_scene, tint
-from ldm.data.scenes.held_out import SHARES, Fact, relation
+from ldm.data.scenes.held_out import HELD_OUT_FRACTIONS, Concept, relation_concept
+from ldm.data.scenes.render import render_scene, tint
 from ldm.data.scenes.scene import COLORS, PLACES, RELATIONS, SceneSampler
 from ldm.data.scenes.source import held_out_scene, training_scene
 from ldm.text import load_text_encoder
@@ -32,15 +32,22 @@ def sampler():
 
 def phrasings():
     """Lists of templates of which one is chosen, and whether their first is never held out."""
-    yield from ((one, True) for one in (captions.ONE, captions.COUNT, captions.THREE, captions.HELD))
-    yield from ((one, True) for of in (captions.HOW, captions.WORN, captions.ON_PLACE) for one in of.values())
+    yield from (
+        (one, True)
+        for one in (captions.ONE_PHRASES, captions.COUNT_PHRASES, captions.THREE_PHRASES, captions.HELD_PHRASES)
+    )
+    yield from (
+        (one, True)
+        for of in (captions.RELATION_PHRASES, captions.WORN_PHRASES, captions.ON_PLACE)
+        for one in of.values()
+    )
     yield captions.ON_COLOR, True
     yield captions.LONG_OPENINGS, True
     yield (*captions.STYLE, *captions.STYLE_PHRASES), True
     yield (*captions.STYLE_OF_MANY, *captions.STYLE_OF_MANY_PHRASES), True
     clauses = (captions.ONE_CLAUSES, captions.COUNT_CLAUSES, captions.THREE_CLAUSES, captions.HELD_CLAUSES)
     yield from ((one, False) for one in clauses)
-    yield from ((one, False) for of in (captions.HOW_CLAUSES, captions.WORN_CLAUSES) for one in of.values())
+    yield from ((one, False) for of in (captions.RELATION_CLAUSES, captions.WORN_CLAUSES) for one in of.values())
     yield captions.COLOR_SENTENCES, True
     yield captions.CLASS_SENTENCES, True
     yield from ((one, True) for one in captions.GROUND_SENTENCES.values())
@@ -48,7 +55,7 @@ def phrasings():
 
 def unseen_phrasings():
     for templates, first in phrasings():
-        yield from (one for one in templates[first:] if Fact("phrasing", (one,)).is_held_out and one != templates[0])
+        yield from (one for one in templates[first:] if Concept("phrasing", (one,)).is_held_out and one != templates[0])
 
 
 def as_pattern(template):
@@ -63,10 +70,10 @@ def has_word(text, word):
 
 
 def check_nothing_is_held_out(numbers):
-    """Reads scenes and captions by itself: it asks neither for `Scene.facts` nor for `Caption.facts`."""
+    """Reads scenes and captions by itself: it asks neither for `Scene.concepts` nor for `Caption.concepts`."""
     unseen, said = {}, {}
     for thing in load_catalog().things:
-        words = {word: Fact("synonym", (thing.name, word)).is_held_out for word in (*thing.synonyms, *thing.kinds)}
+        words = {word: Concept("synonym", (thing.name, word)).is_held_out for word in (*thing.synonyms, *thing.kinds)}
         unseen[thing.name] = [word for word, is_held_out in words.items() if is_held_out]
         others = [word for word, is_held_out in words.items() if not is_held_out]
         said[thing.name] = [thing.name, thing.plural, *thing.classes, *others]
@@ -77,14 +84,14 @@ def check_nothing_is_held_out(numbers):
         names = [part.thing.name for part in scene.parts]
         for part in scene.all_parts:
             if part.color and part.color not in part.thing.colors:
-                assert not Fact("color", (part.thing.name, part.color)).is_held_out, (number, caption)
+                assert not Concept("color", (part.thing.name, part.color)).is_held_out, (number, caption)
             if part.worn:
-                assert not Fact("worn", (part.thing.name, part.worn.thing.name)).is_held_out, (number, caption)
+                assert not Concept("worn", (part.thing.name, part.worn.thing.name)).is_held_out, (number, caption)
         if len(names) == 2:
-            assert not relation(names[0], scene.how, names[1]).is_held_out, (number, caption)
+            assert not relation_concept(names[0], scene.relation, names[1]).is_held_out, (number, caption)
         if len(names) == 3:
             for first, second in ((0, 1), (0, 2), (1, 2)):
-                assert not relation(names[first], "left of", names[second]).is_held_out, (number, caption)
+                assert not relation_concept(names[first], "left of", names[second]).is_held_out, (number, caption)
         # A word of one thing may be an allowed one of another, or a part of it.
         allowed = [word for part in scene.all_parts for word in said[part.thing.name]]
         for word in (word for part in scene.all_parts for word in unseen[part.thing.name]):
@@ -96,7 +103,7 @@ def check_nothing_is_held_out(numbers):
 
 def test_every_list_of_phrasings_has_one_that_may_be_said():
     for templates, first in phrasings():
-        assert first or not all(Fact("phrasing", (one,)).is_held_out for one in templates), templates
+        assert first or not all(Concept("phrasing", (one,)).is_held_out for one in templates), templates
 
 
 def test_no_training_scene_shows_or_says_what_is_held_out():
@@ -120,26 +127,32 @@ def test_no_caption_is_cut(numbers):
 
 def test_shares_are_held_out_of_each_kind(sampler):
     things = sampler.things
-    color = [Fact("color", (thing.name, color)).is_held_out for thing in things for color in COLORS]
-    pairs = [relation(a.name, how, b.name).is_held_out for a in things[:60] for b in things[:60] for how in RELATIONS]
-    worn = [Fact("worn", (a.name, b.name)).is_held_out for a in sampler.bearers for b in sampler.worn]
-    synonyms = [Fact("synonym", (a.name, word)).is_held_out for a in things for word in (*a.synonyms, *a.kinds)]
-    for share, found in zip(SHARES.values(), (color, pairs, worn, synonyms), strict=False):
+    color = [Concept("color", (thing.name, color)).is_held_out for thing in things for color in COLORS]
+    pairs = [
+        relation_concept(a.name, how, b.name).is_held_out for a in things[:60] for b in things[:60] for how in RELATIONS
+    ]
+    worn = [Concept("worn", (a.name, b.name)).is_held_out for a in sampler.characters for b in sampler.worn]
+    synonyms = [Concept("synonym", (a.name, word)).is_held_out for a in things for word in (*a.synonyms, *a.kinds)]
+    for share, found in zip(HELD_OUT_FRACTIONS.values(), (color, pairs, worn, synonyms), strict=False):
         spread = 4 * (share * (1 - share) / len(found)) ** 0.5
         assert abs(np.mean(found) - share) < spread
 
 
 def test_a_relation_is_one_fact_from_both_sides():
-    assert relation("cat", "left of", "dog") == relation("dog", "right of", "cat")
-    assert relation("cat", "above", "dog") == relation("dog", "under", "cat") != relation("dog", "above", "cat")
-    assert relation("cat", "in front of", "dog") == relation("dog", "behind", "cat")
-    assert relation("cat", "next to", "dog") == relation("dog", "next to", "cat")
+    assert relation_concept("cat", "left of", "dog") == relation_concept("dog", "right of", "cat")
+    assert (
+        relation_concept("cat", "above", "dog")
+        == relation_concept("dog", "under", "cat")
+        != relation_concept("dog", "above", "cat")
+    )
+    assert relation_concept("cat", "in front of", "dog") == relation_concept("dog", "behind", "cat")
+    assert relation_concept("cat", "next to", "dog") == relation_concept("dog", "next to", "cat")
 
 
 def test_held_out_scenes_each_show_something_new():
     for number in range(60):
         scene, caption = held_out_scene(number)
-        assert any(fact.is_held_out for fact in scene.facts()), caption
+        assert any(concept.is_held_out for concept in scene.concepts()), caption
 
 
 def test_a_scene_is_a_function_of_its_number():
@@ -165,9 +178,9 @@ def test_others_take_their_places():
     assert later[0, 2].caption == training_scene(14)[1]
     assert np.array_equal(later[0, 2].image, images[5, 2].image)
     # Workers load what is new, and nothing twice, for those who keep it.
-    images.with_images, images.renewed_kept = False, len(images)
+    images.with_images, images.renewed_cached = False, len(images)
     assert [images[epoch, 2].image is not None for epoch in range(6)] == [True, False] * 3
-    images.reloaded = (3, 4)  # whoever goes on in the middle of epoch 3 keeps nothing yet
+    images.reload_epochs = (3, 4)  # whoever goes on in the middle of epoch 3 keeps nothing yet
     assert [images[epoch, 2].image is not None for epoch in range(7)] == [True, False, True, True, True, False, True]
 
 
@@ -179,11 +192,11 @@ def test_things_come_first_and_scenes_later():
 
 
 def test_a_plain_caption_names_all_that_can_be_seen(sampler):
-    draw = generator(1, "plain")
+    rng = generator(1, "plain")
     for kind in ("count", "pair", "worn", "three"):
         for _ in range(40):
-            scene = sampler.of_kind(kind, draw)
-            text = Writer(draw).caption(scene, plain=True).text
+            scene = sampler.sample_kind(kind, rng)
+            text = CaptionWriter(rng).caption(scene, plain=True).text
             for part in scene.all_parts:
                 name = part.thing.plural if kind == "count" else part.thing.name
                 assert f"{part.color} {name}" in text if part.color else name in text
@@ -192,27 +205,27 @@ def test_a_plain_caption_names_all_that_can_be_seen(sampler):
 
 
 def test_articles_and_plurals(sampler):
-    draw = generator(2, "articles")
+    rng = generator(2, "articles")
     wrong = (" a a", " a e", " a i", " a o", " an b", " an c", " an d", " an p", " an t", " a an ", " an a ")
     for number in range(4_000):
         text = f" {training_scene(number * 311)[1].lower()} ".replace(" a ewe", "")
         assert not any(pair in text for pair in wrong), text
-    thing = load_catalog().named("mouse")
-    scene = replace(sampler.of_kind("count", draw), count=3)
+    thing = load_catalog().thing("mouse")
+    scene = replace(sampler.sample_kind("count", rng), count=3)
     scene = replace(scene, parts=(replace(scene.parts[0], thing=thing, drawing=thing.drawings[0], color="red"),))
-    assert Writer(draw).caption(scene, plain=True).text == "three red mice"
+    assert CaptionWriter(rng).caption(scene, plain=True).text == "three red mice"
 
 
 def test_relations_are_drawn_as_they_are_told(sampler):
     """One thing is tinted red, the other blue: where the colors lie is where the things are."""
-    draw = generator(3, "relations")
+    rng = generator(3, "relations")
     for how in ("left of", "right of", "above", "under"):
         for _ in range(12):
-            scene = sampler.of_kind("pair", draw)
+            scene = sampler.sample_kind("pair", rng)
             first, second = (replace(part, size=None) for part in scene.parts)
             parts = (replace(first, color="red"), replace(second, color="blue"))
-            scene = replace(scene, parts=parts, how=how, background="")
-            red, _, blue = np.moveaxis(np.asarray(draw_scene(scene, draw, 64), np.int64), -1, 0)
+            scene = replace(scene, parts=parts, relation=how, background="")
+            red, _, blue = np.moveaxis(np.asarray(render_scene(scene, rng, 64), np.int64), -1, 0)
             (red_y, red_x), (blue_y, blue_x) = (
                 [places.mean() for places in np.nonzero(one > other + 60)] for one, other in ((red, blue), (blue, red))
             )
@@ -233,9 +246,9 @@ def test_a_tint_keeps_light_and_shade():
 
 
 def test_nothing_disappears_in_front_of_its_ground(sampler):
-    draw = generator(4, "ground")
+    rng = generator(4, "ground")
     for _ in range(300):
-        scene = sampler.of_kind("one", draw)
+        scene = sampler.sample_kind("one", rng)
         if scene.parts[0].color and scene.background not in PLACES:
             assert scene.parts[0].color != (scene.background or "white")
 

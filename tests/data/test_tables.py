@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from PIL import Image
 from pyarrow import parquet
 
-from ldm.data import DataConfig, account_of, inspect, open_source
+from ldm.data import DataConfig, dataset_report, inspect, open_source
 from tests.data.pictures import captions, colour, opened, png, reasons, save
 
 datasets.disable_progress_bars()
@@ -151,7 +151,9 @@ def test_rows_without_a_name_are_reported_by_their_place(tmp_path: Path) -> None
     images = [data.getvalue(), b"broken", data.getvalue(), near.getvalue()]
     write(tmp_path / "a.parquet", {"png": images, "text": ["a b c", "d", "e", "f"]})
     config = DataConfig(path=str(tmp_path), resolution=8)
-    account = account_of(inspect(open_source(config), config), config, lost=lambda texts: [text[2:] for text in texts])
+    account = dataset_report(
+        inspect(open_source(config), config), config, truncated_words=lambda texts: [text[2:] for text in texts]
+    )
     assert [entry.path for entry in account.skipped_files] == ["a.parquet:2"]
     (copy,) = account.duplicate_files
     assert {copy.path, copy.of} == {"a.parquet:1", "a.parquet:3"}

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ldm.data import CaptionedImages, DataConfig, NothingCaptionedError, account_of, inspect, open_source, split
+from ldm.data import CaptionedImages, DataConfig, NoCaptionsError, dataset_report, inspect, open_source, split
 from tests.data.pictures import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 
@@ -35,12 +35,12 @@ def test_a_folder_of_images_and_nothing_else(tmp_path: Path) -> None:
         "2.png": (),
         "3.png": (),
     }
-    account = account_of(inspection, config)
+    account = dataset_report(inspection, config)
     assert account.captions.without == 3
-    assert account.line().endswith("1 skipped, 4 duplicates; 3 without a caption")
+    assert account.summary().endswith("1 skipped, 4 duplicates; 3 without a caption")
     images = CaptionedImages(inspection.used, config, 0)
     assert [images[0, index].caption for index in range(4)] == ["0", "", "", ""]
-    with pytest.raises(NothingCaptionedError):
+    with pytest.raises(NoCaptionsError):
         opened(tmp_path / "sub")
 
 
@@ -76,7 +76,7 @@ def test_images_that_a_table_does_not_name(tmp_path: Path, table: str) -> None:
 def test_a_file_of_captions_that_is_not_read_stops_nobody(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "a.png")
     (tmp_path / "captions.yaml").write_text("a.png: a dog in the snow")
-    with pytest.raises(NothingCaptionedError):
+    with pytest.raises(NoCaptionsError):
         opened(tmp_path)
     assert images_of(tmp_path) == {"dogs/a.png": ()}
 
@@ -96,7 +96,7 @@ def test_shards_without_captions_and_images_beside_them(tmp_path: Path) -> None:
     assert images_of(tmp_path) == {"a.tar/1.png": (), "a.tar/2.png": ("two",), "preview.png": ()}
     write_tar(tmp_path / "a.tar", [("1.png", png())])
     assert images_of(tmp_path) == {"a.tar/1.png": (), "preview.png": ()}
-    with pytest.raises(NothingCaptionedError):
+    with pytest.raises(NoCaptionsError):
         opened(tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_tables_of_images_without_a_column_of_captions(tmp_path: Path, suffix: s
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a caption")
-    with pytest.raises(NothingCaptionedError, match=r"no image in .*; add images"):
+    with pytest.raises(NoCaptionsError, match=r"no image in .*; add images"):
         images_of(tmp_path)
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from ldm.data import generator
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.draw import draw_parts
-from ldm.data.scenes.held_out import Fact
+from ldm.data.scenes.held_out import Concept
+from ldm.data.scenes.render import render_parts
 from ldm.data.scenes.scene import SceneSampler
 from ldm.evaluation.axes import AXES, axis_prompts, is_on, is_placed, redrawn, right
 from ldm.evaluation.judge import OWN, Look, Reading
@@ -24,7 +24,7 @@ def look(x, y, width=0.3, height=0.3, rank=1, color=OWN):
 
 def perfect(scene, draw):
     """What a judge that errs in nothing reads in a scene."""
-    _, drawn = draw_parts(scene, draw, 64)
+    _, drawn = render_parts(scene, draw, 64)
     looks = []
     for part in scene.all_parts:
         one = next(one for one in drawn if one.part is part)
@@ -55,17 +55,17 @@ def test_all_things_are_asked_for_by_their_names(sampler):
 @pytest.mark.parametrize("axis", ["color", "relation", "worn", "two colors"])
 def test_combinations_are_held_out(sampler, axis):
     for prompt in axis_prompts(axis, 25, 0, sampler):
-        assert any(fact.is_held_out for fact in prompt.scene.facts()), prompt.caption
+        assert any(concept.is_held_out for concept in prompt.scene.concepts()), prompt.caption
 
 
 def test_synonyms_and_phrasings_are_held_out_and_nothing_else_is(sampler):
     for prompt in axis_prompts("unseen synonym", None, 0, sampler):
         word = prompt.caption.removeprefix("a ").removeprefix("an ")
-        assert Fact("synonym", (prompt.asked[0], word)).is_held_out
+        assert Concept("synonym", (prompt.asked[0], word)).is_held_out
     found = axis_prompts("unseen phrasing", 40, 0, sampler)
     assert len({prompt.scene.kind for prompt in found}) > 3
     for prompt in found:
-        assert not any(fact.is_held_out for fact in prompt.scene.facts())
+        assert not any(concept.is_held_out for concept in prompt.scene.concepts())
         names = [part.thing.plural if prompt.scene.count > 1 else part.thing.name for part in prompt.scene.all_parts]
         assert all(name in prompt.caption for name in names)
 
@@ -108,7 +108,7 @@ def test_what_is_worn_is_on_its_bearer():
     ],
 )
 def test_what_is_wrong_is_said(sampler, axis, changes, wrong):
-    prompt = next(p for p in axis_prompts(axis, 30, 0, sampler) if axis != "relation" or p.scene.how == "left of")
+    prompt = next(p for p in axis_prompts(axis, 30, 0, sampler) if axis != "relation" or p.scene.relation == "left of")
     reading = perfect(prompt.scene, generator(0, "wrong"))
     changed = dataclasses.replace(reading.looks[-1], **changes)
     results = right(prompt, Reading(reading.count, (), (*reading.looks[:-1], changed)))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.training.test_latents import make_codec, text_encoder, text_files  # noqa: F401 (fixtures)
 
 from ldm.data import CaptionedImages, DataConfig, collate, inspect, open_source, to_signed
 from ldm.training import latents as module
 from ldm.training.latents import CachedEncoders, LatentCache
 from tests.training.runs import losses, run_autoencoder, run_ldm, settings
+from tests.training.test_latents import make_codec, text_encoder, text_files  # noqa: F401 (fixtures)
 from tests.training.test_resume import broken_off
 from tools.torture_resume import differences, evidence
 
@@ -143,11 +143,11 @@ def test_a_batch_mixes_what_is_kept_on_disk_and_in_memory(pictures, tmp_path, te
         with monkeypatch.context() as patch:
             patch.setattr(module, "KEPT_BYTES", 4000)
             small = encode(composed(pictures, tmp_path), text_encoder, codec)
-            assert 0 < small.images.renewed_kept < len(images)
+            assert 0 < small.images.renewed_cached < len(images)
             some = batch_of(small.images, epoch)
             assert torch.equal(small.latents(some, None), latents)
             assert torch.equal(small.text(some.captions), states)
-            assert len(small._renewed._moments) <= small.images.renewed_kept
+            assert len(small._renewed._moments) <= small.images.renewed_cached
     kept = encoded._renewed._moments
     assert set(kept) == set(batch.indices[batch.renewed].tolist()), "what was composed before is forgotten"
     assert torch.equal(encoded.text([""]), encoded.null)

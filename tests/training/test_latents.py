@@ -250,7 +250,7 @@ def test_a_pooler_that_the_weights_lack_changes_nothing(tmp_path):
 def test_a_cache_built_in_parts_equals_one_built_at_once(folder, tmp_path, codec, text_encoder, monkeypatch):
     whole = everything(encode(data(folder, tmp_path), codec, text_encoder))
     monkeypatch.setattr(module, "SHARD_ROWS", 4)  # two images a shard, both flips
-    monkeypatch.setattr(module.Store, "add", killed_twice(module.Store.add))
+    monkeypatch.setattr(module.RowCache, "add", killed_twice(module.RowCache.add))
     images = data(folder, tmp_path, cache_dir=str(tmp_path / "second"))
     with pytest.raises(KeyboardInterrupt):
         encode(images, codec, text_encoder)  # while captions are encoded

@@ -10,13 +10,13 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.data.scenes.catalog import CLIP_ART, Thing
-from ldm.data.scenes.held_out import TURNED, Fact
+from ldm.data.scenes.held_out import INVERSE_RELATIONS, Concept
 from ldm.data.scenes.scene import PLACES, Part, Scene
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
 
 # Phrases can be a part of another phrase, clauses cannot. The first of each list is the plain one.
-ONE = (
+ONE_PHRASES = (
     "{a}",
     "{a}",
     "{bare}",
@@ -30,7 +30,7 @@ ONE = (
     "a cartoon of {a}",
 )
 ONE_CLAUSES = ("here is {a}", "this is {a}", "only {a}")
-COUNT = (
+COUNT_PHRASES = (
     "{n} {many}",
     "{n} {many}",
     "a group of {n} {many}",
@@ -41,7 +41,7 @@ COUNT = (
     "a set of {n} {many}",
 )
 COUNT_CLAUSES = ("there are {n} {many}", "here are {n} {many}")
-THREE = (
+THREE_PHRASES = (
     "{a}, {b} and {c}",
     "{a}, {b}, and {c}",
     "{a} next to {b} next to {c}",
@@ -51,7 +51,7 @@ THREE = (
 )
 THREE_CLAUSES = ("from left to right: {a}, {b}, {c}",)
 # Said of the first and the second; every relation is said from both sides ("next to" by the order, which is random).
-HOW = {
+RELATION_PHRASES = {
     "left of": (
         "{a} to the left of {b}",
         "{a} left of {b}",
@@ -94,13 +94,13 @@ HOW = {
         "{a} in the foreground, {b} in the background",
     ),
 }
-HOW_CLAUSES = {
+RELATION_CLAUSES = {
     "left of": ("on the left {a}, on the right {b}", "{a} is to the left of {b}", "{b} is to the right of {a}"),
     "above": ("{a} is above {b}", "{b} is under {a}"),
     "next to": ("{a} is next to {b}", "there are {a} and {b}"),
     "in front of": ("{a} is in front of {b}", "{b} is behind {a}"),
 }
-WORN = {
+WORN_PHRASES = {
     "head": (
         "{a} wearing {w}",
         "{a} wearing {w}",
@@ -132,7 +132,7 @@ WORN_CLAUSES = {
     "face": ("{a} wears {w}", "{w} on the face of {a}", "{a} has {w} on"),
     "neck": ("{a} wears {w}", "{a} has {w} around its neck"),
 }
-HELD = (
+HELD_PHRASES = (
     "{a} holding {w}",
     "{a} holding {w}",
     "{a} with {w}",
@@ -177,20 +177,19 @@ class Caption:
     """Text as it grows, and what of it may be held out."""
 
     text: str = ""
-    facts: list[Fact] = field(default_factory=list)
+    concepts: list[Concept] = field(default_factory=list)
 
 
-class Writer:
+class CaptionWriter:
     """Writes captions of scenes.
 
     Args:
-        draw: chooses among phrasings and names.
-        held_out: kinds of facts that may be held out ones; of the others, those are left out. For tests of what a model
-            has never seen.
+        rng: chooses among phrasings and names.
+        held_out: kinds of concepts of which held-out ones may occur, for prompts that no training caption contains.
     """
 
-    def __init__(self, draw: np.random.Generator, held_out: frozenset[str] = frozenset()) -> None:
-        self.draw = draw
+    def __init__(self, rng: np.random.Generator, held_out: frozenset[str] = frozenset()) -> None:
+        self.rng = rng
         self.held_out = held_out
 
     def caption(self, scene: Scene, *, plain: bool = False) -> Caption:
@@ -200,16 +199,16 @@ class Writer:
             plain: with everything that can be seen of colors, by the things' own names, and without style and ground.
         """
         caption = Caption()
-        is_long = not plain and self.draw.random() < 0.1
-        may_be_clause = not plain and not is_long and self.draw.random() < 0.2
+        is_long = not plain and self.rng.random() < 0.1
+        may_be_clause = not plain and not is_long and self.rng.random() < 0.2
         text = self._what(scene, caption, plain, is_long, may_be_clause)
         if is_long:
             caption.text = self._long(text, scene, caption)
             return caption
         if not plain:
-            if scene.background and self.draw.random() < 0.85:
+            if scene.background and self.rng.random() < 0.85:
                 text = self._on_ground(text, scene.background, caption)
-            if scene.family is not None and self.draw.random() < 0.15:
+            if scene.family is not None and self.rng.random() < 0.15:
                 text = self._styled(text, scene.family, caption, phrase=not may_be_clause)
         caption.text = text
         return caption
@@ -221,26 +220,26 @@ class Writer:
             return self._noun_phrase(first, caption, plain, clause)
         if scene.kind == "count":
             color = f"{first.color} " if first.color else ""
-            number = NUMBERS[scene.count] if only_first or self.draw.random() < 0.85 else str(scene.count)
+            number = NUMBERS[scene.count] if only_first or self.rng.random() < 0.85 else str(scene.count)
             many = color + self._name(first.thing, caption, plain, plural=True)
-            return self._choice(COUNT, COUNT_CLAUSES, clause, only_first, caption).format(n=number, many=many)
+            return self._choice(COUNT_PHRASES, COUNT_CLAUSES, clause, only_first, caption).format(n=number, many=many)
         parts = [self._noun_phrase(part, caption, plain) for part in scene.parts]
         if scene.kind == "three":
             a, b, c = parts
-            return self._choice(THREE, THREE_CLAUSES, clause, only_first, caption).format(a=a, b=b, c=c)
+            return self._choice(THREE_PHRASES, THREE_CLAUSES, clause, only_first, caption).format(a=a, b=b, c=c)
         if len(parts) == 2:
-            how = TURNED.get(scene.how, scene.how)
-            turned = how != scene.how
+            how = INVERSE_RELATIONS.get(scene.relation, scene.relation)
+            turned = how != scene.relation
             a, b = parts[::-1] if turned else parts
             # What stands to the left is also next to.
-            if how == "left of" and not plain and self.draw.random() < 0.15:
+            if how == "left of" and not plain and self.rng.random() < 0.15:
                 how = "next to"
-            template = self._choice(HOW[how], HOW_CLAUSES[how], clause, plain, caption)
+            template = self._choice(RELATION_PHRASES[how], RELATION_CLAUSES[how], clause, plain, caption)
             second = template.startswith("{b}")  # the subject of a clause
             if _is_many(scene.parts[second != turned].thing, b if second else a):
                 template = template.replace("} is ", "} are ")
             return template.format(a=a, b=b)
-        template = self._choice(ONE, ONE_CLAUSES, clause, only_first, caption)
+        template = self._choice(ONE_PHRASES, ONE_CLAUSES, clause, only_first, caption)
         if _is_many(first.thing, parts[0]):
             template = template.replace("this is", "these are").replace("here is", "here are")
         return template.format(a=parts[0], bare=_without_article(parts[0]))
@@ -253,17 +252,19 @@ class Writer:
         return self._template(clauses if clause else phrases, caption, plain_first=not clause)
 
     def _template(self, templates: Sequence[str], caption: Caption, *, plain_first: bool = True) -> str:
-        facts = [Fact("phrasing", (template,)) for template in templates]
+        concepts = [Concept("phrasing", (template,)) for template in templates]
         # The first of a list of phrases is never held out, whatever its hash, nor where it stands again.
         unseen = [
-            place for place, fact in enumerate(facts) if fact.is_held_out and not (plain_first and fact == facts[0])
+            place
+            for place, concept in enumerate(concepts)
+            if concept.is_held_out and not (plain_first and concept == concepts[0])
         ]
         allowed = [place for place in range(len(templates)) if place not in unseen]
         if unseen and "phrasing" in self.held_out:
             allowed = unseen
-        place = _any_of(allowed, self.draw)
-        if not plain_first or facts[place] != facts[0]:
-            caption.facts.append(facts[place])
+        place = _any_of(allowed, self.rng)
+        if not plain_first or concepts[place] != concepts[0]:
+            caption.concepts.append(concepts[place])
         return templates[place]
 
     def _noun_phrase(
@@ -275,13 +276,13 @@ class Writer:
             broader: probability of a word of its classes.
         """
         words = []
-        if part.size is not None and (plain or self.draw.random() < 0.9):
-            big = ("big", "large") if plain or self.draw.random() < 0.9 else ("huge", "giant")
-            small = ("small", "little") if plain or self.draw.random() < 0.9 else ("tiny", "little")
-            words.append((big if part.size == "big" else small)[int(self.draw.integers(2))])
-        if part.color is not None and (plain or self.draw.random() < 0.92):
+        if part.size is not None and (plain or self.rng.random() < 0.9):
+            big = ("big", "large") if plain or self.rng.random() < 0.9 else ("huge", "giant")
+            small = ("small", "little") if plain or self.rng.random() < 0.9 else ("tiny", "little")
+            words.append((big if part.size == "big" else small)[int(self.rng.integers(2))])
+        if part.color is not None and (plain or self.rng.random() < 0.92):
             words.append(part.color)
-        elif part.color is None and not plain and self.draw.random() < 0.12:
+        elif part.color is None and not plain and self.rng.random() < 0.12:
             # Its own color, where the drawing and what is usual agree.
             words += [color for color in part.drawing.colors[:1] if part.thing.tint and color in part.thing.colors]
         name = self._name(part.thing, caption, plain, broader=broader)
@@ -289,40 +290,40 @@ class Writer:
         if part.worn is not None:
             place = part.worn.thing.wears
             assert place is not None
-            template = self._choice(WORN[place], WORN_CLAUSES[place], clause, plain, caption)
+            template = self._choice(WORN_PHRASES[place], WORN_CLAUSES[place], clause, plain, caption)
             # Whatever is worn on a head is mostly called a hat.
             text = template.format(a=text, w=self._noun_phrase(part.worn, caption, plain, broader=0.2))
         if part.held is not None:
-            template = self._choice(HELD, HELD_CLAUSES, clause, plain, caption)
+            template = self._choice(HELD_PHRASES, HELD_CLAUSES, clause, plain, caption)
             text = template.format(a=text, w=self._noun_phrase(part.held, caption, plain))
         return text
 
     def _name(self, thing: Thing, caption: Caption, plain: bool, plural: bool = False, broader: float = 0.03) -> str:
         if plural:
             others = [word for word, (_, many) in thing.forms.items() if many]
-            others = [word for word in others if not Fact("synonym", (thing.name, word)).is_held_out]
-            if not plain and others and self.draw.random() < 0.25:
-                word = _any_of(others, self.draw)
-                caption.facts.append(Fact("synonym", (thing.name, word)))
+            others = [word for word in others if not Concept("synonym", (thing.name, word)).is_held_out]
+            if not plain and others and self.rng.random() < 0.25:
+                word = _any_of(others, self.rng)
+                caption.concepts.append(Concept("synonym", (thing.name, word)))
                 return thing.forms[word][1]
             return thing.plural
         own = thing.name
         if plain:
             return own
-        chance = self.draw.random()
+        chance = self.rng.random()
         if chance < broader and thing.classes:
-            return _any_of(thing.classes, self.draw)
+            return _any_of(thing.classes, self.rng)
         others = [*thing.synonyms, *thing.kinds]
         if "synonym" in self.held_out:
-            unseen = [word for word in others if Fact("synonym", (thing.name, word)).is_held_out]
+            unseen = [word for word in others if Concept("synonym", (thing.name, word)).is_held_out]
             if unseen:
-                word = _any_of(unseen, self.draw)
-                caption.facts.append(Fact("synonym", (thing.name, word)))
+                word = _any_of(unseen, self.rng)
+                caption.concepts.append(Concept("synonym", (thing.name, word)))
                 return word
-        others = [word for word in others if not Fact("synonym", (thing.name, word)).is_held_out]
+        others = [word for word in others if not Concept("synonym", (thing.name, word)).is_held_out]
         if chance < broader + 0.27 and others:
-            word = _any_of(others, self.draw)
-            caption.facts.append(Fact("synonym", (thing.name, word)))
+            word = _any_of(others, self.rng)
+            caption.concepts.append(Concept("synonym", (thing.name, word)))
             return word
         return own
 
@@ -352,11 +353,11 @@ class Writer:
                 sentences.append(template.format(noun=noun, color=part.color))
             counted = [word for word in part.thing.classes if word not in _UNCOUNTED]
             if counted and part.thing.forms[noun][0]:
-                broader = _any_of(counted, self.draw)
+                broader = _any_of(counted, self.rng)
                 template = self._template(CLASS_SENTENCES, caption)
                 a_noun = _thing_with_article(part.thing, [], noun)
                 sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=with_article(broader)))
-        if scene.background in PLACES or (not scene.background and self.draw.random() < 0.5):
+        if scene.background in PLACES or (not scene.background and self.rng.random() < 0.5):
             sentences.append(self._template(GROUND_SENTENCES[scene.background], caption))
         else:
             sentences.append(f"the background is {scene.background or 'white'}")
@@ -366,14 +367,14 @@ class Writer:
         kept = [sentences[0]]
         for sentence in sentences[1:]:
             whole = ". ".join([*kept, sentence])
-            if len(whole.split()) <= LONGEST and len(re.findall(r"\w+|[^\w\s]", whole)) <= MOST_PIECES:
+            if len(whole.split()) <= MAX_WORDS and len(re.findall(r"\w+|[^\w\s]", whole)) <= MAX_TOKENS:
                 kept.append(sentence)
         return ". ".join(one[0].upper() + one[1:] for one in kept) + "."
 
 
-LONGEST = 30  # words
+MAX_WORDS = 30  # words
 # Parts of words and marks: tokenizers split "jack-o'-lantern" into five. So `text.max_length: 48` cuts nothing.
-MOST_PIECES = 30
+MAX_TOKENS = 30
 _PICTURED = re.compile(r"an? (simple )?(picture|drawing|image|illustration|icon|cartoon) of ")
 _UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furniture", "jewelry", "candy", "clothing")
 T = TypeVar("T")
@@ -403,8 +404,8 @@ def _is_many(thing: Thing, words: str) -> bool:
     return is_plural and words == _without_article(words)
 
 
-def _any_of(choices: Sequence[T], draw: np.random.Generator) -> T:
-    return choices[int(draw.integers(len(choices)))]
+def _any_of(choices: Sequence[T], rng: np.random.Generator) -> T:
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _sounds_open(words: str) -> bool:

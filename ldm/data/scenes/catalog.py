@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ldm.data.sources import digest_of, require
+from ldm.data.rng import content_hash
+from ldm.data.sources import require
 
 PATH = Path(__file__).parents[2] / "assets" / "scenes" / "drawings.json.xz"
 CLIP_ART = "clipart"  # the family of many hands; the others are each of one
@@ -62,7 +63,7 @@ class Thing:
         tint: whether it can have any color.
         wears: where it is worn, if at all.
         held: whether a hand can hold it.
-        bearer: whether it can wear or hold something.
+        is_character: whether it can wear or hold something.
         stands: "ground", "sky", "water" or "any".
     """
 
@@ -77,7 +78,7 @@ class Thing:
     tint: bool
     wears: Place | None
     held: bool
-    bearer: bool
+    is_character: bool
     stands: str
     drawings: tuple[Drawing, ...]
 
@@ -103,7 +104,7 @@ class Catalog:
     things: tuple[Thing, ...]
     digest: str
 
-    def named(self, name: str) -> Thing:
+    def thing(self, name: str) -> Thing:
         """The thing of that name; ValueError if there is none."""
         for thing in self.things:
             if thing.name == name:
@@ -123,7 +124,7 @@ def load_catalog() -> Catalog:
         drawing = Drawing(entry["id"], entry["family"], entry["svg"], anchors, tuple(entry.get("colors", ())))
         drawings.setdefault(entry["thing"], []).append(drawing)
     things = [_thing(entry, tuple(drawings[entry["name"]])) for entry in content["things"]]
-    return Catalog(tuple(sorted(things, key=lambda thing: thing.name)), digest_of(packed))
+    return Catalog(tuple(sorted(things, key=lambda thing: thing.name)), content_hash(packed))
 
 
 def _anchor(values: list[float | str]) -> Anchor:
@@ -147,7 +148,7 @@ def _thing(entry: dict[str, Any], drawings: tuple[Drawing, ...]) -> Thing:
         tint=bool(entry.get("tint")),
         wears=entry.get("wears"),
         held=bool(entry.get("held")),
-        bearer=bool(entry.get("bearer")),
+        is_character=bool(entry.get("bearer")),
         stands=str(entry.get("stands", "any")),
         drawings=drawings,
     )

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 from typing import Literal, NamedTuple
 
-Kind = Literal["color", "relation", "worn", "synonym", "phrasing"]
+ConceptKind = Literal["color", "relation", "worn", "synonym", "phrasing"]
 
-SHARES: dict[Kind, float] = {"color": 0.1, "relation": 0.1, "worn": 0.1, "synonym": 0.05, "phrasing": 0.1}
+HELD_OUT_FRACTIONS: dict[ConceptKind, float] = {
+    "color": 0.1,
+    "relation": 0.1,
+    "worn": 0.1,
+    "synonym": 0.05,
+    "phrasing": 0.1,
+}
 # Two ways to say the same place, and the one that it is kept under.
-TURNED = {"right of": "left of", "under": "above", "behind": "in front of"}
+INVERSE_RELATIONS = {"right of": "left of", "under": "above", "behind": "in front of"}
 _BOTH_WAYS = ("next to",)
 
 
-class Fact(NamedTuple):
+class Concept(NamedTuple):
     """What a scene shows or a caption says, as far as it may be held out: its kind, and the names in it."""
 
-    kind: Kind
+    kind: ConceptKind
     names: tuple[str, ...]
 
     @property
@@ -24,13 +30,13 @@ class Fact(NamedTuple):
         """Whether training may not see it."""
         key = "\0".join(("scenes", self.kind, *self.names)).encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        return number / 2**64 < SHARES[self.kind]
+        return number / 2**64 < HELD_OUT_FRACTIONS[self.kind]
 
 
-def relation(first: str, how: str, second: str) -> Fact:
+def relation_concept(first: str, how: str, second: str) -> Concept:
     """`first` stands `how` ("left of", "above", "in front of", "next to" or their opposites) `second`."""
-    if how in TURNED:
-        first, how, second = second, TURNED[how], first
+    if how in INVERSE_RELATIONS:
+        first, how, second = second, INVERSE_RELATIONS[how], first
     elif how in _BOTH_WAYS:
         first, second = sorted((first, second))
-    return Fact("relation", (first, how, second))
+    return Concept("relation", (first, how, second))

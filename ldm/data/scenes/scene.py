@@ -1,6 +1,4 @@
-"""What a scene shows: things, what they wear and hold, where they stand, on what ground. Drawn by `draw`, told by
-`captions`.
-"""
+"""What a scene shows: things, what they wear and hold, their relation and the background. Sampled at random."""
 
 from __future__ import annotations
 
@@ -11,20 +9,27 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from ldm.data.scenes.catalog import CLIP_ART, Catalog, Drawing, Thing
-from ldm.data.scenes.held_out import Fact, relation
+from ldm.data.scenes.held_out import Concept, relation_concept
 
-Kind = Literal["one", "count", "pair", "three", "worn", "held", "worn pair"]
+SceneKind = Literal["one", "count", "pair", "three", "worn", "held", "worn pair"]
 Size = Literal["small", "big"]
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 RELATIONS = ("left of", "right of", "above", "under", "next to", "in front of", "behind")
 PLACES = ("grass", "sea", "night sky")
 # Shares of scenes, of those that show more than one thing alone.
-SHARES: dict[Kind, float] = {"count": 0.2, "pair": 0.34, "three": 0.06, "worn": 0.22, "held": 0.1, "worn pair": 0.08}
-RELATION_SHARES = (0.17, 0.13, 0.14, 0.12, 0.24, 0.11, 0.09)
+KIND_FRACTIONS: dict[SceneKind, float] = {
+    "count": 0.2,
+    "pair": 0.34,
+    "three": 0.06,
+    "worn": 0.22,
+    "held": 0.1,
+    "worn pair": 0.08,
+}
+RELATION_FRACTIONS = (0.17, 0.13, 0.14, 0.12, 0.24, 0.11, 0.09)
 # Things are learned before scenes (measured: layout is learned within 50,000 samples, things need a million): the share
-# of single things falls from FIRST_ONES to LAST_ONES over SETTLED scenes.
-FIRST_ONES, LAST_ONES, SETTLED = 0.75, 0.45, 600_000
+# of single things falls from INITIAL_SINGLES to FINAL_SINGLES over SINGLES_DECAY scenes.
+INITIAL_SINGLES, FINAL_SINGLES, SINGLES_DECAY = 0.75, 0.45, 600_000
 
 T = TypeVar("T")
 
@@ -61,14 +66,14 @@ class Scene:
 
     Args:
         parts: one thing; two in a relation; three from left to right.
-        how: of two things, where the first stands to the second.
+        relation: of two things, where the first stands to the second.
         count: how often the only part is there, 1 to 5.
         background: a color of `COLORS`, one of `PLACES`, or "" for white.
     """
 
-    kind: Kind
+    kind: SceneKind
     parts: tuple[Part, ...]
-    how: str = ""
+    relation: str = ""
     count: int = 1
     background: str = ""
 
@@ -83,24 +88,29 @@ class Scene:
         families = {part.drawing.family for part in self.all_parts}
         return families.pop() if len(families) == 1 else None
 
-    def facts(self) -> list[Fact]:
+    def concepts(self) -> list[Concept]:
         """All combinations that can be seen, of kinds that may be held out."""
-        facts = [
-            Fact("color", (part.thing.name, color))
+        concepts = [
+            Concept("color", (part.thing.name, color))
             for part in self.all_parts
             if (color := part.shown_color) is not None and color not in part.thing.colors
         ]
-        facts += [Fact("worn", (part.thing.name, part.worn.thing.name)) for part in self.parts if part.worn is not None]
+        concepts += [
+            Concept("worn", (part.thing.name, part.worn.thing.name)) for part in self.parts if part.worn is not None
+        ]
         names = [part.thing.name for part in self.parts]
         if self.kind == "three":
             for first, second in ((0, 1), (1, 2), (0, 2)):
-                facts.append(relation(names[first], "left of", names[second]))
-            facts += [relation(names[0], "next to", names[1]), relation(names[1], "next to", names[2])]
+                concepts.append(relation_concept(names[first], "left of", names[second]))
+            concepts += [
+                relation_concept(names[0], "next to", names[1]),
+                relation_concept(names[1], "next to", names[2]),
+            ]
         elif len(names) == 2:
-            facts.append(relation(names[0], self.how, names[1]))
-            if self.how in ("left of", "right of"):
-                facts.append(relation(names[0], "next to", names[1]))
-        return facts
+            concepts.append(relation_concept(names[0], self.relation, names[1]))
+            if self.relation in ("left of", "right of"):
+                concepts.append(relation_concept(names[0], "next to", names[1]))
+        return concepts
 
 
 class SceneSampler:
@@ -112,136 +122,138 @@ class SceneSampler:
 
     def __init__(self, catalog: Catalog, tier: int = 1) -> None:
         self.things = [thing for thing in catalog.things if thing.tier <= tier]
-        self.bearers = [thing for thing in self.things if thing.bearer and any(d.anchors for d in thing.drawings)]
+        self.characters = [
+            thing for thing in self.things if thing.is_character and any(d.anchors for d in thing.drawings)
+        ]
         self.worn = [thing for thing in self.things if thing.wears is not None]
         self.held = [thing for thing in self.things if thing.held]
         self.tinted = [thing for thing in self.things if thing.tint]
         self.families = sorted({drawing.family for thing in self.things for drawing in thing.drawings})
 
-    def scene(self, draw: np.random.Generator, number: int) -> Scene:
+    def sample(self, rng: np.random.Generator, number: int) -> Scene:
         """The training scene `number`, ≥ 0, which nothing held out can be seen in."""
-        ones = FIRST_ONES + (LAST_ONES - FIRST_ONES) * min(1.0, number / SETTLED)
-        kind: Kind = "one" if draw.random() < ones else self._kind(draw)
+        ones = INITIAL_SINGLES + (FINAL_SINGLES - INITIAL_SINGLES) * min(1.0, number / SINGLES_DECAY)
+        kind: SceneKind = "one" if rng.random() < ones else self._kind(rng)
         while True:
-            scene = self.of_kind(kind, draw)
-            if not any(fact.is_held_out for fact in scene.facts()):
+            scene = self.sample_kind(kind, rng)
+            if not any(concept.is_held_out for concept in scene.concepts()):
                 return scene
 
-    def _kind(self, draw: np.random.Generator) -> Kind:
-        return list(SHARES)[int(draw.choice(len(SHARES), p=list(SHARES.values())))]
+    def _kind(self, rng: np.random.Generator) -> SceneKind:
+        return list(KIND_FRACTIONS)[int(rng.choice(len(KIND_FRACTIONS), p=list(KIND_FRACTIONS.values())))]
 
-    def of_kind(self, kind: Kind, draw: np.random.Generator) -> Scene:
+    def sample_kind(self, kind: SceneKind, rng: np.random.Generator) -> Scene:
         """Any scene of a kind, held out or not."""
-        family = self._family(draw)
+        family = self._family(rng)
         parts: tuple[Part, ...]
         if kind == "one":
-            parts = (self._part(_any(self.things, draw), family, draw, colored=0.3, sized=0.15),)
-            return self._placed(Scene(kind, parts), draw)
+            parts = (self._part(_any(self.things, rng), family, rng, colored=0.3, sized=0.15),)
+            return self._placed(Scene(kind, parts), rng)
         if kind == "count":
             counted = [thing for thing in self.things if thing.plural]
-            part = self._part(_any(counted, draw), family, draw, colored=0.15)
-            return self._placed(Scene(kind, (part,), count=int(draw.integers(2, 6))), draw)
+            part = self._part(_any(counted, rng), family, rng, colored=0.15)
+            return self._placed(Scene(kind, (part,), count=int(rng.integers(2, 6))), rng)
         if kind == "three":
-            chosen = _some(self.things, 3, draw)
-            parts = tuple(self._part(thing, family, draw, colored=0.15) for thing in chosen)
-            return self._placed(Scene(kind, parts), draw)
+            chosen = _some(self.things, 3, rng)
+            parts = tuple(self._part(thing, family, rng, colored=0.15) for thing in chosen)
+            return self._placed(Scene(kind, parts), rng)
         if kind == "worn":
-            return self._placed(Scene(kind, (self._wearing(family, draw),)), draw)
+            return self._placed(Scene(kind, (self._wearing(family, rng),)), rng)
         if kind == "held":
-            return self._placed(Scene(kind, (self._holding(family, draw),)), draw)
-        how = RELATIONS[int(draw.choice(len(RELATIONS), p=RELATION_SHARES))]
+            return self._placed(Scene(kind, (self._holding(family, rng),)), rng)
+        how = RELATIONS[int(rng.choice(len(RELATIONS), p=RELATION_FRACTIONS))]
         if kind == "worn pair":
-            first = self._wearing(family, draw)
+            first = self._wearing(family, rng)
             others = [thing for thing in self.things if thing not in (first.thing, first.worn and first.worn.thing)]
-            parts = (first, self._part(_any(others, draw), family, draw, colored=0.2))
+            parts = (first, self._part(_any(others, rng), family, rng, colored=0.2))
         else:
             # Four in ten pairs have two colors: what belongs to which thing is the hardest to learn.
-            both = draw.random() < 0.4
-            chosen = _some(self.tinted if both else self.things, 2, draw)
-            parts = tuple(self._part(thing, family, draw, colored=1.0 if both else 0.15) for thing in chosen)
-            if draw.random() < 0.1:
+            both = rng.random() < 0.4
+            chosen = _some(self.tinted if both else self.things, 2, rng)
+            parts = tuple(self._part(thing, family, rng, colored=1.0 if both else 0.15) for thing in chosen)
+            if rng.random() < 0.1:
                 parts = (replace(parts[0], size="big"), replace(parts[1], size="small"))
-        if draw.random() < 0.5:
+        if rng.random() < 0.5:
             parts = parts[::-1]
-        return self._placed(Scene(kind, parts, how), draw)
+        return self._placed(Scene(kind, parts, how), rng)
 
-    def _family(self, draw: np.random.Generator) -> str | None:
+    def _family(self, rng: np.random.Generator) -> str | None:
         """The style of a whole scene, in most scenes; None mixes."""
-        if draw.random() < 0.25:
+        if rng.random() < 0.25:
             return None
-        return self.families[int(draw.integers(len(self.families)))]
+        return self.families[int(rng.integers(len(self.families)))]
 
     def _part(
-        self, thing: Thing, family: str | None, draw: np.random.Generator, *, colored: float = 0.0, sized: float = 0.0
+        self, thing: Thing, family: str | None, rng: np.random.Generator, *, colored: float = 0.0, sized: float = 0.0
     ) -> Part:
         drawings = [drawing for drawing in thing.drawings if drawing.family == family]
         color = None
-        if thing.tint and draw.random() < colored:
-            color = _any(COLORS, draw)
+        if thing.tint and rng.random() < colored:
+            color = _any(COLORS, rng)
         size: Size | None = None
-        if draw.random() < sized:
-            size = "small" if draw.random() < 0.6 else "big"
+        if rng.random() < sized:
+            size = "small" if rng.random() < 0.6 else "big"
         return Part(
             thing,
-            _any(drawings, draw) if drawings else _by_family(thing.drawings, draw),
+            _any(drawings, rng) if drawings else _by_family(thing.drawings, rng),
             color,
             size,
-            mirrored=bool(draw.random() < 0.5),
+            mirrored=bool(rng.random() < 0.5),
         )
 
-    def _wearing(self, family: str | None, draw: np.random.Generator) -> Part:
-        worn = _any(self.worn, draw)
-        bearer = _any([thing for thing in self.bearers if thing.can_wear(worn) and thing is not worn], draw)
+    def _wearing(self, family: str | None, rng: np.random.Generator) -> Part:
+        worn = _any(self.worn, rng)
+        bearer = _any([thing for thing in self.characters if thing.can_wear(worn) and thing is not worn], rng)
         anchored = [drawing for drawing in bearer.drawings if worn.anchor in drawing.anchors]
-        part = self._on(bearer, anchored, family, draw)
-        return replace(part, worn=replace(self._part(worn, family, draw, colored=0.35), mirrored=False))
+        part = self._on(bearer, anchored, family, rng)
+        return replace(part, worn=replace(self._part(worn, family, rng, colored=0.35), mirrored=False))
 
-    def _holding(self, family: str | None, draw: np.random.Generator) -> Part:
-        able = [thing for thing in self.bearers if any("hand" in drawing.anchors for drawing in thing.drawings)]
-        held = _any(self.held, draw)
-        bearer = _any([thing for thing in able if thing is not held], draw)
+    def _holding(self, family: str | None, rng: np.random.Generator) -> Part:
+        able = [thing for thing in self.characters if any("hand" in drawing.anchors for drawing in thing.drawings)]
+        held = _any(self.held, rng)
+        bearer = _any([thing for thing in able if thing is not held], rng)
         anchored = [drawing for drawing in bearer.drawings if "hand" in drawing.anchors]
-        part = self._on(bearer, anchored, family, draw)
-        return replace(part, held=replace(self._part(held, family, draw, colored=0.25), mirrored=False))
+        part = self._on(bearer, anchored, family, rng)
+        return replace(part, held=replace(self._part(held, family, rng, colored=0.25), mirrored=False))
 
-    def _on(self, bearer: Thing, anchored: Sequence[Drawing], family: str | None, draw: np.random.Generator) -> Part:
+    def _on(self, bearer: Thing, anchored: Sequence[Drawing], family: str | None, rng: np.random.Generator) -> Part:
         of_family = [drawing for drawing in anchored if drawing.family == family]
-        part = self._part(bearer, family, draw, colored=0.12)
-        return replace(part, drawing=_any(of_family, draw) if of_family else _by_family(anchored, draw))
+        part = self._part(bearer, family, rng, colored=0.12)
+        return replace(part, drawing=_any(of_family, rng) if of_family else _by_family(anchored, rng))
 
-    def _placed(self, scene: Scene, draw: np.random.Generator) -> Scene:
+    def _placed(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """With a background on which everything can be seen."""
         background = ""
-        chance = draw.random()
+        chance = rng.random()
         if chance < 0.18:
-            background = _any(COLORS, draw)
+            background = _any(COLORS, rng)
         elif chance < 0.33:
-            background = _any(PLACES, draw)
+            background = _any(PLACES, rng)
         tints = {part.color for part in scene.all_parts}
         own = {color for part in scene.all_parts if part.color is None for color in part.drawing.colors[:1]}
-        while hidden_by(background) & (tints | own):
+        while invisible_colors(background) & (tints | own):
             if "white" in own and background == "" and "white" not in tints:
                 break  # the outlines of white drawings are seen on white, as everyone draws them
-            background = _any(COLORS, draw)
+            background = _any(COLORS, rng)
         return replace(scene, background=background)
 
 
-def hidden_by(background: str) -> set[str]:
+def invisible_colors(background: str) -> set[str]:
     """Colors that cannot be seen before it."""
     return {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}.get(background, {background})
 
 
-def _any(choices: Sequence[T], draw: np.random.Generator) -> T:
-    return choices[int(draw.integers(len(choices)))]
+def _any(choices: Sequence[T], rng: np.random.Generator) -> T:
+    return choices[int(rng.integers(len(choices)))]
 
 
-def _some(things: Sequence[Thing], count: int, draw: np.random.Generator) -> list[Thing]:
-    return [things[int(place)] for place in draw.choice(len(things), count, replace=False)]
+def _some(things: Sequence[Thing], count: int, rng: np.random.Generator) -> list[Thing]:
+    return [things[int(place)] for place in rng.choice(len(things), count, replace=False)]
 
 
-def _by_family(drawings: Sequence[Drawing], draw: np.random.Generator) -> Drawing:
+def _by_family(drawings: Sequence[Drawing], rng: np.random.Generator) -> Drawing:
     """Every family alike, so that many clip arts do not displace the others; these count twice, as they differ."""
     families = sorted({drawing.family for drawing in drawings})
     weights = np.array([2.0 if family == CLIP_ART else 1.0 for family in families])
-    family = families[int(draw.choice(len(families), p=weights / weights.sum()))]
-    return _any([drawing for drawing in drawings if drawing.family == family], draw)
+    family = families[int(rng.choice(len(families), p=weights / weights.sum()))]
+    return _any([drawing for drawing in drawings if drawing.family == family], rng)

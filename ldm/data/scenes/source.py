@@ -8,12 +8,12 @@ import json
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING
 
-from ldm.data.keyed import generator
-from ldm.data.scenes.captions import Writer
+from ldm.data.rng import content_hash, generator
+from ldm.data.scenes.captions import CaptionWriter
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.draw import draw_scene
-from ldm.data.scenes.scene import SHARES, Scene, SceneSampler
-from ldm.data.sources import Decoded, Sample, Source, digest_of
+from ldm.data.scenes.render import render_scene
+from ldm.data.scenes.scene import KIND_FRACTIONS, Scene, SceneSampler
+from ldm.data.sources import Decoded, Sample, Source
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,9 +47,9 @@ def training_sample(config: DataConfig, number: int, renew: partial[Sample] | No
 @lru_cache(maxsize=2**13)
 def training_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
     """What training scene `number` shows, and its caption."""
-    draw = generator(VERSION, "scene", number)
-    scene = _sampler(tier).scene(draw, number)
-    return scene, Writer(draw).caption(scene).text
+    rng = generator(VERSION, "scene", number)
+    scene = _sampler(tier).sample(rng, number)
+    return scene, CaptionWriter(rng).caption(scene).text
 
 
 def held_out_sample(config: DataConfig, number: int) -> Sample:
@@ -60,30 +60,30 @@ def held_out_sample(config: DataConfig, number: int) -> Sample:
 
 def held_out_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
     """A scene with a combination of things, or of a thing and a color, that no training scene shows."""
-    draw = generator(VERSION, "held-out scene", number)
-    kinds = [kind for kind in SHARES if kind != "held"]
+    rng = generator(VERSION, "held-out scene", number)
+    kinds = [kind for kind in KIND_FRACTIONS if kind != "held"]
     kind = "one" if number % 3 == 0 else kinds[number % len(kinds)]
     sampler = _sampler(tier)
     while True:
-        scene = sampler.of_kind(kind, draw)
-        if any(fact.is_held_out for fact in scene.facts()):
-            return scene, Writer(draw).caption(scene).text
+        scene = sampler.sample_kind(kind, rng)
+        if any(concept.is_held_out for concept in scene.concepts()):
+            return scene, CaptionWriter(rng).caption(scene).text
 
 
-def draw_number(key: bytes, resolution: int, tier: int) -> Decoded:
+def decode_scene(key: bytes, resolution: int, tier: int) -> Decoded:
     """The image of a scene by the bytes that name it."""
     name = json.loads(key)
     if "number" in name:
-        return Decoded(draw_training_scene(name["number"], resolution, tier), "SVG", "RGB")
+        return Decoded(render_training_scene(name["number"], resolution, tier), "SVG", "RGB")
     scene, _ = held_out_scene(name["held_out"], tier)
-    draw = generator(VERSION, "held-out pixels", name["held_out"])
-    return Decoded(draw_scene(scene, draw, resolution), "SVG", "RGB")
+    rng = generator(VERSION, "held-out pixels", name["held_out"])
+    return Decoded(render_scene(scene, rng, resolution), "SVG", "RGB")
 
 
-def draw_training_scene(number: int, resolution: int, tier: int = 1) -> Image.Image:
+def render_training_scene(number: int, resolution: int, tier: int = 1) -> Image.Image:
     """The RGB image of training scene `number`."""
     scene, _ = training_scene(number, tier)
-    return draw_scene(scene, generator(VERSION, "pixels", number), resolution)
+    return render_scene(scene, generator(VERSION, "pixels", number), resolution)
 
 
 def _renewed(config: DataConfig, place: int, epoch: int) -> Sample:
@@ -107,8 +107,8 @@ def _sample(
         captions=(caption,),
         group=id,
         read=partial(bytes, key),
-        decode=partial(draw_number, resolution=config.resolution, tier=tier),
-        digest=digest_of(key),
+        decode=partial(decode_scene, resolution=config.resolution, tier=tier),
+        digest=content_hash(key),
         size=(config.resolution, config.resolution),
         held_out=held_out,
         renew=renew,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from ldm.data.account import Account, Size, quoted
 from ldm.data.captions import plural, printable
+from ldm.data.report import DatasetReport, Size, quoted
 
 _SHOWN = 10  # of each list
 _LABEL = 12  # columns
 
 
-def account_text(account: Account, everything: bool) -> str:
-    """What `Account.to_text` returns."""
+def account_text(account: DatasetReport, everything: bool) -> str:
+    """What `DatasetReport.to_text` returns."""
     shown = None if everything else _SHOWN
-    lines = [account.line(), ""]
+    lines = [account.summary(), ""]
     for label, texts in _paragraphs(account, shown):
         lines += [f"{label if not number else '':<{_LABEL}}{text}" for number, text in enumerate(texts)]
     if account.notes:
@@ -27,7 +27,7 @@ def account_text(account: Account, everything: bool) -> str:
     return "\n".join(lines)
 
 
-def _paragraphs(account: Account, shown: int | None) -> Iterator[tuple[str, list[str]]]:
+def _paragraphs(account: DatasetReport, shown: int | None) -> Iterator[tuple[str, list[str]]]:
     yield "sizes", list(_sizes(account))
     yield "shapes", [_counts(account.sizes.shapes)] if account.sizes.shapes else []
     yield "formats", [_counts(account.formats)] if account.formats else []
@@ -44,7 +44,7 @@ def _paragraphs(account: Account, shown: int | None) -> Iterator[tuple[str, list
     yield "skipped", list(_skipped(account, shown))
 
 
-def _sizes(account: Account) -> Iterator[str]:
+def _sizes(account: DatasetReport) -> Iterator[str]:
     sizes = account.sizes
     if sizes.smallest and sizes.median and sizes.largest:
         if sizes.smallest == sizes.largest:
@@ -59,7 +59,7 @@ def _by(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _captions(account: Account, shown: int | None) -> Iterator[str]:
+def _captions(account: DatasetReport, shown: int | None) -> Iterator[str]:
     captions = account.captions
     if captions.words:
         least, median, most = captions.words
@@ -82,7 +82,7 @@ def _captions(account: Account, shown: int | None) -> Iterator[str]:
         yield "all fit into the text encoder"
 
 
-def _skipped(account: Account, shown: int | None) -> Iterator[str]:
+def _skipped(account: DatasetReport, shown: int | None) -> Iterator[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for entry in account.skipped_files:
         by_reason[entry.reason].append(entry.path)
@@ -91,7 +91,7 @@ def _skipped(account: Account, shown: int | None) -> Iterator[str]:
         yield from _cut([f"  {printable(path)}" for path in paths], shown, "  ")
 
 
-def _sources(account: Account) -> Iterator[str]:
+def _sources(account: DatasetReport) -> Iterator[str]:
     for source in account.caption_sources:
         yield f"{printable(source.name)}: {plural(source.images, 'image')}, {'not used' if source.reason else 'used'}"
 

@@ -84,7 +84,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Account:
+class DatasetReport:
     """What a data set holds and what is wrong with it; total == used + skipped + duplicate.
 
     Args:
@@ -122,7 +122,7 @@ class Account:
     caption_sources: tuple[CaptionSource, ...] = ()
     composed: float = 0.0
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """One line, for the start of a training."""
         # What is skipped may also be a row of a table, or one of the captions of an image.
         what = plural(self.total, "entry", "entries") if self.skipped else plural(self.total, "image")
@@ -151,30 +151,30 @@ class Account:
 
     def to_text(self, *, everything: bool = False) -> str:
         """The account for a person, safe for a terminal; lists are cut at ten unless `everything` is asked for."""
-        from ldm.data.account_text import account_text
+        from ldm.data.report_text import account_text
 
         return account_text(self, everything)
 
 
-def account_of(
+def dataset_report(
     inspection: Inspection,
     config: DataConfig,
     *,
-    lost: Callable[[Sequence[str]], list[str]] | None = None,
+    truncated_words: Callable[[Sequence[str]], list[str]] | None = None,
     uncounted: str = "",
-) -> Account:
+) -> DatasetReport:
     """Counts what an inspection found.
 
     Args:
-        lost: for captions, the words of each that do not fit into the text encoder: `TextEncoder.lost`.
-        uncounted: why there is no `lost`.
+        truncated_words: for captions, the words of each that do not fit into the text encoder: `TextEncoder.lost`.
+        uncounted: why there is no `truncated_words`.
     """
     used = inspection.used
-    shown = {sample.id: sample.shown for sample in used}
+    shown = {sample.id: sample.display_name for sample in used}
     training, held_out = split(used, config.held_out) if used else ((), ())
-    traits = _counted(trait for kind in inspection.kinds for trait in kind.traits)
+    traits = _counted(trait for kind in inspection.formats for trait in kind.traits)
     treatment = _treatment(config.background)
-    account = Account(
+    account = DatasetReport(
         name=inspection.name,
         resolution=config.resolution,
         total=inspection.total,
@@ -186,11 +186,11 @@ def account_of(
         skipped_files=inspection.skipped,
         duplicate_files=inspection.duplicates,
         contradictory=tuple(copy.path for copy in inspection.duplicates if copy.captions),
-        near_duplicates=tuple(tuple(shown[name] for name in names) for names in inspection.near),
-        captions=_captions(inspection, lost, uncounted),
+        near_duplicates=tuple(tuple(shown[name] for name in names) for names in inspection.near_duplicates),
+        captions=_captions(inspection, truncated_words, uncounted),
         sizes=_sizes(used, config),
-        formats=_counted(kind.format or "made here" for kind in inspection.kinds),
-        modes=_counted(kind.mode for kind in inspection.kinds),
+        formats=_counted(kind.format or "made here" for kind in inspection.formats),
+        modes=_counted(kind.mode for kind in inspection.formats),
         traits=traits,
         treatment={trait: treatment.get(trait, "converted to RGB") for trait in traits},
         notes=(),
@@ -219,20 +219,22 @@ def _about(source: CaptionSource) -> str:
     return f"{name} {'captions' if source.name in what else 'names'} {plural(source.images, 'image')}{rest}"
 
 
-def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]] | None, uncounted: str) -> Captions:
+def _captions(
+    inspection: Inspection, truncated_words: Callable[[Sequence[str]], list[str]] | None, uncounted: str
+) -> Captions:
     bearers: dict[str, str] = {}
     images: Counter[str] = Counter()
     for sample in inspection.used:
         for text in sample.captions:
-            bearers.setdefault(text, sample.shown)
+            bearers.setdefault(text, sample.display_name)
         images.update(set(sample.captions))
     words = [len(text.split()) for text in bearers]
     too_long = None
-    if lost is not None:
+    if truncated_words is not None:
         texts = list(bearers)
         too_long = tuple(
             TooLong(bearers[text], text, gone)
-            for text, gone in zip(texts, lost(texts) if texts else [], strict=True)
+            for text, gone in zip(texts, truncated_words(texts) if texts else [], strict=True)
             if gone
         )
     # The most frequent first; Counter keeps the order of the data among equals.
@@ -245,7 +247,7 @@ def _captions(inspection: Inspection, lost: Callable[[Sequence[str]], list[str]]
         words=(min(words), statistics.median(words), max(words)) if words else None,
         repeated=repeated,
         too_long=too_long,
-        uncounted="" if lost is not None else uncounted,
+        uncounted="" if truncated_words is not None else uncounted,
         templated=sum(sample.templated for sample in inspection.used),
         without=sum(not sample.captions for sample in inspection.used),
     )
@@ -313,7 +315,7 @@ _UNCERTAIN = {
 }
 
 
-def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
+def _notes(account: DatasetReport, inspection: Inspection) -> Iterable[str]:
     if account.captions.uncounted:
         yield f"the lengths of captions were not checked: {account.captions.uncounted}"
     if 0 < account.used < _FEW:
@@ -324,7 +326,7 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
     if account.near_duplicates:
         alike = sum(len(names) for names in account.near_duplicates)
         groups = {sample.id: sample.group for sample in inspection.used}
-        together = all(len({groups[name] for name in names}) == 1 for names in inspection.near)
+        together = all(len({groups[name] for name in names}) == 1 for names in inspection.near_duplicates)
         yield (
             f"{alike} images show {plural(len(account.near_duplicates), 'picture')}, re-saved, retouched or mirrored; "
             + (
@@ -349,11 +351,11 @@ def _notes(account: Account, inspection: Inspection) -> Iterable[str]:
             f"{cutouts} of {plural(account.used, 'image')} are transparent around what they show, and can be composed "
             "on a colored ground"
         )
-    if inspection.unkept:
-        yield f"what was found cannot be kept for the next start: {inspection.unkept}; set data.cache_dir or $LDM_CACHE"
+    if inspection.cache_error:
+        yield f"image info cannot be cached: {inspection.cache_error}; set data.cache_dir or $LDM_CACHE"
 
 
-def _needs_attention(account: Account, config: DataConfig, inspection: Inspection) -> Iterable[str]:
+def _needs_attention(account: DatasetReport, config: DataConfig, inspection: Inspection) -> Iterable[str]:
     captions, sizes, used = account.captions, account.sizes, inspection.used
     if not account.used:
         yield f"no image can be used; {WAYS_OUT}"
@@ -366,7 +368,9 @@ def _needs_attention(account: Account, config: DataConfig, inspection: Inspectio
         yield from account.unused_captions()
     for trait, what in _UNCERTAIN.items():
         # A curated source that nobody looked at has no kinds.
-        bearers = [sample.shown for sample, kind in zip(used, inspection.kinds, strict=False) if trait in kind.traits]
+        bearers = [
+            sample.display_name for sample, kind in zip(used, inspection.formats, strict=False) if trait in kind.traits
+        ]
         if bearers:
             yield (
                 f"{plural(len(bearers), 'image has', 'images have')} {what}, so that colors may be wrong: {bearers[0]}"

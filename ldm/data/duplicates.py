@@ -63,7 +63,7 @@ def thumbnail(image: Image.Image) -> Bytes:
     return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
 
 
-def clusters(thumbnails: Bytes, sizes: Sequence[tuple[int, int]]) -> Indices:
+def near_duplicate_clusters(thumbnails: Bytes, sizes: Sequence[tuple[int, int]]) -> Indices:
     """For each image, the first one of its cluster of near-duplicates; its own index where it stands first or alone.
 
     An image joins the cluster of the earliest image that it nearly duplicates, if it is also not too far from the

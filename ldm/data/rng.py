@@ -31,3 +31,8 @@ def _encode(part: int | str) -> bytes:
     else:
         payload, kind = str(operator.index(part)).encode(), b"i"
     return kind + len(payload).to_bytes(8, "little") + payload
+
+
+def content_hash(data: bytes) -> str:
+    """The blake2b hash of some bytes, 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

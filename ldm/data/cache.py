@@ -70,7 +70,7 @@ class _Shard:
     shape: tuple[int, ...]
 
 
-class Store:
+class RowCache:
     """Rows under keys, 32 hexadecimal digits each, in one folder.
 
     The rows of one `add` have one shape; others may have another. Only what is written is ever created: a folder
@@ -120,7 +120,7 @@ class Store:
         self._write(path, content, len(content) + to_come * rows[0].nbytes)
         self._verified.add(path.name)
 
-    def open(self, keys: Sequence[str]) -> Rows:
+    def open(self, keys: Sequence[str]) -> CachedRows:
         """The rows of these keys, in their order; keys may repeat.
 
         Raises:
@@ -133,7 +133,7 @@ class Store:
                 f"{lost} of {len(keys)} rows are gone from the cache {self.folder}; start again, to have them made"
             )
         assert self._index is not None
-        return Rows(self._index.shards, shards, rows, self._files)
+        return CachedRows(self._index.shards, shards, rows, self._files)
 
     # ---- finding rows
 
@@ -220,7 +220,7 @@ class Store:
         self._refused.discard(path.name)
 
 
-class Rows:
+class CachedRows:
     """Rows of a store by position: `rows[indices]` copies them into memory.
 
     Nothing is kept: memory does not grow with what is read.

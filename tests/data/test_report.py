@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from ldm.data import Account, DataConfig, Duplicate, Inspection, Sample, Skipped, account_of
-from ldm.data.account import quoted
+from ldm.data import DataConfig, DatasetReport, Duplicate, Inspection, Sample, Skipped, dataset_report
 from ldm.data.captions import plural
-from ldm.data.inspection import Kind
+from ldm.data.inspection import ImageFormat
+from ldm.data.report import quoted
 from ldm.data.sources import Decoded
 
 
@@ -25,11 +25,11 @@ def sample(number: int, *captions: str, size: tuple[int, int] = (100, 80), group
 
 
 CONFIG = DataConfig(path="things", resolution=64, background="#ff0000")
-RGB = Kind("PNG", "RGB", ())
+RGB = ImageFormat("PNG", "RGB", ())
 
 
 def inspection(samples: Sequence[Sample], **more: object) -> Inspection:
-    settings = {"skipped": (), "kinds": (RGB,) * len(samples)} | more
+    settings = {"skipped": (), "formats": (RGB,) * len(samples)} | more
     return Inspection("things", tuple(samples), **settings)  # type: ignore[arg-type]
 
 
@@ -45,13 +45,13 @@ def whole() -> Inspection:
     samples[3] = replace(samples[3], group="02.png")
     kinds = [RGB] * 40
     kinds[:3] = [
-        Kind("JPEG", "CMYK", ("rotated", "cmyk")),
-        Kind("GIF", "P", ("palette", "transparent", "animated")),
-        Kind("", "I;16", ("16-bit", "striped")),
+        ImageFormat("JPEG", "CMYK", ("rotated", "cmyk")),
+        ImageFormat("GIF", "P", ("palette", "transparent", "animated")),
+        ImageFormat("", "I;16", ("16-bit", "striped")),
     ]
     return inspection(
         samples,
-        kinds=tuple(kinds),
+        formats=tuple(kinds),
         skipped=(
             Skipped("a.png", "no caption: no metadata file names it"),
             Skipped("b.png", "empty caption"),
@@ -60,8 +60,8 @@ def whole() -> Inspection:
             Skipped("e.png", "the file is empty"),
         ),
         duplicates=(Duplicate("00b.png", "00.png"), Duplicate("00c.png", "00.png", ("a small cat",))),
-        near=(("02.png", "03.png"),),
-        unkept="/nowhere: Permission denied",
+        near_duplicates=(("02.png", "03.png"),),
+        cache_error="/nowhere: Permission denied",
     )
 
 
@@ -70,7 +70,7 @@ def cut(captions: Sequence[str]) -> list[str]:
 
 
 def test_everything_is_counted() -> None:
-    account = account_of(whole(), CONFIG, lost=cut)
+    account = dataset_report(whole(), CONFIG, truncated_words=cut)
     assert (account.total, account.used, account.skipped, account.duplicate) == (47, 40, 5, 2)
     assert account.training + account.held_out == 40
     assert account.held_out > 0
@@ -95,27 +95,27 @@ def test_everything_is_counted() -> None:
     assert account.treatment["striped"] == "converted to RGB"  # a trait that this file has not heard of
     assert account.contradictory == ("00c.png",)
     held_out = account.held_out
-    assert account.line() == (
+    assert account.summary() == (
         f"things: 47 entries: 40 used ({40 - held_out} to train on, {held_out} held out), 5 skipped, 2 duplicates"
     )
 
 
 def test_what_needs_attention_says_what_to_do() -> None:
-    account = account_of(whole(), CONFIG, lost=cut)
+    account = dataset_report(whole(), CONFIG, truncated_words=cut)
     skipped, too_long, contradictory = account.needs_attention
     assert skipped.startswith("5 of 47 are skipped (2 × the file is empty, ")
     assert skipped.endswith("and other reasons); mend or remove them")
     assert '1 caption longer than the text encoder reads: 02.png loses "not fit"; shorten' in too_long
     assert '00c.png says "a small cat", and shows what 00.png shows' in contradictory
     assert any("2 images show 1 picture" in note and "together" in note for note in account.notes)
-    apart = account_of(replace(whole(), near=(("04.png", "05.png"),)), CONFIG)
+    apart = dataset_report(replace(whole(), near_duplicates=(("04.png", "05.png"),)), CONFIG)
     assert any("2 images show 1 picture" in note and "as this data set groups them" in note for note in apart.notes)
     assert any("/nowhere: Permission denied" in note for note in account.notes)
     assert any(note.startswith("40 images: few") for note in account.notes)
 
 
 def test_clean_data_needs_no_attention() -> None:
-    account = account_of(clean(), CONFIG, lost=cut)
+    account = dataset_report(clean(), CONFIG, truncated_words=cut)
     assert account.needs_attention == () == account.notes
     assert account.to_text().endswith("Nothing needs attention.")
     assert account.captions.too_long == ()
@@ -140,32 +140,32 @@ def test_clean_data_needs_no_attention() -> None:
     ],
 )
 def test_each_trouble_is_named(found: Inspection, part: str) -> None:
-    assert [line for line in account_of(found, CONFIG).needs_attention if part in line]
+    assert [line for line in dataset_report(found, CONFIG).needs_attention if part in line]
 
 
 def test_panoramas_are_not_counted_as_ordinary_shapes() -> None:
     sizes = [(5000, 1), (1, 5000), (400, 100), (401, 100), (100, 300)]
-    account = account_of(inspection([sample(n, size=size) for n, size in enumerate(sizes)]), CONFIG)
+    account = dataset_report(inspection([sample(n, size=size) for n, size in enumerate(sizes)]), CONFIG)
     assert account.sizes.shapes == {"narrower than 1:4": 1, "1:3": 1, "3:1": 1, "wider than 4:1": 2}
     assert next(iter(account.sizes.shapes)) == "narrower than 1:4"
     assert any(note.startswith("3 images beyond 4:1, most of which is cropped away") for note in account.notes)
 
 
 def test_the_line_counts_images_and_where_some_are_skipped_entries() -> None:
-    assert account_of(inspection([sample(1)]), CONFIG).line().startswith("things: 1 image: 1 used (1 to train on, ")
-    assert account_of(clean(), CONFIG).line().startswith("things: 120 images: 120 used (")
-    one = account_of(inspection([], skipped=(Skipped("metadata.csv:2", "no caption"),)), CONFIG)
+    assert dataset_report(inspection([sample(1)]), CONFIG).line().startswith("things: 1 image: 1 used (1 to train on, ")
+    assert dataset_report(clean(), CONFIG).line().startswith("things: 120 images: 120 used (")
+    one = dataset_report(inspection([], skipped=(Skipped("metadata.csv:2", "no caption"),)), CONFIG)
     assert one.line().startswith("things: 1 entry: 0 used (")
 
 
 def test_with_buckets_the_area_counts() -> None:
     found = inspection([sample(n, size=(32, 128 + n)) for n in range(20)])
-    assert account_of(found, CONFIG).sizes.enlarged == 20
-    assert account_of(found, replace(CONFIG, buckets=True)).sizes.enlarged == 0
+    assert dataset_report(found, CONFIG).sizes.enlarged == 20
+    assert dataset_report(found, replace(CONFIG, buckets=True)).sizes.enlarged == 0
 
 
 def test_uncounted_captions_are_said_to_be() -> None:
-    account = account_of(clean(), CONFIG, uncounted="the encoder is not installed")
+    account = dataset_report(clean(), CONFIG, uncounted="the encoder is not installed")
     assert account.captions.too_long is None
     assert account.notes == ("the lengths of captions were not checked: the encoder is not installed",)
     assert "fit into" not in account.to_text()
@@ -173,10 +173,10 @@ def test_uncounted_captions_are_said_to_be() -> None:
 
 @pytest.mark.parametrize("found", [whole(), clean(), inspection([]), Inspection("passed through", (sample(1),), ())])
 def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
-    account = account_of(found, CONFIG, lost=cut)
+    account = dataset_report(found, CONFIG, truncated_words=cut)
     text = json.dumps(account.to_dict(), allow_nan=False)
     plain = json.loads(text)
-    assert set(plain) == set(Account.__dataclass_fields__)
+    assert set(plain) == set(DatasetReport.__dataclass_fields__)
     assert plain["used"] + plain["skipped"] + plain["duplicate"] == plain["total"] == found.total
     assert plain["skipped_files"] == [{"path": entry.path, "reason": entry.reason} for entry in found.skipped]
     assert plain["duplicate_files"] == [
@@ -193,7 +193,7 @@ def test_long_lists_are_cut_unless_everything_is_asked_for() -> None:
     skipped = tuple(Skipped(f"s{number:03}.png", "broken" if number % 2 else "empty") for number in range(100))
     near = tuple((f"{number}a", f"{number}b") for number in range(30))
     found = replace(clean(), skipped=skipped)
-    short, long = account_of(found, CONFIG).to_text(), account_of(found, CONFIG).to_text(everything=True)
+    short, long = dataset_report(found, CONFIG).to_text(), dataset_report(found, CONFIG).to_text(everything=True)
     assert short.count(".png") == 20
     assert short.count("… and 40 more (--all shows them)") == 2
     assert "50 × broken" in short
@@ -201,7 +201,7 @@ def test_long_lists_are_cut_unless_everything_is_asked_for() -> None:
     assert "more" not in long
     assert plural(1, "copy", "copies") == "1 copy"
     samples = {name: replace(sample(1), id=name) for names in near for name in names}
-    alike = account_of(inspection(list(samples.values()), near=near), CONFIG).to_text()
+    alike = dataset_report(inspection(list(samples.values()), near_duplicates=near), CONFIG).to_text()
     assert alike.count("a, ") == 10
 
 
@@ -213,12 +213,12 @@ def test_nothing_reaches_a_terminal_raw() -> None:
         [replace(sample(1, ESCAPES, ESCAPES + "x"), id=ESCAPES), sample(2, ESCAPES)],
         skipped=(Skipped(ESCAPES, ESCAPES),),
         duplicates=(Duplicate(ESCAPES + "2", ESCAPES, (ESCAPES,)),),
-        near=((ESCAPES, "02.png"),),
-        kinds=(Kind(ESCAPES, ESCAPES, (ESCAPES,)),) * 2,
-        unkept=ESCAPES,
+        near_duplicates=((ESCAPES, "02.png"),),
+        formats=(ImageFormat(ESCAPES, ESCAPES, (ESCAPES,)),) * 2,
+        cache_error=ESCAPES,
     )
-    account = account_of(replace(found, name=ESCAPES), CONFIG, lost=lambda texts: list(texts))
-    for text in (*account.needs_attention, *account.notes, account.line(), quoted(ESCAPES * 9)):
+    account = dataset_report(replace(found, name=ESCAPES), CONFIG, truncated_words=lambda texts: list(texts))
+    for text in (*account.needs_attention, *account.notes, account.summary(), quoted(ESCAPES * 9)):
         assert text.isprintable(), ascii(text)
     for everything in (True, False):
         lines = account.to_text(everything=everything).split("\n")
@@ -229,7 +229,7 @@ def test_nothing_reaches_a_terminal_raw() -> None:
 def test_folders_of_splits_that_are_taken_together_are_named() -> None:
     def below(*tops: str) -> tuple[str, ...]:
         samples = [replace(sample(i), id=f"{top}/{i}.png") for i, top in enumerate(tops)]
-        return account_of(inspection(samples), DataConfig(path="here", resolution=64)).notes
+        return dataset_report(inspection(samples), DataConfig(path="here", resolution=64)).notes
 
     said = "what lies in train/ and test/, val/ is taken together; name the folder train/ itself"
     assert any(said in note for note in below("train", "test", "val", "train"))

@@ -1,4 +1,4 @@
-"""Near-duplicates: the table of `similar`, held on openmoji and the digits, and what clusters guarantee."""
+"""Near-duplicates: the table in docs/data.md, held on openmoji and the digits, and what clusters guarantee."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from ldm.data import DataConfig, open_source
-from ldm.data.similar import clusters, thumbnail
+from ldm.data.duplicates import near_duplicate_clusters, thumbnail
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -43,7 +43,7 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def first_of(images: list[Image.Image]) -> np.ndarray:
-    return clusters(np.stack([thumbnail(image) for image in images]), [image.size for image in images])
+    return near_duplicate_clusters(np.stack([thumbnail(image) for image in images]), [image.size for image in images])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def steps(count: int, step: float) -> np.ndarray:
 
 def test_a_chain_of_look_alikes_is_cut_and_its_links_are_used() -> None:
     # Neighbours differ by 0.06 of their contrast; the first and the fourth by 0.18, more than near-duplicates may.
-    first = clusters(steps(60, 0.06), [(64, 64)] * 60)
+    first = near_duplicate_clusters(steps(60, 0.06), [(64, 64)] * 60)
     lengths = np.bincount(first)
     assert lengths.max() <= 6
     assert first[3] == 0  # linked through its neighbours
@@ -103,21 +103,21 @@ def test_what_is_added_behind_changes_nothing_before_it() -> None:
     thumbnails = np.concatenate([steps(40, 0.06), steps(40, 0.06)[::-1, :, ::-1]])
     thumbnails = thumbnails[np.random.default_rng(1).permutation(80)]
     sizes = [(64, 64)] * 80
-    all_of_them = clusters(thumbnails, sizes)
+    all_of_them = near_duplicate_clusters(thumbnails, sizes)
     assert len(set(all_of_them.tolist())) < 40
     for count in (1, 17, 63):
-        assert (clusters(thumbnails[:count], sizes[:count]) == all_of_them[:count]).all()
+        assert (near_duplicate_clusters(thumbnails[:count], sizes[:count]) == all_of_them[:count]).all()
 
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     thumbnails = steps(80, 0.05)[np.random.default_rng(1).permutation(80)]
-    whole = clusters(thumbnails, [(64, 64)] * 80)
+    whole = near_duplicate_clusters(thumbnails, [(64, 64)] * 80)
     for name in ("_ROWS", "_COLUMNS", "_PAIRS"):
-        monkeypatch.setattr(f"ldm.data.similar.{name}", 7)
-    assert (clusters(thumbnails, [(64, 64)] * 80) == whole).all()
+        monkeypatch.setattr(f"ldm.data.duplicates.{name}", 7)
+    assert (near_duplicate_clusters(thumbnails, [(64, 64)] * 80) == whole).all()
 
 
 def test_a_large_cluster_stays_one_and_none_are_nothing() -> None:
     thumbnails = np.repeat(steps(1, 0.0), 700, axis=0)
-    assert (clusters(thumbnails, [(64, 64)] * 700) == 0).all()
-    assert clusters(thumbnails[:0], []).tolist() == []
+    assert (near_duplicate_clusters(thumbnails, [(64, 64)] * 700) == 0).all()
+    assert near_duplicate_clusters(thumbnails[:0], []).tolist() == []

@@ -16,8 +16,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
+from ldm.data.duplicates import THUMBNAIL, Bytes, thumbnail
 from ldm.data.images import FORMATS, cutout_of
-from ldm.data.similar import THUMBNAIL, Bytes, thumbnail
 from ldm.data.sources import DataConfig, Decoded
 
 # Goes up with whatever changes what is kept, or what `decode` makes of the same bytes.
@@ -42,7 +42,7 @@ Records = NDArray[np.void]
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageInfo:
     """What is known of one image.
 
     Args:
@@ -62,12 +62,12 @@ class Facts:
     cutout: tuple[int, int, int] | None = None
 
 
-def facts_of(decoded: Decoded) -> Facts:
+def image_info(decoded: Decoded) -> ImageInfo:
     """What there is to know of a decoded image."""
     image = decoded.image
     hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=_DIGEST)
     hashed.update(image.tobytes())
-    return Facts(
+    return ImageInfo(
         hashed.digest(),
         image.size,
         decoded.format,
@@ -78,8 +78,8 @@ def facts_of(decoded: Decoded) -> Facts:
     )
 
 
-class FactsStore:
-    """Facts on disk, by the digest of the bytes and whatever else they depend on.
+class ImageInfoCache:
+    """Image info on disk, by the digest of the bytes and whatever else they depend on.
 
     A folder of files that are written once, aside, and then named: processes that write at the same time do not meet.
     Every record bears a checksum; what is damaged is as good as absent. Images that cannot be decoded are not kept,
@@ -92,12 +92,12 @@ class FactsStore:
         )
         self.folder = config.cache_folder / "facts" / hashlib.blake2b(depends.encode(), digest_size=8).hexdigest()
 
-    def write(self, facts: Sequence[tuple[str, Facts]]) -> None:
-        """Keeps facts by the digest of their image. OSError where the folder cannot be written."""
-        if not facts:
+    def write(self, info: Sequence[tuple[str, ImageInfo]]) -> None:
+        """Keeps info by the digest of their image. OSError where the folder cannot be written."""
+        if not info:
             return
-        records = np.zeros(len(facts), _RECORD)
-        for record, (digest, known) in zip(records, facts, strict=True):
+        records = np.zeros(len(info), _RECORD)
+        for record, (digest, known) in zip(records, info, strict=True):
             record["digest"] = np.frombuffer(bytes.fromhex(digest), np.uint8)
             record["pixels"] = np.frombuffer(known.pixels, np.uint8)
             record["size"] = known.size
@@ -120,13 +120,13 @@ class FactsStore:
             aside.unlink(missing_ok=True)
             raise
 
-    def open(self) -> KnownFacts:
+    def open(self) -> CachedImageInfo:
         """What is known now."""
-        return KnownFacts(sorted(self.folder.glob("*.facts")))
+        return CachedImageInfo(sorted(self.folder.glob("*.facts")))
 
 
-class KnownFacts:
-    """The facts in some files, found by digest. The digests are in memory, the rest is read when it is asked for."""
+class CachedImageInfo:
+    """The info in some files, found by digest. The digests are in memory, the rest is read when it is asked for."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         keys, places = [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.int64)]
@@ -140,8 +140,8 @@ class KnownFacts:
         # Data come in much the same order at every start, so that neighbours lie in one file.
         self._records = lru_cache(maxsize=64)(_records)
 
-    def get(self, digest: str) -> Facts | None:
-        """The facts of an image; None where there are none, or only damaged ones."""
+    def get(self, digest: str) -> ImageInfo | None:
+        """The info of an image; None where there are none, or only damaged ones."""
         wanted = np.frombuffer(bytes.fromhex(digest), np.uint8)
         key = wanted[:8].view("<u8")[0]
         start, stop = np.searchsorted(self._keys, [key, key + np.uint64(1)]) if key < _LAST_KEY else (0, 0)
@@ -150,7 +150,7 @@ class KnownFacts:
             if row < len(records) and (records[row]["digest"] == wanted).all():
                 record = records[row]
                 if record["check"] == _checksum(record):
-                    return _facts(record)
+                    return _info(record)
         return None
 
 
@@ -182,11 +182,11 @@ def _checksum(record: np.void) -> int:
     return zlib.crc32(record.tobytes()[: _RECORD.itemsize - 4])
 
 
-def _facts(record: np.void) -> Facts:
+def _info(record: np.void) -> ImageInfo:
     width, height = record["size"].tolist()
     traits = tuple(record["traits"].decode().split(",")) if record["traits"] else ()
     red, green, blue = record["cutout"].tolist()
-    return Facts(
+    return ImageInfo(
         record["pixels"].tobytes(),
         (width, height),
         record["format"].decode(),

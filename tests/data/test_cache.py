@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ldm.data import store as module
-from ldm.data.store import STALE_SECONDS, Store
+from ldm.data import cache as module
+from ldm.data.cache import STALE_SECONDS, RowCache
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def shards(folder):
 
 
 def three_shards(folder):
-    store = Store(folder)
+    store = RowCache(folder)
     for start in (0, 4, 8):
         numbers = range(start, start + 4)
         store.add(keys(*numbers), rows(*numbers))
@@ -55,15 +55,15 @@ def three_shards(folder):
 
 def test_rows_come_back_in_any_order_and_from_another_process(folder):
     three_shards(folder)
-    store = Store(folder)
+    store = RowCache(folder)
     assert store.missing(keys(3, 99, 0, 98, 99)) == [1, 3]
     found = store.open(keys(5, 0, 11, 5))
     assert len(found) == 4
     assert torch.equal(found[[2, 0, 1, 3, 2]], rows(11, 5, 0, 5, 11))
     assert torch.equal(found[torch.tensor([1])], rows(0))
     code = (
-        "import sys, pathlib; from ldm.data.store import Store; "
-        "print(Store(pathlib.Path(sys.argv[1])).open([sys.argv[2]])[[0]].flatten().tolist())"
+        "import sys, pathlib; from ldm.data.cache import RowCache; "
+        "print(RowCache(pathlib.Path(sys.argv[1])).open([sys.argv[2]])[[0]].flatten().tolist())"
     )
     command = [sys.executable, "-c", code, str(folder), key(7)]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
@@ -78,16 +78,16 @@ def test_what_is_read_is_a_copy(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_dtypes_come_back_as_they_were(folder, dtype):
-    store = Store(folder)
+    store = RowCache(folder)
     given = (torch.rand(3, 5) * 9).to(dtype)
     store.add(keys(0, 1, 2), given)
-    found = Store(folder).open(keys(0, 1, 2))[[2, 0]]
+    found = RowCache(folder).open(keys(0, 1, 2))[[2, 0]]
     assert found.dtype == dtype
     assert torch.equal(found, given[[2, 0]])
 
 
 def test_shapes_may_differ_between_shards_but_not_in_one_request(folder):
-    store = Store(folder)
+    store = RowCache(folder)
     store.add(keys(0), torch.zeros(1, 4, 2))
     store.add(keys(1), torch.ones(1, 2, 4))
     found = store.open(keys(0, 1))
@@ -98,20 +98,20 @@ def test_shapes_may_differ_between_shards_but_not_in_one_request(folder):
 
 
 def test_keys_with_zero_bytes_are_told_apart(folder):
-    store = Store(folder)
+    store = RowCache(folder)
     awkward = ["00" * 16, "01" + "00" * 15, "00" * 15 + "01", "0100" + "00" * 13 + "01", "01" * 15 + "00"]
     store.add(awkward, torch.arange(5.0).view(5, 1))
-    assert Store(folder).open(awkward)[range(5)].flatten().tolist() == [0, 1, 2, 3, 4]
-    assert Store(folder).missing(["01" * 16, *awkward]) == [0]
+    assert RowCache(folder).open(awkward)[range(5)].flatten().tolist() == [0, 1, 2, 3, 4]
+    assert RowCache(folder).missing(["01" * 16, *awkward]) == [0]
 
 
 def test_what_others_have_added_is_found(folder):
-    mine, other = Store(folder), Store(folder)
+    mine, other = RowCache(folder), RowCache(folder)
     assert mine.missing(keys(0, 1)) == [0, 1]
     other.add(keys(1), rows(1))
     assert mine.missing(keys(0, 1)) == [0]
     mine.add(keys(0, 1), rows(0, 1))  # a row may be there twice
-    assert torch.equal(Store(folder).open(keys(1, 0))[[0, 1]], rows(1, 0))
+    assert torch.equal(RowCache(folder).open(keys(1, 0))[[0, 1]], rows(1, 0))
     mine.add(keys(0, 1), rows(0, 1))  # and a shard that is there already stays one
     assert len(shards(folder)) == 2
 
@@ -149,7 +149,7 @@ def test_a_damaged_shard_costs_its_own_rows_and_is_named(folder, how):
         held = {bytes(k).hex() for k in file.get_tensor("keys").tolist()}
     DAMAGE[how](victim)
     printed = []
-    store = Store(folder, printed.append)
+    store = RowCache(folder, printed.append)
     every = keys(*range(12))
     lost = store.missing(every)
     assert {every[i] for i in lost} == held
@@ -159,20 +159,20 @@ def test_a_damaged_shard_costs_its_own_rows_and_is_named(folder, how):
     assert not victim.exists()
     assert victim.with_suffix(".damaged").exists()
     store.add([every[i] for i in lost], rows(*lost))
-    again = Store(folder, printed.append)
+    again = RowCache(folder, printed.append)
     assert again.missing(every) == []
     assert torch.equal(again.open(every)[range(12)], rows(*range(12)))
     assert len(printed) == 1
 
 
 def test_a_damaged_copy_does_not_hide_a_sound_one(folder):
-    store = Store(folder)
+    store = RowCache(folder)
     store.add(keys(0, 1), rows(0, 1))
     store.add(keys(1, 0), rows(1, 0))
     for victim in shards(folder):
         content = victim.read_bytes()
         flip_a_byte(victim, size_of_header(victim) + 2)
-        assert torch.equal(Store(folder, lambda _: None).open(keys(0, 1))[[0, 1]], rows(0, 1))
+        assert torch.equal(RowCache(folder, lambda _: None).open(keys(0, 1))[[0, 1]], rows(0, 1))
         victim.write_bytes(content)
 
 
@@ -181,7 +181,7 @@ def test_a_shard_of_another_store_is_not_taken(folder):
     other = folder.with_name("other weights")
     shutil.copytree(folder, other)
     printed = []
-    assert Store(other, printed.append).missing(keys(0, 4, 8)) == [0, 1, 2]
+    assert RowCache(other, printed.append).missing(keys(0, 4, 8)) == [0, 1, 2]
     assert all("belongs to moments/abc" in line for line in printed)
     assert len(printed) == 3
 
@@ -189,7 +189,7 @@ def test_a_shard_of_another_store_is_not_taken(folder):
 def test_a_cache_that_was_moved_is_still_one(folder, tmp_path):
     three_shards(folder)
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    assert Store(tmp_path / "elsewhere" / "moments" / "abc").missing(keys(*range(12))) == []
+    assert RowCache(tmp_path / "elsewhere" / "moments" / "abc").missing(keys(*range(12))) == []
 
 
 def test_files_of_others_are_left_alone(folder):
@@ -201,7 +201,7 @@ def test_files_of_others_are_left_alone(folder):
     past = time.time() - STALE_SECONDS - 1
     os.utime(stale, (past, past))
     printed = []
-    assert Store(folder, printed.append).missing(keys(*range(12))) == []
+    assert RowCache(folder, printed.append).missing(keys(*range(12))) == []
     assert printed == []
     assert fresh.exists() and (folder / "notes.txt").exists()
     assert not stale.exists()
@@ -231,7 +231,7 @@ def test_rows_that_are_gone_are_refused(folder):
 def test_few_files_are_open_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(module, "OPEN_FILES", 4)
     count = 12
-    store = Store(folder)
+    store = RowCache(folder)
     for i in range(count):
         store.add(keys(i), rows(i))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -269,7 +269,7 @@ def test_a_write_that_fails_is_one_error_and_leaves_nothing(folder, monkeypatch,
 
 
 def test_a_disk_too_small_for_what_is_to_come_is_told_at_once(folder):
-    store = Store(folder)
+    store = RowCache(folder)
     free = shutil.disk_usage(folder.parents[2]).free
     with pytest.raises(ValueError, match=r"needs .* GiB more and its disk has .*; free some, or .*LDM_CACHE"):
         store.add(keys(0), torch.zeros(1, 2**18), to_come=2 * free // 2**20)
@@ -278,7 +278,7 @@ def test_a_disk_too_small_for_what_is_to_come_is_told_at_once(folder):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    store = Store(tmp_path / "file" / "moments" / "abc")
+    store = RowCache(tmp_path / "file" / "moments" / "abc")
     assert store.missing(keys(0)) == [0]
     with pytest.raises(ValueError, match=r"file/moments/abc cannot be written: Not a directory .*choose another"):
         store.add(keys(0), rows(0))
@@ -289,7 +289,7 @@ def test_a_read_only_cache_serves_and_says_why_it_cannot_grow(folder):
     three_shards(folder)
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
-        store = Store(folder)
+        store = RowCache(folder)
         assert torch.equal(store.open(keys(0))[[0]], rows(0))
         with pytest.raises(ValueError, match=r"cannot be written: Permission denied"):
             store.add(keys(99), rows(99))
@@ -299,10 +299,10 @@ def test_a_read_only_cache_serves_and_says_why_it_cannot_grow(folder):
 
 WRITER = """
 import hashlib, pathlib, sys, torch
-from ldm.data.store import Store
+from ldm.data.cache import RowCache
 folder, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
-store = Store(folder, lambda line: sys.exit(line))
+store = RowCache(folder, lambda line: sys.exit(line))
 for start in range(0, 40, 4):
     part = order[start : start + 4]
     store.missing([hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in part])
@@ -320,4 +320,4 @@ def test_processes_may_write_at_once(folder):
         _, error = writer.communicate()
         assert writer.returncode == 0, error
     assert len(shards(folder)) == 20
-    assert torch.equal(Store(folder).open(keys(*range(40)))[range(40)], rows(*range(40)))
+    assert torch.equal(RowCache(folder).open(keys(*range(40)))[range(40)], rows(*range(40)))

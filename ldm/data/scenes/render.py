@@ -27,65 +27,65 @@ RGB = {
 }
 # Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in the middle,
 # a scarf hangs. That width of it becomes WORN_WIDTH times the width of the head, the eyes or the neck.
-WORN = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
+WORN_ANCHORS = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
 WORN_WIDTH = 1.05
 # As wide, at least, as this share of the bearer: at 64 pixels less cannot be seen.
-LEAST_WORN = {"head": 0.36, "face": 0.32, "neck": 0.3}
+MIN_WORN_SIZE = {"head": 0.36, "face": 0.32, "neck": 0.3}
 HELD_SIZE = 0.5
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RenderedPart:
     """A part where it was drawn: its box in shares of the image, from the top left; other parts may cover it."""
 
     part: Part
     box: Box
 
 
-def draw_scene(scene: Scene, draw: np.random.Generator, resolution: int) -> Image.Image:
-    """An RGB image of `resolution` × `resolution` pixels; `draw` moves things about by a little."""
-    return draw_parts(scene, draw, resolution)[0]
+def render_scene(scene: Scene, rng: np.random.Generator, resolution: int) -> Image.Image:
+    """An RGB image of `resolution` × `resolution` pixels; `rng` moves things about by a little."""
+    return render_parts(scene, rng, resolution)[0]
 
 
-def draw_parts(scene: Scene, draw: np.random.Generator, resolution: int) -> tuple[Image.Image, list[Drawn]]:
-    """The image of `draw_scene`, and where everything is: what is worn and held too, and each of a count."""
+def render_parts(scene: Scene, rng: np.random.Generator, resolution: int) -> tuple[Image.Image, list[RenderedPart]]:
+    """The image of `render_scene`, and where everything is: what is worn and held too, and each of a count."""
     side = 2 * resolution  # reduced to half at the end, so that edges are smooth
-    canvas = _ground(scene.background, draw, side)
+    canvas = _ground(scene.background, rng, side)
     drawn = []
-    for part, box, bottom in _boxes(scene, draw):
+    for part, box, bottom in _boxes(scene, rng):
         unit, inside = _unit(part, round(1.5 * resolution))
         x, y, width, height = _paste(canvas, unit, box, bottom, side)
         for one, (left, top, right, low) in inside:
             across, down = width / unit.width / side, height / unit.height / side
             place = (x / side + left * across, y / side + top * down, x / side + right * across, y / side + low * down)
-            drawn.append(Drawn(one, place))
+            drawn.append(RenderedPart(one, place))
     return canvas.reduce(2), drawn
 
 
-def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, Box, bool]]:
+def _boxes(scene: Scene, rng: np.random.Generator) -> list[tuple[Part, Box, bool]]:
     """Each part with the box that it fills, from behind to the front, and whether it stands on the box's bottom."""
     first = scene.parts[0]
     if scene.kind == "count":
-        return [(first, box, False) for box in _grid(scene.count, draw)]
+        return [(first, box, False) for box in _grid(scene.count, rng)]
     if len(scene.parts) == 1:
-        side = {"small": draw.uniform(0.28, 0.42), "big": draw.uniform(0.94, 1.0), None: draw.uniform(0.74, 0.94)}
+        side = {"small": rng.uniform(0.28, 0.42), "big": rng.uniform(0.94, 1.0), None: rng.uniform(0.74, 0.94)}
         size = side[first.size]
-        x, y = draw.uniform(0, 1 - size, 2) if first.size == "small" else (1 - size) * draw.uniform(0.3, 0.7, 2)
+        x, y = rng.uniform(0, 1 - size, 2) if first.size == "small" else (1 - size) * rng.uniform(0.3, 0.7, 2)
         return [(first, (x, y, x + size, y + size), False)]
     if scene.kind == "three":
-        y = draw.uniform(0.28, 0.4)
+        y = rng.uniform(0.28, 0.4)
         xs = (0.01, 0.34, 0.67)
         return [(part, (x, y, x + 0.32, y + 0.34), True) for part, x in zip(scene.parts, xs, strict=True)]
     second = scene.parts[1]
     sizes = {"big": 1.1, "small": 0.62, None: 1.0}
     a, b = sizes[first.size], sizes[second.size]
-    how = scene.how
+    how = scene.relation
     if how in ("next to", "left of", "right of"):
-        swapped = how == "right of" or (how == "next to" and draw.random() < 0.5)
+        swapped = how == "right of" or (how == "next to" and rng.random() < 0.5)
         left, right, wl, wr = (second, first, b, a) if swapped else (first, second, a, b)
         wl, wr = 0.46 * wl, 0.46 * wr
-        bottom = draw.uniform(0.72, 0.84)
+        bottom = rng.uniform(0.72, 0.84)
         return [
             (left, (0.25 - wl / 2, bottom - 1.2 * wl, 0.25 + wl / 2, bottom), True),
             (right, (0.75 - wr / 2, bottom - 1.2 * wr, 0.75 + wr / 2, bottom), True),
@@ -93,13 +93,13 @@ def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, Box, boo
     if how in ("above", "under"):
         top, low, ht, hl = (first, second, a, b) if how == "above" else (second, first, b, a)
         ht, hl = 0.46 * ht, 0.46 * hl
-        x = 0.5 + draw.uniform(-0.05, 0.05)
+        x = 0.5 + rng.uniform(-0.05, 0.05)
         return [
             (top, (x - 0.34, 0.48 - ht, x + 0.34, 0.48), False),
             (low, (x - 0.34, 0.99 - hl, x + 0.34, 0.99), True),
         ]
     front, back, f, k = (first, second, a, b) if how == "in front of" else (second, first, b, a)
-    shift = draw.uniform(-0.12, 0.12)
+    shift = rng.uniform(-0.12, 0.12)
     k, f = 0.68 * k, 0.46 * f
     return [
         (back, (0.5 - k / 2 - shift, 0.78 - k, 0.5 + k / 2 - shift, 0.78), True),
@@ -107,9 +107,9 @@ def _boxes(scene: Scene, draw: np.random.Generator) -> list[tuple[Part, Box, boo
     ]
 
 
-def _grid(count: int, draw: np.random.Generator) -> list[Box]:
+def _grid(count: int, rng: np.random.Generator) -> list[Box]:
     """Boxes for two to five of a kind, which nothing covers."""
-    row = draw.random() < 0.4
+    row = rng.random() < 0.4
     if count == 2:
         centers, size = [(0.26, 0.5), (0.74, 0.5)], 0.44
     elif count == 3 and row:
@@ -120,7 +120,7 @@ def _grid(count: int, draw: np.random.Generator) -> list[Box]:
         centers, size = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)], 0.42
     else:
         centers, size = [(0.18, 0.18), (0.82, 0.18), (0.5, 0.5), (0.18, 0.82), (0.82, 0.82)], 0.31
-    size *= draw.uniform(0.88, 1.0)
+    size *= rng.uniform(0.88, 1.0)
     return [(x - size / 2, y - size / 2, x + size / 2, y + size / 2) for x, y in centers]
 
 
@@ -181,9 +181,9 @@ def _attach(joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, i
     assert place is not None
     assert name is not None
     anchor = bearer.anchors[name]
-    own = worn.drawing.anchors.get("worn", WORN[place])
+    own = worn.drawing.anchors.get("worn", WORN_ANCHORS[place])
     wide = WORN_WIDTH * anchor.width * size[0] / own.width
-    width = max(2, round(max(wide, LEAST_WORN[place] * max(size))))
+    width = max(2, round(max(wide, MIN_WORN_SIZE[place] * max(size))))
     sprite = _sprite(worn, side)
     height = max(2, round(sprite.height * width / sprite.width))
     limit = round(0.9 * max(size))
@@ -238,21 +238,21 @@ def tint(pixels: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
     return np.concatenate([np.rint(tinted).astype(np.uint8), pixels[..., 3:]], axis=-1)
 
 
-def _ground(background: str, draw: np.random.Generator, side: int) -> Image.Image:
+def _ground(background: str, rng: np.random.Generator, side: int) -> Image.Image:
     if background not in PLACES:
         return Image.new("RGB", (side, side), RGB[background] if background else (255, 255, 255))
     if background == "night sky":
         canvas = Image.new("RGB", (side, side), (18, 24, 66))
         pen = ImageDraw.Draw(canvas)
-        for x, y in draw.integers(0, side, (24, 2)).tolist():
+        for x, y in rng.integers(0, side, (24, 2)).tolist():
             pen.ellipse((x - 1, y - 1, x + 1, y + 1), fill=(250, 246, 210))
         return canvas
     sky, ground = ((190, 226, 250), (106, 176, 76)) if background == "grass" else ((206, 234, 250), (45, 130, 200))
     canvas = Image.new("RGB", (side, side), sky)
     pen = ImageDraw.Draw(canvas)
-    horizon = round(side * draw.uniform(0.58, 0.7))
+    horizon = round(side * rng.uniform(0.58, 0.7))
     pen.rectangle((0, horizon, side, side), fill=ground)
     if background == "sea":
-        for x, y in zip(draw.integers(0, side, 10), draw.integers(horizon, side, 10), strict=True):
+        for x, y in zip(rng.integers(0, side, 10), rng.integers(horizon, side, 10), strict=True):
             pen.arc((int(x) - 7, int(y) - 4, int(x) + 7, int(y) + 4), 200, 340, fill=(170, 215, 240), width=2)
     return canvas
