@@ -100,7 +100,7 @@ def test_every_entry_is_used_skipped_or_a_copy_for_any_number_of_workers(tmp_pat
     assert used["10.png"].captions == ("picture 10",)
     assert used["7 small.jpg"].size == (36, 30)
     assert used["3.png"].digest == content_hash((tmp_path / "data/3.png").read_bytes())
-    assert first.near == (("7.png", "7 small.jpg"),)
+    assert first.near_duplicates == (("7.png", "7 small.jpg"),)
     assert used["7.png"].group == used["7 small.jpg"].group == "7"
     formats = [stored.format for stored in first.formats]
     assert formats == ["JPEG" if one.id.endswith("jpg") else "PNG" for one in first.used]
@@ -219,7 +219,7 @@ def test_pixels_in_another_shape_are_another_picture(tmp_path: Path) -> None:
     save(tmp_path / "data/c.gif", Image.new("RGB", (20, 30), "red"))
     seen = looked(tmp_path / "data")
     assert [(copy.path, copy.of) for copy in seen.duplicates] == [("c.gif", "a.png")]
-    assert seen.near == ()
+    assert seen.near_duplicates == ()
 
 
 def test_an_unreadable_file_is_skipped_with_its_reason(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_curated_source_is_passed_through_unless_everything_is_asked_for() -> 
     few = replace(digits, samples=(*digits.samples[:40], replace(digits.samples[3], id="digits/again")))
     everything = inspect(few, DataConfig(path="digits", resolution=8), everything=True)
     assert everything.used == few.samples
-    assert everything.near == (("digits/0003", "digits/again"),)
+    assert everything.near_duplicates == (("digits/0003", "digits/again"),)
     assert {kind.mode for kind in everything.formats} == {"L"}
 
 

@@ -18,7 +18,7 @@ OTHERS = (
 
 
 def wordings(count: int = 40) -> list[Wording]:
-    return [Wording.drawn(np.random.default_rng(number)) for number in range(count)]
+    return [Wording.sample(np.random.default_rng(number)) for number in range(count)]
 
 
 def test_noun_phrases_are_joined_into_one() -> None:
