@@ -1,8 +1,7 @@
-"""Charts between images and what is diffused: pixels themselves, or the latents of an autoencoder.
+"""Codecs map images to what is diffused: normalized pixels, or the latents of an autoencoder. Both are called latents.
 
-The only place where the two spaces differ. Both carry the per-channel mean and deviation of the training data,
-applied inside `draw` and `decode` alone, so that what is diffused has zero mean and unit variance as the papers
-assume. Images are float [B, 3, H, W] in [−1, 1]; what is diffused is called latents in both.
+The only place where the two spaces differ. Codecs apply the per-channel mean and std of the training data, so that
+latents have zero mean and unit variance. Images are float [B, 3, H, W] in [−1, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.models import FirstStage
 
-Draw = Callable[[Tensor, Tensor | None], Tensor]
+LatentsSampler = Callable[[Tensor, Tensor | None], Tensor]
 Compute = Callable[[FirstStage, Tensor], Tensor]
 Tile = int | Literal["auto", "off"]
 
@@ -31,14 +30,14 @@ WHOLE_BYTES = 3 * 2**30
 STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which is larger where strips set in
 # Measured on the CPU: bytes a pixel at the peak were 3.8 and 4.1 times the second level's channels in decoders, and
 # 5.1 and 6.0 times the first level's in encoders (those of OpenMoji, and of half of Stable Diffusion's width).
-MAPS_OF_DECODER, MAPS_OF_ENCODER = 4, 6
-MAPS_OF_PIXELS = 6  # decoding, clamping and rounding, each into a new one
-FEWEST_TILE = 16  # pixels; below, most of a strip is its neighbours' rows
+DECODER_MAPS, ENCODER_MAPS = 4, 6
+PIXEL_MAPS = 6  # decoding, clamping and rounding, each into a new one
+MIN_TILE = 16  # pixels; below, most of a strip is its neighbours' rows
 # "high resolution" of `force_upcast`: where diffusers' pipelines heed it; those that draw 512 or 768 pixels do not.
 HIGH_RESOLUTION = 1024**2
 
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
-_NOT_OF_MOMENTS = frozenset(
+_NOT_IN_MOMENTS = frozenset(
     {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "scaling_factor", "shift_factor",
      "force_upcast", "num_vq_embeddings", "latents_mean", "latents_std"}
 )  # fmt: skip
@@ -52,7 +51,7 @@ class Codec(Protocol):
     factor: int
     """Pixels a latent position in height and width; image sizes must be divisible by it."""
     bounded: bool
-    """Whether `project` bounds x̂_0."""
+    """Whether `clip_x0` bounds x̂_0."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Moves what it holds to a device or dtype, like `nn.Module.to`."""
@@ -66,12 +65,12 @@ class Codec(Protocol):
         """What can be encoded once and kept: [B, 3, H, W] in [−1, 1] → [B, M, h, w]."""
         ...
 
-    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] from moments; `noise` [B, C, h, w] draws from the posterior, None takes its mean."""
         ...
 
-    def drawing(self) -> Draw:
-        """`draw` as it is now, without a network: all that is needed of the codec once the moments are known."""
+    def latents_sampler(self) -> LatentsSampler:
+        """`sample_latents` with the present statistics and without the network; it can be pickled."""
         ...
 
     def fingerprint(self) -> str | None:
@@ -82,11 +81,11 @@ class Codec(Protocol):
         """[B, C, h, w] → images [B, 3, H, W], about [−1, 1], not clamped."""
         ...
 
-    def bytes_to_decode(self, height: int, width: int) -> int:
+    def decode_bytes(self, height: int, width: int) -> int:
         """An estimate of the memory that one image of `height` × `width` pixels takes to decode, or to encode."""
         ...
 
-    def project(self, original: Tensor) -> Tensor:
+    def clip_x0(self, x_0: Tensor) -> Tensor:
         """Bounds a predicted x_0 [B, C, h, w] by what an image can be."""
         ...
 
@@ -140,11 +139,11 @@ class PixelCodec(nn.Module):
     def moments(self, images: Tensor) -> Tensor:
         return images
 
-    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return (moments - self.mean) / self.std
 
-    def drawing(self) -> Draw:
-        return self.draw
+    def latents_sampler(self) -> LatentsSampler:
+        return self.sample_latents
 
     def fingerprint(self) -> str | None:
         return None
@@ -152,12 +151,12 @@ class PixelCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         return latents * self.std + self.mean
 
-    def bytes_to_decode(self, height: int, width: int) -> int:
-        return MAPS_OF_PIXELS * self.mean.element_size() * self.channels * height * width
+    def decode_bytes(self, height: int, width: int) -> int:
+        return PIXEL_MAPS * self.mean.element_size() * self.channels * height * width
 
-    def project(self, original: Tensor) -> Tensor:
+    def clip_x0(self, x_0: Tensor) -> Tensor:
         low, high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
-        return original.clamp(low.to(original.dtype), high.to(original.dtype))
+        return x_0.clamp(low.to(x_0.dtype), high.to(x_0.dtype))
 
     def tile(self, size: Tile) -> None:
         check_tile(size)  # there is nothing to do a part at a time
@@ -201,17 +200,17 @@ class LatentCodec(nn.Module):
         size = images.shape[2:]
         return self._in_range(lambda network, x: network.encode(x, self._strips(network, x, *size)), images, *size)
 
-    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.drawing()(moments, noise)
+    def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.latents_sampler()(moments, noise)
 
-    def drawing(self) -> Draw:
-        return partial(_drawn, draw=self.autoencoder.draw, mean=self.mean, std=self.std)
+    def latents_sampler(self) -> LatentsSampler:
+        return partial(_whitened, sample=self.autoencoder.sample_latents, mean=self.mean, std=self.std)
 
     def fingerprint(self) -> str | None:
         """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
         so that first stages which differ in them alone share what is kept.
         """
-        config = {key: value for key, value in self.autoencoder.config.to_dict().items() if key not in _NOT_OF_MOMENTS}
+        config = {key: value for key, value in self.autoencoder.config.to_dict().items() if key not in _NOT_IN_MOMENTS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, value in sorted(self.autoencoder.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.")):
@@ -224,15 +223,15 @@ class LatentCodec(nn.Module):
         raw, size = scaled.to(latents.dtype), [self.factor * side for side in latents.shape[2:]]
         return self._in_range(lambda network, x: network.decode(x, self._strips(network, x, *size)), raw, *size)
 
-    def bytes_to_decode(self, height: int, width: int) -> int:
+    def decode_bytes(self, height: int, width: int) -> int:
         with torch.no_grad():
             weight = self.autoencoder.encoder.conv_in.weight
             whole = height * width * self._bytes_a_pixel(self.autoencoder)
             # In strips, what is stored is one map of the second level or less: a quarter of what is there otherwise.
             return whole if self._strips(self.autoencoder, weight, height, width) is None else STRIP_BYTES + whole // 4
 
-    def project(self, original: Tensor) -> Tensor:
-        return original
+    def clip_x0(self, x_0: Tensor) -> Tensor:
+        return x_0
 
     def tile(self, size: Tile) -> None:
         """Says how much of a large image is encoded or decoded at a time; the result is the same up to rounding.
@@ -264,7 +263,7 @@ class LatentCodec(nn.Module):
         """At the peak, where an image is computed as a whole."""
         widths = network.config.block_out_channels
         size = network.encoder.conv_in.weight.element_size()
-        return size * max(MAPS_OF_DECODER * max(widths[:2]), MAPS_OF_ENCODER * widths[0])
+        return size * max(DECODER_MAPS * max(widths[:2]), ENCODER_MAPS * widths[0])
 
     def _in_range(self, compute: Compute, x: Tensor, height: int, width: int) -> Tensor:
         """`compute` of the autoencoder on x [B, ...]; in float32 what half precision cannot hold, image by image."""
@@ -299,15 +298,15 @@ def _warn_of_overflow(dtype: torch.dtype) -> None:
 
 def check_tile(size: Tile) -> Tile:
     """The size, if a codec can be told it; ValueError if not."""
-    if size in ("auto", "off") or (type(size) is int and size >= FEWEST_TILE):
+    if size in ("auto", "off") or (type(size) is int and size >= MIN_TILE):
         return size
-    raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {FEWEST_TILE} on")
+    raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {MIN_TILE} on")
 
 
-def _drawn(
-    moments: Tensor, noise: Tensor | None, *, draw: Draw, mean: tuple[float, ...], std: tuple[float, ...]
+def _whitened(
+    moments: Tensor, noise: Tensor | None, *, sample: LatentsSampler, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
-    latents = draw(moments, noise)
+    latents = sample(moments, noise)
     return ((latents - _by_channel(mean, latents)) / _by_channel(std, latents)).to(latents.dtype)
 
 

@@ -25,7 +25,7 @@ def test_pixels_of_the_training_data_become_standard():
     mean, std = image_statistics(data)
     codec = PixelCodec(tuple(mean.tolist()), tuple(std.tolist()))
     images = to_signed(torch.stack([data.image_at(i) for i in range(len(data))]))
-    latents = codec.draw(codec.moments(images))
+    latents = codec.sample_latents(codec.moments(images))
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(codec.decode(latents), images)
@@ -34,11 +34,11 @@ def test_pixels_of_the_training_data_become_standard():
 def test_pixels_bound_what_is_predicted_by_the_range_of_images():
     codec = PixelCodec((0.1, -0.5, 0.0), (0.5, 0.25, 2.0))
     wild = 100 * torch.randn(2, 3, 4, 4)
-    bounded = codec.decode(codec.project(wild))
+    bounded = codec.decode(codec.clip_x0(wild))
     assert float(bounded.max()) == pytest.approx(1)
     assert float(bounded.min()) == pytest.approx(-1)
-    inside = codec.draw(torch.rand(2, 3, 4, 4) * 1.98 - 0.99)
-    torch.testing.assert_close(codec.project(inside), inside)
+    inside = codec.sample_latents(torch.rand(2, 3, 4, 4) * 1.98 - 0.99)
+    torch.testing.assert_close(codec.clip_x0(inside), inside)
     assert codec.bounded
 
 
@@ -47,7 +47,7 @@ def test_latents_are_scaled_as_stable_diffusion_scales_them():
     images = torch.rand(2, 3, 16, 16).double() * 2 - 1
     moments = codec.moments(images)
     mean, _ = moments.chunk(2, dim=1)
-    torch.testing.assert_close(codec.draw(moments), (mean - 0.3) * 0.2)
+    torch.testing.assert_close(codec.sample_latents(moments), (mean - 0.3) * 0.2)
     latents = torch.randn(2, 4, 8, 8).double()
     torch.testing.assert_close(codec.decode(latents), codec.autoencoder.decode(latents / 0.2 + 0.3))
 
@@ -63,26 +63,26 @@ def test_a_codebook_is_looked_up_when_latents_are_decoded():
     z = codec.moments(images)
     mean, std = (torch.tensor(tiny.VQ[key]).double().view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
     torch.testing.assert_close(z, codec.autoencoder.quant_conv(codec.autoencoder.encoder(images)))
-    latents = codec.draw(z)
+    latents = codec.sample_latents(z)
     torch.testing.assert_close(latents, (z - mean) / std)
-    assert torch.equal(codec.draw(z, torch.randn_like(z)), latents), "there is no posterior"
-    torch.testing.assert_close(codec.drawing()(z, None), latents)
+    assert torch.equal(codec.sample_latents(z, torch.randn_like(z)), latents), "there is no posterior"
+    torch.testing.assert_close(codec.latents_sampler()(z, None), latents)
     decoded = codec.decode(latents)
     codes = codec.autoencoder.quantize(z).latents
     assert not torch.allclose(codes, z, atol=1e-2)
     torch.testing.assert_close(decoded, codec.autoencoder.decoder(codec.autoencoder.post_quant_conv(codes)))
     assert codec.latent_shape(16, 8) == (4, 8, 4)
     half = codebook_codec(scaling_factor=0.5)
-    torch.testing.assert_close(half.draw(z), 0.5 * latents)
-    torch.testing.assert_close(half.decode(half.draw(half.moments(images))), decoded)
+    torch.testing.assert_close(half.sample_latents(z), 0.5 * latents)
+    torch.testing.assert_close(half.decode(half.sample_latents(half.moments(images))), decoded)
 
 
 def test_the_statistics_of_half_precision_latents_keep_their_digits():
     codec = latent_codec(scaling_factor=0.18215, shift_factor=0.3)
     moments = torch.linspace(-4, 4, 1024).view(1, 8, 16, 8).half()
     expected = (moments.double()[:, :4] - 0.3) * 0.18215
-    assert codec.draw(moments).dtype == torch.float16
-    assert torch.equal(codec.draw(moments), expected.half())
+    assert codec.sample_latents(moments).dtype == torch.float16
+    assert torch.equal(codec.sample_latents(moments), expected.half())
 
 
 def test_what_is_kept_of_images_depends_on_the_encoder_alone():
@@ -103,13 +103,13 @@ def test_the_posterior_is_drawn_with_the_noise_that_is_given():
     codec = latent_codec(scaling_factor=0.5)
     moments = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 2.0).log()], dim=1)
     noise = torch.randn(1, 4, 2, 2)
-    torch.testing.assert_close(codec.draw(moments, noise), 0.5 * (3 + 2**0.5 * noise))
+    torch.testing.assert_close(codec.sample_latents(moments, noise), 0.5 * (3 + 2**0.5 * noise))
 
 
 def test_latents_have_no_bound():
     wild = 100 * torch.randn(1, 4, 2, 2)
     codec = latent_codec()
-    assert codec.project(wild) is wild
+    assert codec.clip_x0(wild) is wild
     assert not codec.bounded
 
 
@@ -150,10 +150,10 @@ def test_a_large_emoji_has_no_seams():
     data = CaptionedImages([open_source(config).samples[123]], config, 0)
     image = to_signed(data.image_at(0))[None]
     with torch.no_grad():
-        latents = codec.draw(codec.moments(image))
+        latents = codec.sample_latents(codec.moments(image))
         whole = codec.decode(latents)
         codec.tile(64)  # strips of 16 rows
-        torch.testing.assert_close(codec.draw(codec.moments(image)), latents, rtol=0, atol=1e-4)
+        torch.testing.assert_close(codec.sample_latents(codec.moments(image)), latents, rtol=0, atol=1e-4)
         difference = (codec.decode(latents) - whole).abs()
     assert 0 < float(difference.max()) < 1e-4  # a grey level is 8e-3
     jumps = difference.diff(dim=2).abs().mean(dim=(0, 1, 3))  # [255]

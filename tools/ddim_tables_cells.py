@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldm import checkpoint
 from ldm.data import generator, to_signed, to_uint8
-from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, as_noise, conditioned, ddim, ddim_inversion
+from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, ddim, ddim_inversion, to_epsilon_model, with_condition
 from ldm.diffusion.sampling import identity
-from ldm.pipelines.sampling import draw_noise
+from ldm.pipelines.sampling import sample_noise
 from tools.small_models import SCHEDULE, Data, Patched
 
 PIECE = 64  # pictures that are drawn at once and kept as one file
@@ -45,10 +45,10 @@ class Model:
 
     def denoise(self, captions: Sequence[str]) -> Denoise:
         """What predicts ε for these captions, at guidance 1."""
-        denoise = conditioned(self.unet, self.data.condition(captions).to(self.device))
+        denoise = with_condition(self.unet, self.data.condition(captions).to(self.device))
         if self.prediction_type == "epsilon":
             return denoise
-        return as_noise(denoise, NoiseSchedule.from_config(SCHEDULE), self.prediction_type)
+        return to_epsilon_model(denoise, NoiseSchedule.from_config(SCHEDULE), self.prediction_type)
 
 
 def start_of(model: Model, seed: int, places: Sequence[int]) -> tuple[list[torch.Generator], Tensor]:
@@ -56,7 +56,7 @@ def start_of(model: Model, seed: int, places: Sequence[int]) -> tuple[list[torch
     seeds = [int(generator(seed, "x_T", place).integers(2**62)) for place in places]
     generators = [torch.Generator("cpu").manual_seed(value) for value in seeds]
     blank = torch.empty(len(places), *model.data.images.shape[1:], device=model.device)
-    return generators, draw_noise(generators, blank)
+    return generators, sample_noise(generators, blank)
 
 
 @torch.inference_mode()
@@ -73,8 +73,8 @@ def draw_piece(model: Model, grid: Grid, steps: int, variant: str, seed: int, pl
         schedule.grid(steps, grid),
         eta=eta,
         variance=variance,
-        noise=lambda: draw_noise(generators, latents),
-        project=codec.project,
+        noise=lambda: sample_noise(generators, latents),
+        clip_x0=codec.clip_x0,
     )
     return to_uint8(codec.decode(last.latents))
 
@@ -114,8 +114,8 @@ def reconstruction_errors(model: Model, steps: int, count: int) -> list[float]:
         images = model.data.held_out[first : min(first + PIECE, count)].to(model.device)
         captions = model.data.captions[model.data.training + first :][: len(images)]
         denoise, grid = model.denoise([each[0] for each in captions]), schedule.grid(steps, GRIDS[0])
-        *_, end = ddim_inversion(denoise, codec.draw(images), schedule, grid)
-        *_, back = ddim(denoise, end.latents, schedule, grid, project=identity)
+        *_, end = ddim_inversion(denoise, codec.sample_latents(images), schedule, grid)
+        *_, back = ddim(denoise, end.latents, schedule, grid, clip_x0=identity)
         difference = (codec.decode(back.latents) - images) / 2
         errors += difference.square().flatten(1).mean(dim=1).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)

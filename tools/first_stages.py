@@ -145,7 +145,9 @@ class Study:
         rows, captions = [[to_pil(image)[0] for image in chosen]], ["held-out emoji"]
         for name in names:
             codec = LatentCodec(checkpoint.load_autoencoder(self.work / name / "autoencoder"))
-            rows.append([to_pil(codec.decode(codec.draw(codec.moments(image))).detach())[0] for image in chosen])
+            rows.append(
+                [to_pil(codec.decode(codec.sample_latents(codec.moments(image))).detach())[0] for image in chosen]
+            )
             captions.append(name)
         return contact_sheet(rows, captions, size=96)
 

@@ -154,7 +154,7 @@ def changed(
         some = torch.from_numpy(draw.permutation(size)[: size // 6])
         codec = codecs[int(draw.integers(len(codecs)))]
         with torch.no_grad():
-            latents = codec.draw(codec.moments(images[some]))
+            latents = codec.sample_latents(codec.moments(images[some]))
             noise = torch.from_numpy(draw.standard_normal(latents.shape, np.float32))
             amount = torch.from_numpy(draw.uniform(0, 0.25, (len(some), 1, 1, 1)).astype(np.float32))
             images[some] = codec.decode(latents + amount * noise).clamp(-1, 1)

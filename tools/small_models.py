@@ -162,7 +162,7 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
             return unet(x, timesteps, condition).float()
 
     ema, optimizer = make_ema(unet, config.ema_decay), make_optimizer(unet, config)
-    latents = data.codec().draw(data.images[: data.training]).to(device)
+    latents = data.codec().sample_latents(data.images[: data.training]).to(device)
     order = SampleOrder(data.training, recipe.seed)
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.safetensors"

@@ -57,9 +57,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        from ldm.pipelines.memory import ran_out
+        from ldm.pipelines.memory import is_out_of_memory
 
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
         print(f"error: memory ran out ({reason}); ask for less at a time, or smaller pictures", file=sys.stderr)

@@ -85,13 +85,13 @@ def evaluate(
     from ldm.data import DataConfig
     from ldm.evaluation.evaluate import check_samples
     from ldm.pipelines.arguments import check_steps, image_seeds
-    from ldm.pipelines.sampling import Settings
+    from ldm.pipelines.sampling import SamplingParams
     from ldm.training.run_info import find_run
 
     # What is wrong whatever the model is said before it is loaded.
     check_samples(samples)
     check_steps(steps)
-    Settings(num_inference_steps=1, guidance_scale=1.0 if guidance is None else guidance)
+    SamplingParams(num_inference_steps=1, guidance_scale=1.0 if guidance is None else guidance)
     image_seeds(seed, samples)
     DataConfig(path=path or "any", resolution=1, held_out=0.1 if held_out is None else held_out)
     if sweep_samples < 1:

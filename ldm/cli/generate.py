@@ -85,7 +85,7 @@ def generate(
     from ldm.codecs import check_tile
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
     from ldm.pipelines.arguments import check_size, check_steps, image_prompts, image_seeds
-    from ldm.pipelines.sampling import Settings
+    from ldm.pipelines.sampling import SamplingParams
     from ldm.text import cut_prompts_said
 
     # What is wrong whatever the model is said before it is loaded.
@@ -104,7 +104,7 @@ def generate(
         "guidance_interval": guidance_interval,
         "dynamic_threshold": dynamic_threshold,
     }
-    Settings(
+    SamplingParams(
         num_inference_steps=steps or 1,
         guidance_scale=1.0 if guidance is None else guidance,
         sampler=sampler or "ddim",

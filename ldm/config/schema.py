@@ -13,7 +13,7 @@ from ldm.data.sources import BUILT_IN
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
 from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.sampling import check_sampler
-from ldm.diffusion.schedule import check_precision, check_start
+from ldm.diffusion.schedule import check_first_step, check_precision
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
 from ldm.models.perceptual import SMALLEST_SIDE
@@ -361,7 +361,7 @@ class LDMConfig:
             self.schedule.timestep_spacing,
             steps_offset=self.schedule.steps_offset,
         )
-        check_start(schedule, grid, self.schedule.prediction_type, bounded=self.space == "pixel")
+        check_first_step(schedule, grid, self.schedule.prediction_type, bounded=self.space == "pixel")
 
 
 @dataclass(frozen=True, kw_only=True)

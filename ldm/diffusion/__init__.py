@@ -7,17 +7,17 @@ from ldm.diffusion.guidance import (
     alpha_sigma_at,
     classifier_free_guidance,
     classifier_guidance,
-    conditioned,
     drop_conditioning,
     guide_within,
     rescale_guidance,
+    with_condition,
 )
 from ldm.diffusion.interpolation import slerp
 from ldm.diffusion.langevin import annealed_langevin, langevin_corrector
 from ldm.diffusion.likelihood import (
-    Bound,
     Decoder,
-    discretised_decoder,
+    VariationalBound,
+    discretized_decoder,
     gaussian_decoder,
     interpolated_log_variance,
     variational_bound,
@@ -26,14 +26,14 @@ from ldm.diffusion.likelihood import (
 from ldm.diffusion.objective import Denoiser, LossConfig, diffusion_loss, loss_weights, stratified_timestep
 from ldm.diffusion.prediction import (
     add_noise,
-    as_noise,
     convert,
-    original_and_noise,
     posterior_mean,
-    score_of,
+    score_from_epsilon,
     split_variance,
+    to_epsilon_model,
     training_target,
     velocity,
+    x0_and_epsilon,
 )
 from ldm.diffusion.sampling import State, ddim, ddim_inversion, ddpm
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
@@ -41,7 +41,6 @@ from ldm.diffusion.solvers import dpm_solver_pp_2m, euler_maruyama
 from ldm.diffusion.thresholding import dynamic_threshold
 
 __all__ = [
-    "Bound",
     "Decoder",
     "Denoise",
     "Denoiser",
@@ -54,19 +53,18 @@ __all__ = [
     "State",
     "Step",
     "TimestepSpacing",
+    "VariationalBound",
     "add_noise",
     "alpha_sigma_at",
     "annealed_langevin",
-    "as_noise",
     "classifier_free_guidance",
     "classifier_guidance",
-    "conditioned",
     "convert",
     "ddim",
     "ddim_inversion",
     "ddpm",
     "diffusion_loss",
-    "discretised_decoder",
+    "discretized_decoder",
     "dpm_solver_pp_2m",
     "drop_conditioning",
     "dynamic_threshold",
@@ -76,15 +74,17 @@ __all__ = [
     "interpolated_log_variance",
     "langevin_corrector",
     "loss_weights",
-    "original_and_noise",
     "posterior_mean",
     "rescale_guidance",
-    "score_of",
+    "score_from_epsilon",
     "slerp",
     "split_variance",
     "stratified_timestep",
+    "to_epsilon_model",
     "training_target",
     "variational_bound",
     "variational_terms",
     "velocity",
+    "with_condition",
+    "x0_and_epsilon",
 ]

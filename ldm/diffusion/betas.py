@@ -50,10 +50,10 @@ def plain_cosine(steps: int) -> Tensor:
     """
     time = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     bare = torch.cos(time * (math.pi / 2)).square()  # (cos(πt/T) + 1) / 2, without cancellation near 0
-    return betas_of(PLAIN_COSINE_MARGIN + (1 - 2 * PLAIN_COSINE_MARGIN) * bare)
+    return betas_from_alphas_cumprod(PLAIN_COSINE_MARGIN + (1 - 2 * PLAIN_COSINE_MARGIN) * bare)
 
 
-def betas_of(alphas_cumprod: Tensor) -> Tensor:
+def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
     """β_t = 1 − ᾱ_t / ᾱ_{t−1} with ᾱ = 1 before the first: DDPM, Eq. 4, read backwards. [T] → [T]."""
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     return 1 - alphas_cumprod / previous

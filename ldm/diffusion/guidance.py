@@ -42,7 +42,7 @@ def drop_conditioning(condition: Tensor, null: Tensor, dropped: Tensor) -> Tenso
     return torch.where(dropped.to(condition.device).view(-1, 1, 1), null, condition)  # [B, L, D]
 
 
-def conditioned(denoiser: Denoiser, condition: Tensor) -> Denoise:
+def with_condition(denoiser: Denoiser, condition: Tensor) -> Denoise:
     """The denoiser with `condition` [B, L, D] inside, and no guidance."""
 
     def denoise(x_t: Tensor, t: float) -> Tensor:
@@ -70,10 +70,10 @@ def classifier_free_guidance(
         rescale: brings the guided prediction back to the deviation of the conditional one: `rescale_guidance`.
     """
     if guidance_scale == 1:
-        return conditioned(denoiser, condition)
+        return with_condition(denoiser, condition)
     if guidance_scale == 0 and rescale is None:
-        return conditioned(denoiser, null)
-    together = conditioned(denoiser, torch.cat([null, condition]))  # [2B, L, D]
+        return with_condition(denoiser, null)
+    together = with_condition(denoiser, torch.cat([null, condition]))  # [2B, L, D]
 
     def guided(x_t: Tensor, t: int) -> Tensor:
         both = together(torch.cat([x_t, x_t]), t)  # [2B, C or 2C, H, W]

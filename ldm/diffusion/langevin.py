@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
-from ldm.diffusion.sampling import Noise, Project, State, ddpm, identity, predict, transitions
+from ldm.diffusion.sampling import ClipX0, Noise, State, ddpm, identity, predict, transitions
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 
@@ -26,7 +26,7 @@ class Predictor(Protocol):
         /,
         *,
         noise: Noise,
-        project: Project,
+        clip_x0: ClipX0,
         prediction_type: PredictionType,
     ) -> Iterator[State]: ...
 
@@ -40,7 +40,7 @@ def annealed_langevin(
     noise: Noise,
     step_size: float = 0.2,
     num_langevin_steps: int = 100,
-    project: Project = identity,
+    clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
     """Annealed Langevin dynamics, NCSN (arXiv:1907.05600) Algorithm 1, one noise level for each t of the grid.
@@ -72,12 +72,12 @@ def annealed_langevin(
             "noise of x/alpha infinite; start lower (timestep_spacing leading does), or take another sampler"
         )
     for index, (t, _, alpha, sigma, alpha_prev, _) in enumerate(steps):
-        drift, deviation = 0.5 * step_size * sigma, math.sqrt(step_size) * sigma
+        drift, std = 0.5 * step_size * sigma, math.sqrt(step_size) * sigma
         for _ in range(num_langevin_steps):
-            original, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, project)
-            latents = latents - drift * epsilon + deviation * noise()
+            x_0, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, clip_x0)
+            latents = latents - drift * epsilon + std * noise()
         latents = (alpha_prev / alpha) * latents
-        yield State(index, t, latents, original)
+        yield State(index, t, latents, x_0)
 
 
 def langevin_corrector(
@@ -90,7 +90,7 @@ def langevin_corrector(
     predictor: Predictor = ddpm,
     snr: float = 0.01,
     num_corrector_steps: int = 1,
-    project: Project = identity,
+    clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
     """Predictor–corrector sampling, Song et al. (arXiv:2011.13456) Algorithms 1, 3 and 5.
@@ -117,14 +117,14 @@ def langevin_corrector(
     betas = schedule.betas.tolist()
     for index, (t, t_prev, _, _, alpha, sigma) in enumerate(transitions(schedule, grid)):
         step = predictor(
-            denoise, latents, schedule, [Step(t, t_prev)], noise=noise, project=project, prediction_type=prediction_type
+            denoise, latents, schedule, [Step(t, t_prev)], noise=noise, clip_x0=clip_x0, prediction_type=prediction_type
         )
         (state,) = step
         latents = state.latents
         if t_prev >= 0:
             for _ in range(num_corrector_steps):
                 prediction = denoise(latents, t_prev)
-                _, epsilon = predict(prediction, latents, alpha, sigma, prediction_type, project)
+                _, epsilon = predict(prediction, latents, alpha, sigma, prediction_type, clip_x0)
                 drawn = noise()
                 # Algorithm 5; √(ε/2) = √(1 − β_i) r ‖z‖ / ‖s‖, with s = −ε̂/σ
                 scale = math.sqrt(1 - betas[t_prev]) * snr * sigma

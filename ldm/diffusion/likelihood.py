@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.prediction import add_noise, convert, posterior_mean, split_variance
-from ldm.diffusion.schedule import NoiseSchedule, PredictionType, gathered
+from ldm.diffusion.schedule import NoiseSchedule, PredictionType, extract
 
 if TYPE_CHECKING:
     from ldm.diffusion.guidance import Denoise
@@ -36,7 +36,7 @@ LEVELS = 256  # of a pixel; they lie 2/255 apart over [−1, 1]
 
 
 @dataclass(frozen=True)
-class Bound:
+class VariationalBound:
     """The variational bound of B samples, bits per dimension.
 
     Attributes:
@@ -56,65 +56,65 @@ class Bound:
 def variational_bound(
     denoise: Denoise,
     schedule: NoiseSchedule,
-    original: Tensor,
+    x_0: Tensor,
     *,
     noise: Callable[[], Tensor],
     decoder: Decoder,
     prediction_type: PredictionType = "epsilon",
     variance: Variance = "small",
-    project: Callable[[Tensor], Tensor] | None = None,
-) -> Bound:
+    clip_x0: Callable[[Tensor], Tensor] | None = None,
+) -> VariationalBound:
     """All terms of the bound of each sample, each from one draw of x_t: T calls of `denoise`, without gradients.
 
     Args:
         original: x_0, [B, C, H, W].
-        noise: fresh ε of the shape of `original` at every call, one call a timestep from T − 1 down to 0.
-        decoder: `gaussian_decoder` for continuous data, `discretised_decoder(mean, std)` for pixels.
+        noise: fresh ε of the shape of `x_0` at every call, one call a timestep from T − 1 down to 0.
+        decoder: `gaussian_decoder` for continuous data, `discretized_decoder(mean, std)` for pixels.
         variance: "small", "large", or "learned" where the denoiser gives 2C channels. For data with a density, "small"
             stays about 0.64 bits above its likelihood however large T is; "large" approaches it as 1/T.
-        project: bounds x̂_0, as in sampling; None where nothing is known of its range.
+        clip_x0: bounds x̂_0, as in sampling; None where nothing is known of its range.
 
     Raises:
         ValueError: if the denoiser's channels do not fit `variance`, or the schedule says nothing of its prediction.
     """
     _check(schedule, prediction_type, variance)
-    terms = torch.empty(len(original), schedule.num_train_timesteps, dtype=_precise(original), device=original.device)
+    terms = torch.empty(len(x_0), schedule.num_train_timesteps, dtype=_precise(x_0), device=x_0.device)
     with torch.no_grad():
         for t in reversed(range(schedule.num_train_timesteps)):
-            timesteps = torch.full((len(original),), t, dtype=torch.int64)
-            noisy = add_noise(original, noise(), *schedule.coefficients(timesteps, original))
+            timesteps = torch.full((len(x_0),), t, dtype=torch.int64)
+            noisy = add_noise(x_0, noise(), *schedule.coefficients(timesteps, x_0))
             terms[:, t] = variational_terms(
                 denoise(noisy, t),
                 noisy,
-                original,
+                x_0,
                 schedule,
                 timesteps,
                 decoder=decoder,
                 prediction_type=prediction_type,
                 variance=variance,
-                project=project,
+                clip_x0=clip_x0,
             )
-    return Bound(terms, prior_term(schedule, original))
+    return VariationalBound(terms, prior_term(schedule, x_0))
 
 
-def prior_term(schedule: NoiseSchedule, original: Tensor) -> Tensor:
+def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of x_0 [B, …], [B] bits per dimension. DDPM, Eq. 5; 0 at zero terminal SNR."""
     remaining = float(schedule.alphas_cumprod[-1])  # ᾱ_T
-    squares = original.to(_precise(original)).square()
+    squares = x_0.to(_precise(x_0)).square()
     return _bits(0.5 * (remaining * squares - remaining - math.log1p(-remaining)))
 
 
 def variational_terms(
     output: Tensor,
     x_t: Tensor,
-    original: Tensor,
+    x_0: Tensor,
     schedule: NoiseSchedule,
     timesteps: Tensor,
     *,
     decoder: Decoder,
     prediction_type: PredictionType = "epsilon",
     variance: Variance = "small",
-    project: Callable[[Tensor], Tensor] | None = None,
+    clip_x0: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """L_t of each sample at its own timestep, as the KL between two Gaussians; at timestep 0 the decoder's L_0.
 
@@ -128,24 +128,24 @@ def variational_terms(
     """
     _check(schedule, prediction_type, variance)
     prediction, fraction = _split(output, x_t, variance)
-    a, b = (gathered(table, timesteps, original) for table in schedule.posterior_mean_coefficients)
-    small, large = log_variances(schedule, timesteps, original)
+    a, b = (extract(table, timesteps, x_0) for table in schedule.posterior_mean_coefficients)
+    small, large = log_variances(schedule, timesteps, x_0)
     if fraction is not None:
         log_variance = interpolated_log_variance(fraction.to(small.dtype), small, large)
     else:
         log_variance = small if variance == "small" else large
-    alpha, sigma = schedule.coefficients(timesteps, original)
+    alpha, sigma = schedule.coefficients(timesteps, x_0)
     kind, quantity = prediction_type, prediction.to(small.dtype)
-    if project is not None:
-        quantity = project(convert(quantity, x_t, kind, "sample", alpha=alpha, sigma=sigma, posterior=(a, b)))
+    if clip_x0 is not None:
+        quantity = clip_x0(convert(quantity, x_t, kind, "sample", alpha=alpha, sigma=sigma, posterior=(a, b)))
         kind = "sample"
     mean = convert(quantity, x_t, kind, "posterior_mean", alpha=alpha, sigma=sigma, posterior=(a, b))
-    nats = gaussian_kl(posterior_mean(original, x_t, (a, b)), small, mean, log_variance)  # [B, C, …]
+    nats = gaussian_kl(posterior_mean(x_0, x_t, (a, b)), small, mean, log_variance)  # [B, C, …]
     first = timesteps == 0
     if bool(first.any()):
         chosen = first.to(nats.device)
         everywhere = log_variance.expand_as(mean)
-        decoded = -decoder(original[chosen], mean[chosen], everywhere[chosen])
+        decoded = -decoder(x_0[chosen], mean[chosen], everywhere[chosen])
         nats = nats.index_put((chosen.nonzero().flatten(),), decoded.to(nats.dtype))
     return _bits(nats)
 
@@ -162,7 +162,7 @@ def log_variances(schedule: NoiseSchedule, timesteps: Tensor, like: Tensor) -> t
     Improved DDPM (arXiv:2102.09672), section 3.1: the two differ at the first steps only.
     """
     small, large = log_variance_tables(schedule)
-    return gathered(small, timesteps, like), gathered(large, timesteps, like)
+    return extract(small, timesteps, like), extract(large, timesteps, like)
 
 
 def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
@@ -191,13 +191,13 @@ def interpolated_log_variance(fraction: Tensor, small: Tensor | float, large: Te
     return share * large + (1 - share) * small
 
 
-def gaussian_decoder(original: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def gaussian_decoder(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log N(x_0; mean, variance) of each value, nats: the decoder of continuous data."""
-    squares = (original - mean).square() * torch.exp(-log_variance)
+    squares = (x_0 - mean).square() * torch.exp(-log_variance)
     return -0.5 * (math.log(2 * math.pi) + log_variance + squares)
 
 
-def discretised_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> Decoder:
+def discretized_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> Decoder:
     """The decoder of pixels with 256 values in [−1, 1]: the Gaussian integrated over the bin of x_0. DDPM, Eq. 13.
 
     The outermost bins reach to ±∞, so that the 256 probabilities add up to 1.
@@ -212,13 +212,13 @@ def discretised_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have one entry a channel, std positive")
     half = 1 / (LEVELS - 1)
 
-    def decode(original: Tensor, predicted: Tensor, log_variance: Tensor) -> Tensor:
+    def decode(x_0: Tensor, predicted: Tensor, log_variance: Tensor) -> Tensor:
         shift, scale = (torch.tensor(v, dtype=predicted.dtype).view(1, -1, 1, 1) for v in (mean, std))
         shift, scale = shift.to(predicted.device), scale.to(predicted.device)
-        pixels = _levels(original * scale + shift)  # [B, C, H, W]
-        deviation = torch.exp(0.5 * log_variance) * scale
-        centre = pixels - (predicted * scale + shift)
-        upper, lower = (centre + half) / deviation, (centre - half) / deviation
+        pixels = _levels(x_0 * scale + shift)  # [B, C, H, W]
+        predicted_std = torch.exp(0.5 * log_variance) * scale
+        center = pixels - (predicted * scale + shift)
+        upper, lower = (center + half) / predicted_std, (center - half) / predicted_std
         inside = log_normal_between(lower, upper)
         ends = torch.where(pixels > 0, torch.special.log_ndtr(-lower), torch.special.log_ndtr(upper))
         return torch.where(pixels.abs() > 1 - half, ends, inside)

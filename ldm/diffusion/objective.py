@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.likelihood import Decoder, gaussian_decoder, log_variance_tables, variational_terms
 from ldm.diffusion.prediction import add_noise, split_variance, training_target
-from ldm.diffusion.schedule import NoiseSchedule, PredictionType, gathered
+from ldm.diffusion.schedule import NoiseSchedule, PredictionType, extract
 
 Weighting = Literal["simple", "vlb", "min_snr", "hybrid"]
 
@@ -91,7 +91,7 @@ def diffusion_loss(
     schedule.check_prediction(prediction_type)
     alpha, sigma = schedule.coefficients(timesteps, latents)  # [B, 1, 1, 1]
     noisy = add_noise(latents, noise, alpha, sigma)
-    a, b = (gathered(table, timesteps, latents) for table in schedule.posterior_mean_coefficients)
+    a, b = (extract(table, timesteps, latents) for table in schedule.posterior_mean_coefficients)
     target = training_target(latents, noise, alpha, sigma, prediction_type, posterior=(a, b))
     output = denoiser(noisy, timesteps.to(latents.device), condition).to(alpha.dtype)
     prediction, fraction = split_variance(output, latents)
@@ -105,7 +105,7 @@ def diffusion_loss(
         return squares
     if fraction is None:
         weights = loss_weights(schedule, prediction_type, loss)
-        return gathered(weights, timesteps, squares) * squares
+        return extract(weights, timesteps, squares) * squares
     # Improved DDPM, section 3.1: L_vlb teaches the variance alone; the mean stands still in it.
     terms = variational_terms(
         torch.cat([prediction.detach(), fraction], dim=1),
@@ -130,7 +130,7 @@ def loss_weights(schedule: NoiseSchedule, prediction_type: PredictionType, loss:
     "vlb" is β_t² / (2 σ_t² α_t (1 − ᾱ_t)) for ε, times T / log 2. At timestep 0 the decoder is taken as a Gaussian
     density, and where σ² is β̃, which is 0 there, the next one stands in, as in `likelihood`.
     """
-    gain = original_gain(schedule, prediction_type)
+    gain = x0_error_gain(schedule, prediction_type)
     if loss.weighting == "simple":
         return torch.ones_like(gain)
     if loss.weighting == "min_snr":
@@ -144,7 +144,7 @@ def loss_weights(schedule: NoiseSchedule, prediction_type: PredictionType, loss:
     return in_original * gain.square() * (schedule.num_train_timesteps / math.log(2))
 
 
-def original_gain(schedule: NoiseSchedule, prediction_type: PredictionType) -> Tensor:
+def x0_error_gain(schedule: NoiseSchedule, prediction_type: PredictionType) -> Tensor:
     """By how much an error of the prediction grows in x̂_0, [T] float64: σ/α for ε, 1 for x_0, σ for v, and
     one over the weight of x_0 in μ̃."""
     schedule.check_prediction(prediction_type)

@@ -28,23 +28,23 @@ Quantity = Literal["epsilon", "sample", "v_prediction", "posterior_mean", "score
 DIRECT = ("epsilon", "sample", "v_prediction")  # what x_t, α and σ alone turn into x_0 and ε
 
 
-def add_noise(original: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+def add_noise(x_0: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
     """x_t from x_0 and ε: DDPM, Eq. 4."""
-    return alpha * original + sigma * noise
+    return alpha * x_0 + sigma * noise
 
 
-def velocity(original: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+def velocity(x_0: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
     """v from x_0 and ε: Progressive distillation, appendix D."""
-    return alpha * noise - sigma * original
+    return alpha * noise - sigma * x_0
 
 
-def posterior_mean(original: Tensor, x_t: Tensor, coefficients: tuple[Coefficient, Coefficient]) -> Tensor:
+def posterior_mean(x_0: Tensor, x_t: Tensor, coefficients: tuple[Coefficient, Coefficient]) -> Tensor:
     """μ̃ = a x_0 + b x_t from (a, b): DDPM, Eq. 7."""
     a, b = coefficients
-    return a * original + b * x_t
+    return a * x_0 + b * x_t
 
 
-def score_of(noise: Tensor, sigma: Coefficient) -> Tensor:
+def score_from_epsilon(noise: Tensor, sigma: Coefficient) -> Tensor:
     """s = −ε / σ, the gradient of log q(x_t | x_0): NCSN, Eq. 5. For E[ε | x_t] it is that of log q(x_t).
 
     Raises:
@@ -54,7 +54,7 @@ def score_of(noise: Tensor, sigma: Coefficient) -> Tensor:
 
 
 def training_target(
-    original: Tensor,
+    x_0: Tensor,
     noise: Tensor,
     alpha: Coefficient,
     sigma: Coefficient,
@@ -70,24 +70,24 @@ def training_target(
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
-        return original
+        return x_0
     if prediction_type == "v_prediction":
-        return velocity(original, noise, alpha, sigma)
+        return velocity(x_0, noise, alpha, sigma)
     if prediction_type == "posterior_mean":
-        return posterior_mean(original, add_noise(original, noise, alpha, sigma), _given(posterior))
+        return posterior_mean(x_0, add_noise(x_0, noise, alpha, sigma), _given(posterior))
     raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)} or posterior_mean")
 
 
-def noise_of(x_t: Tensor, original: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+def epsilon_from_x0(x_t: Tensor, x_0: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
     """ε from x_t and x_0: DDPM, Eq. 4, solved for it.
 
     Raises:
         ValueError: where σ is 0.
     """
-    return (x_t - alpha * original) / _divisor(sigma, "sigma", "x_t is x_0 itself and says nothing about the noise")
+    return (x_t - alpha * x_0) / _divisor(sigma, "sigma", "x_t is x_0 itself and says nothing about the noise")
 
 
-def original_of(x_t: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+def x0_from_epsilon(x_t: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
     """x_0 from x_t and ε: DDPM, Eq. 15.
 
     Raises:
@@ -96,7 +96,7 @@ def original_of(x_t: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficie
     return (x_t - sigma * noise) / _divisor(alpha, "alpha", "x_t is the noise itself and says nothing about x_0")
 
 
-def original_and_noise(
+def x0_and_epsilon(
     prediction: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient, prediction_type: PredictionType
 ) -> tuple[Tensor, Tensor]:
     """(x̂_0, ε̂), both [B, C, H, W], from a prediction at x_t.
@@ -106,12 +106,12 @@ def original_and_noise(
     From v: x̂_0 = α x_t − σ v and ε̂ = σ x_t + α v   (Progressive distillation, appendix D).
 
     Raises:
-        ValueError: for ε where α is 0, for x_0 where σ is 0, and for μ̃, which needs t − 1 too: see `as_noise`.
+        ValueError: for ε where α is 0, for x_0 where σ is 0, and for μ̃, which needs t − 1 too: see `to_epsilon_model`.
     """
     if prediction_type == "epsilon":
-        return original_of(x_t, prediction, alpha, sigma), prediction
+        return x0_from_epsilon(x_t, prediction, alpha, sigma), prediction
     if prediction_type == "sample":
-        return prediction, noise_of(x_t, prediction, alpha, sigma)
+        return prediction, epsilon_from_x0(x_t, prediction, alpha, sigma)
     if prediction_type == "v_prediction":
         return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
     way_out = "; as_noise turns it into epsilon" if prediction_type == "posterior_mean" else ""
@@ -144,12 +144,12 @@ def convert(
         return prediction
 
     # x_0 and ε are computed only where the target needs them: from v at α = 0 to x_0, and so on, nothing divides.
-    def original() -> Tensor:
+    def x_0() -> Tensor:
         if source == "posterior_mean":
             a, b = _given(posterior)
             return (prediction - b * x_t) / _divisor(a, "the weight of x_0 in the posterior mean", "it is x_t itself")
         if source in ("epsilon", "score"):
-            return original_of(x_t, noise(), alpha, sigma)
+            return x0_from_epsilon(x_t, noise(), alpha, sigma)
         return prediction if source == "sample" else alpha * x_t - sigma * prediction
 
     def noise() -> Tensor:
@@ -159,20 +159,20 @@ def convert(
             return -sigma * prediction
         if source == "v_prediction":
             return sigma * x_t + alpha * prediction
-        return noise_of(x_t, original(), alpha, sigma)
+        return epsilon_from_x0(x_t, x_0(), alpha, sigma)
 
     if target == "epsilon":
         return noise()
     if target == "score":
-        return score_of(noise(), sigma)
+        return score_from_epsilon(noise(), sigma)
     if target == "sample":
-        return original()
+        return x_0()
     if target == "posterior_mean":
-        return posterior_mean(original(), x_t, _given(posterior))
-    return velocity(original(), noise(), alpha, sigma)
+        return posterior_mean(x_0(), x_t, _given(posterior))
+    return velocity(x_0(), noise(), alpha, sigma)
 
 
-def as_noise(denoise: Denoise, schedule: NoiseSchedule, prediction_type: PredictionType) -> Denoise:
+def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type: PredictionType) -> Denoise:
     """A denoiser that predicts ε, made from one of any prediction type: a function from denoiser to denoiser.
 
     μ̃ is that of one step of the schedule, t to t − 1, whatever the stride of the sampler. Learned variances, where

@@ -1,6 +1,6 @@
 """Samplers: each a generator of states over explicit (t, t_prev) pairs, knowing only a callable.
 
-A sampler asks `denoise(x_t, t)` for a prediction, turns it into x̂_0 and ε̂, lets `project` bound x̂_0, and
+A sampler asks `denoise(x_t, t)` for a prediction, turns it into x̂_0 and ε̂, lets `clip_x0` bound x̂_0, and
 yields the state at t_prev. What guides the prediction, and what the states decode to, it does not know.
 
 Here stand the samplers of the two papers DDPM and DDIM; `solvers.py` has those that solve a differential equation and
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
 from ldm.diffusion.likelihood import interpolated_log_variance
-from ldm.diffusion.prediction import convert, noise_of, original_and_noise, split_variance
+from ldm.diffusion.prediction import convert, epsilon_from_x0, split_variance, x0_and_epsilon
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 # log β̃ is −∞ where the step ends without noise; diffusers and the code of Improved DDPM clip it too.
-SMALLEST_VARIANCE = 1e-20
+MIN_VARIANCE = 1e-20
 
 
 SAMPLER_NAMES = (
@@ -62,7 +62,7 @@ class State:
 Noise = Callable[[], Tensor]
 """Fresh standard normal noise of the shape of the latents, one generator an image."""
 
-Project = Callable[[Tensor], Tensor]
+ClipX0 = Callable[[Tensor], Tensor]
 """Bounds x̂_0; the identity where nothing is known about its range."""
 
 
@@ -107,19 +107,19 @@ def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transitio
 
 
 def predict(
-    output: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, project: Project
+    output: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, clip_x0: ClipX0
 ) -> tuple[Tensor, Tensor]:
-    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `project` moves x̂_0, ε̂ follows.
+    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `clip_x0` moves x̂_0, ε̂ follows.
 
     So the two still add up to x_t. (On digits in pixels at guidance scale 3, 99.8 % of the pictures were right with
     this and 68 % with the ε̂ that was predicted.)
     """
     prediction, _ = split_variance(output, latents)
-    original, epsilon = original_and_noise(prediction, latents, alpha, sigma, kind)
-    projected = project(original)
-    if projected is original:
-        return original, epsilon
-    return projected, noise_of(latents, projected, alpha, sigma)
+    x_0, epsilon = x0_and_epsilon(prediction, latents, alpha, sigma, kind)
+    projected = clip_x0(x_0)
+    if projected is x_0:
+        return x_0, epsilon
+    return projected, epsilon_from_x0(latents, projected, alpha, sigma)
 
 
 def ddim(
@@ -131,7 +131,7 @@ def ddim(
     eta: float = 0.0,
     variance: Literal["ddim", "sigma_hat"] = "ddim",
     noise: Noise | None = None,
-    project: Project = identity,
+    clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
     """DDIM (arXiv:2010.02502) with any η: 0 is deterministic, 1 has the variance of DDPM.
@@ -155,19 +155,19 @@ def ddim(
         raise ValueError(f"eta is {eta} with variance sigma_hat, which takes the direction of eta 1; give eta 1")
     assert eta == 0 or noise is not None, "eta > 0 needs a source of noise"
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
-        original, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, project)
+        x_0, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, clip_x0)
         # DDIM, Eq. 16: σ_t(η) = η √((1 − ᾱ_prev) / (1 − ᾱ_t)) √(1 − ᾱ_t / ᾱ_prev)
-        stride_deviation = math.sqrt(max(0.0, 1 - (alpha / alpha_prev) ** 2))
-        deviation = eta * (sigma_prev / sigma) * stride_deviation
+        stride_std = math.sqrt(max(0.0, 1 - (alpha / alpha_prev) ** 2))
+        std = eta * (sigma_prev / sigma) * stride_std
         # DDIM, Eq. 12
-        direction = math.sqrt(max(0.0, sigma_prev**2 - deviation**2))
-        latents = alpha_prev * original + direction * epsilon
+        direction = math.sqrt(max(0.0, sigma_prev**2 - std**2))
+        latents = alpha_prev * x_0 + direction * epsilon
         if eta > 0 and noise is not None:
             if variance == "sigma_hat":
-                deviation = stride_deviation if t_prev >= 0 else 0.0
+                std = stride_std if t_prev >= 0 else 0.0
             # Drawn at the last step too, where the deviation is 0, so that the stream does not depend on it.
-            latents = latents + deviation * noise()
-        yield State(index, t, latents, original)
+            latents = latents + std * noise()
+        yield State(index, t, latents, x_0)
 
 
 def ddim_inversion(
@@ -203,9 +203,9 @@ def ddim_inversion(
         # Read with α and σ of the label: the network took x for a state there.
         alpha_seen, sigma_seen = schedule.alpha_sigma(label)
         epsilon = convert(prediction, latents, prediction_type, "epsilon", alpha=alpha_seen, sigma=sigma_seen)
-        original = (latents - sigma_prev * epsilon) / alpha_prev  # DDIM, Eq. 9
-        latents = alpha * original + sigma * epsilon
-        yield State(index, t_prev, latents, original)
+        x_0 = (latents - sigma_prev * epsilon) / alpha_prev  # DDIM, Eq. 9
+        latents = alpha * x_0 + sigma * epsilon
+        yield State(index, t_prev, latents, x_0)
 
 
 def ddpm(
@@ -216,7 +216,7 @@ def ddpm(
     *,
     noise: Noise,
     variance: Literal["small", "large", "learned"] = "small",
-    project: Project = identity,
+    clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
     """Ancestral sampling, DDPM (arXiv:2006.11239) Algorithm 2, on any grid: the posterior q(x_prev | x_t, x̂_0).
@@ -239,21 +239,21 @@ def ddpm(
                 f"variance is learned but the network gives {prediction.shape[1]} channels for as many of the latents, "
                 "so that none are left for the variance; choose variance small or large"
             )
-        original = project(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
+        x_0 = clip_x0(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
         # β of the whole stride from t_prev to t; on the full grid it is β_t.
         ratio = alpha / alpha_prev
         beta = 1 - ratio**2
         # DDPM, Eq. 7
-        mean = (alpha_prev * beta / sigma**2) * original + (ratio * sigma_prev**2 / sigma**2) * latents
+        mean = (alpha_prev * beta / sigma**2) * x_0 + (ratio * sigma_prev**2 / sigma**2) * latents
         posterior = sigma_prev**2 / sigma**2 * beta
         if t_prev < 0:  # Algorithm 2, line 3: no noise in the last step
             latents = mean
         elif variance == "learned":
             assert interpolation is not None
             # Improved DDPM, Eq. 15
-            log_small, log_large = math.log(max(posterior, SMALLEST_VARIANCE)), math.log(beta)
+            log_small, log_large = math.log(max(posterior, MIN_VARIANCE)), math.log(beta)
             log_variance = interpolated_log_variance(interpolation, log_small, log_large)
             latents = mean + torch.exp(0.5 * log_variance) * noise()
         else:
             latents = mean + math.sqrt(posterior if variance == "small" else beta) * noise()
-        yield State(index, t, latents, original)
+        yield State(index, t, latents, x_0)

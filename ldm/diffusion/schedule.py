@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import betas as formulas
-from ldm.diffusion.foreign_schedulers import ENDS_AT_THE_FIRST_LEVEL, read_keys
+from ldm.diffusion.diffusers_schedulers import ENDS_AT_SIGMA_MIN, read_keys
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine", "plain_cosine", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
@@ -80,9 +80,9 @@ class ScheduleConfig:
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
-        if not 1 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
+        if not 1 <= self.num_train_timesteps <= MAX_TIMESTEPS:
             raise ValueError(
-                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1, at most {_MOST_TIMESTEPS}"
+                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1, at most {MAX_TIMESTEPS}"
             )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
@@ -102,7 +102,7 @@ class ScheduleConfig:
             check_no_signal(self.prediction_type, self.num_train_timesteps - 1)
 
 
-_MOST_TIMESTEPS = 1_000_000
+MAX_TIMESTEPS = 1_000_000
 
 
 class NoiseSchedule:
@@ -157,7 +157,7 @@ class NoiseSchedule:
     @property
     def betas(self) -> Tensor:
         """β_t = 1 − ᾱ_t / ᾱ_{t−1}, [T] float64; exactly 1 where ᾱ_t is 0."""
-        return formulas.betas_of(self.alphas_cumprod)
+        return formulas.betas_from_alphas_cumprod(self.alphas_cumprod)
 
     @property
     def posterior_variance(self) -> Tensor:
@@ -173,10 +173,10 @@ class NoiseSchedule:
         a = √ᾱ_{t−1} β_t / (1 − ᾱ_t) and b = √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t).
         """
         betas, previous, variance = self.betas[1:], self.alphas_cumprod[:-1], 1 - self.alphas_cumprod[1:]
-        original = previous.sqrt() * betas / variance
+        x_0 = previous.sqrt() * betas / variance
         noisy = (1 - betas).sqrt() * (1 - previous) / variance
         end = torch.tensor([1.0, 0.0], dtype=torch.float64)  # nothing is left of x_t where t − 1 is the data
-        return torch.cat([end[:1], original]), torch.cat([end[1:], noisy])
+        return torch.cat([end[:1], x_0]), torch.cat([end[1:], noisy])
 
     @property
     def snr(self) -> Tensor:
@@ -200,7 +200,7 @@ class NoiseSchedule:
         Args:
             timesteps: [B] int64, 0 to T − 1, best on the CPU where the table is.
         """
-        return gathered(self.alpha, timesteps, like), gathered(self.sigma, timesteps, like)
+        return extract(self.alpha, timesteps, like), extract(self.sigma, timesteps, like)
 
     def error_gain(self, t: int) -> float:
         """By how much an error of a predicted ε grows in x̂_0 at timestep `t`: σ/α, infinite where α is 0."""
@@ -247,7 +247,7 @@ class NoiseSchedule:
         return tuple(Step(t, t_prev) for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True))
 
 
-def gathered(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+def extract(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
     """The entries of a table [T] at timesteps [B] → [B, 1, …], on the device of `like` [B, …], in float64 if that
     is float64, else in float32."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -309,7 +309,7 @@ def check_precision(prediction_type: str, dtype: str) -> None:
         )
 
 
-def check_start(
+def check_first_step(
     schedule: NoiseSchedule, grid: Sequence[Step], prediction_type: PredictionType, *, bounded: bool
 ) -> None:
     """Refuses a start of sampling at which an ε-prediction says nothing about x_0.
@@ -335,7 +335,7 @@ def check_start(
 def config_from_diffusers(config: dict[str, Any], class_name: str | None = None) -> ScheduleConfig:
     """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid; DDIM runs.
 
-    Every scheduler of `foreign_schedulers.SCHEDULERS` solves the equation of one DDPM schedule, so that DDIM on the
+    Every scheduler of `diffusers_schedulers.SCHEDULERS` solves the equation of one DDPM schedule, so that DDIM on the
     same schedule and spacing draws from the same model. A key that is absent has the default of its class, and one
     that its class does not have is ignored, both as in diffusers.
 
@@ -352,7 +352,7 @@ def config_from_diffusers(config: dict[str, Any], class_name: str | None = None)
     if written not in NAMES:
         raise ValueError(f"scheduler beta_schedule is {written!r}; supported are {', '.join(NAMES)}")
     ends = {"zero": True, "sigma_min": False}
-    end = keys.get("final_sigmas_type", "sigma_min" if name in ENDS_AT_THE_FIRST_LEVEL else "zero")
+    end = keys.get("final_sigmas_type", "sigma_min" if name in ENDS_AT_SIGMA_MIN else "zero")
     if end not in ends:
         raise ValueError(f"scheduler final_sigmas_type is {end!r}; supported are {', '.join(ends)}")
     trained = keys["trained_betas"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import Denoise
 from ldm.diffusion.prediction import convert, split_variance
-from ldm.diffusion.sampling import Noise, Project, State, identity, predict, transitions
+from ldm.diffusion.sampling import ClipX0, Noise, State, identity, predict, transitions
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 
@@ -26,7 +26,7 @@ def dpm_solver_pp_2m(
     schedule: NoiseSchedule,
     grid: Sequence[Step],
     *,
-    project: Project = identity,
+    clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
     """DPM-Solver++(2M) (arXiv:2211.01095), Algorithm 2: second order, one evaluation a step.
@@ -45,18 +45,18 @@ def dpm_solver_pp_2m(
     earlier, h_last = None, math.inf
     for index, (t, _, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
         prediction, _ = split_variance(denoise(latents, t), latents)
-        original = project(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
+        x_0 = clip_x0(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
         h = half_log_snr(alpha_prev, sigma_prev) - half_log_snr(alpha, sigma)
         # Algorithm 2, line 7: 1 / (2 r_i) with r_i = h_{i−1} / h_i; it is 0 after an infinite h_{i−1} of its own
         extrapolation = 0.0 if math.isinf(h) else h / (2 * h_last)
         # Algorithm 2, line 8: D_i; in line 4 x̂_0 alone
-        slope = original
+        slope = x_0
         if earlier is not None and extrapolation > 0:
-            slope = (1 + extrapolation) * original - extrapolation * earlier
+            slope = (1 + extrapolation) * x_0 - extrapolation * earlier
         # Algorithm 2, lines 4 and 9, with e^{−h} = α σ_prev / (σ α_prev), as h may be infinite
         latents = (sigma_prev / sigma) * latents + (alpha_prev - sigma_prev * alpha / sigma) * slope
-        earlier, h_last = original, h
-        yield State(index, t, latents, original)
+        earlier, h_last = x_0, h
+        yield State(index, t, latents, x_0)
 
 
 def euler_maruyama(
@@ -66,7 +66,7 @@ def euler_maruyama(
     grid: Sequence[Step],
     *,
     noise: Noise,
-    project: Project = identity,
+    clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
     """Euler–Maruyama on the reverse-time VP-SDE of Song et al. (arXiv:2011.13456), Eq. 6 and 11.
@@ -84,14 +84,14 @@ def euler_maruyama(
         ValueError: see `transitions`.
     """
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
-        original, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, project)
+        x_0, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, clip_x0)
         if alpha == 0:
-            latents, deviation = alpha_prev * original, sigma_prev
+            latents, std = alpha_prev * x_0, sigma_prev
         else:
             duration = 2 * math.log(alpha_prev / alpha)
             # Eq. 6: dx = (−½ x − s) dτ + dw̄ with s = −ε/σ, and dτ = −duration
             latents = (1 + duration / 2) * latents - (duration / sigma) * epsilon
-            deviation = math.sqrt(duration)
+            std = math.sqrt(duration)
         if t_prev >= 0:  # the last step takes the mean, as in DDPM, Algorithm 2: no noise is left on the sample
-            latents = latents + deviation * noise()
-        yield State(index, t, latents, original)
+            latents = latents + std * noise()
+        yield State(index, t, latents, x_0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
-    """A `project` for samplers: x̂_0 is clamped to [−s, s] and divided by s, where s is a percentile of |x̂_0|.
+    """A `clip_x0` for samplers: x̂_0 is clamped to [−s, s] and divided by s, where s is a percentile of |x̂_0|.
 
     s is that of each sample, and never less than 1: an image that keeps to its range is only clamped to it. Where a
     static clamp would saturate what guidance pushes past the range, this pulls all pixels inwards.
@@ -26,16 +26,16 @@ def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
     """
     check_percentile(percentile)
 
-    def project(original: Tensor) -> Tensor:
-        sorted_ = original.to(torch.float32).abs().flatten(1).sort(dim=1).values  # [B, N]
+    def clip_x0(x_0: Tensor) -> Tensor:
+        sorted_ = x_0.to(torch.float32).abs().flatten(1).sort(dim=1).values  # [B, N]
         # torch.quantile does the same, but refuses more than 2^24 numbers.
         place = percentile * (sorted_.shape[1] - 1)
         below, above = sorted_[:, math.floor(place)], sorted_[:, math.ceil(place)]  # [B]
         threshold = torch.lerp(below, above, place - math.floor(place)).clamp(min=1)  # [B]
-        s = threshold.to(original.dtype).view(-1, *[1] * (original.ndim - 1))  # [B, 1, 1, 1]
-        return original.clamp(-s, s) / s
+        s = threshold.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))  # [B, 1, 1, 1]
+        return x_0.clamp(-s, s) / s
 
-    return project
+    return clip_x0
 
 
 def check_percentile(percentile: float) -> None:

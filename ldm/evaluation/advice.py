@@ -149,7 +149,7 @@ def look(
     pictures, ratios, distances = [], [], []
     for i in range(measured):
         picture = to_signed(images.image_at(i * count // measured))[None].to(device)  # [1, 3, H, W]
-        decoded = codec.decode(codec.draw(codec.moments(picture))).clamp(-1, 1)
+        decoded = codec.decode(codec.sample_latents(codec.moments(picture))).clamp(-1, 1)
         ratios.append(psnr(picture, decoded))
         if perceptual is not None:
             distances.append(perceptual(picture, decoded))

@@ -225,7 +225,7 @@ def through(codec: Codec, images: Tensor) -> Tensor:
     dtype = next((value.dtype for value in _tensors(codec)), torch.float32)
     parts = []
     for chunk in images.split(CHUNK):
-        latents = codec.draw(codec.moments(to_signed(chunk).to(device, dtype)))
+        latents = codec.sample_latents(codec.moments(to_signed(chunk).to(device, dtype)))
         parts.append(to_uint8(codec.decode(latents).float().cpu()))
     return torch.cat(parts)
 

@@ -230,7 +230,7 @@ def worst_sheet(
     for name, _ in report.worst:  # one by one, since their sizes differ
         pixels = _pixels(images, [places[name]], device)
         originals += to_pil(pixels)
-        reconstructions += to_pil(codec.decode(codec.draw(codec.moments(pixels))))
+        reconstructions += to_pil(codec.decode(codec.sample_latents(codec.moments(pixels))))
     first, last = report.worst[0][1], report.worst[-1][1]
     captions = [
         f"the worst of {report.images} images, by perceptual distance",
@@ -264,7 +264,7 @@ class _Measurement:
     def add(self, chunk: list[int]) -> None:
         pixels = _pixels(self.images, chunk, self.device)  # [B, 3, H, W]
         moments = self.codec.moments(pixels)
-        latents = self.codec.draw(moments)  # [B, C, h, w]
+        latents = self.codec.sample_latents(moments)  # [B, C, h, w]
         decoded = self.codec.decode(latents).clamp(-1, 1)
         self.psnr += psnr(pixels, decoded).tolist()
         if self.has_ssim:

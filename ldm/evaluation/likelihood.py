@@ -20,7 +20,7 @@ from ldm.diffusion import (
     Decoder,
     NoiseSchedule,
     add_noise,
-    discretised_decoder,
+    discretized_decoder,
     gaussian_decoder,
     variational_terms,
 )
@@ -70,7 +70,7 @@ class Likelihood:
 def decoder_of(codec: Codec) -> Decoder:
     """log p(x_0 | x_1) of the variational bound: pixels are one of 256 values, latents have a density."""
     if isinstance(codec, PixelCodec):
-        return discretised_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
+        return discretized_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
     return gaussian_decoder
 
 
@@ -112,7 +112,9 @@ def likelihood(
     look = _Look(pipeline, codec, schedule, strata, variance, seed, progress)
     prior, decoded, seen, ids = [], [], [], []
     for chunk in _chosen(images, samples, seed):
-        x_0 = codec.draw(to_signed(torch.stack([images.image_at(i) for i in chunk])).to(look.device))  # [b, C, H, W]
+        x_0 = codec.sample_latents(
+            to_signed(torch.stack([images.image_at(i) for i in chunk])).to(look.device)
+        )  # [b, C, H, W]
         prior.append(prior_term(schedule, x_0).cpu().double())
         first, others = look(x_0, [images.samples[i].id for i in chunk], [images.samples[i].captions[0] for i in chunk])
         decoded.append(first)
@@ -182,7 +184,7 @@ class _Look:
         self.network, self.text_encoder = pipeline.unet, pipeline.text_encoder
         self.device = pipeline.unet.conv_in.weight.device
         self.schedule, self.prediction_type = schedule, pipeline.schedule.prediction_type
-        self.decoder, self.project = decoder_of(codec), codec.project
+        self.decoder, self.clip_x0 = decoder_of(codec), codec.clip_x0
         self.variance: Literal["small", "large", "learned"] = (
             "learned" if pipeline.unet.config.learned_variance else variance
         )
@@ -210,7 +212,7 @@ class _Look:
                 decoder=self.decoder,
                 prediction_type=self.prediction_type,
                 variance=self.variance,
-                project=self.project,
+                clip_x0=self.clip_x0,
             ).to("cpu", torch.float64)
             self.progress(len(place))
         terms = terms.view(timesteps.shape)

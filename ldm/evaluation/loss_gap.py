@@ -129,7 +129,7 @@ class _Look:
     def _losses(self, data: CaptionedImages, indices: list[int], places: list[int]) -> Tensor:
         codec = self.pipeline.codec
         pixels = to_signed(torch.stack([data.image_at(index) for index in indices])).to(self.like)
-        latents = codec.draw(codec.moments(pixels))  # [b, C, h, w]
+        latents = codec.sample_latents(codec.moments(pixels))  # [b, C, h, w]
         states = self.pipeline.text_encoder([data.samples[index].captions[0] for index in indices]).to(self.like)
         losses = torch.zeros(len(indices), BANDS, dtype=torch.float64)
         for band in range(BANDS):

@@ -66,7 +66,7 @@ class _Blocks:
 
     def __init__(self, codec: LatentCodec, image: Tensor) -> None:
         factor = codec.factor
-        latents = codec.draw(codec.moments(image))  # [1, C, h, w]
+        latents = codec.sample_latents(codec.moments(image))  # [1, C, h, w]
         decoded = codec.decode(latents).clamp(-1, 1)
         around = F.pad(latents.float(), (LATENTS_AROUND,) * 4, mode="replicate")
         near = F.pad(decoded.float(), (PIXELS_AROUND,) * 4, mode="replicate")

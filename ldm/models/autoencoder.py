@@ -255,7 +255,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
 
     @staticmethod
-    def draw(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    def sample_latents(moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents from moments: `sample_posterior`."""
         return sample_posterior(moments, noise)
 

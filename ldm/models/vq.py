@@ -192,7 +192,7 @@ class VQModel(nn.Module):
         return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
 
     @staticmethod
-    def draw(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    def sample_latents(moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents, which are all that `encode` gives: there is no posterior to draw from, and noise is not used."""
         return moments
 

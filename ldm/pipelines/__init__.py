@@ -1,10 +1,9 @@
 """From text to images: what a user calls."""
 
-from ldm.pipelines.drawing import PipelineOutput
 from ldm.pipelines.finite import NotFinite
 from ldm.pipelines.images import ProgressStrip, contact_sheet, from_pil, save_png, to_pil
-from ldm.pipelines.pipeline import Pipeline
-from ldm.pipelines.sampling import SAMPLERS
+from ldm.pipelines.pipeline import Pipeline, PipelineOutput
+from ldm.pipelines.sampling import SAMPLERS, SamplingParams
 from ldm.text import CutPromptWarning
 
 __all__ = [
@@ -14,6 +13,7 @@ __all__ = [
     "Pipeline",
     "PipelineOutput",
     "ProgressStrip",
+    "SamplingParams",
     "contact_sheet",
     "from_pil",
     "save_png",

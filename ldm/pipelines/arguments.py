@@ -12,15 +12,15 @@ def image_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, num_images_per_prompt: int
 ) -> tuple[list[str], list[str]]:
     """The prompts and one negative prompt for each; image i is of prompt i // num_images_per_prompt."""
-    prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or a list of texts")
+    prompts = [prompt] if isinstance(prompt, str) else as_list("prompt", prompt, "a text, or a list of texts")
     if not prompts:
         raise ValueError("the prompt list is empty; give at least one text")
-    if whole("num_images_per_prompt", num_images_per_prompt) < 1:
+    if as_int("num_images_per_prompt", num_images_per_prompt) < 1:
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
     if negative is None or isinstance(negative, str):
         negatives = [negative or ""] * len(prompts)
     else:
-        negatives = listed("negative_prompt", negative, "a text, or a list of texts")
+        negatives = as_list("negative_prompt", negative, "a text, or a list of texts")
     if len(negatives) != len(prompts):
         raise ValueError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
@@ -53,9 +53,9 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     # A list, or an array of numpy or torch.
     several: Any = seed if isinstance(seed, Sequence) or getattr(seed, "ndim", None) else None
     if several is not None:
-        seeds = [whole("seed", s) for s in several]
+        seeds = [as_int("seed", s) for s in several]
     else:
-        seeds = [whole("seed", seed) + i for i in range(images)]
+        seeds = [as_int("seed", seed) + i for i in range(images)]
     if len(seeds) != images:
         raise ValueError(f"there are {len(seeds)} seeds for {images} images; give one int, or one an image")
     for s in seeds:
@@ -77,14 +77,14 @@ def check_size(height: int | None, width: int | None) -> None:
             raise ValueError(f"{name} is {side}; it is a number of pixels, at least 1")
 
 
-def listed(name: str, values: Iterable[Any], wanted: str) -> list[Any]:
+def as_list(name: str, values: Iterable[Any], wanted: str) -> list[Any]:
     try:
         return list(values)
     except TypeError:
         raise ValueError(f"{name} is {values!r}; give {wanted}") from None
 
 
-def whole(name: str, value: Any) -> int:
+def as_int(name: str, value: Any) -> int:
     """The value as an int, of whatever package; no float, and no truth value."""
     try:
         if not isinstance(value, bool):
@@ -94,7 +94,7 @@ def whole(name: str, value: Any) -> int:
     raise ValueError(f"{name} is {value!r}; it must be a whole number")
 
 
-def number(name: str, value: Any) -> float:
+def as_float(name: str, value: Any) -> float:
     """The value as a float, of whatever package; no text, and no truth value."""
     try:
         if not isinstance(value, bool | str):

@@ -11,22 +11,22 @@ from torch import Tensor
 from ldm.diffusion import Denoise, State
 
 _USUAL_SCALE = 30  # of guidance; what is above is the likely cause
-_NAMED = 5
+_MAX_NAMED = 5
 
 
 class NotFinite(ValueError):
     """A sample that holds nan or inf, the text states that it was to follow, or the picture of it."""
 
 
-class _Seen(NamedTuple):
+class _CheckedStep(NamedTuple):
     """A step, and which of the images were finite after it: [B] bool, on their device."""
 
     number: int
     timestep: int
-    finite: Tensor
+    is_finite: Tensor
 
 
-class Watch:
+class FiniteCheck:
     """Looks at what a sampler computes for a batch of images, at every step.
 
     Where looking makes the CPU wait for a GPU it is done at the end, for all steps together; with `on_step`, which is
@@ -40,21 +40,21 @@ class Watch:
     def __init__(self, guidance_scale: float = 1.0, first: int = 0) -> None:
         self._scale, self._first = guidance_scale, first
         self._predictions: list[Tensor] = []  # [B] bool each, since the last step
-        self._seen: list[_Seen] = []
+        self._seen: list[_CheckedStep] = []
 
-    def around(self, denoise: Denoise) -> Denoise:
+    def wrap(self, denoise: Denoise) -> Denoise:
         """The same function, whose predictions are looked at: where pixels bound x̂_0, an infinite one leaves no trace
         in the states.
         """
 
         def watched(x_t: Tensor, t: int) -> Tensor:
             prediction = denoise(x_t, t)
-            self._predictions = [torch.stack([*self._predictions, finite(prediction)]).all(dim=0)]
+            self._predictions = [torch.stack([*self._predictions, is_finite(prediction)]).all(dim=0)]
             return prediction
 
         return watched
 
-    def last_of(self, states: Iterable[State], on_step: Callable[[State], None] | None = None) -> Tensor:
+    def final_latents(self, states: Iterable[State], on_step: Callable[[State], None] | None = None) -> Tensor:
         """The latents [B, C, h, w] of the last state, once sure that all of them are finite.
 
         Raises:
@@ -63,9 +63,9 @@ class Watch:
         latents = None
         for state in states:
             latents = state.latents
-            sound = [finite(latents), finite(state.pred_original_sample), *self._predictions]
+            sound = [is_finite(latents), is_finite(state.pred_original_sample), *self._predictions]
             self._predictions = []
-            self._seen.append(_Seen(state.index + 1, state.timestep, torch.stack(sound).all(dim=0)))
+            self._seen.append(_CheckedStep(state.index + 1, state.timestep, torch.stack(sound).all(dim=0)))
             if on_step is not None or not _waits(latents):
                 self._check(latents.dtype)
             if on_step is not None:
@@ -77,11 +77,11 @@ class Watch:
     def _check(self, dtype: torch.dtype) -> None:
         if not self._seen:
             return
-        for step, sound in zip(self._seen, torch.stack([step.finite for step in self._seen]).tolist(), strict=True):
+        for step, sound in zip(self._seen, torch.stack([step.is_finite for step in self._seen]).tolist(), strict=True):
             if not all(sound):
                 raise NotFinite(
-                    f"{named(sound, self._first)} left the finite numbers (nan or inf) at step {step.number}, timestep "
-                    f"{step.timestep}; {remedy(dtype, self._scale)}"
+                    f"{image_names(sound, self._first)} left the finite numbers (nan or inf) at step {step.number}, "
+                    f"timestep {step.timestep}; {remedy(dtype, self._scale)}"
                 )
         self._seen = []
 
@@ -91,16 +91,16 @@ def _waits(latents: Tensor) -> bool:
     return latents.device.type != "cpu"
 
 
-def finite(values: Tensor) -> Tensor:
+def is_finite(values: Tensor) -> Tensor:
     """Which of the entries of [B, ...] are finite in all of their numbers: [B] bool."""
     return values.isfinite().flatten(1).all(dim=1)
 
 
-def named(sound: Sequence[bool], first: int) -> str:
+def image_names(sound: Sequence[bool], first: int) -> str:
     """ "picture 3", "pictures 0, 1, …": those that are not finite, numbered as in the call."""
     wrong = [str(first + place) for place, good in enumerate(sound) if not good]
-    more = ", …" if len(wrong) > _NAMED else ""
-    return f"picture{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:_NAMED])}{more}"
+    more = ", …" if len(wrong) > _MAX_NAMED else ""
+    return f"picture{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:_MAX_NAMED])}{more}"
 
 
 def remedy(dtype: torch.dtype, guidance_scale: float = 1.0) -> str:

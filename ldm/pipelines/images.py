@@ -29,15 +29,15 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size, RGB or gray → [B, 3, H, W] float32 in [−1, 1]; an ICC profile is followed (to sRGB).
 
     Raises:
-        ValueError: see `check_pictures`.
+        ValueError: see `check_images`.
     """
-    check_pictures(images)
+    check_images(images)
     pixels = [np.asarray(to_srgb(image)[0].convert("RGB")) for image in images]
     tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
     return tensor.to(torch.float32) / 127.5 - 1
 
 
-def check_pictures(images: Sequence[Image.Image]) -> None:
+def check_images(images: Sequence[Image.Image]) -> None:
     """`ValueError` for none, for different sizes, and for transparency, whose background only their owner knows."""
     if not images:
         raise ValueError("the image list is empty; give at least one picture")

@@ -30,23 +30,23 @@ _MAPS_OF_RESNET, _MAPS_OF_ATTENTION = 6, 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class ChunkSizes:
     """How many pictures go through the UNet, and through the first stage, at a time."""
 
-    drawn: int
+    sampled: int
     decoded: int
 
 
-def room_for(
+def chunk_sizes(
     count: int,
     size: tuple[int, int],
     *,
-    each: int,
-    decoding: int,
+    sample_bytes: int,
+    image_bytes: int,
     device: torch.device,
-    beside: int = 0,
-    together: bool = False,
-) -> Room:
+    held_bytes: int = 0,
+    in_one_batch: bool = False,
+) -> ChunkSizes:
     """Divides `count` pictures of `size` (height, width) into chunks that fit.
 
     Args:
@@ -60,23 +60,23 @@ def room_for(
     """
     here, name = available_bytes(torch.device("cpu")), "one picture" if count == 1 else f"{count:,} pictures"
     free = here if device.type == "cpu" else available_bytes(device)
-    needed = max(each * (count if together else 1), decoding)
+    needed = max(sample_bytes * (count if in_one_batch else 1), image_bytes)
     if needed > free:
-        which = f"{name} at once (a classifier is asked about all)" if together and count > 1 else "a picture"
+        which = f"{name} at once (a classifier is asked about all)" if in_one_batch and count > 1 else "a picture"
         raise ValueError(
             f"height and width are {size[0]} and {size[1]}: {which} of this size needs about {_size(needed)} of "
             f"memory, and {_size(free)} are free on {device}; choose a smaller size"
         )
     pictures = 3 * count * size[0] * size[1]  # as PIL images, in the memory of the CPU
-    free -= beside + (pictures if device.type == "cpu" else 0)
+    free -= held_bytes + (pictures if device.type == "cpu" else 0)
     if needed > free or pictures > here:
         raise ValueError(
-            f"{name} of {size[0]}x{size[1]} and their prompts take {_size(pictures + beside)}, and about "
+            f"{name} of {size[0]}x{size[1]} and their prompts take {_size(pictures + held_bytes)}, and about "
             f"{_size(needed)} to draw, and {_size(here)} of memory are free; ask for fewer at a time, or smaller ones"
         )
     budget = min(CHUNK_BYTES, free)
-    drawn = count if together else min(count, max(1, budget // max(1, each)))
-    return Room(drawn=drawn, decoded=min(count, max(1, budget // max(1, decoding))))
+    sampled = count if in_one_batch else min(count, max(1, budget // max(1, sample_bytes)))
+    return ChunkSizes(sampled=sampled, decoded=min(count, max(1, budget // max(1, image_bytes))))
 
 
 def unet_bytes(config: UNetConfig, height: int, width: int, element: int) -> int:
@@ -140,7 +140,7 @@ def _left_to_containers(root: Path = Path("/sys/fs/cgroup"), listing: Path = Pat
     return left
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, or that a size is beyond all memory."""
     said = str(error).lower()
     signs = (
@@ -153,12 +153,12 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def said_in_one_line(what: str, remedy: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
     """Makes a `ValueError` of running out of memory inside."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold on to the tensors that filled the memory
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,40 +1,101 @@
-"""From text to images: the class that a user calls."""
+"""The text-to-image pipeline: load, generate, interpolate, vary, invert, save, and LoRAs."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from ldm import adapters, checkpoint, disk
-from ldm.codecs import LatentCodec, PixelCodec
+from ldm.codecs import Codec, LatentCodec, PixelCodec, Tile
+from ldm.diffusion import NoiseSchedule, ScheduleConfig, State, Step, ddim_inversion, slerp, with_condition
 from ldm.diffusion.schedule import check_precision, scheduler_class
 from ldm.models import UNet, set_attention_backend
-from ldm.pipelines.editing import Editing
-from ldm.pipelines.memory import said_in_one_line
-from ldm.text import REFERENCE, load_text_encoder_folders, reference_to
+from ldm.pipelines.arguments import as_float, as_int, as_list, image_prompts, image_seeds
+from ldm.pipelines.finite import FiniteCheck, NotFinite, image_names, is_finite, remedy
+from ldm.pipelines.images import check_images, from_pil, to_pil
+from ldm.pipelines.memory import CHUNK_BYTES, ChunkSizes, chunk_sizes, explain_out_of_memory, unet_bytes
+from ldm.pipelines.sampling import (
+    SAMPLERS,
+    SamplingKwargs,
+    SamplingParams,
+    as_epsilon_model,
+    describe_sampler,
+    find_sampler,
+    sample,
+    sample_noise,
+    with_guidance,
+    x0_bounds,
+)
+from ldm.text import REFERENCE, CutPromptWarning, TextEncoder, load_text_encoder_folders, reference_to
 from ldm.untrusted import refuse_untrusted
 from ldm.weights import check_dtype, check_weights, converted
 
+OnStep = Callable[[State], None]
+
 LATENT_CLASS = "StableDiffusionPipeline"
-CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but nothing that diffusers' pipelines could decode
+CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but diffusers' pipelines cannot decode it
 PIXEL_CLASS = "PixelDiffusionPipeline"
 CLASSES = {"AutoencoderKL": LATENT_CLASS, "VQModel": CODEBOOK_CLASS, None: PIXEL_CLASS}  # by the first stage
 SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
-READ = {"unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler"}
+READ = set(checkpoint.PARTS)
 LIBRARIES = ("diffusers", "transformers", "ldm")  # of components; any other name is a module in the folder
 
 
-class Pipeline(Editing):
-    """A text-to-image model: UNet, codec, text encoder and schedule, in a folder, with LoRAs on top.
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: PIL, RGB; `seeds`: the seed of each, which gives that image again, alone or in any batch."""
 
-    Calling it draws; `interpolate`, `variations`, `invert` and `preview` are what else can be done with it.
+    images: list[Image.Image]
+    seeds: list[int]
+
+
+class Pipeline:
+    """A text-to-image model: UNet, codec, text encoder and schedule, with LoRAs on top.
+
+    Calling it generates images; see also `interpolate`, `variations`, `invert` and `preview`.
+
+    Args:
+        guidance_scale, num_inference_steps, sampler: the defaults of `__call__`, stored with the model.
     """
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        schedule: ScheduleConfig,
+        guidance_scale: float = 7.5,
+        num_inference_steps: int = 50,
+        sampler: str = "ddim",
+    ) -> None:
+        if unet.config.in_channels != codec.channels:
+            raise ValueError(
+                f"unet/config.json says in_channels {unet.config.in_channels} but the codec makes {codec.channels} "
+                "channels; the parts are from different models"
+            )
+        if unet.config.cross_attention_dim != text_encoder.hidden_size:
+            raise ValueError(
+                f"unet/config.json says cross_attention_dim {unet.config.cross_attention_dim} but the text encoder "
+                f"makes states of size {text_encoder.hidden_size}; the parts are from different models"
+            )
+        find_sampler(sampler)
+        self.unet = unet
+        self.codec = codec
+        self.text_encoder = text_encoder
+        self.schedule = schedule
+        self.guidance_scale = guidance_scale
+        self.num_inference_steps = num_inference_steps
+        self.sampler = sampler
 
     @classmethod
     def from_pretrained(
@@ -87,6 +148,313 @@ class Pipeline(Editing):
         set_attention_backend(pipeline.unet, attention)
         return pipeline
 
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        **sampling: Unpack[SamplingKwargs],
+    ) -> PipelineOutput:
+        """Generates images from text.
+
+        More images than fit into memory are generated in chunks (`ldm.pipelines.memory`), with the same result up to
+        rounding. Prompts are encoded once.
+
+        Args:
+            prompt: one text, or a list; images come in its order, `num_images_per_prompt` of each.
+            negative_prompt: one text, or one per prompt; "" by default.
+            height, width: in pixels, divisible by the codec's factor; by default the size of `latents` if given, else
+                the training size.
+            seed: an int (image i gets seed + i), one int per image, or None for new ones. Image i is what its seed
+                gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
+            latents: x_T instead of noise from the seeds, [images, C, h, w], standard normal.
+            on_step: called with the `State` of every step; `preview` decodes one. If the call is cut into chunks, each
+                chunk goes through all steps before the next one, and a state holds the images of its chunk.
+            sampling: see `SamplingKwargs`.
+
+        Raises:
+            ValueError: naming the argument, its value and the range; if an image does not fit into memory; and
+                `NotFinite`, naming the step, for a sample that is not finite.
+
+        Warns:
+            CutPromptWarning: once, naming the words that the text encoder cuts off.
+        """
+        prompts, negatives = image_prompts(prompt, negative_prompt, num_images_per_prompt)
+        params = self._params(sampling)
+        if on_step is not None and not callable(on_step):
+            raise ValueError(f"on_step is {on_step!r}; it must be a function of a State")
+        per_prompt = as_int("num_images_per_prompt", num_images_per_prompt)
+        count = len(prompts) * per_prompt
+        if latents is not None:
+            _check_latents(latents)
+            if latents.ndim == 4:
+                height = latents.shape[2] * self.codec.factor if height is None else height
+                width = latents.shape[3] * self.codec.factor if width is None else width
+        chunks = self._chunk_sizes(count, height, width, params, texts=len({*prompts, *negatives}))
+        seeds = image_seeds(seed, count)
+        blank = self._blank(count, height, width)
+        if latents is not None and latents.shape != blank.shape:
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; {count} images of this size need {list(blank.shape)}"
+            )
+        self._warn_of_cut(*prompts, *negatives)
+        with explain_out_of_memory("the encoded prompts", "give fewer of them at a time"):
+            condition, prompt_rows = self._encode_unique(prompts)
+            null, negative_rows = self._encode_unique(negatives)
+
+        def final_latents(images: range) -> Tensor:
+            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in images]
+            start = (
+                sample_noise(generators, blank) if latents is None else latents[images.start : images.stop].to(blank)
+            )
+            return self._sample(
+                condition[[prompt_rows[i // per_prompt] for i in images]],
+                null[[negative_rows[i // per_prompt] for i in images]],
+                start,
+                params,
+                generators,
+                first=images.start,
+                on_step=on_step,
+            )
+
+        return PipelineOutput(self._generate(count, chunks, final_latents), seeds)
+
+    @torch.inference_mode()
+    def interpolate(
+        self,
+        prompt: str | Sequence[str],
+        seeds: Sequence[int],
+        steps: int = 8,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **sampling: Unpack[SamplingKwargs],
+    ) -> PipelineOutput:
+        """A row of images from one seed, and from one prompt, to another.
+
+        Spherical in x_T (DDIM, section 5.3 and appendix D.5) and, between two prompts, linear in the text states. The
+        ends are what `__call__` generates from their prompt and seed. The sampler must be deterministic.
+
+        Args:
+            prompt: one text, or two for the ends.
+            seeds: two, for the ends; equal if only the prompt changes.
+            steps: the number of images, ends included, at least 2.
+            sampling: see `SamplingKwargs`; `sampler` is "ddim" by default.
+
+        Returns:
+            `steps` images, and the two seeds.
+
+        Raises:
+            ValueError: naming the argument, its value and the range.
+        """
+        prompts = [prompt, prompt] if isinstance(prompt, str) else as_list("prompt", prompt, "one text, or two")
+        if len(prompts) != 2:
+            raise ValueError(f"there are {len(prompts)} prompts; give one, or the two to go between")
+        steps = as_int("steps", steps)
+        if steps < 2:
+            raise ValueError(f"steps is {steps}; it must be at least 2, the two ends")
+        ends = image_seeds(as_list("seeds", seeds, "two, those of the ends"), 2)
+        prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt or ""), 1)
+        sampling.setdefault("sampler", "ddim")
+        params = self._params(sampling)
+        if params.stochastic or not isinstance(params.sampler, str):
+            known = ", ".join(name for name, row in SAMPLERS.items() if not row.stochastic)
+            raise ValueError(
+                f"sampler is {describe_sampler(params.sampler)}; interpolation needs one without noise: choose one of "
+                f"{known}"
+            )
+        chunks = self._chunk_sizes(steps, height, width, params)
+        start, end = (
+            sample_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width)) for s in ends
+        )
+        self._warn_of_cut(*prompts, *negatives)
+        first, last = self._encode(prompts)  # [L, D] each
+        null = self._encode(negatives[:1])  # [1, L, D]
+
+        def final_latents(images: range) -> Tensor:
+            fractions = [i / (steps - 1) for i in images]
+            latents = torch.cat([slerp(start, end, fraction) for fraction in fractions])  # [B, C, h, w]
+            condition = torch.stack([torch.lerp(first, last, fraction) for fraction in fractions])  # [B, L, D]
+            return self._sample(condition, null.expand(len(images), -1, -1), latents, params, [], first=images.start)
+
+        return PipelineOutput(self._generate(steps, chunks, final_latents), ends)
+
+    @torch.inference_mode()
+    def variations(
+        self,
+        prompt: str,
+        *,
+        shared_until: int,
+        shared_seed: int,
+        seed: int | Sequence[int] | None = None,
+        count: int = 4,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **sampling: Unpack[SamplingKwargs],
+    ) -> PipelineOutput:
+        """Several images that share their noise down to a timestep. DDPM, section 4.3 and Figure 7.
+
+        They have in common what x_t determines, coarse structure first. Image i depends on `shared_seed` and its own
+        seed only.
+
+        Args:
+            shared_until: t, a training timestep; x at the first step of the grid at or below t is common to all.
+            shared_seed: of x_T and of the noise down to t.
+            seed: of the noise after t, as in `__call__`.
+            count: the number of images.
+            sampling: see `SamplingKwargs`; the sampler must add noise: "ddpm" by default, "ddim" with eta above 0.
+
+        Raises:
+            ValueError: naming the argument, its value and the range.
+        """
+        count = as_int("count", count)
+        if count < 1:
+            raise ValueError(f"count is {count}; it must be at least 1")
+        texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt or "")
+        prompts, negatives = image_prompts(*texts, 1)
+        sampling.setdefault("sampler", "ddpm")
+        params = self._params(sampling)
+        if not params.stochastic:
+            known = ", ".join(name for name, row in SAMPLERS.items() if row.stochastic)
+            raise ValueError(
+                f"sampler is {describe_sampler(params.sampler)} with eta {params.eta}, which adds no noise, so "
+                f"that all images would be the same; choose {known}, or ddim with eta above 0"
+            )
+        shared_until, shared_seed = as_int("shared_until", shared_until), as_int("shared_seed", shared_seed)
+        grid = self._grid(params)
+        if not grid[-1].t <= shared_until <= grid[0].t:
+            raise ValueError(
+                f"shared_until is {shared_until}; it must be a timestep from {grid[-1].t} (the last of these "
+                f"{len(grid)} steps) to {grid[0].t} (only x_T is shared)"
+            )
+        own_grid = [step for step in grid if step.t <= shared_until]
+        shared_grid = grid[: len(grid) - len(own_grid)]
+        chunks = self._chunk_sizes(count, height, width, params)
+        generators = [torch.Generator("cpu").manual_seed(s) for s in image_seeds(shared_seed, 1)]
+        seeds = image_seeds(seed, count)
+        if shared_seed in seeds:
+            raise ValueError(
+                f"shared_seed is {shared_seed}, and so is the seed of image {seeds.index(shared_seed)}, whose own "
+                "noise would start with x_T again; choose another"
+            )
+        self._warn_of_cut(*prompts, *negatives)
+        condition, null = self._encode(prompts), self._encode(negatives)  # [1, L, D]
+        shared = sample_noise(generators, self._blank(1, height, width))  # [1, C, h, w]
+        if shared_grid:
+            shared = self._sample(condition, null, shared, params, generators, grid=shared_grid)
+
+        def final_latents(images: range) -> Tensor:
+            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in images]
+            shape = (len(images), -1, -1)
+            return self._sample(
+                condition.expand(shape),
+                null.expand(shape),
+                shared.expand(*shape, -1),
+                params,
+                generators,
+                grid=own_grid,
+                first=images.start,
+            )
+
+        return PipelineOutput(self._generate(count, chunks, final_latents), seeds)
+
+    @torch.inference_mode()
+    def invert(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        prompt: str | Sequence[str] = "",
+        num_inference_steps: int | None = None,
+    ) -> Tensor:
+        """The x_T from which DDIM generates an image: DDIM inversion (arXiv:2010.02502, section 5.4).
+
+        Without guidance (scale 1), because both directions must see the same predictions:
+
+            x_T = pipeline.invert(image, "a cat")
+            pipeline("a cat", latents=x_T, guidance_scale=1)      # the image again; more steps bring it closer
+            pipeline("a dog", latents=x_T)                        # the image, edited
+
+        A latent model reconstructs only as well as its autoencoder.
+
+        Args:
+            image: RGB, or a list of one size; divisible by the codec's factor.
+            prompt: its caption: one text, or one per image.
+            num_inference_steps: S; reconstruct with the same.
+
+        Returns:
+            x_T, [B, C, h, w], for `latents` of `__call__`.
+
+        Raises:
+            ValueError: naming the image and what is wrong with it, or the argument.
+        """
+        images = [image] if isinstance(image, Image.Image) else as_list("image", image, "an image, or a list of them")
+        texts = [prompt] * len(images) if isinstance(prompt, str) else as_list("prompt", prompt, "one text, or a list")
+        if len(texts) != len(images):
+            raise ValueError(f"there are {len(texts)} prompts for {len(images)} images; give one, or one per image")
+        check_images(images)
+        width, height = images[0].size
+        params = self._params({"num_inference_steps": num_inference_steps, "guidance_scale": 1.0})
+        prompts, _ = image_prompts(texts, None, 1)
+        self._warn_of_cut(*prompts)
+        chunks = self._chunk_sizes(len(images), height, width, params, texts=len({*prompts}))
+        blank = self._blank(1, height, width)
+        schedule = NoiseSchedule.from_config(self.schedule)
+        network, prediction_type = as_epsilon_model(self.unet, schedule, self.schedule.prediction_type)
+        condition = self._encode(prompts)
+        noise = []
+        size = min(chunks.sampled, chunks.decoded)
+        for first in range(0, len(images), size):
+            pixels = from_pil(images[first : first + size])  # [B, 3, H, W]
+            with explain_out_of_memory("the images", "invert smaller ones, or fewer at a time"):
+                check = FiniteCheck(first=first)
+                states = ddim_inversion(
+                    check.wrap(with_condition(network, condition[first : first + size])),
+                    self.codec.sample_latents(self.codec.moments(pixels.to(blank))),
+                    schedule,
+                    self._grid(params),
+                    prediction_type=prediction_type,
+                )
+                noise.append(check.final_latents(states))
+        return torch.cat(noise)
+
+    @torch.inference_mode()
+    def preview(self, state: State) -> list[Image.Image]:
+        """x̂_0 of a step as images, for `on_step` of `__call__`.
+
+        Raises:
+            ValueError: if it is not finite (`NotFinite`), or does not fit into memory.
+        """
+        height, width = (size * self.codec.factor for size in state.latents.shape[2:])
+        batch_size = max(1, CHUNK_BYTES // self.codec.decode_bytes(height, width))
+        with explain_out_of_memory("the preview", "preview smaller images, or fewer at a time"):
+            return self._decode(state.pred_original_sample, batch_size)
+
+    def tile(self, size: Tile) -> None:
+        """Sets how much of a large image the first stage encodes or decodes at a time: about size² pixels.
+
+        The result is the same up to rounding. "auto", the default, does so if the whole image would need more than
+        3 GiB; "off" never. Pixel models ignore it.
+
+        Raises:
+            ValueError: for anything else, and a size below 16.
+        """
+        self.codec.tile(size)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of training, in pixels."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) or size is None else size
+        return (height or 64) * self.codec.factor, (width or 64) * self.codec.factor
+
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
         """Moves every network to `device` (and `dtype`); returns the pipeline.
 
@@ -98,7 +466,7 @@ class Pipeline(Editing):
             device = usable_device(device)
         if dtype is not None:
             check_dtype(dtype)
-        with said_in_one_line(f"the model on {device}", "take a dtype of half the size, or another device"):
+        with explain_out_of_memory(f"the model on {device}", "take a dtype of half the size, or another device"):
             self._move(device, dtype)
         return self
 
@@ -256,6 +624,167 @@ class Pipeline(Editing):
             return index | {"codec": ["ldm", "PixelCodec"]}
         index |= {"vae": ["diffusers", stage], "requires_safety_checker": False}
         return index | {name: [None, None] for name in sorted(SKIPPED)}
+
+    def _params(self, sampling: SamplingKwargs) -> SamplingParams:
+        """Sampling parameters with this model's defaults, checked as far as possible before anything is computed."""
+        given: dict[str, Any] = {**sampling}
+        steps, scale, sampler = (given.pop(key, None) for key in ("num_inference_steps", "guidance_scale", "sampler"))
+        params = SamplingParams(
+            num_inference_steps=as_int("num_inference_steps", self.num_inference_steps if steps is None else steps),
+            guidance_scale=as_float("guidance_scale", self.guidance_scale if scale is None else scale),
+            sampler=self.sampler if sampler is None else sampler,
+            **given,
+        )
+        self._grid(params)
+        x0_bounds(self.codec, params.dynamic_threshold)
+        weight = self.unet.conv_in.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        check_precision(self.schedule.prediction_type, str(dtype).removeprefix("torch."))
+        return params
+
+    def _grid(self, params: SamplingParams) -> tuple[Step, ...]:
+        schedule = NoiseSchedule.from_config(self.schedule)
+        if not isinstance(params.sampler, str):
+            return schedule.grid(params.num_inference_steps)  # only its length counts: a scheduler object has its own
+        return schedule.grid(
+            params.num_inference_steps, self.schedule.timestep_spacing, steps_offset=self.schedule.steps_offset
+        )
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels; the training size where they are not given."""
+        default_height, default_width = self.default_size
+        return (
+            default_height if height is None else as_int("height", height),
+            default_width if width is None else as_int("width", width),
+        )
+
+    def _blank(self, images: int, height: int | None, width: int | None) -> Tensor:
+        """Zeros [images, C, h, w] with the dtype and device of the UNet."""
+        shape = self.codec.latent_shape(*self._size(height, width))
+        weight = self.unet.conv_in.weight
+        return torch.zeros((), device=weight.device, dtype=weight.dtype).expand(images, *shape)
+
+    def _chunk_sizes(
+        self, count: int, height: int | None, width: int | None, params: SamplingParams, *, texts: int = 2
+    ) -> ChunkSizes:
+        """How many of `count` images are computed at a time, beside `texts` encoded texts.
+
+        Raises:
+            ValueError: if one image, or all of them together, do not fit into memory.
+        """
+        size = self._size(height, width)
+        weight, length = self.unet.conv_in.weight, self.text_encoder.max_length * self.text_encoder.hidden_size
+        _, h, w = self.codec.latent_shape(*size)
+        branches = 1 if params.guidance_scale == 1 else 2  # conditional and unconditional
+        unet = unet_bytes(self.unet.config, h, w, weight.element_size()) + length * weight.element_size()
+        return chunk_sizes(
+            count,
+            size,
+            sample_bytes=branches * unet,
+            image_bytes=self.codec.decode_bytes(*size),
+            device=weight.device,
+            held_bytes=texts * length * weight.element_size(),
+            in_one_batch=params.classifier is not None,
+        )
+
+    def _generate(self, count: int, chunks: ChunkSizes, final_latents: Callable[[range], Tensor]) -> list[Image.Image]:
+        """All images, a chunk at a time; `final_latents` gives the latents [B, C, h, w] of a range of them."""
+        images: list[Image.Image] = []
+        for start in range(0, count, chunks.sampled):
+            chunk = range(start, min(start + chunks.sampled, count))
+            what = f"{len(chunk)} images at once" if len(chunk) > 1 else "an image"
+            with explain_out_of_memory(what, "choose a smaller size, or fewer images at a time"):
+                images += self._decode(final_latents(chunk), chunks.decoded, first=start)
+        return images
+
+    def _decode(self, latents: Tensor, batch_size: int, *, first: int = 0) -> list[Image.Image]:
+        """Images from latents [B, C, h, w]; `first` is the index of the first one in the call, for errors."""
+        images: list[Image.Image] = []
+        for batch in latents.split(batch_size):
+            decoded = self.codec.decode(batch)
+            sound = is_finite(decoded).tolist()
+            if not all(sound):
+                raise NotFinite(
+                    f"{image_names(sound, first + len(images))} left the finite numbers (nan or inf) when decoded; "
+                    f"{remedy(decoded.dtype)}"
+                )
+            images += to_pil(decoded)
+        return images
+
+    def _warn_of_cut(self, *prompts: str) -> None:
+        """For methods under `torch.inference_mode()`: the warning points at the line that called them."""
+        message = self.text_encoder.cut(prompts)
+        if message:
+            warnings.warn(message, CutPromptWarning, stacklevel=4)
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """Hidden states [B, L, D]; each different prompt is encoded once."""
+        states, rows = self._encode_unique(prompts)
+        return states[rows]
+
+    def _encode_unique(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
+        """Hidden states [U, L, D] of the different prompts, and the row of each prompt in them."""
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        states = self.text_encoder(list(rows)).to(self.unet.conv_in.weight.dtype)
+        sound = is_finite(states).tolist()
+        if not all(sound):
+            raise NotFinite(
+                f"the text encoder left the finite numbers (nan or inf) at {list(rows)[sound.index(False)]!r}; "
+                f"{remedy(states.dtype)}"
+            )
+        return states, [rows[prompt] for prompt in prompts]
+
+    def _sample(
+        self,
+        condition: Tensor,
+        null: Tensor,
+        latents: Tensor,
+        params: SamplingParams,
+        generators: Sequence[torch.Generator],
+        *,
+        grid: Sequence[Step] | None = None,
+        first: int = 0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Samples from `latents` at the first step of the grid (by default the whole one) to its end; [B, C, h, w].
+
+        Args:
+            first: the index of the first of these images in the call, for errors.
+        """
+        schedule = NoiseSchedule.from_config(self.schedule)
+        network, prediction_type = as_epsilon_model(self.unet, schedule, self.schedule.prediction_type)
+        check = FiniteCheck(params.guidance_scale, first)
+        states = sample(
+            params,
+            check.wrap(with_guidance(network, condition, null, schedule, prediction_type, params)),
+            latents,
+            schedule,
+            self._grid(params) if grid is None else grid,
+            generators=generators,
+            clip_x0=x0_bounds(self.codec, params.dynamic_threshold),
+            prediction_type=prediction_type,
+            learned_variance=self.unet.config.learned_variance,
+        )
+        return check.final_latents(states, on_step)
+
+
+def _check_latents(latents: object) -> None:
+    if not isinstance(latents, Tensor):
+        found = f"a {type(latents).__name__}"
+    elif latents.is_meta or latents.is_complex():
+        found = f"a tensor of {latents.dtype} on {latents.device}"
+    elif not bool(latents.float().isfinite().all()):
+        found = "with nan or inf in it"
+    else:
+        return
+    raise ValueError(f"latents is {found}; it must be a tensor of finite numbers, standard normal noise")
+
+
+def _one_text(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}; give one text")
+    return value
 
 
 def _unwrapped(module: Any) -> Any:

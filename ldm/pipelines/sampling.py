@@ -1,4 +1,4 @@
-"""How a picture is drawn: the settings of a run, checked in one place, and one closed table of samplers."""
+"""Sampling parameters, checked in one place, and the table of samplers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from ldm.diffusion import (
     State,
     Step,
     annealed_langevin,
-    as_noise,
     classifier_free_guidance,
     classifier_guidance,
-    conditioned,
     ddim,
     ddpm,
     dpm_solver_pp_2m,
@@ -35,16 +33,18 @@ from ldm.diffusion import (
     guide_within,
     langevin_corrector,
     rescale_guidance,
+    to_epsilon_model,
+    with_condition,
 )
 from ldm.diffusion.guidance import check_interval, check_rescale
-from ldm.diffusion.sampling import Noise, Project, check_sampler
+from ldm.diffusion.sampling import ClipX0, Noise, check_sampler
 from ldm.diffusion.thresholding import check_percentile
-from ldm.pipelines.arguments import number, whole
+from ldm.pipelines.arguments import as_float, as_int
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class SamplerInputs:
     """All that a sampler may ask for."""
 
     denoise: Denoise
@@ -52,7 +52,7 @@ class Run:
     schedule: NoiseSchedule
     grid: Sequence[Step]
     prediction_type: PredictionType
-    project: Project
+    clip_x0: ClipX0
     noise: Noise
     eta: float
     learned_variance: bool
@@ -64,59 +64,62 @@ class Sampler:
     """A row of the table.
 
     Attributes:
-        start: begins the run.
+        start: begins the inputs.
         takes_eta: whether η means something to it.
         draws: whether it draws noise at every step (where it takes η: whether it does so at η = 0).
         options: what else may be set of it, by `sampler_options`.
     """
 
-    start: Callable[[Run], Iterator[State]]
+    run: Callable[[SamplerInputs], Iterator[State]]
     takes_eta: bool = False
-    draws: bool = False
+    stochastic: bool = False
     options: frozenset[str] = frozenset()
 
 
-def _common(run: Run) -> dict[str, Any]:
+def _common(inputs: SamplerInputs) -> dict[str, Any]:
     return {
-        "denoise": run.denoise,
-        "latents": run.latents,
-        "schedule": run.schedule,
-        "grid": run.grid,
-        "project": run.project,
-        "prediction_type": run.prediction_type,
-        **run.options,
+        "denoise": inputs.denoise,
+        "latents": inputs.latents,
+        "schedule": inputs.schedule,
+        "grid": inputs.grid,
+        "clip_x0": inputs.clip_x0,
+        "prediction_type": inputs.prediction_type,
+        **inputs.options,
     }
 
 
-def _ddpm(run: Run, *, variance: Literal["small", "large"]) -> Iterator[State]:
-    learned = run.learned_variance and variance == "small"
-    return ddpm(**_common(run), noise=run.noise, variance="learned" if learned else variance)
+def _ddpm(inputs: SamplerInputs, *, variance: Literal["small", "large"]) -> Iterator[State]:
+    learned = inputs.learned_variance and variance == "small"
+    return ddpm(**_common(inputs), noise=inputs.noise, variance="learned" if learned else variance)
 
 
-def _langevin(run: Run) -> Iterator[State]:
+def _langevin(inputs: SamplerInputs) -> Iterator[State]:
     """Annealed Langevin dynamics leaves the noise of its last level in the picture; it ends in x̂_0 instead.
 
     A grid that is a part of one ends in x_t, which the rest goes on from.
     """
-    for state in annealed_langevin(**_common(run), noise=run.noise):
-        ended = run.grid[state.index].t_prev == -1
+    for state in annealed_langevin(**_common(inputs), noise=inputs.noise):
+        ended = inputs.grid[state.index].t_prev == -1
         yield dataclasses.replace(state, latents=state.pred_original_sample) if ended else state
 
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
-        "ddim": Sampler(start=lambda run: ddim(**_common(run), eta=run.eta, noise=run.noise), takes_eta=True),
+        "ddim": Sampler(run=lambda inputs: ddim(**_common(inputs), eta=inputs.eta, noise=inputs.noise), takes_eta=True),
         "ddim-sigma-hat": Sampler(
-            start=lambda run: ddim(**_common(run), eta=1.0, variance="sigma_hat", noise=run.noise), draws=True
+            run=lambda inputs: ddim(**_common(inputs), eta=1.0, variance="sigma_hat", noise=inputs.noise),
+            stochastic=True,
         ),
-        "ddpm": Sampler(start=partial(_ddpm, variance="small"), draws=True),
-        "ddpm-large": Sampler(start=partial(_ddpm, variance="large"), draws=True),
-        "dpm++2m": Sampler(start=lambda run: dpm_solver_pp_2m(**_common(run))),
-        "euler-maruyama": Sampler(start=lambda run: euler_maruyama(**_common(run), noise=run.noise), draws=True),
-        "langevin": Sampler(start=_langevin, draws=True, options=frozenset({"step_size", "num_langevin_steps"})),
+        "ddpm": Sampler(run=partial(_ddpm, variance="small"), stochastic=True),
+        "ddpm-large": Sampler(run=partial(_ddpm, variance="large"), stochastic=True),
+        "dpm++2m": Sampler(run=lambda inputs: dpm_solver_pp_2m(**_common(inputs))),
+        "euler-maruyama": Sampler(
+            run=lambda inputs: euler_maruyama(**_common(inputs), noise=inputs.noise), stochastic=True
+        ),
+        "langevin": Sampler(run=_langevin, stochastic=True, options=frozenset({"step_size", "num_langevin_steps"})),
         "predictor-corrector": Sampler(
-            start=lambda run: langevin_corrector(**_common(run), noise=run.noise),
-            draws=True,
+            run=lambda inputs: langevin_corrector(**_common(inputs), noise=inputs.noise),
+            stochastic=True,
             options=frozenset({"snr", "num_corrector_steps"}),
         ),
     }
@@ -125,9 +128,36 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
 other is a scheduler object of diffusers."""
 
 
+class SamplingKwargs(TypedDict, total=False):
+    """The sampling arguments of `Pipeline.__call__`, `interpolate` and `variations`; None is the default."""
+
+    num_inference_steps: int | None
+    """S, 1 to the number of training timesteps; the model's default."""
+    guidance_scale: float | None
+    """w of ε_∅ + w (ε_c − ε_∅), finite; 1 is no guidance; the model's default."""
+    guidance_rescale: float
+    """φ, 0 to 1, against the over-exposure of large scales (arXiv:2305.08891, Eq. 16); 0.7 is usual for v."""
+    guidance_interval: tuple[float, float] | None
+    """(low, high), noise levels σ/α with 0 <= low < high; outside them the scale is 1 (arXiv:2404.07724)."""
+    dynamic_threshold: float | None
+    """p in (0, 1] of Imagen's dynamic thresholding of x̂_0, for pixel models; 0.995 is usual."""
+    classifier: LogLikelihood | None
+    """(x_t [B, C, h, w], t) → log p(y | x_t), [B], whose gradient guides (arXiv:2105.05233); x_t is what is diffused.
+    Such a call is not cut into chunks, as y may differ between images."""
+    classifier_scale: float
+    """1 samples p(x | prompt, y)."""
+    sampler: str | Scheduler | None
+    """A name of `SAMPLERS`, or a scheduler object of diffusers; the model's default."""
+    sampler_options: Mapping[str, float] | None
+    """`step_size` and `num_langevin_steps` of "langevin" (0.2, 100), `snr` and `num_corrector_steps` of
+    "predictor-corrector" (0.01, 1)."""
+    eta: float
+    """η of DDIM: 0 (deterministic) to 1 (the variance of DDPM)."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a picture is drawn, apart from its text, size and noise. `Pipeline.__call__` explains each.
+class SamplingParams:
+    """Sampling parameters, apart from prompt, size and noise; `SamplingKwargs` explains each.
 
     Raises:
         ValueError: naming the setting, its value and the range.
@@ -147,7 +177,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("eta", "guidance_rescale", "dynamic_threshold", "classifier_scale"):
             if name != "dynamic_threshold" or self.dynamic_threshold is not None:
-                number(name, getattr(self, name))
+                as_float(name, getattr(self, name))
         if not math.isfinite(self.guidance_scale):
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; it must be a finite number (1 is no guidance, 7.5 usual)"
@@ -170,7 +200,7 @@ class Settings:
                 raise ValueError(f"sampler_options is {self.sampler_options}; a scheduler object has its own settings")
         else:
             raise ValueError(
-                f"sampler is {shown(self.sampler)}; give a scheduler object of diffusers, or one of "
+                f"sampler is {describe_sampler(self.sampler)}; give a scheduler object of diffusers, or one of "
                 f"{', '.join(SAMPLERS)}"
             )
 
@@ -182,12 +212,12 @@ class Settings:
             if name not in known:
                 has = f"has {' and '.join(sorted(known))}" if known else "has none"
                 raise ValueError(f"sampler_options has {name!r}; sampler {self.sampler!r} {has}")
-            (whole if name.startswith("num_") else number)(name, value)
+            (as_int if name.startswith("num_") else as_float)(name, value)
 
     @property
-    def draws(self) -> bool:
+    def stochastic(self) -> bool:
         """Whether one of our own samplers draws noise after x_T."""
-        return isinstance(self.sampler, str) and (SAMPLERS[self.sampler].draws or self.eta > 0)
+        return isinstance(self.sampler, str) and (SAMPLERS[self.sampler].stochastic or self.eta > 0)
 
 
 def find_sampler(name: str) -> Sampler:
@@ -196,29 +226,29 @@ def find_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def shown(sampler: object) -> str:
+def describe_sampler(sampler: object) -> str:
     """A sampler in an error: its name, or its class, for schedulers print all that they hold."""
     return repr(sampler) if isinstance(sampler, str | int | float | type | None) else type(sampler).__name__
 
 
-def bounds(codec: Codec, percentile: float | None) -> Project:
+def x0_bounds(codec: Codec, percentile: float | None) -> ClipX0:
     """What bounds x̂_0: the codec, or Imagen's dynamic threshold on the scale of images.
 
     Raises:
         ValueError: if a threshold is asked for latents.
     """
     if percentile is None:
-        return codec.project
+        return codec.clip_x0
     if not codec.bounded:
         raise ValueError(
             f"dynamic_threshold is {percentile}, but this model diffuses latents, and no range bounds those: "
             "thresholding is for pixels in [-1, 1]; use guidance_rescale"
         )
     threshold = dynamic_threshold(percentile)
-    return lambda original: codec.draw(threshold(codec.decode(original)))
+    return lambda x_0: codec.sample_latents(threshold(codec.decode(x_0)))
 
 
-def direct(
+def as_epsilon_model(
     network: Denoiser, schedule: NoiseSchedule, prediction_type: PredictionType
 ) -> tuple[Denoiser, PredictionType]:
     """The network and what it predicts, where that gives x_0 and ε directly; a network of μ̃ becomes one of ε."""
@@ -237,83 +267,83 @@ def direct(
                 f"this model predicts posterior_mean, which samplers read as noise, and at timestep {t}, where alpha "
                 "is 0, noise says nothing about x_0; set timestep_spacing to leading, or train with v_prediction"
             )
-        return as_noise(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
+        return to_epsilon_model(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
 
     return predicts_noise, "epsilon"
 
 
-def guided(
+def with_guidance(
     network: Denoiser,
     condition: Tensor,
     null: Tensor,
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
-    settings: Settings,
+    params: SamplingParams,
 ) -> Denoise:
-    """The network with all guidance of the settings around it. `condition` and `null` are [B, L, D]."""
+    """The network with all guidance of the params around it. `condition` and `null` are [B, L, D]."""
     rescale = None
-    if settings.guidance_rescale > 0:
-        rescale = rescale_guidance(settings.guidance_rescale)
-    unguided = conditioned(network, condition)
-    denoise = classifier_free_guidance(network, condition, null, settings.guidance_scale, rescale=rescale)
-    if settings.classifier is not None:
+    if params.guidance_rescale > 0:
+        rescale = rescale_guidance(params.guidance_rescale)
+    unguided = with_condition(network, condition)
+    denoise = classifier_free_guidance(network, condition, null, params.guidance_scale, rescale=rescale)
+    if params.classifier is not None:
         denoise = classifier_guidance(
-            denoise, settings.classifier, settings.classifier_scale, schedule, prediction_type=prediction_type
+            denoise, params.classifier, params.classifier_scale, schedule, prediction_type=prediction_type
         )
-    if settings.guidance_interval is not None:
-        denoise = guide_within(schedule, settings.guidance_interval, denoise, unguided)
+    if params.guidance_interval is not None:
+        denoise = guide_within(schedule, params.guidance_interval, denoise, unguided)
     return denoise
 
 
-def walk(
-    settings: Settings,
+def sample(
+    params: SamplingParams,
     denoise: Denoise,
     latents: Tensor,
     schedule: NoiseSchedule,
     grid: Sequence[Step],
     *,
     generators: Sequence[torch.Generator],
-    project: Project,
+    clip_x0: ClipX0,
     prediction_type: PredictionType,
     learned_variance: bool,
 ) -> Iterator[State]:
-    """From `latents` [B, C, H, W] at the first step of `grid` to its end, with the sampler of the settings.
+    """From `latents` [B, C, H, W] at the first step of `grid` to its end, with the sampler of the params.
 
     Args:
         generators: one an image, on the CPU, so that an image does not depend on its batch.
         learned_variance: whether the network gives 2C channels; then "ddpm" takes its variance from them
             ("ddpm-large" is β all the same).
     """
-    if not isinstance(settings.sampler, str):
-        check_scheduler(settings.sampler, schedule, prediction_type, eta=settings.eta)
+    if not isinstance(params.sampler, str):
+        check_scheduler(params.sampler, schedule, prediction_type, eta=params.eta)
         return run_scheduler(
-            settings.sampler,
+            params.sampler,
             denoise,
             latents,
             schedule,
-            settings.num_inference_steps,
-            eta=settings.eta,
+            params.num_inference_steps,
+            eta=params.eta,
             generators=generators,
-            project=project,
+            clip_x0=clip_x0,
             prediction_type=prediction_type,
             learned_variance=learned_variance,
         )
-    run = Run(
+    inputs = SamplerInputs(
         denoise=denoise,
         latents=latents,
         schedule=schedule,
         grid=grid,
         prediction_type=prediction_type,
-        project=project,
-        noise=lambda: draw_noise(generators, latents),
-        eta=settings.eta,
+        clip_x0=clip_x0,
+        noise=lambda: sample_noise(generators, latents),
+        eta=params.eta,
         learned_variance=learned_variance,
-        options=settings.sampler_options or {},
+        options=params.sampler_options or {},
     )
-    return SAMPLERS[settings.sampler].start(run)
+    return SAMPLERS[params.sampler].run(inputs)
 
 
-def draw_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+def sample_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
     """Standard normal noise, [B, C, H, W]: each image from its own generator, drawn in float32 on the CPU."""
     drawn = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
     return drawn.to(like.device, like.dtype)

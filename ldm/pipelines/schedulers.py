@@ -19,12 +19,12 @@ from ldm.diffusion import (
     PredictionType,
     State,
     alpha_sigma_at,
-    original_and_noise,
     split_variance,
     training_target,
+    x0_and_epsilon,
 )
-from ldm.diffusion.prediction import noise_of
-from ldm.diffusion.sampling import Project
+from ldm.diffusion.prediction import epsilon_from_x0
+from ldm.diffusion.sampling import ClipX0
 
 
 class Scheduler(Protocol):
@@ -103,14 +103,14 @@ def run_scheduler(
     *,
     eta: float,
     generators: Sequence[torch.Generator],
-    project: Project,
+    clip_x0: ClipX0,
     prediction_type: PredictionType,
     learned_variance: bool,
 ) -> Iterator[State]:
     """The loop that the pipelines of diffusers run around a scheduler, as a generator of states.
 
     The scheduler is copied first, because it keeps the state of a run. `scale_model_input` gives what the network
-    was trained on, x_t = α x_0 + σ ε, so x̂_0 is computed here for every scheduler alike, and where `project` moves
+    was trained on, x_t = α x_0 + σ ε, so x̂_0 is computed here for every scheduler alike, and where `clip_x0` moves
     it, the prediction is made to agree. The states' `latents` are as the scheduler keeps them: Euler and its kin hold
     x_t/α. Each image draws from its own generator.
 
@@ -151,12 +151,12 @@ def run_scheduler(
         # Some ask between two timesteps of training; what guidance builds answers there.
         output = denoise(x_t, cast(int, int(t) if t.is_integer() else t))
         prediction, variance = split_variance(output, x_t)
-        original, _ = original_and_noise(prediction, x_t, alpha, sigma, prediction_type)
-        projected = project(original)
-        if projected is not original or given_as != prediction_type:
-            original = projected
-            noise = noise_of(x_t, original, alpha, sigma)
-            prediction = training_target(original, noise, alpha, sigma, given_as)
+        x_0, _ = x0_and_epsilon(prediction, x_t, alpha, sigma, prediction_type)
+        projected = clip_x0(x_0)
+        if projected is not x_0 or given_as != prediction_type:
+            x_0 = projected
+            noise = epsilon_from_x0(x_t, x_0, alpha, sigma)
+            prediction = training_target(x_0, noise, alpha, sigma, given_as)
         if draws_learned and variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
         with _failing_as(f"{name} fails at timestep {t:g} of {num_inference_steps} steps"), _Noise(name, generators):
@@ -166,7 +166,7 @@ def run_scheduler(
                 f"{name} gives numbers that are not finite at timestep {t:g} of {num_inference_steps} steps, as where "
                 "two steps have one noise level; take fewer steps, or another timestep_spacing"
             )
-        yield State(index, round(t), latents, original)
+        yield State(index, round(t), latents, x_0)
 
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -94,9 +94,9 @@ class AdversarialLoss:
             return
         mean = torch.stack(options).mean(dim=0)
         if accelerator.num_processes > 1:
-            gathered = accelerator.reduce(mean, "mean")
-            assert isinstance(gathered, Tensor)
-            mean = gathered
+            extract = accelerator.reduce(mean, "mean")
+            assert isinstance(extract, Tensor)
+            mean = extract
         pull, push = mean.double().norm(dim=1).tolist()
         self.weight = min(pull / (push + DELTA), self._config.adaptive_weight_limit)
 

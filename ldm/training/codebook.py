@@ -144,9 +144,9 @@ def _places(accelerator: Accelerator, seen: Sequence[Seen], most: int, seed: int
     if accelerator.num_processes > 1:
         # In all processes as many; those that stand in for none are as far as can be.
         absent = torch.full((most - len(rows), rows.shape[1]), torch.inf, dtype=rows.dtype)
-        gathered = accelerator.gather(torch.cat([rows, absent]).to(accelerator.device))
-        assert isinstance(gathered, Tensor)
-        rows = gathered.cpu()
+        extract = accelerator.gather(torch.cat([rows, absent]).to(accelerator.device))
+        assert isinstance(extract, Tensor)
+        rows = extract.cpu()
         rows = rows[rows[:, 0].argsort()[:most]]
     rows = rows[rows[:, 0].isfinite()]  # a latent that is its code, or none
     return rows[rows[:, 1].argsort(), 2:]

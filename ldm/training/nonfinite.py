@@ -108,10 +108,10 @@ def gather_in_order(accelerator: Accelerator, micro: Sequence[StepLosses]) -> Te
     values = torch.cat([losses.values.float() for losses in micro])  # [M·b]
     timesteps = [losses.timesteps for losses in micro if losses.timesteps is not None]
     seen_at = torch.cat(timesteps).to(values) if timesteps else torch.full_like(values, -1)
-    gathered = accelerator.gather(torch.stack([values, seen_at], dim=1))  # [P·M·b, 2]
-    assert isinstance(gathered, Tensor)
+    extract = accelerator.gather(torch.stack([values, seen_at], dim=1))  # [P·M·b, 2]
+    assert isinstance(extract, Tensor)
     # Micro-batch m of process p is slice m·P + p of the batch.
-    by_process = gathered.unflatten(0, (accelerator.num_processes, len(micro), -1))  # [P, M, b, 2]
+    by_process = extract.unflatten(0, (accelerator.num_processes, len(micro), -1))  # [P, M, b, 2]
     return by_process.transpose(0, 1).flatten(0, 2)
 
 

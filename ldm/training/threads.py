@@ -98,9 +98,9 @@ def agree_on_threads(found: Threads, accelerator: Accelerator) -> Threads:
     if accelerator.num_processes == 1:
         return found
     own = torch.tensor([[found.number or 0, found.number or found.most]], device=accelerator.device)
-    gathered = accelerator.gather(own)  # [P, 2]
-    assert isinstance(gathered, torch.Tensor)
-    decided, least = bool(gathered[:, 0].any()), int(gathered[:, 1].min())
+    extract = accelerator.gather(own)  # [P, 2]
+    assert isinstance(extract, torch.Tensor)
+    decided, least = bool(extract[:, 0].any()), int(extract[:, 1].min())
     return Threads(least, found.most, found.why) if decided else Threads(None, least)
 
 

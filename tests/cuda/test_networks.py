@@ -124,9 +124,9 @@ def test_codec(space: str, device: torch.device) -> None:
     with torch.no_grad():
         moments = here.moments(images())
         torch.testing.assert_close(there.moments(images().to(device)).cpu(), moments, rtol=1e-4, atol=1e-4)
-        noise = torch.randn(here.draw(moments).shape)
-        latents = here.draw(moments, noise)
-        torch.testing.assert_close(there.draw(moments.to(device), noise.to(device)).cpu(), latents)
+        noise = torch.randn(here.sample_latents(moments).shape)
+        latents = here.sample_latents(moments, noise)
+        torch.testing.assert_close(there.sample_latents(moments.to(device), noise.to(device)).cpu(), latents)
         torch.testing.assert_close(there.decode(latents.to(device)).cpu(), here.decode(latents), rtol=1e-4, atol=1e-4)
 
 

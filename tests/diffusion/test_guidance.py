@@ -15,16 +15,16 @@ from ldm.diffusion import (
     alpha_sigma_at,
     classifier_free_guidance,
     classifier_guidance,
-    conditioned,
     ddim,
     ddpm,
     dynamic_threshold,
     guide_within,
-    original_and_noise,
     rescale_guidance,
     slerp,
     split_variance,
     training_target,
+    with_condition,
+    x0_and_epsilon,
 )
 from tests.diffusion import mixture
 
@@ -52,9 +52,9 @@ def network(prediction_type, schedule=SCHEDULE, calls=None):
     return denoise
 
 
-def score_of(prediction, x, t, prediction_type):
+def score_from_epsilon(prediction, x, t, prediction_type):
     alpha, sigma = SCHEDULE.alpha_sigma(t)
-    return -original_and_noise(prediction, x, alpha, sigma, prediction_type)[1] / sigma
+    return -x0_and_epsilon(prediction, x, alpha, sigma, prediction_type)[1] / sigma
 
 
 def classifier(label):
@@ -71,14 +71,14 @@ def test_guided_scores_are_the_closed_form_everywhere(kind, scale, prediction_ty
         if kind == "classifier-free":
             guided = classifier_free_guidance(network(prediction_type), chosen, every, scale)
         else:
-            unguided = conditioned(network(prediction_type), every)
+            unguided = with_condition(network(prediction_type), every)
             guided = classifier_guidance(unguided, classifier(label), scale, SCHEDULE, prediction_type=prediction_type)
         for t in TIMESTEPS:
             alpha, sigma = SCHEDULE.alpha_sigma(t)
             conditional, unconditional = (mixture.score(POINTS, s, alpha, sigma) for s in (chosen, every))
             # By Bayes the gradient of log p(y | x_t) is the difference of the two scores.
             expected = unconditional + scale * (conditional - unconditional)
-            actual = score_of(guided(POINTS, t), POINTS, t, prediction_type)
+            actual = score_from_epsilon(guided(POINTS, t), POINTS, t, prediction_type)
             torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8 / sigma)
 
 
@@ -94,7 +94,7 @@ def test_classifier_guidance_at_scale_1_samples_the_class(sampler, label, mode):
 
     with mode():
         start = noise()
-        unguided = conditioned(network("epsilon"), mixture.of_all(count))
+        unguided = with_condition(network("epsilon"), mixture.of_all(count))
         guided = classifier_guidance(unguided, classifier(label), 1.0, SCHEDULE)
         run = ddim if sampler == "ddim" else functools.partial(ddpm, noise=noise)
         *_, last = run(guided, start, SCHEDULE, FINE)
@@ -147,7 +147,7 @@ def test_other_scales_agree_with_an_integrated_ode(scale):
     )
     free = classifier_free_guidance(network("epsilon"), mixture.of_class(0, 8), mixture.of_all(8), scale)
     with_classifier = classifier_guidance(
-        conditioned(network("epsilon"), mixture.of_all(8)), classifier(0), scale, SCHEDULE
+        with_condition(network("epsilon"), mixture.of_all(8)), classifier(0), scale, SCHEDULE
     )
     for guided in (free, with_classifier):
         errors = []
@@ -179,7 +179,7 @@ def test_a_classifier_of_the_wrong_kind_is_refused(give, message):
 
 def test_a_classifier_has_no_say_where_alpha_is_0():
     ending = NoiseSchedule.from_config(ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction"))
-    unguided = conditioned(lambda x, t, states: x, mixture.of_all(4))
+    unguided = with_condition(lambda x, t, states: x, mixture.of_all(4))
     guided = classifier_guidance(
         unguided, lambda x, t: x.flatten(1).sum(1), 1.0, ending, prediction_type="v_prediction"
     )
@@ -197,7 +197,7 @@ def test_outside_the_interval_only_the_condition_is_evaluated():
     denoiser = network("epsilon", calls=calls)
     chosen, every = mixture.of_class(1, 5), mixture.of_all(5)
     guided = classifier_free_guidance(denoiser, chosen, every, 4.0)
-    unguided = conditioned(denoiser, chosen)
+    unguided = with_condition(denoiser, chosen)
     levels = [SCHEDULE.error_gain(t) for t in range(1000)]
     within = guide_within(SCHEDULE, (levels[200], levels[600]), guided, unguided)
     x = POINTS[:5]
@@ -243,7 +243,7 @@ def test_rescaling_is_part_of_guidance_and_leaves_flat_predictions_alone():
     x = images(0)[:1]
     rescale = rescale_guidance(1.0)
     for scale in (0.0, 1.0, 6.0):
-        conditional = conditioned(denoiser, states[1:])(x, 300)
+        conditional = with_condition(denoiser, states[1:])(x, 300)
         plain = classifier_free_guidance(denoiser, states[1:], states[:1], scale)(x, 300)
         actual = classifier_free_guidance(denoiser, states[1:], states[:1], scale, rescale=rescale)(x, 300)
         torch.testing.assert_close(actual, plain * conditional.std() / plain.std())
@@ -273,7 +273,9 @@ def test_learned_variances_come_from_the_condition_and_are_not_guided():
         assert torch.equal(variance, torch.full_like(x, 2.0))
     rescaled = classifier_free_guidance(denoiser, c, null, 3.0, rescale=rescale)(x, 9)
     assert rescaled.shape == (4, 6, 6, 5) and torch.equal(rescaled[:, 3:], torch.full_like(x, 2.0))
-    by_classifier = classifier_guidance(conditioned(denoiser, c), lambda x, t: x.flatten(1).sum(1), 2.0, SCHEDULE)(x, 9)
+    by_classifier = classifier_guidance(with_condition(denoiser, c), lambda x, t: x.flatten(1).sum(1), 2.0, SCHEDULE)(
+        x, 9
+    )
     torch.testing.assert_close(by_classifier[:, :3], 2 * x - 2 * SCHEDULE.alpha_sigma(9)[1])
     assert torch.equal(by_classifier[:, 3:], torch.full_like(x, 2.0))
 
@@ -284,9 +286,9 @@ def test_between_two_timesteps_the_noise_level_is_linear():
     assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-12)
     assert sigma / alpha == pytest.approx(0.75 * SCHEDULE.error_gain(7) + 0.25 * SCHEDULE.error_gain(8), rel=1e-12)
     seen = []
-    conditioned(lambda x, t, s: seen.append(t), torch.zeros(2, 1, 1))(POINTS[:2], 7.25)
+    with_condition(lambda x, t, s: seen.append(t), torch.zeros(2, 1, 1))(POINTS[:2], 7.25)
     assert seen[0].tolist() == [7.25, 7.25]
-    conditioned(lambda x, t, s: seen.append(t), torch.zeros(2, 1, 1))(POINTS[:2], 7)
+    with_condition(lambda x, t, s: seen.append(t), torch.zeros(2, 1, 1))(POINTS[:2], 7)
     assert seen[1].dtype == torch.int64
 
 

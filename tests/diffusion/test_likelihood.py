@@ -12,7 +12,7 @@ from ldm.diffusion import (
     add_noise,
     convert,
     diffusion_loss,
-    discretised_decoder,
+    discretized_decoder,
     gaussian_decoder,
     variational_bound,
     variational_terms,
@@ -182,7 +182,7 @@ def test_the_bound_does_not_depend_on_what_is_predicted(kind):
             noise=lambda: NOISE,
             decoder=gaussian_decoder,
             prediction_type=kind,
-            project=lambda x_0: x_0.clamp(-0.5, 0.5),
+            clip_x0=lambda x_0: x_0.clamp(-0.5, 0.5),
         )
 
     expected = bound(lambda x, t: 0.9 * exact_noise(schedule, x, t), "epsilon")
@@ -200,7 +200,7 @@ def test_a_projection_that_finds_x_0_leaves_the_decoder_alone():
         DATA,
         noise=lambda: NOISE,
         decoder=gaussian_decoder,
-        project=lambda x_0: DATA,
+        clip_x0=lambda x_0: DATA,
     )
     torch.testing.assert_close(bound.terms[:, 1:], torch.zeros(4, 19).double(), rtol=0, atol=1e-12)
     peak = 0.5 * math.log2(2 * math.pi * float(schedule.posterior_variance[1]))  # −log₂ N(x_0; x_0, β̃_1)
@@ -247,7 +247,7 @@ def test_two_equally_likely_pixels_cost_one_bit():
             schedule,
             data,
             noise=lambda: axis.view(-1, 1, 1, 1),
-            decoder=discretised_decoder(),
+            decoder=discretized_decoder(),
             prediction_type="sample",
         )
         return float((weights * bound.total).sum())
@@ -265,7 +265,7 @@ PIXELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_probabilities_of_all_pixel_values_add_up_to_one(mean, deviation, dtype):
     # Whitened as PixelCodec does it, with another mean and deviation in each of two channels.
-    decode = discretised_decoder(mean=(0.2, -0.4), std=(0.5, 1.3))
+    decode = discretized_decoder(mean=(0.2, -0.4), std=(0.5, 1.3))
     shift, scale = (
         torch.tensor([0.2, -0.4], dtype=torch.float64).view(1, 2, 1, 1),
         torch.tensor([0.5, 1.3], dtype=torch.float64).view(1, 2, 1, 1),
@@ -287,7 +287,7 @@ def test_the_probabilities_of_all_pixel_values_add_up_to_one(mean, deviation, dt
 def test_the_rounding_of_whitening_changes_no_probability():
     pixels, predicted = PIXELS.view(256, 1, 1, 1), torch.zeros(256, 1, 1, 1).double()
     log_variance = torch.full_like(pixels, -6.0)
-    decode = discretised_decoder()
+    decode = discretized_decoder()
     assert torch.equal(decode(pixels + 1e-6, predicted, log_variance), decode(pixels, predicted, log_variance))
 
 
@@ -306,7 +306,7 @@ def test_continuous_data_is_refused_by_the_discretised_decoder():
     x = torch.full((1, 1, 1, 1), 0.3)
     for value in (0.3, 1.01):
         with pytest.raises(ValueError, match=f"x_0 holds the pixel value {value}"):
-            discretised_decoder()(x / 0.3 * value, x, x)
+            discretized_decoder()(x / 0.3 * value, x, x)
 
 
 @pytest.mark.parametrize(

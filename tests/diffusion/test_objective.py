@@ -13,10 +13,10 @@ from ldm.diffusion import (
     classifier_free_guidance,
     convert,
     diffusion_loss,
-    discretised_decoder,
+    discretized_decoder,
     drop_conditioning,
     loss_weights,
-    score_of,
+    score_from_epsilon,
     stratified_timestep,
     training_target,
     variational_terms,
@@ -86,7 +86,7 @@ def test_denoising_score_matching_weighted_by_the_variance_is_the_simple_loss():
     x_t = (alpha * latents + sigma * noise).requires_grad_()
     log_density = torch.distributions.Normal(alpha * latents, sigma.expand_as(latents)).log_prob(x_t).sum()
     (gradient,) = torch.autograd.grad(log_density, x_t)
-    score = score_of(network(x_t), sigma)
+    score = score_from_epsilon(network(x_t), sigma)
     matching = (sigma**2 * (score - gradient) ** 2).flatten(1).mean(dim=1)
     condition = torch.zeros(5, 1, 1)
     simple = diffusion_loss(lambda x, t, c: network(x), SCHEDULE, latents, condition, timesteps=timesteps, noise=noise)
@@ -144,13 +144,13 @@ def test_the_hybrid_loss_teaches_the_variance_alone_by_the_bound():
 
     def loss_of(weight):
         loss = LossConfig(weighting="hybrid", vlb_weight=weight)
-        keys = {"timesteps": timesteps, "noise": noise, "loss": loss, "decoder": discretised_decoder()}
+        keys = {"timesteps": timesteps, "noise": noise, "loss": loss, "decoder": discretized_decoder()}
         return diffusion_loss(lambda x, t, c: output, SCHEDULE, latents, torch.zeros(5, 1, 1), **keys)
 
     prediction, fraction = output[:, :2], output[:, 2:]
     simple = (prediction - noise).square().flatten(1).mean(dim=1)
     alpha, sigma = SCHEDULE.coefficients(timesteps, latents)
-    keys = {"decoder": discretised_decoder(), "variance": "learned"}
+    keys = {"decoder": discretized_decoder(), "variance": "learned"}
     terms = variational_terms(output, alpha * latents + sigma * noise, latents, SCHEDULE, timesteps, **keys)
     torch.testing.assert_close(loss_of(0.001), simple + 0.001 * 1000 * terms)  # Improved DDPM, Eq. 16
     (gradient,) = torch.autograd.grad(loss_of(10.0).sum(), output)

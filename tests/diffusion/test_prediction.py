@@ -9,12 +9,12 @@ from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
     add_noise,
-    as_noise,
     convert,
-    original_and_noise,
-    score_of,
+    score_from_epsilon,
     split_variance,
+    to_epsilon_model,
     training_target,
+    x0_and_epsilon,
 )
 from ldm.diffusion.prediction import Quantity
 from ldm.diffusion.schedule import BetaSchedule
@@ -97,7 +97,7 @@ def test_without_noise_x_0_does_not_say_what_the_noise_was():
         with pytest.raises(ValueError, match="sigma is 0: x_t is x_0 itself"):
             convert(x, x, "sample", target, alpha=torch.ones(2), sigma=torch.tensor([0.5, 0.0]))
     with pytest.raises(ValueError, match="sigma is 0"):
-        score_of(x, 0.0)
+        score_from_epsilon(x, 0.0)
     with pytest.raises(ValueError, match="the weight of x_0 in the posterior mean is 0"):
         convert(x, x, "posterior_mean", "sample", alpha=0.6, sigma=0.8, posterior=(0.0, 1.0))
 
@@ -112,7 +112,7 @@ def test_a_target_says_what_x_0_and_the_noise_were(kind, name, rescaled):
         alpha, sigma = schedule.alpha_sigma(t)
         noisy = add_noise(original, noise, alpha, sigma)
         target = training_target(original, noise, alpha, sigma, kind)
-        original_again, noise_again = original_and_noise(target, noisy, alpha, sigma, kind)
+        original_again, noise_again = x0_and_epsilon(target, noisy, alpha, sigma, kind)
         gain = 1 / alpha if kind == "epsilon" else 1
         torch.testing.assert_close(original_again, original, rtol=0, atol=1e-15 * gain + 1e-14)
         torch.testing.assert_close(noise_again, noise, rtol=0, atol=1e-14 / sigma)
@@ -160,7 +160,7 @@ def test_any_denoiser_becomes_one_that_predicts_the_noise(kind, learned):
         return torch.cat([prediction, torch.full_like(prediction, t)], dim=1) if learned else prediction
 
     for t in (0, 1, 500, 999):
-        output = as_noise(denoise, schedule, kind)(add_noise(original, noise, *schedule.alpha_sigma(t)), t)
+        output = to_epsilon_model(denoise, schedule, kind)(add_noise(original, noise, *schedule.alpha_sigma(t)), t)
         torch.testing.assert_close(output[:, :3], noise, rtol=0, atol=1e-10)
         assert output.shape[1] == (6 if learned else 3)
         assert bool((output[:, 3:] == t).all())  # what says the variance is passed on
@@ -173,11 +173,11 @@ def test_channels_that_are_neither_c_nor_2c_are_refused():
 
 def test_unknown_predictions_are_refused():
     x = torch.zeros(1)
-    for function in (training_target, original_and_noise):
+    for function in (training_target, x0_and_epsilon):
         with pytest.raises(ValueError, match="prediction_type is 'score'"):
             function(x, x, 0.6, 0.8, "score")
     with pytest.raises(ValueError, match=r"prediction_type is 'posterior_mean'; .*as_noise turns it into epsilon"):
-        original_and_noise(x, x, 0.6, 0.8, "posterior_mean")
+        x0_and_epsilon(x, x, 0.6, 0.8, "posterior_mean")
     with pytest.raises(ValueError, match="'flow' is no quantity"):
         convert(x, x, "epsilon", "flow", alpha=0.6, sigma=0.8)
     for source, target in (("epsilon", "posterior_mean"), ("posterior_mean", "sample")):

@@ -63,7 +63,7 @@ def test_ddim_is_that_of_diffusers_step_by_step(kind, eta, steps, spacing, offse
     ours_noise, their_noise = (shared_noise(steps, SHAPE) for _ in range(2))
     states = ddim(
         network, start(), schedule, pairs(theirs.timesteps.tolist()), eta=eta, noise=ours_noise,
-        project=clamp if clip else (lambda x: x), prediction_type=kind,
+        clip_x0=clamp if clip else (lambda x: x), prediction_type=kind,
     )  # fmt: skip
     latents = start()
     for state, t in zip(states, theirs.timesteps.tolist(), strict=True):
@@ -130,11 +130,11 @@ def test_ddpm_is_that_of_diffusers_step_by_step(variance, name, steps, spacing):
 def test_sigma_hat_is_ddpm_with_the_variance_beta(kind):
     grid = SCHEDULE.grid(10)
     ours = ddim(
-        network, start(), SCHEDULE, grid, eta=1, variance="sigma_hat", noise=shared_noise(10, SHAPE), project=clamp,
+        network, start(), SCHEDULE, grid, eta=1, variance="sigma_hat", noise=shared_noise(10, SHAPE), clip_x0=clamp,
         prediction_type=kind,
     )  # fmt: skip
     other = ddpm(
-        network, start(), SCHEDULE, grid, variance="large", noise=shared_noise(10, SHAPE), project=clamp,
+        network, start(), SCHEDULE, grid, variance="large", noise=shared_noise(10, SHAPE), clip_x0=clamp,
         prediction_type=kind,
     )  # fmt: skip
     for one, two in zip(ours, other, strict=True):

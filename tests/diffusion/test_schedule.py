@@ -14,7 +14,7 @@ from ldm.diffusion import NoiseSchedule, ScheduleConfig, Step
 from ldm.diffusion.schedule import (
     BetaSchedule,
     PredictionType,
-    check_start,
+    check_first_step,
     config_from_diffusers,
     config_to_diffusers,
 )
@@ -76,7 +76,7 @@ def test_plain_cosine_is_its_formula_inside_its_margin_and_falls_strictly():
         assert float(table.max()) <= 1 - 1e-4
         assert bool((table.diff() < 0).all())
         assert float(table[-1]) == pytest.approx(1e-4, rel=1e-9)
-    check_start(schedule, schedule.grid(10), "epsilon", bounded=False)  # with signal enough for ε without a bound
+    check_first_step(schedule, schedule.grid(10), "epsilon", bounded=False)  # with signal enough for ε without a bound
 
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
@@ -108,8 +108,8 @@ def test_without_terminal_signal_the_last_is_zero_and_the_first_stays(name, step
 def test_a_start_without_any_signal_is_refused_for_the_noise_even_with_a_bound():
     schedule = NoiseSchedule.from_config(ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="sample"))
     with pytest.raises(ValueError, match=r"at timestep 999 alpha is 0: .*choose v_prediction or sample"):
-        check_start(schedule, schedule.grid(10), "epsilon", bounded=True)
-    check_start(schedule, schedule.grid(10), "v_prediction", bounded=False)
+        check_first_step(schedule, schedule.grid(10), "epsilon", bounded=True)
+    check_first_step(schedule, schedule.grid(10), "v_prediction", bounded=False)
     with pytest.raises(ValueError, match="at timestep 999 alpha is 0"):
         schedule.check_prediction("epsilon")
 
@@ -232,9 +232,9 @@ def test_a_start_without_signal_needs_a_bound(schedule, prediction, spacing, bou
     grid = value.grid(50, spacing)
     if refused:
         with pytest.raises(ValueError, match=r"choose schedule\.beta_schedule: scaled_linear"):
-            check_start(value, grid, prediction, bounded=bounded)
+            check_first_step(value, grid, prediction, bounded=bounded)
     else:
-        check_start(value, grid, prediction, bounded=bounded)
+        check_first_step(value, grid, prediction, bounded=bounded)
 
 
 def test_configs_survive_the_way_through_diffusers():

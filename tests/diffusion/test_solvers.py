@@ -47,7 +47,7 @@ def test_dpm_solver_is_that_of_diffusers_on_its_own_timesteps(kind, spacing, ste
 
 
 def test_dpm_solver_ends_in_its_last_prediction_of_x_0():
-    *_, last = dpm_solver_pp_2m(network, start(), SCHEDULE, SCHEDULE.grid(5), project=lambda x: x.clamp(-0.5, 0.5))
+    *_, last = dpm_solver_pp_2m(network, start(), SCHEDULE, SCHEDULE.grid(5), clip_x0=lambda x: x.clamp(-0.5, 0.5))
     assert torch.equal(last.latents, last.pred_original_sample)
     assert float(last.latents.abs().max()) == 0.5  # the projection counts
 
@@ -78,7 +78,7 @@ def test_euler_maruyama_is_its_formula():
 def test_euler_maruyama_starts_without_signal_as_ancestral_sampling_does():
     schedule = NoiseSchedule(torch.tensor([0.9, 0.4, 0.0]))
     x, z = start().double(), torch.full(SHAPE, 0.3, dtype=torch.float64)
-    keys = {"noise": lambda: z, "prediction_type": "sample", "project": lambda x: x.clamp(-0.5, 0.5)}
+    keys = {"noise": lambda: z, "prediction_type": "sample", "clip_x0": lambda x: x.clamp(-0.5, 0.5)}
     (state,) = euler_maruyama(network, x, schedule, [Step(2, 1)], **keys)
     alpha, sigma = schedule.alpha_sigma(1)
     torch.testing.assert_close(state.latents, alpha * network(x, 2).clamp(-0.5, 0.5) + sigma * z)
@@ -89,7 +89,7 @@ def test_euler_maruyama_starts_without_signal_as_ancestral_sampling_does():
 def test_euler_maruyama_follows_a_projected_prediction():
     x = start().double()
     alpha, sigma = SCHEDULE.alpha_sigma(999)
-    bounded = euler_maruyama(network, x, SCHEDULE, [Step(999, -1)], noise=start, project=lambda x: x.clamp(-1, 1))
+    bounded = euler_maruyama(network, x, SCHEDULE, [Step(999, -1)], noise=start, clip_x0=lambda x: x.clamp(-1, 1))
     (state,) = bounded
     original = ((x - sigma * network(x, 999)) / alpha).clamp(-1, 1)
     epsilon = (x - alpha * original) / sigma

@@ -127,7 +127,7 @@ def test_a_readout_finds_what_the_decoder_does_not_show():
 
     def both(codec):
         with torch.no_grad():
-            shown = [psnr(x, codec.decode(codec.draw(codec.moments(x))).clamp(-1, 1)) for x in data]
+            shown = [psnr(x, codec.decode(codec.sample_latents(codec.moments(x))).clamp(-1, 1)) for x in data]
         return float(torch.cat(shown).mean()), float(readout_psnr(codec, data).mean())
 
     shown, read = both(whole)
@@ -209,14 +209,14 @@ def test_figures_are_means_over_all_images_whatever_is_computed_at_once(images, 
     x = torch.cat(pictures(images, 80))
     with torch.no_grad():
         moments = codec.moments(x)
-        y = codec.decode(codec.draw(moments)).clamp(-1, 1)
+        y = codec.decode(codec.sample_latents(moments)).clamp(-1, 1)
         distances = perceptual(x, y)
     for found, each in ((report.psnr, psnr(x, y)), (report.ssim, ssim(x, y)), (report.perceptual, distances)):
         assert found.mean == pytest.approx(float(each.mean()), rel=1e-4)
         assert found.high - found.low == pytest.approx(2 * 1.99 * float(each.std()) / 80**0.5, rel=1e-2)
     # Statistics of the latents: drawn from the posterior often, they are the same.
     noise = torch.randn(40, *moments[:, :4].shape)
-    drawn = torch.stack([codec.draw(moments, n) for n in noise]).movedim(2, 0).flatten(1)  # [4, …]
+    drawn = torch.stack([codec.sample_latents(moments, n) for n in noise]).movedim(2, 0).flatten(1)  # [4, …]
     torch.testing.assert_close(torch.tensor(report.latents.mean), drawn.mean(dim=1), atol=0.01, rtol=0)
     torch.testing.assert_close(torch.tensor(report.latents.std), drawn.std(dim=1), atol=0.01, rtol=0)
     assert report.latents.kl == pytest.approx(float(kl_divergence(moments).mean()) / (4 * 8 * 8), rel=1e-4)

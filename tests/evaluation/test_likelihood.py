@@ -75,7 +75,7 @@ def test_a_network_that_says_there_is_no_noise_has_the_bound_of_theory(variance,
     noise = schedule.sigma[0] / schedule.alpha[0] * std  # of x_1/α around x_0, in pixels
     nats = torch.log(deviation * math.sqrt(2 * math.pi) / (2 / 255)) + (noise / deviation) ** 2 / 2
     assert found.decoder == pytest.approx(float(nats.mean() / math.log(2)), abs=0.15)
-    x_0 = pipeline.codec.draw(to_signed(torch.stack([data.image_at(i) for i in range(len(data))])))
+    x_0 = pipeline.codec.sample_latents(to_signed(torch.stack([data.image_at(i) for i in range(len(data))])))
     assert found.prior == pytest.approx(float(prior_term(schedule, x_0).mean()), rel=1e-5)
     assert found.total == pytest.approx(found.prior + found.terms + found.decoder)
     assert found.evaluations == 12 * STEPS
@@ -149,7 +149,7 @@ def test_fewer_bits_once_something_is_learned(kind, pipeline):
     pipeline.schedule = ScheduleConfig(num_train_timesteps=STEPS, beta_schedule="cosine", prediction_type=kind)
     before = likelihood(silent(pipeline), digits, steps_per_image=20)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
-    x_0 = pipeline.codec.draw(to_signed(torch.stack([digits.image_at(i) for i in range(24)])))
+    x_0 = pipeline.codec.sample_latents(to_signed(torch.stack([digits.image_at(i) for i in range(24)])))
     states = pipeline.text_encoder([sample.captions[0] for sample in digits.samples])
     optimizer = torch.optim.Adam(pipeline.unet.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)

@@ -70,7 +70,7 @@ def test_what_a_network_was_trained_on_has_a_lower_loss_than_the_rest(pipeline):
     ours, theirs = digits(0, 1), digits(*range(20, 28))
     before = loss_gap(pipeline, ours, theirs, draws=2).bands[3]
     schedule = NoiseSchedule.from_config(pipeline.schedule)
-    latents = pipeline.codec.draw(to_signed(torch.stack([ours.image_at(i) for i in range(2)])))
+    latents = pipeline.codec.sample_latents(to_signed(torch.stack([ours.image_at(i) for i in range(2)])))
     states = pipeline.text_encoder([sample.captions[0] for sample in ours.samples])
     optimizer = torch.optim.Adam(pipeline.unet.parameters(), lr=1e-2)
     for _ in range(40):

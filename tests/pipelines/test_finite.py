@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.diffusion import NoiseSchedule, State
 from ldm.pipelines import NotFinite
-from ldm.pipelines.finite import Watch, remedy
+from ldm.pipelines.finite import FiniteCheck, remedy
 from tests import tiny
 
 
@@ -99,16 +99,16 @@ def states(broken=()):
 def test_where_a_gpu_would_wait_the_first_step_is_found_at_the_end(monkeypatch):
     asked = []
     monkeypatch.setattr("ldm.pipelines.finite._waits", lambda x: asked.append(1) or True)
-    assert torch.equal(Watch().last_of(states()), torch.zeros(3, 2, 2, 2))
+    assert torch.equal(FiniteCheck().final_latents(states()), torch.zeros(3, 2, 2, 2))
     with pytest.raises(NotFinite, match=r"picture 8 left .* at step 2, timestep 899"):
-        Watch(first=7).last_of(states({1, 2, 3}))
+        FiniteCheck(first=7).final_latents(states({1, 2, 3}))
     assert len(asked) == 8  # to the end, both times
 
 
 def test_many_pictures_are_not_all_listed_and_half_precision_is_the_likely_cause():
     x = torch.full((9, 1, 1, 1), torch.nan)
     with pytest.raises(NotFinite, match=r"pictures 0, 1, 2, 3, 4, … left"):
-        Watch().last_of([State(0, 9, x, x)])
+        FiniteCheck().final_latents([State(0, 9, x, x)])
     assert "bfloat16 or float32" in remedy(torch.float16) and "float16" not in remedy(torch.bfloat16)
 
 

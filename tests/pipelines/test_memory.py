@@ -24,13 +24,13 @@ def pipeline(request, tmp_path):
 def cut_into(monkeypatch, pipeline, pictures):
     """Sets the budget so that so many pictures are drawn at a time."""
     side = 8 * pipeline.codec.factor
-    settings = pipeline._settings(None, None)
-    each = []
+    params = pipeline._params({})
+    sizes = []
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40)
     with monkeypatch.context() as context:
-        context.setattr("ldm.pipelines.drawing.room_for", lambda *a, **k: each.append(k["each"]))
-        pipeline._room(1, side, side, settings)
-    monkeypatch.setattr(memory, "CHUNK_BYTES", pictures * each[0] + 1)
+        context.setattr("ldm.pipelines.pipeline.chunk_sizes", lambda *a, **k: sizes.append(k["sample_bytes"]))
+        pipeline._chunk_sizes(1, side, side, params)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", pictures * sizes[0] + 1)
 
 
 def arrays(output):
@@ -76,7 +76,7 @@ def test_inversion_is_cut_too(pipeline, monkeypatch):
     whole = pipeline.invert(pictures, list("abcde"))
     sizes = []
     pipeline.unet.conv_in.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 2 * pipeline.codec.bytes_to_decode(side, side))
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 2 * pipeline.codec.decode_bytes(side, side))
     cut = pipeline.invert(pictures, list("abcde"))
     assert max(sizes) < 5
     torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-4)
@@ -109,24 +109,24 @@ def test_a_call_with_a_classifier_is_not_cut(pipeline, monkeypatch):
 
 def test_the_rule(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100 * 2**30)
-    room = memory.room_for(50, (8, 8), each=2**30, decoding=2**28, device=CPU)
-    assert (room.drawn, room.decoded) == (2, 8)
-    assert memory.room_for(3, (8, 8), each=2**28, decoding=2**28, device=CPU).drawn == 3
-    assert memory.room_for(50, (8, 8), each=2**33, decoding=2**28, device=CPU).drawn == 1
-    assert memory.room_for(50, (8, 8), each=2**30, decoding=2**28, device=CPU, together=True).drawn == 50
+    sizes = memory.chunk_sizes(50, (8, 8), sample_bytes=2**30, image_bytes=2**28, device=CPU)
+    assert (sizes.sampled, sizes.decoded) == (2, 8)
+    assert memory.chunk_sizes(3, (8, 8), sample_bytes=2**28, image_bytes=2**28, device=CPU).sampled == 3
+    assert memory.chunk_sizes(50, (8, 8), sample_bytes=2**33, image_bytes=2**28, device=CPU).sampled == 1
+    assert memory.chunk_sizes(50, (8, 8), sample_bytes=2**30, image_bytes=2**28, device=CPU, in_one_batch=True).sampled == 50
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)  # fewer where less is free
-    assert memory.room_for(50, (8, 8), each=2**28, decoding=2**28, device=CPU).drawn == 3
+    assert memory.chunk_sizes(50, (8, 8), sample_bytes=2**28, image_bytes=2**28, device=CPU).sampled == 3
     for wrong, said in (
-        ({"each": 2**32}, r"height and width are 8 and 8: a picture of this size needs about 4\.0 GiB of memory"),
-        ({"decoding": 2**32}, r"a picture of this size needs about 4\.0 GiB of memory, and 1\.0 GiB are free on cpu"),
-        ({"together": True}, r"50 pictures at once \(a classifier is asked about all\) of this size needs about 25"),
+        ({"sample_bytes": 2**32}, r"height and width are 8 and 8: a picture of this size needs about 4\.0 GiB of memory"),
+        ({"image_bytes": 2**32}, r"a picture of this size needs about 4\.0 GiB of memory, and 1\.0 GiB are free on cpu"),
+        ({"in_one_batch": True}, r"50 pictures at once \(a classifier is asked about all\) of this size needs about 25"),
         (
-            {"beside": 2**32},
+            {"held_bytes": 2**32},
             r"50 pictures of 8x8 and their prompts take 4\.0 GiB, and about 512 MiB to draw, and",
         ),
     ):
         with pytest.raises(ValueError, match=said):
-            memory.room_for(50, (8, 8), **({"each": 2**29, "decoding": 2**28, "device": CPU} | wrong))
+            memory.chunk_sizes(50, (8, 8), **({"sample_bytes": 2**29, "image_bytes": 2**28, "device": CPU} | wrong))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_computed(call, said, pipe
 
 def test_an_allocation_that_fails_is_one_line(pipeline, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**80)  # the estimate lets it pass
-    with pytest.raises(ValueError, match=r"a picture did not fit into memory .*; choose a smaller size") as caught:
+    with pytest.raises(ValueError, match=r"image did not fit into memory .*; choose a smaller size") as caught:
         pipeline("a", height=10**12)
     assert "\n" not in str(caught.value)
 
@@ -178,7 +178,7 @@ def test_errors_of_memory_are_known(error):
     large = []
     with (
         pytest.raises(ValueError, match=r"it did not fit into memory .*; do less") as caught,
-        memory.said_in_one_line("it", "do less"),
+        memory.explain_out_of_memory("it", "do less"),
     ):
         fill()
     assert "\n" not in str(caught.value) and caught.value.__suppress_context__
@@ -186,7 +186,7 @@ def test_errors_of_memory_are_known(error):
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.said_in_one_line("it", "do less"):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.explain_out_of_memory("it", "do less"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 

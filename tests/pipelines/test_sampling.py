@@ -25,7 +25,7 @@ from PIL import Image
 from ldm import Pipeline
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, dynamic_threshold, langevin_corrector
 from ldm.pipelines import SAMPLERS
-from ldm.pipelines.sampling import Settings, walk
+from ldm.pipelines.sampling import SamplingParams, sample
 from tests import tiny
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -282,18 +282,18 @@ def test_a_threshold_is_on_the_scale_of_images(pixels):
     seen = []
     kind = {"guidance_scale": 9.0, "num_inference_steps": 6}
     pixels("a cat", seed=1, dynamic_threshold=0.9, on_step=seen.append, **kind)
-    project, codec = dynamic_threshold(0.9), pixels.codec
+    clip_x0, codec = dynamic_threshold(0.9), pixels.codec
     for state in seen:
         assert float(codec.decode(state.pred_original_sample).abs().max()) <= 1 + 1e-5
     # By hand, from the first step: x̂_0 in pixels, thresholded there, and back.
     first = []
-    codec.bounded, unbound = True, codec.project
-    codec.project = lambda x: x
+    codec.bounded, unbound = True, codec.clip_x0
+    codec.clip_x0 = lambda x: x
     try:
         pixels("a cat", seed=1, on_step=first.append, **kind)
     finally:
-        codec.project = unbound
-    expected = codec.draw(project(codec.decode(first[0].pred_original_sample)))
+        codec.clip_x0 = unbound
+    expected = codec.sample_latents(clip_x0(codec.decode(first[0].pred_original_sample)))
     torch.testing.assert_close(seen[0].pred_original_sample, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -402,18 +402,18 @@ def test_zero_terminal_snr_is_drawn_from_by_every_sampler_that_can(tmp_path):
 def test_langevin_dynamics_ends_in_x_0_and_a_part_of_it_in_x_t():
     schedule = NoiseSchedule.from_config(ScheduleConfig())
     grid, start = schedule.grid(4), torch.randn(1, 4, 8, 8)
-    settings = Settings(num_inference_steps=4, guidance_scale=1.0, sampler="langevin")
+    settings = SamplingParams(num_inference_steps=4, guidance_scale=1.0, sampler="langevin")
 
     def states(part):
         return list(
-            walk(
+            sample(
                 settings,
                 lambda x, t: schedule.alpha_sigma(t)[1] * x,
                 start,
                 schedule,
                 part,
                 generators=[torch.Generator().manual_seed(0)],
-                project=lambda x: x,
+                clip_x0=lambda x: x,
                 prediction_type="epsilon",
                 learned_variance=False,
             )

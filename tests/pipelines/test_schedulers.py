@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UnCLIPScheduler
+from ldm.diffusion.diffusers_schedulers import SCHEDULERS
 
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, alpha_sigma_at, ddim, ddpm
-from ldm.diffusion.foreign_schedulers import SCHEDULERS
 from ldm.pipelines.schedulers import _set_timesteps, check_scheduler, run_scheduler
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
@@ -63,7 +63,7 @@ def generators(*seeds):
 
 def run(scheduler, kind, x, steps, seeds, schedule=SCHEDULE, **changed):
     check_scheduler(scheduler, schedule, kind, eta=0.0)
-    keys = {"project": lambda x: x, "denoise": network(kind, schedule), "learned_variance": False} | changed
+    keys = {"clip_x0": lambda x: x, "denoise": network(kind, schedule), "learned_variance": False} | changed
     return list(
         run_scheduler(
             scheduler,
@@ -151,7 +151,7 @@ def test_x_0_is_computed_at_the_noise_level_of_the_scheduler_and_not_of_its_roun
         original = (x - level * alpha * noise) / alpha
         torch.testing.assert_close(state.pred_original_sample, original, rtol=1e-4, atol=1e-4)
     # And the bounds of x̂_0 are kept by what the scheduler makes of it.
-    last = run(scheduler, "epsilon", start(), 8, (), project=lambda x: x.clamp(0.5, 0.9))[-1]
+    last = run(scheduler, "epsilon", start(), 8, (), clip_x0=lambda x: x.clamp(0.5, 0.9))[-1]
     torch.testing.assert_close(last.pred_original_sample, last.latents, rtol=1e-5, atol=1e-5)
 
 
@@ -206,11 +206,11 @@ def test_a_trailing_grid_ends_in_time_at_all_of_them(name):
 
 @pytest.mark.parametrize("name", [name for name in TRAILING if name != "LMSDiscreteScheduler"])  # which integrates
 def test_a_walk_with_such_a_count_is_that_of_its_neighbor(name):
-    steps, kind, project = 61, "v_prediction", lambda x: x.clamp(-1, 1)
+    steps, kind, clip_x0 = 61, "v_prediction", lambda x: x.clamp(-1, 1)
     pictures = []
     for count in (steps, steps + 1):
         scheduler = made(name, timestep_spacing="trailing", prediction_type=kind, skip_prk_steps=True)
-        pictures.append(run(scheduler, kind, start(), count, (4, 5), project=project))
+        pictures.append(run(scheduler, kind, start(), count, (4, 5), clip_x0=clip_x0))
     assert all(0 <= state.timestep <= 999 for state in pictures[0])
     if not any(mark in name for mark in ("DDPM", "Ancestral", "SASolver")):  # those draw other noise
         torch.testing.assert_close(pictures[0][-1].latents, pictures[1][-1].latents, rtol=0, atol=0.05)
@@ -232,7 +232,7 @@ def test_euler_is_our_ddim_at_such_a_count(name):
 def test_such_counts_draw(name):
     for steps in ONE_TOO_MANY[:12]:
         scheduler = made(name, timestep_spacing="trailing", skip_prk_steps=True)
-        last = run(scheduler, "epsilon", start(1), steps, (4,), project=lambda x: x.clamp(-1, 1))[-1]
+        last = run(scheduler, "epsilon", start(1), steps, (4,), clip_x0=lambda x: x.clamp(-1, 1))[-1]
         assert bool(last.latents.isfinite().all())
         assert abs(float(last.latents.mean()) - 0.7) < 0.4, steps
 

@@ -49,7 +49,7 @@ def model(data, tmp_path_factory):
 
 def test_data_are_grey_and_normalised(data):
     assert data.images.shape == (32, 1, 8, 8)
-    latents = data.codec().draw(data.images[:24])
+    latents = data.codec().sample_latents(data.images[:24])
     assert float(latents.mean()) == pytest.approx(0, abs=1e-5)
     assert float(latents.std()) == pytest.approx(1, abs=1e-3)
     assert len(data.held_out) == 8

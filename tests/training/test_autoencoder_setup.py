@@ -355,7 +355,7 @@ def moments_of(folder):
     codec = load_first_stage(str(folder))
     with torch.no_grad():
         moments = codec.moments(images)
-        return codec, moments, codec.decode(codec.draw(moments))
+        return codec, moments, codec.decode(codec.sample_latents(moments))
 
 
 @pytest.mark.parametrize("whose", ["ours", "Stable Diffusion's"])

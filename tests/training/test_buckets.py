@@ -99,7 +99,7 @@ def test_the_statistics_of_latents_are_those_of_all_shapes(folder, first_run):
         moments = codec.moments(to_signed(images.image_at(index))[None])
         for _ in range(20):
             noise = torch.randn(1, *codec.latent_shape(*images.shape_of(index)), generator=draw)
-            values.append(codec.draw(moments, noise).detach().flatten(2)[0])
+            values.append(codec.sample_latents(moments, noise).detach().flatten(2)[0])
     latents = torch.cat(values, dim=1)  # [C, positions of all images]
     torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=0.03, rtol=0)
     torch.testing.assert_close(latents.std(1), torch.ones(4), atol=0.03, rtol=0)

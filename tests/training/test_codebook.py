@@ -285,7 +285,7 @@ def test_a_run_logs_how_codes_are_used_and_ends_with_standard_latents(run, pictu
     images = to_signed(torch.stack([data.image_at(i) for i in range(len(data))]))
     with torch.no_grad():
         z = codec.moments(images)
-        latents = codec.draw(z).double()
+        latents = codec.sample_latents(z).double()
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3), correction=0), torch.ones(4).double(), atol=1e-4, rtol=0)
 
@@ -297,7 +297,7 @@ def test_a_run_logs_how_codes_are_used_and_ends_with_standard_latents(run, pictu
 
     theirs = DiffusersVQModel.from_pretrained(folder)
     with torch.no_grad():
-        torch.testing.assert_close(codec.decode(codec.draw(z)), theirs(images).sample, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(codec.decode(codec.sample_latents(z)), theirs(images).sample, rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_that_was_broken_off_goes_on_as_if_it_were_not(run, pictures, tmp_path):

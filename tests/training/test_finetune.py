@@ -376,7 +376,7 @@ def test_the_held_out_loss_is_what_a_direct_computation_gives(tmp_path, stable_d
         draws = step_noise(0, [look], [f"held out: {sample.id}"], 0, shape=(4, 8, 8), num_train_timesteps=1000)
         with torch.no_grad():
             pixels = to_signed(images.image_at(i))[None]
-            latents = pipeline.codec.draw(pipeline.codec.moments(pixels))
+            latents = pipeline.codec.sample_latents(pipeline.codec.moments(pixels))
             signal = schedule.alphas_cumprod[t].sqrt().float().view(1, 1, 1, 1)
             noised = signal * latents + (1 - signal**2).sqrt() * draws.noise
             predicted = pipeline.unet(noised, t, pipeline.text_encoder([sample.captions[0]]))

@@ -105,7 +105,7 @@ def test_what_is_kept_is_what_the_networks_say(folder, tmp_path, codec, text_enc
     latents, states = everything(encoded)
     pixels = torch.stack([images.image_at(i, flipped) for flipped in (False, True) for i in range(COUNT)])
     with torch.no_grad():
-        expected = codec.draw(codec.moments(to_signed(pixels)))
+        expected = codec.sample_latents(codec.moments(to_signed(pixels)))
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(latents[:COUNT], latents[COUNT:])
     expected = text_encoder([*(f"number {i}" for i in range(COUNT)), ""])
@@ -355,7 +355,7 @@ def test_nothing_random_is_kept(folder, tmp_path, codec, text_encoder):
             expected = text_encoder(["" if draws.dropped[i] else batch.captions[i]])[0]
             torch.testing.assert_close(states[i], expected, rtol=1e-4, atol=1e-5)
         pixels = torch.stack([images.image_at(i, bool(batch.flipped[i])) for i in range(COUNT)])
-        torch.testing.assert_close(mean, codec.draw(codec.moments(to_signed(pixels))), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean, codec.sample_latents(codec.moments(to_signed(pixels))), rtol=1e-4, atol=1e-5)
     assert flips == dropped == {False, True}
     assert captions == {"one 0", "two 0"}
     assert len({tuple(latents.flatten().tolist()) for latents in drawn}) == 12
@@ -388,7 +388,7 @@ def test_pixels_stay_in_the_data_set(folder, tmp_path, text_encoder):
     assert new(encoded) == (0, COUNT + 1)
     assert lines == [line for line in lines if "images" not in line]
     batch = batch_of(images, 0)
-    assert torch.equal(encoded.latents(batch, None), codec.draw(to_signed(batch.images)))
+    assert torch.equal(encoded.latents(batch, None), codec.sample_latents(to_signed(batch.images)))
 
 
 def test_the_networks_can_be_freed(folder, tmp_path, text_files):
@@ -419,7 +419,7 @@ def test_shapes_may_differ(folder, tmp_path, codec, text_encoder):
         latents = encoded.latents(batch, None)
         assert latents.shape == (len(group), *shape)
         with torch.no_grad():
-            expected = codec.draw(codec.moments(to_signed(batch.images)))
+            expected = codec.sample_latents(codec.moments(to_signed(batch.images)))
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     mean, std = encoded.statistics()
     assert mean.shape == std.shape == (4,)

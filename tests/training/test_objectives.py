@@ -16,7 +16,7 @@ from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
     add_noise,
-    discretised_decoder,
+    discretized_decoder,
     stratified_timestep,
     variational_terms,
     velocity,
@@ -67,7 +67,7 @@ def first_batch(config, pipeline):
         shape=(3, 8, 8),
         num_train_timesteps=config.schedule.num_train_timesteps,
     )
-    return pipeline.codec.draw(to_signed(pixels)).double(), draws
+    return pipeline.codec.sample_latents(to_signed(pixels)).double(), draws
 
 
 def loss_of_silence(config, pipeline):
@@ -109,7 +109,7 @@ def loss_of_silence(config, pipeline):
         weight = (a.flatten() * gain) ** 2 / (2 * variance)
         return float((steps * weight * squares / math.log(2)).mean())
     codec = pipeline.codec
-    decoder = discretised_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
+    decoder = discretized_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
     assert steps == 1000 or 0 in t.tolist()
     output = torch.zeros(8, 6, 8, 8, dtype=torch.float64)
     terms = variational_terms(output, x_t, x_0, schedule, t, decoder=decoder, prediction_type=kind, variance="learned")

@@ -237,7 +237,7 @@ def test_a_first_stage_ends_with_latents_of_zero_mean_and_unit_variance(first_st
     data = CaptionedImages(training, config, 0)
     with torch.no_grad():
         moments = codec.moments(to_signed(torch.stack([data.image_at(i) for i in range(len(data))])))
-    latents = codec.draw(moments, torch.randn(len(data), *codec.latent_shape(16, 16)))
+    latents = codec.sample_latents(moments, torch.randn(len(data), *codec.latent_shape(16, 16)))
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=0.02, rtol=0)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=0.02, rtol=0)
     # Folding changed the latents, not the pictures that come back.
@@ -245,7 +245,7 @@ def test_a_first_stage_ends_with_latents_of_zero_mean_and_unit_variance(first_st
     folded = {name: value.clone() for name, value in codec.autoencoder.state_dict().items()}
     images = to_signed(torch.stack([data.image_at(i) for i in range(4)]))
     with torch.no_grad():
-        expected = codec.decode(codec.draw(codec.moments(images)))
+        expected = codec.decode(codec.sample_latents(codec.moments(images)))
         codec.autoencoder.load_state_dict(averaged)
         torch.testing.assert_close(codec.autoencoder(images)[0], expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(folded["quant_conv.weight"], averaged["quant_conv.weight"])

@@ -67,7 +67,7 @@ def test_latents_are_taken_where_they_keep_the_picture(plain):
     for i in range(len(data)):
         pixels = data.image_at(i).double()
         with torch.no_grad():
-            again = codec.decode(codec.draw(codec.moments(to_signed(data.image_at(i))[None])))[0]
+            again = codec.decode(codec.sample_latents(codec.moments(to_signed(data.image_at(i))[None])))[0]
         levels = ((again.double() + 1) * 127.5).clamp(0, 255)
         ratios.append(10 * torch.log10(255**2 / (levels - pixels).square().mean()))
     assert choice.psnr == pytest.approx(float(torch.stack(ratios).mean()), abs=1e-3)

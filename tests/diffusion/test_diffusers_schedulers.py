@@ -11,7 +11,7 @@ import torch
 from diffusers import schedulers
 
 from ldm.diffusion import NoiseSchedule, alpha_sigma_at, ddim
-from ldm.diffusion.foreign_schedulers import HARMLESS, REFUSED, SCHEDULERS
+from ldm.diffusion.diffusers_schedulers import IGNORED_KEYS, REFUSED, SCHEDULERS
 from ldm.diffusion.schedule import config_from_diffusers
 
 
@@ -47,7 +47,7 @@ def test_the_table_knows_each_key_of_a_class_with_its_default(name):
         key: parameter.default for key, parameter in inspect.signature(INSTALLED[name].__init__).parameters.items()
     }
     del defaults["self"]
-    assert set(defaults) <= set(SCHEDULERS[name]) | HARMLESS
+    assert set(defaults) <= set(SCHEDULERS[name]) | IGNORED_KEYS
     assert {key: defaults[key] for key in SCHEDULERS[name] if key in defaults} == {
         key: value for key, value in SCHEDULERS[name].items() if key in defaults
     }

@@ -64,9 +64,9 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The schedulers that walk a DDPM schedule: the keys of each that mean something here, with its defaults."""
 
-ENDS_AT_THE_FIRST_LEVEL = ("DEISMultistepScheduler", "SASolverScheduler")  # as set_alpha_to_one false: no key says so
+ENDS_AT_SIGMA_MIN = ("DEISMultistepScheduler", "SASolverScheduler")  # as set_alpha_to_one false: no key says so
 
-HARMLESS = frozenset(
+IGNORED_KEYS = frozenset(
     (
         # These steer the steps of one solver; a sampler of our own has its own.
         *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
@@ -99,7 +99,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 )
 """The keys that have to be at their default, and what they ask for otherwise."""
 
-OF_2022 = {"predict_epsilon": True}  # the only value of an old key that says nothing new
+LEGACY_DEFAULTS = {"predict_epsilon": True}  # the only value of an old key that says nothing new
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
 
@@ -116,10 +116,10 @@ def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     known = SCHEDULERS[name]
     for key, value in sorted(config.items()):
         # diffusers leaves keys alone that begin with an underscore; so do we, for our own.
-        if key.startswith("_") or key in HARMLESS or any(key in keys for keys in SCHEDULERS.values()):
+        if key.startswith("_") or key in IGNORED_KEYS or any(key in keys for keys in SCHEDULERS.values()):
             continue
         # A switch of a later release that is off changes nothing.
-        if value is not None and value is not OF_2022.get(key, False):
+        if value is not None and value is not LEGACY_DEFAULTS.get(key, False):
             raise ValueError(f"scheduler {name} has {key} {value!r}, a key that is not known here; {_unknown(key)}")
     found = {key: config.get(key, default) for key, default in known.items()}
     for key, value in found.items():
