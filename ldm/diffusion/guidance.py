@@ -173,7 +173,7 @@ def classifier_guidance(
 
 def _check_direct(prediction_type: PredictionType) -> None:
     if prediction_type not in DIRECT:
-        raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)} (as_noise makes epsilon)")
+        raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)}; see to_epsilon_model")
 
 
 def _shift_of_score(alpha: float, sigma: float, prediction_type: PredictionType, t: float) -> float:

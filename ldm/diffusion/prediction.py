@@ -114,7 +114,7 @@ def x0_and_epsilon(
         return prediction, epsilon_from_x0(x_t, prediction, alpha, sigma)
     if prediction_type == "v_prediction":
         return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
-    way_out = "; as_noise turns it into epsilon" if prediction_type == "posterior_mean" else ""
+    way_out = "; to_epsilon_model converts it" if prediction_type == "posterior_mean" else ""
     raise ValueError(f"prediction_type is {prediction_type!r}; choose {' or '.join(DIRECT)}{way_out}")
 
 

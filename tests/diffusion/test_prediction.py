@@ -176,7 +176,7 @@ def test_unknown_predictions_are_refused():
     for function in (training_target, x0_and_epsilon):
         with pytest.raises(ValueError, match="prediction_type is 'score'"):
             function(x, x, 0.6, 0.8, "score")
-    with pytest.raises(ValueError, match=r"prediction_type is 'posterior_mean'; .*as_noise turns it into epsilon"):
+    with pytest.raises(ValueError, match=r"prediction_type is 'posterior_mean'; .*to_epsilon_model"):
         x0_and_epsilon(x, x, 0.6, 0.8, "posterior_mean")
     with pytest.raises(ValueError, match="'flow' is no quantity"):
         convert(x, x, "epsilon", "flow", alpha=0.6, sigma=0.8)

@@ -113,19 +113,19 @@ def test_the_rule(monkeypatch):
     assert (sizes.sampled, sizes.decoded) == (2, 8)
     assert memory.chunk_sizes(3, (8, 8), sample_bytes=2**28, image_bytes=2**28, device=CPU).sampled == 3
     assert memory.chunk_sizes(50, (8, 8), sample_bytes=2**33, image_bytes=2**28, device=CPU).sampled == 1
-    assert memory.chunk_sizes(50, (8, 8), sample_bytes=2**30, image_bytes=2**28, device=CPU, in_one_batch=True).sampled == 50
+    assert (
+        memory.chunk_sizes(50, (8, 8), sample_bytes=2**30, image_bytes=2**28, device=CPU, in_one_batch=True).sampled
+        == 50
+    )
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)  # fewer where less is free
     assert memory.chunk_sizes(50, (8, 8), sample_bytes=2**28, image_bytes=2**28, device=CPU).sampled == 3
-    for wrong, said in (
-        ({"sample_bytes": 2**32}, r"height and width are 8 and 8: a picture of this size needs about 4\.0 GiB of memory"),
-        ({"image_bytes": 2**32}, r"a picture of this size needs about 4\.0 GiB of memory, and 1\.0 GiB are free on cpu"),
-        ({"in_one_batch": True}, r"50 pictures at once \(a classifier is asked about all\) of this size needs about 25"),
-        (
-            {"held_bytes": 2**32},
-            r"50 pictures of 8x8 and their prompts take 4\.0 GiB, and about 512 MiB to draw, and",
-        ),
+    for wrong, message in (
+        ({"sample_bytes": 2**32}, r"height and width are 8 and 8: .* 4\.0 GiB"),
+        ({"image_bytes": 2**32}, r"4\.0 GiB of memory, and 1\.0 GiB are free on cpu"),
+        ({"in_one_batch": True}, r"50 .*classifier.* 25"),
+        ({"held_bytes": 2**32}, r"50 .* 8x8 .*4\.0 GiB, .*512 MiB"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             memory.chunk_sizes(50, (8, 8), **({"sample_bytes": 2**29, "image_bytes": 2**28, "device": CPU} | wrong))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UnCLIPScheduler
-from ldm.diffusion.diffusers_schedulers import SCHEDULERS
 
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, alpha_sigma_at, ddim, ddpm
+from ldm.diffusion.diffusers_schedulers import SCHEDULERS
 from ldm.pipelines.schedulers import _set_timesteps, check_scheduler, run_scheduler
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
