@@ -34,7 +34,7 @@ from torch import Tensor
 from ldm import checkpoint
 from ldm.config import TrainConfig
 from ldm.data import generator, to_signed
-from ldm.data.digits import DIGIT_WORDS
+from ldm.data.builtin import DIGIT_WORDS
 from ldm.diffusion import LossConfig, PredictionType
 from ldm.evaluation.efficientnet import DIMENSIONS, EfficientNetLite0
 from ldm.evaluation.features import PIXEL_DIMENSIONS, DigitFeatures, Features, pixel_features, random_directions

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from ldm.data import DataConfig, open_source, split
-from ldm.data.digits import digit_captions
+from ldm.data.builtin import digit_captions
 from ldm.evaluation.digits import DigitReader, draw_digits, label
 from ldm.pipelines import Pipeline, contact_sheet, save_png
 

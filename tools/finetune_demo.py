@@ -22,7 +22,7 @@ from PIL import Image
 
 from ldm.checkpoint import find_pipeline
 from ldm.data import DataConfig, open_source
-from ldm.data.openmoji import render
+from ldm.data.builtin import render
 from ldm.pipelines import Pipeline, contact_sheet, save_png
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """Captioned images: sources, split, sampling order, and the data set that training reads."""
 
-from ldm.data.buckets import Buckets, bucket_sizes
+from ldm.data.batching import BatchOrder, Buckets, SampleOrder, bucket_sizes, micro_batches
+from ldm.data.builtin import DIGIT_WORDS
 from ldm.data.dataset import (
     Batch,
     CaptionedImages,
@@ -12,12 +13,11 @@ from ldm.data.dataset import (
     to_signed,
     to_uint8,
 )
-from ldm.data.digits import DIGIT_WORDS
 from ldm.data.inspection import Duplicate, Inspection, inspect
-from ldm.data.order import BatchOrder, SampleOrder, micro_batches
+from ldm.data.layouts import open_source
 from ldm.data.report import DatasetReport, dataset_report
 from ldm.data.rng import generator
-from ldm.data.sources import DataConfig, NoCaptionsError, Sample, Skipped, Source, open_source
+from ldm.data.sources import DataConfig, NoCaptionsError, Sample, Skipped, Source
 
 __all__ = [
     "DIGIT_WORDS",

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.cores import usable_cores
-from ldm.data.buckets import Buckets, assign_buckets, bucket_sizes, square_bucket
-from ldm.data.composing import Composer
+from ldm.data.batching import BatchOrder, Buckets, assign_buckets, bucket_sizes, square_bucket
+from ldm.data.composer import Composer
 from ldm.data.images import resize_and_crop
-from ldm.data.order import BatchOrder
 from ldm.data.rng import generator
 from ldm.data.sources import DataConfig, Sample
 

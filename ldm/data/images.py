@@ -1,26 +1,24 @@
-"""From any image file to RGB, and from any RGB image to a tensor of bytes of a given size."""
+"""Decode image files to RGB, and resize RGB images to uint8 tensors."""
 
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 from torch import Tensor
 
 from ldm.data.color import CONVERTED, ignored_color_space, to_srgb
-from ldm.data.kinds import file_type
-from ldm.data.png import strip_text_chunks
+from ldm.data.file_types import AVIF, unsupported_type
 from ldm.data.sources import Decoded
 
-# Not every build of Pillow has libavif.
-_AVIF = bool(features.check("avif"))
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", *([".avif"] * _AVIF)})
 # What is decoded is told by the bytes, not by the suffix, so the formats are limited here too: Pillow knows
 # some that start other programs (EPS runs Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] * _AVIF))
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] * AVIF))
 # Raised when the way from stored bytes to pixels changes what comes out, in any source: encoded images are kept under
 # their bytes and this.
 TRANSFORM_VERSION = 2
@@ -48,7 +46,8 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
             rgb = to_rgb(upright, background)
             return Decoded(rgb, image.format or "", image.mode, traits, _alpha(upright))
     except UnidentifiedImageError as error:
-        raise ValueError(file_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})") from error
+        reason = unsupported_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})"
+        raise ValueError(reason) from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow stops warning and refuses
         raise ValueError(f"more than {most:,} pixels, which would fill memory; save it smaller") from error
@@ -155,3 +154,49 @@ def is_clear(alpha: Image.Image) -> bool:
 def border_of(pixels: np.ndarray) -> np.ndarray:
     """[h, w, …] → the pixels at its edges, [N, …]."""
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+
+
+# The texts that say how a picture is turned, where nothing else does.
+_UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+# Profiles of printers have a few MiB, more than Pillow takes of a PNG.
+_MAX_PROFILE = 2**24
+
+
+def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:
+    """A PNG → (it without its texts, its color profile if that is too large for Pillow); other files stay as they are.
+
+    A profile of more than 16 MiB is cut off, and so damaged.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data, None
+    view, kept, profile = memoryview(data), [], None
+    start, copied = 8, 0
+    while start + 12 <= len(data):
+        kind = data[start + 4 : start + 8]
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        content = view[start + 8 : end - 4]
+        dropped = kind in (b"tEXt", b"zTXt", b"iTXt") and not _says_upright(content)
+        if kind == b"iCCP" and len(_unpacked(content, MAX_TEXT_CHUNK)) > MAX_TEXT_CHUNK:
+            profile, dropped = _unpacked(content, _MAX_PROFILE), True
+        if dropped:
+            kept.append(view[copied:start])
+            copied = end
+        start = end
+    return b"".join([*kept, view[copied:]]) if kept else data, profile
+
+
+def _says_upright(content: memoryview) -> bool:
+    name = bytes(content[:80]).split(b"\0")[0]
+    return name in _UPRIGHT and len(_unpacked(content, MAX_TEXT_CHUNK)) <= MAX_TEXT_CHUNK
+
+
+def _unpacked(content: memoryview, most: int) -> bytes:
+    """What is compressed in a chunk, at most a byte more than `most`; nothing if nothing is."""
+    _, _, rest = bytes(content).partition(b"\0")
+    # iCCP and zTXt: a byte, and the data. iTXt: two bytes, language, NUL, translated name, NUL, and the data.
+    for packed in (rest[1:], rest[2:].partition(b"\0")[2].partition(b"\0")[2]):
+        try:
+            return zlib.decompressobj().decompress(packed, most + 1)
+        except zlib.error:
+            continue
+    return b""

@@ -1,20 +1,16 @@
-"""Any path as a source of captioned images: what it holds says what it is.
+"""`open_source`: any data path as a source of captioned images.
 
-A data set that `datasets.save_to_disk` wrote is that. Any other folder is read by the source of captions that it has,
-in the folders below it too:
+`save_to_disk` folders of `datasets` are read as such. Any other folder, with the folders below it, is read from the
+source of captions that captions most images, of equals the first of:
 
-1. metadata: `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, naming image files and their captions. Several of
-   them all count, each for the folder it lies in;
-2. a table of another name whose rows name image files that are there: CSV, JSON lines, kohya's JSON, Flickr's lists,
-   and all of COCO's annotations together;
-3. captions beside images: `a.txt`, `a.caption` (every line a caption), or `a.json` with a caption in it;
-4. shards: webdataset's `.tar`, else tables with the images in them, `.parquet` and `.arrow`;
-5. where there is no other, classes: images in sub-folders, whose names are the captions.
+1. metadata: `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, each for the folder it lies in;
+2. another table whose rows name image files: CSV, JSON lines, kohya JSON, Flickr lists, and all COCO annotations;
+3. sidecars: `a.txt`, `a.caption` (each line a caption), or `a.json` beside `a.png`;
+4. shards: webdataset `.tar` files, else `.parquet` and `.arrow` tables with images (`split` and `subset` apply);
+5. if there is no other: the names of sub-folders.
 
-Of several, the one that captions most images is read, of equals the first; `caption_source` chooses another. They are
-not mixed: the others are named with the number of their images, and so are files that look as if they held captions
-and cannot be read. Beside these no captions are invented of the names of folders. Of shards, `split` and `subset`
-choose some; a file that is given as the path is read whatever its name says.
+`caption_source` overrides the choice. Sources are never mixed: unused ones, and unreadable files that look like
+captions are reported. A file given as the path is read whatever its name.
 """
 
 from __future__ import annotations
@@ -23,12 +19,11 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ldm.data.captions import plural, printable
-from ldm.data.columns import has_images
+from ldm.data.file_types import IMAGES, misnamed_image, stem, suffix, unsupported_reason
 from ldm.data.folder import (
-    IMAGES,
     Candidate,
     FolderFiles,
     SampleListing,
@@ -36,41 +31,83 @@ from ldm.data.folder import (
     list_classes,
     list_files,
     list_sidecars,
-    misnamed_image,
-    stem,
-    suffix,
     summary,
-    unsupported_reason,
 )
 from ldm.data.metadata import METADATA, list_metadata, list_named_tables
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
 from ldm.data.rows import first_line
-from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Skipped, Source
-from ldm.data.splits import choose_split
-from ldm.data.tables import ImageTable, is_saved, list_tables, open_arrow, open_hub, open_parquet, open_saved
+from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Sample, Skipped, Source
+from ldm.data.tables import (
+    ImageTable,
+    has_images,
+    is_saved,
+    list_tables,
+    open_arrow,
+    open_hub,
+    open_parquet,
+    open_saved,
+)
 from ldm.data.tars import list_tar
-from ldm.data.unread import unread
+from ldm.data.unread_captions import find_unread_captions
 
 SIDECARS, SHARDS, FOLDERS = "sidecars", "shards", "folders"
+# The names of splits that `datasets` knows.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
-def open_path(config: DataConfig, captioned: bool = True) -> Source:
-    """Opens the folder, the file, or the data set of the hub that `config.path` names; see the module.
+def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
+    """Opens the data set that `config.path` names. Nothing is decoded.
 
     Args:
-        captioned: leave out images without a caption.
+        captioned: False also lists images without a caption, to train on images alone.
 
     Raises:
-        ValueError: if there is none, nothing in it has a caption, or the config asks for what it does not have.
+        NoCaptionsError: a ValueError, if there is no captioned image, or no image at all.
+        ValueError: if there is no such data set, a package is missing, or the columns, split or subset do not exist.
     """
-    path = Path(config.path).expanduser().absolute()  # samples are read wherever the process goes
+    source = _open(config, captioned)
+    if not config.caption_templates:
+        return source
+    return replace(source, samples=tuple(_with_templates(one, config.caption_templates) for one in source.samples))
+
+
+def _open(config: DataConfig, captioned: bool) -> Source:
+    if config.path == "digits":
+        from ldm.data.builtin import open_digits
+
+        return open_digits()
+    if config.path == "openmoji":
+        from ldm.data.builtin import open_openmoji
+
+        return open_openmoji(
+            config.resolution, config.background_rgb, skin_tones=config.skin_tones, cutouts=config.compose > 0
+        )
+    if config.path == "scenes":
+        from ldm.data.scenes.source import open_scenes
+
+        return open_scenes(config)
+    path = Path(config.path).expanduser().absolute()  # samples stay readable when the working directory changes
+    if path.is_dir() and is_saved(path):
+        listing = SampleListing("", *list_tables([open_saved(path, config, captioned)], path, config, captioned))
+        return _source(str(path), listing, f"no captioned image in {path}", captioned)
     if path.is_dir():
-        return _open_saved(path, config, captioned) if is_saved(path) else _open_folder(path, config, captioned)
+        return _open_folder(path, config, captioned)
     if path.exists():
         return _open_file(path, config, captioned)
     check_path(config.path)
     listing = SampleListing("", *list_tables([open_hub(config, captioned)], None, config, captioned))
     return _source(config.path, listing, f"data set {config.path} has no captioned image", captioned)
+
+
+def _with_templates(sample: Sample, templates: tuple[str, ...]) -> Sample:
+    """Appends each caption in each template, without repetitions."""
+    filled = dict.fromkeys(template.replace("{}", caption) for template in templates for caption in sample.captions)
+    new = tuple(text for text in filled if text not in sample.captions)
+    return replace(sample, captions=(*sample.captions, *new), templated=len(new))
 
 
 def check_path(name: str) -> None:
@@ -81,11 +118,6 @@ def check_path(name: str) -> None:
     if near or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         hint = f'did you mean "{near[0]}"?' if near else f"give a folder, or one of {', '.join(BUILT_IN)}"
         raise ValueError(f"data.path {name} does not exist; {hint}")
-
-
-def _open_saved(folder: Path, config: DataConfig, captioned: bool) -> Source:
-    listing = SampleListing("", *list_tables([open_saved(folder, config, captioned)], folder, config, captioned))
-    return _source(str(folder), listing, f"no captioned image in {folder}", captioned)
 
 
 def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
@@ -112,7 +144,7 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     sources = list(_described(candidates, chosen, len(listing.samples), with_captions))
     read = {path for candidate in candidates for path in (*candidate.listing.covered, *candidate.files)}
     sources.sort(key=lambda source: source.reason != "")  # what is used comes first
-    sources += unread(found, {*read, *tables}, reasons, with_captions)
+    sources += find_unread_captions(found, {*read, *tables}, reasons, with_captions)
     if config.caption_source is not None:  # who chooses knows what is left
         why = f"data.caption_source is {config.caption_source}"
         sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
@@ -365,7 +397,7 @@ def _account_for_the_rest(
             listing.skipped.append(Skipped(path, listing.uncovered))
         elif path in shards:
             listing.skipped.append(Skipped(path, f"passed over: the folder is read by {listing.kind}"))
-        elif (reason := misnamed_image(found, path)) is not None:
+        elif (reason := misnamed_image(found.root / path)) is not None:
             listing.skipped.append(Skipped(path, reason))
 
 
@@ -409,3 +441,48 @@ def _source(
         raise NoCaptionsError(f"{nothing}{cause}; {WAYS_OUT}", source)
     assert len({sample.id for sample in listing.samples}) == len(listing.samples)
     return Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=captioned)
+
+
+def choose_split(where: str, paths: Sequence[str], config: DataConfig) -> tuple[list[str], str | None]:
+    """The files of `config.subset` (a folder or a file of that name) and `config.split`.
+
+    A file belongs to the split that its name or a folder of it says, as in `data/test-00000-of-00003.parquet`;
+    one that says nothing belongs to "train".
+
+    Args:
+        where: what holds the files, for messages.
+        paths: posix paths within it.
+
+    Returns:
+        the files in their order, and the split if there are others.
+
+    Raises:
+        ValueError: listing what there is, if there are no such files.
+    """
+    chosen = list(paths)
+    if config.subset is not None:
+        chosen = [path for path in paths if config.subset in PurePosixPath(path).with_suffix("").parts]
+        if not chosen:
+            folders = sorted({PurePosixPath(path).parent.as_posix() for path in paths})
+            raise ValueError(
+                f'{where} has no files of the subset "{config.subset}"; its files lie in '
+                f"{', '.join(map(printable, folders))}; set data.subset to one of these, or leave it out"
+            )
+    splits: dict[str, list[str]] = {}
+    for path in chosen:
+        splits.setdefault(_split_of(path), []).append(path)
+    wanted = _SPLITS.get(config.split, config.split)
+    if wanted not in splits:
+        raise ValueError(
+            f'{where} has no split "{config.split}"; it has {", ".join(sorted(splits))}; set data.split to one of these'
+        )
+    return splits[wanted], wanted if len(splits) > 1 else None
+
+
+def _split_of(path: str) -> str:
+    # The name itself says it more surely than the folders above.
+    for part in reversed(PurePosixPath(path).parts):
+        for word in re.split(r"[-._ \d]+", part.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return "train"

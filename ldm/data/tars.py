@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ldm.data.captions import MAX_TEXT_BYTES, caption_lines, json_captions, printable
-from ldm.data.folder import CAPTION_FILES, IMAGES, nfc, unsupported_reason
+from ldm.data.file_types import CAPTION_FILES, IMAGES, nfc, unsupported_reason
 from ldm.data.images import decode
 from ldm.data.sources import DataConfig, Sample, Skipped
 

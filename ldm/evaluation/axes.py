@@ -30,8 +30,16 @@ from ldm.data.scenes.captions import (
     CaptionWriter,
 )
 from ldm.data.scenes.catalog import Drawing, Thing, load_catalog
-from ldm.data.scenes.held_out import INVERSE_RELATIONS, Concept, relation_concept
-from ldm.data.scenes.scene import COLORS, RELATIONS, Part, Scene, SceneSampler
+from ldm.data.scenes.scene import (
+    COLORS,
+    INVERSE_RELATIONS,
+    RELATIONS,
+    Concept,
+    Part,
+    Scene,
+    SceneSampler,
+    relation_concept,
+)
 from ldm.evaluation.judge import Look, Reading
 
 Axis = Literal["one thing", "unseen synonym", "color", "relation", "worn", "two colors", "count", "unseen phrasing"]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data import DIGIT_WORDS, Sample
-from ldm.data.digits import digit_captions
+from ldm.data.builtin import digit_captions
 from ldm.pipelines import Pipeline
 from ldm.text import cut_prompts_said
 

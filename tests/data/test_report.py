@@ -152,7 +152,9 @@ def test_panoramas_are_not_counted_as_ordinary_shapes() -> None:
 
 
 def test_the_line_counts_images_and_where_some_are_skipped_entries() -> None:
-    assert dataset_report(inspection([sample(1)]), CONFIG).summary().startswith("things: 1 image: 1 used (1 to train on, ")
+    assert (
+        dataset_report(inspection([sample(1)]), CONFIG).summary().startswith("things: 1 image: 1 used (1 to train on, ")
+    )
     assert dataset_report(clean(), CONFIG).summary().startswith("things: 120 images: 120 used (")
     one = dataset_report(inspection([], skipped=(Skipped("metadata.csv:2", "no caption"),)), CONFIG)
     assert one.summary().startswith("things: 1 entry: 0 used (")

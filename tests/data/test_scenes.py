@@ -12,9 +12,8 @@ from ldm.data import CaptionedImages, DataConfig, generator, open_source, split
 from ldm.data.scenes import captions
 from ldm.data.scenes.captions import CaptionWriter
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.held_out import HELD_OUT_FRACTIONS, Concept, relation_concept
 from ldm.data.scenes.render import render_scene, tint
-from ldm.data.scenes.scene import COLORS, PLACES, RELATIONS, SceneSampler
+from ldm.data.scenes.scene import COLORS, HELD_OUT_FRACTIONS, PLACES, RELATIONS, Concept, SceneSampler, relation_concept
 from ldm.data.scenes.source import held_out_scene, training_scene
 from ldm.text import load_text_encoder
 from tests.training.runs import ROOT

@@ -6,9 +6,8 @@ import pytest
 
 from ldm.data import generator
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.held_out import Concept
 from ldm.data.scenes.render import render_parts
-from ldm.data.scenes.scene import SceneSampler
+from ldm.data.scenes.scene import Concept, SceneSampler
 from ldm.evaluation.axes import AXES, axis_prompts, is_on, is_placed, redrawn, right
 from ldm.evaluation.judge import OWN, Look, Reading
 

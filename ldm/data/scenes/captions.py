@@ -10,8 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.data.scenes.catalog import CLIP_ART, Thing
-from ldm.data.scenes.held_out import INVERSE_RELATIONS, Concept
-from ldm.data.scenes.scene import PLACES, Part, Scene
+from ldm.data.scenes.scene import INVERSE_RELATIONS, PLACES, Concept, Part, Scene
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
 

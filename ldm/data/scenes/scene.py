@@ -1,15 +1,52 @@
-"""What a scene shows: things, what they wear and hold, their relation and the background. Sampled at random."""
+"""Scenes: things, what they wear and hold, their relation and background, and which concepts are held out."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from ldm.data.scenes.catalog import CLIP_ART, Catalog, Drawing, Thing
-from ldm.data.scenes.held_out import Concept, relation_concept
+
+ConceptKind = Literal["color", "relation", "worn", "synonym", "phrasing"]
+
+HELD_OUT_FRACTIONS: dict[ConceptKind, float] = {
+    "color": 0.1,
+    "relation": 0.1,
+    "worn": 0.1,
+    "synonym": 0.05,
+    "phrasing": 0.1,
+}
+# Two ways to say the same place, and the one that it is kept under.
+INVERSE_RELATIONS = {"right of": "left of", "under": "above", "behind": "in front of"}
+_BOTH_WAYS = ("next to",)
+
+
+class Concept(NamedTuple):
+    """What a scene shows or a caption says, as far as it may be held out: its kind, and the names in it."""
+
+    kind: ConceptKind
+    names: tuple[str, ...]
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether training may not see it."""
+        key = "\0".join(("scenes", self.kind, *self.names)).encode()
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return number / 2**64 < HELD_OUT_FRACTIONS[self.kind]
+
+
+def relation_concept(first: str, how: str, second: str) -> Concept:
+    """`first` stands `how` ("left of", "above", "in front of", "next to" or their opposites) `second`."""
+    if how in INVERSE_RELATIONS:
+        first, how, second = second, INVERSE_RELATIONS[how], first
+    elif how in _BOTH_WAYS:
+        first, second = sorted((first, second))
+    return Concept("relation", (first, how, second))
+
 
 SceneKind = Literal["one", "count", "pair", "three", "worn", "held", "worn pair"]
 Size = Literal["small", "big"]

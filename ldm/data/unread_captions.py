@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from ldm.data.captions import decode_text
-from ldm.data.folder import CAPTION_FILES, DOCUMENTS, IMAGES, FolderFiles, nfc, stem, suffix
-from ldm.data.names import parent_prefix
+from ldm.data.file_types import CAPTION_FILES, DOCUMENTS, IMAGES, nfc, parent_prefix, stem, suffix
+from ldm.data.folder import FolderFiles
 from ldm.data.sources import CaptionSource
 
 _SHEETS = (".xlsx", ".ods", ".xlsm")
@@ -57,7 +57,7 @@ _MOST = 2**24  # bytes of a file that are looked at
 _LOOKED_AT = 20  # of files that are named after images
 
 
-def unread(
+def find_unread_captions(
     found: FolderFiles, read: Collection[str], reasons: Mapping[str, str], captioned: Collection[str]
 ) -> list[CaptionSource]:
     """Files that name images of the folder, or are named after them, and that nothing reads.

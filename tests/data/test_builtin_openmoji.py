@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ldm.data import DataConfig, Sample, Source, open_source, split
-from ldm.data.openmoji import variant_group
+from ldm.data.builtin import variant_group
 
 CONFIG = DataConfig(path="openmoji", resolution=64)
 

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from ldm.data.composer_captions import Wording, grounded, joined, names_ground
 from ldm.data.images import CLEAR_ALPHA, border_of, is_clear, resize_and_crop
-from ldm.data.joining import Wording, grounded, joined, names_ground
 from ldm.data.rng import generator
 from ldm.data.scenes.render import RGB
 from ldm.data.sources import DataConfig, Decoded, Sample

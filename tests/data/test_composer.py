@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.data import CaptionedImages, DataConfig, Sample, collate, dataset_report, inspect, open_source, split
-from ldm.data.composing import Composition
+from ldm.data.composer import Composition
 from ldm.data.images import decode
 from ldm.data.scenes.render import RGB
 
