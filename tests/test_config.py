@@ -382,7 +382,7 @@ def test_lists_of_texts_are_split_at_commas_alone(written, expected):
         ("first_stage.x=5", "first_stage is a value, not a section"),
         (
             "data.path=~no-such-user/pics",
-            "data.path is '~no-such-user/pics', in the home of a user that does not exist",
+            "data.path is '~no-such-user/pics'",
         ),
         ("output_dir=~no-such-user/run", "output_dir is '~no-such-user/run'"),
     ],

@@ -63,13 +63,13 @@ def check(
         source = open_source(config)
     except NoCaptionsError as error:  # what was skipped, and why, is what the account is for
         source = error.source
-    inspection = inspect(source, config, progress=True, everything=True)
+    inspection = inspect(source, config, progress=True, include_curated=True)
     account = dataset_report(inspection, config, truncated_words=truncated_words, uncounted=uncounted)
     if as_json:
         import json
 
         print(json.dumps(account.to_dict(), indent=2, allow_nan=False))
     else:
-        print(account.to_text(everything=everything))
+        print(account.to_text(full=everything))
     if account.needs_attention:
         raise typer.Exit(1)

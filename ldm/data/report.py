@@ -15,23 +15,32 @@ from ldm.data.dataset import split
 from ldm.data.inspection import Duplicate, Inspection
 from ldm.data.sources import WAYS_OUT, CaptionSource, DataConfig, Sample, Skipped
 
-_TOP = 10  # of the captions that most images share
-# Widths to heights; an image counts for the nearest, by ratio.
+_MAX_REPEATED = 10  # captions shared by most images
+_FEW_IMAGES = 100
+# Width to height; an image counts for the nearest ratio.
 _SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
-# More than this share of images below half of the resolution needs attention.
-_MUCH_SMALLER = 0.1
-_FEW = 100
-_LEAST_RESOLUTION = 8  # below that nobody trains
-# Beyond this ratio of the sides cropping leaves less than half of an image, even with buckets.
+# A larger fraction of images below half of the resolution needs attention.
+_MAX_SMALL = 0.1
+_MIN_RESOLUTION = 8  # for advice
+# Beyond this ratio cropping removes more than half of an image, even with buckets.
 _EXTREME = 4
 _NARROWER, _WIDER = f"narrower than 1:{_EXTREME}", f"wider than {_EXTREME}:1"
+_SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+# Colors that are not converted, although the image says that they are not sRGB.
+_UNCERTAIN = {
+    color.UNUSABLE: "a color profile that is damaged or of another kind of image",
+    color.GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
+    color.ADOBE: "Adobe RGB in EXIF, and no color profile",
+}
+_SHOWN = 10  # entries per list in `to_text`
+_LABEL_WIDTH = 12
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class TooLong:
-    """A caption of which the text encoder reads a part: an image that has it, and the words that are lost."""
+    """A caption that the text encoder truncates: one image that has it, and the words that are lost."""
 
     image: str
     caption: str
@@ -40,17 +49,16 @@ class TooLong:
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of the used images, and those that are lacking.
+    """Captions of the used images.
 
     Args:
-        total, distinct: how many captions the used images have, and how many different texts.
-        templated: how many of them `data.caption_templates` has made of others.
-        without: used images that have none, in an account for someone who needs none.
-        missing, empty: entries that are skipped for that.
-        words: least, median and most words of a text; None without captions.
-        repeated: (text, number of images) of the texts that most images share, at most ten.
-        too_long: None where nobody counted, and
-        uncounted: says why.
+        total, distinct: number of captions, and of different texts.
+        templated: how many of them come from `data.caption_templates`.
+        without: used images without a caption, if captions are not required.
+        missing, empty: entries skipped for that reason.
+        words: minimum, median and maximum per text; None without captions.
+        repeated: (text, number of images) of the most shared texts, at most ten.
+        too_long: truncated captions; None if not checked, for the reason in `uncounted`.
     """
 
     total: int
@@ -67,12 +75,12 @@ class Captions:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Upright sizes of the used images, in pixels; sizes of samples that nobody looked at may be unknown.
+    """Upright sizes of the used images in pixels, as far as they are known.
 
     Args:
         smallest, median, largest: (width, height), by number of pixels; None without images.
-        enlarged, much_enlarged: images below the resolution, and below half of it.
-        shapes: number of images by aspect ratio, width to height, narrow to wide.
+        enlarged, much_enlarged: number of images below the resolution, and below half of it.
+        shapes: number of images by aspect ratio (width to height), narrow to wide.
     """
 
     smallest: Size | None
@@ -85,18 +93,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a data set holds and what is wrong with it; total == used + skipped + duplicate.
+    """The contents and problems of a data set; total == used + skipped + duplicate.
 
     Args:
         training, held_out: the two parts of `used`.
         skipped_files, duplicate_files: those entries, with reasons and originals.
-        contradictory: the duplicates whose original did not have their captions.
-        near_duplicates: used images that show one picture; one tuple a picture.
-        formats, modes, traits: number of used images for each; see `Decoded`.
-        treatment: what is done with each trait that occurs.
-        caption_sources: where the folder has captions, the one that is used, others, and files that are not read.
-        composed: share of the samples of an epoch that are composed of training images.
-        notes: what is worth knowing; `needs_attention`: what should be mended, and how. One line each.
+        contradictory: duplicates with captions that their original does not have.
+        near_duplicates: used images that show the same picture; one tuple per picture.
+        formats, modes, traits: number of used images for each (`Decoded`).
+        treatment: the conversion for each trait that occurs.
+        caption_sources: used and unused sources of captions, and files that may be one.
+        composed: fraction of the samples of an epoch that are composed of several images.
+        notes: one line each; `needs_attention`: problems and their solutions, one line each.
     """
 
     name: str
@@ -123,8 +131,8 @@ class DatasetReport:
     composed: float = 0.0
 
     def summary(self) -> str:
-        """One line, for the start of a training."""
-        # What is skipped may also be a row of a table, or one of the captions of an image.
+        """One line for the start of a training."""
+        # A skipped entry may also be a table row or a caption.
         what = plural(self.total, "entry", "entries") if self.skipped else plural(self.total, "image")
         return printable(
             f"{self.name}: {what}: {self.used} used ({self.training} to train on, {self.held_out} held "
@@ -134,7 +142,7 @@ class DatasetReport:
         )
 
     def unused_captions(self, *, harmless: bool = False) -> tuple[str, ...]:
-        """One line for each file or other source of captions that may be missed; with `harmless`, for the others."""
+        """One line per unused source of captions that may be missed; with `harmless`, per other one."""
         return tuple(
             printable(
                 f"{_about(source)} and is not used: {source.reason}"
@@ -145,15 +153,23 @@ class DatasetReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in types of JSON: the keys are the names of the fields. No number is NaN or infinite."""
+        """JSON types; the keys are the field names. No number is NaN or infinite."""
         plain: dict[str, Any] = asdict(self)
         return plain
 
-    def to_text(self, *, everything: bool = False) -> str:
-        """The account for a person, safe for a terminal; lists are cut at ten unless `everything` is asked for."""
-        from ldm.data.report import account_text
-
-        return account_text(self, everything)
+    def to_text(self, *, full: bool = False) -> str:
+        """The report as printable text; lists are cut at ten entries unless `full`."""
+        shown = None if full else _SHOWN
+        lines = [self.summary(), ""]
+        for label, texts in _paragraphs(self, shown):
+            lines += [f"{label if not number else '':<{_LABEL_WIDTH}}{text}" for number, text in enumerate(texts)]
+        if self.notes:
+            lines += ["", "Good to know", *(f"  - {line}" for line in self.notes)]
+        if self.needs_attention:
+            lines += ["", "Needs attention", *(f"  - {line}" for line in self.needs_attention)]
+        else:
+            lines += ["", "Nothing needs attention."]
+        return "\n".join(lines)
 
 
 def dataset_report(
@@ -163,18 +179,27 @@ def dataset_report(
     truncated_words: Callable[[Sequence[str]], list[str]] | None = None,
     uncounted: str = "",
 ) -> DatasetReport:
-    """Counts what an inspection found.
+    """Makes the report of an inspection.
 
     Args:
-        truncated_words: for captions, the words of each that do not fit into the text encoder: `TextEncoder.lost`.
-        uncounted: why there is no `truncated_words`.
+        truncated_words: captions → the words of each that the text encoder does not read (`TextEncoder.lost`).
+        uncounted: the reason, if there is no `truncated_words`.
     """
     used = inspection.used
-    shown = {sample.id: sample.display_name for sample in used}
+    names = {sample.id: sample.display_name for sample in used}
     training, held_out = split(used, config.held_out) if used else ((), ())
-    traits = _counted(trait for kind in inspection.formats for trait in kind.traits)
-    treatment = _treatment(config.background)
-    account = DatasetReport(
+    traits = _counts(trait for stored in inspection.formats for trait in stored.traits)
+    treatment = {
+        "rotated": "turned upright, as EXIF says",
+        color.CONVERTED: "converted from their color profiles to sRGB",
+        **{trait: f"{what}; taken as sRGB" for trait, what in _UNCERTAIN.items()},
+        "cmyk": "converted to RGB without a color profile, so colors may shift",
+        "16-bit": "scaled to 8 bits",
+        "palette": "converted to RGB",
+        "transparent": f"laid on {config.background}; data.background chooses another color",
+        "animated": "the first frame is used",
+    }
+    report = DatasetReport(
         name=inspection.name,
         resolution=config.resolution,
         total=inspection.total,
@@ -186,11 +211,11 @@ def dataset_report(
         skipped_files=inspection.skipped,
         duplicate_files=inspection.duplicates,
         contradictory=tuple(copy.path for copy in inspection.duplicates if copy.captions),
-        near_duplicates=tuple(tuple(shown[name] for name in names) for names in inspection.near_duplicates),
+        near_duplicates=tuple(tuple(names[id] for id in cluster) for cluster in inspection.near_duplicates),
         captions=_captions(inspection, truncated_words, uncounted),
         sizes=_sizes(used, config),
-        formats=_counted(kind.format or "made here" for kind in inspection.formats),
-        modes=_counted(kind.mode for kind in inspection.formats),
+        formats=_counts(stored.format or "made here" for stored in inspection.formats),
+        modes=_counts(stored.mode for stored in inspection.formats),
         traits=traits,
         treatment={trait: treatment.get(trait, "converted to RGB") for trait in traits},
         notes=(),
@@ -199,15 +224,15 @@ def dataset_report(
         composed=config.compose,
     )
     return replace(
-        account,
-        notes=tuple(printable(line) for line in _notes(account, inspection)),
-        needs_attention=tuple(printable(line) for line in _needs_attention(account, config, inspection)),
+        report,
+        notes=tuple(printable(line) for line in _notes(report, inspection)),
+        needs_attention=tuple(printable(line) for line in _needs_attention(report, config, inspection)),
     )
 
 
-def quoted(caption: str, longest: int = 60) -> str:
-    """A caption, or its beginning, in quotation marks."""
-    return f'"{printable(caption)}"' if len(caption) <= longest else f'"{printable(caption[:longest].rstrip())}…"'
+def quoted(caption: str) -> str:
+    """A caption in quotation marks, cut at 60 characters."""
+    return f'"{printable(caption)}"' if len(caption) <= 60 else f'"{printable(caption[:60].rstrip())}…"'
 
 
 def _about(source: CaptionSource) -> str:
@@ -222,30 +247,25 @@ def _about(source: CaptionSource) -> str:
 def _captions(
     inspection: Inspection, truncated_words: Callable[[Sequence[str]], list[str]] | None, uncounted: str
 ) -> Captions:
-    bearers: dict[str, str] = {}
+    first_image: dict[str, str] = {}
     images: Counter[str] = Counter()
     for sample in inspection.used:
         for text in sample.captions:
-            bearers.setdefault(text, sample.display_name)
+            first_image.setdefault(text, sample.display_name)
         images.update(set(sample.captions))
-    words = [len(text.split()) for text in bearers]
+    words = [len(text.split()) for text in first_image]
     too_long = None
     if truncated_words is not None:
-        texts = list(bearers)
-        too_long = tuple(
-            TooLong(bearers[text], text, gone)
-            for text, gone in zip(texts, truncated_words(texts) if texts else [], strict=True)
-            if gone
-        )
-    # The most frequent first; Counter keeps the order of the data among equals.
-    repeated = tuple((text, count) for text, count in images.most_common(_TOP) if count > 1)
+        texts = list(first_image)
+        lost = zip(texts, truncated_words(texts) if texts else [], strict=True)
+        too_long = tuple(TooLong(first_image[text], text, missing) for text, missing in lost if missing)
     return Captions(
         total=sum(len(sample.captions) for sample in inspection.used),
-        distinct=len(bearers),
+        distinct=len(first_image),
         missing=sum(entry.reason.startswith("no caption") for entry in inspection.skipped),
         empty=sum(entry.reason.startswith("empty caption") for entry in inspection.skipped),
         words=(min(words), statistics.median(words), max(words)) if words else None,
-        repeated=repeated,
+        repeated=tuple((text, count) for text, count in images.most_common(_MAX_REPEATED) if count > 1),
         too_long=too_long,
         uncounted="" if truncated_words is not None else uncounted,
         templated=sum(sample.templated for sample in inspection.used),
@@ -257,78 +277,48 @@ def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
     sizes = sorted((sample.size for sample in used if sample.size), key=lambda size: (size[0] * size[1], size))
     shapes = Counter(map(_shape, sizes))
     sides = [_side(size, config) for size in sizes]
+    ratios = (_NARROWER, *(f"{width}:{height}" for width, height in _SHAPES), _WIDER)
     return Sizes(
         smallest=sizes[0] if sizes else None,
         median=sizes[len(sizes) // 2] if sizes else None,
         largest=sizes[-1] if sizes else None,
         enlarged=sum(side < config.resolution for side in sides),
         much_enlarged=sum(side < config.resolution / 2 for side in sides),
-        shapes={name: shapes[name] for name in (_NARROWER, *map(_ratio, _SHAPES), _WIDER) if shapes[name]},
+        shapes={name: shapes[name] for name in ratios if shapes[name]},
     )
 
 
 def _shape(size: Size) -> str:
     width, height = size
-    if max(width, height) > _EXTREME * min(width, height):
+    if max(size) > _EXTREME * min(size):
         return _WIDER if width > height else _NARROWER
-    return _ratio(min(_SHAPES, key=lambda shape: _octaves(size, shape)))
-
-
-def _ratio(shape: Size) -> str:
-    return f"{shape[0]}:{shape[1]}"
-
-
-def _octaves(size: Size, shape: Size) -> float:
-    return abs(math.log2(size[0] * shape[1] / (size[1] * shape[0])))
+    w, h = min(_SHAPES, key=lambda shape: abs(math.log2(width * shape[1] / (height * shape[0]))))
+    return f"{w}:{h}"
 
 
 def _side(size: Size, config: DataConfig) -> float:
-    """What is compared with the resolution: with buckets the area counts, of squares the shorter side."""
+    """The side to compare with the resolution: by area with buckets, else the shorter one."""
     return math.sqrt(size[0] * size[1]) if config.bucketed else min(size)
 
 
-def _counted(names: Iterable[str]) -> dict[str, int]:
+def _counts(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _treatment(background: str) -> dict[str, str]:
-    return {
-        "rotated": "turned upright, as EXIF says",
-        color.CONVERTED: "converted from their color profiles to sRGB",
-        **{trait: f"{what}; taken as sRGB" for trait, what in _UNCERTAIN.items()},
-        "cmyk": "converted to RGB without a color profile, so colors may shift",
-        "16-bit": "scaled to 8 bits",
-        "palette": "converted to RGB",
-        "transparent": f"laid on {background}; data.background chooses another colour",
-        "animated": "the first frame is used",
-    }
-
-
-_SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
-
-
-# Colors that are not converted, though the image says that they are not sRGB.
-_UNCERTAIN = {
-    color.UNUSABLE: "a color profile that is damaged or of another kind of image",
-    color.GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
-    color.ADOBE: "Adobe RGB in EXIF, and no color profile",
-}
-
-
-def _notes(account: DatasetReport, inspection: Inspection) -> Iterable[str]:
-    if account.captions.uncounted:
-        yield f"the lengths of captions were not checked: {account.captions.uncounted}"
-    if 0 < account.used < _FEW:
-        yield f"{plural(account.used, 'image')}: few for a model from scratch, enough to fine-tune one"
-    extreme = sum(account.sizes.shapes.get(name, 0) for name in (_NARROWER, _WIDER))
+def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
+    if report.captions.uncounted:
+        yield f"the lengths of captions were not checked: {report.captions.uncounted}"
+    if 0 < report.used < _FEW_IMAGES:
+        yield f"{plural(report.used, 'image')}: few for a model from scratch, enough to fine-tune one"
+    extreme = sum(report.sizes.shapes.get(name, 0) for name in (_NARROWER, _WIDER))
     if extreme:
         yield f"{plural(extreme, 'image')} beyond {_EXTREME}:1, most of which is cropped away; cut them up"
-    if account.near_duplicates:
-        alike = sum(len(names) for names in account.near_duplicates)
+    if report.near_duplicates:
+        alike = sum(len(names) for names in report.near_duplicates)
         groups = {sample.id: sample.group for sample in inspection.used}
         together = all(len({groups[name] for name in names}) == 1 for names in inspection.near_duplicates)
         yield (
-            f"{alike} images show {plural(len(account.near_duplicates), 'picture')}, re-saved, retouched or mirrored; "
+            f"{alike} images show {plural(len(report.near_duplicates), 'picture')}, re-saved, retouched or mirrored; "
             + (
                 "all are used, and those of one picture are held out together or not at all"
                 if together
@@ -343,38 +333,36 @@ def _notes(account: DatasetReport, inspection: Inspection) -> Iterable[str]:
             f"what lies in {training[0]}/ and {', '.join(f'{name}/' for name in others)} is taken together; name the "
             f"folder {training[0]}/ itself, or with data.caption_source its captions, to leave the rest out"
         )
-    if not account.captions.without:
-        yield from account.unused_captions(harmless=True)
-    if account.composed:
+    if not report.captions.without:
+        yield from report.unused_captions(harmless=True)
+    if report.composed:
         cutouts = sum(sample.cutout is not None for sample in inspection.used)
         yield (
-            f"{cutouts} of {plural(account.used, 'image')} are transparent around what they show, and can be composed "
-            "on a colored ground"
+            f"{cutouts} of {plural(report.used, 'image')} have a transparent background, and can be composed on a "
+            "colored one"
         )
     if inspection.cache_error:
         yield f"image info cannot be cached: {inspection.cache_error}; set data.cache_dir or $LDM_CACHE"
 
 
-def _needs_attention(account: DatasetReport, config: DataConfig, inspection: Inspection) -> Iterable[str]:
-    captions, sizes, used = account.captions, account.sizes, inspection.used
-    if not account.used:
+def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Inspection) -> Iterable[str]:
+    captions, sizes, used = report.captions, report.sizes, inspection.used
+    if not report.used:
         yield f"no image can be used; {WAYS_OUT}"
-    if account.skipped:
-        reasons = Counter(entry.reason for entry in account.skipped_files).most_common(3)
-        told = ", ".join(f"{count} × {reason}" for reason, count in reasons)
-        more = " and other reasons" if len({entry.reason for entry in account.skipped_files}) > 3 else ""
-        yield f"{account.skipped} of {account.total} are skipped ({told}{more}); mend or remove them"
+    if report.skipped:
+        reasons = Counter(entry.reason for entry in report.skipped_files)
+        most = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        more = " and other reasons" if len(reasons) > 3 else ""
+        yield f"{report.skipped} of {report.total} are skipped ({most}{more}); mend or remove them"
     if not captions.without:
-        yield from account.unused_captions()
+        yield from report.unused_captions()
     for trait, what in _UNCERTAIN.items():
-        # A curated source that nobody looked at has no kinds.
-        bearers = [
-            sample.display_name for sample, kind in zip(used, inspection.formats, strict=False) if trait in kind.traits
-        ]
-        if bearers:
+        # A curated source that was not inspected has no formats.
+        names = [one.display_name for one, kind in zip(used, inspection.formats, strict=False) if trait in kind.traits]
+        if names:
             yield (
-                f"{plural(len(bearers), 'image has', 'images have')} {what}, so that colors may be wrong: {bearers[0]}"
-                f"{' and others' if len(bearers) > 1 else ''} taken as sRGB; save them again in sRGB"
+                f"{plural(len(names), 'image has', 'images have')} {what}, so that colors may be wrong: {names[0]}"
+                f"{' and others' if len(names) > 1 else ''} taken as sRGB; save them again in sRGB"
             )
     if captions.too_long:
         first = captions.too_long[0]
@@ -382,90 +370,70 @@ def _needs_attention(account: DatasetReport, config: DataConfig, inspection: Ins
             f"{plural(len(captions.too_long), 'caption')} longer than the text encoder reads: {first.image} loses "
             f"{quoted(first.lost)}; shorten them, or raise text.max_length (--max-length)"
         )
-    if account.contradictory:
-        copy = next(copy for copy in account.duplicate_files if copy.captions)
+    if report.contradictory:
+        copy = next(copy for copy in report.duplicate_files if copy.captions)
         yield (
-            f"{plural(len(account.contradictory), 'exact copy', 'exact copies')} with another caption than the "
+            f"{plural(len(report.contradictory), 'exact copy', 'exact copies')} with another caption than the "
             f"original: {copy.path} says {quoted(copy.captions[0])}, and shows what {copy.of} shows; all captions are "
-            "drawn, so remove those that are wrong"
+            "used, so remove those that are wrong"
         )
-    if account.used > 1 and captions.distinct == 1 and not captions.without:
+    if report.used > 1 and captions.distinct == 1 and not captions.without:
         yield (
-            f"all {account.used} images have one caption, {quoted(captions.repeated[0][0])}: the text cannot tell them "
+            f"all {report.used} images have one caption, {quoted(captions.repeated[0][0])}: the text cannot tell them "
             "apart; describe what each shows"
         )
-    if account.used and config.held_out > 0 and not account.held_out:
+    if report.used and config.held_out > 0 and not report.held_out:
         yield "nothing can be held out, as all images are of one group; add other images, or set data.held_out to 0"
-    if sizes.much_enlarged > _MUCH_SMALLER * account.used:
+    if sizes.much_enlarged > _MAX_SMALL * report.used:
         sides = sorted(_side(sample.size, config) for sample in used if sample.size)
-        fitting = max(1, int(sides[int(_MUCH_SMALLER * len(sides))]))
-        choice = (
-            f"choose a resolution of about {fitting}, or" if fitting >= _LEAST_RESOLUTION else "remove them, or take"
-        )
+        fitting = max(1, int(sides[int(_MAX_SMALL * len(sides))]))
+        choice = f"choose a resolution of about {fitting}, or" if fitting >= _MIN_RESOLUTION else "remove them, or take"
         yield (
-            f"{plural(sizes.much_enlarged, 'image')} below half of {account.resolution} pixels would be blurred; "
+            f"{plural(sizes.much_enlarged, 'image')} below half of {report.resolution} pixels would be blurred; "
             f"{choice} larger images"
         )
 
 
-_SHOWN = 10  # of each list
-_LABEL = 12  # columns
+# ---- text
 
 
-def account_text(account: DatasetReport, everything: bool) -> str:
-    """What `DatasetReport.to_text` returns."""
-    shown = None if everything else _SHOWN
-    lines = [account.summary(), ""]
-    for label, texts in _paragraphs(account, shown):
-        lines += [f"{label if not number else '':<{_LABEL}}{text}" for number, text in enumerate(texts)]
-    if account.notes:
-        lines += ["", "Good to know", *(f"  - {line}" for line in account.notes)]
-    if account.needs_attention:
-        lines += ["", "Needs attention", *(f"  - {line}" for line in account.needs_attention)]
-    else:
-        lines += ["", "Nothing needs attention."]
-    return "\n".join(lines)
+def _paragraphs(report: DatasetReport, shown: int | None) -> Iterator[tuple[str, list[str]]]:
+    def counts(of: dict[str, int]) -> list[str]:
+        return [", ".join(f"{count} {printable(name)}" for name, count in of.items())] if of else []
+
+    yield "sizes", list(_size_lines(report))
+    yield "shapes", counts(report.sizes.shapes)
+    yield "formats", counts(report.formats)
+    yield "modes", counts(report.modes)
+    yield "treated", [f"{count} {printable(name)}: {report.treatment[name]}" for name, count in report.traits.items()]
+    yield "captions", list(_caption_lines(report, shown))
+    if any(source.reason for source in report.caption_sources):
+        sources = [
+            f"{printable(source.name)}: {plural(source.images, 'image')}, {'not used' if source.reason else 'used'}"
+            for source in report.caption_sources
+        ]
+        yield "sources", _cut(sources, shown)
+    yield "alike", _cut([_names(names, shown) for names in report.near_duplicates], shown)
+    yield "copies", _cut([f"{printable(copy.path)} = {printable(copy.of)}" for copy in report.duplicate_files], shown)
+    yield "skipped", list(_skipped_lines(report, shown))
 
 
-def _paragraphs(account: DatasetReport, shown: int | None) -> Iterator[tuple[str, list[str]]]:
-    yield "sizes", list(_size_lines(account))
-    yield "shapes", [_counts(account.sizes.shapes)] if account.sizes.shapes else []
-    yield "formats", [_counts(account.formats)] if account.formats else []
-    yield "modes", [_counts(account.modes)] if account.modes else []
-    yield (
-        "treated",
-        [f"{count} {printable(trait)}: {account.treatment[trait]}" for trait, count in account.traits.items()],
-    )
-    yield "captions", list(_caption_lines(account, shown))
-    if any(source.reason for source in account.caption_sources):
-        yield "sources", _cut(list(_source_lines(account)), shown)
-    yield "alike", _cut([_names(names, shown) for names in account.near_duplicates], shown)
-    yield "copies", _cut([f"{printable(copy.path)} = {printable(copy.of)}" for copy in account.duplicate_files], shown)
-    yield "skipped", list(_skipped_lines(account, shown))
-
-
-def _size_lines(account: DatasetReport) -> Iterator[str]:
-    sizes = account.sizes
+def _size_lines(report: DatasetReport) -> Iterator[str]:
+    sizes = report.sizes
     if sizes.smallest and sizes.median and sizes.largest:
-        if sizes.smallest == sizes.largest:
-            yield f"all {_by(sizes.smallest)}"
-        else:
-            yield f"{_by(sizes.smallest)} to {_by(sizes.largest)}, median {_by(sizes.median)}"
+        smallest, median, largest = (f"{w}x{h}" for w, h in (sizes.smallest, sizes.median, sizes.largest))
+        yield f"all {smallest}" if smallest == largest else f"{smallest} to {largest}, median {median}"
     if sizes.enlarged:
-        yield f"{plural(sizes.enlarged, 'image')} smaller than {account.resolution} pixels: enlarged"
+        yield f"{plural(sizes.enlarged, 'image')} smaller than {report.resolution} pixels: enlarged"
 
 
-def _by(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _caption_lines(account: DatasetReport, shown: int | None) -> Iterator[str]:
-    captions = account.captions
+def _caption_lines(report: DatasetReport, shown: int | None) -> Iterator[str]:
+    captions = report.captions
     if captions.words:
-        least, median, most = captions.words
+        minimum, median, maximum = captions.words
         yield (
-            f"{captions.total} on {plural(account.used, 'image')}, {captions.distinct} different, "
-            f"{least} to {most} words, median {median:g}"
+            f"{captions.total} on {plural(report.used, 'image')}, {captions.distinct} different, "
+            f"{minimum} to {maximum} words, median {median:g}"
             + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
         )
     if captions.missing or captions.empty:
@@ -475,37 +443,27 @@ def _caption_lines(account: DatasetReport, shown: int | None) -> Iterator[str]:
         yield f"shared by images: {', '.join(shared)}"
     if captions.too_long:
         yield f"{len(captions.too_long)} too long for the text encoder:"
-        yield from _cut(
-            [f"  {printable(entry.image)} loses {quoted(entry.lost)}" for entry in captions.too_long], shown, "  "
-        )
+        lines = [f"  {printable(entry.image)} loses {quoted(entry.lost)}" for entry in captions.too_long]
+        yield from _cut(lines, shown, "  ")
     elif captions.too_long is not None:
         yield "all fit into the text encoder"
 
 
-def _skipped_lines(account: DatasetReport, shown: int | None) -> Iterator[str]:
+def _skipped_lines(report: DatasetReport, shown: int | None) -> Iterator[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for entry in account.skipped_files:
+    for entry in report.skipped_files:
         by_reason[entry.reason].append(entry.path)
     for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         yield f"{len(paths)} × {printable(reason)}"
         yield from _cut([f"  {printable(path)}" for path in paths], shown, "  ")
 
 
-def _source_lines(account: DatasetReport) -> Iterator[str]:
-    for source in account.caption_sources:
-        yield f"{printable(source.name)}: {plural(source.images, 'image')}, {'not used' if source.reason else 'used'}"
-
-
 def _names(names: Sequence[str], shown: int | None) -> str:
-    told = ", ".join(printable(name) for name in names[:shown])
-    return told if shown is None or len(names) <= shown else f"{told}, … and {len(names) - shown} more"
+    text = ", ".join(printable(name) for name in names[:shown])
+    return text if shown is None or len(names) <= shown else f"{text}, … and {len(names) - shown} more"
 
 
 def _cut(lines: list[str], shown: int | None, indent: str = "") -> list[str]:
     if shown is None or len(lines) <= shown:
         return lines
     return [*lines[:shown], f"{indent}… and {len(lines) - shown} more (--all shows them)"]
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {printable(name)}" for name, count in counts.items())

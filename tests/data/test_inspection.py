@@ -253,7 +253,7 @@ def test_a_curated_source_is_passed_through_unless_everything_is_asked_for() -> 
     seen = inspect(untouched, DataConfig(path="digits", resolution=8))
     assert seen.used is untouched.samples and seen.formats == () and seen.total == 1797
     few = replace(digits, samples=(*digits.samples[:40], replace(digits.samples[3], id="digits/again")))
-    everything = inspect(few, DataConfig(path="digits", resolution=8), everything=True)
+    everything = inspect(few, DataConfig(path="digits", resolution=8), include_curated=True)
     assert everything.used == few.samples
     assert everything.near_duplicates == (("digits/0003", "digits/again"),)
     assert {kind.mode for kind in everything.formats} == {"L"}

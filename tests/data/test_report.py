@@ -1,4 +1,4 @@
-"""The account: counts that add up, what is treated how, what needs attention, and text that a terminal survives."""
+"""The report: counts that add up, what is treated how, what needs attention, and text that a terminal survives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.data.sources import Decoded
 
 
 def refuse(_: bytes) -> Decoded:
-    raise AssertionError("an account decodes nothing")
+    raise AssertionError("an report decodes nothing")
 
 
 def sample(number: int, *captions: str, size: tuple[int, int] = (100, 80), group: str = "") -> Sample:
@@ -70,56 +70,56 @@ def cut(captions: Sequence[str]) -> list[str]:
 
 
 def test_everything_is_counted() -> None:
-    account = dataset_report(whole(), CONFIG, truncated_words=cut)
-    assert (account.total, account.used, account.skipped, account.duplicate) == (47, 40, 5, 2)
-    assert account.training + account.held_out == 40
-    assert account.held_out > 0
-    captions = account.captions
+    report = dataset_report(whole(), CONFIG, truncated_words=cut)
+    assert (report.total, report.used, report.skipped, report.duplicate) == (47, 40, 5, 2)
+    assert report.training + report.held_out == 40
+    assert report.held_out > 0
+    captions = report.captions
     assert (captions.total, captions.distinct, captions.missing, captions.empty) == (42, 40, 2, 1)
     assert captions.words == (2, 3, 8)
     assert captions.repeated == (("a cat", 2),)  # on two images, one of which has it twice
     assert captions.too_long is not None
     [too_long] = captions.too_long
     assert (too_long.image, too_long.lost) == ("02.png", "not fit")
-    sizes = account.sizes
+    sizes = report.sizes
     assert (sizes.smallest, sizes.median, sizes.largest) == ((20, 30), (100, 80), (300, 100))
     assert (sizes.enlarged, sizes.much_enlarged) == (2, 1)
     assert sizes.shapes == {"narrower than 1:4": 1, "2:3": 1, "4:3": 37, "3:1": 1}
-    assert account.formats == {"PNG": 37, "GIF": 1, "JPEG": 1, "made here": 1}
-    assert account.modes == {"RGB": 37, "CMYK": 1, "I;16": 1, "P": 1}
-    assert account.traits == dict.fromkeys(
+    assert report.formats == {"PNG": 37, "GIF": 1, "JPEG": 1, "made here": 1}
+    assert report.modes == {"RGB": 37, "CMYK": 1, "I;16": 1, "P": 1}
+    assert report.traits == dict.fromkeys(
         ("16-bit", "animated", "cmyk", "palette", "rotated", "striped", "transparent"), 1
     )
-    assert account.treatment["rotated"].startswith("turned upright")
-    assert "#ff0000" in account.treatment["transparent"]
-    assert account.treatment["striped"] == "converted to RGB"  # a trait that this file has not heard of
-    assert account.contradictory == ("00c.png",)
-    held_out = account.held_out
-    assert account.summary() == (
+    assert report.treatment["rotated"].startswith("turned upright")
+    assert "#ff0000" in report.treatment["transparent"]
+    assert report.treatment["striped"] == "converted to RGB"  # a trait that this file has not heard of
+    assert report.contradictory == ("00c.png",)
+    held_out = report.held_out
+    assert report.summary() == (
         f"things: 47 entries: 40 used ({40 - held_out} to train on, {held_out} held out), 5 skipped, 2 duplicates"
     )
 
 
 def test_what_needs_attention_says_what_to_do() -> None:
-    account = dataset_report(whole(), CONFIG, truncated_words=cut)
-    skipped, too_long, contradictory = account.needs_attention
+    report = dataset_report(whole(), CONFIG, truncated_words=cut)
+    skipped, too_long, contradictory = report.needs_attention
     assert skipped.startswith("5 of 47 are skipped (2 × the file is empty, ")
     assert skipped.endswith("and other reasons); mend or remove them")
     assert '1 caption longer than the text encoder reads: 02.png loses "not fit"; shorten' in too_long
     assert '00c.png says "a small cat", and shows what 00.png shows' in contradictory
-    assert any("2 images show 1 picture" in note and "together" in note for note in account.notes)
+    assert any("2 images show 1 picture" in note and "together" in note for note in report.notes)
     apart = dataset_report(replace(whole(), near_duplicates=(("04.png", "05.png"),)), CONFIG)
     assert any("2 images show 1 picture" in note and "as this data set groups them" in note for note in apart.notes)
-    assert any("/nowhere: Permission denied" in note for note in account.notes)
-    assert any(note.startswith("40 images: few") for note in account.notes)
+    assert any("/nowhere: Permission denied" in note for note in report.notes)
+    assert any(note.startswith("40 images: few") for note in report.notes)
 
 
 def test_clean_data_needs_no_attention() -> None:
-    account = dataset_report(clean(), CONFIG, truncated_words=cut)
-    assert account.needs_attention == () == account.notes
-    assert account.to_text().endswith("Nothing needs attention.")
-    assert account.captions.too_long == ()
-    assert "all fit into the text encoder" in account.to_text()
+    report = dataset_report(clean(), CONFIG, truncated_words=cut)
+    assert report.needs_attention == () == report.notes
+    assert report.to_text().endswith("Nothing needs attention.")
+    assert report.captions.too_long == ()
+    assert "all fit into the text encoder" in report.to_text()
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,10 @@ def test_each_trouble_is_named(found: Inspection, part: str) -> None:
 
 def test_panoramas_are_not_counted_as_ordinary_shapes() -> None:
     sizes = [(5000, 1), (1, 5000), (400, 100), (401, 100), (100, 300)]
-    account = dataset_report(inspection([sample(n, size=size) for n, size in enumerate(sizes)]), CONFIG)
-    assert account.sizes.shapes == {"narrower than 1:4": 1, "1:3": 1, "3:1": 1, "wider than 4:1": 2}
-    assert next(iter(account.sizes.shapes)) == "narrower than 1:4"
-    assert any(note.startswith("3 images beyond 4:1, most of which is cropped away") for note in account.notes)
+    report = dataset_report(inspection([sample(n, size=size) for n, size in enumerate(sizes)]), CONFIG)
+    assert report.sizes.shapes == {"narrower than 1:4": 1, "1:3": 1, "3:1": 1, "wider than 4:1": 2}
+    assert next(iter(report.sizes.shapes)) == "narrower than 1:4"
+    assert any(note.startswith("3 images beyond 4:1, most of which is cropped away") for note in report.notes)
 
 
 def test_the_line_counts_images_and_where_some_are_skipped_entries() -> None:
@@ -167,16 +167,16 @@ def test_with_buckets_the_area_counts() -> None:
 
 
 def test_uncounted_captions_are_said_to_be() -> None:
-    account = dataset_report(clean(), CONFIG, uncounted="the encoder is not installed")
-    assert account.captions.too_long is None
-    assert account.notes == ("the lengths of captions were not checked: the encoder is not installed",)
-    assert "fit into" not in account.to_text()
+    report = dataset_report(clean(), CONFIG, uncounted="the encoder is not installed")
+    assert report.captions.too_long is None
+    assert report.notes == ("the lengths of captions were not checked: the encoder is not installed",)
+    assert "fit into" not in report.to_text()
 
 
 @pytest.mark.parametrize("found", [whole(), clean(), inspection([]), Inspection("passed through", (sample(1),), ())])
 def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
-    account = dataset_report(found, CONFIG, truncated_words=cut)
-    text = json.dumps(account.to_dict(), allow_nan=False)
+    report = dataset_report(found, CONFIG, truncated_words=cut)
+    text = json.dumps(report.to_dict(), allow_nan=False)
     plain = json.loads(text)
     assert set(plain) == set(DatasetReport.__dataclass_fields__)
     assert plain["used"] + plain["skipped"] + plain["duplicate"] == plain["total"] == found.total
@@ -195,7 +195,7 @@ def test_long_lists_are_cut_unless_everything_is_asked_for() -> None:
     skipped = tuple(Skipped(f"s{number:03}.png", "broken" if number % 2 else "empty") for number in range(100))
     near = tuple((f"{number}a", f"{number}b") for number in range(30))
     found = replace(clean(), skipped=skipped)
-    short, long = dataset_report(found, CONFIG).to_text(), dataset_report(found, CONFIG).to_text(everything=True)
+    short, long = dataset_report(found, CONFIG).to_text(), dataset_report(found, CONFIG).to_text(full=True)
     assert short.count(".png") == 20
     assert short.count("… and 40 more (--all shows them)") == 2
     assert "50 × broken" in short
@@ -219,13 +219,13 @@ def test_nothing_reaches_a_terminal_raw() -> None:
         formats=(ImageFormat(ESCAPES, ESCAPES, (ESCAPES,)),) * 2,
         cache_error=ESCAPES,
     )
-    account = dataset_report(replace(found, name=ESCAPES), CONFIG, truncated_words=lambda texts: list(texts))
-    for text in (*account.needs_attention, *account.notes, account.summary(), quoted(ESCAPES * 9)):
+    report = dataset_report(replace(found, name=ESCAPES), CONFIG, truncated_words=lambda texts: list(texts))
+    for text in (*report.needs_attention, *report.notes, report.summary(), quoted(ESCAPES * 9)):
         assert text.isprintable(), ascii(text)
     for everything in (True, False):
-        lines = account.to_text(everything=everything).split("\n")
+        lines = report.to_text(everything=everything).split("\n")
         assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
-    json.dumps(account.to_dict(), allow_nan=False).encode("ascii")
+    json.dumps(report.to_dict(), allow_nan=False).encode("ascii")
 
 
 def test_folders_of_splits_that_are_taken_together_are_named() -> None:

@@ -26,20 +26,20 @@ from ldm.data.sources import require
         ({"caption_templates": ("a photo",)}, r'data\.caption_templates has "a photo"; each needs one {}'),
         ({"caption_templates": ("{} {}",)}, r'data\.caption_templates has "{} {}"; each needs one {}'),
         ({"skin_tones": True}, r'data\.skin_tones .* not for "digits"'),
-        ({"compose": 1.0}, r"data\.compose is 1\.0; it is a share"),
-        ({"compose": -0.1}, r"data\.compose is -0\.1; it is a share"),
-        ({"compose": 0.3}, r"data\.resolution 8 nobody could tell apart; raise that to 16 or more"),
-        ({"compose": 0.3, "path": "scenes", "resolution": 64}, r'"scenes" are composed already; leave it out'),
-        ({"renew_every": 2}, r'data\.renew_every .* for data\.compose above 0, not for "digits" as it is'),
+        ({"compose": 1.0}, r"data\.compose is 1\.0"),
+        ({"compose": -0.1}, r"data\.compose is -0\.1"),
+        ({"compose": 0.3}, r"data\.compose.* data\.resolution 16 .* 8\b"),
+        ({"compose": 0.3, "path": "scenes", "resolution": 64}, r'data\.compose .* "scenes"'),
+        ({"renew_every": 2}, r'data\.renew_every .* data\.compose .* not for "digits"'),
         ({"compose": 0.3, "resolution": 16, "renew_every": 0}, r"data\.renew_every is 0; it is at least 1"),
     ],
 )
-def test_a_config_names_the_key_and_the_value_that_it_refuses(change: dict[str, Any], message: str) -> None:
+def test_config_errors_name_key_and_value(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**{"path": "digits", "resolution": 8, **change})
 
 
-def test_a_config_is_validated_by_pydantic_and_drops_no_unknown_key() -> None:
+def test_unknown_config_keys_are_errors() -> None:
     adapter = TypeAdapter(DataConfig)
     config = adapter.validate_python({"path": "openmoji", "resolution": 64, "skin_tones": True})
     assert config == DataConfig(path="openmoji", resolution=64, skin_tones=True)
@@ -48,7 +48,7 @@ def test_a_config_is_validated_by_pydantic_and_drops_no_unknown_key() -> None:
     assert DataConfig(path="digits", resolution=8, background="#010203").background_rgb == (1, 2, 3)
 
 
-def test_templates_say_every_caption_once_more_and_none_twice() -> None:
+def test_caption_templates() -> None:
     plain = open_source(DataConfig(path="digits", resolution=8))
     known = plain.samples[0].captions
     templates = ("{}", "a print of {}", f"{known[0]}{{}}")
@@ -60,7 +60,7 @@ def test_templates_say_every_caption_once_more_and_none_twice() -> None:
     assert open_source(with_braces).samples[0].captions[-1] == f"{known[-1]} {{0}}"
 
 
-def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'data\.path Digit does not exist; did you mean "digits"\?'):
         open_source(DataConfig(path="Digit", resolution=8))
     missing = tmp_path / "missing"
@@ -68,7 +68,7 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         open_source(DataConfig(path=str(missing), resolution=8))
 
 
-def test_a_missing_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     require("digits", "sklearn")
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: find(name) if name == "sklearn" else None)
