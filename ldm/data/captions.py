@@ -1,4 +1,4 @@
-"""Captions as they are written: text files, JSON, cells of tables, names of folders."""
+"""Reading captions: text files, JSON, table cells, and names of folders."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ import json
 import re
 from collections.abc import Iterable
 
-# In the order in which they are preferred; compared without regard to case, "-" and " " read as "_".
+# In order of preference; case is ignored, "-" and " " count as "_".
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
-# Of the columns of tables that name image files: "comment" is what Flickr30k calls a caption.
+# For tables that name image files; Flickr30k has "comment".
 TABLE_CAPTION_NAMES = (*CAPTION_NAMES, "comment")
 FILE_NAMES = (
     *("file_name", "filename", "file", "image_file_name", "image_file", "image_path", "img_path", "image_name"),
     *("image", "img", "file_path", "filepath", "path"),
 )
 
-# A caption has a few hundred bytes. What is larger by a factor of a thousand is not one, and would fill memory.
 MAX_TEXT_BYTES = 2**20
 
-# YOLO's: the number of a class and the place of a box, or the corners of an outline.
+# YOLO: a class number, and a box or a polygon.
 _BOX = re.compile(r"\d+( [01]?\.\d+(e-?\d+)?){4,}")
 
-# UTF-32 goes first: its little-endian mark begins with that of UTF-16.
+_KINDS: dict[type, str] = {
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    bytes: "bytes",
+}
+
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -34,9 +42,7 @@ _MARKS = (
 
 
 def printable(text: str) -> str:
-    """Any text, such as a file name, as one line that a terminal takes: what cannot be printed is escaped as in
-    Python.
-    """
+    """A text as one printable line; other characters are escaped as in Python."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
@@ -48,21 +54,20 @@ def plural(count: int, one: str, many: str = "") -> str:
 
 
 def caption(text: object) -> str:
-    """One caption, without white space around it.
+    """A caption without surrounding white space.
 
     Raises:
-        ValueError: with the reason, if it is not a text that says something.
+        ValueError: with the reason, if it is not a non-empty text.
     """
     if text is None or text != text:  # pandas writes a missing one as NaN
         raise ValueError("no caption")
     if not isinstance(text, str):
-        raise ValueError(f"the caption is not a text but {_kind(text)}")
+        raise ValueError(f"the caption is not a text but {_KINDS.get(type(text), type(text).__name__)}")
     text = text.strip()
-    # Zero-width characters are no white space to str.strip, but no words either.
+    # str.strip keeps zero-width characters.
     if not any(character.isprintable() for character in text):
         raise ValueError("empty caption")
-    # Undecodable bytes of a table are kept as these, and JSON can spell half of a surrogate pair; no tokenizer takes
-    # either.
+    # Undecodable bytes (surrogateescape), or half of a surrogate pair in JSON; no tokenizer accepts them.
     if any("\udc80" <= character <= "\udcff" for character in text):
         raise ValueError("the caption is not UTF-8 text; save the file as UTF-8")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -73,7 +78,7 @@ def caption(text: object) -> str:
 
 
 def captions(value: object) -> tuple[list[str], list[str]]:
-    """A cell → (captions, reasons): a text is one caption, a list one an entry, each bad one gives a reason."""
+    """A cell, a text or a list of texts → (captions, reasons why others are unusable)."""
     if not isinstance(value, list):
         value = [value]
     if not value:
@@ -88,10 +93,7 @@ def captions(value: object) -> tuple[list[str], list[str]]:
 
 
 def parse_list(cell: object) -> object:
-    """A cell of a text table in which a list of texts is spelled, in JSON or as pandas writes it → the list.
-
-    All else stays as it is, such as tags in brackets.
-    """
+    """A cell that spells a list of texts, in JSON or Python → the list; other cells are returned unchanged."""
     if not (isinstance(cell, str) and re.match(r"\s*\[\s*['\"]", cell) and cell.rstrip().endswith("]")):
         return cell
     for read in (json.loads, ast.literal_eval):
@@ -105,26 +107,25 @@ def parse_list(cell: object) -> object:
 
 
 def decode_text(data: bytes, errors: str = "strict") -> str:
-    """Bytes → text, in UTF-8 or what a byte order mark names.
+    """Bytes → text, in UTF-8 or the encoding of the byte order mark.
 
     Raises:
-        ValueError: with the reason; UnicodeDecodeError never.
+        ValueError: with the reason.
     """
     name = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
-        # A mark of UTF-16 is a promise: what breaks it is not repaired byte by byte.
+        # Errors in UTF-16 and UTF-32 are not repaired.
         return data.decode(name, errors if name.startswith("utf-8") else "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"not {name.upper().removesuffix('-SIG')} text") from error
 
 
 def caption_lines(data: bytes) -> list[str]:
-    """A caption file: every line that is not empty is a caption.
+    """The non-empty lines of a caption file.
 
     Raises:
-        KeyError: if all lines are boxes of YOLO, which stand beside images as captions do.
-        ValueError: with the reason, which begins with a verb, so that the file's name can stand before it; an
-            empty file is an "empty caption".
+        KeyError: if all lines are YOLO boxes.
+        ValueError: with the reason as a predicate ("is not UTF-8 text"), or "empty caption".
     """
     if len(data) > MAX_TEXT_BYTES:
         raise ValueError(f"holds {len(data) / 2**20:.1f} MiB; a caption file has at most {MAX_TEXT_BYTES >> 20} MiB")
@@ -132,7 +133,7 @@ def caption_lines(data: bytes) -> list[str]:
         text = decode_text(data)
     except ValueError as error:
         raise ValueError(f"is {error}") from error
-    # ASCII in UTF-16 without a mark is valid UTF-8, with a NUL after each letter.
+    # ASCII as UTF-16 without a mark is valid UTF-8 with NULs.
     if "\0" in text:
         raise ValueError("is not UTF-8 text")
     lines = []
@@ -140,7 +141,7 @@ def caption_lines(data: bytes) -> list[str]:
         try:
             lines.append(caption(line))
         except ValueError:
-            continue  # only emptiness is left to fail: UTF-8 has no surrogates
+            continue  # an empty line: UTF-8 has no surrogates
     if not lines:
         raise ValueError("empty caption")
     if all(map(_BOX.fullmatch, lines)):
@@ -149,11 +150,11 @@ def caption_lines(data: bytes) -> list[str]:
 
 
 def json_captions(data: bytes, column: str | None) -> tuple[list[str], list[str]]:
-    """A JSON object beside an image → (captions, reasons), from its key `column` or one named as captions are.
+    """A JSON object → (captions, reasons), from its key `column`, or a usual one if that is None.
 
     Raises:
         KeyError: if it has no such key, or is not an object.
-        ValueError: with the reason, which begins with a verb, if it is not JSON.
+        ValueError: with the reason as a predicate, if it is not JSON.
     """
     try:
         if len(data) > MAX_TEXT_BYTES:
@@ -173,7 +174,7 @@ def class_caption(folder: str) -> str:
     """The name of a folder as a caption: "10_golden-retriever" → "golden retriever".
 
     Raises:
-        ValueError: with the reason, if the name says nothing.
+        ValueError: if no words are left.
     """
     name = re.sub(r"^\d+_(?=.)", "", folder)  # kohya's number of repeats
     words = " ".join(re.split(r"[_\-\s]+", name)).strip()
@@ -181,7 +182,7 @@ def class_caption(folder: str) -> str:
 
 
 def match_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
-    """The column that bears the first of `names`, or None."""
+    """The column with the first of `names` that there is, or None."""
     found = {re.sub(r"[\s-]+", "_", column.strip()).casefold(): column for column in reversed(list(columns))}
     return next((found[name] for name in names if name in found), None)
 
@@ -189,14 +190,13 @@ def match_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
 def choose_column(
     where: str, columns: list[str], possible: list[str], names: tuple[str, ...], key: str, given: str | None
 ) -> str:
-    """The column to use: the one the config gives, else the one that is named as usual, else the only one possible.
+    """The column that the config gives, else the one with the first of `names`, else the only possible one.
 
     Args:
-        where: what has the columns, for the message.
-        columns, possible: all columns, and those whose type fits.
-        names: usual names, the most usual first.
-        key: of the config, "image_column" or "caption_column", and
-        given: its value.
+        where: name of the table, for messages.
+        columns, possible: all columns, and those of a suitable type.
+        names: usual names, in order of preference.
+        key, given: "image_column" or "caption_column", and its value in the config.
 
     Raises:
         ValueError: listing the columns.
@@ -215,15 +215,3 @@ def choose_column(
     raise ValueError(
         f"{where}: which column holds the {what}s cannot be told from the columns {listed}; set data.{key}"
     )
-
-
-def _kind(value: object) -> str:
-    names = {
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        dict: "an object",
-        list: "a list",
-        bytes: "bytes",
-    }
-    return names.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""From the colors that an image's profile describes to sRGB, which is what models are trained on."""
+"""Conversion of images from their color profile to sRGB."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from PIL import ExifTags, Image, ImageCms
 
 CONVERTED, UNUSABLE, GAMMA, ADOBE = "color-profile", "bad-profile", "png-gamma", "adobe-rgb"
 
-# Relative colorimetric with black point compensation, as image editors do by default: colors that both spaces have
-# stay as they are, and the darkest ink becomes black.
+# Relative colorimetric with black point compensation, the default of image editors.
 _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
-# LittleCMS samples curves of grays so coarsely that 1 of 255 linear ones becomes 6 instead of 13. For 256 grays it need
-# not be quick.
+# LittleCMS samples gray curves too coarsely otherwise: linear 1 of 255 would become 6 instead of 13.
 _EXACT = ImageCms.Flags.NOOPTIMIZE
-# Profiles of sRGB differ in how they round their curve. What moves no color by more than this is sRGB.
+# A profile that changes no color by more than this is sRGB.
 _SAME = 2
 _GRAYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 _SRGB_WHITE_AND_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
@@ -30,24 +28,24 @@ Grays = NDArray[np.uint8]
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """An image in the colors of its ICC profile → (the image in sRGB, what was found).
+    """An image with an ICC profile → (the image in sRGB, the trait).
 
-    Where the profile is sRGB, or there is none, the image is returned as it is, pixel for pixel. What was found is
-    CONVERTED, or UNUSABLE for a profile that is damaged or of another kind of image, or None.
+    The trait is CONVERTED, UNUSABLE for a profile that is damaged or of another kind of image, or None if the profile
+    is sRGB or missing; then the pixels are unchanged.
     """
     if ("icc_profile" not in image.info and image.mode != "LAB") or image.mode in ("I", "F"):
-        return image, None  # of I and F nobody knows the white, so that they are not used
+        return image, None  # the white of I and F is not defined; they are rejected later
     try:
         convert = _conversion(image.info.get("icc_profile"), image.mode == "LAB")
         return (image, None) if convert is None else (convert(image), CONVERTED)
-    # What Pillow and LittleCMS make of broken bytes.
+    # Errors of Pillow and LittleCMS for broken profiles.
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
         return (_lab(None)(image), UNUSABLE) if image.mode == "LAB" else (image, UNUSABLE)
 
 
 def ignored_color_space(image: Image.Image) -> str | None:
-    """How an image without a profile, as it was opened, says that its colors are not sRGB, which is not followed: GAMMA
-    (gAMA or cHRM of a PNG) or ADOBE (the EXIF of cameras); None.
+    """A sign, in an image without a profile, of another color space than sRGB, which is ignored: GAMMA (gAMA or cHRM of
+    a PNG), ADOBE (EXIF of cameras), or None.
     """
     info = image.info
     if "icc_profile" in info:
@@ -59,18 +57,18 @@ def ignored_color_space(image: Image.Image) -> str | None:
         if places and np.abs(np.subtract(places, _SRGB_WHITE_AND_PRIMARIES)).max() > 0.01:
             return GAMMA
     try:
-        # A camera's way to say Adobe RGB without a profile (DCF 2.0).
+        # Adobe RGB without a profile (DCF 2.0).
         return ADOBE if image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03" else None
-    except Exception:  # broken EXIF raises whatever comes up, and says nothing about colors
+    except Exception:  # broken EXIF raises many types
         return None
 
 
 @lru_cache(maxsize=64)  # images of one camera or scanner have one profile
 def _conversion(profile: bytes | None, lab: bool) -> Callable[[Image.Image], Image.Image] | None:
-    """What brings an image to sRGB, None for nothing; ValueError where the profile fits no image of this kind."""
+    """The conversion to sRGB; None for the identity. Raises ValueError for an unsuitable profile."""
     if lab:
         return _lab(profile)
-    if not profile:  # Pillow's word for one that cannot be unpacked
+    if not profile:  # Pillow could not decompress it
         raise ValueError("damaged")
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
@@ -100,7 +98,7 @@ def _transform(source: Any, mode: str, into: str, flags: int = 0) -> ImageCms.Im
 def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
     converted = ImageCms.applyTransform(image, transform)
     assert converted is not None
-    converted.info = {}  # neither the profile nor a transparent color is true of it any more
+    converted.info = {}  # the profile and the transparent color no longer apply
     return converted
 
 
@@ -109,7 +107,7 @@ def _ramp() -> Image.Image:
 
 
 def _grid() -> Image.Image:
-    """17³ colors, the corners of RGB and all between them."""
+    """A grid of 17³ RGB colors."""
     levels = np.linspace(0, 255, 17).round().astype(np.uint8)
     return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3))
 
@@ -144,7 +142,7 @@ def _from_gray(image: Image.Image, grays: Grays) -> Image.Image:
 
 
 def _deep(levels: NDArray[Any], grays: Grays) -> NDArray[np.uint8]:
-    """16-bit grays [h, w] → RGB [h, w, 3], between the 256 known ones in linear light, where curves are straightest."""
+    """16-bit grays [h, w] → RGB [h, w, 3], interpolated between 256 converted grays in linear light."""
     unit = grays.astype(np.float64) / 255
     light = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
     between = [np.interp(levels / 257, np.arange(256), light[:, channel]) for channel in range(3)]
@@ -160,7 +158,7 @@ def _from_cmyk(image: Image.Image, cmyk: ImageCms.ImageCmsTransform) -> Image.Im
 
 
 def _lab(profile: bytes | None) -> Callable[[Image.Image], Image.Image]:
-    """CIE L*a*b*, which needs no profile to be known."""
+    """The conversion of CIE L*a*b*; the profile is optional."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
     transform = _transform(source, "LAB", "RGB")
     return lambda image: _applied(transform, image)

@@ -1,4 +1,4 @@
-"""What one decoding tells of an image, kept on disk so that the next start only reads and hashes."""
+"""Image info (size, hash of the pixels, thumbnail), cached on disk by the hash of the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm.data.duplicates import THUMBNAIL, Bytes, thumbnail
 from ldm.data.images import FORMATS, cutout_of
 from ldm.data.sources import DataConfig, Decoded
 
-# Goes up with whatever changes what is kept, or what `decode` makes of the same bytes.
+# Raised when the record or the result of `decode` changes.
 _VERSION = 4
 
 _DIGEST = 16
@@ -46,10 +46,10 @@ class ImageInfo:
     """What is known of one image.
 
     Args:
-        pixels: names the decoded RGB pixels: equal for files that show exactly the same.
-        size: width and height in pixels, upright.
+        pixels: hash of the size and the RGB pixels.
+        size: (width, height) in pixels, upright.
         format, mode, traits: as in `Decoded`.
-        thumbnail: uint8 [16, 16, 3], as `similar.thumbnail` makes it.
+        thumbnail: uint8 [16, 16, 3], from `duplicates.thumbnail`.
         cutout: as in `Sample`.
     """
 
@@ -63,7 +63,7 @@ class ImageInfo:
 
 
 def image_info(decoded: Decoded) -> ImageInfo:
-    """What there is to know of a decoded image."""
+    """The info of a decoded image."""
     image = decoded.image
     hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=_DIGEST)
     hashed.update(image.tobytes())
@@ -79,11 +79,10 @@ def image_info(decoded: Decoded) -> ImageInfo:
 
 
 class ImageInfoCache:
-    """Image info on disk, by the digest of the bytes and whatever else they depend on.
+    """Image info on disk by the digest of the file, in a folder named after everything else it depends on.
 
-    A folder of files that are written once, aside, and then named: processes that write at the same time do not meet.
-    Every record bears a checksum; what is damaged is as good as absent. Images that cannot be decoded are not kept,
-    so that they are tried again. Files begin with the digests, so that other data sets are passed over quickly.
+    Files are immutable and get random names, so that processes can write at the same time. Each record has a checksum;
+    damaged ones count as missing. Undecodable images are not stored. Files begin with all digests, for fast lookups.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -93,7 +92,7 @@ class ImageInfoCache:
         self.folder = config.cache_folder / "facts" / hashlib.blake2b(depends.encode(), digest_size=8).hexdigest()
 
     def write(self, info: Sequence[tuple[str, ImageInfo]]) -> None:
-        """Keeps info by the digest of their image. OSError where the folder cannot be written."""
+        """Adds (digest, info) pairs. Raises OSError if the folder cannot be written."""
         if not info:
             return
         records = np.zeros(len(info), _RECORD)
@@ -109,24 +108,24 @@ class ImageInfoCache:
             record["check"] = _checksum(record)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = secrets.token_hex(8)
-        aside = self.folder / f".{name}.part"
+        temporary = self.folder / f".{name}.part"
         try:
-            with open(aside, "wb") as file:
+            with open(temporary, "wb") as file:
                 file.write(records["digest"].tobytes() + records.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, self.folder / f"{name}.facts")
+            os.replace(temporary, self.folder / f"{name}.facts")
         except OSError:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def open(self) -> CachedImageInfo:
-        """What is known now."""
+        """The present content."""
         return CachedImageInfo(sorted(self.folder.glob("*.facts")))
 
 
 class CachedImageInfo:
-    """The info in some files, found by digest. The digests are in memory, the rest is read when it is asked for."""
+    """Image info in some files, by digest. Digests are in memory, records are read on demand."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         keys, places = [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.int64)]
@@ -137,11 +136,11 @@ class CachedImageInfo:
         joined = np.concatenate(keys)
         order = np.argsort(joined, kind="stable")
         self._keys, self._places, self._paths = joined[order], np.concatenate(places)[order], list(paths)
-        # Data come in much the same order at every start, so that neighbours lie in one file.
+        # Starts read images in a similar order, so neighbors are in one file.
         self._records = lru_cache(maxsize=64)(_records)
 
     def get(self, digest: str) -> ImageInfo | None:
-        """The info of an image; None where there are none, or only damaged ones."""
+        """The info of an image; None if there is no intact record."""
         wanted = np.frombuffer(bytes.fromhex(digest), np.uint8)
         key = wanted[:8].view("<u8")[0]
         start, stop = np.searchsorted(self._keys, [key, key + np.uint64(1)]) if key < _LAST_KEY else (0, 0)
@@ -154,12 +153,12 @@ class CachedImageInfo:
         return None
 
 
-# What follows it does not fit into 64 bits; an image with this key is decoded at every start.
+# key + 1 would overflow; an image with this key is always decoded again.
 _LAST_KEY = np.uint64(2**64 - 1)
 
 
 def _keys(path: Path) -> NDArray[np.uint64]:
-    """The first half of each digest in a file, which finds the records; none where it cannot be read."""
+    """The first 8 bytes of each digest in a file; none if it cannot be read."""
     try:
         with open(path, "rb") as file:
             count = os.fstat(file.fileno()).st_size // (_DIGEST + _RECORD.itemsize)

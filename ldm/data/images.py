@@ -16,18 +16,16 @@ from ldm.data.color import CONVERTED, ignored_color_space, to_srgb
 from ldm.data.file_types import AVIF, unsupported_type
 from ldm.data.sources import Decoded
 
-# What is decoded is told by the bytes, not by the suffix, so the formats are limited here too: Pillow knows
-# some that start other programs (EPS runs Ghostscript).
+# Pillow detects formats by their bytes and would start other programs for some (Ghostscript for EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] * AVIF))
-# Raised when the way from stored bytes to pixels changes what comes out, in any source: encoded images are kept under
-# their bytes and this.
+# Raised when any source decodes the same bytes to other pixels; a part of the cache key of encoded images.
 TRANSFORM_VERSION = 2
-# What is less opaque, of 255, is transparent; with so much of its border an image has no ground of its own.
+# Alpha below CLEAR_ALPHA of 255 is transparent; a cutout has at least this fraction of transparent border.
 CLEAR_ALPHA, CLEAR_BORDER = 8, 0.5
 
 
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
-    """Decodes an image file completely: its first frame, upright, in sRGB and mode RGB, on `background`.
+    """Decodes the first frame of an image file: upright, sRGB, mode RGB, on `background`.
 
     Raises:
         ValueError: with the reason, if the bytes cannot be read as an image.
@@ -39,7 +37,7 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if profile is not None:
                 image.info["icc_profile"] = profile
-            # Pillow hands out 16-bit colors as 8 bits, and forgets about it once they are loaded.
+            # Pillow converts 16-bit colors to 8 bits on loading.
             deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
             upright, found = to_srgb(ImageOps.exif_transpose(image))
             traits = tuple(_traits(image, deep, found or ignored_color_space(image)))
@@ -49,17 +47,16 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
         reason = unsupported_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})"
         raise ValueError(reason) from error
     except Image.DecompressionBombError as error:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow stops warning and refuses
-        raise ValueError(f"more than {most:,} pixels, which would fill memory; save it smaller") from error
-    # Pillow's decoders raise whatever comes up in the code that meets the broken bytes: OSError, SyntaxError,
-    # struct.error, IndexError and more.
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of Pillow's error
+        raise ValueError(f"more than {limit:,} pixels, which would fill memory; save it smaller") from error
+    # Pillow's decoders raise many types for broken bytes: OSError, SyntaxError, struct.error, IndexError ….
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(reason or type(error).__name__) from error
 
 
 def _traits(image: Image.Image, deep: bool, colors: str | None) -> Iterator[str]:
-    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):  # all else turns nothing, such as 0
+    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):  # others are upright
         yield "rotated"
     if colors is not None:
         yield colors
@@ -76,16 +73,16 @@ def _traits(image: Image.Image, deep: bool, colors: str | None) -> Iterator[str]
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any mode → RGB: 16-bit greys scaled to 8 bits, transparent pixels blended with `background`.
+    """Any mode → RGB: 16-bit grays scaled to 8 bits, transparent pixels blended with `background`.
 
     Raises:
-        ValueError: for 32-bit greys, whose white is not defined, and modes that Pillow cannot convert.
+        ValueError: for 32-bit grays, whose white is not defined, and modes that Pillow cannot convert.
     """
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 = 255 · 257, rounded
+        gray = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))  # 65535 = 255 · 257, rounded
     if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit greys (mode {image.mode}) have no defined white; save it with 8 or 16 bits")
+        raise ValueError(f"32-bit grays (mode {image.mode}) have no defined white; save it with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         canvas = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
@@ -93,7 +90,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
-    """How opaque each pixel is, in mode L; None where all are."""
+    """The alpha channel, mode L; None for opaque images."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return None
     alpha = image.convert("RGBA").getchannel("A")
@@ -102,18 +99,14 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tensor:
-    """The largest part of an RGB image with the shape of `size`, resized (antialiased bicubic) to uint8 [3, h, w].
-
-    The same as resizing until both sides cover `size`, and no further, and then cropping at whole pixels, in one
-    pass.
+    """Resizes an RGB image to cover `size` (antialiased bicubic) and crops it, in one pass; uint8 [3, h, w].
 
     Args:
         size: (h, w) in pixels.
-        place: where the part lies along the side that is cropped, in [0, 1): 0 at its start, 0.5 in the middle, just
-            below 1 at its end.
+        place: position of the crop in [0, 1), 0.5 for the center.
     """
     (height, width), (native_width, native_height) = size, image.size
-    # Whole pixels of the resized image: where the scale is 1 already, a crop must not blur.
+    # Crop at whole pixels of the resized image, so that nothing is blurred at scale 1.
     if native_width * height > native_height * width:
         spare = native_width * height // native_height - width
         scale, extent = native_height / height, native_height * width / height
@@ -129,15 +122,15 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.
 
 
 def cutout_of(alpha: Image.Image | None, image: Image.Image) -> tuple[int, int, int] | None:
-    """The mean color of what an image shows whose border is transparent, at least half of it; None for others.
+    """The mean color of the motif of an image with a transparent border (`is_clear`); None for others.
 
     Args:
-        alpha: mode L, of the size of `image`; None for an opaque one.
-        image: RGB.
+        alpha: mode L, of the size of `image`; None for opaque images.
+        image: mode RGB.
     """
     if alpha is None or not is_clear(alpha):
         return None
-    # Of small ones, which have the same mean.
+    # Downscaled copies have the same mean.
     weights = np.asarray(alpha.resize((32, 32), Image.Resampling.BOX), dtype=np.float64)[..., None]  # [32, 32, 1]
     if weights.sum() == 0:
         return None
@@ -152,51 +145,50 @@ def is_clear(alpha: Image.Image) -> bool:
 
 
 def border_of(pixels: np.ndarray) -> np.ndarray:
-    """[h, w, …] → the pixels at its edges, [N, …]."""
+    """[h, w, …] → the pixels at the edges, [N, …]."""
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
-# The texts that say how a picture is turned, where nothing else does.
+# Text chunks that may hold the orientation.
 _UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-# Profiles of printers have a few MiB, more than Pillow takes of a PNG.
+# Printer profiles have a few MiB, more than Pillow accepts in a PNG.
 _MAX_PROFILE = 2**24
 
 
 def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG → (it without its texts, its color profile if that is too large for Pillow); other files stay as they are.
-
-    A profile of more than 16 MiB is cut off, and so damaged.
+    """A PNG → (the file without text chunks, the color profile if it is too large for Pillow). Pillow rejects valid
+    images with long texts. Other files are unchanged. Profiles are cut at 16 MiB.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data, None
-    view, kept, profile = memoryview(data), [], None
+    view, pieces, profile = memoryview(data), [], None
     start, copied = 8, 0
     while start + 12 <= len(data):
         kind = data[start + 4 : start + 8]
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         content = view[start + 8 : end - 4]
-        dropped = kind in (b"tEXt", b"zTXt", b"iTXt") and not _says_upright(content)
+        dropped = kind in (b"tEXt", b"zTXt", b"iTXt") and not _has_orientation(content)
         if kind == b"iCCP" and len(_unpacked(content, MAX_TEXT_CHUNK)) > MAX_TEXT_CHUNK:
             profile, dropped = _unpacked(content, _MAX_PROFILE), True
         if dropped:
-            kept.append(view[copied:start])
+            pieces.append(view[copied:start])
             copied = end
         start = end
-    return b"".join([*kept, view[copied:]]) if kept else data, profile
+    return b"".join([*pieces, view[copied:]]) if pieces else data, profile
 
 
-def _says_upright(content: memoryview) -> bool:
+def _has_orientation(content: memoryview) -> bool:
     name = bytes(content[:80]).split(b"\0")[0]
     return name in _UPRIGHT and len(_unpacked(content, MAX_TEXT_CHUNK)) <= MAX_TEXT_CHUNK
 
 
-def _unpacked(content: memoryview, most: int) -> bytes:
-    """What is compressed in a chunk, at most a byte more than `most`; nothing if nothing is."""
+def _unpacked(content: memoryview, limit: int) -> bytes:
+    """The decompressed content of a chunk, at most `limit` + 1 bytes; empty if it is not compressed."""
     _, _, rest = bytes(content).partition(b"\0")
     # iCCP and zTXt: a byte, and the data. iTXt: two bytes, language, NUL, translated name, NUL, and the data.
     for packed in (rest[1:], rest[2:].partition(b"\0")[2].partition(b"\0")[2]):
         try:
-            return zlib.decompressobj().decompress(packed, most + 1)
+            return zlib.decompressobj().decompress(packed, limit + 1)
         except zlib.error:
             continue
     return b""

@@ -15,22 +15,20 @@ from typing import Any, Protocol
 from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, decode_text, match_column
 from ldm.data.file_types import IMAGES, suffix
 
-# A list of captions in plain text is a table of names and captions: img.jpg#0, a tab and the caption.
+# Plain lists of file names and captions: img.jpg#0, a tab and the caption.
 LISTS = (".txt", ".token")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", *LISTS)
 
-# The first of equals is the usual one.
+# In order of preference.
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"} | dict.fromkeys(LISTS, "\t|,;")
-# What programs write into a cell without a value; `datasets`, which reads CSV with pandas, takes them so too.
+# Missing values, as in pandas.
 _NO_VALUE = frozenset({"nan", "null", "none", "n/a", "<na>", "#n/a"})
 _ROWS_FOR_COLUMNS = 1000
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: `number` from 1 is its first line, in parquet its row, in JSON its entry; `cells` by column; `fault` why
-    it is unusable.
-    """
+    """A row: `number` from 1 (line, parquet row or JSON entry), `cells` by column, and `fault`, why it is unusable."""
 
     number: int
     cells: dict[str, Any]
@@ -40,10 +38,10 @@ class Row:
 class RowReader(Protocol):
     """An open table."""
 
-    columns: list[str]  # in parquet those of texts and lists of texts
+    columns: list[str]  # of parquet, only texts and lists of texts
 
     def read(self, columns: Sequence[str]) -> Iterator[Row]:
-        """All rows in their order, with the cells of these columns, also the rows that cannot be understood."""
+        """All rows in order, with the cells of these columns, including unusable rows."""
         ...
 
 
@@ -51,7 +49,7 @@ def open_rows(path: Path) -> RowReader:
     """Opens a table by its suffix.
 
     Raises:
-        ValueError: with the reason, without the name, if it has no columns.
+        ValueError: with the reason, if it has no columns.
         OSError: if it cannot be read.
     """
     kind = path.suffix.lower()
@@ -59,8 +57,7 @@ def open_rows(path: Path) -> RowReader:
         raise ValueError(f"tables end in {', '.join(SUFFIXES)}")
     if kind == ".parquet":
         return _Parquet(path)
-    # Bytes that are not UTF-8 spoil their own row, not the table; in names of files they are how Python spells
-    # the same bytes on disk.
+    # Invalid UTF-8 makes one row unusable, not the table; in file names it matches the names on disk.
     text = decode_text(path.read_bytes(), "surrogateescape")
     if kind == ".json":
         return JsonRows(text)
@@ -68,35 +65,34 @@ def open_rows(path: Path) -> RowReader:
 
 
 class _Csv:
-    """Lines of cells.
+    """Delimited lines.
 
     Args:
-        delimiters: what may stand between cells.
-        plain: a list that no program for tables wrote. A quote is a letter unless cells are parted by commas, and the
-            caption, which comes last, may have the delimiter in it.
+        delimiters: the possible ones, in order of preference.
+        plain: a handwritten list: unless the delimiter is a comma, quotes are letters, and the last cell may contain
+            the delimiter.
     """
 
     def __init__(self, text: str, delimiters: str, plain: bool) -> None:
-        # StringIO counts lines as editors do, and makes all their ends alike.
+        # StringIO splits lines as editors do.
         self.lines = list(io.StringIO(text, newline=None))
         self.plain = plain
         filled = [number for number, line in enumerate(self.lines) if line.strip()]
-        # as Excel is told
-        told = re.fullmatch(r"""(['"]?)sep=(.)\1\s*""", self.lines[filled[0]], re.IGNORECASE) if filled else None
-        if told is not None:
-            delimiters = told[2]
+        # Excel's declaration of the delimiter.
+        declared = re.fullmatch(r"""(['"]?)sep=(.)\1\s*""", self.lines[filled[0]], re.IGNORECASE) if filled else None
+        if declared is not None:
+            delimiters = declared[2]
             filled.pop(0)
         if not filled:
             raise ValueError("the file is empty")
         self.start = filled[0]
         try:
             heads = {mark: next(self._reader(self.start, mark)) for mark in delimiters}
-        except csv.Error as error:  # such as a text without an end of line
+        except csv.Error as error:  # such as an endless line
             raise ValueError(f"not CSV: {error}") from error
-        # max takes the first of equals.
-        self.delimiter = max(heads, key=lambda mark: (_tells_files(heads[mark]), len(heads[mark])))
+        self.delimiter = max(heads, key=lambda mark: (_names_files(heads[mark]), len(heads[mark])))
         self.columns = [cell.strip() for cell in heads[self.delimiter]]
-        # Flickr's lists count the captions of an image: img.jpg| 0| a caption.
+        # Flickr's lists number the captions: img.jpg| 0| a caption.
         counted = len(self.columns) > 2 and self.columns[1].isdigit()
         self.headless = is_image_name(self.columns[0]) and (
             len(self.columns) == 2 or (len(self.columns) > 2 and plain) or (len(self.columns) == 3 and counted)
@@ -117,7 +113,6 @@ class _Csv:
                     last = len(self.columns) - 1
                     cells = [*cells[:last], self.delimiter.join(cells[last:])]
                 else:
-                    # Cutting them off would shorten captions in silence.
                     fault = (
                         f"{len(cells)} cells for {len(self.columns)} columns; put quotes around a text with delimiters"
                     )
@@ -131,11 +126,11 @@ class _Csv:
         return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
 
     def _records(self) -> Iterator[tuple[int, list[str], str | None]]:
-        """(first line, cells, fault). A quote that is never closed costs its own line, not all that follow, and one
-        that is closed by the quote of another row costs these two.
+        """(first line, cells, fault). An unclosed quote costs its own line only, or two lines if the quote of another
+        row closes it.
         """
         start = self.start
-        closing: dict[int, int] = {}  # line with a quote too many → the line that lacks it
+        closing: dict[int, int] = {}  # line with an extra quote → the line without it
         while start < len(self.lines):
             reader = self._reader(start, self.delimiter, strict=True)
             begun = 0
@@ -165,7 +160,7 @@ class _Csv:
                 start += begun + 1
 
     def _is_row(self, line: int) -> bool:
-        """Whether a line within a quoted cell is a row of its own, as it names an image where rows do."""
+        """Whether a line inside a quoted cell is a row itself: it names an image in the column of files."""
         cells = next(csv.reader([self.lines[line]], delimiter=self.delimiter), [])
         if len(cells) < 2:
             return False
@@ -173,13 +168,13 @@ class _Csv:
 
 
 def is_image_name(cell: str) -> bool:
-    """Whether a cell ends as names of images do, or those of Flickr's numbered captions."""
+    """Whether a cell is the name of an image, with or without Flickr's number."""
     name = re.sub(r"#\d+$", "", cell.strip())
     return suffix(name) in IMAGES and "\n" not in name
 
 
-def _tells_files(cells: Sequence[str]) -> bool:
-    """Whether the first cells of a table have a name for a column of files, or begin with a file."""
+def _names_files(cells: Sequence[str]) -> bool:
+    """Whether the first row has the name of a file column, or an image in its first cell."""
     return len(cells) > 1 and (match_column(cells, FILE_NAMES) is not None or is_image_name(cells[0]))
 
 
@@ -238,7 +233,7 @@ class _Parquet:
 
 
 def values_of(array: Any) -> list[Any]:
-    """An Arrow array as Python values; text that is not UTF-8 keeps its bytes as lone surrogates."""
+    """An Arrow array as Python values; invalid UTF-8 becomes lone surrogates."""
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
@@ -255,7 +250,7 @@ def _value(scalar: Any) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type holds texts."""
+    """Whether an Arrow type is a text."""
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -263,7 +258,7 @@ def is_text(kind: Any) -> bool:
 
 
 def is_texts(kind: Any) -> bool:
-    """Whether an Arrow type holds lists of texts."""
+    """Whether an Arrow type is a list of texts."""
     import pyarrow as pa
 
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -271,24 +266,22 @@ def is_texts(kind: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as one line."""
+    """The first line of an error message."""
     lines = str(error).strip().splitlines()
     return " ".join(lines[0].split()) if lines else type(error).__name__
 
 
-Record = dict[str, Any] | str  # or why there is none
+Record = dict[str, Any] | str  # or why it is unusable
 
 
 class JsonRows:
-    """One JSON value as rows; `number` of a row is the place of its entry.
+    """A JSON file as rows, one of:
 
-    - COCO: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; without images, and in the list
-      of its results, the number of an image is its name
-    - a list of objects, alone or as the one list of objects in an object, such as Karpathy's {"images": [{"filename",
-      "sentences": [{"raw"}]}]}
-    - an object of captions by file name: texts, lists of texts, or objects such as kohya's {"caption", "tags"}, where
-      the tags count if there is no caption
-    - JSON lines under the wrong name
+    - COCO: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; without "images", and in
+      COCO results, the id is the file name
+    - a list of objects, or an object with one such list: Karpathy's {"images": [{"filename", "sentences": [{"raw"}]}]}
+    - captions by file name: texts, lists of texts, or kohya's {"caption", "tags"}; tags count if there is no caption
+    - JSON lines
 
     Raises:
         ValueError: with the reason, if it is none of these.
@@ -328,7 +321,7 @@ def _lines(text: str) -> list[Record]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; what it has twice under one key becomes one list, where `dict` would forget the first."""
+    """A JSON object; values under a repeated key become one list."""
     plain = dict(pairs)
     if len(plain) == len(pairs):
         return plain
@@ -346,7 +339,7 @@ def _is_coco(value: dict[str, Any]) -> bool:
 
 
 def _is_boxes(value: dict[str, Any]) -> bool:
-    """Whether it is COCO's, of boxes or points, and its images have no captions either."""
+    """Whether this is COCO's format without captions, such as boxes or keypoints."""
     annotations, images = value.get("annotations"), value.get("images")
     return (
         isinstance(annotations, list)
@@ -384,9 +377,8 @@ def _records(value: Any) -> Iterator[Record]:
         return
     if not isinstance(value, dict):
         return
-    # A file of one image's boxes is an object with lists too, but they do not name files.
     lists = [entries for entries in value.values() if _is_list_of_named(entries)]
-    if len(lists) > 1:  # images with captions, and boxes in them
+    if len(lists) > 1:  # such as images with captions, and boxes
         lists = [entries for entries in lists if match_column(entries[0], CAPTION_NAMES) is not None]
     if len(lists) == 1:
         yield from map(_entry, lists[0])
@@ -423,7 +415,7 @@ def _entry(entry: Any) -> Record:
 
 
 def _with_tags(entry: dict[str, Any]) -> dict[str, Any]:
-    """kohya's record of an image: tags count where there is no caption."""
+    """kohya's tags become the caption if there is none."""
     tags = entry.get("tags")
     if tags is None or match_column(entry, CAPTION_NAMES) is not None:
         return entry

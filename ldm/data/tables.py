@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.captions import CAPTION_NAMES, captions, choose_column, match_column, printable
+from ldm.data.folder import read_file
 from ldm.data.images import decode
 from ldm.data.rng import content_hash
 from ldm.data.rows import first_line, is_text, is_texts, values_of
 from ldm.data.sources import DataConfig, Sample, Skipped
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-# What names a row, where its image has no name of its own.
+# Columns that name rows whose images have no name.
 KEY_NAMES = ("__key__", "key", "id", "image_id", "file_name", "filename")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table of images: `key` names rows, `classes` are the words for a caption of whole numbers;
-    `caption` is None where there is none and none is needed.
+    """The columns of a table of images: `key` names the rows, `classes` are the texts for class numbers as captions;
+    `caption` is None if there is none and none is required.
     """
 
     image: str
@@ -38,25 +39,25 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """All of them, once each."""
+        """All columns, without repetitions."""
         return list(dict.fromkeys(name for name in (self.image, self.caption, self.key) if name is not None))
 
 
 def has_images(schema: Any) -> bool:
-    """Whether a table of this Arrow schema holds images, as bytes or in the way of `datasets`."""
+    """Whether an Arrow schema has images, as bytes or as an Image of `datasets`."""
     return bool(_image_columns(schema))
 
 
 def pick_columns(where: str, schema: Any, config: DataConfig, captioned: bool = True) -> Columns:
-    """The columns that the config names, or those that their types and names give away.
+    """The columns of the config, or those found by type and name.
 
     Args:
-        where: what has the columns, for messages.
+        where: the name of the table, for messages.
         schema: an Arrow schema; `datasets` writes its features into the metadata.
-        captioned: refuse a table whose column of captions cannot be told.
+        captioned: require a column of captions.
 
     Raises:
-        ValueError: listing the columns, if one is missing, of another type, or several are as likely.
+        ValueError: listing the columns, if one is missing, ambiguous or of another type.
     """
     import pyarrow as pa
 
@@ -118,7 +119,7 @@ def _is_classes(feature: Any) -> bool:
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """What `datasets` says of the columns, by name; nothing where it did not write the table."""
+    """The features of `datasets` by column; empty if it did not write the table."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: feature for name, feature in features.items() if name in schema.names and "_type" in feature}
@@ -126,14 +127,14 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-_ROWS_AT_ONCE = 32  # of images of a few MB each; also what is read for one image of a converted file
-_ROW = "__row__"  # the column of a converted file that says which row of the parquet file a row was
+_CHUNK = 32  # rows, of a few MB each; reading one image of a converted file reads one chunk
+_ROW = "__row__"  # the column of a converted file with the row in the parquet file
 _TAIL = 1024
 
 
 @dataclass(frozen=True)
 class ImageTable:
-    """An open table: its name in reports, a `datasets.Dataset` whose rows lie on disk, and the columns to use."""
+    """An open table: its name in messages, a `datasets.Dataset` on disk, and its columns."""
 
     name: str
     dataset: Any
@@ -143,11 +144,10 @@ class ImageTable:
 def open_parquet(
     path: Path, name: str, config: DataConfig, captioned: bool = True
 ) -> tuple[ImageTable | None, list[Skipped]]:
-    """A parquet file, by way of a copy in Arrow, and the rows of it that cannot be read.
+    """A parquet file, as an Arrow copy, and its unreadable rows.
 
-    A row of parquet can only be read with the thousands around it, so the columns that are needed are copied
-    once, a few rows at a time, into the cache folder, where every row can be reached without reading others. The
-    copy's name follows from the file's path, size and times of change: an edited file is copied anew.
+    Parquet has no fast access to single rows, so the needed columns are copied into the cache folder once. The name of
+    the copy depends on the path, size and times of the file.
 
     Raises:
         ValueError: if the columns cannot be told, or the copy cannot be written.
@@ -162,7 +162,7 @@ def open_parquet(
         return None, [Skipped(name, f"not a parquet file that can be read: {first_line(error)}")]
     columns = pick_columns(printable(name), schema, config, captioned)
     stat = path.stat()
-    # The inode's time of change cannot be set back, as the time of modification can.
+    # Unlike mtime, ctime cannot be set by users.
     state = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, columns.names)
     folder = config.cache_folder / "tables"
     copy = folder / f"{content_hash(repr(state).encode('utf-8', 'surrogatepass'))}.rows"
@@ -196,13 +196,13 @@ def _copy(path: Path, schema: Any, columns: Columns, target: Path) -> None:
                 writer.write_batch(pa.record_batch([*arrays, rows], schema=plain))
         noted = Path(scratch, "faults")
         noted.write_text(json.dumps(faults), encoding="utf-8")
-        # The copy goes last: where it stands, the faults do too. Two runs that copy one file write the same.
+        # The copy last: its existence implies that of the faults.
         os.replace(noted, target.with_suffix(".json"))
         os.replace(partly, target)
 
 
 def _readable(path: Path, columns: Columns, faults: list[tuple[int, int, str]]) -> Iterator[tuple[int, Any]]:
-    """(number of its first row from 1, batch) of all that can be read; the rest goes to `faults`."""
+    """(number of the first row from 1, batch) of all readable rows; others are added to `faults`."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -210,7 +210,7 @@ def _readable(path: Path, columns: Columns, faults: list[tuple[int, int, str]]) 
         row = 1
         for group in range(file.num_row_groups):
             end = row + file.metadata.row_group(group).num_rows
-            batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns.names)
+            batches = file.iter_batches(_CHUNK, row_groups=[group], columns=columns.names)
             while row < end:
                 try:
                     batch = next(batches)
@@ -223,7 +223,7 @@ def _readable(path: Path, columns: Columns, faults: list[tuple[int, int, str]]) 
 
 
 def _plain(kind: Any) -> Any:
-    """The type without encodings that not every reader of Arrow knows: dictionaries and views."""
+    """The type without dictionaries and views, which not every reader of Arrow knows."""
     import pyarrow as pa
 
     if is_text(kind):
@@ -234,7 +234,7 @@ def _plain(kind: Any) -> Any:
 def open_arrow(
     path: Path, name: str, config: DataConfig, captioned: bool = True
 ) -> tuple[ImageTable | None, list[Skipped]]:
-    """An Arrow stream, as `datasets` keeps them; ValueError if the columns cannot be told."""
+    """An Arrow stream, as `datasets` writes them. Raises ValueError if the columns cannot be told."""
     import pyarrow as pa
     from datasets import Dataset
 
@@ -248,7 +248,7 @@ def open_arrow(
 
 
 def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> ImageTable:
-    """A folder that `save_to_disk` wrote; of several splits, `config.split`.
+    """A `save_to_disk` folder; of several splits, `config.split`.
 
     Raises:
         ValueError: if it cannot be read, has no such split, or its columns cannot be told.
@@ -257,7 +257,7 @@ def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> Imag
 
     try:
         saved = load_from_disk(str(folder))
-    except Exception as error:  # whatever broken JSON or Arrow files bring up
+    except Exception as error:  # broken JSON and Arrow files raise many types
         raise ValueError(f"{folder} cannot be read as a saved data set: {one_line(error)}; save it again") from error
     if not isinstance(saved, Dataset):
         if config.split not in saved:
@@ -267,26 +267,26 @@ def open_saved(folder: Path, config: DataConfig, captioned: bool = True) -> Imag
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Whether this is a `save_to_disk` folder."""
     parts = ("state.json", "dataset_info.json")
     return (folder / "dataset_dict.json").is_file() or all((folder / part).is_file() for part in parts)
 
 
 def open_hub(config: DataConfig, captioned: bool = True) -> ImageTable:
-    """A data set of the hub by its id, downloaded as `datasets` does; code that comes with it is never run.
+    """A data set of the hub, downloaded by `datasets`. Its code is never run.
 
     Raises:
-        ValueError: if there is none of that name, it cannot be reached, or its columns cannot be told.
+        ValueError: if it does not exist, cannot be downloaded, or its columns cannot be told.
     """
     from datasets import load_dataset
 
-    # It tells of every retry, with addresses; what comes of them is said below.
+    # It logs every retry; the error below has the outcome.
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         dataset = load_dataset(config.path, name=config.subset, split=config.split)
-    except Exception as error:  # network, hub, files and formats each have their own
+    except Exception as error:  # network, hub, files and formats raise many types
         raise ValueError(
             f"data.path {config.path} is no folder or file here, and no data set that can be loaded from the hub: "
             f"{one_line(error)}; check the spelling, the network, data.subset and data.split"
@@ -301,12 +301,12 @@ def list_tables(
 ) -> tuple[list[Sample], list[Skipped]]:
     """The rows of tables as samples.
 
-    An id must not change when rows come or go, so it is not the row's number: it is the name that is stored with
-    the image, or the row's key. Where there is none, or it is not alone, the length and the last kilobyte of the
-    image stand for it, which needs no reading of all bytes; where even these are shared, as by copies, a count.
+    Ids must not change when other rows do, so they are not row numbers but the name stored with the image, or the key.
+    If there is none or it is not unique, a hash of the length and the last kilobyte of the image is added, and a count
+    for copies.
 
     Args:
-        folder: to which stored paths of images without bytes are relative.
+        folder: what paths of images without bytes are relative to.
         captioned: leave out images without a caption.
     """
     rows = [(table, row) for table in tables for row in _rows(table)]
@@ -333,7 +333,7 @@ def list_tables(
         read = partial(_read_row, images[id(table)], row.index)
         if row.fingerprint is None:
             assert file is not None
-            read = partial(_read_file, file)
+            read = partial(read_file, file)
         decoder = partial(decode, background=config.background_rgb)
         shown = "" if name == row.path else place
         samples.append(Sample(name, tuple(dict.fromkeys(good)), group, read, decoder, place=shown))
@@ -342,7 +342,7 @@ def list_tables(
 
 @dataclass(frozen=True)
 class _Row:
-    """What is known of a row without reading its image; `fingerprint` is None where it has no bytes."""
+    """A row without its image; `fingerprint` is None if it has no bytes."""
 
     index: int
     number: int
@@ -358,7 +358,7 @@ def _rows(table: ImageTable) -> Iterator[_Row]:
 
     columns = table.columns
     index = 0
-    # Batches as they lie on disk: joining them would read all images.
+    # Stored batches; joining them would read all images.
     for batch in table.dataset.data.to_batches():
         image = batch.column(columns.image)
         stored, paths = image, [None] * len(image)
@@ -379,7 +379,7 @@ def _rows(table: ImageTable) -> Iterator[_Row]:
 def _words(value: object, columns: Columns) -> object:
     if columns.classes is None or not isinstance(value, int):
         return value
-    # -1 stands for no class.
+    # -1 is no class.
     return columns.classes[value].replace("_", " ") if 0 <= value < len(columns.classes) else None
 
 
@@ -393,15 +393,11 @@ def _fingerprint(stored: Any) -> str | None:
 def _read_row(images: Any, index: int) -> bytes:
     value = images[index].column(0)[0].as_py()
     data = value["bytes"] if isinstance(value, dict) else value
-    assert isinstance(data, bytes), type(data)  # rows without bytes are not samples that come here
+    assert isinstance(data, bytes), type(data)
     return data
 
 
-def _read_file(path: str) -> bytes:
-    return Path(path).read_bytes()
-
-
 def one_line(error: BaseException) -> str:
-    """All that an error says, as one line of bearable length."""
+    """An error as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -1,4 +1,4 @@
-"""Shards of samples in tar files, as webdataset lays them out."""
+"""Webdataset shards: tar files of images and captions."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".xlsx"})
 def list_tar(path: Path, name: str, config: DataConfig, captioned: bool = True) -> tuple[list[Sample], list[Skipped]]:
     """The samples of one shard: images with the .txt, .caption or .json of the same key.
 
-    A key is the path up to the first dot of its last part (as webdataset has it), or up to the last dot, where
-    what follows the first is no suffix that is read. Members of one key need not stand side by side. Only
-    headers and captions are read; an image is later read from its place in the file, so that no file stays open.
+    The key is the path up to the first dot of its last part, as in webdataset, or up to the last dot if the rest is no
+    known suffix. Members of one key need not be neighbors. Only headers and captions are read; images are later read
+    by their offset, so no file stays open.
 
     Args:
-        name: of the shard, with which ids begin: "00000.tar/000000012.jpg".
+        name: of the shard, the prefix of ids: "00000.tar/000000012.jpg".
         captioned: leave out images without a caption.
     """
     samples: list[Sample] = []
     skipped: list[Skipped] = []
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    lost: set[str] = set()  # keys of images that are skipped already
+    lost: set[str] = set()  # keys of skipped images
     with open(path, "rb") as file:
         for member in _members(file, name, skipped):
             _sort_member(member, name, os.fstat(file.fileno()).st_size, groups, lost, skipped)
@@ -44,10 +44,10 @@ def list_tar(path: Path, name: str, config: DataConfig, captioned: bool = True) 
 
 
 def _join_spellings(groups: dict[str, dict[str, tarfile.TarInfo]]) -> None:
-    """Gives captions to the image whose key is the same in other code points, and has none of its own."""
-    mute = {nfc(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
+    """Joins captions and images whose keys differ in the Unicode normal form only."""
+    bare = {nfc(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
     for key, members in list(groups.items()):
-        image = mute.get(nfc(key))
+        image = bare.get(nfc(key))
         if image is not None and image != key and IMAGES.isdisjoint(members):
             groups[image] |= groups.pop(key)
 
@@ -55,13 +55,13 @@ def _join_spellings(groups: dict[str, dict[str, tarfile.TarInfo]]) -> None:
 def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarfile.TarInfo]:
     count = 0
     try:
-        # "r:" takes no compression, in which no member could be reached without reading all before it.
+        # "r:" rejects compression, which has no random access.
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if not member.isdir():
                     count += 1
                     yield member
-    # Broken headers surface as whatever the code that meets them raises, such as ValueError and OverflowError.
+    # Broken headers raise many types.
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
         cause = f"cut off or broken after {count} members" if count else "not a tar file that can be read at any place"
         skipped.append(Skipped(name, f"{cause}: {error}"))
@@ -145,7 +145,7 @@ def _captions(file: BinaryIO, members: dict[str, tarfile.TarInfo], column: str |
     faults: list[str] = []
     for kind in plain or ([".json"] if ".json" in members else []):
         file.seek(members[kind].offset_data)
-        # One byte more than is allowed tells that there is too much.
+        # One byte more than allowed, so that the size is checked.
         data = file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))
         try:
             good, reasons = (caption_lines(data), []) if plain else json_captions(data, column)
@@ -160,7 +160,7 @@ def _captions(file: BinaryIO, members: dict[str, tarfile.TarInfo], column: str |
 
 
 def read_span(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`; OSError if there are fewer."""
+    """`size` bytes of a file from `offset`. Raises OSError if there are fewer."""
     with open(path, "rb") as file:
         file.seek(offset)
         data = file.read(size)
