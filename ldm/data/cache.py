@@ -1,11 +1,8 @@
-"""Rows of numbers on disk, under keys, in shards that are written once and never changed.
+"""Tensors on disk by key, in immutable shards.
 
-A shard is a safetensors file of `keys` and `rows`, named by the hash of its own bytes. So a damaged one is known by
-its name, writers never meet in one file, and no lock is needed: two that write the same row leave two equal copies.
-
-Rows are read with plain reads, not through a memory map. Of 16 KB rows in 100 shards, 128 in random order took 0.48 ms
-against 0.25 ms for a map, whose pages count as memory of the process until all data is in it; giving them back after
-each batch took 0.6 ms. And where a mapped file is cut short the process dies without a word.
+A shard is a safetensors file of `keys` and `rows`, named by the hash of its bytes. So damage is detected, and processes
+write without locks. Rows are read with plain reads: a memory map would count as memory of the process, and a truncated
+file would kill it.
 """
 
 from __future__ import annotations
@@ -36,8 +33,8 @@ from ldm import disk
 from ldm.cores import usable_cores
 
 
-def _files_allowed() -> int:
-    """How many files this process may have open: often 1,024, or 256."""
+def _max_open_files() -> int:
+    """The limit of open files of this process, often 1,024 or 256."""
     try:
         import resource
     except ImportError:  # Windows
@@ -49,18 +46,17 @@ def _files_allowed() -> int:
 KEY_BYTES = 16
 SUFFIX, DAMAGED = ".safetensors", ".damaged"
 VERIFIERS = min(8, usable_cores())
-# Older than any write takes: what a killed process has left behind.
+# Temporary files that are older belong to killed processes.
 STALE_SECONDS = 3600
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-# 100,000 rows are in 391 shards: a batch of 128 in random order took 2 to 3 ms with 512 files open, 6 with 64.
-# A run has two stores, and other files.
-OPEN_FILES = min(512, _files_allowed() // 4)
+# 100,000 rows in 391 shards: 128 random rows take 2 to 3 ms with 512 open files, 6 ms with 64.
+OPEN_FILES = min(512, _max_open_files() // 4)
 WAY_OUT = "choose another folder with $LDM_CACHE or data.cache_dir"
 
 
 @dataclass(frozen=True, eq=False)
 class _Shard:
-    """Where the N rows of one file lie: the first at byte `start`, each of `row_bytes`; `keys` are S16 [N]."""
+    """A file of N rows of `row_bytes`, from byte `start`; `keys` S16 [N]."""
 
     path: Path
     keys: np.ndarray
@@ -71,14 +67,13 @@ class _Shard:
 
 
 class RowCache:
-    """Rows under keys, 32 hexadecimal digits each, in one folder.
+    """Tensors (rows) by key, of 32 hexadecimal digits, in one folder.
 
-    The rows of one `add` have one shape; others may have another. Only what is written is ever created: a folder
-    that holds all that is asked for may be read-only.
+    The rows of one `add` have the same shape. Reading needs no write permission.
 
     Args:
-        folder: ends in what the rows have in common, KIND/KEY; a shard from elsewhere is not taken for one of them.
-        print: is told of damaged shards.
+        folder: ends in KIND/KEY, what the rows have in common; shards of other folders are rejected.
+        print: called with messages about damaged shards.
     """
 
     def __init__(self, folder: Path, print: Callable[[str], None] = print) -> None:
@@ -92,9 +87,8 @@ class RowCache:
         self._files = _Files()
 
     def missing(self, keys: Sequence[str]) -> list[int]:
-        """Positions of the keys that have no row, each key once. Shards that hold the others are verified.
-
-        A damaged shard is named, set aside, and its rows are missing.
+        """Positions of the keys without a row, without repetitions. Shards with the other rows are verified; damaged
+        ones are reported and renamed.
         """
         wanted = _packed(keys)
         shards, _ = self._find(wanted)
@@ -103,34 +97,30 @@ class RowCache:
         return [int(position) for position in absent[np.sort(first)]]
 
     def add(self, keys: Sequence[str], rows: Tensor, to_come: int = 0) -> None:
-        """Writes rows [N, …] under N keys as one shard, complete or not at all.
+        """Atomically writes rows [N, …] under N keys as one shard.
 
         Args:
-            to_come: how many more such rows will be added, which a disk too small for them is told by at once.
+            to_come: number of such rows that will follow, to check the free disk space.
 
         Raises:
-            ValueError: if the folder cannot be written, or the disk has no room.
+            ValueError: if the folder cannot be written, or the disk is too full.
         """
         assert len(keys) == len(rows) > 0, (len(keys), len(rows))
         packed = np.frombuffer(_packed(keys).tobytes(), np.uint8).reshape(-1, KEY_BYTES)
         tensors = {"keys": torch.from_numpy(packed.copy()), "rows": rows.detach().cpu().contiguous()}
-        # One entry of metadata only: safetensors writes several in any order.
+        # A single metadata entry, as safetensors does not sort them.
         content = save(tensors, {"store": self._name})
         path = self.folder / f"{_hash_name(hashlib.sha256(content))}{SUFFIX}"
         self._write(path, content, len(content) + to_come * rows[0].nbytes)
         self._verified.add(path.name)
 
     def open(self, keys: Sequence[str]) -> CachedRows:
-        """The rows of these keys, in their order; keys may repeat.
-
-        Raises:
-            ValueError: if some are missing.
-        """
+        """The rows of these keys, in order, which may repeat. Raises ValueError if some are missing."""
         shards, rows = self._find(_packed(keys))
         lost = int((shards < 0).sum())
         if lost:
             raise ValueError(
-                f"{lost} of {len(keys)} rows are gone from the cache {self.folder}; start again, to have them made"
+                f"{lost} of {len(keys)} rows are missing in the cache {self.folder}; start again to compute them"
             )
         assert self._index is not None
         return CachedRows(self._index.shards, shards, rows, self._files)
@@ -138,10 +128,10 @@ class RowCache:
     # ---- finding rows
 
     def _find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row) int32 of each key, −1 where there is none; every shard that is named is verified."""
+        """(shard, row) int32 per key, −1 if missing; the shards are verified."""
         self._list()
         while True:
-            self._index = self._index or _Index.of(list(self._shards.values()))
+            self._index = self._index or _Index.from_shards(list(self._shards.values()))
             shards, rows = self._index.find(wanted)
             named = [self._index.shards[n] for n in np.unique(shards) if n >= 0]
             unverified = [shard for shard in named if shard.path.name not in self._verified]
@@ -157,10 +147,10 @@ class RowCache:
                 return shards, rows
 
     def _list(self) -> None:
-        """Takes note of the shards that have come or gone, by the keys in their headers."""
+        """Updates the list of shards."""
         try:
             names = {entry.name for entry in os.scandir(self.folder)}
-        except OSError:  # not made yet; `add` says what else is wrong with it
+        except OSError:  # does not exist yet; `add` raises other errors
             names = set()
         for name in self._shards.keys() - names:
             del self._shards[name]
@@ -171,25 +161,27 @@ class RowCache:
                 try:
                     self._shards[name] = _read_header(path, self._name)
                     self._index = None
-                # Bytes that are not ours make the parsers raise whatever comes up.
+                # Foreign files raise many types.
                 except Exception as error:
                     self._refuse(path, error)
             elif name.startswith(".") and SUFFIX in name:
-                _remove_stale(path)
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                        path.unlink()
 
     def _refuse(self, path: Path, fault: Exception) -> None:
-        """Names a shard that cannot be used. A damaged one is set aside; one that only we cannot read stays."""
+        """Reports an unusable shard, and renames it if it is damaged, not just unreadable."""
         self._shards.pop(path.name, None)
         self._refused.add(path.name)
         self._index = None
-        if isinstance(fault, FileNotFoundError):  # another process has set it aside
+        if isinstance(fault, FileNotFoundError):  # another process renamed it
             return
-        done = "is passed over"
+        action = "is ignored"
         if not isinstance(fault, OSError):
-            with suppress(OSError):  # a read-only folder, or another process was first
+            with suppress(OSError):  # read-only, or another process was first
                 path.replace(path.with_suffix(DAMAGED))
-                done = f"is now {path.stem}{DAMAGED}"
-        self._print(f"the cache file {path} {_reason(fault)}; it {done}, and its rows are made again")
+                action = f"was renamed to {path.stem}{DAMAGED}"
+        self._print(f"the cache file {path} {_reason(fault)}; it {action}, and its rows are computed again")
 
     # ---- writing
 
@@ -212,19 +204,16 @@ class RowCache:
         except OSError as error:
             raise ValueError(
                 f"the cache {self.folder} cannot be written: {error.strerror or error} ({_size(needed)} more are "
-                f"needed); mend that, or {WAY_OUT}"
+                f"needed); fix that, or {WAY_OUT}"
             ) from None
         finally:
-            with suppress(OSError):  # then it cannot be there either
+            with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         self._refused.discard(path.name)
 
 
 class CachedRows:
-    """Rows of a store by position: `rows[indices]` copies them into memory.
-
-    Nothing is kept: memory does not grow with what is read.
-    """
+    """Rows of a cache by position: `rows[indices]` copies them into memory, and keeps nothing there."""
 
     def __init__(self, shards: list[_Shard], shard: np.ndarray, row: np.ndarray, files: _Files) -> None:
         self._shards, self._shard, self._row, self._files = shards, shard, row, files
@@ -233,10 +222,10 @@ class CachedRows:
         return len(self._shard)
 
     def __getitem__(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """[N, …] for N ≥ 1 positions, which must have rows of one shape and dtype.
+        """[N, …] for N ≥ 1 positions of rows of one shape and dtype.
 
         Raises:
-            ValueError: if a file has been cut short or removed since it was verified.
+            ValueError: if a file was truncated or removed since it was verified.
         """
         positions = np.asarray(indices, dtype=np.int64)
         chosen = self._shard[positions]
@@ -260,21 +249,20 @@ class CachedRows:
             fault = _reason(error)
         if fault is not None:
             raise ValueError(
-                f"the cache file {shard.path} was changed during the run: it {fault}; start again, and what is "
-                "missing is made again"
+                f"the cache file {shard.path} was changed during the run: it {fault}; start again to compute its rows"
             )
 
 
 class _Files:
-    """The files of a store that were read last."""
+    """Open files, least recently used first."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, FileIO] = OrderedDict()
-        weakref.finalize(self, _close, self._open)
+        weakref.finalize(self, _close_all, self._open)
 
     def open(self, path: Path) -> FileIO:
         file = self._open.pop(path, None) or FileIO(path)
-        self._open[path] = file  # the last one used stands last
+        self._open[path] = file
         if len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)[1].close()
         return file
@@ -282,7 +270,7 @@ class _Files:
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Keys in order, S16 [N], and for each the shard and its row: 24 bytes a row, all told."""
+    """Sorted keys, S16 [N], with shard and row: 24 bytes per row."""
 
     shards: list[_Shard]
     keys: np.ndarray
@@ -290,7 +278,7 @@ class _Index:
     row: np.ndarray
 
     @classmethod
-    def of(cls, shards: list[_Shard]) -> _Index:
+    def from_shards(cls, shards: list[_Shard]) -> _Index:
         counts = [len(shard.keys) for shard in shards]
         keys = np.concatenate([shard.keys for shard in shards]) if shards else np.empty(0, f"S{KEY_BYTES}")
         order = np.argsort(keys, kind="stable")
@@ -307,14 +295,14 @@ class _Index:
 
 
 def _packed(keys: Sequence[str]) -> np.ndarray:
-    """Hexadecimal digits → S16 [N]. (numpy compares all 16 bytes: a zero at the end counts as none, in all alike.)"""
+    """Hexadecimal digits → S16 [N]. (numpy drops zeros at the end, of all keys alike.)"""
     packed = bytes.fromhex("".join(keys))
     assert len(packed) == KEY_BYTES * len(keys), "a key has 32 hexadecimal digits"
     return np.frombuffer(packed, f"S{KEY_BYTES}")
 
 
 def _read_header(path: Path, store: str) -> _Shard:
-    """What a shard holds, by its header and its keys; any exception if they make no sense."""
+    """The header and the keys of a shard; invalid files raise any exception."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         (length,) = struct.unpack("<Q", file.read(8))
@@ -335,7 +323,7 @@ def _read_header(path: Path, store: str) -> _Shard:
 
 
 def _fault(path: Path) -> Exception | None:
-    """Why a shard cannot be used, or None if its bytes are those that its name was made from."""
+    """Why a shard cannot be used; None if its bytes match its name."""
     digest, buffer = hashlib.sha256(), bytearray(2**20)
     try:
         with FileIO(path) as file:
@@ -356,16 +344,10 @@ def _reason(error: Exception) -> str:
     return str(error) if type(error) is ValueError else "is no shard of a cache"
 
 
-def _remove_stale(path: Path) -> None:
-    with suppress(OSError):  # gone, or not ours to remove
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink()
-
-
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _close(files: OrderedDict[Path, FileIO]) -> None:
+def _close_all(files: OrderedDict[Path, FileIO]) -> None:
     for file in files.values():
         file.close()

@@ -1,8 +1,7 @@
-"""Pictures composed of the owner's own, after arXiv:2502.21318: two side by side, one above the other, one small in the
-corner of another, and what has no ground of its own on a plain colored one, with captions that say so.
+"""Compositions of training images with captions that name their layout, after arXiv:2502.21318.
 
-Which sample is composed, of what and how is a function of (seed, epoch // renew_every, sample id), whichever process
-asks, and however often.
+Two images side by side, one above the other, one small in a corner of the other; or a cutout on a plain color. What is
+composed is a function of (seed, epoch // renew_every, sample id).
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from ldm.data.sources import DataConfig, Decoded, Sample
 Layout = Literal["beside", "above", "inset", "ground"]
 
 LAYOUT_FRACTIONS: dict[Layout, float] = {"beside": 0.38, "above": 0.24, "inset": 0.2, "ground": 0.18}
-COLORED = 0.5  # of the pairs of which both can stand on any ground
-TRIES = 4
-COUNTED = 1024
-# Of a picture that fills its place at least so much is to be seen: half of a square one is.
+COLORED = 0.5  # fraction of pairs of cutouts on a plain color
+MAX_TRIES = 4
+COUNTED = 1024  # samples for the summary
+# The minimum visible fraction of a cropped part; a square one keeps half.
 MIN_VISIBLE = 0.45
-# What a thing has on the mean in color, and its ground.
+# The minimum RGB distance of a cutout's mean color and the ground.
 MIN_CONTRAST = 90.0
-# A border is of one color where so much of it is, so nearly: scanned digits touch the edge.
+# A border is plain if this fraction of it is within the tolerance; scanned digits touch the edge.
 PLAIN_BORDER, PLAIN_TOLERANCE = 0.6, 14
 
 Size = tuple[int, int]
@@ -40,16 +39,16 @@ Box = tuple[int, int, int, int]
 
 
 class Composer:
-    """Chooses which samples are composed, and of what.
+    """Decides which samples are composed, and of what.
 
     Args:
-        samples: those of training; partners come from here alone.
-        config: `compose` is the share of them.
+        samples: the training samples; all parts come from here.
+        config: `compose` is the fraction of composed samples.
         seed: any integer.
 
     Attributes:
-        fits: whether a text encoder reads a caption to its end; a composition whose caption it cuts, in all shorter
-            forms too, is not made. At first everything fits.
+        fits: whether a text encoder reads a caption completely. Compositions without such a caption are not made. None
+            accepts all captions.
     """
 
     def __init__(self, samples: Sequence[Sample], config: DataConfig, seed: int) -> None:
@@ -57,19 +56,16 @@ class Composer:
         self.fits: Callable[[str], bool] | None = None
 
     def compose(self, epoch: int, index: int, size: Size) -> Sample | None:
-        """What takes the place of a sample in an epoch, as a picture of (height, width) `size`; None: nothing does."""
+        """The composition of `size` (height, width) that replaces a sample in an epoch; None keeps the sample."""
         sample = self.samples[index]
         rng = generator(self.seed, "compose", epoch // self.config.renew_every, sample.id)
         if rng.random() >= self.config.compose:
             return None
-        for _ in range(TRIES):
-            found = self._tried(sample, rng, size)
-            if found is not None:
-                return found
-        return None
+        tries = (self._try(sample, rng, size) for _ in range(MAX_TRIES))
+        return next((composition for composition in tries if composition is not None), None)
 
     def summary(self, size_of: Callable[[int], Size]) -> str:
-        """How many samples are composed, counted over a part of the first epoch, and what to do where none is.
+        """The fraction of composed samples, counted on a part of the first epoch, with advice if it is small.
 
         Args:
             size_of: (height, width) by index.
@@ -77,24 +73,24 @@ class Composer:
         indices = range(0, len(self.samples), max(1, len(self.samples) // COUNTED))
         made = sum(self.compose(0, index, size_of(index)) is not None for index in indices)
         every = self.config.renew_every
-        told = f"{100 * made / len(indices):.3g} % of the samples are composed of others, anew every {every} epochs"
+        text = f"{100 * made / len(indices):.3g} % of the samples are composed of others, anew every {every} epochs"
         if made > self.config.compose * len(indices) / 2:
-            return told
+            return text
         return (
-            f"{told}; data.compose asks for {100 * self.config.compose:g} %, but captions that are joined are longer "
-            "than text.max_length, or most images have the same"
+            f"{text}; data.compose is {100 * self.config.compose:g} %, but joined captions are longer than "
+            "text.max_length, or most images have the same caption"
         )
 
-    def _tried(self, sample: Sample, rng: np.random.Generator, size: Size) -> Sample | None:
+    def _try(self, sample: Sample, rng: np.random.Generator, size: Size) -> Sample | None:
         partner = self.samples[int(rng.integers(len(self.samples)))]
-        wording, place, turned = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
+        wording, place, swapped = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
         layout = _layout(rng.random(), sample, None if _alike(sample, partner) else partner, size)
         if layout is None:
             return None
         parts = (sample,) if layout == "ground" else (sample, partner)
-        if turned and layout in ("beside", "above"):
+        if swapped and layout in ("beside", "above"):
             parts = parts[::-1]
-        # An inset covers a part of the ground and stands on none.
+        # An inset covers a part of the ground and needs none.
         on_ground = parts[:1] if layout == "inset" else parts
         color = None
         if layout == "ground" or place[3] < COLORED:
@@ -106,8 +102,8 @@ class Composer:
         return None if text is None else composition.sample(text, size)
 
     def _caption(self, composition: Composition, wording: Wording) -> str | None:
-        """The first that fits; "" where a part has none, as for an autoencoder; None where all are cut."""
-        captions = [_own(part) for part in composition.parts]
+        """The first caption that fits; "" if a part has none; None if none fits."""
+        captions = [_own_captions(part) for part in composition.parts]
         if not all(captions):
             return ""
         texts: Iterator[str]
@@ -122,13 +118,13 @@ class Composer:
 
 @dataclass(frozen=True)
 class Composition:
-    """A picture to be made.
+    """The recipe of a composed image.
 
     Args:
-        parts: from left to right, from above to below, or the large one and the one inside of it.
-        color: of the ground, by its name; None leaves each on its own, and transparent ones on
-        background: that of the data.
-        places: three numbers in [0, 1) that move things about by a little.
+        parts: left and right, above and below, or the large one and the inset.
+        color: name of the ground color; None keeps the ground of each part, and `background` behind cutouts.
+        background: of the data config.
+        places: three numbers in [0, 1) that vary the positions.
     """
 
     layout: Layout
@@ -139,11 +135,11 @@ class Composition:
 
     @property
     def corner(self) -> str:
-        """Where an inset is."""
+        """The corner of an inset."""
         return f"{'bottom' if self.places[0] >= 0.5 else 'top'} {'right' if self.places[1] >= 0.5 else 'left'}"
 
     def sample(self, caption: str, size: Size) -> Sample:
-        """With its caption; its bytes only name it, and it has no digest."""
+        """The composition as a sample. Its bytes are a key only, and it has no digest."""
         names = [part.id for part in self.parts]
         key = json.dumps([names, self.layout, self.color, self.background, self.places, size]).encode()
         return Sample(
@@ -151,7 +147,7 @@ class Composition:
             captions=(caption,) if caption else (),
             group=self.parts[0].group,
             read=partial(bytes, key),
-            decode=partial(_picture, composition=self, size=size),
+            decode=partial(_render, composition=self, size=size),
             size=size[::-1],
         )
 
@@ -159,23 +155,23 @@ class Composition:
 # ---- choosing
 
 
-def _own(sample: Sample) -> tuple[str, ...]:
-    """Its captions without those that templates made of others."""
+def _own_captions(sample: Sample) -> tuple[str, ...]:
+    """The captions that do not come from templates."""
     return sample.captions[: len(sample.captions) - sample.templated]
 
 
 def _alike(sample: Sample, partner: Sample) -> bool:
-    """Whether two samples are of one picture, or would be told by the same words."""
-    return sample.group == partner.group or not set(_own(sample)).isdisjoint(_own(partner))
+    """Whether two samples share the group or a caption."""
+    return sample.group == partner.group or not set(_own_captions(sample)).isdisjoint(_own_captions(partner))
 
 
 def _layout(chance: float, sample: Sample, partner: Sample | None, size: Size) -> Layout | None:
-    """One of those that are possible."""
+    """A random possible layout."""
     height, width = size
     possible: list[Layout] = []
     if partner is not None:
         for layout, cell in (("beside", (height, width / 2)), ("above", (height / 2, width))):
-            if all(_kept(part, cell) >= MIN_VISIBLE for part in (sample, partner)):
+            if all(_visible(part, cell) >= MIN_VISIBLE for part in (sample, partner)):
                 possible.append(layout)  # type: ignore[arg-type]
         possible.append("inset")
     if sample.cutout is not None:
@@ -188,8 +184,8 @@ def _layout(chance: float, sample: Sample, partner: Sample | None, size: Size) -
     return possible[-1] if possible else None
 
 
-def _kept(part: Sample, cell: tuple[float, float]) -> float:
-    """How much of a picture is to be seen where it fills a cell (height, width); all of what stands on a ground."""
+def _visible(part: Sample, cell: tuple[float, float]) -> float:
+    """The fraction of an image that is visible if it fills a cell (height, width); 1 for a cutout."""
     if part.cutout is not None or part.size is None:
         return 1.0
     width, height = part.size
@@ -198,26 +194,26 @@ def _kept(part: Sample, cell: tuple[float, float]) -> float:
 
 
 def _ground(parts: Sequence[Sample], chance: float) -> str | None:
-    """The name of a color on which all of these can be seen; None where one of them brings a ground or names it."""
+    """The name of a color with contrast to all cutouts; None if a part is no cutout, or its caption names a ground."""
     cutouts = [part.cutout for part in parts]
-    if any(one is None for one in cutouts) or any(names_ground(text) for part in parts for text in _own(part)):
+    if any(one is None for one in cutouts) or any(names_ground(text) for part in parts for text in _own_captions(part)):
         return None
     means = np.array(cutouts, dtype=np.float64)  # [P, 3]
     fit = [name for name, rgb in RGB.items() if np.linalg.norm(means - rgb, axis=1).min() >= MIN_CONTRAST]
     return fit[int(chance * len(fit))] if fit else None
 
 
-# ---- drawing
+# ---- rendering
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part as it is put on a canvas.
+    """A part to be pasted.
 
     Args:
         pixels: RGB on `behind`.
-        alpha: mode L, of what can stand on any ground.
-        behind: the color around what is shown; None where it fills its picture.
+        alpha: mode L, of a cutout.
+        behind: the color around the motif; None if it fills its image.
     """
 
     pixels: Image.Image
@@ -225,31 +221,34 @@ class _Piece:
     behind: tuple[int, int, int] | None
 
 
-def _picture(key: bytes, composition: Composition, size: Size) -> Decoded:
-    del key  # it names what `composition` says
+def _render(key: bytes, composition: Composition, size: Size) -> Decoded:
+    del key  # `composition` has all of it
     height, width = size
     pieces = [_piece(part.load_decoded(), composition.background) for part in composition.parts]
     color = composition.background if composition.color is None else RGB[composition.color]
     x, y, z = composition.places
+    if composition.layout == "inset" and composition.color is None:
+        canvas = Image.fromarray(resize_and_crop(composition.parts[0].load(), size).permute(1, 2, 0).numpy())
+    else:
+        canvas = Image.new("RGB", (width, height), color)
     if composition.layout == "inset":
-        canvas = _large(composition.parts[0], pieces[0], size, color if composition.color else None)
-        _inset(canvas, pieces[1], right=y >= 0.5, bottom=x >= 0.5, share=0.3 + 0.15 * z)
-        return Decoded(canvas, "", "RGB")
-    canvas = Image.new("RGB", (width, height), color)
-    if composition.layout == "ground":
-        _place(canvas, pieces[0], (0, 0, width, height), color, (x, y), 0.6 + 0.36 * z)
-        return Decoded(canvas, "", "RGB")
-    cells = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
-    if composition.layout == "above":
-        cells = [(0, 0, width, height // 2), (0, height // 2, width, height)]
-    for piece, cell in zip(pieces, cells, strict=True):
-        # Both of them at one height, or one below the other.
-        _place(canvas, piece, cell, color, (0.3 + 0.4 * x, 0.3 + 0.4 * y), 0.9 + 0.08 * z)
+        if composition.color is not None:
+            _paste(canvas, pieces[0], (0, 0, width, height), color, (0.5, 0.5), 0.92)
+        _paste_inset(canvas, pieces[1], right=y >= 0.5, bottom=x >= 0.5, fraction=0.3 + 0.15 * z)
+    elif composition.layout == "ground":
+        _paste(canvas, pieces[0], (0, 0, width, height), color, (x, y), 0.6 + 0.36 * z)
+    else:
+        cells = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
+        if composition.layout == "above":
+            cells = [(0, 0, width, height // 2), (0, height // 2, width, height)]
+        for piece, cell in zip(pieces, cells, strict=True):
+            # Both at the same height, or exactly below each other.
+            _paste(canvas, piece, cell, color, (0.3 + 0.4 * x, 0.3 + 0.4 * y), 0.9 + 0.08 * z)
     return Decoded(canvas, "", "RGB")
 
 
 def _piece(decoded: Decoded, background: tuple[int, int, int]) -> _Piece:
-    """Cut down to what is shown of it, where there is nothing around that."""
+    """Crops an image to its motif, if that has a transparent or plain border."""
     image, alpha = decoded.image, decoded.alpha
     if alpha is not None and is_clear(alpha):
         box = alpha.point(lambda value: 255 * (value >= CLEAR_ALPHA)).getbbox() or (0, 0, *alpha.size)
@@ -259,48 +258,38 @@ def _piece(decoded: Decoded, background: tuple[int, int, int]) -> _Piece:
     plain = np.median(border, axis=0)
     if float(np.mean(np.abs(border - plain).max(axis=1) <= PLAIN_TOLERANCE)) < PLAIN_BORDER:
         return _Piece(image, None, None)
-    shown = np.abs(pixels.astype(np.int16) - plain).max(axis=2) > PLAIN_TOLERANCE  # [h, w]
-    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    motif = np.abs(pixels.astype(np.int16) - plain).max(axis=2) > PLAIN_TOLERANCE  # [h, w]
+    rows, columns = np.flatnonzero(motif.any(axis=1)), np.flatnonzero(motif.any(axis=0))
     red, green, blue = plain.astype(int).tolist()
     if len(rows):
         image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
     return _Piece(image, None, (red, green, blue))
 
 
-def _large(part: Sample, piece: _Piece, size: Size, color: tuple[int, int, int] | None) -> Image.Image:
-    """A picture as it is trained on alone, or on a ground."""
-    height, width = size
-    if color is None:
-        return Image.fromarray(resize_and_crop(part.load(), size).permute(1, 2, 0).numpy())  # [h, w, 3]
-    canvas = Image.new("RGB", (width, height), color)
-    _place(canvas, piece, (0, 0, width, height), color, (0.5, 0.5), 0.92)
-    return canvas
-
-
-def _inset(canvas: Image.Image, piece: _Piece, *, right: bool, bottom: bool, share: float) -> None:
-    """Puts a picture into a corner: `share` of the canvas's shorter side, by its area."""
+def _paste_inset(canvas: Image.Image, piece: _Piece, *, right: bool, bottom: bool, fraction: float) -> None:
+    """Pastes an image into a corner; the root of its area is `fraction` of the canvas's shorter side."""
     ratio = min(2.0, max(0.5, piece.pixels.width / piece.pixels.height))
-    side = share * min(canvas.size)
+    side = fraction * min(canvas.size)
     width, height = max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))
     left = canvas.width - width if right else 0
     top = canvas.height - height if bottom else 0
-    _place(canvas, piece, (left, top, left + width, top + height), None, (0.5, 0.5), 0.96)
+    _paste(canvas, piece, (left, top, left + width, top + height), None, (0.5, 0.5), 0.96)
 
 
-def _place(
+def _paste(
     canvas: Image.Image,
     piece: _Piece,
     box: Box,
     ground: tuple[int, int, int] | None,
     where: tuple[float, float],
-    share: float,
+    fraction: float,
 ) -> None:
-    """Puts a picture into a box: filling it, or with its ground around it.
+    """Pastes an image into a box: cropped to fill it, or with its ground around it.
 
     Args:
-        ground: what a box is filled with where its picture is transparent; None leaves what is there.
-        where: where in the room that is left, 0 to 1.
-        share: how much of the box is taken by what does not fill it.
+        ground: fills the box behind a cutout; None keeps the canvas.
+        where: position in the remaining room, each in [0, 1].
+        fraction: of the box that a motif with a ground takes.
     """
     left, top, right, bottom = box
     room = right - left, bottom - top
@@ -311,12 +300,12 @@ def _place(
         canvas.paste(piece.behind, box)
     elif ground is not None:
         canvas.paste(ground, box)
-    scale = share * min(room[0] / piece.pixels.width, room[1] / piece.pixels.height)
+    scale = fraction * min(room[0] / piece.pixels.width, room[1] / piece.pixels.height)
     size = max(1, round(piece.pixels.width * scale)), max(1, round(piece.pixels.height * scale))
     corner = left + round((room[0] - size[0]) * where[0]), top + round((room[1] - size[1]) * where[1])
     pixels = piece.pixels.resize(size, Image.Resampling.BICUBIC)
     if piece.alpha is not None:
-        # What is blended with one color is blended with another by adding their difference where it shines through.
+        # Replace the color behind the motif by that of the canvas, as far as it is visible.
         through = 1 - np.asarray(piece.alpha.resize(size, Image.Resampling.BICUBIC), np.float64)[..., None] / 255
         under = np.asarray(canvas.crop((*corner, corner[0] + size[0], corner[1] + size[1])), np.float64)  # [h, w, 3]
         blended = np.asarray(pixels, np.float64) + through * (under - np.array(piece.behind))

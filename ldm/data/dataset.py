@@ -1,4 +1,4 @@
-"""Captioned images as tensors, the split into training and held-out data, and the images' statistics."""
+"""The training data set: captioned images as tensors, the held-out split, and channel statistics."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ldm.data.images import resize_and_crop
 from ldm.data.rng import generator
 from ldm.data.sources import DataConfig, Sample
 
-# One grey level in [-1, 1]: bytes cannot tell a smaller deviation from none.
+# One gray level in [-1, 1].
 MIN_STD = 1 / 127.5
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample as it is seen in one epoch; `image` is uint8 [3, *size], or None where it is not loaded.
+    """One sample in one epoch; `image` is uint8 [3, *size], or None if it is not loaded.
 
-    `renewed` says that it is there for `data.renew_every` epochs only: composed, or one that took another's place.
+    `renewed`: it is used for `data.renew_every` epochs only, as a composition or a replacement.
     """
 
     id: str
@@ -45,8 +45,8 @@ class Item:
 
 
 class Batch(NamedTuple):
-    """B items of one `size` (h, w): `indices` int64 [B], `flipped` bool [B], `images` uint8 [N, 3, h, w], or None for
-    N = 0, of the N items that are `loaded`, bool [B]; `renewed` bool [B].
+    """B items of one `size` (h, w): `indices` int64 [B]; `flipped`, `loaded` and `renewed` bool [B]; `images` uint8
+    [N, 3, h, w] of the N loaded items, None for N = 0.
     """
 
     ids: list[str]
@@ -61,35 +61,29 @@ class Batch(NamedTuple):
 
 
 class CaptionedImages(Dataset[Item]):
-    """Samples as images of a few sizes, or one, indexed by (epoch, index): see `BatchOrder`.
+    """Samples as images of one or a few sizes, indexed by (epoch, index), see `BatchOrder`.
 
-    The caption that is drawn, the flip and a random crop are functions of (seed, epoch, sample id), whichever
-    process draws them, and however often.
+    The choice of a caption, the flip and a random crop are functions of (seed, epoch, sample id).
 
     Args:
-        samples: at least one, with distinct ids. Where `config.bucketed`, those whose size is not known are loaded
-            here, once, to learn it.
-        config: the resolution and what may be drawn.
+        samples: at least one, with distinct ids. With buckets, images of unknown size are loaded here once.
+        config: the data config.
         seed: any integer.
-        cache_bytes: with `crop: center` images are kept in memory once resized, as many as fit into this many
-            bytes. Worker processes that are forked share them.
-        batch_size: with buckets, sizes that are nearest to fewer images are given up: see `assign_buckets`.
-        sizes: with buckets, the (height, width) to choose from, such as `buckets.sizes` of the training images for
-            those held out; None takes `bucket_sizes`.
-        composed: whether items are composed as `config.compose` says: those of training are, and of them alone;
-            `samples` and `image_at` are always the plain ones.
+        cache_bytes: memory for resized images, with `crop: center`. Forked workers share it.
+        batch_size: with buckets, sizes with fewer images are given up, see `assign_buckets`.
+        sizes: with buckets, the possible (height, width); None takes `bucket_sizes`.
+        composed: compose items as `config.compose` says, for training. `samples` and `image_at` are never composed.
 
     Attributes:
-        buckets: which image has which size.
-        composer: what composes; None where nothing is.
-        with_images: at first True; set to False, items are drawn as before but nothing is loaded and
-            `Item.image` is None, for those who hold the images encoded.
-        renewed_cached: of the samples below this index, those who hold the images encoded keep what is renewed too, so
-            that it is loaded only in the first epoch in which it is there; 0 at first.
-        reload_epochs: epochs in which it is loaded even so: the first ones of a resumed run, whose memory is empty.
+        buckets: the size of each image.
+        composer: composes items; None if nothing is composed.
+        with_images: if False, nothing is loaded and `Item.image` is None, for users who cache encoded images.
+        renewed_cached: renewed items of the samples below this index are loaded in their first epoch only, as users
+            cache them encoded; 0 at first.
+        reload_epochs: epochs in which they are loaded nevertheless, as the memory of a resumed run is empty.
 
     Raises:
-        ValueError: if there are no samples, or one that has to be loaded has become unreadable.
+        ValueError: if there are no samples, or an image has become unreadable.
     """
 
     def __init__(
@@ -124,15 +118,15 @@ class CaptionedImages(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, position: tuple[int, int]) -> Item:
-        """The sample `index` as epoch `epoch` shows it, for `position` (epoch, index)."""
+        """The item at `position` (epoch, index)."""
         epoch, index = position
         sample = self.sample_at(epoch, index)
         if sample is not self.samples[index]:
             return self._renewed(epoch, index, sample)
-        flipped = self.config.flip and bool(self._draw("flip", epoch, sample).integers(2))
+        flipped = self.config.flip and bool(self._rng("flip", epoch, sample).integers(2))
         image = None
         if self.with_images and self.config.crop == "random":
-            place = float(self._draw("crop", epoch, sample).random())
+            place = float(self._rng("crop", epoch, sample).random())
             image = resize_and_crop(sample.load(), self.shape_of(index), place)  # [3, h, w]
             image = image.flip(-1) if flipped else image
         elif self.with_images:
@@ -140,7 +134,7 @@ class CaptionedImages(Dataset[Item]):
         return Item(sample.id, epoch, index, self._caption(epoch, sample), flipped, self.shape_of(index), image)
 
     def sample_at(self, epoch: int, index: int) -> Sample:
-        """What stands at a place in an epoch: the sample there, or the one that has taken its place."""
+        """The sample, its replacement in this epoch, or a composition."""
         sample = self.samples[index]
         if sample.renew is not None:
             return sample.renew(epoch)
@@ -149,13 +143,13 @@ class CaptionedImages(Dataset[Item]):
 
     @property
     def renewed_fraction(self) -> float:
-        """Of the samples of an epoch, at most so many are there for `data.renew_every` epochs only."""
+        """The maximum fraction of items of an epoch that are `renewed`."""
         if any(sample.renew is not None for sample in self.samples):
             return 1.0
         return 0.0 if self.composer is None else self.config.compose
 
     def _renewed(self, epoch: int, index: int, sample: Sample) -> Item:
-        """An item that is kept by nobody from before, and never mirrored: captions say what is left and right."""
+        """A renewed item. It is never mirrored, as captions name left and right."""
         shape, image = self.shape_of(index), None
         is_new = epoch % self.config.renew_every == 0 or epoch in self.reload_epochs
         if self.with_images or index >= self.renewed_cached or is_new:
@@ -163,26 +157,25 @@ class CaptionedImages(Dataset[Item]):
         return Item(sample.id, epoch, index, self._caption(epoch, sample), False, shape, image, renewed=True)
 
     def caption_at(self, epoch: int, index: int) -> str:
-        """Which of its captions a sample has in an epoch; "" for one that has none."""
+        """The caption of a sample in an epoch; "" if it has none."""
         return self._caption(epoch, self.sample_at(epoch, index))
 
     def _caption(self, epoch: int, sample: Sample) -> str:
         if not sample.captions:
             return ""
-        return sample.captions[int(self._draw("caption", epoch, sample).integers(len(sample.captions)))]
+        return sample.captions[int(self._rng("caption", epoch, sample).integers(len(sample.captions)))]
 
     def shape_of(self, index: int) -> tuple[int, int]:
-        """(height, width) of an image as it is trained on."""
+        """(height, width) of an image in training."""
         return self.buckets.sizes[self.buckets.assignment[index]]
 
     def order(self, batch_size: int) -> BatchOrder:
-        """The global batches of `batch_size` images that training sees."""
+        """The global batches of a training."""
         return BatchOrder(self.buckets.members(), self.buckets.sizes, batch_size, self.seed)
 
     def chunks(self, size: int, limit: int | None = None) -> list[list[int]]:
-        """The first `limit` indices (all of them for None), in lists of at most `size` whose images have one shape.
-
-        Shapes follow each other in the order of `buckets.sizes`; within a shape, indices ascend.
+        """The first `limit` indices (None: all), in lists of at most `size` indices of one image shape, ordered by
+        `buckets.sizes`, then by index.
         """
         chunks = []
         for members in self.buckets.members():
@@ -191,26 +184,23 @@ class CaptionedImages(Dataset[Item]):
         return chunks
 
     def check_factor(self, factor: int) -> None:
-        """Refuses sizes that an autoencoder cannot divide by its factor.
-
-        Raises:
-            ValueError: naming size and factor.
-        """
+        """Raises ValueError if an image size is not divisible by the downsampling factor of the codec."""
         for height, width in self.buckets.sizes:
             if height % factor == 0 and width % factor == 0:
                 continue
-            # Sides of buckets are multiples of an eighth of such a resolution (see `bucket_step`).
+            # Sides of buckets are multiples of an eighth of the resolution (`bucket_step`).
             unit = 8 * factor if self.config.bucketed else factor
-            advice = f"set data.resolution to a multiple of {unit}, such as {_nearest(self.config.resolution, unit)}"
+            nearest = max(unit, round(self.config.resolution / unit) * unit)
+            advice = f"set data.resolution to a multiple of {unit}, such as {nearest}"
             if self.config.bucketed and self.config.resolution % factor == 0:
                 advice += ", or data.buckets to false"
             raise ValueError(f"image size {height}x{width} is not divisible by the codec's factor {factor}; {advice}")
 
     def image_at(self, index: int, flipped: bool = False) -> Tensor:
-        """The middle of the image, without anything drawn; uint8 [3, *shape_of(index)].
+        """The center crop of an image, without random augmentation; uint8 [3, *shape_of(index)].
 
         Raises:
-            ValueError: naming the file if it has become unreadable.
+            ValueError: naming the file, if it has become unreadable.
         """
         image = self._cache.get(index)
         if image is None:
@@ -218,11 +208,11 @@ class CaptionedImages(Dataset[Item]):
             self._cache.put(index, image)
         return image.flip(-1) if flipped else image
 
-    def _draw(self, purpose: str, epoch: int, sample: Sample) -> np.random.Generator:
+    def _rng(self, purpose: str, epoch: int, sample: Sample) -> np.random.Generator:
         return generator(self.seed, purpose, epoch, sample.id)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapping of memory cannot be pickled: a process that is spawned starts with an empty cache.
+        # A memory mapping cannot be pickled: spawned processes start with an empty cache.
         return {key: value for key, value in self.__dict__.items() if key != "_cache"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -231,29 +221,22 @@ class CaptionedImages(Dataset[Item]):
 
 
 def _native_sizes(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """(width, height) of each image, as found."""
-    # Decoding releases the interpreter lock, so threads use all cores.
+    """(width, height) of each image."""
+    # Decoding releases the interpreter lock.
     with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(lambda sample: sample.size or sample.load().size, samples))
 
 
-def _nearest(size: int, unit: int) -> int:
-    return max(unit, round(size / unit) * unit)
-
-
 class _Cache:
-    """The first images of a data set, one after the other, and a byte for each that says whether it is there.
+    """The resized first images of a data set, and a byte per image that says whether it is filled.
 
-    The memory is an anonymous shared mapping: forked workers fill one cache together, pages that nobody has
-    filled cost nothing, and the size of /dev/shm does not bound it. Two workers that fill one place write the
-    same bytes.
+    An anonymous shared mapping: forked workers share it, empty pages use no memory, and /dev/shm does not limit it.
     """
 
     def __init__(self, buckets: Buckets, budget: int) -> None:
         self.buckets = buckets
         bytes_of = np.array([3 * height * width for height, width in buckets.sizes], dtype=np.int64)
         ends = np.cumsum(bytes_of[np.array(buckets.assignment)])  # [N]
-        # The bytes of an image and its mark, and of all before it.
         self.capacity = int(np.searchsorted(ends + np.arange(1, len(ends) + 1), budget, side="right"))
         if self.capacity:
             self.starts = np.concatenate([[0], ends[: self.capacity]])  # [N + 1], the last is the end
@@ -278,13 +261,13 @@ class _Cache:
 
 
 def ignore_signals(worker: int) -> None:
-    """What a worker process begins with: the process that started it decides when it ends."""
+    """`worker_init_fn` of data loaders: only the main process handles signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Items of one size → one batch, in their order."""
+    """Items of one size → one batch, in the same order."""
     (size,) = {item.size for item in items}
     images = [item.image for item in items if item.image is not None]
     return Batch(
@@ -307,30 +290,25 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] of any shape → uint8, clamped and rounded to the nearest (half to even)."""
+    """Floats in [-1, 1] of any shape → uint8, clamped and rounded half to even."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Samples → (training, held out), whole groups at a time, both in the order given.
+    """Samples → (training, held out), whole groups, both in the order given.
 
-    A group's side follows from its name alone (a hash below `held_out`), so that it stays whatever is added or removed.
-    One exception keeps small data usable: with `held_out` > 0 and two groups or more, neither side is empty; the group
-    whose hash is nearest to the empty side stands in, until one that belongs there by its own hash arrives. At a share
-    of 0.1 this concerns 12 % of data sets of 20 groups, 0.5 % of 50, and hardly any above. No rule can do without: a
-    side that never changes is a function of the name alone, and that may leave nothing held out. A single group is
-    trained on.
-
-    Which group a sample is of may depend on what else there is: see `inspect`. Samples that say their side themselves
-    are on it.
+    The hash of a group's name decides, so it keeps its side when other data change: it is held out below `held_out`.
+    If one side would be empty, the group with the nearest hash moves there; at `held_out` 0.1 this concerns 12 % of
+    data sets of 20 groups, and 0.5 % of 50. A single group is trained on. If all samples have `held_out` set, that
+    decides.
 
     Raises:
-        ValueError: if nothing is left to train on.
+        ValueError: if there are no samples.
     """
     if not samples:
         raise ValueError("no images are left for training; add captioned images")
     if not 0 <= held_out < 1:
-        raise ValueError(f"data.held_out is {held_out}; it is a share of the data, at least 0 and below 1")
+        raise ValueError(f"data.held_out is {held_out}; it is a fraction, at least 0 and below 1")
     if all(sample.held_out is not None for sample in samples):
         return tuple(one for one in samples if not one.held_out), tuple(one for one in samples if one.held_out)
     ranks = {sample.group: _unit_hash(sample.group) for sample in samples}
@@ -351,11 +329,10 @@ def _unit_hash(text: str) -> float:
 
 
 def image_statistics(dataset: CaptionedImages) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all images (`image_at`), in [-1, 1]; each pixel counts alike.
+    """Mean and standard deviation per channel over all pixels of all images (`image_at`), in [-1, 1].
 
     Returns:
-        Two float64 tensors [3]. Summed in integers, so exact and independent of the order. A channel that
-        hardly varies gets the deviation of one grey level instead of 0.
+        Two float64 tensors [3]. Integer sums make them independent of the order. The minimum std is one gray level.
     """
     count, total = 0, [0, 0, 0]
     of_squares = [0, 0, 0]
@@ -367,5 +344,5 @@ def image_statistics(dataset: CaptionedImages) -> tuple[Tensor, Tensor]:
     means = [value / count / 127.5 - 1 for value in total]
     # Var = E[x²] - E[x]², as one fraction of integers: no cancellation.
     variances = [(count * s - t * t) / count**2 for s, t in zip(of_squares, total, strict=True)]
-    deviations = [max(math.sqrt(variance) / 127.5, MIN_STD) for variance in variances]
-    return torch.tensor(means, dtype=torch.float64), torch.tensor(deviations, dtype=torch.float64)
+    stds = [max(math.sqrt(variance) / 127.5, MIN_STD) for variance in variances]
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(stds, dtype=torch.float64)

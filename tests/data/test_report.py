@@ -223,7 +223,7 @@ def test_nothing_reaches_a_terminal_raw() -> None:
     for text in (*report.needs_attention, *report.notes, report.summary(), quoted(ESCAPES * 9)):
         assert text.isprintable(), ascii(text)
     for everything in (True, False):
-        lines = report.to_text(everything=everything).split("\n")
+        lines = report.to_text(full=everything).split("\n")
         assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
     json.dumps(report.to_dict(), allow_nan=False).encode("ascii")
 
