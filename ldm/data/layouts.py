@@ -111,7 +111,7 @@ def _with_templates(sample: Sample, templates: tuple[str, ...]) -> Sample:
 
 
 def check_path(name: str) -> None:
-    """`ValueError` if `name` is no data set that is built in, no file or folder, and cannot be an id on the hub."""
+    """Raises ValueError if `name` is no built-in data set, no file or folder, and cannot be an id on the hub."""
     if name in BUILT_IN or Path(name).expanduser().exists():
         return
     near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
@@ -123,29 +123,31 @@ def check_path(name: str) -> None:
 def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     found = list_files(folder)
     tables, broken = _tables_with_images(found)
-    # Who names a column of images means a table.
+    # `image_column` asks for a table.
     shards = tables if config.image_column is not None else found.ending(".tar") or tables
-    candidates, reasons = _written(found, tables, config)
+    candidates, reasons = _candidates(found, tables, config)
     classes = list_classes(found, config.background_rgb) if config.image_column is None else None
     in_shards = _shard_images(found, shards, config) if shards and (candidates or classes) else 0
-    chosen = _choose(found, candidates, reasons, shards, in_shards, classes, config, captioned)
+    chosen = _choose_source(found, candidates, reasons, shards, in_shards, classes, config, captioned)
     name, listing = str(folder), SampleListing("")
     if chosen == SHARDS:
         paths, split = choose_split(str(folder), shards, config)
         listing = _list_shards(found, paths, config, captioned)
-        listing.covered.update(shards)  # other splits were not asked for
+        listing.covered.update(shards)  # of other splits too
         name += f" (split {split})" if split else ""
     else:
-        _refuse_splits(folder, config)
+        for key, value in (("subset", config.subset), ("split", config.split)):
+            if value not in (None, "train"):
+                raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
         listing = next((candidate.listing for candidate in candidates if candidate.name == chosen), listing)
     if chosen == FOLDERS and classes is not None:
         listing = classes
     with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
-    sources = list(_described(candidates, chosen, len(listing.samples), with_captions))
+    sources = list(_describe(candidates, chosen, len(listing.samples), with_captions))
     read = {path for candidate in candidates for path in (*candidate.listing.covered, *candidate.files)}
-    sources.sort(key=lambda source: source.reason != "")  # what is used comes first
+    sources.sort(key=lambda source: source.reason != "")  # the used one first
     sources += find_unread_captions(found, {*read, *tables}, reasons, with_captions)
-    if config.caption_source is not None:  # who chooses knows what is left
+    if config.caption_source is not None:  # the choice is deliberate
         why = f"data.caption_source is {config.caption_source}"
         sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
     if shards and chosen != SHARDS:
@@ -153,25 +155,23 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
     if classes is not None:
         listing = _with_classes(folder, listing, classes, chosen, sources, config, captioned)
     listing.skipped += found.skipped
-    told = {source.name for source in sources}
-    listing.skipped = [entry for entry in listing.skipped if entry.path not in told]
+    reported = {source.name for source in sources}
+    listing.skipped = [entry for entry in listing.skipped if entry.path not in reported]
     if not captioned:
         _add_uncaptioned(found, listing, config, by_path=chosen not in (None, SIDECARS, SHARDS, FOLDERS))
-    _account_for_the_rest(found, {*found.ending(".tar"), *tables}, broken, listing)
+    _skip_the_rest(found, {*found.ending(".tar"), *tables}, broken, listing)
     nothing = f"no captioned image in {folder}, which holds {summary(found)}"
     return _source(name, listing, nothing, captioned, tuple(sources))
 
 
-def _written(found: FolderFiles, tables: list[str], config: DataConfig) -> tuple[list[Candidate], dict[str, str]]:
-    """(sources of captions that are files beside image files, in the order in which they are preferred; why others are
-    none).
-    """
+def _candidates(found: FolderFiles, tables: list[str], config: DataConfig) -> tuple[list[Candidate], dict[str, str]]:
+    """(metadata, tables and sidecars, in order of preference; why other tables are not used)."""
     given = config.caption_source
     if given in found.files:
         return list_named_tables(found, config, [given])
     metadata = list_metadata(found, tables, config)
     named, reasons = list_named_tables(found, config)
-    # Of equals that of the shorter name: Flickr8k.token.txt rather than Flickr8k.lemma.token.txt.
+    # At a tie, the shorter name: Flickr8k.token.txt, not Flickr8k.lemma.token.txt.
     named.sort(key=lambda one: (len(one.name), one.name))
     candidates = [*([metadata] if metadata else []), *(one for one in named if not one.weak)]
     if config.image_column is None:
@@ -180,7 +180,7 @@ def _written(found: FolderFiles, tables: list[str], config: DataConfig) -> tuple
     return [*candidates, *(one for one in named if one.weak)], reasons
 
 
-def _choose(
+def _choose_source(
     found: FolderFiles,
     candidates: Sequence[Candidate],
     reasons: Mapping[str, str],
@@ -190,7 +190,7 @@ def _choose(
     config: DataConfig,
     captioned: bool,
 ) -> str | None:
-    """The name of the source that captions most images, of equals the first; None where none is written."""
+    """The name of the source that captions most images, of equals the first; None if there is none."""
     given = config.caption_source
     if given is not None:
         has = [*(one.name for one in candidates), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
@@ -207,7 +207,7 @@ def _choose(
             raise error
         return given
     sound = [one for one in candidates if one.error is None]
-    # Numbers in a column of any name are hardly captions.
+    # Numbers are unlikely captions.
     worded = [one for one in sound if not one.numbers] or ([] if classes and classes.samples else sound)
     best = max(worded, key=lambda one: len(one.listing.samples), default=None)
     if shards and (best is None or in_shards > len(best.listing.samples)):
@@ -232,7 +232,7 @@ def _choose(
 
 
 def _shard_images(found: FolderFiles, shards: Sequence[str], config: DataConfig) -> int:
-    """How many images are in the shards that would be read, of tables without a look at their rows; 0 for none."""
+    """The number of images in the shards that would be read, by the metadata of tables."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -252,7 +252,7 @@ def _shard_images(found: FolderFiles, shards: Sequence[str], config: DataConfig)
     return count
 
 
-def _described(
+def _describe(
     candidates: Sequence[Candidate], chosen: str | None, count: int, with_captions: Collection[str]
 ) -> Iterator[CaptionSource]:
     for one in candidates:
@@ -279,12 +279,12 @@ def _with_classes(
     config: DataConfig,
     captioned: bool,
 ) -> SampleListing:
-    """What is used where the names of sub-folders may be captions too: they are, if nobody wrote any.
+    """The listing to use, if the names of sub-folders may be captions too: they are, if there are no others.
 
     Raises:
-        NoCaptionsError: if files may have captions and cannot be read, or have those of less than half as many.
+        NoCaptionsError: if unreadable files may have captions, or written captions cover less than half as many images.
     """
-    count, written = len(classes.samples), len(listing.samples)
+    count, captioned_count = len(classes.samples), len(listing.samples)
     more = len({sample.id for sample in classes.samples}.difference(sample.id for sample in listing.samples))
     if chosen == FOLDERS:
         sources.append(CaptionSource(FOLDERS, count))
@@ -295,9 +295,9 @@ def _with_classes(
         first = doubtful[0]
         about = plural(first.images, "image") if first.images else "images that are not there"
         cause = f"{first.name} names {about} and is not read ({first.reason}); mend it, or"
-    elif chosen is not None and config.caption_source is None and count > 2 * written:
+    elif chosen is not None and config.caption_source is None and count > 2 * captioned_count:
         what = "text beside images captions" if chosen == SIDECARS else f"{chosen} captions"
-        cause = f"{what} {plural(written, 'image')}, the names of sub-folders would caption {count}; "
+        cause = f"{what} {plural(captioned_count, 'image')}, the names of sub-folders would caption {count}; "
         cause += f"set data.caption_source to {chosen}, or"
     if chosen is None and cause is None:
         sources.append(CaptionSource(FOLDERS, count))
@@ -317,10 +317,10 @@ def _with_classes(
 
 
 def _add_uncaptioned(found: FolderFiles, listing: SampleListing, config: DataConfig, by_path: bool) -> None:
-    """Makes samples of the images that have no captions; what was said of these captions is no loss.
+    """Adds the images without captions, and removes the reasons why they were skipped.
 
     Args:
-        by_path: whether the layout names groups by whole paths, so that captions may come later.
+        by_path: whether the layout names groups by whole paths, not stems.
     """
     taken = {sample.id for sample in listing.samples}
     images = [path for path in found.files if suffix(path) in IMAGES and path not in taken]
@@ -330,15 +330,9 @@ def _add_uncaptioned(found: FolderFiles, listing: SampleListing, config: DataCon
     ]
     if listing.kind != "shards":
         listing.samples.sort(key=lambda sample: sample.id)
-    read = listing.covered if listing.kind != "shards" else set()  # what is said of a shard is a loss
+    read = listing.covered if listing.kind != "shards" else set()  # skipped entries of shards remain
     listing.skipped = [entry for entry in listing.skipped if entry.path not in read.union(images)]
     listing.covered.update(images)
-
-
-def _refuse_splits(folder: Path, config: DataConfig) -> None:
-    for key, value in (("subset", config.subset), ("split", config.split)):
-        if value not in (None, "train"):
-            raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
 
 
 def _list_shards(found: FolderFiles, paths: Sequence[str], config: DataConfig, captioned: bool) -> SampleListing:
@@ -360,7 +354,7 @@ def _list_shards(found: FolderFiles, paths: Sequence[str], config: DataConfig, c
 
 
 def _tables_with_images(found: FolderFiles) -> tuple[list[str], list[Skipped]]:
-    """(parquet and Arrow files with image bytes in them, those that are broken)."""
+    """(parquet and Arrow files with images, broken ones)."""
     paths = found.ending(".parquet", ".arrow")
     if not paths:
         return [], []
@@ -382,9 +376,7 @@ def _tables_with_images(found: FolderFiles) -> tuple[list[str], list[Skipped]]:
     return with_images, broken
 
 
-def _account_for_the_rest(
-    found: FolderFiles, shards: set[str], broken: Sequence[Skipped], listing: SampleListing
-) -> None:
+def _skip_the_rest(found: FolderFiles, shards: set[str], broken: Sequence[Skipped], listing: SampleListing) -> None:
     named = {entry.path for entry in listing.skipped}
     listing.skipped += [entry for entry in broken if entry.path not in named]
     for path in found.files:
@@ -444,20 +436,19 @@ def _source(
 
 
 def choose_split(where: str, paths: Sequence[str], config: DataConfig) -> tuple[list[str], str | None]:
-    """The files of `config.subset` (a folder or a file of that name) and `config.split`.
+    """The files of `config.subset` (a folder or file of that name) and `config.split`.
 
-    A file belongs to the split that its name or a folder of it says, as in `data/test-00000-of-00003.parquet`;
-    one that says nothing belongs to "train".
+    The split is in the name of the file or a folder, as in `data/test-00000-of-00003.parquet`; "train" otherwise.
 
     Args:
-        where: what holds the files, for messages.
-        paths: posix paths within it.
+        where: the folder, for messages.
+        paths: posix paths in it.
 
     Returns:
-        the files in their order, and the split if there are others.
+        The files in order, and the split if there are several.
 
     Raises:
-        ValueError: listing what there is, if there are no such files.
+        ValueError: listing the subsets or splits, if there are no such files.
     """
     chosen = list(paths)
     if config.subset is not None:
@@ -480,7 +471,7 @@ def choose_split(where: str, paths: Sequence[str], config: DataConfig) -> tuple[
 
 
 def _split_of(path: str) -> str:
-    # The name itself says it more surely than the folders above.
+    # The file name takes precedence over the folders.
     for part in reversed(PurePosixPath(path).parts):
         for word in re.split(r"[-._ \d]+", part.lower()):
             if word in _SPLITS:

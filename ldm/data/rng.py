@@ -1,21 +1,23 @@
-"""Random numbers that are a function of their purpose, not of what was drawn before them."""
+"""Keyed random generators and content hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
+
 
 def generator(seed: int, *key: int | str) -> np.random.Generator:
-    """A fresh generator for one purpose, e.g. `generator(seed, "flip", epoch, sample_id)`.
+    """A generator for one purpose: `generator(seed, "flip", epoch, sample_id)`.
 
-    Equal arguments give an equal stream in every process and thread; different arguments give streams that
-    are independent for all practical ends: a 128-bit blake2b digest of the arguments keys Philox, a
-    counter-based generator (Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3). The streams of
-    numpy's `Generator` methods may change between versions of numpy, so an exact repetition needs the same
-    numpy.
+    The stream is a function of the arguments: their 128-bit blake2b digest is the key of Philox, a counter-based
+    generator (Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3). Exact repetition needs the same version
+    of numpy.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in (seed, *key):
@@ -24,8 +26,8 @@ def generator(seed: int, *key: int | str) -> np.random.Generator:
 
 
 def _encode(part: int | str) -> bytes:
-    # Type and length go first: otherwise 1 and "1", or ("a", "bc") and ("ab", "c"), would be one key.
-    # surrogatepass: an id made from a file name that is not valid UTF-8 holds lone surrogates.
+    # With type and length, so that 1 and "1", or ("a", "bc") and ("ab", "c"), differ. File names that are not UTF-8
+    # hold lone surrogates.
     if isinstance(part, str):
         payload, kind = part.encode("utf-8", "surrogatepass"), b"s"
     else:
@@ -36,3 +38,8 @@ def _encode(part: int | str) -> bytes:
 def content_hash(data: bytes) -> str:
     """The blake2b hash of some bytes, 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+    """A uniformly random element."""
+    return choices[int(rng.integers(len(choices)))]

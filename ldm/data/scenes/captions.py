@@ -1,20 +1,20 @@
-"""What is said of a scene: captions of a few words up to thirty, from a grammar."""
+"""Captions of scenes, up to thirty words, from a grammar."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 
+from ldm.data.rng import pick
 from ldm.data.scenes.catalog import CLIP_ART, Thing
 from ldm.data.scenes.scene import INVERSE_RELATIONS, PLACES, Concept, Part, Scene
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
 
-# Phrases can be a part of another phrase, clauses cannot. The first of each list is the plain one.
+# Phrases can be parts of other phrases, clauses cannot. The first of each list is the plain one.
 ONE_PHRASES = (
     "{a}",
     "{a}",
@@ -49,7 +49,7 @@ THREE_PHRASES = (
     "a picture of {a}, {b} and {c}",
 )
 THREE_CLAUSES = ("from left to right: {a}, {b}, {c}",)
-# Said of the first and the second; every relation is said from both sides ("next to" by the order, which is random).
+# Every relation is named from both sides; the order of "next to" is random.
 RELATION_PHRASES = {
     "left of": (
         "{a} to the left of {b}",
@@ -173,7 +173,7 @@ LONG_OPENINGS = ("a picture of {text}", "this is a drawing of {text}", "the pict
 
 @dataclass
 class Caption:
-    """Text as it grows, and what of it may be held out."""
+    """A caption, and its concepts that may be held out."""
 
     text: str = ""
     concepts: list[Concept] = field(default_factory=list)
@@ -183,7 +183,7 @@ class CaptionWriter:
     """Writes captions of scenes.
 
     Args:
-        rng: chooses among phrasings and names.
+        rng: chooses phrasings and names.
         held_out: kinds of concepts of which held-out ones may occur, for prompts that no training caption contains.
     """
 
@@ -195,12 +195,12 @@ class CaptionWriter:
         """A caption of a scene.
 
         Args:
-            plain: with everything that can be seen of colors, by the things' own names, and without style and ground.
+            plain: with all tints, main names and first phrasings, without style and background.
         """
         caption = Caption()
         is_long = not plain and self.rng.random() < 0.1
         may_be_clause = not plain and not is_long and self.rng.random() < 0.2
-        text = self._what(scene, caption, plain, is_long, may_be_clause)
+        text = self._parts(scene, caption, plain, is_long, may_be_clause)
         if is_long:
             caption.text = self._long(text, scene, caption)
             return caption
@@ -212,8 +212,8 @@ class CaptionWriter:
         caption.text = text
         return caption
 
-    def _what(self, scene: Scene, caption: Caption, plain: bool, is_long: bool, clause: bool) -> str:
-        """The things of a scene, as a phrase, or as a clause where one is asked for."""
+    def _parts(self, scene: Scene, caption: Caption, plain: bool, is_long: bool, clause: bool) -> str:
+        """The things of a scene, as a phrase or a clause."""
         first, only_first = scene.parts[0], plain or is_long
         if len(scene.parts) == 1 and scene.kind != "count" and (first.worn is not None or first.held is not None):
             return self._noun_phrase(first, caption, plain, clause)
@@ -228,14 +228,14 @@ class CaptionWriter:
             return self._choice(THREE_PHRASES, THREE_CLAUSES, clause, only_first, caption).format(a=a, b=b, c=c)
         if len(parts) == 2:
             how = INVERSE_RELATIONS.get(scene.relation, scene.relation)
-            turned = how != scene.relation
-            a, b = parts[::-1] if turned else parts
-            # What stands to the left is also next to.
+            swapped = how != scene.relation
+            a, b = parts[::-1] if swapped else parts
+            # "left of" implies "next to".
             if how == "left of" and not plain and self.rng.random() < 0.15:
                 how = "next to"
             template = self._choice(RELATION_PHRASES[how], RELATION_CLAUSES[how], clause, plain, caption)
             second = template.startswith("{b}")  # the subject of a clause
-            if _is_many(scene.parts[second != turned].thing, b if second else a):
+            if _is_many(scene.parts[second != swapped].thing, b if second else a):
                 template = template.replace("} is ", "} are ")
             return template.format(a=a, b=b)
         template = self._choice(ONE_PHRASES, ONE_CLAUSES, clause, only_first, caption)
@@ -252,7 +252,7 @@ class CaptionWriter:
 
     def _template(self, templates: Sequence[str], caption: Caption, *, plain_first: bool = True) -> str:
         concepts = [Concept("phrasing", (template,)) for template in templates]
-        # The first of a list of phrases is never held out, whatever its hash, nor where it stands again.
+        # The first phrase is never held out.
         unseen = [
             place
             for place, concept in enumerate(concepts)
@@ -261,7 +261,7 @@ class CaptionWriter:
         allowed = [place for place in range(len(templates)) if place not in unseen]
         if unseen and "phrasing" in self.held_out:
             allowed = unseen
-        place = _any_of(allowed, self.rng)
+        place = pick(allowed, self.rng)
         if not plain_first or concepts[place] != concepts[0]:
             caption.concepts.append(concepts[place])
         return templates[place]
@@ -269,11 +269,7 @@ class CaptionWriter:
     def _noun_phrase(
         self, part: Part, caption: Caption, plain: bool, clause: bool = False, broader: float = 0.03
     ) -> str:
-        """ "a small red car", and what it wears or holds.
-
-        Args:
-            broader: probability of a word of its classes.
-        """
+        """ "a small red car", and what it wears or holds; `broader` is the probability of a name of its class."""
         words = []
         if part.size is not None and (plain or self.rng.random() < 0.9):
             big = ("big", "large") if plain or self.rng.random() < 0.9 else ("huge", "giant")
@@ -282,7 +278,7 @@ class CaptionWriter:
         if part.color is not None and (plain or self.rng.random() < 0.92):
             words.append(part.color)
         elif part.color is None and not plain and self.rng.random() < 0.12:
-            # Its own color, where the drawing and what is usual agree.
+            # The color of the drawing, if it is usual for the thing.
             words += [color for color in part.drawing.colors[:1] if part.thing.tint and color in part.thing.colors]
         name = self._name(part.thing, caption, plain, broader=broader)
         text = _thing_with_article(part.thing, words, name)
@@ -290,7 +286,7 @@ class CaptionWriter:
             place = part.worn.thing.wears
             assert place is not None
             template = self._choice(WORN_PHRASES[place], WORN_CLAUSES[place], clause, plain, caption)
-            # Whatever is worn on a head is mostly called a hat.
+            # Headwear is mostly called a hat.
             text = template.format(a=text, w=self._noun_phrase(part.worn, caption, plain, broader=0.2))
         if part.held is not None:
             template = self._choice(HELD_PHRASES, HELD_CLAUSES, clause, plain, caption)
@@ -299,32 +295,29 @@ class CaptionWriter:
 
     def _name(self, thing: Thing, caption: Caption, plain: bool, plural: bool = False, broader: float = 0.03) -> str:
         if plural:
-            others = [word for word, (_, many) in thing.forms.items() if many]
-            others = [word for word in others if not Concept("synonym", (thing.name, word)).is_held_out]
-            if not plain and others and self.rng.random() < 0.25:
-                word = _any_of(others, self.rng)
-                caption.concepts.append(Concept("synonym", (thing.name, word)))
-                return thing.forms[word][1]
-            return thing.plural
-        own = thing.name
+            others = [Concept("synonym", (thing.name, word)) for word, (_, many) in thing.forms.items() if many]
+            others = [concept for concept in others if not concept.is_held_out]
+            if plain or not others or self.rng.random() >= 0.25:
+                return thing.plural
+            caption.concepts.append(pick(others, self.rng))
+            return thing.forms[caption.concepts[-1].names[1]][1]
         if plain:
-            return own
+            return thing.name
         chance = self.rng.random()
         if chance < broader and thing.classes:
-            return _any_of(thing.classes, self.rng)
-        others = [*thing.synonyms, *thing.kinds]
-        if "synonym" in self.held_out:
-            unseen = [word for word in others if Concept("synonym", (thing.name, word)).is_held_out]
-            if unseen:
-                word = _any_of(unseen, self.rng)
-                caption.concepts.append(Concept("synonym", (thing.name, word)))
-                return word
-        others = [word for word in others if not Concept("synonym", (thing.name, word)).is_held_out]
-        if chance < broader + 0.27 and others:
-            word = _any_of(others, self.rng)
-            caption.concepts.append(Concept("synonym", (thing.name, word)))
-            return word
-        return own
+            return pick(thing.classes, self.rng)
+        others = [Concept("synonym", (thing.name, word)) for word in (*thing.synonyms, *thing.kinds)]
+        unseen = [concept for concept in others if concept.is_held_out]
+        if unseen and "synonym" in self.held_out:
+            others = unseen
+        elif chance < broader + 0.27:
+            others = [concept for concept in others if not concept.is_held_out]
+        else:
+            return thing.name
+        if not others:
+            return thing.name
+        caption.concepts.append(pick(others, self.rng))
+        return caption.concepts[-1].names[1]
 
     def _on_ground(self, text: str, background: str, caption: Caption) -> str:
         if background in PLACES:
@@ -334,13 +327,13 @@ class CaptionWriter:
 
     def _styled(self, text: str, family: str, caption: Caption, *, phrase: bool) -> str:
         any_text, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if family == CLIP_ART else (STYLE, STYLE_PHRASES)
-        # "a noto drawing of a cartoon of a dog" would be one picture of another.
+        # Avoid "a noto drawing of a cartoon of a dog".
         templates = (*any_text, *phrases) if phrase and not _PICTURED.match(text) else any_text
         a_style = with_article(family)
         return self._template(templates, caption).format(text=text, style=family, a_style=a_style)
 
     def _long(self, text: str, scene: Scene, caption: Caption) -> str:
-        """Whole sentences, up to thirty words."""
+        """Sentences of up to thirty words."""
         opening = self._template(LONG_OPENINGS, caption)
         sentences = [opening.format(text=text)]
         for part in scene.parts if scene.count == 1 else ():
@@ -352,7 +345,7 @@ class CaptionWriter:
                 sentences.append(template.format(noun=noun, color=part.color))
             counted = [word for word in part.thing.classes if word not in _UNCOUNTED]
             if counted and part.thing.forms[noun][0]:
-                broader = _any_of(counted, self.rng)
+                broader = pick(counted, self.rng)
                 template = self._template(CLASS_SENTENCES, caption)
                 a_noun = _thing_with_article(part.thing, [], noun)
                 sentences.append(template.format(noun=noun, a_noun=a_noun, a_class=with_article(broader)))
@@ -363,24 +356,22 @@ class CaptionWriter:
         if scene.family is not None:
             style = "clip art" if scene.family == CLIP_ART else f"in {scene.family} style"
             sentences.append(f"it is {style}" if scene.family == CLIP_ART else f"it is drawn {style}")
-        kept = [sentences[0]]
+        caption_sentences = [sentences[0]]
         for sentence in sentences[1:]:
-            whole = ". ".join([*kept, sentence])
+            whole = ". ".join([*caption_sentences, sentence])
             if len(whole.split()) <= MAX_WORDS and len(re.findall(r"\w+|[^\w\s]", whole)) <= MAX_TOKENS:
-                kept.append(sentence)
-        return ". ".join(one[0].upper() + one[1:] for one in kept) + "."
+                caption_sentences.append(sentence)
+        return ". ".join(one[0].upper() + one[1:] for one in caption_sentences) + "."
 
 
-MAX_WORDS = 30  # words
-# Parts of words and marks: tokenizers split "jack-o'-lantern" into five. So `text.max_length: 48` cuts nothing.
-MAX_TOKENS = 30
+MAX_WORDS = 30
+MAX_TOKENS = 30  # words and punctuation marks, so that `text.max_length: 48` truncates nothing
 _PICTURED = re.compile(r"an? (simple )?(picture|drawing|image|illustration|icon|cartoon) of ")
 _UNCOUNTED = ("clothes", "breakfast", "baked goods", "fast food", "meat", "furniture", "jewelry", "candy", "clothing")
-T = TypeVar("T")
 
 
 def _thing_with_article(thing: Thing, adjectives: Sequence[str], word: str) -> str:
-    """ "a red car", "an orange", "jeans"; of a broader word than the thing has forms for, by its sound."""
+    """ "a red car", "an orange", "jeans"."""
     text = " ".join([*adjectives, word])
     if word not in thing.forms:
         return with_article(text) if word not in _UNCOUNTED else text
@@ -391,30 +382,20 @@ def _thing_with_article(thing: Thing, adjectives: Sequence[str], word: str) -> s
 
 
 def with_article(words: str) -> str:
-    """ "a red car", "an hour"; words that cannot be counted as they are."""
+    """ "a red car", "an hour", "furniture"."""
     if words in _UNCOUNTED:
         return words
-    return f"{'an' if _sounds_open(words) else 'a'} {words}"
+    word = words.lower()
+    vowel = word[0] in "aeiou" or word.startswith(("hour", "honest", "heir"))
+    if word.startswith(("uni", "eu", "ewe", "use", "one", "ufo", "uk")):
+        vowel = word.startswith(("unin", "unim"))
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def _is_many(thing: Thing, words: str) -> bool:
-    """Whether "are" stands after words for it: "blue jeans", but "a pair of jeans", "Santa Claus"."""
+    """Whether a verb is plural: "blue jeans are", but "a pair of jeans is", "Santa Claus is"."""
     is_plural = not thing.forms[thing.name][0] and thing.name.endswith("s") and thing.name.islower()
     return is_plural and words == _without_article(words)
-
-
-def _any_of(choices: Sequence[T], rng: np.random.Generator) -> T:
-    return choices[int(rng.integers(len(choices)))]
-
-
-def _sounds_open(words: str) -> bool:
-    """Whether a word begins with the sound of a vowel, so that "an" stands before it."""
-    word = words.lower()
-    if word.startswith(("uni", "eu", "ewe", "use", "one", "ufo", "uk")):
-        return word.startswith(("unin", "unim"))
-    if word.startswith(("hour", "honest", "heir")):
-        return True
-    return word[0] in "aeiou"
 
 
 def _without_article(text: str) -> str:

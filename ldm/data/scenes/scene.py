@@ -5,45 +5,39 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ldm.data.rng import pick
 from ldm.data.scenes.catalog import CLIP_ART, Catalog, Drawing, Thing
 
 ConceptKind = Literal["color", "relation", "worn", "synonym", "phrasing"]
 
-HELD_OUT_FRACTIONS: dict[ConceptKind, float] = {
-    "color": 0.1,
-    "relation": 0.1,
-    "worn": 0.1,
-    "synonym": 0.05,
-    "phrasing": 0.1,
-}
-# Two ways to say the same place, and the one that it is kept under.
+HELD_OUT_FRACTIONS = {"color": 0.1, "relation": 0.1, "worn": 0.1, "synonym": 0.05, "phrasing": 0.1}
+# Relations, and the equivalent ones with exchanged things that are used as keys.
 INVERSE_RELATIONS = {"right of": "left of", "under": "above", "behind": "in front of"}
-_BOTH_WAYS = ("next to",)
 
 
 class Concept(NamedTuple):
-    """What a scene shows or a caption says, as far as it may be held out: its kind, and the names in it."""
+    """A property of a scene or a caption that may be held out of training."""
 
     kind: ConceptKind
     names: tuple[str, ...]
 
     @property
     def is_held_out(self) -> bool:
-        """Whether training may not see it."""
+        """Whether no training scene has it; a function of its names."""
         key = "\0".join(("scenes", self.kind, *self.names)).encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return number / 2**64 < HELD_OUT_FRACTIONS[self.kind]
 
 
 def relation_concept(first: str, how: str, second: str) -> Concept:
-    """`first` stands `how` ("left of", "above", "in front of", "next to" or their opposites) `second`."""
+    """The concept of `first` being `how` (one of `RELATIONS`) `second`."""
     if how in INVERSE_RELATIONS:
         first, how, second = second, INVERSE_RELATIONS[how], first
-    elif how in _BOTH_WAYS:
+    elif how == "next to":
         first, second = sorted((first, second))
     return Concept("relation", (first, how, second))
 
@@ -54,21 +48,13 @@ Size = Literal["small", "big"]
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 RELATIONS = ("left of", "right of", "above", "under", "next to", "in front of", "behind")
 PLACES = ("grass", "sea", "night sky")
-# Shares of scenes, of those that show more than one thing alone.
-KIND_FRACTIONS: dict[SceneKind, float] = {
-    "count": 0.2,
-    "pair": 0.34,
-    "three": 0.06,
-    "worn": 0.22,
-    "held": 0.1,
-    "worn pair": 0.08,
-}
+# Fractions of the scenes that are not single things.
+KIND_FRACTIONS: dict[SceneKind, float]
+KIND_FRACTIONS = {"count": 0.2, "pair": 0.34, "three": 0.06, "worn": 0.22, "held": 0.1, "worn pair": 0.08}
 RELATION_FRACTIONS = (0.17, 0.13, 0.14, 0.12, 0.24, 0.11, 0.09)
-# Things are learned before scenes (measured: layout is learned within 50,000 samples, things need a million): the share
-# of single things falls from INITIAL_SINGLES to FINAL_SINGLES over SINGLES_DECAY scenes.
+# The fraction of single things falls over SINGLES_DECAY scenes: layout is learned within 50,000 samples, things need a
+# million.
 INITIAL_SINGLES, FINAL_SINGLES, SINGLES_DECAY = 0.75, 0.45, 600_000
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,9 +62,9 @@ class Part:
     """A thing in a scene.
 
     Args:
-        color: what it is tinted in; None leaves its own colors.
-        worn, held: what is on it.
-        mirrored: left and right exchanged, with all that is on it.
+        color: of the tint; None keeps its own colors.
+        worn, held: parts attached to it.
+        mirrored: flipped horizontally, with attached parts.
     """
 
     thing: Thing
@@ -91,7 +77,7 @@ class Part:
 
     @property
     def shown_color(self) -> str | None:
-        """The color that is seen: the tint, or the main one of a drawing whose thing may have any."""
+        """The visible color: the tint, or the main color of a tintable thing."""
         if self.color is not None or not self.thing.tint:
             return self.color
         return self.drawing.colors[0] if self.drawing.colors else None
@@ -99,13 +85,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a scene shows, except for the few pixels by which things are moved about.
+    """The content of a scene, without exact positions.
 
     Args:
         parts: one thing; two in a relation; three from left to right.
-        relation: of two things, where the first stands to the second.
-        count: how often the only part is there, 1 to 5.
-        background: a color of `COLORS`, one of `PLACES`, or "" for white.
+        relation: of the first of two things to the second.
+        count: repetitions of the only part, 1 to 5.
+        background: one of `COLORS` or `PLACES`, or "" for white.
     """
 
     kind: SceneKind
@@ -116,17 +102,17 @@ class Scene:
 
     @property
     def all_parts(self) -> tuple[Part, ...]:
-        """`parts`, and after each what it wears and holds."""
+        """`parts`, each followed by its attached parts."""
         return tuple(one for part in self.parts for one in (part, part.worn, part.held) if one is not None)
 
     @property
     def family(self) -> str | None:
-        """The style that all drawings share; None where they are of several."""
+        """The common style of all drawings; None if they differ."""
         families = {part.drawing.family for part in self.all_parts}
         return families.pop() if len(families) == 1 else None
 
     def concepts(self) -> list[Concept]:
-        """All combinations that can be seen, of kinds that may be held out."""
+        """All concepts of the scene."""
         concepts = [
             Concept("color", (part.thing.name, color))
             for part in self.all_parts
@@ -151,11 +137,7 @@ class Scene:
 
 
 class SceneSampler:
-    """Draws scenes of the things of a catalog, as training sees them or as they are held out.
-
-    Args:
-        tier: the highest tier of things to show.
-    """
+    """Samples scenes of the things of a catalog, up to a tier."""
 
     def __init__(self, catalog: Catalog, tier: int = 1) -> None:
         self.things = [thing for thing in catalog.things if thing.tier <= tier]
@@ -168,43 +150,43 @@ class SceneSampler:
         self.families = sorted({drawing.family for thing in self.things for drawing in thing.drawings})
 
     def sample(self, rng: np.random.Generator, number: int) -> Scene:
-        """The training scene `number`, ≥ 0, which nothing held out can be seen in."""
-        ones = INITIAL_SINGLES + (FINAL_SINGLES - INITIAL_SINGLES) * min(1.0, number / SINGLES_DECAY)
-        kind: SceneKind = "one" if rng.random() < ones else self._kind(rng)
+        """Training scene `number`, ≥ 0, without held-out concepts."""
+        singles = INITIAL_SINGLES + (FINAL_SINGLES - INITIAL_SINGLES) * min(1.0, number / SINGLES_DECAY)
+        kind: SceneKind = "one"
+        if rng.random() >= singles:
+            kind = list(KIND_FRACTIONS)[int(rng.choice(len(KIND_FRACTIONS), p=list(KIND_FRACTIONS.values())))]
         while True:
             scene = self.sample_kind(kind, rng)
             if not any(concept.is_held_out for concept in scene.concepts()):
                 return scene
 
-    def _kind(self, rng: np.random.Generator) -> SceneKind:
-        return list(KIND_FRACTIONS)[int(rng.choice(len(KIND_FRACTIONS), p=list(KIND_FRACTIONS.values())))]
-
     def sample_kind(self, kind: SceneKind, rng: np.random.Generator) -> Scene:
-        """Any scene of a kind, held out or not."""
-        family = self._family(rng)
+        """A scene of a kind, with or without held-out concepts."""
+        # The style of most scenes; None mixes styles.
+        family = None if rng.random() < 0.25 else pick(self.families, rng)
         parts: tuple[Part, ...]
         if kind == "one":
-            parts = (self._part(_any(self.things, rng), family, rng, colored=0.3, sized=0.15),)
-            return self._placed(Scene(kind, parts), rng)
+            parts = (self._part(pick(self.things, rng), family, rng, colored=0.3, sized=0.15),)
+            return self._on_background(Scene(kind, parts), rng)
         if kind == "count":
             counted = [thing for thing in self.things if thing.plural]
-            part = self._part(_any(counted, rng), family, rng, colored=0.15)
-            return self._placed(Scene(kind, (part,), count=int(rng.integers(2, 6))), rng)
+            part = self._part(pick(counted, rng), family, rng, colored=0.15)
+            return self._on_background(Scene(kind, (part,), count=int(rng.integers(2, 6))), rng)
         if kind == "three":
             chosen = _some(self.things, 3, rng)
             parts = tuple(self._part(thing, family, rng, colored=0.15) for thing in chosen)
-            return self._placed(Scene(kind, parts), rng)
+            return self._on_background(Scene(kind, parts), rng)
         if kind == "worn":
-            return self._placed(Scene(kind, (self._wearing(family, rng),)), rng)
+            return self._on_background(Scene(kind, (self._wearing(family, rng),)), rng)
         if kind == "held":
-            return self._placed(Scene(kind, (self._holding(family, rng),)), rng)
+            return self._on_background(Scene(kind, (self._holding(family, rng),)), rng)
         how = RELATIONS[int(rng.choice(len(RELATIONS), p=RELATION_FRACTIONS))]
         if kind == "worn pair":
             first = self._wearing(family, rng)
             others = [thing for thing in self.things if thing not in (first.thing, first.worn and first.worn.thing)]
-            parts = (first, self._part(_any(others, rng), family, rng, colored=0.2))
+            parts = (first, self._part(pick(others, rng), family, rng, colored=0.2))
         else:
-            # Four in ten pairs have two colors: what belongs to which thing is the hardest to learn.
+            # Two colors in 40 %, as attribute binding is hardest to learn.
             both = rng.random() < 0.4
             chosen = _some(self.tinted if both else self.things, 2, rng)
             parts = tuple(self._part(thing, family, rng, colored=1.0 if both else 0.15) for thing in chosen)
@@ -212,13 +194,7 @@ class SceneSampler:
                 parts = (replace(parts[0], size="big"), replace(parts[1], size="small"))
         if rng.random() < 0.5:
             parts = parts[::-1]
-        return self._placed(Scene(kind, parts, how), rng)
-
-    def _family(self, rng: np.random.Generator) -> str | None:
-        """The style of a whole scene, in most scenes; None mixes."""
-        if rng.random() < 0.25:
-            return None
-        return self.families[int(rng.integers(len(self.families)))]
+        return self._on_background(Scene(kind, parts, how), rng)
 
     def _part(
         self, thing: Thing, family: str | None, rng: np.random.Generator, *, colored: float = 0.0, sized: float = 0.0
@@ -226,62 +202,58 @@ class SceneSampler:
         drawings = [drawing for drawing in thing.drawings if drawing.family == family]
         color = None
         if thing.tint and rng.random() < colored:
-            color = _any(COLORS, rng)
+            color = pick(COLORS, rng)
         size: Size | None = None
         if rng.random() < sized:
             size = "small" if rng.random() < 0.6 else "big"
         return Part(
             thing,
-            _any(drawings, rng) if drawings else _by_family(thing.drawings, rng),
+            pick(drawings, rng) if drawings else _by_family(thing.drawings, rng),
             color,
             size,
             mirrored=bool(rng.random() < 0.5),
         )
 
     def _wearing(self, family: str | None, rng: np.random.Generator) -> Part:
-        worn = _any(self.worn, rng)
-        bearer = _any([thing for thing in self.characters if thing.can_wear(worn) and thing is not worn], rng)
-        anchored = [drawing for drawing in bearer.drawings if worn.anchor in drawing.anchors]
-        part = self._on(bearer, anchored, family, rng)
+        worn = pick(self.worn, rng)
+        wearer = pick([thing for thing in self.characters if thing.can_wear(worn) and thing is not worn], rng)
+        anchored = [drawing for drawing in wearer.drawings if worn.anchor in drawing.anchors]
+        part = self._on(wearer, anchored, family, rng)
         return replace(part, worn=replace(self._part(worn, family, rng, colored=0.35), mirrored=False))
 
     def _holding(self, family: str | None, rng: np.random.Generator) -> Part:
         able = [thing for thing in self.characters if any("hand" in drawing.anchors for drawing in thing.drawings)]
-        held = _any(self.held, rng)
-        bearer = _any([thing for thing in able if thing is not held], rng)
-        anchored = [drawing for drawing in bearer.drawings if "hand" in drawing.anchors]
-        part = self._on(bearer, anchored, family, rng)
+        held = pick(self.held, rng)
+        wearer = pick([thing for thing in able if thing is not held], rng)
+        anchored = [drawing for drawing in wearer.drawings if "hand" in drawing.anchors]
+        part = self._on(wearer, anchored, family, rng)
         return replace(part, held=replace(self._part(held, family, rng, colored=0.25), mirrored=False))
 
-    def _on(self, bearer: Thing, anchored: Sequence[Drawing], family: str | None, rng: np.random.Generator) -> Part:
+    def _on(self, wearer: Thing, anchored: Sequence[Drawing], family: str | None, rng: np.random.Generator) -> Part:
         of_family = [drawing for drawing in anchored if drawing.family == family]
-        part = self._part(bearer, family, rng, colored=0.12)
-        return replace(part, drawing=_any(of_family, rng) if of_family else _by_family(anchored, rng))
+        part = self._part(wearer, family, rng, colored=0.12)
+        return replace(part, drawing=pick(of_family, rng) if of_family else _by_family(anchored, rng))
 
-    def _placed(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """With a background on which everything can be seen."""
+    def _on_background(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """Adds a background with contrast to all parts."""
         background = ""
         chance = rng.random()
         if chance < 0.18:
-            background = _any(COLORS, rng)
+            background = pick(COLORS, rng)
         elif chance < 0.33:
-            background = _any(PLACES, rng)
+            background = pick(PLACES, rng)
         tints = {part.color for part in scene.all_parts}
         own = {color for part in scene.all_parts if part.color is None for color in part.drawing.colors[:1]}
         while invisible_colors(background) & (tints | own):
             if "white" in own and background == "" and "white" not in tints:
-                break  # the outlines of white drawings are seen on white, as everyone draws them
-            background = _any(COLORS, rng)
+                break  # white drawings have outlines
+            background = pick(COLORS, rng)
         return replace(scene, background=background)
 
 
 def invisible_colors(background: str) -> set[str]:
-    """Colors that cannot be seen before it."""
+    """Colors without contrast to a background."""
     return {"": {"white"}, "grass": {"green"}, "sea": {"blue"}, "night sky": {"black"}}.get(background, {background})
-
-
-def _any(choices: Sequence[T], rng: np.random.Generator) -> T:
-    return choices[int(rng.integers(len(choices)))]
 
 
 def _some(things: Sequence[Thing], count: int, rng: np.random.Generator) -> list[Thing]:
@@ -289,8 +261,8 @@ def _some(things: Sequence[Thing], count: int, rng: np.random.Generator) -> list
 
 
 def _by_family(drawings: Sequence[Drawing], rng: np.random.Generator) -> Drawing:
-    """Every family alike, so that many clip arts do not displace the others; these count twice, as they differ."""
+    """A random drawing of a random family; clip art counts twice."""
     families = sorted({drawing.family for drawing in drawings})
     weights = np.array([2.0 if family == CLIP_ART else 1.0 for family in families])
     family = families[int(rng.choice(len(families), p=weights / weights.sum()))]
-    return _any([drawing for drawing in drawings if drawing.family == family], rng)
+    return pick([drawing for drawing in drawings if drawing.family == family], rng)
