@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm import Pipeline, adapters, checkpoint
-from ldm.training.optimizer import make_ema
+from ldm.training.trainable import make_ema
 from ldm.training.training_state import TrainingState
 from ldm.wrapped import plain_name, plain_names
 from tests import tiny

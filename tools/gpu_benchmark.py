@@ -41,7 +41,7 @@ from ldm.models import sample_posterior
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder_folders
 from ldm.training.noise import step_noise
-from ldm.training.optimizer import adamw, make_ema
+from ldm.training.trainable import adamw, make_ema
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICTURE_STEPS = 25

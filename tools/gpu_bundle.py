@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 
 from ldm.data import DataConfig, inspect, open_source, split
 from ldm.text import load_text_encoder
-from ldm.training.environment import commit
+from ldm.training.resume import commit
 
 MOST_BYTES = 24 * 10**6
 WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers", "peft")

@@ -25,7 +25,7 @@ from ldm.models import UNet, UNetConfig
 from ldm.pipelines.images import from_pil
 from ldm.text import load_text_encoder
 from ldm.training.noise import step_noise
-from ldm.training.optimizer import learning_rate, make_ema, make_optimizer, optimizer_tensors, restore_optimizer
+from ldm.training.trainable import learning_rate, make_ema, make_optimizer, optimizer_tensors, restore_optimizer
 
 SIMPLE = LossConfig()
 # DDPM, section 4: T = 1000, β from 1e-4 to 0.02.

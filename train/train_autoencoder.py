@@ -1,4 +1,4 @@
-"""Trains a first stage: an autoencoder whose latents a diffusion model learns.
+"""Train a first stage: an autoencoder whose latents a diffusion model learns.
 
 accelerate launch train/train_autoencoder.py --config configs/openmoji-first-stage.yaml
 """
@@ -11,47 +11,49 @@ from torch import nn
 from ldm.config import AutoencoderTrainingConfig
 from ldm.data import Batch, to_signed
 from ldm.training import autoencoder_setup, launch, setup
-from ldm.training.adversarial import AdversarialLoss
+from ldm.training.autoencoder_loss import AdversarialLoss, autoencoder_loss
+from ldm.training.distributed import StepLosses
 from ldm.training.noise import step_noise
-from ldm.training.nonfinite import StepLosses
-from ldm.training.optimizer import make_ema, make_optimizer
 from ldm.training.run import Run
+from ldm.training.trainable import make_ema, make_optimizer
 from ldm.training.training_state import TrainingState
 
 
-def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Sequence[str] = ()) -> Path:
+def train_autoencoder(config: AutoencoderTrainingConfig, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     run = Run(config, export="autoencoder", resume=resume, accept=accept)
     images, held_out = setup.open_images(config.data, run, captioned=False)
 
-    # The autoencoder at step 0, what of it learns, and the moving average of that, which is what is shipped.
+    # The autoencoder at step 0, its trainable weights, and their EMA, which is exported.
     autoencoder = autoencoder_setup.make_autoencoder(config).to(run.device)
     images.check_factor(autoencoder.factor)
     ema = make_ema(autoencoder, config.train.ema_decay)
 
-    # What it is judged by: a frozen network that sees, and one that learns to tell reconstructions from images.
+    # A frozen network that measures the perceptual distance, and a discriminator that learns.
     perceptual = autoencoder_setup.make_perceptual_distance(config, run.device)
     discriminator = autoencoder_setup.make_discriminator(config, run.device)
     optimizer = make_optimizer(autoencoder, config.train, discriminator)
     model, prepared, optimizer = run.accelerator.prepare(autoencoder, discriminator, optimizer)
-    adversary = discriminator and AdversarialLoss(discriminator, prepared, config.loss)
+    adversarial_loss = discriminator and AdversarialLoss(discriminator, prepared, config.loss)
     codebook = autoencoder_setup.make_codebook(config, autoencoder, ema.module, optimizer)
-    networks = TrainingState(model=autoencoder, optimizer=optimizer, ema=ema, adversary=adversary, codebook=codebook)
-    run.start(networks)
+    state = TrainingState(
+        model=autoencoder, optimizer=optimizer, ema=ema, adversary=adversarial_loss, codebook=codebook
+    )
+    run.start(state)
 
-    def losses_of(network: nn.Module, batch: Batch, judge: AdversarialLoss | None) -> StepLosses:
+    def losses_of(network: nn.Module, batch: Batch, adversary: AdversarialLoss | None) -> StepLosses:
         shape = autoencoder_setup.latent_shape(autoencoder, batch.size)
-        draws = step_noise(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
+        noise = step_noise(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
         pixels = to_signed(batch.images).to(run.device)
-        reconstruction, latents = network(pixels, draws.posterior)
+        reconstruction, latents = network(pixels, noise.posterior)
         if codebook:
-            codebook.see(latents, batch.epochs, batch.ids)
-        return autoencoder_setup.autoencoder_loss(
+            codebook.add(latents, batch.epochs, batch.ids)
+        return autoencoder_loss(
             pixels,
             reconstruction,
             latents,
             loss=config.loss,
             perceptual=perceptual,
-            adversary=judge,
+            adversary=adversary,
             last_layer=autoencoder.decoder.conv_out.weight,
             regularize=config.trained == "all",
         )
@@ -59,44 +61,43 @@ def train(config: AutoencoderTrainingConfig, resume: bool = False, accept: Seque
     def export(folder: Path) -> None:
         autoencoder_setup.export_autoencoder(folder, ema.module, images, config, run.device)
 
-    def look() -> None:
-        if held_out and run.due(config.train.validate_every):
+    def validate_and_sample() -> None:
+        if held_out and run.is_due(config.train.validate_every):
             run.measure(
                 lambda: autoencoder_setup.held_out_metrics(ema.module, held_out, config, perceptual, run.device)
             )
-        if run.due(config.train.sample_every):
+        if run.is_due(config.train.sample_every):
             run.save_samples(lambda: autoencoder_setup.reconstruction_grid(ema.module, held_out or images, run.device))
 
-    autoencoder_setup.choose_autoencoder_threads(images, model, networks, run, losses_of)
-    if run.step > 0 or config.start_from is not None:  # what a resumed run was stopped at, or a model could do before
-        look()
-    autoencoder_setup.plan_autoencoder_run(config, images, held_out, model, networks, run, perceptual, losses_of)
+    autoencoder_setup.choose_autoencoder_threads(images, model, state, run, losses_of)
+    if run.step > 0 or config.start_from is not None:  # what an interrupted run missed, or the model to start from
+        validate_and_sample()
+    autoencoder_setup.plan_autoencoder_run(config, images, held_out, model, state, run, perceptual, losses_of)
 
     for batch in run.batches(images):
-        judge = adversary if run.step >= config.loss.adversarial_start else None
+        adversary = adversarial_loss if run.step >= config.loss.adversarial_start else None
         with run.accelerator.accumulate(*filter(None, (model, prepared))):
-            run.backward(losses_of(model, batch, judge))
-            moved = run.optimize(model, optimizer, discriminator)
+            run.backward(losses_of(model, batch, adversary))
+            stepped = run.optimize(model, optimizer, discriminator)
 
-        if run.accelerator.sync_gradients:  # a step, however many micro-batches it took
-            if moved:
+        if run.accelerator.sync_gradients:  # the last micro-batch of a step
+            if stepped:
                 ema.update_parameters(autoencoder)
-            if judge:
-                judge.settle(run.accelerator, moved)
+            if adversary:
+                adversary.update_weight(run.accelerator, stepped)
             if codebook:
-                codebook.settle(run.accelerator, run.step, moved)
+                codebook.end_step(run.accelerator, run.step, stepped)
             run.advance(codebook)
-            run.save_if_due(networks, export)
-            look()
+            run.save_if_due(state, export)
+            validate_and_sample()
 
-    run.finish(networks, export)
+    run.finish(state, export)
     return run.folder / "autoencoder"
 
 
 def main() -> None:
-    launch.main(
-        train, AutoencoderTrainingConfig, Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml", __doc__
-    )
+    default_config = Path(__file__).parents[1] / "configs" / "digits-first-stage.yaml"
+    launch.main(train_autoencoder, AutoencoderTrainingConfig, default_config, __doc__)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def evaluate(
     from ldm.models.perceptual import SMALLEST_SIDE
     from ldm.pipelines import save_png
     from ldm.pipelines.pipeline import usable_device
-    from ldm.training.space import load_first_stage
+    from ldm.training.components import load_first_stage
 
     place = usable_device(device)
     parts: Any = int(tile) if tile.isdecimal() else tile

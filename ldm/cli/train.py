@@ -9,11 +9,11 @@ import typer
 from ldm import disk
 
 MINUTES, ENCODER = 30.0, "minilm"
-# What to do about an option that a run has no place for once it has begun.
-FIXED = "the run keeps its own; leave it out, or start a new run"
-WAYS = {
+# Options of new runs, and what to do instead with --resume.
+FIXED = "a run cannot change it; leave it out, or start a new run"
+NEW_RUN_ONLY = {
     "--output": "leave it out; a run folder may be moved while nothing runs in it",
-    "--minutes": "how long it goes on is said in steps, --set train.max_steps=N",
+    "--minutes": "its length is set in steps, --set train.max_steps=N",
     "--resolution": FIXED,
     "--start-from": FIXED,
     "--method": FIXED,
@@ -35,7 +35,7 @@ def train(
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; chosen by default.")] = None,
     start_from: Annotated[
-        str | None, typer.Option(help="A model to go on from: a pipeline folder or hub id; else a new one.")
+        str | None, typer.Option(help="A model to fine-tune: a pipeline folder or hub id; a new one by default.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="With --start-from: full, attention or lora.")] = None,
     encoder: Annotated[str | None, typer.Option(help=f"The text encoder of a new model; {ENCODER} by default.")] = None,
@@ -46,21 +46,21 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE for the config, over what is chosen, one or several; repeatable."),
+        typer.Option("--set", help="KEY=VALUE for the config, instead of what is chosen; repeatable."),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Choose, say why, print the config, and stop.")] = False,
-    resume: Annotated[str | None, typer.Option(help="A run folder to go on with, instead of a new run.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Choose a config, print it with the reasons, and stop.")] = False,
+    resume: Annotated[str | None, typer.Option(help="The folder of a run to resume, instead of a new run.")] = None,
     accept: Annotated[
         list[str] | None,
-        typer.Option(help="With --resume, a key that may differ from what it was, one or several; repeatable."),
+        typer.Option(help="With --resume, keys that may differ from the stored run; repeatable."),
     ] = None,
 ) -> None:
-    """Train a model on captioned images: look at them, choose everything, say why, and start."""
+    """Train a model on captioned images: inspect them, choose a config, give the reasons, and start."""
     from ldm.training.auto import auto_train, resume_run
 
     if resume is not None:
         if path is not None:
-            raise ValueError(f"--resume {resume} goes on with the data of that run; leave {path} out")
+            raise ValueError(f"--resume {resume} continues on the data of that run; leave {path} out")
         given = {
             "--output": output,
             "--minutes": minutes,
@@ -76,11 +76,11 @@ def train(
         for option, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"--resume {resume} goes on with that run, and {option} is for a new one; {WAYS[option]}"
+                    f"--resume {resume} continues that run, and {option} is for a new one; {NEW_RUN_ONLY[option]}"
                 )
         raise typer.Exit(resume_run(disk.expanded(resume), accept or [], settings or []))
     if accept:
-        raise ValueError("--accept says what may differ from a run that is continued; it needs --resume")
+        raise ValueError("--accept lists what may differ from a resumed run; it needs --resume")
     if path is None:
         raise ValueError("there is nothing to train on; name a folder of captioned images")
     minutes = MINUTES if minutes is None else minutes

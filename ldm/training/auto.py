@@ -1,11 +1,10 @@
-"""`ldm train FOLDER`: from a folder to a model, by the scripts in train/ and configs that anyone could write."""
+"""`ldm train FOLDER`: choose a config, then run the training scripts."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,42 +30,49 @@ from ldm.data import dataset_report, inspect, open_source
 from ldm.data.captions import printable
 from ldm.pipelines.pipeline import default_device
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
-from ldm.training.auto_config import FIRST_STAGE, TrainOptions, choose_config
-from ldm.training.checkpoints import list_checkpoints
-from ldm.training.run_folder import check_new, lock_folder, open_folder
+from ldm.training.auto_config import FIRST_STAGE_SUFFIX, TrainOptions, choose_config
+from ldm.training.checkpoints import list_checkpoints, resume_command
+from ldm.training.run_folder import (
+    PATH_KEYS,
+    base_folder,
+    check_new,
+    is_relative_path,
+    open_folder,
+    remove_empty_run,
+    working_directory,
+)
 from ldm.training.space import DEFAULT_FIRST_STAGE
-from ldm.training.start_folder import PATHS, base_folder, is_relative_path, resume_command, working_directory
-from ldm.training.start_folder import START_FILE as STARTED
 from ldm.training.threads import THREAD_VARIABLES
 
-REFUSED = 2  # the exit code of a script whose config or data is wrong
+EXIT_INVALID = 2  # of a script whose config or data is wrong
 SCRIPTS = Path(__file__).parents[2] / "train"
 
 
 def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str], plan_only: bool) -> int:
-    """Inspects, chooses, says why, and trains; returns the exit code of the script that failed, or 0.
+    """Inspect the data, choose a config, print the reasons, and train; returns the failed script's exit code, or 0.
 
     Args:
         data: keys of `data`, at least `path`.
-        overrides: `key=value` for the config, which beat what is chosen.
-        plan_only: stop before training, and print the config.
+        overrides: `key=value` for the config, which take precedence over what is chosen.
+        plan_only: print the config instead of training.
 
     Raises:
-        ValueError: if there is nothing to train on, or a wish cannot be fulfilled.
+        ValueError: if there is nothing to train on, or an option cannot be met.
     """
-    _find("train_ldm.py")
-    draft = _draft(data, options, overrides)
+    _find_script("train_ldm.py")
+    draft = _draft_config(data, options, overrides)
     options = _apply_overrides(draft, options, overrides)
     if options.start_from is not None:
         find_pipeline(options.start_from)
     check_new(Path(options.output_dir).expanduser())
     inspection = inspect(open_source(draft.data), draft.data, progress=True)
-    account = dataset_report(inspection, draft.data)
-    print(account.summary())
-    for line in account.needs_attention:
+    report = dataset_report(inspection, draft.data)
+    print(report.summary())
+    for line in report.needs_attention:
         print(printable(f"  {line}"))
     device = default_device()
-    given = with_overrides({"data": data}, [override for override in overrides if override.startswith("data.")])["data"]
+    data_overrides = [override for override in overrides if override.startswith("data.")]
+    given = with_overrides({"data": data}, data_overrides)["data"]
     given.pop("resolution", None)
     chosen = choose_config(inspection.used, given, options, device)
     for reason in chosen.reasons:
@@ -80,44 +86,31 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
         for script, text in stages:
             print(f"\n# train/{script}\n{text}", end="")
         return 0
-    if first is not None:  # from here on either folder knows its config, so that --resume finds what is left to do
+    if first is not None:  # both folders store their config now, so that --resume finds what is left to do
         for config in (first, final):
-            open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], say=print)()
-    code = _run_stages(stages, begun=first is not None, threads=chosen.threads)
-    if code == REFUSED and first is not None:
+            open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], log=print)()
+    code = _run_stages(stages, resume=first is not None, threads=chosen.threads)
+    if code == EXIT_INVALID and first is not None:
         for config in (first, final):
-            _remove_empty_run(Path(config.output_dir).expanduser())
-    elif code and first is not None:  # each script speaks of its own run
-        print(f"go on with both: {resume_command(Path(final.output_dir).expanduser())}", file=sys.stderr)
+            remove_empty_run(Path(config.output_dir).expanduser())
+    elif code and first is not None:  # each script mentions only its own run
+        print(f"continue both with {resume_command(Path(final.output_dir).expanduser())}", file=sys.stderr)
     if code == 0:
         _print_next_steps(Path(options.output_dir).expanduser())
     return code
 
 
-def _remove_empty_run(folder: Path) -> None:
-    """Removes a run folder that holds its config and nothing else: what was refused leaves no trace."""
-    if not folder.is_dir():
-        return
-    try:
-        unlock = lock_folder(folder)
-    except ValueError:  # another process has begun a run there
-        return
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", STARTED, ".lock"}:
-        shutil.rmtree(folder)
-    unlock()
-
-
-def _draft(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str]) -> LDMConfig:
-    """A config of what is known before anything is looked at, so that a wrong key or value costs no time."""
+def _draft_config(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str]) -> LDMConfig:
+    """A config of what is known before the data is read, so that wrong keys and values are found at once."""
     content: dict[str, Any] = {
         "output_dir": options.output_dir,
         "data": {"resolution": 64 if options.resolution is None else options.resolution} | data,
-        "train": {"max_steps": 10**9},  # whatever is said of steps fits: they are counted later
+        "train": {"max_steps": 10**9},  # every other number of steps fits
         "sample": {"prompts": ["a"]},
     }
     if options.start_from is not None:
         content["start_from"] = options.start_from
-    # Keys of the network stand beside those that are chosen for it.
+    # Keys of the network go with those that will be chosen.
     content = with_overrides(content, [override for override in overrides if not override.startswith("unet.")])
     if content.get("start_from") is None:
         content = {"space": "auto", "unet": {}, "text": {"encoder": options.encoder}} | content
@@ -129,7 +122,7 @@ def _draft(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str]
 
 
 def _apply_overrides(draft: LDMConfig, options: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
-    """TrainOptions that are said with --set count as those with options of their own."""
+    """Options with the values given by --set."""
     keys = {override.partition("=")[0].strip() for override in overrides}
     return dataclasses.replace(
         options,
@@ -144,11 +137,11 @@ def _apply_overrides(draft: LDMConfig, options: TrainOptions, overrides: Sequenc
     )
 
 
-def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool, threads: int | None) -> int:
-    """Runs scripts with their configs one after the other; the exit code of the first that fails, or 0.
+def _run_stages(stages: Sequence[tuple[str, str]], *, resume: bool, threads: int | None) -> int:
+    """Run scripts with their configs one after the other; returns the exit code of the first that fails, or 0.
 
     Args:
-        begun: the run folders are there already, with these configs.
+        resume: the run folders exist already, with these configs.
         threads: see `run_script`.
     """
     with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
@@ -157,17 +150,17 @@ def _run_stages(stages: Sequence[tuple[str, str]], *, begun: bool, threads: int 
             path.write_text(text, encoding="utf-8")
             folder = yaml.safe_load(text)["output_dir"]
             print(f"\ntrain/{script}, its config becomes {folder}/config.yaml", flush=True)
-            code = run_script(script, ["--config", str(path), *(["--resume"] if begun else [])], threads)
+            code = run_script(script, ["--config", str(path), *(["--resume"] if resume else [])], threads)
             if code:
                 return code
     return 0
 
 
 def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = ()) -> int:
-    """Goes on with a run that was interrupted, from wherever; returns the script's exit code.
+    """Resume a run from any working directory; returns the script's exit code.
 
     Args:
-        overrides: `key=value` for the config. Those of `data.` hold for its first stage too, if that is unfinished.
+        overrides: `key=value` for the config. Those of `data.` apply to its unfinished first stage too.
 
     Raises:
         ValueError: if it is no run, or the overrides do not fit it.
@@ -179,23 +172,23 @@ def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = (
     keys = {override.partition("=")[0].strip() for override in overrides}
     if "output_dir" in keys:
         raise ValueError(
-            f"--resume {folder} goes on in that folder, and --set output_dir names one; leave it out (a run folder may "
-            "be moved while nothing runs in it)"
+            f"--resume {folder} continues in that folder, and --set output_dir names one; leave it out (a run folder "
+            "may be moved while nothing runs in it)"
         )
     here, base = Path.cwd(), base_folder(folder, content, keys)
     if base == here:
         return _resume(folder, content, accept, overrides)
     print(f"the run was started in {base}, and its relative paths are read from there", flush=True)
-    settings = [_from_here(override) for override in overrides]
+    settings = [_with_absolute_path(override) for override in overrides]
     folder = folder.absolute()
     with working_directory(base):
         return _resume(folder, content, accept, settings)
 
 
-def _from_here(override: str) -> str:
-    """An override whose value is a file or folder of the working folder, with that in front of it."""
+def _with_absolute_path(override: str) -> str:
+    """An override with an absolute path, if its value is a file or folder in the working directory."""
     key, _, value = override.partition("=")
-    is_path = key.strip() in PATHS and not value.startswith(OPEN_CLIP) and is_relative_path(value, Path.cwd())
+    is_path = key.strip() in PATH_KEYS and not value.startswith(OPEN_CLIP) and is_relative_path(value, Path.cwd())
     return f"{key}={Path(value).absolute()}" if is_path else override
 
 
@@ -203,13 +196,12 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
     is_first_stage = not {"autoencoder", "vq"}.isdisjoint(content)
     kind: Any = AutoencoderTrainingConfig if is_first_stage else LDMConfig
     settings = [f"output_dir={folder}", *overrides]
-    load_config(folder / "config.yaml", settings, kind)  # what is wrong with them is said before anything starts
-    unfinished = _own_first_stage(folder, content)
+    load_config(folder / "config.yaml", settings, kind)  # validates the overrides before anything starts
+    unfinished = _unfinished_first_stage(folder, content)
     if unfinished is not None:
         print(f"its first stage comes before, {unfinished}", flush=True)
-        code = resume_run(
-            unfinished, accept, [override for override in overrides if override.lstrip().startswith("data.")]
-        )
+        data_overrides = [override for override in overrides if override.lstrip().startswith("data.")]
+        code = resume_run(unfinished, accept, data_overrides)
         if code:
             return code
     script = "train_autoencoder.py" if is_first_stage else "train_ldm.py"
@@ -220,37 +212,36 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
     return code
 
 
-def _own_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
-    """The run of the first stage that `auto_train` began with a run, while that has no checkpoint.
+def _unfinished_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
+    """The first-stage run that `auto_train` began with this run, if this run has no checkpoint yet.
 
-    One that is finished goes on too: where it was killed at its very end, its export is made again. One whose
-    checkpoints someone has removed is taken as it is.
+    A finished one is resumed too: if it was killed at its very end, its export is written again. One without
+    checkpoints, which someone removed, is left alone.
     """
-    run = folder.with_name(f"{folder.name}{FIRST_STAGE}")
+    run = folder.with_name(f"{folder.name}{FIRST_STAGE_SUFFIX}")
     stage = content.get("first_stage")
-    if (
-        list_checkpoints(folder)
-        or stage is None
-        or Path(stage).expanduser().resolve() != (run / "autoencoder").resolve()
-    ):
+    if list_checkpoints(folder) or stage is None:
         return None
-    thrown_away = (run / "autoencoder").is_dir() and not list_checkpoints(run)
-    return run if (run / "config.yaml").is_file() and not thrown_away else None
+    if Path(stage).expanduser().resolve() != (run / "autoencoder").resolve():
+        return None
+    removed = (run / "autoencoder").is_dir() and not list_checkpoints(run)
+    return run if (run / "config.yaml").is_file() and not removed else None
 
 
 def run_script(script: str, arguments: list[str], threads: int | None = None) -> int:
-    """Runs a script of train/ in a process of its own; under `accelerate launch` where there are several GPUs.
+    """Run a script of train/ in a process of its own, by `accelerate launch` if there are several GPUs.
 
-    `threads` are those of a script that computes on the CPU; None leaves them to it.
+    SIGTERM and SIGINT are passed on: the script saves its state and exits with a code of its own.
 
-    SIGTERM and SIGINT are passed on: the script saves where it is, and ends with a code that says so.
+    Args:
+        threads: of a script on the CPU; None lets it decide.
     """
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     names = [THREAD_VARIABLES[0], *(name for name in THREAD_VARIABLES[1:] if name in os.environ)]
-    told = {} if threads is None else dict.fromkeys(names, str(threads))
-    process = subprocess.Popen([*command, str(_find(script)), *arguments], env=os.environ | told)
+    variables = {} if threads is None else dict.fromkeys(names, str(threads))
+    process = subprocess.Popen([*command, str(_find_script(script)), *arguments], env=os.environ | variables)
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
     try:
@@ -258,10 +249,10 @@ def run_script(script: str, arguments: list[str], threads: int | None = None) ->
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code  # as a shell says that a signal has ended it
+    return code if code >= 0 else 128 - code  # the convention of shells for signals
 
 
-def _find(script: str) -> Path:
+def _find_script(script: str) -> Path:
     path = SCRIPTS / script
     if not path.is_file():
         raise ValueError(
@@ -274,13 +265,13 @@ def _find(script: str) -> Path:
 def _print_next_steps(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     prompt = shlex.quote(printable(config["sample"]["prompts"][0]))
-    sheets = sorted((folder / "samples").glob("step_*.png"))
-    print(f"pictures: {sheets[-1]}" if sheets else "no sample grid was drawn")
+    grids = sorted((folder / "samples").glob("step_*.png"))
+    print(f"samples:  {grids[-1]}" if grids else "no sample grid was written")
     print(f"report:   {folder / 'report.html'}")
     if (folder / "pipeline").is_dir():
-        print(f"draw:     ldm generate {prompt} --model {shlex.quote(str(folder / 'pipeline'))}")
+        print(f"generate: ldm generate {prompt} --model {shlex.quote(str(folder / 'pipeline'))}")
     else:
         model, lora = config["start_from"], shlex.quote(str(folder / "lora"))
-        if folder.is_absolute() and is_relative_path(model, Path.cwd()):  # it may be read in another folder
+        if folder.is_absolute() and is_relative_path(model, Path.cwd()):  # the command may be run in another folder
             model = str(Path(model).absolute())
-        print(f"draw:     ldm generate {prompt} --model {shlex.quote(model)} --lora {lora}")
+        print(f"generate: ldm generate {prompt} --model {shlex.quote(model)} --lora {lora}")

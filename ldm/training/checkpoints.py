@@ -1,19 +1,26 @@
-"""Checkpoints of a run on disk: from the first on there is always one that verifies."""
+"""Checkpoints of a run on disk: once the first is written, there is always one that verifies."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from ldm import checkpoint, disk
 from ldm.training.distributed import sum_over_processes
-from ldm.training.files import file_hashes, find_damage
-from ldm.training.start_folder import resume_command
 
 PREFIX = "step_"
+MANIFEST = "manifest.json"
+
+
+def resume_command(run: Path) -> str:
+    """The command line that resumes a run."""
+    return f"ldm train --resume {shlex.quote(str(run))}"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -25,60 +32,126 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first. A copy that someone keeps beside them has another name."""
+    """Folders of complete checkpoints, oldest first. Copies under other names are ignored."""
     named = [path for path in run.glob(f"checkpoints/{PREFIX}*") if re.fullmatch(PREFIX + r"\d{8,}", path.name)]
-    return sorted((path for path in named if (path / "manifest.json").is_file()), key=checkpoint_step)
+    return sorted((path for path in named if (path / MANIFEST).is_file()), key=checkpoint_step)
+
+
+def describe_newest(run: Path) -> str:
+    """The newest checkpoint, for an error message."""
+    newest = list_checkpoints(run)[-1:]
+    return f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
+
+
+# ---- hashes of files
+
+
+def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path → size and SHA-256 of each file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first file in which two results of `file_hashes` differ, or None."""
+    return next((name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)), None)
+
+
+def find_damage(folder: Path, manifest: str = MANIFEST) -> str | None:
+    """The first file that differs from the manifest, or None. Extra files other than weights and JSON are allowed."""
+    try:
+        files = checkpoint.read_json(folder / manifest)["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{manifest}: {error}"
+    for path in sorted((*folder.rglob("*.safetensors"), *folder.rglob("*.json"))):
+        name = path.relative_to(folder).as_posix()
+        if name not in expected and name != manifest:
+            return f"{name} is not in {manifest}"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size or _sha256(path) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- writing
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """A folder that `fill` writes, and its manifest of sizes and hashes; read back before anyone relies on it.
+    """Write a folder by `fill`, with a manifest of sizes and hashes, and verify it by reading it back.
 
-    Whatever stands under that name, which is no checkpoint, is renamed as a damaged one is.
+    An existing file or folder of that name, which is no valid checkpoint, is renamed like a damaged one.
 
     Raises:
-        OSError: if the disk does not take it, or gives it back otherwise; nothing of it stands then.
+        OSError: if the disk fails; no partial checkpoint is left.
     """
+    run = target.parents[1]
     try:
         if target.exists() or target.is_symlink():
             rename_damaged([target])
         with disk.new_folder(target) as folder:
             fill(folder)
             disk.sync_tree(folder)
-            checkpoint.write_json(folder / "manifest.json", {"files": file_hashes(folder)})  # the last file
-        wrong = find_damage(target)
-        if wrong is not None:
+            checkpoint.write_json(folder / MANIFEST, {"files": file_hashes(folder)})  # the last file
+        damage = find_damage(target)
+        if damage is not None:
             disk.remove_folder(target)
-            raise OSError(f"it does not read back as it was written: {wrong}")
+            raise OSError(f"it does not read back as it was written: {damage}")
     except OSError as error:
         raise OSError(
-            f"the checkpoint of step {checkpoint_step(target)} cannot be written ({error}); "
-            f"{describe_newest(target.parents[1])}; "
-            f"mend that, and go on with {resume_command(target.parents[1])}"
+            f"the checkpoint of step {checkpoint_step(target)} cannot be written ({error}); {describe_newest(run)}; "
+            f"fix that, and resume with {resume_command(run)}"
         ) from error
 
 
 def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
-    """Removes all but the `keep` newest checkpoints and those of every `keep_every`-th step.
+    """Remove all but the `keep` newest checkpoints and those of every `keep_every`-th step.
 
-    One into which someone has put files of their own stays.
+    Checkpoints with files that the user added stay.
     """
     for old in list_checkpoints(run)[:-keep]:
-        if (keep_every is None or checkpoint_step(old) % keep_every) and not _holds_more(old):
+        if (keep_every is None or checkpoint_step(old) % keep_every) and not _has_extra_files(old):
             disk.remove_folder(old)
 
 
-def _holds_more(folder: Path) -> bool:
-    """Whether a checkpoint holds files that are not in its manifest, apart from those that systems add."""
+def _has_extra_files(folder: Path) -> bool:
+    """Whether a checkpoint holds files outside its manifest, apart from those that systems add."""
     try:
-        named = checkpoint.read_json(folder / "manifest.json")["files"].keys() | {"manifest.json"}
+        named = checkpoint.read_json(folder / MANIFEST)["files"].keys() | {MANIFEST}
     except (ValueError, KeyError, AttributeError):
-        return True  # nobody knows
+        return True  # unknown
     files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in checkpoint.ADDED_BY_SYSTEMS)
     return any(path.relative_to(folder).as_posix() not in named for path in files)
 
 
-def newest_intact_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint whose files are those of its manifest, the newer ones that are damaged and were named).
+def rename_damaged(damaged: list[Path]) -> None:
+    """Rename damaged checkpoints, so that a new one of the same step can be written."""
+    for folder in damaged:
+        name = f"damaged.{folder.name}"
+        taken = {path.name for path in folder.parent.iterdir()}
+        folder.rename(
+            folder.with_name(next(n for n in (name, *(f"{name}.{i}" for i in range(2, 10**6))) if n not in taken))
+        )
+
+
+# ---- finding
+
+
+def newest_intact_checkpoint(run: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """(newest intact checkpoint, damaged newer ones).
 
     Raises:
         ValueError: if there are checkpoints but none is intact.
@@ -86,10 +159,10 @@ def newest_intact_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Pat
     folders = list_checkpoints(run)
     damaged: list[Path] = []
     for folder in reversed(folders):
-        wrong = find_damage(folder) or _misnamed(folder)
-        if wrong is None:
+        damage = find_damage(folder) or _wrong_step(folder)
+        if damage is None:
             return folder, damaged
-        say(f"{folder} is damaged ({wrong}); taking the one before")
+        log(f"{folder} is damaged ({damage}); using the one before")
         damaged.append(folder)
     if folders:
         raise ValueError(
@@ -99,8 +172,8 @@ def newest_intact_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Pat
     return None, []
 
 
-def _misnamed(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that is whole but was made at another step, or None."""
+def _wrong_step(folder: Path) -> str | None:
+    """A message if a checkpoint was made at another step than its name says."""
     try:
         step = checkpoint.read_json(folder / "training" / "state.json").get("step")
     except ValueError as error:
@@ -108,38 +181,22 @@ def _misnamed(folder: Path) -> str | None:
     return None if step == checkpoint_step(folder) else f"it was made at step {step}"
 
 
-def find_checkpoint(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """What the main process finds with `newest_checkpoint`, told to all: they read the same one.
+def find_checkpoint(accelerator: Accelerator, run: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """`newest_intact_checkpoint` on the main process, sent to all processes.
 
     Raises:
         ValueError: in each process, if there are checkpoints but none is intact.
     """
     newest: Path | None = None
     damaged: list[Path] = []
-    wrong: ValueError | None = None
+    failure: ValueError | None = None
     if accelerator.is_main_process:
         try:
-            newest, damaged = newest_intact_checkpoint(run, say)
+            newest, damaged = newest_intact_checkpoint(run, log)
         except ValueError as error:
-            wrong = error
-    found = -2 if wrong else -1 if newest is None else checkpoint_step(newest)
+            failure = error
+    found = -2 if failure else -1 if newest is None else checkpoint_step(newest)
     (step,) = sum_over_processes(accelerator, [found if accelerator.is_main_process else 0])
     if step == -2:
-        raise wrong or ValueError(f"no checkpoint in {run / 'checkpoints'} is intact")
+        raise failure or ValueError(f"no checkpoint in {run / 'checkpoints'} is intact")
     return (None if step == -1 else checkpoint_folder(run, step)), damaged
-
-
-def describe_newest(run: Path) -> str:
-    """What there is to go on from, for an error message."""
-    newest = list_checkpoints(run)[-1:]
-    return f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
-
-
-def rename_damaged(damaged: list[Path]) -> None:
-    """Renames damaged checkpoints, so that a new one of the same step can be written."""
-    for folder in damaged:
-        name = f"damaged.{folder.name}"
-        taken = {path.name for path in folder.parent.iterdir()}
-        folder.rename(
-            folder.with_name(next(n for n in (name, *(f"{name}.{i}" for i in range(2, 10**6))) if n not in taken))
-        )

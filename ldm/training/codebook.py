@@ -1,4 +1,4 @@
-"""The codebook of a first stage while it is trained: how it is used, and new places for codes that are not."""
+"""Codebook usage during training, and the revival of dead codes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ from torch import Tensor
 from ldm.data import generator
 from ldm.models import Quantized, VectorQuantizer, codebook_usage
 
-# A micro-batch: what became of it, and the epoch and the id of each sample.
-Seen = tuple[Quantized, Sequence[int], Sequence[str]]
+# A micro-batch: its quantized latents, and the epoch and id of each sample.
+MicroBatch = tuple[Quantized, Sequence[int], Sequence[str]]
 
 
 class Codebook:
-    """Counts which codes are used, over the batches of all processes, and revives those that are not.
+    """Counts code usage over the batches of all processes and revives dead codes.
 
-    A code that no latent is nearest to has no gradient and would stay where it is for ever. Once it was not used for
-    `revive_after` steps it is put where a latent of the present batch is. Such latents are drawn with a probability in
-    proportion to the squared distance to their codes, as k-means++ draws its centres (Arthur and Vassilvitskii 2007),
-    so that new codes go where they are missing and not where most latents are, on plain background. The draws are
-    keyed by sample, so that neither the number of processes nor that of micro-batches changes them.
-
-    All codes count as unused at first: after the first step the codebook lies among the latents.
+    A code that is nearest to no latent has no gradient. After `revive_after` unused steps it is moved to a latent of
+    the batch, sampled with probability proportional to its squared distance from its code, as k-means++ samples its
+    centers (Arthur and Vassilvitskii 2007). Samples are keyed, so the number of processes or micro-batches does not
+    matter. All codes count as unused at first: after one step the codebook lies among the latents.
 
     Args:
-        quantizer: whose codes learn.
-        averaged: the same of the moving average, which is told of new places too: it would take long to get there.
-        optimizer: whose moments of a revived code, which are those of its old place, are forgotten.
-        revive_after: steps; None revives none.
+        quantizer: whose codes are trained.
+        averaged: that of the EMA; revived codes are copied there.
+        optimizer: its moments of a revived code are reset.
+        revive_after: steps; None never revives.
 
     Attributes:
         unused: steps since each code was last used, [K] int64.
-        counts: how often each was used since the last line of the log, [K] int64.
-        revived: how many were revived since then, [] int64.
+        counts: usage of each code since the last log line, [K] int64.
+        revived: number of revived codes since then, [] int64.
     """
 
     def __init__(
@@ -54,29 +51,29 @@ class Codebook:
         self._averaged = averaged.embedding.weight
         self._optimizer = optimizer
         self._seed, self._revive_after = seed, revive_after
-        self._seen: list[Seen] = []  # of the micro-batches of this step
+        self._micro_batches: list[MicroBatch] = []  # of this step
 
-    def see(self, quantized: Quantized, epochs: Sequence[int], ids: Sequence[str]) -> None:
-        """Remembers a micro-batch until the step is over."""
-        cut = Quantized(*(tensor.detach() for tensor in quantized))
-        self._seen.append((cut, epochs, ids))
+    def add(self, quantized: Quantized, epochs: Sequence[int], ids: Sequence[str]) -> None:
+        """Add a micro-batch of the present step."""
+        detached = Quantized(*(tensor.detach() for tensor in quantized))
+        self._micro_batches.append((detached, epochs, ids))
 
-    def forget(self) -> None:
-        """Drops the micro-batches of a step that is not made."""
-        self._seen = []
+    def discard_step(self) -> None:
+        """Drop the micro-batches of a step that is not made."""
+        self._micro_batches = []
 
     @torch.no_grad()
-    def settle(self, accelerator: Accelerator, step: int, moved: bool) -> None:
-        """Ends a step: counts what was used, and revives what was not, the same in all processes; all call this.
+    def end_step(self, accelerator: Accelerator, step: int, stepped: bool) -> None:
+        """Count used codes and revive dead ones, the same in all processes. A collective call.
 
         Args:
-            step: the step that was made, 0-based.
-            moved: whether it was made; after one that was skipped all is as before.
+            step: 0-based.
+            stepped: False for a skipped step, which changes nothing.
         """
-        seen, self._seen = self._seen, []
-        if not moved:
+        micro_batches, self._micro_batches = self._micro_batches, []
+        if not stepped:
             return
-        indices = torch.cat([quantized.indices.flatten() for quantized, _, _ in seen])
+        indices = torch.cat([quantized.indices.flatten() for quantized, _, _ in micro_batches])
         counts = torch.bincount(indices, minlength=len(self.codes))
         if accelerator.num_processes > 1:
             summed = accelerator.reduce(counts, "sum")
@@ -88,25 +85,23 @@ class Codebook:
             return
         dead = (self.unused >= self._revive_after).nonzero().flatten()
         if len(dead):
-            self._revive(dead, _places(accelerator, seen, len(dead), self._seed, step))
+            self._revive(dead, _sample_latents(accelerator, micro_batches, len(dead), self._seed, step))
 
-    def _revive(self, dead: Tensor, places: Tensor) -> None:
-        """Puts codes to places [n, C]; where those are fewer, as there are few latents, the others wait."""
-        rows = dead[: len(places)]
-        places = places.to(self.codes)
-        self.codes[rows] = places
-        self._averaged[rows] = places
+    def _revive(self, dead: Tensor, latents: Tensor) -> None:
+        """Move dead codes to latents [n, C]; with fewer latents than dead codes the rest wait."""
+        rows = dead[: len(latents)]
+        latents = latents.to(self.codes)
+        self.codes[rows] = latents
+        self._averaged[rows] = latents
         for moment in self._optimizer.state.get(self.codes, {}).values():
             if moment.shape == self.codes.shape:
                 moment[rows] = 0
         self.unused[rows] = 0
         self.revived += len(rows)
 
-    # ---- what is logged
-
     def figures(self) -> dict[str, float]:
-        """Perplexity and share of the codes used since the last line of the log, and how many were revived."""
-        if not bool(self.counts.any()):  # where every step was skipped
+        """Perplexity, used fraction and number of revived codes since the last log line."""
+        if not bool(self.counts.any()):  # every step was skipped
             return {}
         usage = codebook_usage(self.counts)
         return {
@@ -115,50 +110,50 @@ class Codebook:
             "codes_revived": int(self.revived),
         }
 
-    def start_over(self) -> None:
-        """Begins a new line of the log."""
+    def reset_counts(self) -> None:
+        """Start a new log interval."""
         self.counts.zero_()
         self.revived.zero_()
 
-    # ---- what a checkpoint keeps
-
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {"unused": self.unused, "counts": self.counts, "revived": self.revived}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         assert state["unused"].shape == self.unused.shape, "a resumed run has the same codebook"
-        for name, tensor in self.state().items():
+        for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
 
-def _places(accelerator: Accelerator, seen: Sequence[Seen], most: int, seed: int, step: int) -> Tensor:
-    """Up to `most` latents of the batch of all processes, drawn without repetition: [n, C], the same in all of them.
+def _sample_latents(
+    accelerator: Accelerator, micro_batches: Sequence[MicroBatch], max_count: int, seed: int, step: int
+) -> Tensor:
+    """Up to `max_count` latents of the global batch, sampled without replacement: [n, C], the same in all processes.
 
-    A latent at the squared distance d² from its code gets the number E / d², E standard exponential; those with the
-    smallest numbers are a draw with probabilities in proportion to d² (Efraimidis and Spirakis 2006, whose keys these
-    are up to a monotone map). They come in the order of E, which no rounding changes.
+    A latent at squared distance d² from its code gets the key E / d², E standard exponential. The smallest keys are a
+    sample with probabilities proportional to d² (Efraimidis and Spirakis 2006, up to a monotone map). Rows are ordered
+    by E, which no rounding changes.
     """
-    rows = torch.cat([_candidates(*micro, seed, step) for micro in seen])
-    rows = rows[rows[:, 0].argsort()[:most]]
+    rows = torch.cat([_keyed_latents(*micro_batch, seed, step) for micro_batch in micro_batches])
+    rows = rows[rows[:, 0].argsort()[:max_count]]
     if accelerator.num_processes > 1:
-        # In all processes as many; those that stand in for none are as far as can be.
-        absent = torch.full((most - len(rows), rows.shape[1]), torch.inf, dtype=rows.dtype)
-        extract = accelerator.gather(torch.cat([rows, absent]).to(accelerator.device))
-        assert isinstance(extract, Tensor)
-        rows = extract.cpu()
-        rows = rows[rows[:, 0].argsort()[:most]]
-    rows = rows[rows[:, 0].isfinite()]  # a latent that is its code, or none
+        # Padded to the same length in all processes; padding has an infinite key.
+        padding = torch.full((max_count - len(rows), rows.shape[1]), torch.inf, dtype=rows.dtype)
+        gathered = accelerator.gather(torch.cat([rows, padding]).to(accelerator.device))
+        assert isinstance(gathered, Tensor)
+        rows = gathered.cpu()
+        rows = rows[rows[:, 0].argsort()[:max_count]]
+    rows = rows[rows[:, 0].isfinite()]  # drops padding and latents that equal their code
     return rows[rows[:, 1].argsort(), 2:]
 
 
-def _candidates(quantized: Quantized, epochs: Sequence[int], ids: Sequence[str], seed: int, step: int) -> Tensor:
+def _keyed_latents(quantized: Quantized, epochs: Sequence[int], ids: Sequence[str], seed: int, step: int) -> Tensor:
     """A row (E / d², E, latent) for each latent of a micro-batch: [B · h · w, 2 + C] float64 on the CPU."""
     latents, codes = (tensor.cpu().double().movedim(1, -1) for tensor in (quantized.moments, quantized.latents))
     distance = (latents - codes).square().sum(dim=-1)  # [B, h, w]
-    draws = [
-        torch.from_numpy(generator(seed, "codes", epoch, name, step).standard_exponential(distance.shape[1:]))
-        for epoch, name in zip(epochs, ids, strict=True)
-    ]
-    numbers = torch.stack(draws)  # [B, h, w]
-    return torch.cat([(numbers / distance)[..., None], numbers[..., None], latents], dim=-1).flatten(0, 2)
+    exponentials = torch.stack(
+        [
+            torch.from_numpy(generator(seed, "codes", epoch, name, step).standard_exponential(distance.shape[1:]))
+            for epoch, name in zip(epochs, ids, strict=True)
+        ]
+    )  # [B, h, w]
+    return torch.cat([(exponentials / distance)[..., None], exponentials[..., None], latents], dim=-1).flatten(0, 2)

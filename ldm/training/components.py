@@ -1,4 +1,4 @@
-"""The parts of a pipeline that training leaves alone: on disk, and in memory only while they are used."""
+"""The frozen components of a pipeline: opened by name, stored in a run, in memory only while they are used."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder_folders
 
 
+def load_first_stage(name: str) -> LatentCodec:
+    """The autoencoder of a folder or hub id, or the `vae/` of a pipeline folder, frozen."""
+    folder = checkpoint.find_autoencoder(name)
+    autoencoder = checkpoint.load_autoencoder(folder)
+    autoencoder.requires_grad_(False)
+    return LatentCodec(autoencoder, source=folder)
+
+
 @dataclass(frozen=True)
 class FrozenComponents:
-    """Everything of a pipeline but its UNet.
+    """All parts of a pipeline but its UNet.
 
-    Args:
-        folder: what `Pipeline.save_frozen` wrote: text encoder, tokenizer, codec.
+    Attributes:
+        folder: written by `Pipeline.save_frozen`: text encoder, tokenizer, codec.
         index: content of `model_index.json`.
-        sample: defaults of sampling.
+        sample: default sampling settings.
     """
 
     folder: Path
@@ -33,9 +41,9 @@ class FrozenComponents:
     sample: SampleConfig
 
     def pipeline(self, unet: nn.Module) -> Pipeline:
-        """Opens the parts and puts them around a network, on its device and in its dtype.
+        """Load the components and build a pipeline around `unet`, on its device and in its dtype.
 
-        The network itself is left as it is: an adapter in it may be of another dtype than the weights beneath.
+        The network is not converted: an adapter may have another dtype than the weights beneath it.
         """
         assert isinstance(unet, UNet)
         device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
@@ -57,7 +65,7 @@ class FrozenComponents:
         )
 
     def save(self, folder: Path, unet: nn.Module) -> None:
-        """Writes a pipeline folder around a network; the parts are hard links to `self.folder`."""
+        """Write a pipeline folder around `unet`; the components are hard links to `self.folder`."""
         assert isinstance(unet, UNet)
         with checkpoint.atomic_folder(folder) as target:
             checkpoint.write_json(target / "model_index.json", self.index)

@@ -1,4 +1,4 @@
-"""Evaluations of the pictures that a model draws while it trains."""
+"""Evaluation of generated images during training."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from ldm.pipelines import Pipeline
 from ldm.training.report.names import VERDICT, name_of
 from ldm.training.run import Run
 
-# Features of more images take longer than they are worth before a run: 5,000 at 17 ms are a minute and a half.
+# Features take 17 ms per image: a minute and a half before a run.
 REFERENCE_IMAGES = 5000
 
 
 class Evaluator:
-    """StepNoise `train.evaluation_samples` pictures at the settings of `sample`, and measures them against the data.
+    """Generates `train.evaluation_samples` images with the settings of `sample` and compares them with the data.
 
-    Captions and noise are the same each time, so that figures of two steps compare, and a resumed run measures what
-    an unbroken one would have.
+    Captions and noise are the same each time, so that steps compare and a resumed run measures the same.
 
     Args:
-        images, held_out: of which at most 5,000 each are compared with, drawn by the seed of the run.
+        images, held_out: at most 5,000 of each are compared with, chosen by the run's seed.
 
     Raises:
-        ValueError: for too few pictures, and where a package is missing: before training, not at the first evaluation.
+        ValueError: before training, for too few samples or a missing package.
     """
 
     def __init__(self, config: LDMConfig, images: CaptionedImages, held_out: CaptionedImages | None, run: Run) -> None:
@@ -48,7 +47,7 @@ class Evaluator:
 
     @cached_property
     def reference(self) -> Reference:
-        """The images that pictures are compared with; read, and their features computed, when first asked for."""
+        """The images to compare with and their features, computed on first access."""
         images, held_out = (
             part and some_of(part, REFERENCE_IMAGES, self.seed) for part in (self._images, self._held_out)
         )
@@ -56,31 +55,29 @@ class Evaluator:
         return Reference.of(images, held_out, self._space, print=self._run.print)
 
     def __call__(self, pipeline: Pipeline) -> dict[str, float]:
-        """The figures of a model, for the log; its verdict is said, and noted there."""
+        """Values to log. Prints the verdict and logs it as JSON."""
         found = evaluate(pipeline, self.reference, samples=self.samples, seed=self.seed, with_loss_gap=False)
         self._run.print(f"step {self._run.step}: {found.verdict.sentence}")
-        self._run.note({VERDICT: vars(found.verdict)})
+        self._run.log_json({VERDICT: vars(found.verdict)})
         return log_values(found, self._space.name)
 
     def seconds(self, size: tuple[int, int]) -> float:
-        """Of all but drawing, with noise for pictures of this (height, width)."""
+        """Seconds of all but generation, measured with noise in place of images of this (height, width)."""
         reference = self.reference
-        noise = torch.Generator().manual_seed(0)  # of its own: a plan must not change the random numbers of a run
-        asked = tuple(
-            Asked(
-                side, tuple(captions), tuple(own), torch.randint(0, 256, (len(own), 3, *size), generator=noise).byte()
-            )
+        rng = torch.Generator().manual_seed(0)  # its own: a plan must not change the random numbers of a run
+        noise = tuple(
+            Asked(side, tuple(captions), tuple(own), torch.randint(0, 256, (len(own), 3, *size), generator=rng).byte())
             for side, (captions, own) in captions_wanted(reference, self.samples, self.seed).items()
         )
         if len(reference.features) >= MINIMUM:
             yardstick_of(reference, self.samples, size, self.seed)  # evaluations share it
         started = time.perf_counter()
-        measure(asked, reference, seed=self.seed, how={})
+        measure(noise, reference, seed=self.seed, how={})
         return time.perf_counter() - started
 
 
 def log_values(found: Evaluation, features: str) -> dict[str, float]:
-    """What an evaluation says, under names that carry what each number stands on."""
+    """The values of an evaluation, with names that contain their number of samples and features."""
     values: dict[str, float] = {}
     if found.quality is not None:
         generated = found.quality.generated
@@ -90,11 +87,11 @@ def log_values(found: Evaluation, features: str) -> dict[str, float]:
                 values[name_of(name, samples=figure.samples, features=features)] = figure.value  # type: ignore[attr-defined]
     for side in found.asked:
         name, count = side.side.replace("-", "_"), len(side.captions)
-        near = found.found[side.side].within[10].mean
-        values[name_of(f"within_10_{name}", samples=count, features=features)] = near
+        recall = found.found[side.side].within[10].mean
+        values[name_of(f"within_10_{name}", samples=count, features=features)] = recall
         if side.side in found.read:
             values[name_of(f"read_as_asked_{name}", samples=count)] = found.read[side.side].mean
     if found.copies is not None:
-        suspects = found.copies.suspects
-        values[name_of("suspected_copies", samples=suspects.total)] = suspects.share
+        copies = found.copies.suspects
+        values[name_of("suspected_copies", samples=copies.total)] = copies.share
     return values

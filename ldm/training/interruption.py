@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished, all is saved, and the process ends with a code of its own."""
+"""SIGTERM and SIGINT: finish the step, save, and exit with a code of its own."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later.
 EXIT_CODE = 75
-# A launcher passes a signal on that the terminal has sent to all of its processes already.
+# A launcher may repeat a signal that the terminal has already sent to all of its processes.
 SAME_SIGNAL_SECONDS = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped the run where nothing was left to be finished, or what was is saved."""
+    """A signal stopped the run, and nothing is unsaved."""
 
 
 class Interruption:
-    """Whether this process was asked to stop, and what may be broken off for it.
+    """Whether this process received a signal, and whether the present work may be aborted.
 
-    Where something `may_break_off`, the signal raises `Stopped` at once, as Ctrl-C raises KeyboardInterrupt; elsewhere
-    it is only noted. A second SIGINT ends the process at once: whatever stands on the disk under its name is complete.
+    If it `may_abort`, a signal raises `Stopped` at once; otherwise it is only recorded. A second SIGINT exits at once:
+    files on disk are always complete.
 
     Attributes:
-        requested: the name of the signal that came, or None.
-        may_break_off: True before training has begun, since nothing is lost then, and while a model is looked at.
+        requested: name of the received signal, or None.
+        may_abort: True before training has started and while a model is validated or sampled.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self.may_break_off = True
+        self.may_abort = True
         self._since = 0.0
         self._process = 0
 
     @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handles both signals inside the block; in the main thread only, as Python does."""
-        self.requested, self.may_break_off, self._process = None, True, os.getpid()
+    def handle_signals(self) -> Iterator[None]:
+        """Handle both signals inside the block; main thread only."""
+        self.requested, self.may_abort, self._process = None, True, os.getpid()
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -50,34 +50,34 @@ class Interruption:
             self.requested = None
 
     @contextmanager
-    def breaking_off(self, allowed: bool) -> Iterator[None]:
-        """A part that may be broken off, or may not."""
-        before, self.may_break_off = self.may_break_off, allowed
+    def abortable(self, allowed: bool) -> Iterator[None]:
+        """A block that may be aborted, or may not."""
+        before, self.may_abort = self.may_abort, allowed
         try:
             if allowed and self.requested is not None:
                 raise Stopped
             yield
         finally:
-            self.may_break_off = before
+            self.may_abort = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker that was forked: whoever forked it ends it
+        if os.getpid() != self._process:  # a forked worker: its parent ends it
             return
         now = time.monotonic()
         if self.requested is None:
             self.requested, self._since = signal.Signals(number).name, now
-            doing = "stopping" if self.may_break_off else "finishing the step and saving it"
-            _say(f"{self.requested}: {doing} (Ctrl-C again leaves at once)")
-            if self.may_break_off:
+            action = "stopping" if self.may_abort else "finishing the step and saving it"
+            _write(f"{self.requested}: {action} (Ctrl-C again exits at once)")
+            if self.may_abort:
                 raise Stopped
         elif number == signal.SIGINT and now - self._since > SAME_SIGNAL_SECONDS:
-            _say("leaving at once; the newest checkpoint stands")
+            _write("exiting at once; the newest checkpoint is valid")
             os._exit(128 + number)
 
 
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody listens any more
-        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())  # print may be what was interrupted
+def _write(text: str) -> None:
+    with suppress(OSError, ValueError):  # stderr may be closed
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())  # the signal may have interrupted a print
 
 
 interruption = Interruption()

@@ -1,6 +1,6 @@
-"""The command line of the two scripts, and how they end.
+"""The command line of the training scripts, and their exit codes.
 
-Exit code 0: done. 2: one line says what is wrong. 75: told to stop, and saved. 1: a fault of ours, with its traceback.
+0: done. 2: one line says what is wrong. 75: stopped by a signal, and saved. 1: an internal error, with its traceback.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm.config import C, load_config
+from ldm.training.checkpoints import resume_command
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
-from ldm.training.start_folder import resume_command
 
 
 def main(train: Callable[..., Path], kind: type[C], default_config: Path, description: str) -> None:
-    """Parses the arguments, validates the config and runs `train(config, resume, accept)`."""
+    """Parse the arguments, validate the config and run `train(config, resume, accept)`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--config", type=Path, default=default_config, help=f"YAML file (default: configs/{default_config.name})"
@@ -36,57 +36,57 @@ def main(train: Callable[..., Path], kind: type[C], default_config: Path, descri
         action="extend",
         default=[],
         metavar="KEY",
-        help="with --resume, what may differ from the run that is continued, e.g. train.learning_rate data code",
+        help="with --resume, keys that may differ from the resumed run, e.g. train.learning_rate data code",
     )
     arguments = parser.parse_args()
     if arguments.accept and not arguments.resume:
-        parser.error("--accept says what may differ from a run that is continued; it needs --resume")
+        parser.error("--accept lists what may differ from a resumed run; it needs --resume")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any script, terminals are not
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may use any script, terminals may not
     run = Path()
     try:
-        with interruption.handled():
+        with interruption.handle_signals():
             config = load_config(arguments.config, arguments.set, kind)
             run = Path(config.output_dir).expanduser()
             result = train(config, arguments.resume, arguments.accept)
     except (ValueError, OSError) as error:
-        # An error of a loader's worker process arrives as its whole traceback; the last line is the message.
-        _say(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+        # An error of a loader's worker arrives with its whole traceback; the last line is the message.
+        _print_last(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
         sys.exit(2)
     except RuntimeError as error:
-        lost = _lost_process(str(error), run)
-        if lost is None:
+        message = _lost_process_message(str(error), run)
+        if message is None:
             raise
-        _say(f"error: {lost}")
+        _print_last(f"error: {message}")
         sys.exit(2)
     except Stopped as stopped:
-        where = (
+        message = (
             str(stopped)
-            or "nothing was lost: no step was made since the newest checkpoint, and what is encoded is kept; go on "
+            or "nothing was lost: no step was made since the newest checkpoint, and the cache is complete; continue "
             f"with {resume_command(run) if arguments.resume else 'the same command'}"
         )
-        _say(f"stopped: {where}")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as the first process ends, the launcher ends the others
+        _print_last(f"stopped: {message}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the launcher ends the others once the first process ends
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(EXIT_CODE)
     print(f"done: {result}", flush=True)
 
 
-def _lost_process(error: str, run: Path) -> str | None:
-    """What to say if torch reports that another process of the run has died, which is no fault of this one; or None."""
+def _lost_process_message(error: str, run: Path) -> str | None:
+    """A message if torch reports that another process of the run has died, or None."""
     reason = error.strip().partition("\n")[0]
     if reason.startswith("DataLoader worker (pid"):
         return (
-            f"a process that loads images has died ({reason}), most often for want of memory, in /dev/shm too; lower "
-            f"train.num_workers and go on with {resume_command(run)} --set train.num_workers=0"
+            f"a process that loads images has died ({reason}), usually for lack of memory, also in /dev/shm; lower "
+            f"train.num_workers and resume with {resume_command(run)} --set train.num_workers=0"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "onnection" in reason:
         return f"another process of this run has ended ({reason}); its own message says why"
     return None
 
 
-def _say(line: str) -> None:
-    """Prints the last line, below the progress bars that were left open."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+def _print_last(line: str) -> None:
+    """Print a line below the open progress bars."""
+    for progress in list(getattr(tqdm, "_instances", ())):
+        progress.close()
     print(line, file=sys.stderr, flush=True)

@@ -1,10 +1,12 @@
-"""The plan of a run, printed before its first step: what will be trained, what it costs, what to expect of it."""
+"""The plan of a run: its network, cost and expected result, and a warning if steps are slower than planned."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,34 +19,37 @@ from ldm.data import CaptionedImages
 from ldm.report.sheets import MOST_BYTES, MOST_SHEETS
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
+PACE_STEPS = 20
+MAX_SLOWDOWN = 2.0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a run cost, as `probe` measured it.
+    """Measured costs of the parts of a run.
 
-    Args:
-        step, validation, sheet, checkpoint: seconds of an optimizer step, of a measurement on held-out images (and of
-            writing the best export), of a sample grid, of a checkpoint.
-        evaluation: seconds of an evaluation of drawn pictures.
+    Attributes:
+        step, validation, grid, checkpoint: seconds of an optimizer step, of a validation (with writing the best
+            export), of a sample grid, of a checkpoint.
         memory: bytes at the peak.
-        checkpoint_bytes, sheet_bytes: on disk, each; `once_bytes`: of what is there once, whatever is written.
+        checkpoint_bytes, grid_bytes: on disk, each.
+        once_bytes: on disk, written once.
+        evaluation: seconds of an evaluation of generated images.
     """
 
     step: float
     validation: float
-    sheet: float
+    grid: float
     checkpoint: float
     memory: int
     checkpoint_bytes: int
-    sheet_bytes: int
+    grid_bytes: int
     once_bytes: int
     evaluation: float = 0.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, in words and numbers; sizes in bytes, times in seconds."""
+    """What a run will do; sizes in bytes, times in seconds. Stored as plan.json."""
 
     data: str
     space: str
@@ -67,14 +72,14 @@ class Plan:
         """A few aligned lines."""
         time = (
             f"about {duration(self.expected_seconds)}; {self.seconds_per_step:.3g} s a step, measured just now "
-            "(validation, sample grids and checkpoints are counted)"
+            "(validation, sample grids and checkpoints are included)"
         )
         if self.evaluation_seconds:
-            share = self.evaluation_seconds / self.expected_seconds
-            time += f"; evaluations of drawn pictures take {100 * share:.2g} % of it"
+            fraction = self.evaluation_seconds / self.expected_seconds
+            time += f"; evaluations of generated images take {100 * fraction:.2g} % of it"
         memory = (
             f"about {format_bytes(self.memory_bytes)} at the peak, of {format_bytes(self.memory_of)}; "
-            f"weights, gradients, moments and average alone are {format_bytes(self.fixed_bytes)}"
+            f"weights, gradients, optimizer and EMA alone are {format_bytes(self.fixed_bytes)}"
         )
         rows = {
             "data": self.data,
@@ -104,19 +109,18 @@ def make_plan(
     costs: Costs,
     device: torch.device,
     threads: str = "",
-    beside: nn.Module | None = None,
+    discriminator: nn.Module | None = None,
 ) -> Plan:
-    """Adds up what `probe` measured over the steps from `step` to the last.
+    """Add up the costs of the steps from `step` to the last.
 
     Args:
-        space: what is diffused, and why, in words; for a first stage what it is.
-        threads: how many compute on the CPU, and why so many.
-        beside: a discriminator, which learns too.
+        space: a description of what is diffused, or of the first stage.
+        threads: number of CPU threads and the reason for it.
     """
     train = config.train
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    judging = sum(p.numel() for p in beside.parameters()) if beside else 0
+    extra = sum(p.numel() for p in discriminator.parameters()) if discriminator else 0
     shape = f"{config.data.resolution}x{config.data.resolution} pixels"
     if config.data.bucketed:
         shape = f"about {shape}, in buckets of one aspect ratio"
@@ -125,19 +129,19 @@ def make_plan(
         data=f"{len(images)} images to train on, {len(held_out) if held_out else 0} held out, {shape}",
         space=space,
         network=f"{format_millions(parameters)} parameters"
-        + (f", of which {format_millions(trained)} learn" if trained < parameters else "")
-        + (f"; a discriminator of {format_millions(judging)} beside it" if beside else ""),
+        + (f", {format_millions(trained)} of them trainable" if trained < parameters else "")
+        + (f"; with a discriminator of {format_millions(extra)}" if discriminator else ""),
         parameters=parameters,
         trained_parameters=trained,
-        batch=f"{train.batch_size} images; {epoch:.3g} steps an epoch; {train.max_steps} steps are "
+        batch=f"{train.batch_size} images; {epoch:.3g} steps per epoch; {train.max_steps} steps are "
         f"{train.max_steps / epoch:.3g} epochs or {train.max_steps * train.batch_size} samples",
         epochs=train.max_steps / epoch,
         seconds_per_step=costs.step,
-        expected_seconds=_seconds(train, step, costs),
+        expected_seconds=_total_seconds(train, step, costs),
         memory_bytes=costs.memory,
-        fixed_bytes=fixed_bytes(model) + 16 * judging,  # it has no average
-        memory_of=_memory_of(device),
-        disk_bytes=_bytes_on_disk(train, costs),
+        fixed_bytes=fixed_bytes(model) + 16 * extra,  # a discriminator has no EMA
+        memory_of=_total_memory(device),
+        disk_bytes=_disk_bytes(train, costs),
         quality=expected_result(config, images),
         evaluation_seconds=count_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
         threads=threads,
@@ -145,31 +149,30 @@ def make_plan(
 
 
 def check_memory(model: nn.Module, device: torch.device) -> None:
-    """Refuses a run whose weights, gradients, moments of AdamW and average alone do not fit.
+    """Reject a run whose weights, gradients, optimizer and EMA alone do not fit.
 
     Raises:
-        ValueError: with what they take and what would take less.
+        ValueError: with the memory they need and how to need less.
     """
-    needed, there = fixed_bytes(model), _memory_of(device)
-    if needed > there > 0:
+    needed, total = fixed_bytes(model), _total_memory(device)
+    if needed > total > 0:
         raise ValueError(
-            f"weights, gradients, optimizer and moving average take {format_bytes(needed)} and there are "
-            f"{format_bytes(there)}; "
-            "choose finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
+            f"weights, gradients, optimizer and EMA need {format_bytes(needed)} of {format_bytes(total)}; choose "
+            "finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
         )
 
 
 def fixed_bytes(model: nn.Module) -> int:
-    """Bytes of the weights, and for those that learn of a gradient, two moments and an average, all float32."""
+    """Bytes of the weights, plus gradient, two moments and EMA of the trainable ones in float32."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return weights + 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _seconds(train: TrainConfig, step: int, costs: Costs) -> float:
+def _total_seconds(train: TrainConfig, step: int, costs: Costs) -> float:
     seconds = (train.max_steps - step) * costs.step
     for every, cost in (
         (train.validate_every, costs.validation),
-        (train.sample_every, costs.sheet),
+        (train.sample_every, costs.grid),
         (train.checkpoint_every, costs.checkpoint),
         (_evaluate_every(train), costs.evaluation),
     ):
@@ -181,25 +184,24 @@ def _evaluate_every(train: TrainConfig) -> int | None:
     return train.evaluate_every if isinstance(train, DiffusionTrainConfig) else None
 
 
-def _bytes_on_disk(train: TrainConfig, costs: Costs) -> int:
+def _disk_bytes(train: TrainConfig, costs: Costs) -> int:
     checkpoints = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
-    sheets = count_due(0, train.max_steps, train.sample_every)
-    # A sheet is a file, an event for TensorBoard, and a part of the report, whose base64 adds a third.
-    in_report = min(sheets * costs.sheet_bytes, MOST_BYTES, MOST_SHEETS * costs.sheet_bytes)
-    return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * sheets * costs.sheet_bytes + in_report * 4 // 3
+    grids = count_due(0, train.max_steps, train.sample_every)
+    # A grid is a file, a TensorBoard event, and a part of the report, whose base64 adds a third.
+    in_report = min(grids * costs.grid_bytes, MOST_BYTES, MOST_SHEETS * costs.grid_bytes)
+    return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * grids * costs.grid_bytes + in_report * 4 // 3
 
 
 def count_due(first: int, last: int, every: int | None) -> int:
-    """How often something happens in steps `first` + 1 … `last`, every so many steps and at the last; None is never."""
+    """How often an event is due in steps `first` + 1 … `last`: every so many steps and at the last; None is never."""
     if every is None:
         return 0
     return last // every - first // every + (last % every != 0 and first < last)
 
 
 def expected_result(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
-    """What the nearest of our own measured runs reached: nearest in image size, images and samples seen, as factors."""
+    """The result of the measured run that is nearest in image size, images and samples seen (as ratios)."""
     if isinstance(config, AutoencoderTrainingConfig):
-        # One that goes on from a model begins where another ends: samples seen from nothing say little of it.
         kind = "first stage" if config.start_from is None else "first stage from another"
         kind += " with a codebook" if config.vq is not None else ""
     else:
@@ -217,7 +219,7 @@ def expected_result(config: LDMConfig | AutoencoderTrainingConfig, images: Capti
     factor = nearest["samples"] / samples
     less = f"; this run sees {factor:.2g} times fewer samples: expect less" if factor > 1.5 else ""
     return (
-        f"the nearest run we measured ({nearest['name']}: {nearest['images']} images, {nearest['resolution']} pixels, "
+        f"the nearest measured run ({nearest['name']}: {nearest['images']} images, {nearest['resolution']} pixels, "
         f"{nearest['samples']} samples): {nearest['result']}{less}"
     )
 
@@ -240,7 +242,55 @@ def format_millions(count: int) -> str:
     return f"{count / 1e6:.3g} M"
 
 
-def _memory_of(device: torch.device) -> int:
+def _total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+class Pace:
+    """Compares the first steps with the plan.
+
+    Args:
+        threads: of a run on the CPU.
+        clock: seconds since any time.
+    """
+
+    def __init__(self, plan: Plan, threads: int | None, clock: Callable[[], float] | None = None) -> None:
+        self._plan, self._threads, self._clock = plan, threads, clock or time.perf_counter
+        self._steps, self._start = 0, 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not part of a step."""
+        self._start += seconds
+
+    def step(self) -> str | None:
+        """Count a step. After 20 steps, returns a warning if they took more than twice the planned time.
+
+        The first step is not timed: worker processes start in it.
+        """
+        self._steps += 1
+        if self._steps == 1:
+            self._start = self._clock()
+        if self._steps != PACE_STEPS:
+            return None
+        seconds = (self._clock() - self._start) / (PACE_STEPS - 1)
+        if seconds <= MAX_SLOWDOWN * self._plan.seconds_per_step:
+            return None
+        return slow_step_message(self._plan, seconds, self._threads)
+
+
+def slow_step_message(plan: Plan, seconds: float, threads: int | None) -> str:
+    """One line: how long steps take, the new expected time, and what to do about it."""
+    expected = plan.expected_seconds * seconds / plan.seconds_per_step
+    line = (
+        f"slower than planned: a step takes {seconds:.2g} s instead of {plan.seconds_per_step:.2g} s, and the run "
+        f"about {duration(expected)} instead of {duration(plan.expected_seconds)}; other programs may be using "
+        f"{'the GPU' if threads is None else 'the cores'}: end them"
+    )
+    if threads is not None and threads > 1:
+        line += (
+            f", or stop this run (Ctrl-C saves it) and resume with fewer threads than its {threads}: "
+            "OMP_NUM_THREADS=1, --resume, --accept threads"
+        )
+    return f"{line}; or lower train.max_steps, or train.batch_size in a new run"

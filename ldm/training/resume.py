@@ -1,25 +1,28 @@
-"""Going on with a run: whether config, data and machine are still what it was, and what its log keeps."""
+"""Resuming a run: comparing config, environment and data with the checkpoint, and truncating the log."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
 from ldm.data import CaptionedImages
 from ldm.data.captions import printable
-from ldm.training.environment import changed_keys
-from ldm.training.files import flatten, log_step
 
-# What may differ when a run is resumed: which samples a step sees, and with which noise, stays the same. That the data
-# under another path is the same data, the hashes of its samples say.
+# Config keys that may change on resume: they do not change which samples and noise a step sees. Whether the data is the
+# same follows from the hashes of its samples, not from its path.
 IGNORED_KEYS = (
     *("output_dir", "train.max_steps", "train.log_every", "train.validate_every", "train.validation_samples"),
     *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
@@ -29,41 +32,47 @@ IGNORED_KEYS = (
     *("data.path", "data.cache_dir"),
 )
 MAX_NAMES = 5
+# Packages that compute what a network sees or learns.
+PACKAGES = ("torch", "numpy", "pillow", "transformers", "accelerate")
+PACKAGE = Path(__file__).parents[1]
 
 Differences = dict[str, tuple[Any, Any]]
-"""Key → (what it was, what it is)."""
+"""Key → (stored value, present value)."""
 
 
 def find_differences(
-    config: LDMConfig | AutoencoderTrainingConfig, present: Mapping[str, Any], folder: Path, say: Callable[[str], None]
+    config: LDMConfig | AutoencoderTrainingConfig,
+    environment: Mapping[str, Any],
+    folder: Path,
+    log: Callable[[str], None],
 ) -> Differences:
-    """In what config and environment differ from those of the checkpoint `folder`, where that changes its meaning.
+    """Differences of config and environment from those of the checkpoint `folder` that change the run.
 
     Args:
-        present: the environment of this process.
+        environment: of this process: `describe_environment`.
     """
     state = checkpoint.read_json(folder / "training" / "state.json")
     stored = state["config"]
     if config.train.lr_schedule == "cosine" and stored["train"]["max_steps"] != config.train.max_steps:
-        say(
-            f"train.max_steps was {stored['train']['max_steps']} and is {config.train.max_steps}: the cosine of the "
-            "learning rate is stretched to it from here on"
+        log(
+            f"train.max_steps was {stored['train']['max_steps']} and is {config.train.max_steps}: the cosine learning "
+            "rate schedule is stretched from here on"
         )
-    begun = stored["train"]["max_steps"] - stored["train"].get("cooldown_steps", 0)
-    falls = any(stored["train"].get(key, 0) != getattr(config.train, key) for key in ("max_steps", "cooldown_steps"))
-    if falls and begun < state["step"]:
-        say("the learning rate was cooling down already; from here on it is as the config says now")
+    cooldown_start = stored["train"]["max_steps"] - stored["train"].get("cooldown_steps", 0)
+    changed = any(stored["train"].get(key, 0) != getattr(config.train, key) for key in ("max_steps", "cooldown_steps"))
+    if changed and cooldown_start < state["step"]:
+        log("the learning rate was already cooling down; from here on it follows the present config")
     before = state.get("environment", {})
-    if before and before["processes"] != present["processes"]:
-        say(
-            f"the run had {before['processes']} processes and has {present['processes']}: it sees the same samples and "
-            "noise, and sums are rounded otherwise"
+    if before and before["processes"] != environment["processes"]:
+        log(
+            f"the run had {before['processes']} processes and has {environment['processes']}: samples and noise are "
+            "the same, sums are rounded differently"
         )
-    return config_differences(stored, config, str(folder)) | changed_keys(before, dict(present))
+    return config_differences(stored, config, str(folder)) | changed_keys(before, dict(environment))
 
 
 def stored_threads(folder: Path, processes: int) -> int | None:
-    """The threads with which the run of a checkpoint computed; None on a GPU, and with another number of processes."""
+    """The CPU threads of a checkpoint's run; None on a GPU or with another number of processes."""
     before = checkpoint.read_json(folder / "training" / "state.json").get("environment", {})
     threads: int | None = before.get("threads") if before.get("processes") == processes else None
     return threads
@@ -72,58 +81,141 @@ def stored_threads(folder: Path, processes: int) -> int | None:
 def config_differences(
     stored: dict[str, Any], config: LDMConfig | AutoencoderTrainingConfig, where: str
 ) -> Differences:
-    """The keys in which a stored config means another run."""
+    """The keys in which a stored config describes another run."""
     kind: Any = type(config)
-    with suppress(ValueError):  # keys that are newer than the run stood at their defaults
+    with suppress(ValueError):  # fills in defaults of keys that are newer than the run
         stored = yaml.safe_load(to_yaml(parse_config(stored, kind, where)))
     then, now = flatten(stored), flatten(yaml.safe_load(to_yaml(config)))
     found = {}
     for key in sorted(then.keys() | now.keys()):
-        open_still = now.get("space") == "auto" and key in ("space", "first_stage")  # see `Run.settle`
-        if then.get(key) != now.get(key) and not key.startswith(IGNORED_KEYS) and not open_still:
+        undecided = now.get("space") == "auto" and key in ("space", "first_stage")  # see `Run.set_config`
+        if then.get(key) != now.get(key) and not key.startswith(IGNORED_KEYS) and not undecided:
             found[key] = (then.get(key), now.get(key))
     return found
 
 
-def check_compatible(found: Differences, accept: Iterable[str], folder: Path, say: Callable[[str], None]) -> None:
-    """Refuses to go on from a checkpoint under other conditions than those that were accepted one by one.
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_compatible(differences: Differences, accept: Iterable[str], folder: Path, log: Callable[[str], None]) -> None:
+    """Reject differences from a checkpoint that are not in `accept`.
 
     Raises:
-        ValueError: naming each key, what it was and what it is.
+        ValueError: with each key, its stored and its present value.
     """
     accepted = set(accept)
-    shown = {key: f"{key}: {_shown(then)} → {_shown(now)}" for key, (then, now) in found.items()}
-    refused = [key for key in found if key not in accepted]
-    if refused:
+    lines = {key: f"{key}: {_shorten(then)} → {_shorten(now)}" for key, (then, now) in differences.items()}
+    rejected = [key for key in differences if key not in accepted]
+    if rejected:
         raise ValueError(
-            f"{folder} was made under other conditions ({'; '.join(shown[key] for key in refused)}); restore them, "
-            f"accept them with --accept {' '.join(refused)}, or start a new run in another output_dir"
+            f"{folder} was made under other conditions ({'; '.join(lines[key] for key in rejected)}); restore them, "
+            f"accept them with --accept {' '.join(rejected)}, or start a new run in another output_dir"
         )
-    for key in found:
-        say(f"accepted: {shown[key]}")
+    for key in differences:
+        log(f"accepted: {lines[key]}")
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+# ---- the environment
+
+
+def describe_environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Versions, code hash, device, processes and threads: what the bits of a run depend on besides config and data."""
+    return {
+        "versions.python": platform.python_version(),
+        **{f"versions.{name}": version(name) for name in PACKAGES},
+        "code": code_digest(),
+        "commit": commit(),
+        "device": _device_name(device),
+        "processes": processes,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
+def changed_keys(stored: dict[str, Any], present: dict[str, Any]) -> Differences:
+    """Environment keys that differ and may change what a step computes.
+
+    The number of processes may change, and with it the threads of each. The commit is covered by the code hash.
+    """
+    ignored = {"commit", "processes"}
+    if stored.get("processes") != present["processes"]:
+        ignored.add("threads")
+    return {
+        key: (stored[key], value)
+        for key, value in present.items()
+        if key in stored and key not in ignored and stored[key] != value
+    }
+
+
+@cache
+def code_digest() -> str:
+    """Hash of the source of this package and of train/, 12 hex digits."""
+    digest = hashlib.sha256()
+    for folder in (PACKAGE, PACKAGE.parent / "train"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(PACKAGE.parent).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def commit() -> str | None:
+    """The checked-out commit, with a plus if files differ from it; None outside a repository."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    try:
+        head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(PACKAGE.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 # ---- the data
 
 
 def sample_fingerprints(images: CaptionedImages, held_out: CaptionedImages | None) -> dict[str, str]:
-    """Sample id → a hash of its picture's bytes and its captions."""
+    """Sample id → hash of its image bytes and captions."""
     samples = (*images.samples, *(held_out.samples if held_out else ()))
-    return {sample.id: _hash(repr((sample.digest, sample.captions)))[:16] for sample in samples}
+    return {sample.id: _sha256(repr((sample.digest, sample.captions)))[:16] for sample in samples}
 
 
 def data_fingerprint(images: CaptionedImages, held_out: CaptionedImages | None) -> str:
-    """A hash of all that decides which pictures and captions a step sees, and what it is measured on."""
-    sides = (images.samples, held_out.samples if held_out else ())
-    text = repr([[(sample.id, sample.digest, sample.captions) for sample in samples] for samples in sides])
-    if len(images.buckets.sizes) > 1:  # the order of batches follows from them
+    """Hash of everything that decides which images and captions a step sees, and what it is validated on."""
+    splits = (images.samples, held_out.samples if held_out else ())
+    text = repr([[(sample.id, sample.digest, sample.captions) for sample in samples] for samples in splits])
+    if len(images.buckets.sizes) > 1:  # the order of batches depends on them
         text += repr((images.buckets.sizes, images.buckets.assignment))
-    return _hash(text)
+    return _sha256(text)
 
 
 def data_differences(
@@ -133,56 +225,63 @@ def data_differences(
     images: CaptionedImages,
     held_out: CaptionedImages | None,
 ) -> Differences:
-    """{} if the data is what it was, or the one key `data` with a summary of both."""
+    """{} for the same data, otherwise the one key `data` with a summary of both."""
     if stored == present:
         return {}
     then, now = f"{stored['samples']} images", f"{present['samples']} images"
-    known = run / "fingerprints.json"
-    if known.is_file():
-        before, after = checkpoint.read_json(known), sample_fingerprints(images, held_out)
+    path = run / "fingerprints.json"
+    if path.is_file():
+        before, after = checkpoint.read_json(path), sample_fingerprints(images, held_out)
         groups = {
             "changed": [name for name in after if name in before and before[name] != after[name]],
             "new": [name for name in after if name not in before],
             "gone": [name for name in before if name not in after],
         }
-        now += "".join(f", {len(names)} {kind} ({_some(names)})" for kind, names in groups.items() if names)
+        now += "".join(f", {len(names)} {kind} ({_first_names(names)})" for kind, names in groups.items() if names)
         if not any(groups.values()):
             now += ", in another order or with other aspect ratios"
     return {"data": (then, now)}
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:MAX_NAMES])
-    return shown + (", …" if len(names) > MAX_NAMES else "")
+def _first_names(names: list[str]) -> str:
+    return ", ".join(printable(name) for name in names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
 
 
-def _hash(text: str) -> str:
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # ---- the log
 
 
+def log_step(line: str) -> int | None:
+    """The step of a log line; None for a line that was cut short when the run was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def logged_values(run: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a figure as often as it was logged, in the order of the log."""
+    """(step, value) of each logged value of a figure, in order."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     entries = [json.loads(line) for line in lines if log_step(line) is not None]
     return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
 
-def truncate_log(path: Path, step: int, *, again: Sequence[str]) -> None:
-    """Drops what was logged after the step that is resumed, and half a line at the end.
+def truncate_log(path: Path, step: int, *, repeated: Sequence[str]) -> None:
+    """Drop what was logged after the resumed step, and an incomplete last line.
 
     Args:
-        again: how the names of figures begin that are about to be measured again at that step.
+        repeated: prefixes of figures that will be measured again at that step, and are dropped too.
     """
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         at = log_step(line)
-        repeated = at == step and any(f'"{name}' in line for name in again)
-        if at is not None and at <= step and not repeated:
-            kept.append(line)
-    disk.write_text(path, "".join(f"{line}\n" for line in kept))
+        is_repeated = at == step and any(f'"{name}' in line for name in repeated)
+        if at is not None and at <= step and not is_repeated:
+            lines.append(line)
+    disk.write_text(path, "".join(f"{line}\n" for line in lines))

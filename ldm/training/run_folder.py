@@ -1,32 +1,45 @@
-"""The folder of a run: who may write it, what a new session finds there, what is written once."""
+"""The folder of a run: its lock, what a new session does with an existing one, and its relative paths."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from ldm import disk
+from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config, to_yaml
-from ldm.training import checkpoints, start_folder
-from ldm.training.files import file_hashes, first_difference
+from ldm.data.sources import BUILT_IN as BUILT_IN_DATA
+from ldm.text.open_clip import PREFIX as OPEN_CLIP
+from ldm.training.checkpoints import (
+    checkpoint_step,
+    file_hashes,
+    first_difference,
+    list_checkpoints,
+    rename_damaged,
+)
 from ldm.training.resume import config_differences
 
-# A process that was killed may hold its lock a moment longer, while the system clears up after it.
-LOCK_SECONDS, BETWEEN_TRIES = 3.0, 0.1
+# A killed process may hold its lock for a moment, while the system cleans up.
+LOCK_SECONDS, RETRY_SECONDS = 3.0, 0.1
+START_FILE = "started.json"
+# Keys that may hold a path.
+PATH_KEYS = ("data.path", "data.cache_dir", "first_stage", "start_from", "text.encoder")
+BUILT_IN_NAMES = {*BUILT_IN_DATA, *checkpoint.BUILT_IN, *checkpoint.BUILT_IN_PIPELINES, "minilm"}
 
-_held: dict[Path, int] = {}
+_lock_files: dict[Path, int] = {}
 
 
 def _close_inherited() -> None:
-    """In a process that was forked: a worker that outlives a killed run must not hold its lock."""
-    for file in _held.values():
+    """In a forked process: a worker that outlives a killed run must not hold its lock."""
+    for file in _lock_files.values():
         os.close(file)
-    _held.clear()
+    _lock_files.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -34,38 +47,38 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock_folder(folder: Path) -> Callable[[], None]:
-    """Locks a run folder until the returned function is called or the process ends, however it ends.
+    """Lock a run folder, created if missing, until the returned function is called or the process ends.
 
-    The folder is made if there is none. A run of this process that has failed, in a notebook say, gives way.
+    A failed run of the same process, in a notebook for example, loses its lock.
 
     Raises:
         ValueError: if another process holds it.
     """
     name = folder.resolve()
-    if name in _held:
-        os.close(_held.pop(name))
+    if name in _lock_files:
+        os.close(_lock_files.pop(name))
     deadline = time.monotonic() + LOCK_SECONDS
-    while (file := _try_lock(folder)) is None:
+    while (file := _open_lock(folder)) is None:
         if time.monotonic() > deadline:
             holder = (folder / ".lock").read_text(errors="replace").strip() if (folder / ".lock").is_file() else ""
             raise ValueError(
                 f"{folder} is being written by another run{f' ({holder})' if holder else ''}; wait for it, end it, or "
                 "choose another output_dir"
             )
-        time.sleep(BETWEEN_TRIES)
+        time.sleep(RETRY_SECONDS)
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
-    _held[name] = file
+    _lock_files[name] = file
 
     def unlock() -> None:
-        if _held.get(name) == file:
-            os.close(_held.pop(name))
+        if _lock_files.get(name) == file:
+            os.close(_lock_files.pop(name))
 
     return unlock
 
 
-def _try_lock(folder: Path) -> int | None:
-    """The lock of a folder, open and held; None if another process holds it, or moves the folder aside right now."""
+def _open_lock(folder: Path) -> int | None:
+    """The open, held lock file; None if another process holds it or is moving the folder aside."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     try:
@@ -73,8 +86,8 @@ def _try_lock(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        # One that was opened before the folder was moved aside is the lock of the folder aside.
-        if _try_flock(file) and os.path.samestat(os.fstat(file), path.stat()):
+        # A file that was opened before the folder was moved aside is the lock of the moved folder.
+        if try_lock(file) and os.path.samestat(os.fstat(file), path.stat()):
             return file
     except FileNotFoundError:
         pass
@@ -82,7 +95,8 @@ def _try_lock(folder: Path) -> int | None:
     return None
 
 
-def _try_flock(file: int) -> bool:
+def try_lock(file: int) -> bool:
+    """Lock an open file if no other process holds it."""
     try:
         import fcntl
     except ImportError:
@@ -95,11 +109,12 @@ def _try_flock(file: int) -> bool:
 
 
 def check_new(folder: Path) -> None:
-    """`ValueError` if a folder holds what no run has written."""
+    """ValueError if a folder holds files that no run has written."""
     if not folder.exists():
         if folder.is_symlink():
             raise ValueError(
-                f"output_dir {folder} is a link to {os.readlink(folder)}, where nothing is; remove it or choose another"
+                f"output_dir {folder} is a link to {os.readlink(folder)}, which does not exist; remove it or choose "
+                "another"
             )
         return
     if not folder.is_dir():
@@ -108,12 +123,12 @@ def check_new(folder: Path) -> None:
         names = os.listdir(folder)  # once: another process may move the folder aside
     except FileNotFoundError:
         return
-    if _is_begun(names) and "config.yaml" not in names:
-        raise ValueError(f"output_dir {folder} holds files that are no run of ldm; choose another output_dir")
+    if _has_content(names) and "config.yaml" not in names:
+        raise ValueError(f"output_dir {folder} holds files that are not from a run of ldm; choose another output_dir")
 
 
-def _is_begun(names: list[str]) -> bool:
-    """Whether a folder holds more than a process leaves that is killed as it opens it."""
+def _has_content(names: list[str]) -> bool:
+    """Whether a folder holds more than the remains of a process that was killed while opening it."""
     return any(name != ".lock" and not disk.is_partial(Path(name)) for name in names)
 
 
@@ -124,65 +139,65 @@ def open_folder(
     *,
     resume: bool,
     damaged: list[Path],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Callable[[], None]:
-    """Makes or goes on with a run folder at `step`; what holds another run is moved aside.
+    """Create or continue a run folder at `step`; another run in it is moved aside.
 
     Args:
-        damaged: checkpoints that were passed over.
+        damaged: checkpoints to rename.
 
     Returns:
-        What gives the folder's lock back.
+        A function that unlocks the folder.
 
     Raises:
-        ValueError: if the folder is not ours, or another process writes it.
+        ValueError: if it is no run folder, or another process is writing it.
     """
     check_new(folder)
     unlock = lock_folder(folder)
     try:
-        check_new(folder)  # it may be another one by now
-        stays = resume and (step > 0 or bool(checkpoints.list_checkpoints(folder)) or _is_this_run(folder, config))
-        if _is_begun(os.listdir(folder)) and not stays:
-            unlock = _move_aside(folder, say)
-        newest = next((path for path in reversed(checkpoints.list_checkpoints(folder)) if path not in damaged), None)
-        if newest is not None and checkpoints.checkpoint_step(newest) != step:
-            raise ValueError(f"another process has gone on with {folder} meanwhile, to {newest}; start again")
-        if resume and not checkpoints.list_checkpoints(folder):
-            say(f"{folder} has no checkpoint to resume; starting at step 0")
+        check_new(folder)  # another process may have replaced it
+        is_same = resume and (step > 0 or bool(list_checkpoints(folder)) or _is_this_run(folder, config))
+        if _has_content(os.listdir(folder)) and not is_same:
+            unlock = _move_aside(folder, log)
+        newest = next((path for path in reversed(list_checkpoints(folder)) if path not in damaged), None)
+        if newest is not None and checkpoint_step(newest) != step:
+            raise ValueError(f"another process has continued {folder} in the meantime, to {newest}; start again")
+        if resume and not list_checkpoints(folder):
+            log(f"{folder} has no checkpoint to resume; starting at step 0")
         for inside in (folder, folder / "checkpoints", folder / "samples"):
             disk.remove_partial(inside)
-        checkpoints.rename_damaged(damaged)
+        rename_damaged(damaged)
         disk.write_text(folder / "config.yaml", to_yaml(config))
-        start_folder.record_start(folder, config)
+        record_start(folder, config)
     except BaseException:
         unlock()
         raise
     return unlock
 
 
-def _move_aside(folder: Path, say: Callable[[str], None]) -> Callable[[], None]:
-    """Moves a folder that is locked aside, and locks the new one of its name; the old lock is held until then.
+def _move_aside(folder: Path, log: Callable[[str], None]) -> Callable[[], None]:
+    """Move a locked folder aside and lock a new one of its name; the old lock is held until then.
 
-    Where the name is a link it stays, and leads to the new folder.
+    A symbolic link stays and leads to the new folder.
     """
-    place = folder.resolve()
-    taken = set(os.listdir(place.parent))
-    aside = place.with_name(next(name for n in range(1, 10**6) if (name := f"{place.name}.{n}") not in taken))
-    held = _held.pop(place)
+    target = folder.resolve()
+    taken = set(os.listdir(target.parent))
+    aside = target.with_name(next(name for n in range(1, 10**6) if (name := f"{target.name}.{n}") not in taken))
+    old_lock = _lock_files.pop(target)
     try:
-        place.rename(aside)
+        target.rename(aside)
         now = aside if folder.is_symlink() else folder.with_name(aside.name)
-        say(f"{folder} held an earlier run, which is now {now}")
-        place.mkdir(exist_ok=True)
+        log(f"{folder} held an earlier run, which is now {now}")
+        target.mkdir(exist_ok=True)
         return lock_folder(folder)
     finally:
-        os.close(held)
+        os.close(old_lock)
 
 
 def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) -> bool:
-    """Whether a run that was stopped before its first checkpoint had a config of the same meaning."""
+    """Whether a run that stopped before its first checkpoint had an equivalent config."""
     if not (folder / "config.yaml").is_file():
-        return True  # stopped before it had one
+        return True  # it stopped before writing one
     with suppress(ValueError):
         stored = read_config(folder / "config.yaml", type(config))
         return not config_differences(stored, config, str(folder / "config.yaml"))
@@ -190,10 +205,10 @@ def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) ->
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that is written by the first session of a run and kept.
+    """Write a folder in the first session of a run; later sessions compare.
 
     Raises:
-        ValueError: if a later session would write something else: what the run stands on has changed.
+        ValueError: if a later session would write something else.
     """
     aside = disk.partial(folder)
     try:
@@ -208,6 +223,105 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     if changed is not None:
         raise ValueError(
-            f"{folder / changed} is not what the config names today; restore that part as it was, "
+            f"{folder / changed} differs from what the config names today; restore the original files, "
             "or start a new run in another output_dir"
         )
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove a run folder that holds only its config, unless another process has locked it."""
+    if not folder.is_dir():
+        return
+    try:
+        unlock = lock_folder(folder)
+    except ValueError:
+        return
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", START_FILE, ".lock"}:
+        shutil.rmtree(folder)
+    unlock()
+
+
+# ---- relative paths
+
+
+def record_start(run: Path, config: LDMConfig | AutoencoderTrainingConfig) -> None:
+    """Store the working folder and the config's paths that are relative to it."""
+    given = {key: nested_value(dataclasses.asdict(config), key) for key in PATH_KEYS}
+    local = {key: value for key, value in given.items() if is_relative_path(value, Path.cwd())}
+    checkpoint.write_json(run / START_FILE, {"folder": os.getcwd(), "paths": local})
+
+
+def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[str] = ()) -> Path:
+    """The folder that a run's relative paths are read from: where it was started, or the working folder if the files
+    have moved there.
+
+    Args:
+        content: of its config.
+        overridden: keys that are set anew.
+
+    Raises:
+        ValueError: if a path exists in neither.
+    """
+    here = Path.cwd()
+    if not (run / START_FILE).is_file():  # an older version
+        return here
+    stored = checkpoint.read_json(run / START_FILE)
+    then, paths = Path(stored.get("folder", here)), stored.get("paths", {})
+    needed = {key: path for key, path in paths.items() if key not in overridden and nested_value(content, key) == path}
+    if not needed or then == here:
+        return here
+    missing = [key for key, path in needed.items() if not is_relative_path(path, then)]
+    if not missing:
+        return then
+    if all(is_relative_path(path, here) for path in needed.values()):
+        return here
+    raise ValueError(
+        f"{missing[0]} of {run} is {needed[missing[0]]}, relative to {then}, where the run was started, and no longer "
+        f"exists there; restore it, change to the folder where it is now, or set --set {missing[0]}=PATH"
+    )
+
+
+def with_absolute_paths(config: LDMConfig, run: Path) -> LDMConfig:
+    """The config of a run, with absolute paths of data and start model if it was started in another folder.
+
+    Raises:
+        ValueError: as `base_folder`.
+    """
+    base = base_folder(run, dataclasses.asdict(config), set(PATH_KEYS) - {"data.path", "start_from"})
+    if base == Path.cwd():
+        return config
+    if is_relative_path(config.data.path, base):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(base / config.data.path)))
+    if config.start_from is not None and is_relative_path(config.start_from, base):
+        config = dataclasses.replace(config, start_from=str(base / config.start_from))
+    return config
+
+
+def is_relative_path(value: Any, folder: Path) -> bool:
+    """Whether a config value is a path relative to `folder` that exists, or that a first stage's run will create."""
+    if not isinstance(value, str) or not value or value in BUILT_IN_NAMES:
+        return False
+    path = value.split(":", 2)[-1] if value.startswith(OPEN_CLIP) else value
+    if path.startswith("~") or Path(path).is_absolute():
+        return False
+    target = folder / path
+    return target.exists() or (target.name == "autoencoder" and (target.parent / "config.yaml").is_file())
+
+
+def nested_value(content: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key of a nested mapping, or None."""
+    value: Any = content
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+@contextmanager
+def working_directory(folder: Path) -> Iterator[None]:
+    """Change the working directory inside the block."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

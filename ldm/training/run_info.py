@@ -1,4 +1,4 @@
-"""What is known of how a model was trained: the run that its folder lies in, and whether its data is still the same."""
+"""Information about a trained model: the run it belongs to, and whether its data is unchanged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from ldm.config import LDMConfig, load_config
 from ldm.config.reading import read_yaml
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
-from ldm.training import checkpoints, resume, start_folder
+from ldm.training.checkpoints import list_checkpoints
+from ldm.training.resume import data_differences, data_fingerprint
+from ldm.training.run_folder import with_absolute_paths
 
 CONFIG = "config.yaml"
-DATA = "data.json"  # of a built-in model: how many images it was trained on, and their digest
+DATA = "data.json"  # of a built-in model: number and fingerprint of its training images
 # RUN/pipeline, RUN/best/pipeline and RUN/checkpoints/step_…/pipeline.
-DEEPEST = 3
+MAX_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,8 @@ class RunInfo:
 
     Attributes:
         folder: the run folder.
-        config: that it was trained with.
-        samples, sha256: how many images it was trained on, and the `data_fingerprint` of its data; None before
-            the first checkpoint.
+        config: its config.
+        samples, sha256: number and `data_fingerprint` of its images; None before the first checkpoint.
     """
 
     folder: Path
@@ -39,12 +40,12 @@ class RunInfo:
     sha256: str | None
 
     def data_mismatch(self, images: CaptionedImages, held_out: CaptionedImages | None) -> str | None:
-        """What to say if these are not the images that the run trained on and held out; None if they are."""
+        """A message if these are not the images that the run trained on and held out, or None."""
         if self.sha256 is None:
             return f"{self.folder} has no checkpoint that says which images it was trained on"
         before = {"samples": self.samples, "sha256": self.sha256}
-        present = {"samples": len(images), "sha256": resume.data_fingerprint(images, held_out)}
-        found = resume.data_differences(self.folder, before, present, images, held_out)
+        present = {"samples": len(images), "sha256": data_fingerprint(images, held_out)}
+        found = data_differences(self.folder, before, present, images, held_out)
         if not found:
             return None
         then, now = found["data"]
@@ -56,14 +57,14 @@ def find_run(model: str) -> RunInfo | None:
     """The run that a folder is, or lies in; None for other folders and for hub ids.
 
     Raises:
-        ValueError: for the run of a first stage, and one whose config cannot be read.
+        ValueError: for the run of a first stage, and for an unreadable config.
     """
     if model in checkpoint.BUILT_IN_PIPELINES:
-        return _of_built_in(checkpoint.BUILT_IN_PIPELINES[model])
+        return _built_in_run(checkpoint.BUILT_IN_PIPELINES[model])
     where = Path(model).expanduser()
     if not where.is_dir():
         return None
-    folders = [where.resolve(), *where.resolve().parents[:DEEPEST]]
+    folders = [where.resolve(), *where.resolve().parents[:MAX_DEPTH]]
     folder = next((path for path in folders if (path / CONFIG).is_file() and _is_of(path, where.resolve())), None)
     if folder is None:
         return None
@@ -75,39 +76,38 @@ def find_run(model: str) -> RunInfo | None:
     if not isinstance(content, dict) or "data" not in content:
         return None
     if "autoencoder" in content:
-        raise ValueError(f"{folder} is the run of a first stage, which draws nothing; name the run of a model")
-    saved = checkpoints.list_checkpoints(folder)
-    data = checkpoint.read_json(saved[-1] / "training" / "state.json")["data"] if saved else {}
+        raise ValueError(f"{folder} is the run of a first stage, which generates no images; name the run of a model")
+    checkpoints = list_checkpoints(folder)
+    data = checkpoint.read_json(checkpoints[-1] / "training" / "state.json")["data"] if checkpoints else {}
     config = load_config(path, [], LDMConfig)
-    with suppress(ValueError):  # said by `data_config`, if its data is asked for
-        config = start_folder.with_absolute_paths(config, folder)
+    with suppress(ValueError):  # `data_config` raises it when the data is needed
+        config = with_absolute_paths(config, folder)
     return RunInfo(folder, config, data.get("samples"), data.get("sha256"))
 
 
-def _of_built_in(folder: Path) -> RunInfo | None:
-    """What `tools/release_model.py` has kept of the run beside the model."""
+def _built_in_run(folder: Path) -> RunInfo | None:
+    """What `tools/release_model.py` stored beside the model."""
     if not (folder / CONFIG).is_file():
         return None
-    path = folder / CONFIG
-    config = load_config(path, [], LDMConfig)
+    config = load_config(folder / CONFIG, [], LDMConfig)
     data = checkpoint.read_json(folder / DATA)
     return RunInfo(folder, config, data["samples"], data["sha256"])
 
 
 def _is_of(run: Path, model: Path) -> bool:
-    """Whether a run folder is meant, or has written the model folder that is meant."""
+    """Whether `model` is the run folder or a model folder that the run wrote."""
     if run == model:
         return True
     inside = model.relative_to(run).parts
     return inside in (("pipeline",), ("best", "pipeline")) or (
-        len(inside) == DEEPEST and inside[0] == "checkpoints" and inside[2] == "pipeline"
+        len(inside) == MAX_DEPTH and inside[0] == "checkpoints" and inside[2] == "pipeline"
     )
 
 
 def open_model(model: str, run: RunInfo | None, device: str | torch.device | None) -> tuple[Pipeline, str]:
-    """The pipeline of a run folder, of a pipeline folder or of a hub id, and what it was read from.
+    """(pipeline of a run folder, pipeline folder or hub id; a description of its source).
 
-    A run that trained a LoRA gives the model it started from, with the LoRA on, at the size of training.
+    A LoRA run gives its start model with the LoRA applied, at the size of training.
 
     Raises:
         ValueError: if it cannot be opened.
@@ -117,8 +117,8 @@ def open_model(model: str, run: RunInfo | None, device: str | torch.device | Non
     folder = run.folder / run.config.export
     if not folder.is_dir():
         raise ValueError(
-            f"{model} has no {run.config.export}/ yet: that is written with its first checkpoint; train it further, or "
-            "name a pipeline folder"
+            f"{model} has no {run.config.export}/ yet: the first checkpoint writes it; train it further, or name a "
+            "pipeline folder"
         )
     if run.config.export == "pipeline":
         return Pipeline.from_pretrained(folder, device=device), str(folder)
@@ -134,22 +134,22 @@ def open_model(model: str, run: RunInfo | None, device: str | torch.device | Non
 
 
 def uses_same_data(run: RunInfo, path: str) -> bool:
-    """Whether a path names the data of a run."""
+    """Whether a path is the data path of a run."""
     own = run.config.data.path
     return path == own or Path(path).expanduser().resolve() == Path(own).expanduser().resolve()
 
 
 def data_config(run: RunInfo, **changes: str | float | None) -> DataConfig:
-    """The data of a run with what was asked for otherwise; None leaves a key as it is.
+    """The data config of a run with changes; None leaves a key unchanged.
 
     Raises:
-        ValueError: for another share of held-out images than that of training: the model has seen some of them.
+        ValueError: for another held-out fraction than in training: the model has seen some of those images.
     """
-    share = changes.get("held_out")
-    if share is not None and share != run.config.data.held_out:
+    held_out = changes.get("held_out")
+    if held_out is not None and held_out != run.config.data.held_out:
         raise ValueError(
-            f"held_out is {share}, but {run.folder} was trained with {run.config.data.held_out}: images that it has "
+            f"held_out is {held_out}, but {run.folder} was trained with {run.config.data.held_out}: images that it has "
             "seen would count as held out; leave the option out"
         )
     given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(start_folder.with_absolute_paths(run.config, run.folder).data, **given)  # type: ignore[arg-type]
+    return dataclasses.replace(with_absolute_paths(run.config, run.folder).data, **given)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""With how many threads a run on the CPU computes: what its user says, else what it began with, else what is fastest.
+"""The number of CPU threads of a run: set by the user, stored by the run, or measured.
 
-More threads are not always faster: each waits for the others many times a step, and where another program has one of
-the cores all of them do. The number changes how sums are rounded, so that a run keeps the one that it began with.
+More threads are not always faster, since they wait for each other many times per step. The number changes how sums are
+rounded, so a run keeps the number it started with.
 """
 
 from __future__ import annotations
@@ -19,127 +19,127 @@ from accelerate import Accelerator
 
 from ldm.cores import usable_cores
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of two that differ torch takes the second
-ROUNDS, ENOUGH_SECONDS = 5, 3.0
-TOO_SLOW = 4.0  # times as slow as another number, in its first call: measured no more
-# So much slower may a smaller number be, and is taken all the same: it leaves cores to others and does not wait.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # if they differ, torch takes the second
+ROUNDS, MEASURE_SECONDS = 5, 3.0
+MAX_SLOWDOWN = 4.0  # a number that is so much slower in its first call is not measured again
+# A smaller number is preferred if it is at most this much slower: it leaves cores to other programs.
 MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads a process of the run computes with.
+    """The number of CPU threads of a process.
 
-    Args:
-        number: None while it is open.
-        most: of which to choose: cores for each process, and no more than torch was told.
-        why: what decided, in words.
+    Attributes:
+        number: None while it is undecided.
+        max_number: cores per process, at most the number that torch was set to.
+        reason: what decided.
     """
 
     number: int | None
-    most: int
-    why: str = ""
+    max_number: int
+    reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.number}, {self.why}"
+        return f"{self.number}, {self.reason}"
 
 
 def available_threads() -> Threads:
-    """What the environment says of this process; asked before any library has changed the number of torch.
+    """The threads that the environment allows this process. Call it before a library changes torch's number.
 
-    `OMP_NUM_THREADS` and `MKL_NUM_THREADS` decide. Without them the number is open; processes on one machine share
-    its cores.
+    `OMP_NUM_THREADS` and `MKL_NUM_THREADS` decide; without them the number is undecided. Processes on one machine
+    share its cores.
     """
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    cores = max(1, usable_cores() // max(1, sharing))
-    if _is_of_the_launcher():
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    cores = max(1, usable_cores() // max(1, processes))
+    if _is_set_by_launcher():
         return Threads(None, cores)
-    said = [name for name in THREAD_VARIABLES if re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", os.environ.get(name, ""))]
-    if said:
-        return Threads(torch.get_num_threads(), cores, f"as {said[-1]} says")
+    set_by = [name for name in THREAD_VARIABLES if re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", os.environ.get(name, ""))]
+    if set_by:
+        return Threads(torch.get_num_threads(), cores, f"as {set_by[-1]} says")
     return Threads(None, min(cores, torch.get_num_threads()))
 
 
-def _is_of_the_launcher() -> bool:
-    """Whether `OMP_NUM_THREADS=1` is what `accelerate launch` and `torchrun` set where their user says nothing."""
+def _is_set_by_launcher() -> bool:
+    """Whether `OMP_NUM_THREADS=1` is the default of `accelerate launch` or `torchrun`, not the user's choice."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not launched or os.environ.get(THREAD_VARIABLES[0]) != "1" or THREAD_VARIABLES[1] in os.environ:
         return False
     try:
         launcher = psutil.Process(os.getppid())
-        asked = THREAD_VARIABLES[0] in launcher.environ() or "num_cpu_threads" in " ".join(launcher.cmdline())
+        by_user = THREAD_VARIABLES[0] in launcher.environ() or "num_cpu_threads" in " ".join(launcher.cmdline())
     except psutil.Error:  # of another user
         return False
-    return not asked
+    return not by_user
 
 
-def resolve_threads(found: Threads, configured: int | None, begun_with: int | None) -> Threads:
-    """What is known before anything is computed.
+def resolve_threads(available: Threads, configured: int | None, stored: int | None) -> Threads:
+    """The number of threads as far as it is known without measuring.
 
     Args:
-        found: by `allowed`.
         configured: `train.cpu_threads`, which comes first.
-        begun_with: by the run that is resumed; a user who says another number means that one.
+        stored: of the resumed run; the environment overrides it.
     """
     if configured is not None:
-        beside = f" ({found.why.removeprefix('as ')} {found.number})" if found.number not in (None, configured) else ""
-        return Threads(configured, found.most, f"as train.cpu_threads says{beside}")
-    if found.number is not None:
-        return found
-    if begun_with is not None:
-        return Threads(min(begun_with, found.most), found.most, "as the run began")
-    if found.most == 1:
-        return Threads(1, 1, "for there is one core for this process")
-    return found
+        overridden = available.number not in (None, configured)
+        other = f" ({available.reason.removeprefix('as ')} {available.number})" if overridden else ""
+        return Threads(configured, available.max_number, f"as train.cpu_threads says{other}")
+    if available.number is not None:
+        return available
+    if stored is not None:
+        return Threads(min(stored, available.max_number), available.max_number, "as the run started")
+    if available.max_number == 1:
+        return Threads(1, 1, "since there is one core for this process")
+    return available
 
 
 def agree_on_threads(found: Threads, accelerator: Accelerator) -> Threads:
-    """The same in all processes: the smallest number where any of them has one, else the smallest share."""
+    """The same number in all processes: the smallest decided one, else the smallest maximum. A collective call."""
     if accelerator.num_processes == 1:
         return found
-    own = torch.tensor([[found.number or 0, found.number or found.most]], device=accelerator.device)
-    extract = accelerator.gather(own)  # [P, 2]
-    assert isinstance(extract, torch.Tensor)
-    decided, least = bool(extract[:, 0].any()), int(extract[:, 1].min())
-    return Threads(least, found.most, found.why) if decided else Threads(None, least)
+    own = torch.tensor([[found.number or 0, found.number or found.max_number]], device=accelerator.device)
+    gathered = accelerator.gather(own)  # [P, 2]
+    assert isinstance(gathered, torch.Tensor)
+    decided, smallest = bool(gathered[:, 0].any()), int(gathered[:, 1].min())
+    return Threads(smallest, found.max_number, found.reason) if decided else Threads(None, smallest)
 
 
-def measure_threads(found: Threads, seconds: Callable[[], float], what: str) -> Threads:
-    """Chooses a number that is still open: the smallest that is about as fast as any. Torch has another afterwards.
+def measure_threads(available: Threads, seconds: Callable[[], float], what: str) -> Threads:
+    """Choose an undecided number: the smallest that is about as fast as any. Changes torch's number.
 
     Args:
-        seconds: makes a call and says how long it took. Processes that call together are told the same.
-        what: that is, in words.
+        seconds: times one call. Processes that call together get the same result.
+        what: a description of the call.
     """
 
     def seconds_with(number: int) -> float:
         torch.set_num_threads(number)
         return seconds()
 
-    medians = median_seconds(candidates(found.most), seconds_with)
+    medians = median_seconds(thread_candidates(available.max_number), seconds_with)
     measured = ", ".join(f"{median:.2g} s with {count}" for count, median in medians.items())
-    return Threads(smallest_fast_enough(medians), found.most, f"measured: {measured} ({what})")
+    return Threads(smallest_fast_enough(medians), available.max_number, f"measured: {measured} ({what})")
 
 
-def candidates(most: int) -> list[int]:
+def thread_candidates(max_number: int) -> list[int]:
     """Numbers to try, ascending: 1, and a quarter, a half and all of the cores."""
-    return sorted({1, max(1, most // 4), max(1, most // 2), most})
+    return sorted({1, max(1, max_number // 4), max(1, max_number // 2), max_number})
 
 
 def median_seconds(counts: list[int], seconds: Callable[[int], float]) -> dict[int, float]:
-    """Number of threads → median seconds of a call with it; all are called in turn, so that they meet the same machine.
+    """Number of threads → median seconds of a call. All take turns, so that they meet the same load.
 
-    One that is hopeless in its first call, which no median counts otherwise, is not called again.
+    A number that is far too slow in its first call is not measured again.
     """
     first = {count: seconds(count) for count in counts}
-    times = {count: [] if once < TOO_SLOW * min(first.values()) else [once] for count, once in first.items()}
-    going = [count for count in counts if not times[count]]
-    for rounds in range(1, 1 + (ROUNDS if len(going) > 1 else 1)):
-        for count in going:
+    times = {count: [] if once < MAX_SLOWDOWN * min(first.values()) else [once] for count, once in first.items()}
+    measured = [count for count in counts if not times[count]]
+    for rounds in range(1, 1 + (ROUNDS if len(measured) > 1 else 1)):
+        for count in measured:
             times[count].append(seconds(count))
-        if sum(sum(times[count]) for count in going) > ENOUGH_SECONDS * (1 if rounds >= 3 else 10):
-            break  # of fewer than three the median is no better than the mean
-    return {count: statistics.median(measured) for count, measured in times.items()}
+        if sum(sum(times[count]) for count in measured) > MEASURE_SECONDS * (1 if rounds >= 3 else 10):
+            break  # with fewer than three the median is no better than the mean
+    return {count: statistics.median(values) for count, values in times.items()}
 
 
 def smallest_fast_enough(medians: Mapping[int, float]) -> int:
@@ -148,12 +148,11 @@ def smallest_fast_enough(medians: Mapping[int, float]) -> int:
 
 
 def timed_call(action: Callable[[], object], accelerator: Accelerator | None = None) -> float:
-    """Seconds of a call; where several processes make it together, those of the main process in each."""
+    """Seconds of a call; those of the main process if several processes call together."""
     started = time.perf_counter()
     action()
-    took = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     if accelerator is None or accelerator.num_processes == 1:
-        return took
-    told = torch.tensor(took if accelerator.is_main_process else 0.0, dtype=torch.float64, device=accelerator.device)
-    summed = accelerator.reduce(told, "sum")
-    return float(summed)
+        return seconds
+    own = torch.tensor(seconds if accelerator.is_main_process else 0.0, dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(own, "sum"))

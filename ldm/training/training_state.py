@@ -1,7 +1,8 @@
-"""What is trained, and what a checkpoint holds of it."""
+"""The networks and optimizer of a run, and what a checkpoint holds of them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,19 +13,28 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldm import checkpoint
-from ldm.training.adversarial import AdversarialLoss
+from ldm.training.autoencoder_loss import AdversarialLoss
 from ldm.training.codebook import Codebook
-from ldm.training.files import tensors_hash
-from ldm.training.optimizer import optimizer_tensors, restore_optimizer, trainable_names
+from ldm.training.trainable import optimizer_tensors, restore_optimizer, trainable_names
 from ldm.wrapped import plain_name, plain_names
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, independent of their device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The network that is trained; a checkpoint holds what learns of it and leaves out what stays as it was.
+    """The trained network, its optimizer and EMA. A checkpoint holds the trainable weights only.
 
-    A first stage may have an adversary, whose discriminator learns too, with the same optimizer and without an average,
-    and a codebook, whose use is counted.
+    Attributes:
+        adversary: of an autoencoder; its discriminator has the same optimizer and no EMA.
+        codebook: usage tracker of a VQ autoencoder.
     """
 
     model: nn.Module
@@ -34,77 +44,76 @@ class TrainingState:
     codebook: Codebook | None = None
 
     @property
-    def learning(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
-        networks = [self.model] if self.adversary is None else [self.model, self.adversary.network]
+    def trainable(self) -> list[nn.Parameter]:
+        """The trainable parameters, those of a discriminator included."""
+        networks = [self.model] if self.adversary is None else [self.model, self.adversary.discriminator]
         return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers learn."""
-        return sum(parameter.numel() for parameter in self.learning)
+        """The number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.trainable)
 
     def discard_gradients(self) -> None:
-        """Forgets a step that is not made."""
+        """Drop everything that a step left behind which is not made."""
         self.model.zero_grad(set_to_none=True)
         if self.adversary is not None:
-            self.adversary.forget()
+            self.adversary.discard_gradients()
         if self.codebook is not None:
-            self.codebook.forget()
+            self.codebook.discard_step()
 
-    def trained(self, module: nn.Module) -> dict[str, Tensor]:
-        """The weights in `module` (the network or its average) that learn."""
-        state = plain_names(module.state_dict())
-        assert len(state) == len(list(module.parameters())), "buffers would be lost"
-        return {name: state[name] for name in trainable_names(self.model)}
+    def trainable_weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The trainable weights in `module` (the network or its EMA)."""
+        weights = plain_names(module.state_dict())
+        assert len(weights) == len(list(module.parameters())), "buffers would be lost"
+        return {name: weights[name] for name in trainable_names(self.model)}
 
     def load(self, module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Puts back what `trained` gave."""
+        """Load what `trainable_weights` returned."""
         if set(weights) != set(trainable_names(self.model)):
-            raise ValueError(f"{folder} holds other weights than those that this config trains; start a new run")
-        stored = {plain_name(name): name for name in module.state_dict()}  # a part of it may be compiled
+            raise ValueError(f"{folder} holds other weights than this config trains; start a new run")
+        stored = {plain_name(name): name for name in module.state_dict()}  # parts of it may be compiled
         module.load_state_dict({stored[name]: value for name, value in weights.items()}, strict=False)
 
     @cached_property
     def frozen_hash(self) -> str | None:
-        """A hash of the weights that do not learn, since a checkpoint stands on them; None where all do."""
+        """Hash of the frozen weights, which a checkpoint depends on; None if there are none."""
         names = set(trainable_names(self.model))
         others = {name: value for name, value in plain_names(self.model.state_dict()).items() if name not in names}
         return tensors_hash(others) if others else None
 
     def save(self, folder: Path) -> None:
-        """Writes weights, average and moments into `folder`."""
-        checkpoint.save_tensors(folder / "model.safetensors", self.trained(self.model))
-        checkpoint.save_tensors(folder / "ema.safetensors", self.trained(self.ema.module))
+        """Write weights, EMA and optimizer into `folder`."""
+        checkpoint.save_tensors(folder / "model.safetensors", self.trainable_weights(self.model))
+        checkpoint.save_tensors(folder / "ema.safetensors", self.trainable_weights(self.ema.module))
         checkpoint.save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.model, self.optimizer))
         if self.codebook is not None:
-            checkpoint.save_tensors(folder / "codebook.safetensors", self.codebook.state())
+            checkpoint.save_tensors(folder / "codebook.safetensors", self.codebook.state_dict())
         if self.adversary is not None:
-            network = self.adversary.network
+            network = self.adversary.discriminator
             checkpoint.save_tensors(folder / "discriminator.safetensors", plain_names(network.state_dict()))
             moments = optimizer_tensors(network, self.optimizer)
             checkpoint.save_tensors(folder / "discriminator_optimizer.safetensors", moments)
 
     def restore(self, folder: Path, ema_updates: int, adversarial_weight: float | None) -> None:
-        """Puts back what `save` wrote."""
+        """Load what `save` wrote."""
         self.load(self.model, checkpoint.load_tensors(folder / "model.safetensors"), folder)
         self.load(self.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
         self.ema.n_averaged.fill_(ema_updates)
         restore_optimizer(self.model, self.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
         if self.codebook is not None:
-            self.codebook.restore(checkpoint.load_tensors(folder / "codebook.safetensors"))
+            self.codebook.load_state_dict(checkpoint.load_tensors(folder / "codebook.safetensors"))
         if self.adversary is None:
             return
         if adversarial_weight is None:
             raise ValueError(
-                f"{folder} holds no discriminator, as that run had none; start a new run that goes on from its "
-                "autoencoder: start_from"
+                f"{folder} holds no discriminator, as that run had none; start a new run from its autoencoder: "
+                "start_from"
             )
-        network = self.adversary.network
+        network = self.adversary.discriminator
         stored = {plain_name(name): name for name in network.state_dict()}
         weights = checkpoint.load_tensors(folder / "discriminator.safetensors")
         network.load_state_dict({stored[name]: value for name, value in weights.items()})
-        restore_optimizer(
-            network, self.optimizer, checkpoint.load_tensors(folder / "discriminator_optimizer.safetensors")
-        )
+        moments = checkpoint.load_tensors(folder / "discriminator_optimizer.safetensors")
+        restore_optimizer(network, self.optimizer, moments)
         self.adversary.weight = adversarial_weight

@@ -20,7 +20,7 @@ from ldm.evaluation.perceptual import perceptual_distance
 from ldm.evaluation.readout import readout_psnr
 from ldm.evaluation.similarity import psnr, ssim
 from ldm.models import kl_divergence
-from ldm.training.space import load_first_stage
+from ldm.training.components import load_first_stage
 from tests import tiny
 from tests.test_cli import call
 

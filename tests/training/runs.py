@@ -35,7 +35,7 @@ def run_autoencoder(folder: Path, *overrides: str, resume: bool = False, accept:
     fresh_processes()
     path = ROOT / "configs" / "digits-first-stage.yaml"
     config = load_config(path, [*autoencoder_settings(folder), *overrides], AutoencoderTrainingConfig)
-    return train_autoencoder.train(config, resume, accept)
+    return train_autoencoder.train_autoencoder(config, resume, accept)
 
 
 def settings(folder: Path, encoder_folder: Path, space: str = "pixel", first_stage: Path | None = None) -> list[str]:
@@ -55,13 +55,13 @@ def settings(folder: Path, encoder_folder: Path, space: str = "pixel", first_sta
 def run_ldm(arguments: list[str], *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
     fresh_processes()
     config = load_config(ROOT / "configs" / "digits.yaml", [*arguments, *overrides], LDMConfig)
-    return train_ldm.train(config, resume, accept)
+    return train_ldm.train_diffusion(config, resume, accept)
 
 
 def run_config(content: dict[str, Any], *, resume: bool = False) -> Path:
     """A run of a config that is given as a mapping."""
     fresh_processes()
-    return train_ldm.train(parse_config(content, LDMConfig, "the test"), resume)
+    return train_ldm.train_diffusion(parse_config(content, LDMConfig, "the test"), resume)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -15,14 +15,14 @@ import yaml
 from PIL import Image
 
 from ldm import Pipeline, cli
-from ldm.cli.train import WAYS, train
+from ldm.cli.train import NEW_RUN_ONLY, train
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
 from ldm.data import DataConfig, open_source
 from ldm.evaluation import advice
 from ldm.training import auto, auto_config
+from ldm.training.checkpoints import resume_command
+from ldm.training.components import load_first_stage
 from ldm.training.run_folder import open_folder
-from ldm.training.space import load_first_stage
-from ldm.training.start_folder import resume_command
 from tests.training.runs import ROOT, captioned_folder, fresh_processes, losses, run_config
 from train import train_autoencoder, train_ldm
 
@@ -56,16 +56,16 @@ def here(tmp_path, monkeypatch):
 def in_this_process(monkeypatch):
     """Scripts without a process of their own, which takes seconds to start."""
     kinds = {
-        "train_ldm.py": (train_ldm, LDMConfig),
-        "train_autoencoder.py": (train_autoencoder, AutoencoderTrainingConfig),
+        "train_ldm.py": (train_ldm.train_diffusion, LDMConfig),
+        "train_autoencoder.py": (train_autoencoder.train_autoencoder, AutoencoderTrainingConfig),
     }
 
     def run(script, arguments, threads=None):
         fresh_processes()
-        module, kind = kinds[script]
+        train_script, kind = kinds[script]
         assert arguments[0] == "--config"
         changes = ["train.cpu_threads=1", *(argument for argument in arguments[2:] if "=" in argument)]
-        module.train(load_config(Path(arguments[1]), changes, kind), "--resume" in arguments)
+        train_script(load_config(Path(arguments[1]), changes, kind), "--resume" in arguments)
         return 0
 
     monkeypatch.setattr(auto, "run_script", run)
@@ -97,7 +97,7 @@ def test_a_folder_becomes_a_model_by_a_script_and_a_config_that_anyone_could_wri
     assert "train/train_ldm.py, its config becomes runs/my pictures/config.yaml" in out
     *_, sheet, report, draw = out.strip().splitlines()
     assert (here / sheet.split(":", 1)[1].strip()).is_file() and (here / report.split(":", 1)[1].strip()).is_file()
-    assert draw.startswith("draw:     ldm generate 'noise number 0' --model ")
+    assert draw.startswith("generate: ldm generate 'noise number 0' --model ")
     assert Pipeline.from_pretrained(run / "pipeline")("noise number 3", seed=0).images[0].size == (16, 16)
 
     # The script with that config does the same.
@@ -117,7 +117,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
     assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 0
     out = capfd.readouterr().out
-    assert "first stage: one is trained on these images before, 10 steps" in out
+    assert "first stage: a new one is trained on these images before, 10 steps" in out
     first = yaml.safe_load((here / "out-first-stage" / "config.yaml").read_text())
     config = yaml.safe_load((here / "out" / "config.yaml").read_text())
     assert config["space"] == "latent" and config["first_stage"] == "out-first-stage/autoencoder"
@@ -218,7 +218,7 @@ def test_what_is_set_counts_before_anything_is_chosen(here, encoder_folder, monk
     assert config.output_dir == "elsewhere" and config.train.batch_size == 2
     assert config.text.encoder == str(encoder_folder)
     # Four channels, ten by ten.
-    assert "parameters on 10x10" in out and "space: latent, as asked" in out
+    assert "parameters on 10x10" in out and "space: latent, as given" in out
     assert "6 used (" in out and "1 skipped" in out
     assert not (here / "elsewhere").exists()
 
@@ -263,15 +263,15 @@ def wrong(here):
         (["data", "--set", "first_stage=./no_stage", "--resolution", "64"], "there is no model folder ./no_stage"),
         (["data", "-o", "data/run"], "output_dir 'data/run' is inside data.path 'data'"),
         (["data", "-o", "."], "data.path is 'data', inside output_dir '.'"),
-        (["data", "-o", "thesis", "--plan"], "output_dir thesis holds files that are no run of ldm"),
+        (["data", "-o", "thesis", "--plan"], "output_dir thesis holds files"),
         (["data", "-o", "thesis/chapter.txt"], "output_dir thesis/chapter.txt is a file"),
-        (["data", "--resume", "data"], "goes on with the data of that run; leave data out"),
+        (["data", "--resume", "data"], "--resume data continues on the data of that run; leave data out"),
         (["--resume", "data"], "data holds no config.yaml"),
         (["data", "--set", "space=latent", "--resolution", "30"], "30x30 is not divisible by the codec's factor 4"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_wishes_are_one_line_and_leave_no_trace(arguments, part, here, monkeypatch, capfd):
+def test_invalid_options_print_one_line_and_leave_no_trace(arguments, part, here, monkeypatch, capfd):
     wrong(here)
     before = sorted(path for path in here.rglob("*"))
     assert call(monkeypatch, *arguments) == 2
@@ -292,7 +292,7 @@ def called(monkeypatch):
 def begun(folder, *overrides):
     """The folder of a run that was stopped before its first checkpoint."""
     config = load_config(ROOT / "configs" / "digits.yaml", [f"output_dir={folder}", *overrides], LDMConfig)
-    open_folder(folder, config, 0, resume=False, damaged=[], say=print)()
+    open_folder(folder, config, 0, resume=False, damaged=[], log=print)()
     return folder
 
 
@@ -320,7 +320,7 @@ def test_a_first_stage_that_is_unfinished_is_found_from_any_folder(here, called,
     captioned_folder(here / "pics", 1)
     stage = load_config(ROOT / "configs" / "digits-first-stage.yaml", [], AutoencoderTrainingConfig)
     stage = dataclasses.replace(stage, output_dir="out-first-stage")
-    open_folder(Path("out-first-stage"), stage, 0, resume=False, damaged=[], say=print)()
+    open_folder(Path("out-first-stage"), stage, 0, resume=False, damaged=[], log=print)()
     latent = ["space=latent", "first_stage=out-first-stage/autoencoder", "schedule.prediction_type=v_prediction"]
     begun(Path("out"), *latent)
     monkeypatch.chdir("/")
@@ -359,7 +359,7 @@ def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
     assert f"the run was started in {here}, and its relative paths are read from there" in out
     assert len(losses(here / "out")) == 3
     assert load_config(here / "out" / "config.yaml", [], LDMConfig).data.path == "pics"
-    draw = next(line for line in out.splitlines() if line.startswith("draw:"))
+    draw = next(line for line in out.splitlines() if line.startswith("generate:"))
     assert (here / draw.split("--model ")[1]).is_dir()
     # The project was moved: relative paths are read from where they are now. What is printed goes on as typed.
     (here / "moved").mkdir()
@@ -387,10 +387,7 @@ def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (
-            ["--minutes", "5"],
-            "--minutes is for a new one; how long it goes on is said in steps, --set train.max_steps=N",
-        ),
+        (["--minutes", "5"], "--set train.max_steps=N"),
         (["--minutes", "30"], "--minutes is for a new one"),
         (["--plan"], "--plan is for a new one"),
         (["-o", "other"], "--output is for a new one"),
@@ -421,7 +418,7 @@ def test_what_a_resumed_run_has_no_place_for_is_refused_by_name(arguments, part,
 
 def test_no_option_of_a_new_run_is_forgotten_when_one_is_resumed():
     options = {f"--{name.replace('_', '-')}" for name in inspect.signature(train).parameters}
-    assert options - {"--path", "--settings", "--resume", "--accept"} == set(WAYS)
+    assert options - {"--path", "--settings", "--resume", "--accept"} == set(NEW_RUN_ONLY)
 
 
 def test_several_values_follow_one_option_as_in_the_scripts(here, monkeypatch):
@@ -445,4 +442,4 @@ def test_several_values_follow_one_option_as_in_the_scripts(here, monkeypatch):
 def test_accept_is_for_runs_that_are_resumed(here, monkeypatch, capfd):
     captioned_folder(here / "data", 4)
     assert call(monkeypatch, "data", "--accept", "code") == 2
-    assert "--accept says what may differ from a run that is continued; it needs --resume" in capfd.readouterr().err
+    assert "it needs --resume" in capfd.readouterr().err

@@ -19,10 +19,8 @@ from ldm.models import (
     generator_loss,
     kl_divergence,
 )
-from ldm.training import adversarial
-from ldm.training.adversarial import AdversarialLoss
-from ldm.training.autoencoder_setup import autoencoder_loss
-from ldm.training.space import load_first_stage
+from ldm.training.autoencoder_loss import DELTA, AdversarialLoss, autoencoder_loss
+from ldm.training.components import load_first_stage
 from tests import tiny
 from tests.training.runs import autoencoder_settings, captioned_folder, digests, metrics, run_autoencoder
 from tests.training.test_resume import broken_off, torchrun
@@ -41,7 +39,7 @@ def perceptual():
 
 
 class OneProcess:
-    """What `AdversarialLoss.settle` needs of accelerate."""
+    """What `AdversarialLoss.update_weight` needs of accelerate."""
 
     num_processes = 1
 
@@ -155,7 +153,7 @@ def ratio(stage, images, noise):
     distance, _, fooled, _ = stage.terms(images, noise)
     (one,) = torch.autograd.grad(distance, stage.last_layer, retain_graph=True)
     (other,) = torch.autograd.grad(fooled, stage.last_layer)
-    return float(one.norm() / (other.norm() + adversarial.DELTA))
+    return float(one.norm() / (other.norm() + DELTA))
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer_of_the_step_before(perceptual):
@@ -163,7 +161,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer_of_the_
     images, noise = pictures()
     first = stage.losses(images, noise)
     assert float(first.figures["adversarial_weight"]) == 0, "the first step has none before it"
-    stage.adversary.settle(OneProcess(), moved=True)
+    stage.adversary.update_weight(OneProcess(), stepped=True)
     expected = ratio(stage, images, noise)
     assert stage.adversary.weight == pytest.approx(expected, rel=1e-4)
     assert 0.01 < expected < 100
@@ -174,16 +172,16 @@ def test_the_adaptive_weight_is_bounded_and_stays_when_a_step_is_skipped():
     images, noise = pictures()
     stage = FirstStage(adaptive_weight_limit=0.01)
     stage.losses(images, noise)
-    stage.adversary.settle(OneProcess(), moved=True)
+    stage.adversary.update_weight(OneProcess(), stepped=True)
     assert stage.adversary.weight == 0.01
     stage.adversary.weight = 0.005
     stage.losses(images, noise)
-    stage.adversary.settle(OneProcess(), moved=False)
-    stage.adversary.settle(OneProcess(), moved=True)  # nothing of the skipped step is left
+    stage.adversary.update_weight(OneProcess(), stepped=False)
+    stage.adversary.update_weight(OneProcess(), stepped=True)  # nothing of the skipped step is left
     assert stage.adversary.weight == 0.005
     stage.losses(images, noise)
-    stage.adversary.forget()
-    stage.adversary.settle(OneProcess(), moved=True)
+    stage.adversary.discard_gradients()
+    stage.adversary.update_weight(OneProcess(), stepped=True)
     assert stage.adversary.weight == 0.005
 
 
@@ -196,15 +194,15 @@ def test_the_adaptive_weight_does_not_depend_on_how_a_batch_is_cut():
 
     for part in (slice(2), slice(2, 4)):  # micro-batches of a process
         stage.losses(images[part], noise[part])
-    stage.adversary.settle(OneProcess(), moved=True)
+    stage.adversary.update_weight(OneProcess(), stepped=True)
     assert stage.adversary.weight == pytest.approx(expected, rel=1e-4)
 
     one, two = AdversarialLoss(stage.discriminator, stage.discriminator, stage.loss), FirstStage()  # two processes
     two.losses(images[2:], noise[2:])
-    (sent,) = two.adversary._wishes
+    (sent,) = two.adversary._last_layer_grads
     stage.adversary = one
     stage.losses(images[:2], noise[:2])
-    one.settle(OneOfTwo(sent), moved=True)
+    one.update_weight(OneOfTwo(sent), stepped=True)
     assert one.weight == pytest.approx(expected, rel=1e-4)
 
 
@@ -293,7 +291,7 @@ def test_a_checkpoint_has_both_networks_and_an_average_of_the_autoencoder_alone(
     assert moments.keys() == {f"{kind}.{name}" for name in judge for kind in ("exp_avg", "exp_avg_sq", "step")}
     # What was planned: the discriminator is most of what is written.
     count = sum(value.numel() for value in judge.values())
-    assert f"a discriminator of {count / 1e6:.3g} M beside it" in capsys.readouterr().out
+    assert f"discriminator of {count / 1e6:.3g} M" in capsys.readouterr().out
     plan = json.loads((run / "plan.json").read_text())
     written = sum(path.stat().st_size for path in folder.parent.rglob("*.safetensors"))
     assert written > 12 * count
@@ -328,7 +326,7 @@ def test_a_loss_of_the_discriminator_that_is_not_finite_skips_both(tmp_path, mon
         loss = discriminator_loss(real, fake, kind)
         return loss * float("nan") if len(calls) == trained else loss
 
-    monkeypatch.setattr(adversarial, "discriminator_loss", spoilt)
+    monkeypatch.setattr("ldm.training.autoencoder_loss.discriminator_loss", spoilt)
     trained = 2  # the discriminator's second step is the run's third
     run = train(tmp_path / "run", *ADVERSARIAL, "train.checkpoint_every=1", "train.keep_checkpoints=9")
     assert "step 3 was skipped" in (said := capsys.readouterr().out) and "loss_discriminator nan" in said

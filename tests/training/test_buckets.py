@@ -13,7 +13,7 @@ from ldm.checkpoint import load_model
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
 from ldm.training.autoencoder_setup import held_out_metrics
-from ldm.training.setup import load_first_stage
+from ldm.training.components import load_first_stage
 from train import train_autoencoder, train_ldm
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +50,15 @@ def common(output, folder):
 def run(script, config, kind, arguments, resume=False):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    return script.train(load_config(ROOT / "configs" / config, arguments, kind), resume)
+    return script(load_config(ROOT / "configs" / config, arguments, kind), resume)
 
 
 def run_autoencoder(output, folder, *overrides, resume=False):
     arguments = [*common(output, folder), "autoencoder.block_out_channels=[8,8,8]", "autoencoder.norm_num_groups=4"]
     arguments += ["train.validation_samples=8", *overrides]
-    return run(train_autoencoder, "digits-first-stage.yaml", AutoencoderTrainingConfig, arguments, resume)
+    return run(
+        train_autoencoder.train_autoencoder, "digits-first-stage.yaml", AutoencoderTrainingConfig, arguments, resume
+    )
 
 
 def run_ldm(output, folder, encoder_folder, *overrides, resume=False):
@@ -64,7 +66,7 @@ def run_ldm(output, folder, encoder_folder, *overrides, resume=False):
     arguments += [f"text.encoder={encoder_folder}", "text.max_length=null", "unet.block_out_channels=[8,8]"]
     arguments += ["unet.norm_num_groups=4", "unet.attention_head_dim=2", "sample.num_inference_steps=2"]
     arguments += ["sample.prompts=[picture 3]", "sample.images_per_prompt=1", *overrides]
-    return run(train_ldm, "digits.yaml", LDMConfig, arguments, resume)
+    return run(train_ldm.train_diffusion, "digits.yaml", LDMConfig, arguments, resume)
 
 
 def losses(folder):

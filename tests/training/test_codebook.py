@@ -13,7 +13,7 @@ from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
 from ldm.models import VectorQuantizer, VQModel
 from ldm.training.codebook import Codebook
-from ldm.training.setup import load_first_stage
+from ldm.training.components import load_first_stage
 from tests import tiny
 from tests.training.runs import (
     ROOT,
@@ -78,9 +78,9 @@ def latents(count=8):
     return torch.randn(count, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(7))
 
 
-def see(codebook, quantizer, z, first=0):
+def add(codebook, quantizer, z, first=0):
     names = [f"image {first + i}" for i in range(len(z))]
-    codebook.see(quantizer(z), [0] * len(z), names)
+    codebook.add(quantizer(z), [0] * len(z), names)
 
 
 def everything(quantizer, averaged, optimizer, codebook):
@@ -89,14 +89,14 @@ def everything(quantizer, averaged, optimizer, codebook):
         "codes": quantizer.embedding.weight.detach(),
         "averaged": averaged.embedding.weight.detach(),
         **{name: moments[name] for name in ("exp_avg", "exp_avg_sq")},
-        **codebook.state(),
+        **codebook.state_dict(),
     }
 
 
 def stepped(parts):
     """One process, one micro-batch."""
-    see(parts[3], parts[0], latents())
-    parts[3].settle(One(), 5, moved=True)
+    add(parts[3], parts[0], latents())
+    parts[3].end_step(One(), 5, stepped=True)
     return everything(*parts)
 
 
@@ -122,12 +122,12 @@ def test_codes_without_use_are_put_where_latents_are():
     few = latents()[:1]
     places = state["codes"].clone()
     now = torch.bincount(quantizer.nearest(few).flatten(), minlength=CODES) > 0
-    see(codebook, quantizer, few)
-    codebook.settle(One(), 6, moved=True)
+    add(codebook, quantizer, few)
+    codebook.end_step(One(), 6, stepped=True)
     assert torch.equal(quantizer.embedding.weight, places)
     assert torch.equal(codebook.unused, (~now).long())
-    see(codebook, quantizer, few)
-    codebook.settle(One(), 7, moved=True)
+    add(codebook, quantizer, few)
+    codebook.end_step(One(), 7, stepped=True)
     assert not torch.equal(quantizer.embedding.weight, places)
     # 4 latents are there at most; of more dead codes the others wait.
     assert int((codebook.unused == 0).sum()) <= int(now.sum()) + 4
@@ -146,8 +146,8 @@ def test_new_places_are_drawn_by_the_squared_distance_to_the_codes():
             quantizer.embedding.weight[0] = 0
         codebook.unused.zero_()
         codebook.unused[5] = 1
-        see(codebook, quantizer, z)
-        codebook.settle(One(), step, moved=True)
+        add(codebook, quantizer, z)
+        codebook.end_step(One(), step, stepped=True)
         drawn.append(quantizer.embedding.weight[5, 0].item())
     assert set(drawn) == {near, -far}
     assert np.mean([place == -far for place in drawn]) == pytest.approx(far**2 / (far**2 + near**2), abs=0.05)
@@ -157,8 +157,8 @@ def test_a_latent_that_is_its_code_is_no_new_place():
     quantizer, _, _, codebook = made()
     z = torch.stack([quantizer.embedding.weight[3], torch.full((CHANNELS,), 7.0)]).detach()
     before = quantizer.embedding.weight.detach().clone()
-    see(codebook, quantizer, z.T[None, :, None])  # [1, C, 1, 2]
-    codebook.settle(One(), 0, moved=True)
+    add(codebook, quantizer, z.T[None, :, None])  # [1, C, 1, 2]
+    codebook.end_step(One(), 0, stepped=True)
     changed = (quantizer.embedding.weight != before).any(dim=1)
     assert int(changed.sum()) == int(codebook.revived) == 1
     assert torch.equal(quantizer.embedding.weight[changed][0], z[1])
@@ -170,8 +170,8 @@ def test_which_code_goes_where_does_not_follow_from_distances():
     for scale in (torch.linspace(2, 3, 8), torch.linspace(3, 2, 8)):
         quantizer, _, _, codebook = made()
         torch.nn.init.zeros_(quantizer.embedding.weight)
-        see(codebook, quantizer, scale.view(8, 1, 1, 1).expand(8, CHANNELS, 1, 1))  # fewer than dead codes
-        codebook.settle(One(), 0, moved=True)
+        add(codebook, quantizer, scale.view(8, 1, 1, 1).expand(8, CHANNELS, 1, 1))  # fewer than dead codes
+        codebook.end_step(One(), 0, stepped=True)
         codes = quantizer.embedding.weight[quantizer.embedding.weight.any(dim=1), 0]
         orders.append([(scale == code).nonzero().item() for code in codes.detach()])
     assert len(orders[0]) == 8
@@ -181,13 +181,13 @@ def test_which_code_goes_where_does_not_follow_from_distances():
 def test_a_step_that_is_skipped_counts_for_nothing():
     parts = _, _, _, codebook = made()
     before = {name: value.clone() for name, value in everything(*parts).items()}
-    see(codebook, parts[0], latents() * float("nan"))
-    codebook.settle(One(), 5, moved=False)
+    add(codebook, parts[0], latents() * float("nan"))
+    codebook.end_step(One(), 5, stepped=False)
     for name, value in everything(*parts).items():
         assert torch.equal(value, before[name]), name
     # Nor does what was only measured.
-    see(codebook, parts[0], 100 + latents())
-    codebook.forget()
+    add(codebook, parts[0], 100 + latents())
+    codebook.discard_step()
     expected = stepped(made())
     for name, value in stepped(parts).items():
         assert torch.equal(value, expected[name]), name
@@ -205,8 +205,8 @@ def test_how_a_batch_is_cut_changes_nothing():
     expected = stepped(made())
     parts = quantizer, _, _, codebook = made()
     for start in (4, 0, 6, 2):  # in any order
-        see(codebook, quantizer, latents()[start : start + 2], start)
-    codebook.settle(One(), 5, moved=True)
+        add(codebook, quantizer, latents()[start : start + 2], start)
+    codebook.end_step(One(), 5, stepped=True)
     for name, value in everything(*parts).items():
         assert torch.equal(value, expected[name]), name
 
@@ -221,8 +221,8 @@ def test_two_processes_choose_the_same_as_one():
     def work(rank):
         parts = all_parts[rank]
         first, last = ends[rank]
-        see(parts[3], parts[0], latents()[first:last], first)
-        parts[3].settle(OneOfTwo(rank, shared, barrier), 5, moved=True)
+        add(parts[3], parts[0], latents()[first:last], first)
+        parts[3].end_step(OneOfTwo(rank, shared, barrier), 5, stepped=True)
         found[rank] = everything(*parts)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
@@ -260,7 +260,7 @@ def train(folder, pictures, *more, resume=False):
     )
     with pytest.MonkeyPatch.context() as patch:  # a plan takes time
         patch.setattr("ldm.training.autoencoder_setup.plan_autoencoder_run", lambda *arguments: None)
-        return train_autoencoder.train(config, resume).parent
+        return train_autoencoder.train_autoencoder(config, resume).parent
 
 
 @pytest.fixture(scope="module")

@@ -134,21 +134,21 @@ def test_a_batch_mixes_what_is_kept_on_disk_and_in_memory(pictures, tmp_path, te
         assert torch.equal(batch.loaded, batch.renewed & (epoch % 2 == 0)), "loaded once, plain ones never"
         latents, states = encoded.latents(batch, None), encoded.text(batch.captions)
         with torch.no_grad():
-            expected = codec.sample_latents(codec.moments(to_signed(plain.images)))
+            expected = codec.draw(codec.moments(to_signed(plain.images)))
         torch.testing.assert_close(latents, expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(states, text_encoder(batch.captions), rtol=2e-3, atol=2e-3)
         # One whose memory is empty, and one whose memory is too small, say the same to the last bit.
         fresh = encode(composed(pictures, tmp_path), text_encoder, codec)
         assert torch.equal(fresh.latents(batch, None), latents)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "KEPT_BYTES", 4000)
+            patch.setattr(module, "MEMORY_BYTES", 4000)
             small = encode(composed(pictures, tmp_path), text_encoder, codec)
             assert 0 < small.images.renewed_cached < len(images)
             some = batch_of(small.images, epoch)
             assert torch.equal(small.latents(some, None), latents)
             assert torch.equal(small.text(some.captions), states)
-            assert len(small._renewed._moments) <= small.images.renewed_cached
-    kept = encoded._renewed._moments
+            assert len(small._memory._moments) <= small.images.renewed_cached
+    kept = encoded._memory._moments
     assert set(kept) == set(batch.indices[batch.renewed].tolist()), "what was composed before is forgotten"
     assert torch.equal(encoded.text([""]), encoded.null)
     assert encoded.statistics() is not None

@@ -25,12 +25,12 @@ from PIL import Image
 
 from ldm import checkpoint, disk
 from ldm.config import LDMConfig, load_config
-from ldm.training import checkpoints, environment
-from ldm.training.files import find_damage
+from ldm.training import checkpoints, resume
+from ldm.training.checkpoints import find_damage
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
-from ldm.training.optimizer import make_ema
 from ldm.training.run import Run
 from ldm.training.run_folder import open_folder
+from ldm.training.trainable import make_ema
 from ldm.training.training_state import TrainingState
 from tests.training.runs import ROOT, digests, fresh_processes, losses, metrics, run_ldm, settings
 from train import train_ldm
@@ -175,9 +175,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_with_one_line(tmp_path, encoder_
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: the checkpoint of step 4 cannot be written (")
     assert "File too large" in line
-    assert (
-        f"the newest checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_00000002'}; mend that, and go on" in line
-    )
+    assert f"the newest checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_00000002'}" in line
     assert digests(tmp_path / "run" / "checkpoints" / "step_00000002") == before
     monkeypatch.setattr(Run, "batches", batches)
     run_ldm(arguments, resume=True)
@@ -249,7 +247,7 @@ def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
     if saved is not None:
         assert steps[-1] == saved
     if steps:
-        assert last == f"stopped: step {steps[-1]} of 4 is saved; go on with ldm train --resume {tmp_path / 'run'}"
+        assert last == f"stopped: step {steps[-1]} of 4 is saved; continue with ldm train --resume {tmp_path / 'run'}"
     else:
         assert last.startswith("stopped: nothing was lost")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -265,8 +263,8 @@ def test_a_second_interrupt_leaves_at_once_and_an_echo_of_the_first_does_not():
     program = """
 import os, signal, sys, time
 from ldm.training.interruption import interruption
-with interruption.handled():
-    interruption.may_break_off = False
+with interruption.handle_signals():
+    interruption.may_abort = False
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)   # passed on by a launcher
     os.kill(os.getpid(), signal.SIGTERM)
@@ -279,11 +277,11 @@ with interruption.handled():
     assert done.returncode == 128 + signal.SIGINT
     assert done.stdout == "still here\n"
     assert "SIGINT: finishing the step and saving it" in done.stderr
-    assert "leaving at once" in done.stderr
+    assert "at once" in done.stderr
 
 
 def test_a_worker_that_is_forked_does_not_answer_signals():
-    with interruption.handled():
+    with interruption.handle_signals():
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -292,12 +290,12 @@ def test_a_worker_that_is_forked_does_not_answer_signals():
 
 
 def test_what_may_be_broken_off_is_not_begun_after_the_signal():
-    with interruption.handled():
-        interruption.may_break_off = False
+    with interruption.handle_signals():
+        interruption.may_abort = False
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped), interruption.breaking_off(True):
+        with pytest.raises(Stopped), interruption.abortable(True):
             raise AssertionError("was begun")
-        with interruption.breaking_off(False):
+        with interruption.abortable(False):
             pass
     assert interruption.requested is None
 
@@ -537,7 +535,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, encoder_fo
     assert caught.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: a process that loads images has died (DataLoader worker (pid")
-    assert last.endswith(f"go on with ldm train --resume {tmp_path / 'run'} --set train.num_workers=0")
+    assert last.endswith(f"ldm train --resume {tmp_path / 'run'} --set train.num_workers=0")
     run_ldm([*arguments, "train.num_workers=0"], resume=True)
     assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
 
@@ -608,9 +606,9 @@ def test_what_another_process_has_added_before_the_lock_was_free_is_not_undone(t
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = load_config(ROOT / "configs" / "digits.yaml", settings(run, encoder_folder), LDMConfig)
-    with pytest.raises(ValueError, match=r"another process has gone on with .* to .*step_00000004; start again"):
-        open_folder(run, config, 2, resume=True, damaged=[], say=print)
-    open_folder(run, config, 4, resume=True, damaged=[], say=print)()
+    with pytest.raises(ValueError, match=r"another process has continued .* to .*step_00000004; start again"):
+        open_folder(run, config, 2, resume=True, damaged=[], log=print)
+    open_folder(run, config, 4, resume=True, damaged=[], log=print)()
 
 
 def test_which_checkpoints_are_kept(tmp_path, encoder_folder):
@@ -641,8 +639,8 @@ def test_another_environment_is_refused_and_accepted_key_by_key(tmp_path, encode
     arguments = settings(tmp_path / "run", encoder_folder)
     run_ldm(arguments, "train.max_steps=2")
     with monkeypatch.context() as patch:
-        patch.setattr(environment, "code_digest", lambda: "0123456789ab")
-        patch.setattr(environment, "version", lambda name: "9.9" if name == "torch" else "1.0")
+        patch.setattr(resume, "code_digest", lambda: "0123456789ab")
+        patch.setattr(resume, "version", lambda name: "9.9" if name == "torch" else "1.0")
         changed = [*arguments, "train.cpu_threads=2", "train.adam_beta1=0.5"]
         with pytest.raises(ValueError, match="was made under other conditions") as caught:
             run_ldm(changed, resume=True)
@@ -687,7 +685,8 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, encoder_folder):
     assert find_damage(newest) is None
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, last + 1))
     assert (
-        error.count(f"stopped: step {last} of 100000 is saved; go on with ldm train --resume {tmp_path / 'run'}") == 2
+        error.count(f"stopped: step {last} of 100000 is saved; continue with ldm train --resume {tmp_path / 'run'}")
+        == 2
     )
     assert error.count(f"exitcode  : {EXIT_CODE}") == 2
     assert "SIGTERM: finishing the step" in error

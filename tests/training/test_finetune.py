@@ -21,11 +21,11 @@ from ldm.data import CaptionedImages, inspect, open_source, split, to_signed
 from ldm.diffusion import NoiseSchedule
 from ldm.models import AutoencoderKL, UNet
 from ldm.text import TextEncoder
-from ldm.training import finetune, setup
-from ldm.training.files import file_hashes, find_damage
+from ldm.training import setup, trainable
+from ldm.training.checkpoints import file_hashes, find_damage
 from ldm.training.noise import step_noise
-from ldm.training.optimizer import make_ema
 from ldm.training.run import Run
+from ldm.training.trainable import make_ema
 from tests import tiny
 from tests.training.runs import captioned_folder, digests, losses, metrics, run_config
 
@@ -218,7 +218,7 @@ def test_fine_tuning_resumes_bit_for_bit(method, tmp_path, made, pictures):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_average_shares_what_does_not_learn(method, stable_diffusion, pictures, tmp_path):
     config = load_config_of(content(tmp_path / "run", stable_diffusion, pictures, method))
-    unet = finetune.prepare(Pipeline.from_pretrained(stable_diffusion).unet, config)
+    unet = trainable.select_trainable(Pipeline.from_pretrained(stable_diffusion).unet, config)
     ema = make_ema(unet, 0.5)
     learning = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
@@ -250,9 +250,9 @@ def load_config_of(mapping):
     [
         ("attention", UNET, "other weights than those of the model in start_from"),
         ("lora", UNET, "other weights than those of the model in start_from"),
-        ("lora", "vae/diffusion_pytorch_model.safetensors", "is not what the config names today"),
-        ("lora", "text_encoder/model.safetensors", "is not what the config names today"),
-        ("full", "text_encoder/model.safetensors", "is not what the config names today"),
+        ("lora", "vae/diffusion_pytorch_model.safetensors", "differs from what the config names"),
+        ("lora", "text_encoder/model.safetensors", "differs from what the config names"),
+        ("full", "text_encoder/model.safetensors", "differs from what the config names"),
     ],
 )
 def test_resuming_on_a_changed_model_is_refused(method, file, part, tmp_path, made, pictures):

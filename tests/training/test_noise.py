@@ -10,7 +10,7 @@ import torch
 from ldm.config import TrainConfig
 from ldm.data import CaptionedImages, DataConfig, collate, generator, micro_batches, open_source
 from ldm.training.noise import BatchPositions, GlobalBatchIndex, step_noise
-from ldm.training.optimizer import (
+from ldm.training.trainable import (
     learning_rate,
     make_ema,
     make_optimizer,
@@ -81,7 +81,7 @@ def spread(images, step, accumulation, world):
             batch = collate([images[position] for position in positions])
             drawn = step_noise(
                 5, batch.epochs, batch.ids, step, shape=(1, 1, 1), num_train_timesteps=50,
-                places=batches.places(batch, step),
+                positions=batches.positions(batch, step),
             )  # fmt: skip
             found |= dict(zip(zip(batch.epochs, batch.ids, strict=True), drawn.timesteps.tolist(), strict=True))
     return found
@@ -102,7 +102,7 @@ def test_stratified_timesteps_are_uniform_over_many_steps():
     for step in range(400):
         drawn = step_noise(
             0, [0] * 4, list("abcd"), step, shape=(1, 1, 1), num_train_timesteps=10, caption_dropout=0.3,
-            places=BatchPositions(range(4), 4),
+            positions=BatchPositions(range(4), 4),
         )  # fmt: skip
         counts += torch.bincount(drawn.timesteps, minlength=10)
     assert float(((counts - 160) ** 2 / 160).sum()) < 27.9  # chi squared, 9 degrees, p = 0.001

@@ -7,8 +7,7 @@ import time
 import pytest
 
 from ldm.training import setup, timing
-from ldm.training.pace import FIRST_STEPS, Pace, slow_step_message
-from ldm.training.plan import Plan
+from ldm.training.plan import PACE_STEPS, Pace, Plan, slow_step_message
 from tests.training.runs import run_ldm, settings
 
 PLAN = Plan(
@@ -29,14 +28,14 @@ def said(seconds_of_steps, aside=None, plan=PLAN):
             found[number] = line
         if aside is not None:
             now[0] += aside
-            pace.leave_out(aside)
+            pace.exclude(aside)
     return found
 
 
 def test_what_is_too_slow_is_said_once_with_the_time_that_it_will_take():
     found = said([1.85] * 100)
-    assert list(found) == [FIRST_STEPS]
-    assert " s instead of 0.1 s, and the run about 74 min instead of 4 min" in found[FIRST_STEPS]
+    assert list(found) == [PACE_STEPS]
+    assert " s instead of 0.1 s, and the run about 74 min instead of 4 min" in found[PACE_STEPS]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_a_run_says_it(tmp_path, encoder_folder, monkeypatch, capsys):
     monkeypatch.setattr(time, "perf_counter", lambda: now() + passed[0])
     monkeypatch.setattr(setup, "held_out_loss", for_hours)
     monkeypatch.setattr(timing, "step_seconds", lambda *arguments: measure(*arguments) / 1000)
-    run_ldm(settings(tmp_path / "run", encoder_folder), *rare, f"train.max_steps={FIRST_STEPS + 1}")
+    run_ldm(settings(tmp_path / "run", encoder_folder), *rare, f"train.max_steps={PACE_STEPS + 1}")
     (line,) = re.findall("slower than planned: a step takes (.*) s instead of", capsys.readouterr().out)
     assert float(line) < 100
 

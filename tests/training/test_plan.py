@@ -16,9 +16,9 @@ from torch import nn
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, open_source, split
 from ldm.training import timing
-from ldm.training.optimizer import make_optimizer
 from ldm.training.plan import MEASURED_RUNS, Costs, count_due, duration, expected_result, format_bytes, make_plan
 from ldm.training.run import TrainingState
+from ldm.training.trainable import make_optimizer
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
 
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -53,8 +53,8 @@ def test_a_plan_adds_up():
     model = nn.Linear(9, 10)
     model.bias.requires_grad_(False)
     costs = Costs(
-        step=0.1, validation=1.0, sheet=10.0, checkpoint=100.0,
-        memory=7, checkpoint_bytes=10**6, sheet_bytes=10**4, once_bytes=50,
+        step=0.1, validation=1.0, grid=10.0, checkpoint=100.0,
+        memory=7, checkpoint_bytes=10**6, grid_bytes=10**4, once_bytes=50,
     )  # fmt: skip
     plan = make_plan(
         config, images, held_out, model, step=200, space="here", costs=costs, device=torch.device("cpu")
@@ -65,8 +65,8 @@ def test_a_plan_adds_up():
     assert plan.epochs == pytest.approx(1000 * 64 / 1621)
     text = plan.text()
     assert "1621 images to train on, 176 held out, 8x8 pixels" in text
-    assert "0.0001 M parameters, of which 9e-05 M learn" in text
-    assert "25.3 steps an epoch; 1000 steps are 39.5 epochs or 64000 samples" in text
+    assert "0.0001 M parameters, 9e-05 M of them trainable" in text
+    assert "25.3 steps per epoch; 1000 steps are 39.5 epochs or 64000 samples" in text
     assert "about 9 min; 0.1 s a step" in text
     assert json.loads(json.dumps(plan.to_dict()))["space"] == "here"
 
@@ -128,7 +128,7 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from train import train_ldm
 torch.set_num_threads(1)
 config = load_config(Path(sys.argv[1]), sys.argv[2:], LDMConfig)
-train_ldm.train(config, False)
+train_ldm.train_diffusion(config, False)
 unit = 1 if sys.platform == "darwin" else 1024
 print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
 """

@@ -13,7 +13,7 @@ from ldm import Pipeline
 from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_signed
-from ldm.training.setup import load_first_stage
+from ldm.training.components import load_first_stage
 from tests import tiny
 from tests.training.runs import (
     ROOT,
@@ -189,7 +189,7 @@ def test_what_is_held_out_is_data_too(tmp_path, encoder_folder):
 def test_a_folder_that_is_no_run_is_left_alone(name, tmp_path, encoder_folder):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("years of work")
-    with pytest.raises(ValueError, match="holds files that are no run of ldm"):
+    with pytest.raises(ValueError, match="holds files"):
         run_ldm(settings(tmp_path / "run", encoder_folder))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (tmp_path / "run" / name).read_text() == "years of work"
@@ -198,9 +198,8 @@ def test_a_folder_that_is_no_run_is_left_alone(name, tmp_path, encoder_folder):
 def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
     fresh_processes()
-    program = (
-        "import sys; from pathlib import Path; from ldm.training.run_folder import lock; lock_folder(Path(sys.argv[1]))"
-    )
+    program = "import sys; from pathlib import Path; from ldm.training.run_folder import lock_folder; "
+        "lock_folder(Path(sys.argv[1]))"
     program += "; print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -325,7 +324,9 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
     small += ["data.scenes=20"] if path.name.startswith("scenes") else []
     if "first-stage" in path.name:
         small += ["start_from=openmoji-first-stage"] if "start_from" in path.read_text() else []
-        train_autoencoder.train(load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False)
+        train_autoencoder.train_autoencoder(
+            load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False
+        )
         assert load_first_stage(str(tmp_path / "run" / "autoencoder")).factor == 4
         return
     # Evaluations read all of the data (tests/training/test_measuring.py).
@@ -339,7 +340,7 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
         small += [f"text.encoder={encoder_folder}", "text.max_length=null", "data.held_out=0.9"]
     if path.name in ("digits-latent.yaml", "scenes-64.yaml"):
         small += [f"first_stage={first_stage}/autoencoder"]
-    made = train_ldm.train(load_config(path, small, LDMConfig), False)
+    made = train_ldm.train_diffusion(load_config(path, small, LDMConfig), False)
     if made.name == "lora":
         pipeline = Pipeline.from_pretrained(tmp_path / "model")
         pipeline.load_lora(made)

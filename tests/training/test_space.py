@@ -13,7 +13,8 @@ from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
 from ldm.evaluation.advice import GOOD_PSNR, advise, look
 from ldm.evaluation.perceptual import perceptual_distance
 from ldm.training import space
-from ldm.training.space import choose_space, decide_space, load_first_stage
+from ldm.training.components import load_first_stage
+from ldm.training.space import choose_space, decide_space
 from tests.training.runs import ROOT, captioned_folder, digests, losses, run_ldm, settings
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from ldm.training.threads import (
     Threads,
     agree_on_threads,
     available_threads,
-    candidates,
     median_seconds,
     resolve_threads,
     smallest_fast_enough,
+    thread_candidates,
 )
 from tests.training.runs import digests, run_autoencoder, run_ldm, settings
 
@@ -56,7 +56,9 @@ def speeds(monkeypatch):
             action()
         return found[torch.get_num_threads()]
 
-    monkeypatch.setattr(threads, "seconds_of", seconds)
+    monkeypatch.setattr(threads, "timed_call", seconds)
+    for module in ("auto_config", "timing"):
+        monkeypatch.setattr(f"ldm.training.{module}.timed_call", seconds, raising=False)
     return found
 
 
@@ -128,8 +130,8 @@ def test_one_thread_that_a_launcher_sets_is_not_what_its_user_says(
 )
 def test_what_comes_first(found, configured, begun_with, expected):
     decided = resolve_threads(found, configured, begun_with)
-    assert (decided.number, decided.most) == expected
-    assert bool(decided.why) == (decided.number is not None)
+    assert (decided.number, decided.max_number) == expected
+    assert bool(decided.reason) == (decided.number is not None)
 
 
 def test_a_config_that_outranks_the_environment_says_so():
@@ -204,7 +206,7 @@ def test_the_fewest_that_are_about_as_fast_as_any(medians, expected):
 
 
 def test_what_is_tried():
-    assert [candidates(most) for most in (1, 2, 3, 4, 8, 64)] == [
+    assert [thread_candidates(count) for count in (1, 2, 3, 4, 8, 64)] == [
         [1], [1, 2], [1, 3], [1, 2, 4], [1, 2, 4, 8], [1, 16, 32, 64],
     ]  # fmt: skip
 
@@ -240,7 +242,7 @@ def test_a_run_takes_what_is_fastest_and_goes_on_with_it(tmp_path, encoder_folde
     machine(4, 4)
     run_ldm(open_, "train.max_steps=3", resume=True)
     assert (torch.get_num_threads(), environment_of(run, 3)["threads"]) == (1, 1)
-    assert "threads  1, as the run began" in capsys.readouterr().out
+    assert "threads  1, as the run started" in capsys.readouterr().out
 
     machine(4, 2, OMP_NUM_THREADS=2)
     with pytest.raises(ValueError, match=r"\(threads: 1 → 2\); restore them, accept them with --accept threads,"):

@@ -19,8 +19,8 @@ from ldm.report import curves, markup, sheets
 from ldm.report.curves import Line, Point, smooth
 from ldm.report.markup import escaped, number
 from ldm.report.shell import write_page
+from ldm.training.checkpoints import resume_command
 from ldm.training.report import metrics, names
-from ldm.training.start_folder import resume_command
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
 MOST_OTHER_CURVES = 12
