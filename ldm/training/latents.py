@@ -77,7 +77,7 @@ class LatentCache:
         self._row_of = {caption: row for row, caption in enumerate(captions)}
         self._states, self.new_captions = encoders.encode_captions(captions)
         self._moments, self.new_images = encoders.encode_images(images) if permanent else (None, 0)
-        self._sample = encoders.codec.drawing()
+        self._sample = encoders.codec.latents_sampler()
         self._codec = encoders.codec if self._moments is None and permanent else None
         self._channels, self._factor = encoders.codec.channels, encoders.codec.factor
         self.null = self.text([""])

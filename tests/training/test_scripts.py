@@ -198,8 +198,8 @@ def test_a_folder_that_is_no_run_is_left_alone(name, tmp_path, encoder_folder):
 def test_a_run_folder_has_one_writer(tmp_path, encoder_folder):
     run_ldm(settings(tmp_path / "run", encoder_folder), "train.max_steps=1")
     fresh_processes()
-    program = "import sys; from pathlib import Path; from ldm.training.run_folder import lock_folder; "
-        "lock_folder(Path(sys.argv[1]))"
+    program = "import sys; from pathlib import Path; from ldm.training.run_folder import lock_folder"
+    program += "; lock_folder(Path(sys.argv[1]))"
     program += "; print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
