@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ldm import disk
 from ldm.codecs import PixelCodec
-from ldm.diffusion.schedule import ScheduleConfig, config_from_diffusers, config_to_diffusers
+from ldm.diffusion.diffusers_schedulers import config_from_diffusers, config_to_diffusers
+from ldm.diffusion.schedule import ScheduleConfig
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
 from ldm.untrusted import refuse_untrusted

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm import checkpoint
 from ldm.data import generator, to_signed, to_uint8
 from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, ddim, ddim_inversion, to_epsilon_model, with_condition
-from ldm.diffusion.sampling import identity
+from ldm.diffusion.samplers import identity
 from ldm.pipelines.sampling import sample_noise
 from tools.small_models import SCHEDULE, Data, Patched
 

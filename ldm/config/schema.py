@@ -12,7 +12,7 @@ from ldm.data import DataConfig
 from ldm.data.sources import BUILT_IN
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
 from ldm.diffusion.likelihood import log_variance_tables
-from ldm.diffusion.sampling import check_sampler
+from ldm.diffusion.samplers import check_sampler
 from ldm.diffusion.schedule import check_first_step, check_precision
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
@@ -239,7 +239,7 @@ class SampleConfig:
 
     Args:
         prompts: a row of the sample grid each; image j of every row has seed `seed` + j.
-        sampler: a name of `ldm.diffusion.sampling.SAMPLER_NAMES`.
+        sampler: a name of `ldm.diffusion.samplers.SAMPLER_NAMES`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}

@@ -1,19 +1,17 @@
 """The mathematics of the papers. Imports torch and nothing else."""
 
 from ldm.diffusion.guidance import (
-    Denoise,
     LogLikelihood,
     Rescale,
     alpha_sigma_at,
     classifier_free_guidance,
     classifier_guidance,
     drop_conditioning,
+    dynamic_threshold,
     guide_within,
     rescale_guidance,
     with_condition,
 )
-from ldm.diffusion.interpolation import slerp
-from ldm.diffusion.langevin import annealed_langevin, langevin_corrector
 from ldm.diffusion.likelihood import (
     Decoder,
     VariationalBound,
@@ -23,8 +21,10 @@ from ldm.diffusion.likelihood import (
     variational_bound,
     variational_terms,
 )
-from ldm.diffusion.objective import Denoiser, LossConfig, diffusion_loss, loss_weights, stratified_timestep
+from ldm.diffusion.losses import LossConfig, diffusion_loss, loss_weights, stratified_timestep
 from ldm.diffusion.prediction import (
+    Denoise,
+    Denoiser,
     add_noise,
     convert,
     posterior_mean,
@@ -35,10 +35,18 @@ from ldm.diffusion.prediction import (
     velocity,
     x0_and_epsilon,
 )
-from ldm.diffusion.sampling import State, ddim, ddim_inversion, ddpm
+from ldm.diffusion.samplers import (
+    State,
+    annealed_langevin,
+    ddim,
+    ddim_inversion,
+    ddpm,
+    dpm_solver_pp_2m,
+    euler_maruyama,
+    langevin_corrector,
+    slerp,
+)
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
-from ldm.diffusion.solvers import dpm_solver_pp_2m, euler_maruyama
-from ldm.diffusion.thresholding import dynamic_threshold
 
 __all__ = [
     "Decoder",

@@ -1,8 +1,7 @@
-"""What `scheduler_config.json` may say: the schedulers of diffusers that walk a DDPM schedule, and their keys.
+"""`scheduler_config.json` of diffusers: supported schedulers, their keys, conversion from and to `ScheduleConfig`.
 
-A scheduler of diffusers reads the keys that its constructor has and ignores all others, such as those that a file kept
-from another class. So does `read_keys`. Of the keys that the class has, some are read into `ScheduleConfig`, some steer
-nothing but its own solver, and the rest has to be at the value under which diffusers walks the timesteps of training.
+As in diffusers, keys that the constructor of a scheduler lacks are ignored. Of its own keys, some go into
+`ScheduleConfig`, some concern its solver only, and the others must be at the value that keeps the training timesteps.
 """
 
 from __future__ import annotations
@@ -10,8 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
+
+import torch
+
+from ldm.diffusion.schedule import BetaSchedule, ScheduleConfig, make_betas
 
 COMMON: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -181,3 +185,107 @@ def _other_kind(name: str) -> str:
     mistyped = near and not name.endswith(near[0])  # IPNDMScheduler is another one
     advice = f"did you mean {near[0]}?" if mistyped else f"supported are {', '.join(SCHEDULERS)}"
     return f"scheduler {name} does not sample a DDPM schedule, or is not known here; {advice}"
+
+
+def config_from_diffusers(config: dict[str, Any], class_name: str | None = None) -> ScheduleConfig:
+    """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid; DDIM runs.
+
+    Every scheduler of `diffusers_schedulers.SCHEDULERS` solves the equation of one DDPM schedule, so that DDIM on the
+    same schedule and spacing draws from the same model. A key that is absent has the default of its class, and one
+    that its class does not have is ignored, both as in diffusers.
+
+    Args:
+        class_name: the class that `model_index.json` names, which is the one that diffusers makes; the `_class_name`
+            of the file where None.
+
+    Raises:
+        ValueError: if the file asks for what DDIM on a DDPM schedule does not draw, naming class, key and value.
+    """
+    name = class_name or str(config.get("_class_name", "DDIMScheduler"))
+    keys = read_keys(config, name)
+    written = keys["beta_schedule"]
+    if written not in NAMES:
+        raise ValueError(f"scheduler beta_schedule is {written!r}; supported are {', '.join(NAMES)}")
+    ends = {"zero": True, "sigma_min": False}
+    end = keys.get("final_sigmas_type", "sigma_min" if name in ENDS_AT_SIGMA_MIN else "zero")
+    if end not in ends:
+        raise ValueError(f"scheduler final_sigmas_type is {end!r}; supported are {', '.join(ends)}")
+    trained = keys["trained_betas"]
+    read = ScheduleConfig(
+        beta_schedule=NAMES[written],
+        num_train_timesteps=keys["num_train_timesteps"],
+        beta_start=keys["beta_start"],
+        beta_end=keys["beta_end"],
+        trained_betas=None if trained is None else tuple(trained),
+        rescale_betas_zero_snr=bool(keys.get("rescale_betas_zero_snr")),
+        prediction_type=keys["prediction_type"],
+        timestep_spacing=keys.get("timestep_spacing", "linspace"),  # that of DPMSolverSinglestep, which has no key
+        steps_offset=keys.get("steps_offset", 0),
+        set_alpha_to_one=bool(keys.get("set_alpha_to_one", ends[end])),
+    )
+    return _with_our_name(read, config[OUR_KEY]) if OUR_KEY in config else read
+
+
+# What diffusers' files call our schedules. Its DDIMScheduler does not know "sigmoid"; its DDPMScheduler does.
+NAMES: dict[str, BetaSchedule] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+OUR_KEY = "_ldm"  # diffusers leaves keys alone that begin with an underscore
+
+
+def scheduler_class(learned_variance: bool) -> str:
+    """The scheduler of diffusers that a folder names: DDIM, or the one that knows of learned variances."""
+    return "DDPMScheduler" if learned_variance else "DDIMScheduler"
+
+
+def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = False) -> dict[str, Any]:
+    """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
+
+    Where the network gives 2C channels it is that of a DDPMScheduler with `variance_type` "learned_range", which is
+    Improved DDPM, Eq. 15; a DDIMScheduler would fail on the channels.
+
+    A schedule that it has no name for is written as the table of its betas, and its name into the key `_ldm`, so that
+    `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
+    diffusers refuses to sample with it.
+    """
+    names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
+    named = config.beta_schedule in names
+    table = make_betas(config).tolist() if not named else config.trained_betas
+    ours = {"beta_schedule": config.beta_schedule, "own_betas": config.trained_betas is not None}
+    return {
+        "_class_name": scheduler_class(learned_variance),
+        "beta_schedule": names.get(config.beta_schedule, "linear"),
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "trained_betas": None if table is None else list(table),
+        "prediction_type": config.prediction_type,
+        "timestep_spacing": config.timestep_spacing,
+        "steps_offset": config.steps_offset,
+        "set_alpha_to_one": config.set_alpha_to_one,
+        "clip_sample": False,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+        "thresholding": False,
+        **({"variance_type": "learned_range"} if learned_variance else {}),
+        **({} if named else {OUR_KEY: ours}),
+    }
+
+
+def _with_our_name(read: ScheduleConfig, ours: Any) -> ScheduleConfig:
+    """The config in which the table of betas has its name again; refused where the two do not agree."""
+    if read.trained_betas is None or not isinstance(ours, dict):
+        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
+    name: Any = ours.get("beta_schedule")  # ScheduleConfig checks it
+    named = replace(read, beta_schedule=name)
+    if ours.get("own_betas"):
+        return named
+    named = replace(named, trained_betas=None)
+    # The last digits of a cosine differ between machines.
+    if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
+        raise ValueError(
+            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
+        )
+    return named

@@ -16,13 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.objective import Denoiser
-from ldm.diffusion.prediction import DIRECT, split_variance
+from ldm.diffusion.prediction import DIRECT, Denoise, Denoiser, split_variance
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType
-
-Denoise = Callable[[Tensor, int], Tensor]
-"""(x_t [B, C, H, W], t) → prediction [B, C, H, W], or [B, 2C, H, W] with variances: a denoiser whose condition is
-already inside. All that is built here also answers at a t between two timesteps, where some foreign samplers ask."""
 
 Rescale = Callable[[Tensor, Tensor], Tensor]
 """(guided, conditional) → guided, all [B, C, H, W]."""
@@ -250,3 +245,39 @@ def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
             f"guidance_interval is ({low:g}, {high:g}); it must be two noise levels sigma/alpha, 0 <= low < high"
         )
     return low, high
+
+
+def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
+    """A `clip_x0` for samplers: x̂_0 is clamped to [−s, s] and divided by s, where s is a percentile of |x̂_0|.
+
+    s is that of each sample, and never less than 1: an image that keeps to its range is only clamped to it. Where a
+    static clamp would saturate what guidance pushes past the range, this pulls all pixels inwards.
+
+    Args:
+        percentile: p, in (0, 1]; 0.995 is usual. 1 divides by the largest and clamps nothing else.
+
+    Returns:
+        x̂_0 [B, …] on the scale of images, [−1, 1] → the same shape, inside [−1, 1].
+
+    Raises:
+        ValueError: if p is outside (0, 1].
+    """
+    check_percentile(percentile)
+
+    def clip_x0(x_0: Tensor) -> Tensor:
+        sorted_ = x_0.to(torch.float32).abs().flatten(1).sort(dim=1).values  # [B, N]
+        # torch.quantile does the same, but refuses more than 2^24 numbers.
+        place = percentile * (sorted_.shape[1] - 1)
+        below, above = sorted_[:, math.floor(place)], sorted_[:, math.ceil(place)]  # [B]
+        threshold = torch.lerp(below, above, place - math.floor(place)).clamp(min=1)  # [B]
+        s = threshold.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))  # [B, 1, 1, 1]
+        return x_0.clamp(-s, s) / s
+
+    return clip_x0
+
+
+def check_percentile(percentile: float) -> None:
+    if not 0 < percentile <= 1:
+        raise ValueError(
+            f"dynamic_threshold is {percentile}; it must be a share of pixels, over 0 and at most 1 (0.995 is usual)"
+        )

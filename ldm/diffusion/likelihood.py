@@ -15,16 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import add_noise, convert, posterior_mean, split_variance
+from ldm.diffusion.prediction import Denoise, add_noise, convert, posterior_mean, split_variance
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, extract
-
-if TYPE_CHECKING:
-    from ldm.diffusion.guidance import Denoise
 
 Variance = Literal["small", "large", "learned"]
 """σ_t² of p(x_{t−1} | x_t): β̃_t, β_t (DDPM, section 3.2), or learned between the two (Improved DDPM, Eq. 15)."""

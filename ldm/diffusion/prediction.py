@@ -11,15 +11,24 @@ by dividing by a coefficient that is 0, the answer does not exist, and a `ValueE
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType
 
-if TYPE_CHECKING:
-    from ldm.diffusion.guidance import Denoise
+
+class Denoiser(Protocol):
+    """(x_t [B, C, H, W], timestep [B] int64, condition [B, L, D]) → prediction [B, C or 2C, H, W]."""
+
+    def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor, /) -> Any: ...
+
+
+Denoise = Callable[[Tensor, int], Tensor]
+"""(x_t [B, C, H, W], t) → prediction [B, C, H, W], or [B, 2C, H, W] with variances: a denoiser with its condition
+inside. Those built in `guidance` also take a t between two timesteps, as some diffusers schedulers do."""
 
 Coefficient = float | Tensor
 Quantity = Literal["epsilon", "sample", "v_prediction", "posterior_mean", "score"]

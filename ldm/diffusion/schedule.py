@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-
-from ldm.diffusion import betas as formulas
-from ldm.diffusion.diffusers_schedulers import ENDS_AT_SIGMA_MIN, read_keys
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine", "plain_cosine", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
@@ -142,7 +139,7 @@ class NoiseSchedule:
     def from_config(cls, config: ScheduleConfig) -> NoiseSchedule:
         alphas_cumprod = _cumulated(make_betas(config))
         if config.rescale_betas_zero_snr:
-            alphas_cumprod = formulas.zero_terminal_snr(alphas_cumprod)
+            alphas_cumprod = zero_terminal_snr(alphas_cumprod)
         return cls._ending(alphas_cumprod, config.set_alpha_to_one)
 
     @classmethod
@@ -157,7 +154,7 @@ class NoiseSchedule:
     @property
     def betas(self) -> Tensor:
         """β_t = 1 − ᾱ_t / ᾱ_{t−1}, [T] float64; exactly 1 where ᾱ_t is 0."""
-        return formulas.betas_from_alphas_cumprod(self.alphas_cumprod)
+        return betas_from_alphas_cumprod(self.alphas_cumprod)
 
     @property
     def posterior_variance(self) -> Tensor:
@@ -276,14 +273,14 @@ def make_betas(config: ScheduleConfig) -> Tensor:
     if config.trained_betas is not None:
         return torch.tensor(config.trained_betas, dtype=torch.float64)
     if config.beta_schedule == "linear":
-        return formulas.linear(steps, *ends)
+        return linear_betas(steps, *ends)
     if config.beta_schedule == "scaled_linear":
-        return formulas.scaled_linear(steps, *ends)
+        return scaled_linear_betas(steps, *ends)
     if config.beta_schedule == "sigmoid":
-        return formulas.sigmoid(steps, *ends)
+        return sigmoid_betas(steps, *ends)
     if config.beta_schedule == "plain_cosine":
-        return formulas.plain_cosine(steps)
-    return formulas.cosine(steps)
+        return plain_cosine_betas(steps)
+    return cosine_betas(steps)
 
 
 def check_no_signal(prediction_type: str, t: int) -> None:
@@ -332,105 +329,62 @@ def check_first_step(
         )
 
 
-def config_from_diffusers(config: dict[str, Any], class_name: str | None = None) -> ScheduleConfig:
-    """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid; DDIM runs.
+COSINE_OFFSET = 0.008  # s of Improved DDPM, section 3.2
+MAX_BETA = 0.999  # Improved DDPM, section 3.2: no singularity at the end
 
-    Every scheduler of `diffusers_schedulers.SCHEDULERS` solves the equation of one DDPM schedule, so that DDIM on the
-    same schedule and spacing draws from the same model. A key that is absent has the default of its class, and one
-    that its class does not have is ignored, both as in diffusers.
+# ε of `plain_cosine`. At the end σ/α = 100, so that a predicted ε still says something about x_0 (below
+# `MAX_ERROR_GAIN` of the schedule); at the start σ = 0.01, as with DDPM's β_1 = 1e-4, about one grey level of 256.
+PLAIN_COSINE_MARGIN = 1e-4
+
+
+def linear_betas(steps: int, start: float, end: float) -> Tensor:
+    """β in equal steps from `start` to `end`. DDPM (arXiv:2006.11239), section 4: from 1e-4 to 0.02."""
+    return torch.linspace(start, end, steps, dtype=torch.float64)
+
+
+def scaled_linear_betas(steps: int, start: float, end: float) -> Tensor:
+    """Equal steps in √β. LDM (arXiv:2112.10752), as published with it and in Stable Diffusion."""
+    return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64).square()
+
+
+def sigmoid_betas(steps: int, start: float, end: float) -> Tensor:
+    """β = start + (end − start) · sigmoid(x), x in equal steps from −6 to 6. GeoDiff (arXiv:2203.02923), as published
+    with it and in diffusers' DDPMScheduler; the ends are met to 0.25 % of their distance."""
+    return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+
+
+def cosine_betas(steps: int) -> Tensor:
+    """β = 1 − f(t) / f(t − 1) ≤ 0.999 with f(t) = cos²((t/T + s) / (1 + s) · π/2). Improved DDPM
+    (arXiv:2102.09672), Eq. 17."""
+    time = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((time + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2).square()
+    return (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
+
+
+def plain_cosine_betas(steps: int) -> Tensor:
+    """The betas of ᾱ = (cos(πt/T) + 1) / 2, t = 1 … T, brought into [ε, 1 − ε] by ᾱ ↦ ε + (1 − 2ε) ᾱ.
+
+    Clipping would hold ᾱ still for about (2/π) √ε T steps at each end, where β would be 0; the affine map moves ᾱ by
+    at most ε and leaves it falling strictly.
+    """
+    time = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    bare = torch.cos(time * (math.pi / 2)).square()  # (cos(πt/T) + 1) / 2, without cancellation near 0
+    return betas_from_alphas_cumprod(PLAIN_COSINE_MARGIN + (1 - 2 * PLAIN_COSINE_MARGIN) * bare)
+
+
+def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
+    """β_t = 1 − ᾱ_t / ᾱ_{t−1} with ᾱ = 1 before the first: DDPM, Eq. 4, read backwards. [T] → [T]."""
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    return 1 - alphas_cumprod / previous
+
+
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """√ᾱ shifted and scaled so that the last is exactly 0 and the first stays. arXiv:2305.08891, Algorithm 1.
 
     Args:
-        class_name: the class that `model_index.json` names, which is the one that diffusers makes; the `_class_name`
-            of the file where None.
-
-    Raises:
-        ValueError: if the file asks for what DDIM on a DDPM schedule does not draw, naming class, key and value.
+        alphas_cumprod: [T] float64, falling, T at least 2.
     """
-    name = class_name or str(config.get("_class_name", "DDIMScheduler"))
-    keys = read_keys(config, name)
-    written = keys["beta_schedule"]
-    if written not in NAMES:
-        raise ValueError(f"scheduler beta_schedule is {written!r}; supported are {', '.join(NAMES)}")
-    ends = {"zero": True, "sigma_min": False}
-    end = keys.get("final_sigmas_type", "sigma_min" if name in ENDS_AT_SIGMA_MIN else "zero")
-    if end not in ends:
-        raise ValueError(f"scheduler final_sigmas_type is {end!r}; supported are {', '.join(ends)}")
-    trained = keys["trained_betas"]
-    read = ScheduleConfig(
-        beta_schedule=NAMES[written],
-        num_train_timesteps=keys["num_train_timesteps"],
-        beta_start=keys["beta_start"],
-        beta_end=keys["beta_end"],
-        trained_betas=None if trained is None else tuple(trained),
-        rescale_betas_zero_snr=bool(keys.get("rescale_betas_zero_snr")),
-        prediction_type=keys["prediction_type"],
-        timestep_spacing=keys.get("timestep_spacing", "linspace"),  # that of DPMSolverSinglestep, which has no key
-        steps_offset=keys.get("steps_offset", 0),
-        set_alpha_to_one=bool(keys.get("set_alpha_to_one", ends[end])),
-    )
-    return _with_our_name(read, config[OUR_KEY]) if OUR_KEY in config else read
-
-
-# What diffusers' files call our schedules. Its DDIMScheduler does not know "sigmoid"; its DDPMScheduler does.
-NAMES: dict[str, BetaSchedule] = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid",
-}
-OUR_KEY = "_ldm"  # diffusers leaves keys alone that begin with an underscore
-
-
-def scheduler_class(learned_variance: bool) -> str:
-    """The scheduler of diffusers that a folder names: DDIM, or the one that knows of learned variances."""
-    return "DDPMScheduler" if learned_variance else "DDIMScheduler"
-
-
-def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = False) -> dict[str, Any]:
-    """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
-
-    Where the network gives 2C channels it is that of a DDPMScheduler with `variance_type` "learned_range", which is
-    Improved DDPM, Eq. 15; a DDIMScheduler would fail on the channels.
-
-    A schedule that it has no name for is written as the table of its betas, and its name into the key `_ldm`, so that
-    `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
-    diffusers refuses to sample with it.
-    """
-    names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
-    named = config.beta_schedule in names
-    table = make_betas(config).tolist() if not named else config.trained_betas
-    ours = {"beta_schedule": config.beta_schedule, "own_betas": config.trained_betas is not None}
-    return {
-        "_class_name": scheduler_class(learned_variance),
-        "beta_schedule": names.get(config.beta_schedule, "linear"),
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "trained_betas": None if table is None else list(table),
-        "prediction_type": config.prediction_type,
-        "timestep_spacing": config.timestep_spacing,
-        "steps_offset": config.steps_offset,
-        "set_alpha_to_one": config.set_alpha_to_one,
-        "clip_sample": False,
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
-        "thresholding": False,
-        **({"variance_type": "learned_range"} if learned_variance else {}),
-        **({} if named else {OUR_KEY: ours}),
-    }
-
-
-def _with_our_name(read: ScheduleConfig, ours: Any) -> ScheduleConfig:
-    """The config in which the table of betas has its name again; refused where the two do not agree."""
-    if read.trained_betas is None or not isinstance(ours, dict):
-        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
-    name: Any = ours.get("beta_schedule")  # ScheduleConfig checks it
-    named = replace(read, beta_schedule=name)
-    if ours.get("own_betas"):
-        return named
-    named = replace(named, trained_betas=None)
-    # The last digits of a cosine differ between machines.
-    if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
-        raise ValueError(
-            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
-        )
-    return named
+    assert len(alphas_cumprod) >= 2, "the first step stays and the last becomes 0"
+    root = alphas_cumprod.sqrt()
+    rescaled = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    return rescaled.square()

@@ -20,17 +20,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import ImageAttention
+from ldm.models.coder import CoderBlock, Decoder, Encoder
 from ldm.models.layers import Downsample, ResnetBlock, Upsample
-
-if TYPE_CHECKING:
-    from ldm.models.autoencoder import CoderBlock, Decoder, Encoder
 
 Function = Callable[[Tensor], Tensor]
 Rows = Callable[[int, int], Tensor]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import CoderConfig, Decoder, Encoder, check_statistics
+from ldm.models.coder import CoderConfig, Decoder, Encoder, check_statistics
 from ldm.models.component_config import refuse
 from ldm.models.tiling import decode_in_strips, encode_in_strips
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ldm import adapters, checkpoint, disk
 from ldm.codecs import Codec, LatentCodec, PixelCodec, Tile
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, State, Step, ddim_inversion, slerp, with_condition
-from ldm.diffusion.schedule import check_precision, scheduler_class
+from ldm.diffusion.diffusers_schedulers import scheduler_class
+from ldm.diffusion.schedule import check_precision
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.arguments import as_float, as_int, as_list, image_prompts, image_seeds
 from ldm.pipelines.finite import FiniteCheck, NotFinite, image_names, is_finite, remedy

@@ -36,9 +36,8 @@ from ldm.diffusion import (
     to_epsilon_model,
     with_condition,
 )
-from ldm.diffusion.guidance import check_interval, check_rescale
-from ldm.diffusion.sampling import ClipX0, Noise, check_sampler
-from ldm.diffusion.thresholding import check_percentile
+from ldm.diffusion.guidance import check_interval, check_percentile, check_rescale
+from ldm.diffusion.samplers import ClipX0, Noise, check_sampler
 from ldm.pipelines.arguments import as_float, as_int
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 

@@ -24,7 +24,7 @@ from ldm.diffusion import (
     x0_and_epsilon,
 )
 from ldm.diffusion.prediction import epsilon_from_x0
-from ldm.diffusion.sampling import ClipX0
+from ldm.diffusion.samplers import ClipX0
 
 
 class Scheduler(Protocol):

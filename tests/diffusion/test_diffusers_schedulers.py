@@ -11,8 +11,7 @@ import torch
 from diffusers import schedulers
 
 from ldm.diffusion import NoiseSchedule, alpha_sigma_at, ddim
-from ldm.diffusion.diffusers_schedulers import IGNORED_KEYS, REFUSED, SCHEDULERS
-from ldm.diffusion.schedule import config_from_diffusers
+from ldm.diffusion.diffusers_schedulers import IGNORED_KEYS, REFUSED, SCHEDULERS, config_from_diffusers
 
 
 def installed():

@@ -18,7 +18,7 @@ from ldm.diffusion import (
     variational_terms,
 )
 from ldm.diffusion.likelihood import log_normal_between, log_variance_tables
-from ldm.diffusion.objective import LossConfig
+from ldm.diffusion.losses import LossConfig
 
 MEAN, DEVIATION = 0.1, 0.7
 TRUE_BITS = 0.5 * math.log2(2 * math.pi * math.e * DEVIATION**2)  # of N(MEAN, DEVIATION²), per dimension

@@ -22,7 +22,7 @@ from ldm.diffusion import (
     velocity,
 )
 from ldm.diffusion.likelihood import log_variance_tables
-from ldm.diffusion.sampling import SAMPLER_NAMES
+from ldm.diffusion.samplers import SAMPLER_NAMES
 from ldm.pipelines import SAMPLERS, contact_sheet
 from ldm.training.noise import step_noise
 from ldm.training.setup import sample_grid

@@ -1,25 +1,19 @@
-"""Training losses, their weights, and which timesteps they look at."""
+"""Training losses, their weights by timestep, and stratified timesteps."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.likelihood import Decoder, gaussian_decoder, log_variance_tables, variational_terms
-from ldm.diffusion.prediction import add_noise, split_variance, training_target
+from ldm.diffusion.prediction import Denoiser, add_noise, split_variance, training_target
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, extract
 
 Weighting = Literal["simple", "vlb", "min_snr", "hybrid"]
-
-
-class Denoiser(Protocol):
-    """(x_t [B, C, H, W], timestep [B] int64, condition [B, L, D]) → prediction [B, C or 2C, H, W]."""
-
-    def __call__(self, sample: Tensor, timestep: Tensor, condition: Tensor, /) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
