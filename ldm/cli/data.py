@@ -1,4 +1,4 @@
-"""`ldm data`: looking at data before training on it."""
+"""`ldm data`: checking data before training."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+app = typer.Typer(help="Check data before training.", no_args_is_help=True)
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_data(
     path: Annotated[str, typer.Argument(help="A folder, a file, or the id of a data set on the hub.")],
-    resolution: Annotated[int, typer.Option(help="That you want to train at, in pixels.")] = 64,
+    resolution: Annotated[int, typer.Option(help="Resolution of the training, in pixels.")] = 64,
     encoder: Annotated[
-        str | None, typer.Option(help="The text encoder that captions have to fit into; minilm by default.")
+        str | None, typer.Option(help="Text encoder that has to read the captions; minilm by default.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of a caption that it reads; 32 by default, of scenes 48.")
+        int | None, typer.Option(help="Maximum tokens of a caption; 32 by default, 48 for scenes.")
     ] = None,
-    background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
-    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    background: Annotated[str, typer.Option(help="Color behind transparent images.")] = "white",
+    image_column: Annotated[str | None, typer.Option(help="Column of images; guessed by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of captions; guessed by default.")] = None,
     caption_source: Annotated[
-        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
+        str | None, typer.Option(help="Source of captions, if there are several: see docs/data.md.")
     ] = None,
-    split: Annotated[str, typer.Option(help="The split of a data set that has several.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Its configuration, where it has several.")] = None,
-    held_out: Annotated[float, typer.Option(help="Share of the images that training will never see.")] = 0.1,
-    compose: Annotated[
-        float, typer.Option(help="Share of the samples that training composes of several images.")
-    ] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the whole account as JSON.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
+    split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a data set that has several.")] = None,
+    held_out: Annotated[float, typer.Option(help="Fraction of the images that is not trained on.")] = 0.1,
+    compose: Annotated[float, typer.Option(help="Fraction of samples composed of several images.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON.")] = False,
+    full: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
-    """Say what is in a data set, and what is wrong with it. Exit code 1 when something needs attention."""
+    """Print the contents and problems of a data set. Exit code 1 if something needs attention."""
     from ldm.data import DataConfig, NoCaptionsError, dataset_report, inspect, open_source
     from ldm.text import load_text_encoder
 
@@ -57,19 +55,22 @@ def check(
     except ValueError as error:
         if encoder is not None or max_length is not None:
             raise
-        # Nobody asked for this one, and the images can be looked at where it is not installed.
-        uncounted = str(error)
+        uncounted = str(error)  # images can be checked without the default encoder
     try:
         source = open_source(config)
-    except NoCaptionsError as error:  # what was skipped, and why, is what the account is for
+    except NoCaptionsError as error:  # the report lists the skipped entries
         source = error.source
-    inspection = inspect(source, config, progress=True, include_curated=True)
-    account = dataset_report(inspection, config, truncated_words=truncated_words, uncounted=uncounted)
+    report = dataset_report(
+        inspect(source, config, progress=True, include_curated=True),
+        config,
+        truncated_words=truncated_words,
+        uncounted=uncounted,
+    )
     if as_json:
         import json
 
-        print(json.dumps(account.to_dict(), indent=2, allow_nan=False))
+        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
-        print(account.to_text(full=everything))
-    if account.needs_attention:
+        print(report.to_text(full=full))
+    if report.needs_attention:
         raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""`data.path: scenes`: drawings of common things, composed into captioned scenes by code, without end."""
+"""`data.path: scenes`: synthetic captioned scenes, composed of drawings of common things."""

@@ -1,4 +1,4 @@
-"""The things that scenes show, and the drawings of each: `ldm/assets/scenes`, made by `tools/build_scenes.py`."""
+"""The things of scenes and their drawings, from `ldm/assets/scenes` (made by `tools/build_scenes.py`)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ldm.data.rng import content_hash
 from ldm.data.sources import require
 
 PATH = Path(__file__).parents[2] / "assets" / "scenes" / "drawings.json.xz"
-CLIP_ART = "clipart"  # the family of many hands; the others are each of one
+CLIP_ART = "clipart"  # the family with drawings of many styles
 
 Place = Literal["head", "face", "neck"]
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where something is fixed to a drawing, in shares of its box from the top left; `angle` in degrees, clockwise.
+    """Where to attach something to a drawing, in fractions of its box from the top left.
 
-    `width` is that of the head, eyes or neck; 0 for a hand.
+    `width` of the head, eyes or neck, 0 for a hand; `angle` in degrees, clockwise.
     """
 
     x: float
@@ -38,9 +38,7 @@ class Anchor:
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """One picture of a thing: an SVG that fills its box, the family of its style, anchors by name, and the colors that
-    most of it has, the main one first.
-    """
+    """One SVG of a thing: its style family, anchors by name, and main colors."""
 
     id: str
     family: str
@@ -51,19 +49,19 @@ class Drawing:
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """What a noun names.
+    """A thing that scenes show.
 
     Args:
         name: without an article.
-        forms: of every word for it, its article ("a", "an", or "" as in "broccoli") and its plural ("" for none).
+        forms: article ("a", "an" or "") and plural ("" for none) of each of its names.
         group: "animal", "face", "food" …
         tier: 1 for the most common third of all things, else 2.
-        synonyms: other names of the same thing; `kinds` are narrower words that it can stand for, `classes` broader.
-        colors: those that it usually has; with them it is never held out.
+        synonyms: equivalent names; `kinds` are narrower, `classes` broader ones.
+        colors: its usual colors, which are never held out.
         tint: whether it can have any color.
         wears: where it is worn, if at all.
         held: whether a hand can hold it.
-        is_character: whether it can wear or hold something.
+        is_character: whether it can wear or hold things.
         stands: "ground", "sky", "water" or "any".
     """
 
@@ -84,28 +82,28 @@ class Thing:
 
     @property
     def plural(self) -> str:
-        """Of its name; "" where it has none."""
+        """The plural of its name; "" if it has none."""
         return self.forms[self.name][1]
 
     @property
     def anchor(self) -> str | None:
-        """The name of the anchor that it is fixed to where it is worn."""
+        """The name of the anchor where it is worn."""
         return "eyes" if self.wears == "face" else self.wears
 
     def can_wear(self, thing: Thing) -> bool:
-        """Whether some drawing has the anchor that `thing` needs."""
+        """Whether a drawing has the anchor for `thing`."""
         return any(thing.anchor in drawing.anchors for drawing in self.drawings)
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """All things in the order of their names, and what names this version of them."""
+    """All things in the order of their names, and a hash of the file."""
 
     things: tuple[Thing, ...]
     digest: str
 
     def thing(self, name: str) -> Thing:
-        """The thing of that name; ValueError if there is none."""
+        """The thing of that name. Raises ValueError if there is none."""
         for thing in self.things:
             if thing.name == name:
                 return thing
@@ -114,7 +112,7 @@ class Catalog:
 
 @cache
 def load_catalog() -> Catalog:
-    """The catalog that comes with the package."""
+    """The catalog of the package."""
     require("scenes", "resvg_py")
     packed = PATH.read_bytes()
     content = json.loads(lzma.decompress(packed))
@@ -128,7 +126,7 @@ def load_catalog() -> Catalog:
 
 
 def _anchor(values: list[float | str]) -> Anchor:
-    # A hand has a side, "left" or "right", where the others have a width.
+    # A hand has a side ("left", "right") instead of a width.
     return Anchor(*(float(value) for value in values if not isinstance(value, str)))
 
 
@@ -156,7 +154,7 @@ def _thing(entry: dict[str, Any], drawings: tuple[Drawing, ...]) -> Thing:
 
 @lru_cache(maxsize=6000)
 def rasterize(drawing: Drawing, side: int) -> np.ndarray:
-    """A drawing whose longer side has `side` pixels: uint8 [h, w, 4], red, green, blue and opacity."""
+    """A drawing as RGBA, uint8 [h, w, 4], with `side` pixels on its longer side."""
     from resvg_py import svg_to_bytes
 
     png = svg_to_bytes(svg_string=drawing.svg, width=side, skip_system_fonts=True)

@@ -1,4 +1,4 @@
-"""From a scene to pixels."""
+"""Rendering of scenes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from ldm.data.scenes.catalog import Anchor, Drawing, rasterize
 from ldm.data.scenes.scene import PLACES, Part, Scene
 
-# sRGB, by eye: far enough from each other that a person names them alike.
+# sRGB, distinct enough to be named alike by people.
 RGB = {
     "red": (214, 40, 40),
     "orange": (247, 127, 0),
@@ -25,11 +25,10 @@ RGB = {
     "white": (247, 247, 247),
     "gray": (140, 143, 148),
 }
-# Where what is worn meets its bearer, if its drawing does not say: a hat sits on its lower edge, glasses in the middle,
-# a scarf hangs. That width of it becomes WORN_WIDTH times the width of the head, the eyes or the neck.
+# Default anchors of worn things. Their width becomes WORN_WIDTH times that of the head, eyes or neck.
 WORN_ANCHORS = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
 WORN_WIDTH = 1.05
-# As wide, at least, as this share of the bearer: at 64 pixels less cannot be seen.
+# The minimum width as a fraction of the wearer, visible at 64 pixels.
 MIN_WORN_SIZE = {"head": 0.36, "face": 0.32, "neck": 0.3}
 HELD_SIZE = 0.5
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -37,20 +36,20 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class RenderedPart:
-    """A part where it was drawn: its box in shares of the image, from the top left; other parts may cover it."""
+    """A rendered part and its box in fractions of the image; other parts may cover it."""
 
     part: Part
     box: Box
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, resolution: int) -> Image.Image:
-    """An RGB image of `resolution` × `resolution` pixels; `rng` moves things about by a little."""
+    """An RGB image of `resolution` × `resolution` pixels; `rng` varies the positions."""
     return render_parts(scene, rng, resolution)[0]
 
 
 def render_parts(scene: Scene, rng: np.random.Generator, resolution: int) -> tuple[Image.Image, list[RenderedPart]]:
-    """The image of `render_scene`, and where everything is: what is worn and held too, and each of a count."""
-    side = 2 * resolution  # reduced to half at the end, so that edges are smooth
+    """The image of `render_scene`, and all parts, including attached ones and repetitions."""
+    side = 2 * resolution  # 2× supersampling
     canvas = _ground(scene.background, rng, side)
     drawn = []
     for part, box, bottom in _boxes(scene, rng):
@@ -64,7 +63,7 @@ def render_parts(scene: Scene, rng: np.random.Generator, resolution: int) -> tup
 
 
 def _boxes(scene: Scene, rng: np.random.Generator) -> list[tuple[Part, Box, bool]]:
-    """Each part with the box that it fills, from behind to the front, and whether it stands on the box's bottom."""
+    """(part, its box, whether it stands on the bottom of the box), from back to front."""
     first = scene.parts[0]
     if scene.kind == "count":
         return [(first, box, False) for box in _grid(scene.count, rng)]
@@ -108,7 +107,7 @@ def _boxes(scene: Scene, rng: np.random.Generator) -> list[tuple[Part, Box, bool
 
 
 def _grid(count: int, rng: np.random.Generator) -> list[Box]:
-    """Boxes for two to five of a kind, which nothing covers."""
+    """Boxes for two to five repetitions."""
     row = rng.random() < 0.4
     if count == 2:
         centers, size = [(0.26, 0.5), (0.74, 0.5)], 0.44
@@ -125,17 +124,17 @@ def _grid(count: int, rng: np.random.Generator) -> list[Box]:
 
 
 def _paste(canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side: int) -> tuple[int, int, int, int]:
-    """Puts an image as large as it fits into a box of the canvas, in its middle or at its bottom.
+    """Pastes an image into a box of the canvas, as large as it fits, centered or at the bottom.
 
     Returns:
-        Left, top, width and height, in pixels of the canvas.
+        (left, top, width, height) in pixels of the canvas.
     """
     left, top, right, low = (edge * side for edge in box)
     scale = min((right - left) / unit.width, (low - top) / unit.height)
     width, height = max(1, round(unit.width * scale)), max(1, round(unit.height * scale))
     x = round((left + right - width) / 2)
     y = round(low - height) if bottom else round((top + low - height) / 2)
-    # Tall things that stand beside each other may lack room above, not below.
+    # Move tall things down into the canvas.
     x, y = min(max(x, 0), max(0, side - width)), min(max(y, 0), max(0, side - height))
     resized = unit.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
     canvas.paste(resized, (x, y), resized)
@@ -143,7 +142,7 @@ def _paste(canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side:
 
 
 def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
-    """A thing with all that it wears and holds, cut to what can be seen of it; RGBA, and the box of each in pixels."""
+    """A part with attached parts as cropped RGBA, and the box of each in pixels."""
     body = _sprite(part, side)
     boxes: list[tuple[Part, Box]] = [(part, (0, 0, *body.size))]
     if part.worn is not None or part.held is not None:
@@ -171,16 +170,12 @@ def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
     return body, boxes
 
 
-def _attach(joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int) -> Box:
-    """Puts a thing on its bearer.
-
-    Returns:
-        Its box in pixels.
-    """
+def _attach(joined: Image.Image, wearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int) -> Box:
+    """Pastes a worn thing on its wearer and returns its box in pixels."""
     place, name = worn.thing.wears, worn.thing.anchor
     assert place is not None
     assert name is not None
-    anchor = bearer.anchors[name]
+    anchor = wearer.anchors[name]
     own = worn.drawing.anchors.get("worn", WORN_ANCHORS[place])
     wide = WORN_WIDTH * anchor.width * size[0] / own.width
     width = max(2, round(max(wide, MIN_WORN_SIZE[place] * max(size))))
@@ -193,17 +188,17 @@ def _attach(joined: Image.Image, bearer: Drawing, worn: Part, size: tuple[int, i
     x, y = own.x * width, own.y * height
     angle = anchor.angle - own.angle
     if angle:
-        turned = sprite.rotate(-angle, Image.Resampling.BILINEAR, expand=True)
+        rotated = sprite.rotate(-angle, Image.Resampling.BILINEAR, expand=True)
         radians = np.deg2rad(angle)
         dx, dy = x - width / 2, y - height / 2
-        x = turned.width / 2 + dx * np.cos(radians) - dy * np.sin(radians)
-        y = turned.height / 2 + dx * np.sin(radians) + dy * np.cos(radians)
-        sprite = turned
+        x = rotated.width / 2 + dx * np.cos(radians) - dy * np.sin(radians)
+        y = rotated.height / 2 + dx * np.sin(radians) + dy * np.cos(radians)
+        sprite = rotated
     left = round(margin + anchor.x * size[0] - x)
     top = round(margin + anchor.y * size[1] - y)
     left, top = max(0, left), max(0, top)
     joined.alpha_composite(sprite, (left, top))
-    # Turning leaves empty corners.
+    # Rotation leaves empty corners.
     inner = sprite.getbbox() if angle else None
     inner = inner or (0, 0, *sprite.size)
     return left + inner[0], top + inner[1], left + inner[2], top + inner[3]
@@ -220,12 +215,7 @@ def _sprite(part: Part, side: int) -> Image.Image:
 
 
 def tint(pixels: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
-    """A drawing in one color with its light and shade kept.
-
-    Args:
-        pixels: uint8 [h, w, 4]. What most of it has as its lightness becomes `rgb`; darker parts become darker, lighter
-            ones go towards white.
-    """
+    """Tints uint8 RGBA [h, w, 4]: the 60th percentile of lightness becomes `rgb`, other values darker or whiter."""
     values = pixels[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # [h, w]
     opaque = values[pixels[..., 3] > 127]
     middle = float(np.percentile(opaque, 60)) if opaque.size else 128.0

@@ -1,6 +1,4 @@
-"""Scenes as a data set without end: sample i of an epoch is scene number f(i, epoch), and a scene is a function of its
-number.
-"""
+"""Scenes as a data set: a scene is a function of its number, and epochs use different numbers."""
 
 from __future__ import annotations
 
@@ -20,14 +18,14 @@ if TYPE_CHECKING:
 
     from ldm.data.sources import DataConfig
 
-# Raised when a number gives another scene than before.
+# Raised when numbers give other scenes.
 VERSION = 2
 TIERS = {"common": 1, "all": 2}
 
 
 def open_scenes(config: DataConfig) -> Source:
-    """`config.scenes` training scenes, which others replace every `config.renew_every` epochs, and for a share of
-    `config.held_out` of them scenes that each show a combination that no training scene ever shows.
+    """`config.scenes` training scenes, replaced every `config.renew_every` epochs, and `config.held_out` times as many
+    held-out scenes.
     """
     samples = [
         training_sample(config, config.first_scene + place, partial(_renewed, config, place))
@@ -43,23 +41,23 @@ def training_sample(config: DataConfig, number: int, renew: partial[Sample] | No
     return _sample(config, f"scenes/{number}", caption, {"number": number}, held_out=False, renew=renew)
 
 
-# Who loads a sample asks for its caption, its name and its image: three times, and in later epochs again.
+# Used for the caption, the name and the image of a sample.
 @lru_cache(maxsize=2**13)
 def training_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
-    """What training scene `number` shows, and its caption."""
+    """Training scene `number` and its caption."""
     rng = generator(VERSION, "scene", number)
     scene = _sampler(tier).sample(rng, number)
     return scene, CaptionWriter(rng).caption(scene).text
 
 
 def held_out_sample(config: DataConfig, number: int) -> Sample:
-    """Held-out scene `number`: of the kinds that a training scene may be, each in its turn."""
+    """Held-out scene `number`; kinds alternate."""
     _, caption = held_out_scene(number, TIERS[config.things])
     return _sample(config, f"scenes/held-out/{number}", caption, {"held_out": number}, held_out=True)
 
 
 def held_out_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
-    """A scene with a combination of things, or of a thing and a color, that no training scene shows."""
+    """A scene with a concept that no training scene shows."""
     rng = generator(VERSION, "held-out scene", number)
     kinds = [kind for kind in KIND_FRACTIONS if kind != "held"]
     kind = "one" if number % 3 == 0 else kinds[number % len(kinds)]
@@ -71,7 +69,7 @@ def held_out_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
 
 
 def decode_scene(key: bytes, resolution: int, tier: int) -> Decoded:
-    """The image of a scene by the bytes that name it."""
+    """The image of a scene by its key."""
     name = json.loads(key)
     if "number" in name:
         return Decoded(render_training_scene(name["number"], resolution, tier), "SVG", "RGB")
