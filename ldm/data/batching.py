@@ -32,17 +32,17 @@ class SampleOrder:
 
     def at(self, positions: Iterable[int]) -> list[tuple[int, int]]:
         """The (epoch, index) at these positions of the stream, from 0."""
-        return [self._at(position) for position in positions]
+        found = []
+        for position in positions:
+            if position < 0:
+                raise ValueError(f"positions start at 0, not {position}")
+            epoch, offset = divmod(position, self.length)
+            found.append((epoch, int(self._permutation(epoch)[offset])))
+        return found
 
     def batch(self, number: int, batch_size: int) -> list[tuple[int, int]]:
         """Batch `number` of the stream: positions number·batch_size up to (number + 1)·batch_size."""
         return self.at(range(number * batch_size, (number + 1) * batch_size))
-
-    def _at(self, position: int) -> tuple[int, int]:
-        if position < 0:
-            raise ValueError(f"positions start at 0, not {position}")
-        epoch, offset = divmod(position, self.length)
-        return epoch, int(self._permutation(epoch)[offset])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         cache = self._permutations
@@ -219,7 +219,8 @@ def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
     """
     step = bucket_step(resolution)
     exponents = range(-_STEPS_TO_TWO, _STEPS_TO_TWO + 1)
-    sides = {k: _rounded(resolution * 2 ** (k / (2 * _STEPS_TO_TWO)), step) for k in exponents}
+    ideal = {k: resolution * 2 ** (k / (2 * _STEPS_TO_TWO)) for k in exponents}
+    sides = {k: max(1, math.floor(side / step + 0.5)) * step for k, side in ideal.items()}
     sizes = {(sides[-k], sides[k]) for k in exponents}
     return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
 
@@ -230,10 +231,6 @@ def bucket_step(resolution: int) -> int:
     """
     largest = max(1, min(64, max(resolution // 8, min(8, resolution // 4))))
     return max(step for step in (1, 2, 4, 8, 16, 32, 64) if step <= largest and resolution % step == 0)
-
-
-def _rounded(side: float, step: int) -> int:
-    return max(1, math.floor(side / step + 0.5)) * step
 
 
 def square_bucket(count: int, resolution: int) -> Buckets:

@@ -87,7 +87,13 @@ def _conversion(profile: bytes | None, lab: bool) -> Callable[[Image.Image], Ima
         return lambda image: _from_gray(image, grays)
     if space == "CMYK":
         cmyk = _transform(source, "CMYK", "RGB")
-        return lambda image: _from_cmyk(image, cmyk)
+
+        def from_cmyk(image: Image.Image) -> Image.Image:
+            if image.mode != "CMYK":
+                raise ValueError(f"an image of {image.mode} with a profile of CMYK")
+            return _applied(cmyk, image)
+
+        return from_cmyk
     raise ValueError(f"a profile of {space}")
 
 
@@ -149,12 +155,6 @@ def _deep(levels: NDArray[Any], grays: Grays) -> NDArray[np.uint8]:
     linear = np.stack(between, axis=-1)
     coded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     return (coded * 255).round().astype(np.uint8)
-
-
-def _from_cmyk(image: Image.Image, cmyk: ImageCms.ImageCmsTransform) -> Image.Image:
-    if image.mode != "CMYK":
-        raise ValueError(f"an image of {image.mode} with a profile of CMYK")
-    return _applied(cmyk, image)
 
 
 def _lab(profile: bytes | None) -> Callable[[Image.Image], Image.Image]:

@@ -138,7 +138,9 @@ def _join(layout: Layout, a: str, b: str, wording: Wording, corner: str, color: 
         # The large image comes first.
         if wording.swapped and layout != "inset":
             clauses.reverse()
-        text = ". ".join(map(_raised, clauses)) + "." if sentence else "; ".join(clauses)
+        text = "; ".join(clauses)
+        if sentence:
+            text = ". ".join(clause[:1].upper() + clause[1:] for clause in clauses) + "."
     if color is None:
         return text
     return _on_color(_bare(text), phrases, sentence, color, None if shortest else wording.ground)
@@ -172,7 +174,3 @@ def _lowered(text: str) -> str:
     """Lower case for the first letter, except of names."""
     head = re.match(r"[A-Z][a-z]*(?![\w'])", text)
     return text[0].lower() + text[1:] if head and _COMMON.fullmatch(head[0].lower()) else text
-
-
-def _raised(text: str) -> str:
-    return text[:1].upper() + text[1:]

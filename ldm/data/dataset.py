@@ -109,7 +109,9 @@ class CaptionedImages(Dataset[Item]):
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
         if config.bucketed:
             choice = sizes or bucket_sizes(config.resolution)
-            self.buckets = assign_buckets(_native_sizes(self.samples), choice, batch_size)
+            with ThreadPoolExecutor(usable_cores()) as pool:  # decoding releases the interpreter lock
+                shapes = list(pool.map(lambda sample: sample.size or sample.load().size, self.samples))
+            self.buckets = assign_buckets(shapes, choice, batch_size)
         else:
             self.buckets = square_bucket(len(self.samples), config.resolution)
         self._cache = _Cache(self.buckets, self.cache_bytes)
@@ -220,13 +222,6 @@ class CaptionedImages(Dataset[Item]):
         self._cache = _Cache(self.buckets, self.cache_bytes)
 
 
-def _native_sizes(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """(width, height) of each image."""
-    # Decoding releases the interpreter lock.
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        return list(pool.map(lambda sample: sample.size or sample.load().size, samples))
-
-
 class _Cache:
     """The resized first images of a data set, and a byte per image that says whether it is filled.
 
@@ -311,7 +306,10 @@ def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...
         raise ValueError(f"data.held_out is {held_out}; it is a fraction, at least 0 and below 1")
     if all(sample.held_out is not None for sample in samples):
         return tuple(one for one in samples if not one.held_out), tuple(one for one in samples if one.held_out)
-    ranks = {sample.group: _unit_hash(sample.group) for sample in samples}
+    ranks = {}  # hashes in [0, 1)
+    for group in {sample.group: None for sample in samples}:
+        digest = hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        ranks[group] = int.from_bytes(digest, "little") / 2**64
     chosen = {group for group, rank in ranks.items() if rank < held_out}
     if len(ranks) == 1:
         chosen = set()
@@ -321,11 +319,6 @@ def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...
         chosen.remove(max(ranks, key=ranks.__getitem__))
     training = tuple(sample for sample in samples if sample.group not in chosen)
     return training, tuple(sample for sample in samples if sample.group in chosen)
-
-
-def _unit_hash(text: str) -> float:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
 
 
 def image_statistics(dataset: CaptionedImages) -> tuple[Tensor, Tensor]:

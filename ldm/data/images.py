@@ -167,7 +167,9 @@ def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:
         kind = data[start + 4 : start + 8]
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         content = view[start + 8 : end - 4]
-        dropped = kind in (b"tEXt", b"zTXt", b"iTXt") and not _has_orientation(content)
+        dropped = kind in (b"tEXt", b"zTXt", b"iTXt")
+        if dropped and bytes(content[:80]).split(b"\0")[0] in _UPRIGHT:
+            dropped = len(_unpacked(content, MAX_TEXT_CHUNK)) > MAX_TEXT_CHUNK
         if kind == b"iCCP" and len(_unpacked(content, MAX_TEXT_CHUNK)) > MAX_TEXT_CHUNK:
             profile, dropped = _unpacked(content, _MAX_PROFILE), True
         if dropped:
@@ -175,11 +177,6 @@ def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:
             copied = end
         start = end
     return b"".join([*pieces, view[copied:]]) if pieces else data, profile
-
-
-def _has_orientation(content: memoryview) -> bool:
-    name = bytes(content[:80]).split(b"\0")[0]
-    return name in _UPRIGHT and len(_unpacked(content, MAX_TEXT_CHUNK)) <= MAX_TEXT_CHUNK
 
 
 def _unpacked(content: memoryview, limit: int) -> bytes:

@@ -70,7 +70,11 @@ def pick_columns(where: str, schema: Any, config: DataConfig, captioned: bool = 
             f'{where}: column "{image}" holds {schema.field(image).type}, not images; set data.image_column to one of '
             f"{', '.join(images) or 'another table'}"
         )
-    classes = {name: tuple(feature["names"]) for name, feature in features.items() if _is_classes(feature)}
+    classes = {
+        name: tuple(feature["names"])
+        for name, feature in features.items()
+        if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+    }
     captions = [
         field.name
         for field in schema
@@ -112,10 +116,6 @@ def _image_columns(schema: Any) -> list[str]:
 
 def _is_bytes(kind: Any) -> bool:
     return str(kind) in ("binary", "large_binary", "binary_view")
-
-
-def _is_classes(feature: Any) -> bool:
-    return feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ def test_the_sizes_of_stable_diffusion() -> None:
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 7, 8, 16, 24, 32, 64, 96, 128, 150, 151, 160, 200, 256, 320, 768, 1024])
-def test_sizes_have_about_the_area_and_lie_between_one_to_two_and_two_to_one(resolution: int) -> None:
+def test_bucket_areas_and_aspect_ratios(resolution: int) -> None:
     sizes, step = bucket_sizes(resolution), bucket_step(resolution)
     assert (resolution, resolution) in sizes
     assert {(w, h) for h, w in sizes} == set(sizes)
@@ -88,7 +88,7 @@ def test_a_size_with_too_few_images_for_a_batch_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16, 50, 150, 151])
-def test_every_size_in_use_fills_a_batch_and_each_image_is_at_the_nearest_of_them(batch_size: int) -> None:
+def test_sizes_in_use_fill_a_batch_and_are_nearest(batch_size: int) -> None:
     random = np.random.default_rng(1)
     aspects = np.exp(random.normal(0, 0.4, 150))
     shapes = [(round(1000 * math.sqrt(a)), round(1000 / math.sqrt(a))) for a in aspects]

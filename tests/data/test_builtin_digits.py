@@ -15,7 +15,7 @@ def test_all_scans_are_there_each_by_itself() -> None:
     assert (source.name, source.skipped, source.samples[1].id) == ("digits", (), "digits/0001")
 
 
-def test_captions_name_the_digit_in_words_and_numerals_and_no_other() -> None:
+def test_captions_name_their_digit_only() -> None:
     counts: Counter[int] = Counter()
     for sample, digit in zip(open_source(CONFIG).samples, load_digits().target, strict=True):
         word = DIGIT_WORDS[digit]
@@ -27,7 +27,7 @@ def test_captions_name_the_digit_in_words_and_numerals_and_no_other() -> None:
     assert min(counts.values()) >= 174
 
 
-def test_a_scan_is_the_original_in_255_greys_and_smooth_when_enlarged() -> None:
+def test_digit_scans_are_exact_and_smooth_when_enlarged() -> None:
     samples = open_source(CONFIG).samples[:3]
     scan = load_digits().images[2]
     exact = CaptionedImages(samples, CONFIG, seed=0).image_at(2).numpy()
@@ -35,5 +35,5 @@ def test_a_scan_is_the_original_in_255_greys_and_smooth_when_enlarged() -> None:
     assert (exact.min(), exact.max()) == (0, 255)
     large = CaptionedImages(samples, DataConfig(path="digits", resolution=32), seed=0).image_at(2).numpy()
     assert large.shape == (3, 32, 32)
-    assert len(np.unique(large)) > 50  # nearest-neighbour copies would have at most 17 greys
+    assert len(np.unique(large)) > 50  # nearest-neighbor copies would have at most 17 grays
     assert abs(float(large.mean()) - float(exact.mean())) < 6

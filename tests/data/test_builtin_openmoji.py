@@ -32,7 +32,7 @@ def test_the_drawings_with_a_name_are_there(plain: Source, toned: Source) -> Non
     assert not any("skin tone" in sample.captions[0] for sample in plain.samples)
 
 
-def test_names_are_found_with_and_without_the_colour_selector(plain: Source) -> None:
+def test_names_are_found_with_and_without_the_color_selector(plain: Source) -> None:
     named = {sample.id: sample.captions for sample in plain.samples}
     assert named["openmoji/2764"][0] == "red heart"  # the file leaves U+FE0F out, the full emoji has it
     assert named["openmoji/0023-FE0F-20E3"][0] == "keycap #"
@@ -72,7 +72,7 @@ def test_variants_share_a_group(toned: Source) -> None:
     assert len(tones - plain_groups) == 5  # the five swatches, which are no variants
 
 
-def test_signs_that_tell_variants_apart_are_emoji_of_their_own_when_alone() -> None:
+def test_single_signs_are_their_own_group() -> None:
     alone = [(0x2640,), (0x2642,), (0x27A1,), (0x1F3FB,), (0x1F3FF,)]
     assert [variant_group(codes) for codes in alone] == alone
     assert variant_group((0x1F468,)) == variant_group((0x1F469, 0x1F3FB)) == (0x1F9D1,)

@@ -86,7 +86,7 @@ def test_dtypes_come_back_as_they_were(folder, dtype):
     assert torch.equal(found, given[[2, 0]])
 
 
-def test_shapes_may_differ_between_shards_but_not_in_one_request(folder):
+def test_shapes_may_differ_between_shards_only(folder):
     store = RowCache(folder)
     store.add(keys(0), torch.zeros(1, 4, 2))
     store.add(keys(1), torch.ones(1, 2, 4))
@@ -252,7 +252,7 @@ def no_space(monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_write_that_fails_is_one_error_and_leaves_nothing(folder, monkeypatch, error):
+def test_failed_write_leaves_nothing(folder, monkeypatch, error):
     store = three_shards(folder)
     before = sorted(folder.iterdir())
     with monkeypatch.context() as broken:

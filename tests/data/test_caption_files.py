@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ldm.data import DataConfig, NoCaptionsError, dataset_report, inspect, open_source
-from tests.data.pictures import captions, opened, png, reasons, save
+from tests.data.image_files import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 
 
@@ -152,7 +152,7 @@ def test_lists_of_flickr(tmp_path: Path, name: str, encoding: str, ends: str) ->
     assert unused(tmp_path) == {}
 
 
-def test_captions_of_flickr_that_begin_with_a_quote_or_lack_a_cell(tmp_path: Path) -> None:
+def test_flickr_captions_with_quotes_or_missing_cells(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         save(tmp_path / "flickr30k_images" / f"{number}.jpg")
     lines = ['1.jpg#0\t" Hello " says a man .', "2.jpg#0 no tab", '3.jpg#0\t"never closed', "9.jpg#0\tgone"]
@@ -210,7 +210,7 @@ def test_metadata_in_json_counts_with_metadata_in_other_forms(tmp_path: Path) ->
     assert captions(opened(tmp_path)) == {"a.png": ("two", "one"), "b.png": ("three",)}
 
 
-def test_json_of_that_name_about_something_else_is_no_metadata(tmp_path: Path) -> None:
+def test_unrelated_metadata_json_is_ignored(tmp_path: Path) -> None:
     save(tmp_path / "a.png", caption="one")
     for content in ({"license": "mine", "version": 3}, [1, 2], "{", "", {"made": {"by": "me"}}):
         write(tmp_path / "metadata.json", content)
@@ -381,7 +381,7 @@ def test_numbers_are_captions_where_nothing_else_is(tmp_path: Path) -> None:
     assert captions(opened(tmp_path)) == {"images/a.png": ("7",)}
 
 
-def test_a_source_with_captions_that_no_other_has_needs_attention(tmp_path: Path) -> None:
+def test_unused_unique_captions_need_attention(tmp_path: Path) -> None:
     for number in range(5):
         save(tmp_path / f"{number}.png", caption="x" if number < 3 else None)
     write(tmp_path / "extra.csv", "file,caption\n3.png,three\n4.png,four\n")
@@ -392,7 +392,7 @@ def test_a_source_with_captions_that_no_other_has_needs_attention(tmp_path: Path
     assert line in account.needs_attention
 
 
-def test_sizes_of_images_are_no_captions_where_there_are_others(tmp_path: Path) -> None:
+def test_numbers_are_not_preferred_as_captions(tmp_path: Path) -> None:
     for number in range(4):
         save(tmp_path / "cats" / f"{number}.png", caption="a cat" if number else None)
     write(tmp_path / "sizes.csv", "file,width\n" + "".join(f"cats/{number}.png,8\n" for number in range(4)))
@@ -433,7 +433,7 @@ UNREAD: dict[str, object] = {
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_names_of_folders_are_no_captions_beside_a_file_that_may_have_them(tmp_path: Path, name: str) -> None:
+def test_no_folder_captions_beside_a_possible_caption_file(tmp_path: Path, name: str) -> None:
     save(tmp_path / "dogs" / "1.png")
     write(tmp_path / name, UNREAD[name], "utf-16" if name == "wide.txt" else "utf-8")
     with pytest.raises(ValueError, match="caption") as caught:
@@ -458,7 +458,7 @@ def test_names_of_images_are_found_in_any_text(tmp_path: Path) -> None:
     assert caught.value.source.caption_sources[0].images >= 5
 
 
-def test_json_beside_images_that_was_read_is_not_said_to_be_unread(tmp_path: Path) -> None:
+def test_used_sidecar_json_is_not_reported(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     write(tmp_path / "a.json", {"caption": "a cat"})
     save(tmp_path / "b.png", caption="from text")
@@ -496,7 +496,7 @@ def test_lists_and_documents_are_no_captions(tmp_path: Path) -> None:
     assert unused(tmp_path) == {"train.txt": 2, "images.txt": 2}
 
 
-def test_text_files_in_a_folder_of_their_own_are_named_together(tmp_path: Path) -> None:
+def test_text_files_in_another_folder_are_reported_together(tmp_path: Path) -> None:
     for number in range(12):
         save(tmp_path / "images" / f"{number}.png")
         write(tmp_path / "captions" / f"{number}.txt", "a dog in the snow")
@@ -504,14 +504,14 @@ def test_text_files_in_a_folder_of_their_own_are_named_together(tmp_path: Path) 
         opened(tmp_path)
 
 
-def test_unreadable_captions_beside_images_are_not_replaced_by_names_of_folders(tmp_path: Path) -> None:
+def test_unreadable_sidecars_are_not_replaced_by_folder_names(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     (tmp_path / "dogs" / "1.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(ValueError, match="text beside images captions 0 images"):
         opened(tmp_path)
 
 
-def test_a_text_without_an_end_takes_no_more_time_than_others(tmp_path: Path) -> None:
+def test_endless_text_is_fast(tmp_path: Path) -> None:
     """Each of these once took the square of its length: hours."""
     save(tmp_path / "dogs" / "1.png")
     for name, text in (("a.yaml", "a" * 2**20), ("b.txt", "a." * 2**19), ("c.json", '"' + "a " * 2**19)):
@@ -565,7 +565,7 @@ def test_a_quote_that_is_never_closed_swallows_no_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("top", ["/home/somebody/sets/", "D:\\sets\\"])
-def test_whole_paths_of_another_machine_lead_to_the_files_by_their_ends(tmp_path: Path, top: str) -> None:
+def test_absolute_paths_of_another_machine_match_by_their_ends(tmp_path: Path, top: str) -> None:
     slash, expected = top[-1], {}
     for folder in ("10_dog", "20_cat"):
         for i in range(3):
@@ -576,7 +576,7 @@ def test_whole_paths_of_another_machine_lead_to_the_files_by_their_ends(tmp_path
     assert captions(opened(tmp_path)) == expected
 
 
-def test_annotations_count_for_the_folder_that_they_are_called_after(tmp_path: Path) -> None:
+def test_annotations_apply_to_the_folder_they_are_named_after(tmp_path: Path) -> None:
     for number, folder in enumerate(("train", "val")):
         for place, name in enumerate(("1.png", "2.png")):
             save(tmp_path / folder / name, (40 * number, 90 * place, 7))
@@ -601,7 +601,7 @@ def test_annotations_without_captions_are_said_to_have_none(tmp_path: Path) -> N
     assert captions(opened(tmp_path)) == {"train/1.png": ("a red square",)}
 
 
-def test_texts_whose_names_have_a_word_more_than_those_of_images_are_named(tmp_path: Path) -> None:
+def test_texts_named_after_images_plus_a_word_are_reported(tmp_path: Path) -> None:
     for number in range(3):
         save(tmp_path / "cats" / f"{number}.png", (60 * number, 0, 0))
         write(tmp_path / "cats" / f"{number}_caption.txt", "an old cat")

@@ -69,7 +69,7 @@ def test_what_is_srgb_stays_as_it_is_pixel_for_pixel(profile: bytes) -> None:
         assert "color-profile" not in decode(stored(image, icc_profile=profile), WHITE).traits
 
 
-def test_transparent_and_palette_images_are_converted_before_they_are_blended() -> None:
+def test_colors_are_converted_before_blending() -> None:
     half = np.concatenate([COLORS, np.full((1, 5, 1), 128, np.uint8)], axis=-1)
     opaque = profiles.converted(COLORS, profiles.P3, None)
     background = np.array((0, 200, 0))
@@ -137,7 +137,7 @@ def test_a_press_and_lab() -> None:
         (P3[:128] + bytes(len(P3) - 128), "RGB"),
     ],
 )
-def test_a_profile_that_cannot_be_used_is_counted_and_colors_are_taken_as_srgb(profile: bytes, mode: str) -> None:
+def test_unusable_profile_is_counted_and_taken_as_srgb(profile: bytes, mode: str) -> None:
     image = Image.fromarray(COLORS).convert(mode)
     found = decode(stored(image, "TIFF", icc_profile=profile), WHITE)
     assert found.traits == ("bad-profile", *(["cmyk"] if mode == "CMYK" else []))

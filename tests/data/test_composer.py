@@ -65,7 +65,7 @@ def names(data: CaptionedImages, epoch: int) -> list[str]:
     return [data.sample_at(epoch, index).id for index in range(len(data))]
 
 
-def test_a_share_of_an_epoch_is_composed_and_stays_for_some_epochs(folder: Path, tmp_path: Path) -> None:
+def test_fraction_of_an_epoch_is_composed_for_renew_every_epochs(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path)
     plain = [sample.id for sample in data.samples]
     made = [sum(a != b for a, b in zip(names(data, epoch), plain, strict=True)) for epoch in range(0, 80, 2)]
@@ -137,7 +137,7 @@ def test_parts_stand_where_the_caption_says(folder: Path, tmp_path: Path) -> Non
     assert near(pixels[26, 6], COLORS[1]) and near(pixels[22, 13], COLORS[0])
 
 
-def test_half_transparent_pixels_take_the_ground_through_them(tmp_path: Path) -> None:
+def test_half_transparent_pixels_show_the_ground(tmp_path: Path) -> None:
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     image.paste((200, 100, 0, 128), (8, 8, 56, 56))
     image.save(tmp_path / "a.png")
@@ -179,7 +179,7 @@ def test_captions_fit_or_nothing_is_composed(folder: Path, tmp_path: Path) -> No
     assert "text.max_length" not in data.composer.summary(data.shape_of)
 
 
-def test_pictures_of_one_group_or_caption_are_not_put_together(folder: Path, tmp_path: Path) -> None:
+def test_no_composition_within_a_group_or_caption(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path)
     photographs = [one for one in data.samples if one.cutout is None]
     for same in (
@@ -196,7 +196,7 @@ def test_pictures_of_one_group_or_caption_are_not_put_together(folder: Path, tmp
     assert not any("photo of" in told.caption_at(0, i) for i in range(len(told)) if told[0, i].renewed)
 
 
-def test_wide_pictures_are_not_put_side_by_side(folder: Path, tmp_path: Path) -> None:
+def test_wide_images_are_not_side_by_side(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path, compose=0.99)
     wide = [replace(one, size=(80, 40), cutout=None) for one in data.samples]
     told = CaptionedImages(wide, data.config, 0, composed=True)
@@ -217,7 +217,7 @@ def test_workers_and_pickles_compose_the_same(folder: Path, tmp_path: Path) -> N
         assert torch.equal(collate([again[position] for position in other]).images, batch.images)
 
 
-def test_images_that_are_kept_by_others_are_loaded_once(folder: Path, tmp_path: Path) -> None:
+def test_renewed_images_are_loaded_once(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path)
     data.with_images = False
     data.renewed_cached = 10
@@ -245,7 +245,7 @@ def test_uncaptioned_images_are_composed_without_a_word(folder: Path, tmp_path: 
     assert any(item.renewed for item in items) and {item.caption for item in items} == {""}
 
 
-def test_the_account_says_how_many_are_composed(folder: Path, tmp_path: Path) -> None:
+def test_report_counts_compositions(folder: Path, tmp_path: Path) -> None:
     config = DataConfig(path=str(folder), resolution=32, compose=0.3, cache_dir=str(tmp_path))
     for _ in range(2):  # found out, and known
         account = dataset_report(inspect(open_source(config), config), config)

@@ -35,7 +35,7 @@ def test_noun_phrases_are_joined_into_one() -> None:
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_what_is_no_noun_phrase_stands_in_a_clause_of_its_own(other: str) -> None:
+def test_other_captions_become_clauses(other: str) -> None:
     assert not is_phrase(other)
     for wording in wordings():
         text = next(joined("beside", [other], ["A red apple"], wording))

@@ -187,7 +187,7 @@ def test_a_data_set_travels_to_a_spawned_process(data: CaptionedImages) -> None:
     assert travelled.order(3).batch(7) == data.order(3).batch(7)
 
 
-def test_without_images_the_draws_are_the_same_and_nothing_is_loaded() -> None:
+def test_without_images_nothing_is_loaded_and_items_are_equal() -> None:
     def fail() -> bytes:
         raise AssertionError("loaded")
 
@@ -217,7 +217,7 @@ def test_collate_keeps_the_order() -> None:
     assert torch.equal(seen(batch)[1], data.image_at(2))
 
 
-def test_buckets_come_with_the_resolution_and_without_them_all_is_square() -> None:
+def test_buckets_by_resolution_else_squares() -> None:
     def sizes(**options: object) -> tuple[tuple[int, int], ...]:
         config = DataConfig(path="anything", **options)  # type: ignore[arg-type]
         return CaptionedImages(samples(4, width=24, height=12), config, 0).buckets.sizes
@@ -262,7 +262,7 @@ def test_a_size_that_is_not_known_is_learned_from_the_image() -> None:
     CaptionedImages(broken, replace(known.config, buckets=False), 0)
 
 
-def test_small_buckets_are_given_up_and_held_out_images_take_the_sizes_of_training() -> None:
+def test_small_buckets_are_given_up_and_held_out_uses_training_sizes() -> None:
     merged = bucketed(batch_size=5)
     assert merged.buckets.sizes == ((16, 16), (12, 24))
     assert merged.buckets.moved == 8
@@ -314,7 +314,7 @@ def test_sizes_that_a_codec_does_not_divide_are_refused() -> None:
         bucketed(resolution=resolution).check_factor(8)
 
 
-def test_bytes_to_signed_and_back_is_exact_and_rounds_as_diffusers_does() -> None:
+def test_signed_round_trip_is_exact_and_rounds_like_diffusers() -> None:
     from diffusers.image_processor import VaeImageProcessor
 
     levels = torch.arange(256, dtype=torch.uint8)
@@ -356,7 +356,7 @@ def test_a_constant_channel_has_a_deviation_to_divide_by() -> None:
     assert std.tolist() == [MIN_STD] * 3
 
 
-def test_a_split_keeps_groups_whole_and_stays_when_data_is_added() -> None:
+def test_split_keeps_groups_whole_and_is_stable() -> None:
     few, many = samples(200), samples(2000)
     training, held_out = split(many, 0.2)
     assert {s.group for s in training}.isdisjoint({s.group for s in held_out})

@@ -67,9 +67,9 @@ def test_different_drawings_and_scans_stay_apart(emoji: list[Image.Image]) -> No
     assert (first_of(digits) == np.arange(len(digits))).all()
 
 
-def test_colour_shape_and_flat_images(emoji: list[Image.Image]) -> None:
-    def flat(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Image.Image:
-        return Image.new("RGB", size, colour)
+def test_color_shape_and_flat_images(emoji: list[Image.Image]) -> None:
+    def flat(color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Image.Image:
+        return Image.new("RGB", size, color)
 
     red, darker, blue = (200, 0, 0), (190, 0, 0), (0, 0, 200)
     assert first_of([flat(red), flat(darker), flat(blue)]).tolist() == [0, 1, 2]
@@ -82,7 +82,7 @@ def test_colour_shape_and_flat_images(emoji: list[Image.Image]) -> None:
 
 
 def steps(count: int, step: float) -> np.ndarray:
-    """Pictures that turn into another a little at a time: neighbours are near-duplicates, the ends are not."""
+    """Pictures that turn into another a little at a time: neighbors are near-duplicates, the ends are not."""
     rng = np.random.default_rng(0)
     one, other = rng.normal(0, 1, (2, 16, 16, 3))
     angles = step * np.arange(count)
@@ -90,12 +90,12 @@ def steps(count: int, step: float) -> np.ndarray:
     return np.clip(128 + 35 * mixed, 0, 255).astype(np.uint8)
 
 
-def test_a_chain_of_look_alikes_is_cut_and_its_links_are_used() -> None:
-    # Neighbours differ by 0.06 of their contrast; the first and the fourth by 0.18, more than near-duplicates may.
+def test_chains_of_similar_images_are_cut() -> None:
+    # Neighbors differ by 0.06 of their contrast; the first and the fourth by 0.18, more than near-duplicates may.
     first = near_duplicate_clusters(steps(60, 0.06), [(64, 64)] * 60)
     lengths = np.bincount(first)
     assert lengths.max() <= 6
-    assert first[3] == 0  # linked through its neighbours
+    assert first[3] == 0  # linked through its neighbors
     assert len(set(first.tolist())) >= 10
 
 

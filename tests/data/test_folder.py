@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.pictures import captions, colour, opened, reasons, save
+from tests.data.image_files import captions, color, opened, reasons, save
 
 
 def test_captions_beside_images_in_all_folders_below(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_every_line_of_every_caption_file_is_a_caption(tmp_path: Path) -> None:
     assert reasons(source) == {"c.caption": "empty caption; the other captions of c.png count"}
 
 
-def test_json_beside_an_image_counts_where_there_is_no_text_file(tmp_path: Path) -> None:
+def test_sidecar_json_is_used_without_text_file(tmp_path: Path) -> None:
     for name in ("a", "b", "boxes", "broken", "half", "number"):
         save(tmp_path / f"{name}.png")
     (tmp_path / "a.json").write_text(json.dumps({"url": "http://x", "Caption": ["one", "two"]}))
@@ -70,7 +70,7 @@ def test_json_beside_an_image_counts_where_there_is_no_text_file(tmp_path: Path)
     assert captions(opened(tmp_path, caption_column="alt"))["a.png"] == ("named",)
 
 
-def test_what_cannot_be_captioned_is_named_and_nothing_is_decoded(tmp_path: Path) -> None:
+def test_images_without_captions_are_reported_undecoded(tmp_path: Path) -> None:
     save(tmp_path / "good.png", caption="good")
     save(tmp_path / "silent.png")
     save(tmp_path / "blank.png", caption=" \n\u200b")
@@ -128,7 +128,7 @@ def test_what_lies_about_in_folders(tmp_path: Path) -> None:
     (data / "line\nbreak.jpg").rename(data / "line\nbreak.jfif")
     source = opened(data)
     assert set(captions(source)) == {"a.png", "link.png", "line\nbreak.jfif"}
-    assert colour(source, "link.png") == (0, 0, 255)
+    assert color(source, "link.png") == (0, 0, 255)
     found = reasons(source)
     assert found.pop("all.zip").startswith(".zip is an archive")
     assert found.pop("all.tar.gz").startswith(".tar.gz is an archive")
@@ -142,7 +142,7 @@ def test_what_lies_about_in_folders(tmp_path: Path) -> None:
     }
 
 
-def test_images_whose_names_do_not_say_so_are_not_dropped_in_silence(tmp_path: Path) -> None:
+def test_misnamed_images_are_reported(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "a.png")
     for kind, name in (("PNG", "b"), ("JPEG", "c.jpg_large"), ("GIF", "d.1"), ("WEBP", "e.x"), ("TIFF", "f.part")):
         Image.new("RGB", (8, 6)).save(tmp_path / "cat" / name, kind)
@@ -177,7 +177,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
         opened(tmp_path)
 
 
-def test_names_of_folders_are_captions_where_there_are_no_others(tmp_path: Path) -> None:
+def test_folder_names_are_the_last_resort(tmp_path: Path) -> None:
     save(tmp_path / "train" / "golden_retriever" / "1.png", "yellow")
     save(tmp_path / "10_my-dog" / "1.png")
     save(tmp_path / "10_my-dog" / "1.webp")
@@ -210,7 +210,7 @@ def test_names_of_folders_are_captions_where_there_are_no_others(tmp_path: Path)
     assert set(captions(opened(tmp_path))) == {"top.png", "2_/1.png"}
 
 
-def test_a_folder_that_gives_nothing_says_what_it_holds_and_what_to_do(tmp_path: Path) -> None:
+def test_error_of_a_folder_without_captions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no captioned image in .*, which holds no files; put an a\.txt") as caught:
         opened(tmp_path)
     assert "metadata.csv" in str(caught.value) and "sub-folders" in str(caught.value)
@@ -236,7 +236,7 @@ def test_a_file_that_breaks_after_opening_is_named(tmp_path: Path) -> None:
         sample.load()
 
 
-def test_transparent_images_stand_on_the_background_of_the_config(tmp_path: Path) -> None:
+def test_transparent_images_use_the_config_background(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("nothing")
     source = opened(tmp_path, background="#0000ff")

@@ -24,27 +24,27 @@ def gradient(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_grays_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
-    greys = np.array([[0, 200, 257, 32768, 65535]], dtype=np.uint16)
-    Image.fromarray(greys).save(tmp_path / f"a.{suffix}")
+    grays = np.array([[0, 200, 257, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(grays).save(tmp_path / f"a.{suffix}")
     image = decode((tmp_path / f"a.{suffix}").read_bytes(), WHITE).image
     assert image.mode == "RGB"
     assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
 
 
-def png_of_16_bits(pixels: np.ndarray, colour_type: int) -> bytes:
-    """uint16 [h, w, channels] as a PNG, which Pillow only writes for greys."""
+def png_of_16_bits(pixels: np.ndarray, color_type: int) -> bytes:
+    """uint16 [h, w, channels] as a PNG, which Pillow only writes for grays."""
 
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_16_bits_are_reported_of_colours_too(colour_type: int, channels: int) -> None:
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_are_reported_of_colors_too(color_type: int, channels: int) -> None:
     pixels = np.full((4, 5, channels), 65535, np.uint16)
     pixels[..., 0] = 257 * 100
-    decoded = decode(png_of_16_bits(pixels, colour_type), WHITE)
+    decoded = decode(png_of_16_bits(pixels, color_type), WHITE)
     assert "16-bit" in decoded.traits
     assert decoded.image.getpixel((0, 0))[0] == 100
     eight = io.BytesIO()
@@ -52,15 +52,15 @@ def test_16_bits_are_reported_of_colours_too(colour_type: int, channels: int) ->
     assert decode(eight.getvalue(), WHITE).traits == ()
 
 
-def test_transparent_pixels_show_the_background_and_half_transparent_ones_blend(tmp_path: Path) -> None:
+def test_transparent_pixels_blend_with_the_background(tmp_path: Path) -> None:
     rgba = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [200, 0, 0, 128]]], dtype=np.uint8), "RGBA")
     rgba.save(tmp_path / "a.png")
     pixels = np.asarray(decode((tmp_path / "a.png").read_bytes(), GREEN).image).astype(int)[0]
     assert pixels[:2].tolist() == [[255, 0, 0], [0, 128, 0]]
     assert np.abs(pixels[2] - [100, 64, 0]).max() <= 1
 
-    grey = Image.fromarray(np.array([[[10, 255], [10, 0]]], dtype=np.uint8), "LA")
-    grey.save(tmp_path / "b.png")
+    gray = Image.fromarray(np.array([[[10, 255], [10, 0]]], dtype=np.uint8), "LA")
+    gray.save(tmp_path / "b.png")
     assert np.asarray(decode((tmp_path / "b.png").read_bytes(), GREEN).image)[0].tolist() == [[10, 10, 10], [0, 128, 0]]
 
     palette = Image.new("P", (2, 1))
@@ -97,7 +97,7 @@ def test_only_what_is_turned_is_said_to_be(tmp_path: Path, orientation: int, tra
 
 
 def test_a_moving_image_shows_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert decode((tmp_path / "a.gif").read_bytes(), WHITE).image.getpixel((0, 0)) == (255, 0, 0)
 
@@ -219,7 +219,7 @@ def test_a_square_at_its_own_size_is_cut_out_at_whole_pixels(width: int, height:
         assert torch.equal(result, cut), (width, height, place)
 
 
-def test_resizing_and_cutting_in_one_pass_equals_both_in_turn() -> None:
+def test_resize_and_crop_equals_both_steps() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 120, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     short_side_first = image.resize((60, 20), Image.Resampling.BICUBIC)

@@ -26,7 +26,7 @@ from ldm.data.sources import Decoded
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """Smooth colours that no other number has."""
+    """Smooth colors that no other number has."""
     coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
@@ -74,7 +74,7 @@ def mixed(folder: Path) -> Path:
     return folder
 
 
-def test_every_entry_is_used_skipped_or_a_copy_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_every_entry_is_counted_once_for_any_workers(tmp_path: Path) -> None:
     source = folder_source(mixed(tmp_path / "data"))
     source = replace(source, skipped=(Skipped("0.gif", "no caption"),))
     first, *others = (
@@ -134,9 +134,7 @@ def count_decodes(source: Source) -> tuple[Source, list[str]]:
     return replace(source, samples=tuple(map(counting, source.samples))), decoded
 
 
-def test_the_next_start_decodes_only_what_changed_and_sees_hidden_edits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_start_decodes_changed_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 4)
     folder = mixed(tmp_path / "data")
     before = looked(folder)
@@ -243,7 +241,7 @@ def test_a_picture_so_large_that_pillow_warns_is_used(tmp_path: Path) -> None:
     assert [sample.size for sample in seen.used] == [(9600, 9600)]
 
 
-def test_a_curated_source_is_passed_through_unless_everything_is_asked_for() -> None:
+def test_curated_source_is_inspected_on_request_only() -> None:
     digits = open_source(DataConfig(path="digits", resolution=8))
 
     def refuse(data: bytes) -> Decoded:
@@ -278,7 +276,7 @@ def sides(folder: Path) -> dict[str, bool]:
     return {sample.id: sample in held_out for sample in training + held_out}
 
 
-def test_the_split_stays_when_data_and_copies_are_added_or_removed(tmp_path: Path) -> None:
+def test_split_is_stable_when_data_change(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for number in range(60):
         save(folder / f"img_{number:03}.png", number)

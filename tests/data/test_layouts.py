@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.data.pictures import captions, opened, png, reasons, save
+from tests.data.image_files import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 
 
@@ -82,7 +82,7 @@ def test_keys_that_a_layout_does_not_have_are_refused(tmp_path: Path) -> None:
         ("a.arrow", r"a\.arrow: not a \.arrow file that can be read: .*; write or download it again"),
     ],
 )
-def test_a_file_that_holds_no_data_set_is_named_with_the_way_out(tmp_path: Path, name: str, message: str) -> None:
+def test_error_of_a_file_that_is_no_data_set(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message) as caught:
         opened(tmp_path / name)

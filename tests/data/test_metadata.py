@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.data.pictures import captions, opened, png, reasons, save
+from tests.data.image_files import captions, opened, png, reasons, save
 
 
 def write_lines(path: Path, *lines: object) -> None:
@@ -188,7 +188,7 @@ def test_metadata_in_parquet(tmp_path: Path) -> None:
     assert reasons(source) == {"metadata.parquet:2": "no caption", "metadata.parquet:3": "file_name is missing"}
 
 
-def test_a_parquet_file_called_metadata_may_hold_the_images_themselves(tmp_path: Path) -> None:
+def test_metadata_parquet_may_contain_images(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     table = pa.table({"image": [png("blue")], "text": ["inside"]})
     parquet.write_table(table, tmp_path / "metadata.parquet")
@@ -279,7 +279,7 @@ def test_a_table_of_another_name_whose_rows_name_images(tmp_path: Path) -> None:
     assert captions(opened(tmp_path)) == {"Images/b.png": ("three",)}
 
 
-def test_text_files_named_by_img2dataset_do_not_pass_for_metadata(tmp_path: Path) -> None:
+def test_img2dataset_files_are_not_metadata(tmp_path: Path) -> None:
     save(tmp_path / "00000" / "000000001.png", caption="a caption")
     table = {"key": ["000000001"], "url": ["http://x/1.png"], "caption": ["a caption"], "sha256": ["ab"]}
     parquet.write_table(pa.table(table), tmp_path / "00000.parquet")

@@ -21,7 +21,7 @@ def buckets(*lengths: int, batch_size: int, seed: int = 0) -> BatchOrder:
     return BatchOrder(members, sizes, batch_size, seed)
 
 
-def test_each_epoch_shows_each_sample_once_in_an_order_of_its_own() -> None:
+def test_each_epoch_is_its_own_permutation() -> None:
     order = SampleOrder(length=10, seed=3)
     stream = order.at(range(30))
     epochs = [[index for epoch, index in stream if epoch == number] for number in range(3)]
@@ -31,7 +31,7 @@ def test_each_epoch_shows_each_sample_once_in_an_order_of_its_own() -> None:
     assert SampleOrder(length=10, seed=4).at(range(10)) != stream[:10]
 
 
-def test_batches_cross_epochs_and_are_a_function_of_the_step() -> None:
+def test_batches_are_a_function_of_the_step() -> None:
     order = SampleOrder(length=10, seed=3)
     stream = order.at(range(40))
     for step in (9, 2, 0, 5):  # in any order, from a fresh order too
@@ -42,7 +42,7 @@ def test_batches_cross_epochs_and_are_a_function_of_the_step() -> None:
 
 
 @pytest.mark.parametrize(("accumulation", "world"), [(1, 1), (3, 1), (1, 2), (2, 3)])
-def test_ranks_and_accumulation_cut_the_global_batch_without_changing_it(accumulation: int, world: int) -> None:
+def test_ranks_and_accumulation_slice_the_global_batch(accumulation: int, world: int) -> None:
     order = buckets(14, 20, 13, batch_size=12)
     ranks = [
         list(
@@ -63,7 +63,7 @@ def test_ranks_and_accumulation_cut_the_global_batch_without_changing_it(accumul
     assert list(together) == [position for step in range(2, 9) for position in order.batch(step)]
 
 
-def test_what_cannot_be_cut_is_refused_before_the_first_batch() -> None:
+def test_uneven_batches_raise_immediately() -> None:
     with pytest.raises(ValueError, match=r"8 training images, train\.batch_size 9; set .* at most 8"):
         micro_batches(one_bucket(8, batch_size=9), first_step=0, last_step=1)
     with pytest.raises(ValueError, match=r"train\.batch_size 8 does not split .* multiple of 6"):
@@ -97,7 +97,7 @@ def test_the_order_of_squares_is_that_of_earlier_versions() -> None:
     assert [position for step in range(7) for position in order.batch(step)] == stream[:28]
 
 
-def test_a_batch_is_of_one_bucket_and_holds_no_image_twice_in_an_epoch() -> None:
+def test_batch_has_one_bucket_and_no_repeats_in_an_epoch() -> None:
     order = buckets(9, 40, 13, batch_size=8)
     owner = {index: bucket for bucket, members in enumerate(order.members) for index in members}
     for step in range(300):
@@ -122,7 +122,7 @@ def test_every_image_is_seen_equally_often_up_to_rounding(lengths: tuple[int, ..
     assert all(found == list(range(len(found))) for found in epochs.values())
 
 
-def test_buckets_follow_each_other_mixed_and_anew_in_every_round() -> None:
+def test_buckets_are_shuffled_in_every_round() -> None:
     order = buckets(80, 80, 80, batch_size=8)
     owner = {index: bucket for bucket, members in enumerate(order.members) for index in members}
     rounds = [[owner[order.batch(30 * r + step)[0][1]] for step in range(30)] for r in range(20)]

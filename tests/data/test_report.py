@@ -69,7 +69,7 @@ def cut(captions: Sequence[str]) -> list[str]:
     return [" ".join(caption.split()[6:]) for caption in captions]
 
 
-def test_everything_is_counted() -> None:
+def test_report_counts() -> None:
     report = dataset_report(whole(), CONFIG, truncated_words=cut)
     assert (report.total, report.used, report.skipped, report.duplicate) == (47, 40, 5, 2)
     assert report.training + report.held_out == 40
@@ -151,7 +151,7 @@ def test_panoramas_are_not_counted_as_ordinary_shapes() -> None:
     assert any(note.startswith("3 images beyond 4:1, most of which is cropped away") for note in report.notes)
 
 
-def test_the_line_counts_images_and_where_some_are_skipped_entries() -> None:
+def test_summary_counts_images_or_entries() -> None:
     assert (
         dataset_report(inspection([sample(1)]), CONFIG).summary().startswith("things: 1 image: 1 used (1 to train on, ")
     )
@@ -191,7 +191,7 @@ def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
     assert set(plain["sizes"]) == {"smallest", "median", "largest", "enlarged", "much_enlarged", "shapes"}
 
 
-def test_long_lists_are_cut_unless_everything_is_asked_for() -> None:
+def test_long_lists_are_cut_unless_full() -> None:
     skipped = tuple(Skipped(f"s{number:03}.png", "broken" if number % 2 else "empty") for number in range(100))
     near = tuple((f"{number}a", f"{number}b") for number in range(30))
     found = replace(clean(), skipped=skipped)
@@ -210,7 +210,7 @@ def test_long_lists_are_cut_unless_everything_is_asked_for() -> None:
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\u202egnp.txt\udc80\x00"
 
 
-def test_nothing_reaches_a_terminal_raw() -> None:
+def test_report_is_printable() -> None:
     found = inspection(
         [replace(sample(1, ESCAPES, ESCAPES + "x"), id=ESCAPES), sample(2, ESCAPES)],
         skipped=(Skipped(ESCAPES, ESCAPES),),
@@ -228,7 +228,7 @@ def test_nothing_reaches_a_terminal_raw() -> None:
     json.dumps(report.to_dict(), allow_nan=False).encode("ascii")
 
 
-def test_folders_of_splits_that_are_taken_together_are_named() -> None:
+def test_merged_split_folders_are_noted() -> None:
     def below(*tops: str) -> tuple[str, ...]:
         samples = [replace(sample(i), id=f"{top}/{i}.png") for i, top in enumerate(tops)]
         return dataset_report(inspection(samples), DataConfig(path="here", resolution=64)).notes

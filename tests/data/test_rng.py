@@ -14,7 +14,7 @@ def test_equal_keys_give_equal_streams() -> None:
     assert draw(0, np.int64(3)) == draw(0, 3)  # type: ignore[arg-type]
 
 
-def test_each_part_of_the_key_counts_and_none_runs_into_another() -> None:
+def test_key_parts_are_unambiguous() -> None:
     keys = [
         (0,),
         (1,),

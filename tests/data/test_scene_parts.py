@@ -17,7 +17,7 @@ def sampler():
 
 
 @pytest.mark.parametrize("kind", ["one", "count", "pair", "three", "worn", "held", "worn pair"])
-def test_every_part_has_a_box_and_the_pixels_are_those_of_the_scene(sampler, kind):
+def test_every_part_has_a_box_and_pixels_match(sampler, kind):
     for number in range(4):
         scene = sampler.sample_kind(kind, generator(number, "scene"))
         image, drawn = render_parts(scene, generator(number, "pixels"), 64)
@@ -41,7 +41,7 @@ def test_a_box_is_what_is_not_ground(sampler, mirrored):
         assert np.abs(seen - drawn[0].box).max() < 2.5 / 64
 
 
-def test_what_is_worn_is_told_where_it_differs_from_the_bearer_alone(sampler):
+def test_box_of_worn_things_is_where_pixels_change(sampler):
     for number, mirrored in enumerate((False, True, False, True)):
         scene = sampler.sample_kind("worn", generator(number, "worn"))
         bearer = dataclasses.replace(scene.parts[0], mirrored=mirrored)

@@ -110,7 +110,7 @@ def test_no_training_scene_shows_or_says_what_is_held_out():
 
 
 @pytest.mark.slow
-def test_no_one_of_a_hundred_thousand_shows_or_says_what_is_held_out():
+def test_no_held_out_concept_in_100000_scenes():
     check_nothing_is_held_out(MANY)
 
 

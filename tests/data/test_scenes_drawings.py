@@ -30,7 +30,7 @@ def test_no_word_or_drawing_has_two_owners(content):
     assert len(set(drawings)) == len(drawings)
 
 
-def test_every_thing_is_drawn_and_the_common_ones_by_several_families(content):
+def test_common_things_have_drawings_of_several_families(content):
     families = {thing["name"]: set() for thing in content["things"]}
     for drawing in content["drawings"]:
         families[drawing["thing"]].add(drawing["family"])

@@ -14,19 +14,19 @@ from PIL import Image
 from pyarrow import parquet
 
 from ldm.data import DataConfig, dataset_report, inspect, open_source
-from tests.data.pictures import captions, colour, opened, png, reasons, save
+from tests.data.image_files import captions, color, opened, png, reasons, save
 
 datasets.disable_progress_bars()
 
-COLOURS = ("red", "lime", "blue")
+COLORS = ("red", "lime", "blue")
 
 
-def rows(colours: Sequence[str], paths: Sequence[str | None] | None = None) -> dict[str, Any]:
+def rows(colors: Sequence[str], paths: Sequence[str | None] | None = None) -> dict[str, Any]:
     images = [
         {"bytes": png(name), "path": path}
-        for name, path in zip(colours, paths or [f"{name}.png" for name in colours], strict=True)
+        for name, path in zip(colors, paths or [f"{name}.png" for name in colors], strict=True)
     ]
-    return {"image": images, "caption": [f"a {name} field" for name in colours]}
+    return {"image": images, "caption": [f"a {name} field" for name in colors]}
 
 
 def write(path: Path, table: dict[str, Any], **options: Any) -> Path:
@@ -36,15 +36,15 @@ def write(path: Path, table: dict[str, Any], **options: Any) -> Path:
 
 
 def test_a_file_or_a_folder_of_parquet(tmp_path: Path) -> None:
-    for number, name in enumerate(COLOURS):
+    for number, name in enumerate(COLORS):
         write(tmp_path / "set" / "data" / f"train-0000{number}-of-00003.parquet", rows([name]))
     write(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", rows(["black"]))
     save(tmp_path / "set" / "preview.png")
     source = opened(tmp_path / "set")
     assert source.name == f"{tmp_path / 'set'} (split train)"
-    assert captions(source) == {f"{name}.png": (f"a {name} field",) for name in COLOURS}
-    assert [sample.group for sample in source.samples] == [f"{name}.png" for name in COLOURS]
-    assert [colour(source, f"{name}.png") for name in COLOURS] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert captions(source) == {f"{name}.png": (f"a {name} field",) for name in COLORS}
+    assert [sample.group for sample in source.samples] == [f"{name}.png" for name in COLORS]
+    assert [color(source, f"{name}.png") for name in COLORS] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     assert source.samples[1].read() == png("lime")
     assert reasons(source) == {"preview.png": "no caption: the shards beside it count alone"}
     assert set(captions(opened(tmp_path / "set", split="test"))) == {"black.png"}
@@ -57,8 +57,8 @@ def test_a_file_or_a_folder_of_parquet(tmp_path: Path) -> None:
     assert set(captions(opened(tmp_path / "set", subset="fr"))) == {"white.png"}
 
 
-def test_samples_are_sent_to_other_processes_without_their_images(tmp_path: Path) -> None:
-    table = rows(COLOURS)
+def test_samples_pickle_without_images(tmp_path: Path) -> None:
+    table = rows(COLORS)
     table["image"][0]["bytes"] += bytes(100_000)
     write(tmp_path / "a.parquet", table, row_group_size=2)
     source = opened(tmp_path)
@@ -66,7 +66,7 @@ def test_samples_are_sent_to_other_processes_without_their_images(tmp_path: Path
     assert len(sent) < 10_000
     again = pickle.loads(sent)
     assert again == source
-    assert [colour(again, f"{name}.png") for name in COLOURS] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert [color(again, f"{name}.png") for name in COLORS] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -76,20 +76,20 @@ def test_columns_of_plain_bytes_with_a_key(tmp_path: Path, kind: Any) -> None:
     write(tmp_path / "a.parquet", {"jpg": images, "captions": texts, "key": ["a", "b", "c", "d"], "url": list("uuuu")})
     source = opened(tmp_path)
     assert captions(source) == {"a": ("one", "two"), "b": ("three",), "d": ("y",)}
-    assert colour(source, "b") == (0, 255, 0)
+    assert color(source, "b") == (0, 255, 0)
     assert reasons(source) == {"a.parquet:2": "no caption (caption 2 of 2)", "a.parquet:3": "no image"}
 
 
 def test_ids_stay_when_rows_come_and_go(tmp_path: Path) -> None:
     names = [None, None, "same.png", "same.png", "alone.png"]
-    colours = ["red", "lime", "blue", "black", "white"]
-    write(tmp_path / "a.parquet", rows(colours, names))
+    colors = ["red", "lime", "blue", "black", "white"]
+    write(tmp_path / "a.parquet", rows(colors, names))
     before = {caption[0]: name for name, caption in captions(opened(tmp_path)).items()}
     assert len(set(before.values())) == 5
     assert before["a white field"] == "alone.png"
     assert before["a blue field"].startswith("same.png@")
     # Another order, other files, one row less, one more, and a copy of the first.
-    write(tmp_path / "a.parquet", rows(["white", "black", "grey"], ["alone.png", "same.png", None]))
+    write(tmp_path / "a.parquet", rows(["white", "black", "gray"], ["alone.png", "same.png", None]))
     write(tmp_path / "b.parquet", rows(["blue", "red", "red"], ["same.png", None, None]))
     source = opened(tmp_path)
     after = {caption[0]: name for name, caption in reversed(captions(source).items())}
@@ -122,7 +122,7 @@ def test_an_edited_file_is_read_anew_even_with_its_old_date(tmp_path: Path) -> N
 
 
 def test_what_is_broken_in_parquet_costs_its_own_rows(tmp_path: Path) -> None:
-    noisy = [{"bytes": png(name) + os.urandom(1000), "path": f"{name}.png"} for name in COLOURS]
+    noisy = [{"bytes": png(name) + os.urandom(1000), "path": f"{name}.png"} for name in COLORS]
     table = {"image": [*noisy, {"bytes": png(), "path": "mute.png"}], "caption": ["one", "two", "three", None]}
     path = write(tmp_path / "a.parquet", table, row_group_size=1, compression="gzip", use_dictionary=False)
     data = bytearray(path.read_bytes())
@@ -133,7 +133,7 @@ def test_what_is_broken_in_parquet_costs_its_own_rows(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the copy in the cache
         source = opened(tmp_path)
         assert captions(source) == {"red.png": ("one",), "blue.png": ("three",)}
-        assert colour(source, "blue.png") == (0, 0, 255)
+        assert color(source, "blue.png") == (0, 0, 255)
         found = reasons(source)
         assert set(found) == {"a.parquet:2-2", "a.parquet:4", "cut.parquet"}
         assert found["a.parquet:2-2"].startswith("these rows cannot be read: ")
@@ -183,7 +183,7 @@ def test_a_row_may_name_a_file_instead_of_holding_it(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"image": pa.array(images, kind), "text": ["a", "b"]})
     source = opened(tmp_path)
     assert captions(source) == {"pictures/a.png": ("a",)}
-    assert colour(source, "pictures/a.png") == (0, 0, 255)
+    assert color(source, "pictures/a.png") == (0, 0, 255)
     assert "no file" in reasons(source)["a.parquet:2"]
 
 
@@ -191,7 +191,7 @@ def labelled() -> Dataset:
     features = Features(
         {"look": datasets.Image(), "label": ClassLabel(names=["big_cat", "dog"]), "bytes": datasets.Value("binary")}
     )
-    images = [Image.new("RGB", (8, 6), name) for name in COLOURS]
+    images = [Image.new("RGB", (8, 6), name) for name in COLORS]
     return Dataset.from_dict({"look": images, "label": [0, 1, -1], "bytes": [b"x"] * 3}, features=features)
 
 
@@ -245,11 +245,11 @@ def test_columns_that_the_config_names(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", table)
     source = opened(tmp_path, image_column="b", caption_column="other")
     assert captions(source) == {"7": ("yes",)}
-    assert colour(source, "7") == (0, 0, 255)
+    assert color(source, "7") == (0, 0, 255)
 
 
 def test_a_cache_within_the_data_is_not_taken_for_data(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", rows(COLOURS))
+    write(tmp_path / "a.parquet", rows(COLORS))
     for _ in range(2):
         source = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
         assert (len(source.samples), source.skipped) == (3, ())
@@ -259,7 +259,7 @@ def test_a_cache_within_the_data_is_not_taken_for_data(tmp_path: Path) -> None:
         opened(tmp_path, cache_dir=str(tmp_path / "file"))
 
 
-def test_ids_of_the_hub_that_cannot_be_reached_end_in_one_line() -> None:
+def test_unreachable_hub_is_one_line() -> None:
     for name in ("someone/no-such-set", "no-such-set"):
         with pytest.raises(
             ValueError, match=rf"data\.path {name} is no folder or file here, and no data set"

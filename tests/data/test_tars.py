@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.pictures import captions, colour, opened, png, reasons, save
+from tests.data.image_files import captions, color, opened, png, reasons, save
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -45,7 +45,7 @@ def test_shards_of_images_with_their_captions(tmp_path: Path) -> None:
     assert source.samples[0].group == "00000.tar/000"
     again = pickle.loads(pickle.dumps(source))
     assert again == source
-    assert (colour(again, "00000.tar/000.jpg"), colour(again, "00000.tar/sub/photo.v2.png")) == (
+    assert (color(again, "00000.tar/000.jpg"), color(again, "00000.tar/sub/photo.v2.png")) == (
         (0, 0, 255),
         (0, 255, 0),
     )
@@ -83,7 +83,7 @@ def test_members_that_make_no_sample_are_named(tmp_path: Path) -> None:
         tar.addfile(link)
     source = opened(tmp_path)
     assert captions(source) == {"a.tar/good.png": ("good",), "a.tar/twice.png": ("twice",)}
-    assert colour(source, "a.tar/twice.png") == (0, 0, 255)
+    assert color(source, "a.tar/twice.png") == (0, 0, 255)
     found = reasons(source)
     assert found == {
         "a.tar/alone": "a caption without an image",

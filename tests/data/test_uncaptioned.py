@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from ldm.data import CaptionedImages, DataConfig, NoCaptionsError, dataset_report, inspect, open_source, split
-from tests.data.pictures import captions, opened, png, reasons, save
+from tests.data.image_files import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 
 

@@ -11,15 +11,15 @@ from PIL import Image
 from ldm.data import DataConfig, Source, open_source
 
 
-def png(colour: str = "red") -> bytes:
+def png(color: str = "red") -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", (8, 6), colour).save(data, "PNG")
+    Image.new("RGB", (8, 6), color).save(data, "PNG")
     return data.getvalue()
 
 
-def save(path: Path, colour: str = "red", caption: str | None = None) -> None:
+def save(path: Path, color: str = "red", caption: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), colour).save(path)
+    Image.new("RGB", (8, 6), color).save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
@@ -38,6 +38,6 @@ def reasons(source: Source) -> dict[str, str]:
     return found
 
 
-def colour(source: Source, name: str) -> Any:
+def color(source: Source, name: str) -> Any:
     sample = next(sample for sample in source.samples if sample.id == name)
     return sample.load().getpixel((1, 1))
