@@ -1,4 +1,4 @@
-"""Builds ldm/assets/scenes: the drawings that `data.path: scenes` composes its pictures of, in one file.
+"""Builds ldm/assets/scenes, the drawings of `data.path: scenes`.
 
     mkdir packages && cd packages
     for name in noto twemoji fluent-emoji-flat openmoji; do npm pack @iconify-json/$name; done
@@ -7,9 +7,9 @@
     pip install scour && cd ..
     python -m tools.build_scenes --packages packages --clipart packages/clipart/usr/share/openclipart/svg
 
-In tools/scenes, things.yaml has the words, clipart.yaml the clip art that was chosen, anchors.yaml and
-clipart_anchors.yaml the places where drawings wear and hold things. The same inputs give the same bytes. Writes
-drawings.json.xz and LICENSES.md, and prints what is left out and what few families draw.
+In tools/scenes, things.yaml has the names, clipart.yaml the selected clip art, anchors.yaml and clipart_anchors.yaml
+the positions of worn and held things. Writes drawings.json.xz and LICENSES.md, deterministically, and prints what is
+left out and what has few drawings.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tools.scenes_vocabulary import read_things
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "scenes"
-LIMIT = 6_000_000  # bytes of drawings.json.xz
-LONGEST = 80_000  # characters of a drawing: a few are traced photographs
+MAX_BYTES = 6_000_000  # bytes of drawings.json.xz
+MAX_CHARACTERS = 80_000  # of a drawing; excludes traced photographs
 FORMAT = 1
 _EMAIL = re.compile(r"\s*[(<]?[\w.+-]+@[\w.-]+[)>]?")
 
-# Package, name in captions, and what the license asks to be said.
+# Package, name in captions, and attribution.
 FAMILIES: dict[str, tuple[str, str, str]] = {
     "noto": ("noto", "noto", "Noto Emoji, © Google LLC and contributors, Apache License 2.0."),
     "twemoji": (
@@ -79,8 +79,8 @@ CLIPART = {
 }
 
 
-class Kept:
-    """What is made of a text, kept in a file, since it takes minutes to make it of all drawings."""
+class DrawingCache:
+    """A cache file of converted drawings, as their conversion takes minutes."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -104,24 +104,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder of the unpacked npm packages")
     parser.add_argument("--clipart", type=Path, help="folder `svg` of Debian's openclipart-svg; without it, emoji only")
-    parser.add_argument("--cache", type=Path, help="file that keeps shortened drawings from one call to the next")
+    parser.add_argument("--cache", type=Path, help="cache file of converted drawings")
     parser.add_argument("--out", type=Path, default=ROOT / "ldm/assets/scenes")
     arguments = parser.parse_args()
     things = read_things(HERE / "things.yaml")
     anchors = _anchors(HERE / "anchors.yaml")
     clipart_anchors = _anchors(HERE / "clipart_anchors.yaml")
     anchors |= {f"clipart/{path.removesuffix('.svg')}": places for path, places in clipart_anchors.items()}
-    kept = Kept(arguments.cache)
+    cache = DrawingCache(arguments.cache)
     families: list[dict[str, str]] = []
     drawings: list[dict[str, Any]] = []
     for family in FAMILIES:
         package = _package(arguments.packages, FAMILIES[family][0])
         families.append(_family(family, package))
-        drawings += _emoji(family, package, things, kept)
+        drawings += _emoji(family, package, things, cache)
     if arguments.clipart:
         families.append(CLIPART)
-        drawings += _clipart(arguments.clipart, things, kept)
-    kept.save()
+        drawings += _clipart(arguments.clipart, things, cache)
+    cache.save()
     for drawing in drawings:
         drawing["anchors"] = anchors.pop(drawing["id"], {})
         drawing["colors"] = scenes_svg.colors(drawing["svg"])
@@ -166,7 +166,7 @@ def _family(name: str, package: Path) -> dict[str, str]:
     }
 
 
-def _emoji(family: str, package: Path, things: list[dict[str, Any]], kept: Kept) -> Iterator[dict[str, Any]]:
+def _emoji(family: str, package: Path, things: list[dict[str, Any]], cache: DrawingCache) -> Iterator[dict[str, Any]]:
     """The drawings of a family, in the order of the things."""
     icons, names = _json(package / "icons.json"), _json(package / "chars.json")
     for thing in things:
@@ -177,18 +177,18 @@ def _emoji(family: str, package: Path, things: list[dict[str, Any]], kept: Kept)
                 continue
             name = names.get(code.lower().replace("-fe0f", ""))
             icon = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
-            # Some families draw two code points alike.
+            # Some families use one drawing for several code points.
             if icon is None or icon["body"] in seen:
                 continue
             seen.add(icon["body"])
             box = [icon.get(key, icons.get(key, 0)) for key in ("left", "top", "width", "height")]
             whole = scenes_svg.document(icon["body"], (box[0], box[1], box[2], box[3]))
-            svg = kept(scenes_svg.shortened, whole)
+            svg = cache(scenes_svg.shorten, whole)
             yield _drawing(f"{family}/{code}", thing["name"], family, svg)
 
 
-def _clipart(folder: Path, things: list[dict[str, Any]], kept: Kept) -> Iterator[dict[str, Any]]:
-    """The drawings of clipart.yaml, in the order of the things; those that fail are named and left out."""
+def _clipart(folder: Path, things: list[dict[str, Any]], cache: DrawingCache) -> Iterator[dict[str, Any]]:
+    """The drawings of clipart.yaml, in the order of the things; invalid ones are reported and left out."""
     listed = yaml.safe_load((HERE / "clipart.yaml").read_text(encoding="utf-8"))
     if unknown := sorted(set(listed) - {thing["name"] for thing in things}):
         raise ValueError(f"clipart.yaml: no such thing in things.yaml: {', '.join(unknown)}")
@@ -196,11 +196,11 @@ def _clipart(folder: Path, things: list[dict[str, Any]], kept: Kept) -> Iterator
         for path in listed.get(thing["name"], []):
             source = (folder / path).read_bytes()
             try:
-                svg = kept(scenes_clipart.plain, source.decode("utf-8", errors="replace"))
+                svg = cache(scenes_clipart.plain, source.decode("utf-8", errors="replace"))
             except ValueError as error:
                 print(f"{path} is left out: {error}")
                 continue
-            if len(svg) > LONGEST:
+            if len(svg) > MAX_CHARACTERS:
                 print(f"{path} is left out: {len(svg):,} characters")
                 continue
             words = {key: _EMAIL.sub("", text) for key, text in scenes_clipart.title_and_author(source).items()}
@@ -223,8 +223,8 @@ def _write(
     content = {"format": FORMAT, "families": families, "things": things, "drawings": drawings}
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     packed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
-    if len(packed) > LIMIT:
-        raise ValueError(f"drawings.json.xz would take {len(packed):,} bytes; the limit is {LIMIT:,}")
+    if len(packed) > MAX_BYTES:
+        raise ValueError(f"drawings.json.xz would take {len(packed):,} bytes; the limit is {MAX_BYTES:,}")
     out.mkdir(parents=True, exist_ok=True)
     with disk.new_file(out / "drawings.json.xz") as aside:
         aside.write_bytes(packed)

@@ -1,4 +1,4 @@
-"""Drawings of Open Clip Art as plain SVG: what editors wrote around them is left out, titles and authors are kept."""
+"""Open Clip Art as plain SVG, without data of editors, and its titles and authors."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _ROOT = re.compile(r"<svg\b[^>]*>", re.S)
 
 
 def plain(source: str) -> str:
-    """A short SVG that looks the same, cropped to what is drawn, of the text of a file.
+    """The text of an SVG file → a short, cropped SVG that looks the same.
 
     Raises:
-        ValueError: resvg cannot draw it.
+        ValueError: if resvg cannot render it.
     """
-    import scour  # noqa: F401  # its absence is no reason to leave something out
+    import scour  # noqa: F401  # fail early if it is not installed
 
     whole = scenes_svg.document(*_body(source))
     try:
         cleaned = scenes_svg.document(*_body(_scoured(source)))
-    except Exception:  # scour gives up on a few in its own ways
-        return scenes_svg.shortened(_TEXT.sub("", whole))
-    # Scour is believed where the pictures agree.
+    except Exception:  # scour fails on a few, with many types
+        return scenes_svg.shorten(_TEXT.sub("", whole))
+    # Use scour's result if it looks the same.
     first, second = (scenes_svg.render(svg, 128).astype(np.float32) for svg in (whole, cleaned))
     same = first.shape == second.shape and np.abs(first - second).mean() < 1
-    # Letters would be drawn where a machine has the font, and only there.
-    return scenes_svg.shortened(_TEXT.sub("", cleaned if same else whole))
+    # Text would depend on the fonts of the machine.
+    return scenes_svg.shorten(_TEXT.sub("", cleaned if same else whole))
 
 
 def _scoured(source: str) -> str:
@@ -47,7 +47,7 @@ def _scoured(source: str) -> str:
 
 
 def _body(source: str) -> tuple[str, tuple[float, float, float, float]]:
-    """What is inside of the root, and its view box; what the root says of style is put on a group."""
+    """(the content of the root in a group with its style, the view box)."""
     root = _ROOT.search(source)
     if root is None:
         raise ValueError("no root element")
@@ -59,14 +59,14 @@ def _body(source: str) -> tuple[str, tuple[float, float, float, float]]:
     attributes = dict(re.findall(r'([\w:-]+)\s*=\s*"([^"]*)"', root[0]))
     body = source[root.end() : source.rindex("</svg>")].strip()
     namespaces = "".join(f' {k}="{v}"' for k, v in attributes.items() if k.startswith("xmlns:") and k[6:] + ":" in body)
-    kept = "".join(
+    style = "".join(
         f' {key}="{value}"'
         for key, value in attributes.items()
         if re.match(r"fill|stroke|style|opacity|font|color", key) and not key.startswith("xmlns")
     )
     namespaces = namespaces.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    if kept or namespaces:
-        body = f"<g{namespaces}{kept}>{body}</g>"
+    if style or namespaces:
+        body = f"<g{namespaces}{style}>{body}</g>"
     return body, _box(attributes)
 
 
@@ -84,7 +84,7 @@ def _box(attributes: dict[str, str]) -> tuple[float, float, float, float]:
 
 
 def title_and_author(source: bytes) -> dict[str, str]:
-    """`title` and `author`, where the metadata of a file have them."""
+    """`title` and `author`, if the metadata of a file have them."""
     try:
         root = ET.fromstring(source)
     except ET.ParseError:

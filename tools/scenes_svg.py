@@ -1,4 +1,4 @@
-"""Drawings as short SVG: numbers rounded as far as the picture allows, and a view box that the drawing fills."""
+"""Short SVGs: numbers rounded as far as the image allows, and a tight view box."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from resvg_py import svg_to_bytes
 
-COMPARED = 128  # pixels of the longer side at which a shortened drawing must look the same
-MEASURED = 256  # pixels at which the box of a drawing is measured
-VISIBLE = 8  # of 255: what counts as drawn
-MEAN, LOCAL = 1.0, 20.0  # of 255: differences allowed on average, and anywhere in a square of 8 × 8 pixels
+COMPARED = 128  # pixels of the longer side, for the comparison with the original
+MEASURED = 256  # pixels, for the measurement of the box
+VISIBLE = 8  # alpha of 255
+MEAN, LOCAL = 1.0, 20.0  # of 255: allowed mean differences overall, and in each square of 8 × 8 pixels
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _COMMAND = re.compile(r"([MmZzLlHhVvCcSsQqTtAa])([^MmZzLlHhVvCcSsQqTtAa]*)")
@@ -27,13 +27,10 @@ _IDS = re.compile(r'\sid="([^"]+)"')
 
 
 def render(svg: str, size: int) -> np.ndarray:
-    """The drawing, its longer side `size` pixels.
-
-    Returns:
-        uint8 [H, W, 4], not premultiplied.
+    """Renders an SVG with `size` pixels on its longer side: uint8 [H, W, 4], not premultiplied.
 
     Raises:
-        ValueError: resvg cannot draw it.
+        ValueError: if resvg cannot render it.
     """
     width, height = view_box(svg)[2:]
     side = {"width": size} if width >= height else {"height": size}
@@ -43,7 +40,7 @@ def render(svg: str, size: int) -> np.ndarray:
 
 
 def view_box(svg: str) -> tuple[float, float, float, float]:
-    """(x, y, width, height) of the root."""
+    """(x, y, width, height) of the root element."""
     found = re.search(r'viewBox="([^"]+)"', svg)
     assert found
     x, y, width, height = map(float, found.group(1).split())
@@ -51,7 +48,7 @@ def view_box(svg: str) -> tuple[float, float, float, float]:
 
 
 def colors(svg: str) -> list[str]:
-    """The words for the colors of at least a fifth of what is drawn, the largest first; the borders were set by eye."""
+    """The names of the colors of at least a fifth of the pixels, in descending order; thresholds set by eye."""
     image = render(svg, 64)
     seen = image[image[..., 3] > 127][:, :3]  # [N, 3]
     hsv = np.asarray(Image.fromarray(seen[None]).convert("HSV"), np.float32)[0] / 255  # [N, 3]
@@ -70,28 +67,28 @@ def colors(svg: str) -> list[str]:
         "purple": hue < 345,
     }
     names = np.select(list(rules.values()), list(range(len(rules))))  # the first that holds
-    shares = np.bincount(names, minlength=len(rules)) / len(seen)
-    largest = sorted(zip(-shares, rules, strict=True), key=lambda one: one[0])
-    return [name for share, name in largest if -share >= 0.2]
+    fractions = np.bincount(names, minlength=len(rules)) / len(seen)
+    largest = sorted(zip(-fractions, rules, strict=True), key=lambda one: one[0])
+    return [name for fraction, name in largest if -fraction >= 0.2]
 
 
 def document(body: str, box: tuple[float, float, float, float]) -> str:
-    """The SVG of elements within a view box."""
+    """An SVG of elements within a view box."""
     x, y, width, height = (_short(value, 3) for value in box)
     links = ' xmlns:xlink="http://www.w3.org/1999/xlink"' if "xlink:" in body else ""
     size = f'width="{width}" height="{height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg"{links} {size} viewBox="{x} {y} {width} {height}">{body}</svg>'
 
 
-def cropped(svg: str) -> str:
-    """With a view box that is what is seen of the drawing.
+def crop(svg: str) -> str:
+    """Sets a tight view box.
 
     Raises:
-        ValueError: nothing is seen.
+        ValueError: if nothing is visible.
     """
     seen = render(svg, MEASURED)[..., 3] > VISIBLE  # [H, W]
     if not seen.any():
-        raise ValueError("nothing is seen of it")
+        raise ValueError("nothing is visible")
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     x, y, width, height = view_box(svg)
     unit = max(width, height) / MEASURED
@@ -100,37 +97,34 @@ def cropped(svg: str) -> str:
     return document(body, (x + left, y + top, (columns[-1] + 1) * unit - left, (rows[-1] + 1) * unit - top))
 
 
-def shortened(svg: str) -> str:
-    """The same picture, cropped, in fewer characters: the fewest decimals that leave it as it is.
-
-    Args:
-        svg: as `document` writes it.
+def shorten(svg: str) -> str:
+    """Crops an SVG from `document`, and removes decimals as long as it looks the same.
 
     Raises:
-        ValueError: nothing is seen.
+        ValueError: if nothing is visible.
     """
-    svg = _short_ids(cropped(svg))
+    svg = _short_ids(crop(svg))
     reference = _premultiplied(render(svg, COMPARED))
-    # About a hundredth of the box; small details ask for more.
+    # About a hundredth of the box; small details need more.
     first = 1 - math.floor(math.log10(max(view_box(svg)[2:]) / 4))
     for decimals in range(first, first + 5):
-        shorter = rounded(svg, decimals)
+        shorter = round_numbers(svg, decimals)
         if len(shorter) < len(svg) and _same(reference, _premultiplied(render(shorter, COMPARED))):
             return shorter
     return svg
 
 
-def rounded(svg: str, decimals: int) -> str:
-    """With the numbers of shapes rounded, and those of matrices to five digits."""
-    svg = _PATH.sub(lambda found: found[1] + _rounded_path(found[2], decimals) + found[3], svg)
+def round_numbers(svg: str, decimals: int) -> str:
+    """Rounds the numbers of shapes, and those of matrices to five digits."""
+    svg = _PATH.sub(lambda found: found[1] + _round_path(found[2], decimals) + found[3], svg)
     svg = _MATRIX.sub(lambda found: found[1] + _significant(found[2]) + found[3], svg)
-    return _PLAIN.sub(lambda found: found[1] + _rounded_list(found[2], max(decimals, 1)) + found[3], svg)
+    return _PLAIN.sub(lambda found: found[1] + _round_list(found[2], max(decimals, 1)) + found[3], svg)
 
 
-def _rounded_list(text: str, decimals: int) -> str:
+def _round_list(text: str, decimals: int) -> str:
     if "%" in text or re.search(r"[a-df-zA-DF-Z]", text):
         return text
-    return _joined([_short(float(number), decimals) for number in re.findall(_NUMBER, text)])
+    return _join([_short(float(number), decimals) for number in re.findall(_NUMBER, text)])
 
 
 def _significant(transform: str) -> str:
@@ -138,20 +132,20 @@ def _significant(transform: str) -> str:
         value = float(number)
         return _short(value, 4 - math.floor(math.log10(abs(value)))) if value else "0"
 
-    return re.sub(r"\(([^)]*)\)", lambda found: f"({_joined([*map(five, re.findall(_NUMBER, found[1]))])})", transform)
+    return re.sub(r"\(([^)]*)\)", lambda found: f"({_join([*map(five, re.findall(_NUMBER, found[1]))])})", transform)
 
 
-def _rounded_path(path: str, decimals: int) -> str:
-    """A path with rounded numbers. Those of relative commands are rounded so that their errors do not add up."""
+def _round_path(path: str, decimals: int) -> str:
+    """Rounds a path, without accumulating the errors of relative commands."""
     parts: list[str] = []
     error = [0.0, 0.0]  # of the current point: true minus written
     start = [0.0, 0.0]
     previous = ""
     for command, text in _COMMAND.findall(path):
         numbers = [*_arguments(command, text)]
-        written, error, start = _written(command, numbers, decimals, error, start)
-        joint = _joined(written)
-        # A command that repeats is left out, but for m and z, whose repetition means something else.
+        written, error, start = _round_arguments(command, numbers, decimals, error, start)
+        joint = _join(written)
+        # Omit repeated commands, except m and z, which have another meaning when repeated.
         if command == previous and command not in "MmZz":
             parts.append(joint if joint.startswith("-") else " " + joint)
         else:
@@ -164,7 +158,7 @@ _COUNTS = {"m": 2, "l": 2, "t": 2, "h": 1, "v": 1, "c": 6, "s": 4, "q": 4, "a": 
 
 
 def _arguments(command: str, text: str) -> Iterator[float]:
-    """The numbers after a command; the flags of an arc may be written without anything between them."""
+    """The numbers after a command; flags of arcs need no separators."""
     if command not in "Aa":
         yield from map(float, re.findall(_NUMBER, text))
         return
@@ -176,7 +170,7 @@ def _arguments(command: str, text: str) -> Iterator[float]:
         place, index = found.end(), index + 1
 
 
-def _written(
+def _round_arguments(
     command: str, numbers: list[float], decimals: int, error: list[float], start: list[float]
 ) -> tuple[list[str], list[float], list[float]]:
     kind, relative = command.lower(), command.islower()
@@ -190,7 +184,7 @@ def _written(
         for place, value in enumerate(values):
             axis = {"h": 0, "v": 1}.get(kind, (place - 5) % 2 if kind == "a" else place % 2)
             if kind == "a" and place < 5:
-                # Radii, angle, flags; a radius keeps a decimal more, since the chord may need it.
+                # Radii (with one more decimal), angle, flags.
                 out.append(_short(value, decimals + 1) if place < 2 else _short(value, 1))
                 continue
             exact = value + end[axis]
@@ -215,8 +209,8 @@ def _short(value: float, decimals: int) -> str:
     return "0" if text == "-0" else text
 
 
-def _joined(numbers: list[str]) -> str:
-    """With a space only where two numbers would run together."""
+def _join(numbers: list[str]) -> str:
+    """Joins numbers with as few spaces as possible."""
     out = ""
     for number in numbers:
         out += number if not out or number.startswith("-") else " " + number
@@ -224,7 +218,7 @@ def _joined(numbers: list[str]) -> str:
 
 
 def _short_ids(svg: str) -> str:
-    """Ids in order of appearance as i0, i1…; those that nothing refers to are dropped."""
+    """Renames ids to i0, i1 …, and drops unused ones."""
     names = list(dict.fromkeys(_IDS.findall(svg)))
     used = [name for name in names if f"#{name})" in svg or f'"#{name}"' in svg or f"#{name}'" in svg]
     for name in names:

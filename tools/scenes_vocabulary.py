@@ -1,4 +1,4 @@
-"""Reads and checks tools/scenes/things.yaml: the things that scenes are drawn of, and the words for them."""
+"""Reads and checks tools/scenes/things.yaml: the things of scenes and their names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
+from ldm.data.scenes.scene import COLORS
+
 STANDS = ("ground", "sky", "water", "any")
 WEARS = ("head", "face", "neck")
 
-# What an entry is when neither it nor its group says otherwise; "" and None of plural and article are worked out below.
+# Defaults of entries; a plural or article of None is derived.
 DEFAULTS: dict[str, Any] = {
     "plural": None,
     "article": None,
@@ -32,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 LISTS = ("emoji", "synonyms", "kinds", "classes", "color")
 
 
-# Plurals that no rule gives, by the last word or the end of it.
+# Irregular plurals by the last word.
 IRREGULAR = {
     **dict.fromkeys(("fish", "sheep", "deer", "aircraft", "spacecraft", "salmon", "trout", "tuna", "cod", "elk"), ""),
     **{word: word + "es" for word in ("hero", "superhero", "potato", "tomato", "volcano", "tornado", "buffalo")},
@@ -60,7 +61,7 @@ _REST = re.compile(f"(?= (?:{_PREPOSITIONS.replace(' ', '|')}) )")
 
 
 def plural_of(noun: str) -> str:
-    """The plural of the noun that a name turns on: "pairs of socks"; empty for two joined by "and"."""
+    """The plural of a name: "pairs of socks"; empty for two nouns joined by "and"."""
     if " and " in noun:
         return ""
     head, *rest = _REST.split(noun, maxsplit=1)
@@ -88,10 +89,10 @@ def article_of(noun: str) -> str:
 
 
 def read_things(path: Path) -> list[dict[str, Any]]:
-    """Every thing of the file, in its order, with all keys, and `forms`: article and plural of each of its words.
+    """All things in order, with all keys, and `forms`: article and plural of each name.
 
     Raises:
-        ValueError: unknown keys or values, or a word with two owners.
+        ValueError: for unknown keys or values, and words of two things.
     """
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     groups = document["groups"]
@@ -102,7 +103,7 @@ def read_things(path: Path) -> list[dict[str, Any]]:
     for thing in things:
         thing["forms"] = {word: _forms(word, thing, articles) for word in _words(thing)}
     if unused := sorted(set(articles) - {word for thing in things for word in _words(thing)}):
-        raise ValueError(f"{path.name}: words: nobody's synonym or kind: {', '.join(unused)}")
+        raise ValueError(f"{path.name}: words: no synonym or kind: {', '.join(unused)}")
     problems = [*_wrong_values(things), *_shared_words(things)]
     if problems:
         raise ValueError(f"{path.name}: " + "; ".join(problems))
@@ -114,7 +115,7 @@ def _words(thing: dict[str, Any]) -> list[str]:
 
 
 def _forms(word: str, thing: dict[str, Any], articles: dict[str, str]) -> list[str]:
-    """Article and plural of a word, each empty where it has none."""
+    """Article and plural of a word, "" if it has none."""
     if word == thing["name"]:
         return [thing["article"], thing["plural"]]
     article = articles.get(word, article_of(word))
@@ -149,11 +150,11 @@ def _wrong_values(things: list[dict[str, Any]]) -> Iterator[str]:
         if wrong := set(thing["color"]) - set(COLORS):
             yield f"{name}: color: {', '.join(sorted(wrong))} is none of {', '.join(COLORS)}"
         if thing["tint"] and not thing["color"]:
-            yield f"{name}: tint without color: name the one or two that it usually has"
+            yield f"{name}: tint without color: give its usual colors"
 
 
 def _shared_words(things: list[dict[str, Any]]) -> Iterator[str]:
-    """Words that mean two things, and code points that are drawn as two."""
+    """Words and code points of two things."""
     owners: dict[str, str] = {}
     classes = {word.lower(): thing["name"] for thing in things for word in thing["classes"]}
     for thing in things:

@@ -53,7 +53,7 @@ def test_plurals():
 
 
 def test_rounding_reads_flags_of_arcs_and_lets_no_error_add_up():
-    svg = scenes_svg.rounded('<path d="M0 0a1.04 1.04 0 01.5.5l.44.44.44.44.44.44z"/>', 1)
+    svg = scenes_svg.round_numbers('<path d="M0 0a1.04 1.04 0 01.5.5l.44.44.44.44.44.44z"/>', 1)
     assert svg == '<path d="M0 0a1.04 1.04 0 0 1 .5 .5l.4 .4 .5 .5 .4 .4z"/>'
 
 
@@ -61,7 +61,7 @@ def test_a_shortened_drawing_looks_the_same_and_fills_its_box():
     pytest.importorskip("resvg_py")
     body = '<g id="unused"><circle cx="60.123456" cy="40.987654" r="20.000001" fill="#f00" id="used"/></g>'
     whole = scenes_svg.document(body, (0, 0, 100, 100))
-    short = scenes_svg.shortened(whole)
+    short = scenes_svg.shorten(whole)
     assert "id=" not in short and len(short) < len(whole)
     assert scenes_svg.view_box(short) == pytest.approx((40, 21, 40, 40), abs=0.8)
     seen = scenes_svg.render(short, 64)[..., 3]
