@@ -39,23 +39,23 @@ _IMAGE_SIGNATURES = (
 _UNSUPPORTED_SIGNATURES = tuple(
     (re.compile(pattern, re.DOTALL), kind)
     for pattern, kind in (
-        (rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", "a HEIC picture"),
-        (rb"....ftypavi[fs]", "an AVIF picture"),
+        (rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", "a HEIC image"),
+        (rb"....ftypavi[fs]", "an AVIF image"),
         (rb"....ftypqt|....moov", "a QuickTime video"),
         (rb"....ftyp", "an MP4 video"),
         (rb"\x1aE\xdf\xa3", "a Matroska or WebM video"),
         (rb"RIFF....AVI ", "an AVI video"),
-        (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
-        (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture"),
+        (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image"),
+        (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image"),
         (rb"8BPS", "a Photoshop document"),
         (rb"gimp xcf", "a GIMP document"),
         (rb"%PDF", "a PDF document"),
         (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript document"),
-        (rb"\x76\x2f\x31\x01", "an OpenEXR picture"),
-        (rb"#\?RADIANCE", "a Radiance picture"),
+        (rb"\x76\x2f\x31\x01", "an OpenEXR image"),
+        (rb"#\?RADIANCE", "a Radiance image"),
         (rb"DDS ", "a DDS texture"),
-        (rb"qoif", "a QOI picture"),
-        (rb"P[1-7]\s", "a PNM picture"),
+        (rb"qoif", "a QOI image"),
+        (rb"P[1-7]\s", "a PNM image"),
         (rb"\0\0\x01\0", "a Windows icon"),
         (rb"PK\x03\x04", "a zip archive"),
         (rb"\x1f\x8b", "a gzip archive"),
@@ -67,7 +67,7 @@ _UNSUPPORTED_SIGNATURES = tuple(
 _ADVICE = {
     "video": "save frames of it as PNG or JPEG",
     "archive": "unpack it",
-    "page": "download the picture itself",
+    "page": "download the image itself",
     "git-LFS": "run: git lfs pull",
 }
 
@@ -98,7 +98,7 @@ def unsupported_reason(path: str) -> str | None:
     name = PurePosixPath(path).name.lower()
     for archive in _ARCHIVES:
         if name.endswith(archive):
-            return f"{archive} is an archive that cannot be read at any place; unpack it (.tar alone is read)"
+            return f"{archive} is an archive without random access; unpack it (only .tar is read)"
     if suffix(path) in _UNSUPPORTED:
         return f"{suffix(path)} is not read; convert it to PNG or JPEG"
     if suffix(path) in _VIDEOS:
@@ -116,11 +116,11 @@ def misnamed_image(path: Path) -> str | None:
     except OSError:
         return None
     kind = next((kind for pattern, kind in _IMAGE_SIGNATURES if pattern.match(start) and kind in IMAGES), None)
-    return kind and f"an image, but its name does not say so; let it end in {kind}"
+    return kind and f"an image without its suffix; rename it to end in {kind}"
 
 
 def unsupported_type(data: bytes) -> str | None:
-    """The type and the advice for bytes that are not read, such as "a HEIC picture, which is not read; convert it to
+    """The type and the advice for bytes that are not read, such as "a HEIC image, which is not read; convert it to
     PNG or JPEG"; None if unknown.
     """
     for signature, kind in _UNSUPPORTED_SIGNATURES:

@@ -113,7 +113,7 @@ def list_files(folder: Path) -> FolderFiles:
         except OSError as error:
             if not below:
                 raise ValueError(
-                    f"the folder {folder} cannot be read: {error.strerror}; mend its permissions"
+                    f"the folder {folder} cannot be read: {error.strerror}; fix its permissions"
                 ) from error
             skipped.append(Skipped(below, f"the folder cannot be read: {error.strerror}"))
     return FolderFiles(folder, sorted(files), skipped)
@@ -132,7 +132,7 @@ def _add_entry(
         skipped.append(Skipped(path, "a link to a folder, which is not followed; give that folder itself"))
     elif suffix(path) in IMAGES:
         # Reading a pipe would block forever.
-        reason = "a link that leads nowhere" if entry.is_symlink() else "not a file that can be read at any place"
+        reason = "a broken link" if entry.is_symlink() else "not a regular file"
         skipped.append(Skipped(path, reason))
 
 
@@ -237,7 +237,7 @@ def list_classes(found: FolderFiles, background: tuple[int, int, int]) -> Sample
         except ValueError:
             words = ""
         if not words or words.lower() in _CONTAINERS:
-            reason = f'no caption: the name of its folder, "{printable(folder)}", does not say what it shows'
+            reason = f'no caption: the name of its folder, "{printable(folder)}", does not describe the image'
             listing.skipped.append(Skipped(image, reason))
         else:
             listing.samples.append(file_sample(found, image, [words], stem(image), background))

@@ -293,8 +293,8 @@ def _with_classes(
     cause = None
     if chosen is None and doubtful and count:
         first = doubtful[0]
-        about = plural(first.images, "image") if first.images else "images that are not there"
-        cause = f"{first.name} names {about} and is not read ({first.reason}); mend it, or"
+        about = plural(first.images, "image") if first.images else "missing images"
+        cause = f"{first.name} names {about} and is not read ({first.reason}); fix it, or"
     elif chosen is not None and config.caption_source is None and count > 2 * captioned_count:
         what = "text beside images captions" if chosen == SIDECARS else f"{chosen} captions"
         cause = f"{what} {plural(captioned_count, 'image')}, the names of sub-folders would caption {count}; "
@@ -303,7 +303,7 @@ def _with_classes(
         sources.append(CaptionSource(FOLDERS, count))
         return classes
     if more:
-        sources.append(CaptionSource(FOLDERS, count, more, "no captions are invented beside written ones"))
+        sources.append(CaptionSource(FOLDERS, count, more, "folder names are not used beside written captions"))
     if cause is not None and captioned:
         why = f"{cause} set data.caption_source to {FOLDERS}, which takes the names of sub-folders"
         skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
@@ -388,7 +388,7 @@ def _skip_the_rest(found: FolderFiles, shards: set[str], broken: Sequence[Skippe
         elif suffix(path) in IMAGES:
             listing.skipped.append(Skipped(path, listing.uncovered))
         elif path in shards:
-            listing.skipped.append(Skipped(path, f"passed over: the folder is read by {listing.kind}"))
+            listing.skipped.append(Skipped(path, f"ignored: the folder is read by {listing.kind}"))
         elif (reason := misnamed_image(found.root / path)) is not None:
             listing.skipped.append(Skipped(path, reason))
 

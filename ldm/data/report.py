@@ -239,7 +239,7 @@ def _about(source: CaptionSource) -> str:
     what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
     name = what.get(source.name, source.name)
     if not source.images:
-        return f"{name} names no image that is there"
+        return f"{name} names no existing image"
     rest = f" ({source.more} of them without a caption)" if source.more else ""
     return f"{name} {'captions' if source.name in what else 'names'} {plural(source.images, 'image')}{rest}"
 
@@ -353,7 +353,7 @@ def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Insp
         reasons = Counter(entry.reason for entry in report.skipped_files)
         most = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         more = " and other reasons" if len(reasons) > 3 else ""
-        yield f"{report.skipped} of {report.total} are skipped ({most}{more}); mend or remove them"
+        yield f"{report.skipped} of {report.total} are skipped ({most}{more}); fix or remove them"
     if not captions.without:
         yield from report.unused_captions()
     for trait, what in _UNCERTAIN.items():

@@ -63,7 +63,7 @@ def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarf
                     yield member
     # Broken headers raise many types.
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
-        cause = f"cut off or broken after {count} members" if count else "not a tar file that can be read at any place"
+        cause = f"cut off or broken after {count} members" if count else "not an uncompressed tar file"
         skipped.append(Skipped(name, f"{cause}: {error}"))
         return
     if not count:
@@ -99,7 +99,7 @@ def _sort_member(
     else:
         before = groups.setdefault(key, {}).get(kind)
         if before is not None:
-            skipped.append(Skipped(f"{name}/{path}", "twice in the tar; the last one counts, as in unpacking"))
+            skipped.append(Skipped(f"{name}/{path}", "twice in the tar; the last one is used"))
         groups[key][kind] = member
 
 

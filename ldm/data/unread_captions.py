@@ -79,7 +79,7 @@ def find_unread_captions(
         beside = all(nfc(stem(path)) in found.image_stems for path in paths)
         reason = f"{kind} beside images is not read" if beside else "named after images that it does not lie beside"
         if any(stem(_last(nfc(path))).casefold() != owner for path, owner in named):
-            reason = f"its name has more to it than that of the image; call it like the image, as in a{kind} of a.png"
+            reason = f"its name is longer than that of the image; rename it, such as a{kind} of a.png"
         if kind == ".json" and beside:
             reason = "no caption under a usual name; set data.caption_column"
         sources.append(_source(name, images, captioned, text, reason))

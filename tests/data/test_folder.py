@@ -134,10 +134,10 @@ def test_what_lies_about_in_folders(tmp_path: Path) -> None:
     assert found.pop("all.tar.gz").startswith(".tar.gz is an archive")
     assert found == {
         "clip.mp4": ".mp4 is a video; save frames of it as PNG or JPEG",
-        "lost.png": "a link that leads nowhere",
+        "lost.png": "a broken link",
         "more": "a link to a folder, which is not followed; give that folder itself",
         "phone.HEIC": ".heic is not read; convert it to PNG or JPEG",
-        "pipe.png": "not a file that can be read at any place",
+        "pipe.png": "not a regular file",
         "round.png": f"cannot be read: {os.strerror(errno.ELOOP)}",
     }
 
@@ -152,7 +152,7 @@ def test_misnamed_images_are_reported(tmp_path: Path) -> None:
     assert captions(source) == {"cat/a.png": ("cat",)}
     asked = {"b": ".png", "c.jpg_large": ".jpg", "d.1": ".gif", "e.x": ".webp", "f.part": ".tif"}
     assert reasons(source) == {
-        f"cat/{name}": f"an image, but its name does not say so; let it end in {kind}" for name, kind in asked.items()
+        f"cat/{name}": f"an image without its suffix; rename it to end in {kind}" for name, kind in asked.items()
     }
 
 
@@ -173,7 +173,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     assert set(captions(source)) == {"a.png"}
     assert reasons(source) == {"locked/": "the folder cannot be read: Permission denied"}
     refused = tmp_path.name
-    with pytest.raises(ValueError, match="cannot be read: Permission denied; mend its permissions"):
+    with pytest.raises(ValueError, match="cannot be read: Permission denied; fix its permissions"):
         opened(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_folder_names_are_the_last_resort(tmp_path: Path) -> None:
     found = reasons(source)
     assert "put it into one, or a .txt with its caption beside it" in found.pop("top.png")
     for name in ("___", "images"):
-        assert found.pop(f"{name}/1.png") == f'no caption: the name of its folder, "{name}", does not say what it shows'
+        assert found.pop(f"{name}/1.png") == f'no caption: the name of its folder, "{name}", does not describe the image'
     assert not found
     # Written captions of fewer than half as many images are neither lost nor do they hide the others.
     save(tmp_path / "top.png", caption="now one caption stands beside an image")

@@ -26,7 +26,7 @@ def test_each_layout_stands_behind_those_before_it(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert captions(source) == {"b.tar/0.png": ("from a tar",)}
     assert reasons(source) == {
-        "a.parquet": "passed over: the folder is read by shards",
+        "a.parquet": "ignored: the folder is read by shards",
         "dogs/1.png": "no caption: the shards beside it count alone",
     }
     # Who names a column of images means the table.
@@ -35,8 +35,8 @@ def test_each_layout_stands_behind_those_before_it(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert captions(source) == {"cats/2.png": ("from a text file",)}
     assert reasons(source) == {
-        "a.parquet": "passed over: the folder is read by captions beside images",
-        "b.tar": "passed over: the folder is read by captions beside images",
+        "a.parquet": "ignored: the folder is read by captions beside images",
+        "b.tar": "ignored: the folder is read by captions beside images",
         "dogs/1.png": "no caption",
     }
     (tmp_path / "names.jsonl").write_text(json.dumps({"file": "dogs/1.png", "caption": "from a table"}))
@@ -47,8 +47,8 @@ def test_each_layout_stands_behind_those_before_it(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert captions(source) == {"cats/2.png": ("from metadata",)}
     assert reasons(source) == {
-        "a.parquet": "passed over: the folder is read by metadata",
-        "b.tar": "passed over: the folder is read by metadata",
+        "a.parquet": "ignored: the folder is read by metadata",
+        "b.tar": "ignored: the folder is read by metadata",
         "dogs/1.png": "no caption: no metadata file names it",
     }
 
@@ -74,7 +74,7 @@ def test_keys_that_a_layout_does_not_have_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.zip", r"a\.zip is a file; \.zip is an archive that cannot be read at any place; unpack it"),
+        ("a.zip", r"a\.zip is a file; \.zip is an archive"),
         ("a.png", r"a\.png is a file; give the folder that holds the captioned images"),
         ("a.mov", r"a\.mov is a file; \.mov is a video"),
         ("a.csv", r"no row of .*a\.csv names an image"),

@@ -104,7 +104,7 @@ def test_what_needs_attention_says_what_to_do() -> None:
     report = dataset_report(whole(), CONFIG, truncated_words=cut)
     skipped, too_long, contradictory = report.needs_attention
     assert skipped.startswith("5 of 47 are skipped (2 × the file is empty, ")
-    assert skipped.endswith("and other reasons); mend or remove them")
+    assert skipped.endswith("and other reasons); fix or remove them")
     assert '1 caption longer than the text encoder reads: 02.png loses "not fit"; shorten' in too_long
     assert '00c.png says "a small cat", and shows what 00.png shows' in contradictory
     assert any("2 images show 1 picture" in note and "together" in note for note in report.notes)

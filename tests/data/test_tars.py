@@ -95,7 +95,7 @@ def test_members_that_make_no_sample_are_named(tmp_path: Path) -> None:
         "a.tar/link.png": "a link or a sparse file within the tar; pack it as a plain file",
         "a.tar/mute.png": "no caption",
         "a.tar/phone.heic": ".heic is not read; convert it to PNG or JPEG",
-        "a.tar/twice.png": "twice in the tar; the last one counts, as in unpacking",
+        "a.tar/twice.png": "twice in the tar; the last one is used",
     }
 
 
@@ -113,10 +113,10 @@ def test_what_can_be_read_of_a_truncated_shard_is_used(tmp_path: Path) -> None:
     assert found.pop("a.tar/1.png") == "cut off at the end of the tar"
     assert found.pop("a.tar").startswith("cut off or broken after 4 members: ")
     assert found.pop("b.tar.gz") == (
-        ".tar.gz is an archive that cannot be read at any place; unpack it (.tar alone is read)"
+        ".tar.gz is an archive without random access; unpack it (only .tar is read)"
     )
     for name in ("empty", "words", "packed"):
-        assert found.pop(f"{name}.tar").startswith("not a tar file that can be read at any place: ")
+        assert found.pop(f"{name}.tar").startswith("not an uncompressed tar file: ")
     assert not found
     (tmp_path / "a.tar").write_bytes(whole[:1550])
     with pytest.raises(OSError, match="ends before byte"):
