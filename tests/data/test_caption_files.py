@@ -333,12 +333,10 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
     ]
     assert "labels.csv: 2 images, not used" in account.to_text()
     assert captions(opened(tmp_path, caption_source="labels.csv")) == {"0.png": ("zero",), "1.png": ("one",)}
-    with pytest.raises(
-        ValueError, match=r'caption_source is "x", but .* no such captions; give one of labels\.csv; sidecars, or'
-    ):
+    with pytest.raises(ValueError, match=r'caption_source is "x".* labels\.csv; sidecars'):
         opened(tmp_path, caption_source="x")
     (tmp_path / "notes.md").write_text("0.png is a picture")
-    with pytest.raises(ValueError, match=r"no captions can be read from it \(tables end in \.csv"):
+    with pytest.raises(ValueError, match=r"caption_source is .*\(tables end in \.csv"):
         opened(tmp_path, caption_source="notes.md")
 
 
@@ -368,7 +366,7 @@ def test_a_shard_of_one_image_does_not_hide_folders_of_many(tmp_path: Path) -> N
     for number in range(6):
         save(tmp_path / "dogs" / f"{number}.png")
     write_tar(tmp_path / "a.tar", [("1.png", png()), ("1.txt", b"x")])
-    with pytest.raises(ValueError, match="shards captions 1 image, the names of sub-folders would caption 6"):
+    with pytest.raises(ValueError, match=r"shards .* 1 image, .* 6; set data\.caption_source"):
         opened(tmp_path)
     assert len(opened(tmp_path, caption_source="folders").samples) == 6
     assert unused(tmp_path, caption_source="folders") == {"shards": 1}
@@ -470,14 +468,14 @@ def test_used_sidecar_json_is_not_reported(tmp_path: Path) -> None:
 def test_a_sheet_that_cannot_be_opened_may_have_captions(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     (tmp_path / "captions.xlsx").write_bytes(b"PK encrypted")
-    with pytest.raises(NoCaptionsError, match=r"captions\.xlsx names .* \(it cannot be opened"):
+    with pytest.raises(NoCaptionsError, match=r"captions\.xlsx .*cannot be opened"):
         opened(tmp_path)
 
 
 def test_a_sheet_of_excel_is_named(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     sheet(tmp_path / "captions.xlsx", "dogs/1.png</t></si><si><t>a dog")
-    with pytest.raises(NoCaptionsError, match=r"captions\.xlsx names 1 image and is not read .* save it as CSV"):
+    with pytest.raises(NoCaptionsError, match=r"captions\.xlsx .*1 image.* CSV"):
         opened(tmp_path)
     source = opened(tmp_path, caption_source="folders")
     assert [(one.name, one.images) for one in source.caption_sources] == [("captions.xlsx", 1), ("folders", 1)]
@@ -500,14 +498,14 @@ def test_text_files_in_another_folder_are_reported_together(tmp_path: Path) -> N
     for number in range(12):
         save(tmp_path / "images" / f"{number}.png")
         write(tmp_path / "captions" / f"{number}.txt", "a dog in the snow")
-    with pytest.raises(ValueError, match=r"captions/\*\.txt: named after images that it does not lie beside"):
+    with pytest.raises(ValueError, match=r"captions/\*\.txt: "):
         opened(tmp_path)
 
 
 def test_unreadable_sidecars_are_not_replaced_by_folder_names(tmp_path: Path) -> None:
     save(tmp_path / "dogs" / "1.png")
     (tmp_path / "dogs" / "1.txt").write_bytes("grün".encode("latin-1"))
-    with pytest.raises(ValueError, match="text beside images captions 0 images"):
+    with pytest.raises(ValueError, match=r"data\.caption_source to sidecars"):
         opened(tmp_path)
 
 
@@ -605,14 +603,14 @@ def test_texts_named_after_images_plus_a_word_are_reported(tmp_path: Path) -> No
     for number in range(3):
         save(tmp_path / "cats" / f"{number}.png", (60 * number, 0, 0))
         write(tmp_path / "cats" / f"{number}_caption.txt", "an old cat")
-    with pytest.raises(NoCaptionsError, match=r"cats/\*\.txt names 3 images and is not read \(its name has more"):
+    with pytest.raises(NoCaptionsError, match=r"cats/\*\.txt .*3 images"):
         opened(tmp_path)
 
 
 def test_tags_are_words(tmp_path: Path) -> None:
     save(tmp_path / "cats" / "1.png", "red")
     write(tmp_path / "cats" / "1.tags", "1girl, solo, smile")
-    with pytest.raises(NoCaptionsError, match=r"cats/1\.tags names 1 image"):
+    with pytest.raises(NoCaptionsError, match=r"cats/1\.tags .*1 image"):
         opened(tmp_path)
 
 

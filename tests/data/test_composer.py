@@ -233,7 +233,7 @@ def test_a_part_that_became_unreadable_is_named(folder: Path, tmp_path: Path) ->
     ant, cat = sample(data, "ant"), sample(data, "cat")
     broken = replace(cat, read=partial(bytes, b"nothing"))
     made = Composition("beside", (ant, broken), None, (255, 255, 255), (0.5,) * 3).sample("said", (32, 32))
-    with pytest.raises(ValueError, match=r"^cat.png could be read before, and now cannot: not an image") as caught:
+    with pytest.raises(ValueError, match=r"^cat.png .*not an image") as caught:
         made.load()
     assert str(caught.value).count("could be read") == 1
 

@@ -256,7 +256,7 @@ def test_a_size_that_is_not_known_is_learned_from_the_image() -> None:
         raise OSError("gone")
 
     broken = [replace(known.samples[0], read=fail, size=None)]
-    with pytest.raises(ValueError, match="s0 could be read before, and now cannot: gone"):
+    with pytest.raises(ValueError, match=r"^s0 .*gone"):
         CaptionedImages(broken, known.config, 0)
     # Squares need no sizes, so nothing is read.
     CaptionedImages(broken, replace(known.config, buckets=False), 0)
@@ -304,11 +304,11 @@ def test_images_of_any_shape_are_kept_within_the_budget() -> None:
 
 def test_sizes_that_a_codec_does_not_divide_are_refused() -> None:
     bucketed().check_factor(4)
-    with pytest.raises(ValueError, match=r"24x12 is not .* factor 8; .* multiple of 64, such as 64, or data\.buckets"):
+    with pytest.raises(ValueError, match=r"24x12 .* factor 8; .*data\.resolution .* 64, .*data\.buckets"):
         bucketed().check_factor(8)
-    with pytest.raises(ValueError, match=r"14x14 .* factor 4; set data\.resolution to a multiple of 32, such as 32$"):
+    with pytest.raises(ValueError, match=r"14x14 .* factor 4; .*data\.resolution .* 32$"):
         CaptionedImages([replace(samples(1)[0], size=(14, 14))], bucketed(resolution=14).config, 0).check_factor(4)
-    with pytest.raises(ValueError, match=r"15x15 .* factor 4; set data\.resolution to a multiple of 4, such as 16$"):
+    with pytest.raises(ValueError, match=r"15x15 .* factor 4; .*data\.resolution .* 16$"):
         dataset(resolution=15).check_factor(4)
     for resolution in range(64, 1025, 64):  # the way out that is named leads out
         bucketed(resolution=resolution).check_factor(8)
@@ -387,7 +387,7 @@ def test_neither_side_is_empty_where_two_groups_allow_it(held_out: float) -> Non
 
 def test_the_edges_of_a_split() -> None:
     assert split(samples(20), 0) == (samples(20), ())
-    with pytest.raises(ValueError, match="no images are left for training"):
+    with pytest.raises(ValueError, match="no images"):
         split((), 0.1)
     with pytest.raises(ValueError, match=r"data\.held_out is 1"):
         split(samples(2), 1)

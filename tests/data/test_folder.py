@@ -173,7 +173,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     assert set(captions(source)) == {"a.png"}
     assert reasons(source) == {"locked/": "the folder cannot be read: Permission denied"}
     refused = tmp_path.name
-    with pytest.raises(ValueError, match="cannot be read: Permission denied; fix its permissions"):
+    with pytest.raises(ValueError, match="Permission denied"):
         opened(tmp_path)
 
 
@@ -198,11 +198,13 @@ def test_folder_names_are_the_last_resort(tmp_path: Path) -> None:
     found = reasons(source)
     assert "put it into one, or a .txt with its caption beside it" in found.pop("top.png")
     for name in ("___", "images"):
-        assert found.pop(f"{name}/1.png") == f'no caption: the name of its folder, "{name}", does not describe the image'
+        assert (
+            found.pop(f"{name}/1.png") == f'no caption: the name of its folder, "{name}", does not describe the image'
+        )
     assert not found
     # Written captions of fewer than half as many images are neither lost nor do they hide the others.
     save(tmp_path / "top.png", caption="now one caption stands beside an image")
-    with pytest.raises(ValueError, match=r"text beside images captions 1 image, the names of .* 4; set"):
+    with pytest.raises(ValueError, match=r"1 image, .* 4; set data\.caption_source"):
         opened(tmp_path)
     assert set(captions(opened(tmp_path, caption_source="sidecars"))) == {"top.png"}
     assert len(captions(opened(tmp_path, caption_source="folders"))) == 4
@@ -211,13 +213,13 @@ def test_folder_names_are_the_last_resort(tmp_path: Path) -> None:
 
 
 def test_error_of_a_folder_without_captions(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no captioned image in .*, which holds no files; put an a\.txt") as caught:
+    with pytest.raises(ValueError, match=r"no files; .*a\.txt") as caught:
         opened(tmp_path)
     assert "metadata.csv" in str(caught.value) and "sub-folders" in str(caught.value)
     for number in range(3):
         save(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"which holds 3 \.png files, 1 \.txt file \(0\.png: no caption\); put"):
+    with pytest.raises(ValueError, match=r"3 \.png files, 1 \.txt file \(0\.png: no caption\)"):
         opened(tmp_path)
     save(tmp_path / "0.png", caption=" ")
     with pytest.raises(ValueError, match=r"\(0\.png: empty caption\)") as caught:
@@ -229,7 +231,7 @@ def test_a_file_that_breaks_after_opening_is_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png", caption="a")
     sample = opened(tmp_path).samples[0]
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a\.png could be read before, and now cannot: the file is empty"):
+    with pytest.raises(ValueError, match=r"a\.png .*the file is empty"):
         sample.load()
     os.remove(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png .* No such file"):

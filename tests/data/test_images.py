@@ -200,7 +200,7 @@ def test_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert str(tmp_path) not in str(caught.value)
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64·64 is more than twice that: a bomb
-    with pytest.raises(ValueError, match="more than 2,000 pixels, which would fill memory; save it smaller"):
+    with pytest.raises(ValueError, match="2,000 pixels"):
         decode((tmp_path / "whole.jpg").read_bytes(), WHITE)
 
 

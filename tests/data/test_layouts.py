@@ -63,11 +63,11 @@ def test_a_broken_shard_does_not_decide_what_a_folder_is(tmp_path: Path) -> None
 
 def test_keys_that_a_layout_does_not_have_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.png", caption="a")
-    with pytest.raises(ValueError, match=r'data\.image_column is "img", but .* holds no table; leave it out'):
+    with pytest.raises(ValueError, match=r'data\.image_column is "img"'):
         opened(tmp_path, image_column="img")
-    with pytest.raises(ValueError, match=r'data\.subset is "fr", but .* is a folder of image files; leave it out'):
+    with pytest.raises(ValueError, match=r'data\.subset is "fr"'):
         opened(tmp_path, subset="fr")
-    with pytest.raises(ValueError, match=r'data\.split is "test", but .* is a folder of image files; leave it out'):
+    with pytest.raises(ValueError, match=r'data\.split is "test"'):
         opened(tmp_path, split="test")
 
 

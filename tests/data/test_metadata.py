@@ -174,7 +174,7 @@ def test_a_list_spelled_in_a_cell_is_a_list_of_captions(tmp_path: Path) -> None:
 def test_two_columns_of_captions_with_one_name_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,one,two\n")
-    with pytest.raises(ValueError, match=r'metadata\.csv has 2 columns "text"; rename all but one of them'):
+    with pytest.raises(ValueError, match=r'metadata\.csv .*2 columns "text"'):
         opened(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_metadata_parquet_may_contain_images(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "metadata.parquet")
     assert list(captions(opened(tmp_path)).values()) == [("inside",)]
     parquet.write_table(pa.table({"nothing": ["a"], "text": ["b"]}), tmp_path / "metadata.parquet")
-    with pytest.raises(ValueError, match=r"metadata\.parquet has no column that names image files.*nothing, text"):
+    with pytest.raises(ValueError, match=r"metadata\.parquet .*nothing, text"):
         opened(tmp_path)
 
 
@@ -269,10 +269,10 @@ def test_a_table_of_another_name_whose_rows_name_images(tmp_path: Path) -> None:
     source = opened(tmp_path / "captions.csv")
     assert captions(source) == {"Images/a.png": ("one", "two")}
     assert list(reasons(source)) == ["captions.csv:4"]
-    with pytest.raises(ValueError, match=r"no row of .*prices\.tsv names an image"):
+    with pytest.raises(ValueError, match=r"prices\.tsv"):
         opened(tmp_path / "prices.tsv")
     (tmp_path / "train.jsonl").write_text(json.dumps({"image": "Images/b.png", "text": "three"}))
-    with pytest.raises(ValueError, match=r"several tables .* not the same: train\.jsonl; captions\.csv; set data\.cap"):
+    with pytest.raises(ValueError, match=r"train\.jsonl; captions\.csv; .*data\.caption_source"):
         opened(tmp_path)
     assert captions(opened(tmp_path, caption_source="captions.csv")) == {"Images/a.png": ("one", "two")}
     (tmp_path / "captions.csv").unlink()

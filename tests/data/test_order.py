@@ -64,19 +64,19 @@ def test_ranks_and_accumulation_slice_the_global_batch(accumulation: int, world:
 
 
 def test_uneven_batches_raise_immediately() -> None:
-    with pytest.raises(ValueError, match=r"8 training images, train\.batch_size 9; set .* at most 8"):
+    with pytest.raises(ValueError, match=r"8 .*train\.batch_size 9; .* 8\b"):
         micro_batches(one_bucket(8, batch_size=9), first_step=0, last_step=1)
-    with pytest.raises(ValueError, match=r"train\.batch_size 8 does not split .* multiple of 6"):
+    with pytest.raises(ValueError, match=r"train\.batch_size 8 .* 6\b"):
         micro_batches(one_bucket(8, batch_size=8), first_step=0, last_step=1, accumulation=2, world=3)
     with pytest.raises(ValueError, match=r"train\.batch_size 0"):
         micro_batches(one_bucket(8, batch_size=0), first_step=0, last_step=1)
-    with pytest.raises(ValueError, match="rank 2 is not one of 2"):
+    with pytest.raises(ValueError, match="rank 2"):
         micro_batches(one_bucket(8, batch_size=8), first_step=0, last_step=1, rank=2, world=2)
-    with pytest.raises(ValueError, match="at least one sample, not 0"):
+    with pytest.raises(ValueError, match="not 0"):
         SampleOrder(length=0, seed=0)
-    with pytest.raises(ValueError, match="start at 0, not -1"):
+    with pytest.raises(ValueError, match="not -1"):
         SampleOrder(length=8, seed=0).at([-1])
-    with pytest.raises(ValueError, match="start at 0, not -1"):
+    with pytest.raises(ValueError, match="not -1"):
         one_bucket(8, batch_size=8).batch(-1)
     assert len(list(micro_batches(one_bucket(8, batch_size=8), first_step=0, last_step=1))) == 1
 

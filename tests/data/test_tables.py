@@ -51,7 +51,7 @@ def test_a_file_or_a_folder_of_parquet(tmp_path: Path) -> None:
     # A file that is given is read whatever its name says.
     alone = opened(tmp_path / "set" / "data" / "test-00000-of-00001.parquet")
     assert captions(alone) == {"black.png": ("a black field",)}
-    with pytest.raises(ValueError, match=r'has no files of the subset "fr"; its files lie in data; set data\.subset'):
+    with pytest.raises(ValueError, match=r'subset "fr".* data; .*data\.subset'):
         opened(tmp_path / "set", subset="fr")
     write(tmp_path / "set" / "fr" / "train.parquet", rows(["white"]))
     assert set(captions(opened(tmp_path / "set", subset="fr"))) == {"white.png"}
@@ -138,7 +138,7 @@ def test_what_is_broken_in_parquet_costs_its_own_rows(tmp_path: Path) -> None:
         assert set(found) == {"a.parquet:2-2", "a.parquet:4", "cut.parquet"}
         assert found["a.parquet:2-2"].startswith("these rows cannot be read: ")
         assert found["cut.parquet"].startswith("not a .parquet file that can be read: ")
-    with pytest.raises(ValueError, match=r"cut\.parquet: not a \.parquet file .*; write or download it again"):
+    with pytest.raises(ValueError, match=r"cut\.parquet: "):
         opened(tmp_path / "cut.parquet")
 
 
@@ -208,10 +208,10 @@ def test_what_datasets_wrote(tmp_path: Path) -> None:
     DatasetDict(train=labelled(), test=labelled().select([1])).save_to_disk(tmp_path / "splits")
     assert len(opened(tmp_path / "splits").samples) == 2
     assert [sample.captions for sample in opened(tmp_path / "splits", split="test").samples] == [("dog",)]
-    with pytest.raises(ValueError, match=r'has no split "val"; set data\.split to one of train, test'):
+    with pytest.raises(ValueError, match=r'split "val".*data\.split .*train, test'):
         opened(tmp_path / "splits", split="val")
     (tmp_path / "saved" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"saved cannot be read as a saved data set: .*; save it again") as caught:
+    with pytest.raises(ValueError, match=r"saved cannot be read") as caught:
         opened(tmp_path / "saved")
     assert "\n" not in str(caught.value)
 
@@ -255,15 +255,13 @@ def test_a_cache_within_the_data_is_not_taken_for_data(tmp_path: Path) -> None:
         assert (len(source.samples), source.skipped) == (3, ())
     assert sorted(path.suffix for path in (tmp_path / "cache" / "tables").iterdir()) == [".json", ".rows"]
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be copied into .*; set data\.cache_dir to a disk with room"):
+    with pytest.raises(ValueError, match=r"data\.cache_dir"):
         opened(tmp_path, cache_dir=str(tmp_path / "file"))
 
 
 def test_unreachable_hub_is_one_line() -> None:
     for name in ("someone/no-such-set", "no-such-set"):
-        with pytest.raises(
-            ValueError, match=rf"data\.path {name} is no folder or file here, and no data set"
-        ) as caught:
+        with pytest.raises(ValueError, match=rf"data\.path {name}") as caught:
             open_source(DataConfig(path=name, resolution=8))
         assert "\n" not in str(caught.value) and "check the spelling, the network" in str(caught.value)
 

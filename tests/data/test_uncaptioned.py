@@ -120,7 +120,7 @@ def test_tables_of_images_without_a_column_of_captions(tmp_path: Path, suffix: s
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a caption")
-    with pytest.raises(NoCaptionsError, match=r"no image in .*; add images"):
+    with pytest.raises(NoCaptionsError, match=r"no image in "):
         images_of(tmp_path)
 
 
