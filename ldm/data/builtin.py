@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.images import cutout_of
+from ldm.data.images import cutout_color
 from ldm.data.rng import content_hash
 from ldm.data.sources import Decoded, Sample, Source, require
 
@@ -181,8 +181,8 @@ def _rendered(svg: bytes, resolution: int, background: tuple[int, int, int] | No
 
 
 def _cutout(svg: bytes) -> tuple[int, int, int] | None:
-    drawn = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
-    return cutout_of(drawn.getchannel("A"), drawn.convert("RGB"))
+    icon = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
+    return cutout_color(icon.getchannel("A"), icon.convert("RGB"))
 
 
 def _svg_folder() -> Path:

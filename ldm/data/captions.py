@@ -6,7 +6,9 @@ import ast
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from ldm.data.file_types import CAPTION_FILES
 
 # In order of preference; case is ignored, "-" and " " count as "_".
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
@@ -168,6 +170,30 @@ def json_captions(data: bytes, column: str | None) -> tuple[list[str], list[str]
     if key is None or key not in record:
         raise KeyError(column or "text")
     return captions(record[key])
+
+
+def sidecar_captions(
+    paths: Sequence[str], read: Callable[[str], bytes], column: str | None
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Files beside one image → (captions, [(path, reason)]). JSON files are used only if there are no text files."""
+    texts = [path for path in paths if path.lower().endswith(CAPTION_FILES)]
+    good: list[str] = []
+    faults: list[tuple[str, str]] = []
+    for path in texts or paths:
+        name = printable(path[path.rfind("/") + 1 :])
+        try:
+            data = read(path)
+            found, reasons = (caption_lines(data), []) if texts else json_captions(data, column)
+        except KeyError:
+            continue  # no captions, such as bounding boxes
+        except OSError as error:
+            faults.append((path, f"{name} cannot be read: {error.strerror}"))
+        except ValueError as error:
+            faults.append((path, str(error) if str(error) == "empty caption" else f"{name} {error}"))
+        else:
+            good += found
+            faults += [(path, reason) for reason in reasons]
+    return good, faults
 
 
 def class_caption(folder: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.data.composer_captions import Wording, grounded, joined, names_ground
-from ldm.data.images import CLEAR_ALPHA, border_of, is_clear, resize_and_crop
+from ldm.data.images import CLEAR_ALPHA, border_pixels, is_clear, resize_and_crop
 from ldm.data.rng import generator
 from ldm.data.scenes.render import RGB
 from ldm.data.sources import DataConfig, Decoded, Sample
@@ -254,7 +254,7 @@ def _piece(decoded: Decoded, background: tuple[int, int, int]) -> _Piece:
         box = alpha.point(lambda value: 255 * (value >= CLEAR_ALPHA)).getbbox() or (0, 0, *alpha.size)
         return _Piece(image.crop(box), alpha.crop(box), background)
     pixels = np.asarray(image)
-    border = border_of(pixels).astype(np.int16)  # [N, 3]
+    border = border_pixels(pixels).astype(np.int16)  # [N, 3]
     plain = np.median(border, axis=0)
     if float(np.mean(np.abs(border - plain).max(axis=1) <= PLAIN_TOLERANCE)) < PLAIN_BORDER:
         return _Piece(image, None, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
-from ldm.data.captions import caption_lines, class_caption, json_captions, plural, printable
+from ldm.data.captions import class_caption, plural, printable, sidecar_captions
 from ldm.data.file_types import CAPTION_FILES, DOCUMENTS, IMAGES, nfc, stem, suffix, unsupported_reason
 from ldm.data.images import decode
 from ldm.data.sources import Sample, Skipped
@@ -189,24 +189,7 @@ def _add_captioned(
     background: tuple[int, int, int],
     listing: SampleListing,
 ) -> None:
-    captions: list[str] = []
-    faults: list[tuple[str, str]] = []
-    plain = [path for path in beside if suffix(path) in CAPTION_FILES]
-    for path in plain or beside:
-        name = PurePosixPath(path).name
-        try:
-            data = (found.root / path).read_bytes()
-            good, reasons = (caption_lines(data), []) if plain else json_captions(data, column)
-        except KeyError:
-            continue  # no captions, such as bounding boxes
-        except OSError as error:
-            faults.append((path, f"{printable(name)} cannot be read: {error.strerror}"))
-        except ValueError as error:
-            empty = str(error) == "empty caption"
-            faults.append((path, str(error) if empty else f"{printable(name)} {error}"))
-        else:
-            captions += good
-            faults += [(path, reason) for reason in reasons]
+    captions, faults = sidecar_captions(beside, lambda path: (found.root / path).read_bytes(), column)
     if captions:
         listing.samples.append(file_sample(found, image, captions, stem(image), background))
         listing.covered.update(beside)

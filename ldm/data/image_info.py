@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import features
 
 from ldm.data.duplicates import THUMBNAIL, Bytes, thumbnail
-from ldm.data.images import FORMATS, cutout_of
+from ldm.data.images import FORMATS, cutout_color
 from ldm.data.sources import DataConfig, Decoded
 
 # Raised when the record or the result of `decode` changes.
@@ -74,7 +74,7 @@ def image_info(decoded: Decoded) -> ImageInfo:
         decoded.mode,
         decoded.traits,
         thumbnail(image),
-        cutout_of(decoded.alpha, image),
+        cutout_color(decoded.alpha, image),
     )
 
 

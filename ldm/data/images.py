@@ -121,7 +121,7 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # [h, w, 3] → [3, h, w]
 
 
-def cutout_of(alpha: Image.Image | None, image: Image.Image) -> tuple[int, int, int] | None:
+def cutout_color(alpha: Image.Image | None, image: Image.Image) -> tuple[int, int, int] | None:
     """The mean color of the motif of an image with a transparent border (`is_clear`); None for others.
 
     Args:
@@ -141,10 +141,10 @@ def cutout_of(alpha: Image.Image | None, image: Image.Image) -> tuple[int, int, 
 
 def is_clear(alpha: Image.Image) -> bool:
     """Whether at least half of the border is transparent."""
-    return float(np.mean(border_of(np.asarray(alpha)) < CLEAR_ALPHA)) >= CLEAR_BORDER
+    return float(np.mean(border_pixels(np.asarray(alpha)) < CLEAR_ALPHA)) >= CLEAR_BORDER
 
 
-def border_of(pixels: np.ndarray) -> np.ndarray:
+def border_pixels(pixels: np.ndarray) -> np.ndarray:
     """[h, w, …] → the pixels at the edges, [N, …]."""
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 

@@ -225,14 +225,14 @@ class _Parquet:
         with parquet.ParquetFile(self.path) as file:
             try:
                 for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-                    for values in zip(*(values_of(batch.column(name)) for name in columns), strict=True):
+                    for values in zip(*(to_python(batch.column(name)) for name in columns), strict=True):
                         number += 1
                         yield Row(number, dict(zip(columns, values, strict=True)))
             except (pa.ArrowException, OSError) as error:
                 yield Row(number + 1, {}, f"this row and those after it cannot be read: {first_line(error)}")
 
 
-def values_of(array: Any) -> list[Any]:
+def to_python(array: Any) -> list[Any]:
     """An Arrow array as Python values; invalid UTF-8 becomes lone surrogates."""
     try:
         return list(array.to_pylist())

@@ -18,7 +18,7 @@ from ldm.data.captions import CAPTION_NAMES, captions, choose_column, match_colu
 from ldm.data.folder import read_file
 from ldm.data.images import decode
 from ldm.data.rng import content_hash
-from ldm.data.rows import first_line, is_text, is_texts, values_of
+from ldm.data.rows import first_line, is_text, is_texts, to_python
 from ldm.data.sources import DataConfig, Sample, Skipped
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
@@ -365,9 +365,9 @@ def _rows(table: ImageTable) -> Iterator[_Row]:
         if pa.types.is_struct(image.type):
             stored = compute.struct_field(image, "bytes")
             if image.type.get_field_index("path") >= 0:
-                paths = values_of(compute.struct_field(image, "path"))
-        keys = values_of(batch.column(columns.key)) if columns.key else [None] * len(image)
-        texts = values_of(batch.column(columns.caption)) if columns.caption else [None] * len(image)
+                paths = to_python(compute.struct_field(image, "path"))
+        keys = to_python(batch.column(columns.key)) if columns.key else [None] * len(image)
+        texts = to_python(batch.column(columns.caption)) if columns.caption else [None] * len(image)
         numbers = batch.column(_ROW).to_pylist() if _ROW in batch.schema.names else None
         for place, (path, key, text) in enumerate(zip(paths, keys, texts, strict=True)):
             name = path or ("" if key is None else str(key))

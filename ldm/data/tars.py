@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ldm.data.captions import MAX_TEXT_BYTES, caption_lines, json_captions, printable
+from ldm.data.captions import MAX_TEXT_BYTES, printable, sidecar_captions
 from ldm.data.file_types import CAPTION_FILES, IMAGES, nfc, unsupported_reason
 from ldm.data.images import decode
 from ldm.data.sources import DataConfig, Sample, Skipped
@@ -126,37 +126,24 @@ def _list_group(
         if any(kind in CAPTION_FILES for kind in members):
             skipped.append(Skipped(key, "a caption without an image"))
         return
-    captions, reasons = _captions(file, members, config.caption_column)
+
+    def read_sidecar(kind: str) -> bytes:
+        file.seek(members[kind].offset_data)
+        # One byte more than allowed, so that the size is checked.
+        return file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))
+
+    sidecars = [kind for kind in (*CAPTION_FILES, ".json") if kind in members]
+    captions, faults = sidecar_captions(sidecars, read_sidecar, config.caption_column)
     for kind in images:
         if not captions and captioned:
-            skipped.append(Skipped(key + kind, reasons[0] if reasons else "no caption"))
+            skipped.append(Skipped(key + kind, faults[0][1] if faults else "no caption"))
             continue
         member = members[kind]
         read = partial(read_span, str(path), member.offset_data, member.size)
         decoder = partial(decode, background=config.background_rgb)
         samples.append(Sample(key + kind, tuple(dict.fromkeys(captions)), key, read, decoder))
     if captions:
-        skipped += [Skipped(key, f"{reason}; its other captions count") for reason in reasons]
-
-
-def _captions(file: BinaryIO, members: dict[str, tarfile.TarInfo], column: str | None) -> tuple[list[str], list[str]]:
-    plain: Sequence[str] = [kind for kind in CAPTION_FILES if kind in members]
-    captions: list[str] = []
-    faults: list[str] = []
-    for kind in plain or ([".json"] if ".json" in members else []):
-        file.seek(members[kind].offset_data)
-        # One byte more than allowed, so that the size is checked.
-        data = file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))
-        try:
-            good, reasons = (caption_lines(data), []) if plain else json_captions(data, column)
-        except KeyError:
-            continue
-        except ValueError as error:
-            faults.append(str(error) if str(error) == "empty caption" else f"{kind} {error}")
-        else:
-            captions += good
-            faults += reasons
-    return captions, faults
+        skipped += [Skipped(key, f"{reason}; its other captions count") for _, reason in faults]
 
 
 def read_span(path: str, offset: int, size: int) -> bytes:

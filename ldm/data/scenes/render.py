@@ -51,15 +51,15 @@ def render_parts(scene: Scene, rng: np.random.Generator, resolution: int) -> tup
     """The image of `render_scene`, and all parts, including attached ones and repetitions."""
     side = 2 * resolution  # 2× supersampling
     canvas = _ground(scene.background, rng, side)
-    drawn = []
+    rendered = []
     for part, box, bottom in _boxes(scene, rng):
         unit, inside = _unit(part, round(1.5 * resolution))
         x, y, width, height = _paste(canvas, unit, box, bottom, side)
         for one, (left, top, right, low) in inside:
             across, down = width / unit.width / side, height / unit.height / side
             place = (x / side + left * across, y / side + top * down, x / side + right * across, y / side + low * down)
-            drawn.append(RenderedPart(one, place))
-    return canvas.reduce(2), drawn
+            rendered.append(RenderedPart(one, place))
+    return canvas.reduce(2), rendered
 
 
 def _boxes(scene: Scene, rng: np.random.Generator) -> list[tuple[Part, Box, bool]]:
