@@ -164,15 +164,15 @@ def test_what_can_be_decoded_is_whatever_its_name_says(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("beginning", "reason"),
     [
-        (b"\0\0\0\x24ftypheic", "a HEIC image, which is not read; convert it to PNG or JPEG"),
+        (b"\0\0\0\x24ftypheic", "a HEIC image.*PNG or JPEG"),
         (b"\0\0\0\x18ftypmif1", "a HEIC image"),
-        (b"\0\0\0\x18ftypisom", "an MP4 video, which is not read; save frames"),
+        (b"\0\0\0\x18ftypisom", "an MP4 video.*frames"),
         (b"\0\0\0\x0cJXL \r\n", "a JPEG XL image"),
         (b"%PDF-1.7", "a PDF document"),
         (b"<?xml version='1.0'?>\n<svg xmlns='x'/>", "an SVG drawing"),
-        (b"\n<!DOCTYPE html><html>", "a web page, which is not read; download the image itself"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-LFS, which is not read; run: git lfs pull"),
-        (b"PK\x03\x04", "a zip archive, which is not read; unpack it"),
+        (b"\n<!DOCTYPE html><html>", "a web page.*download"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-LFS.*git lfs pull"),
+        (b"PK\x03\x04", "a zip archive.*unpack"),
     ],
 )
 def test_what_is_no_image_is_named_whatever_its_name_says(beginning: bytes, reason: str) -> None:
@@ -190,7 +190,7 @@ def test_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reasons = {
         "empty.png": "the file is empty",
         "text.png": "not an image in a known format",
-        "script.png": "a PostScript document, which is not read",
+        "script.png": "a PostScript document",
         "cut.jpg": "truncated",
         "floats.tif": "32-bit grays",
     }

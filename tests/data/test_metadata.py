@@ -226,9 +226,9 @@ def test_columns_are_found_by_their_names(tmp_path: Path, head: str, row: str, g
         (
             "file_name,x,y",
             {},
-            r"metadata\.csv: which column holds the captions .* file_name, x, y; set data.caption_col",
+            r"metadata\.csv: .* file_name, x, y; set data\.caption_column",
         ),
-        ("a.png,b,c", {}, r"no column that names image files, such as file_name; its columns are a\.png, b, c; rename"),
+        ("a.png,b,c", {}, r"a\.png, b, c.*data\.image_column"),
         ("file_name,text,z", {"caption_column": "alt"}, r'caption_column is "alt", but .* it has file_name, text, z'),
         ("file_name,text,z", {"image_column": "img"}, r'image_column is "img", but .* it has file_name, text, z'),
     ],

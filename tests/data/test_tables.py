@@ -227,7 +227,7 @@ def test_what_datasets_wrote(tmp_path: Path) -> None:
         ({"image": "bytes", "x": "text", "y": "text"}, {}, r"the captions cannot be told from the columns image, x, y"),
         ({"image": "bytes", "text": "text"}, {"image_column": "img"}, r'image_column is "img", .* it has image, text'),
         ({"image": "bytes", "text": "text"}, {"image_column": "text"}, r'"text" holds string, not images; .* of image'),
-        ({"image": "bytes", "n": "number"}, {}, r"the captions cannot be told from the columns image, n"),
+        ({"image": "bytes", "n": "number"}, {}, r"image, n; set data\.caption_column"),
         ({"image": "bytes", "text": "text", "n": "number"}, {"caption_column": "n"}, r'"n" holds int64, not texts'),
     ],
 )
