@@ -1,8 +1,8 @@
-"""What a training step of a small UNet takes on a CPU, with what torch offers and with what we do instead.
+"""Time a training step of a small UNet on a CPU, with torch's attention and optimizer and with ours.
 
     python tools/benchmark_training.py [--config configs/openmoji-64.yaml] [--threads 1] [--rounds 5]
 
-All variants take turns in one process; what counts are the ratios.
+All variants take turns in one process; only the ratios matter.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def stepper(config: LDMConfig, torch_attention: bool, fused: bool) -> Callable[[
     return step
 
 
-def measure(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each, round by round, in turns; the first round is not counted."""
+def time_rounds(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of each step function, round by round; the first round is not counted."""
     seconds: list[list[float]] = [[] for _ in steps]
     for _ in range(rounds + 1):
-        for taken, step in zip(seconds, steps, strict=True):
+        for series, step in zip(seconds, steps, strict=True):
             started = time.perf_counter()
             step()
-            taken.append(time.perf_counter() - started)
-    return [taken[1:] for taken in seconds]
+            series.append(time.perf_counter() - started)
+    return [series[1:] for series in seconds]
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, [], LDMConfig)
-    found = measure([stepper(config, *variant) for variant in VARIANTS.values()], arguments.rounds)
+    found = time_rounds([stepper(config, *variant) for variant in VARIANTS.values()], arguments.rounds)
     for name, taken in zip(VARIANTS, found, strict=True):
         ratios = sorted(base / own for base, own in zip(found[0], taken, strict=True))
         print(

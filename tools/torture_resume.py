@@ -1,18 +1,17 @@
-"""Proves that a run which is killed anywhere goes on exactly: kills it again and again, and compares.
+"""Kill a training run again and again, and verify that it resumes bit for bit.
 
     python tools/torture_resume.py --kills 200 --seed 0 --out docs/torture.md docs/torture.json
     python tools/torture_resume.py --kills 20 --processes 2 --signal KILL TERM INT
 
-A config is trained once without a break. Then it is trained in other folders, in real processes that are ended at
-random moments (by default SIGKILL to every process of the run) and started again with --resume, until there were enough
-kills and the last run is done. After each kill the checkpoints are verified with their manifests, by code of this file
-alone: there must be a valid one, and none older than before, once there was one. Of each run that is done, weights,
-averages, moments, exported weights, the log (without speeds) and the pixels of all sample grids must be those of the
-unbroken run, bit for bit. A run that was asked to stop (TERM, INT) while it trained must have saved its last step and
-end with exit code 75. The exit code of this program is 1 if anything is not so.
+A config is trained once without interruption. Then it is trained in other folders, in real processes that are killed at
+random moments (by default SIGKILL to every process of the run) and resumed until there were enough kills. After each
+kill the checkpoints are verified with their manifests, by code of this file alone: at least one must be valid, and none
+older than before. Weights, EMA, optimizer, exports, the log (without speeds) and the pixels of all sample grids must
+equal those of the uninterrupted run. A run that received TERM or INT during training must have saved its last step and
+exit with code 75. The exit code of this program is 1 if anything differs.
 
-Kills are planned from the seed: a phase, which of its moments after the start, and a share of the phase's duration in
-the unbroken run. Where a kill hit is read from what it left on disk. The config is made small (SMALL), --set follows.
+Kills are planned from the seed: a phase, its occurrence after the start, and a fraction of the phase's duration in the
+uninterrupted run. Where a kill hit follows from what it left on disk. The config is made small (SMALL), --set follows.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ SMALL = [
     "train.validate_every=4", "train.validation_samples=16", "train.sample_every=4",
 ]  # fmt: skip
 SMALL_SAMPLES = ["sample.images_per_prompt=1", "sample.num_inference_steps=4", "sample.prompts=[the digit 5, a seven]"]
-# Of 10 kills. "rename" begins when a checkpoint has got its name: the export is renewed, then old ones are pruned.
+# Of 10 kills. "rename" starts when a checkpoint gets its name: the export is updated, then old ones are pruned.
 MIX = {"start-up": 2, "step": 1, "evaluation": 2, "save": 4, "rename": 1}
-MOST_TURNS = 3
+MAX_TURNS = 3
 # Where kills hit.
 HITS = ("start-up", "step", "evaluation", "save, before the rename", "save, after the rename")
 POLL_SECONDS = 0.002
@@ -63,7 +62,7 @@ PATIENCE_SECONDS = 300
 
 
 class Difference(Exception):
-    """A promise that was not kept."""
+    """A run that did not resume exactly."""
 
 
 # ---- what is on disk, read without ldm
@@ -78,7 +77,7 @@ def sha256(path: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: it has all files of its manifest and no others, as they were."""
+    """How a checkpoint differs from its manifest, or None."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -93,7 +92,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def valid_checkpoints(run: Path) -> dict[int, Path]:
-    """Step → folder, oldest first. A damaged one is passed over unless it would be the newest."""
+    """Step → folder, oldest first. Damaged checkpoints are skipped unless the newest is damaged."""
     folders = sorted(path for path in run.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
     faults = {path: damage(path) for path in folders}
     if folders and (fault := faults[folders[-1]]) is not None:
@@ -106,7 +105,7 @@ def step_of(path: Path) -> int:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's log; one that is no JSON stands under "unreadable"."""
+    """The complete lines of a run's log; a line that is no JSON has the key "unreadable"."""
     path = run / "metrics.jsonl"
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     found: list[dict[str, Any]] = []
@@ -119,7 +118,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 def temporaries(run: Path) -> set[Path]:
-    """Folders that something is written into before it gets its name."""
+    """Folders that are being written under a temporary name."""
     return {Path(entry) for at in (run, run / "checkpoints") if at.is_dir() for entry in os.scandir(at)
             if entry.name.startswith(".") and entry.is_dir()}  # fmt: skip
 
@@ -151,7 +150,7 @@ def evidence(run: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Where two runs differ. Checkpoints that only one of them has kept are left out, but for the newest."""
+    """Differences of two runs. Checkpoints that only one of them has are ignored, except the newest."""
     checkpoints = [{part for name in run if (part := checkpoint_of(name))} for run in (expected, found)]
     shared = set.intersection(*checkpoints) | {max(steps) for steps in checkpoints if steps}
     return [
@@ -171,9 +170,9 @@ def checkpoint_of(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Attack:
-    """A planned kill: a share `moment` of a phase's usual duration after its `turn`-th beginning (1-based).
+    """A planned kill: a fraction `moment` of a phase's usual duration after its `turn`-th start (1-based).
 
-    `rank` says which of several processes is asked to stop, as a share of them.
+    `rank` is the process that receives TERM or INT, as a fraction of their number.
     """
 
     phase: str
@@ -193,14 +192,14 @@ def plan(kills: int, seed: int, signals: list[str]) -> list[Attack]:
             deck = [phase for phase, count in MIX.items() for _ in range(count)]
             draw.shuffle(deck)
         phase = deck.pop()
-        turn = 1 if phase == "start-up" else draw.randint(1, MOST_TURNS)
+        turn = 1 if phase == "start-up" else draw.randint(1, MAX_TURNS)
         attacks.append(Attack(phase, turn, draw.random(), draw.choice(signals), draw.random()))
     return attacks
 
 
 @dataclass
 class Watch:
-    """What a session of a run does, seen from outside.
+    """Observes a session of a run from outside.
 
     Attributes:
         resumed: step of the checkpoint that it goes on from, 0 without.
@@ -215,7 +214,7 @@ class Watch:
     steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._old = temporaries(self.run)  # what earlier kills left, until it is cleared away
+        self._old = temporaries(self.run)  # left by earlier kills until it is removed
         self._saves: set[Path] = set()
         self._seen: object = None
         self._cut = False  # lines after the checkpoint are dropped before new ones are written
@@ -249,7 +248,7 @@ class Watch:
 
     @cached_property
     def train(self) -> dict[str, Any]:
-        """The part of the config that says when what is done."""
+        """The train section of the config."""
         config: dict[str, Any] = yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8"))
         return dict(config["train"])
 
@@ -267,7 +266,7 @@ class Watch:
         return times[attack.turn - 1] + attack.moment * seconds[attack.phase] if len(times) >= attack.turn else None
 
     def hit(self) -> str:
-        """Where a session was when it ended, by what it left: more is there than when the kill was decided."""
+        """Where a session ended, by what it left on disk."""
         self.poll()
         phase = self.begun[-1][1]
         return {"save": HITS[3], "rename": HITS[4]}.get(phase, phase)
@@ -279,8 +278,8 @@ def usual_seconds(watch: Watch) -> dict[str, float]:
     spans: dict[str, list[float]] = {phase: [] for phase in MIX}
     for (at, phase), following in zip(watch.begun, ends, strict=True):
         spans[phase].append(following - at)
-    if unseen := [phase for phase, times in spans.items() if len(times) < (1 if phase == "start-up" else MOST_TURNS)]:
-        raise ValueError(f"{unseen[0]} comes too seldom in this run to be hit; raise train.max_steps")
+    if unseen := [phase for phase, times in spans.items() if len(times) < (1 if phase == "start-up" else MAX_TURNS)]:
+        raise ValueError(f"{unseen[0]} is too rare in this run to be hit; raise train.max_steps")
     return {phase: statistics.median(times) for phase, times in spans.items()}
 
 
@@ -288,7 +287,7 @@ def usual_seconds(watch: Watch) -> dict[str, float]:
 
 
 def end(process: subprocess.Popen[bytes], attack: Attack, processes: int) -> None:
-    """Kills all processes of a session, or asks one of those that train to stop, and waits for the last."""
+    """Kill all processes of a session, or send TERM or INT to one that trains, and wait for the last."""
     launcher = psutil.Process(process.pid)
     try:
         if attack.signal == "KILL":
@@ -300,7 +299,7 @@ def end(process: subprocess.Popen[bytes], attack: Attack, processes: int) -> Non
             ranks = launcher.children() if processes > 1 else []
             target = ranks[int(attack.rank * len(ranks))] if ranks else launcher
             target.send_signal(getattr(signal, f"SIG{attack.signal}"))
-    except psutil.NoSuchProcess:  # it has just ended by itself
+    except psutil.NoSuchProcess:  # it has ended by itself
         members = []
     try:
         process.wait(PATIENCE_SECONDS)
@@ -312,7 +311,7 @@ def end(process: subprocess.Popen[bytes], attack: Attack, processes: int) -> Non
 
 
 def family(launcher: psutil.Process) -> list[psutil.Process]:
-    """A process and all below it, stopped, so that none starts another meanwhile; torchrun gives each its own group."""
+    """A process and its descendants, stopped, so that none starts another; torchrun gives each its own group."""
     stopped: list[psutil.Process] = []
     found = [launcher]
     while found:
@@ -331,13 +330,13 @@ def free_port() -> int:
 
 
 class Torture:
-    """An unbroken run, and runs that are killed, below one folder."""
+    """An uninterrupted run, and runs that are killed, in one folder."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
         self.small = [*SMALL, *(SMALL_SAMPLES if arguments.script == "ldm" else [])]
         self.attacks = plan(arguments.kills, arguments.seed, arguments.signal)
-        self.seconds: dict[str, float] = {}  # how long a phase takes
+        self.seconds: dict[str, float] = {}  # duration of each phase
         self.expected: dict[str, Any] = {}
         self.process: subprocess.Popen[bytes] | None = None  # the session that runs
         self.kills: Counter[str] = Counter()  # by where they hit
@@ -348,7 +347,7 @@ class Torture:
         self.differences: list[str] = []
 
     def command(self, run: Path) -> list[str]:
-        """The script as a user calls it, on a cache of its own, so that some kills hit while that is filled."""
+        """The command line of the script, with its own cache, so that some kills hit while it is filled."""
         a = self.arguments
         launch = [sys.executable]
         if a.processes > 1:
@@ -377,7 +376,7 @@ class Torture:
         self.expected = evidence(run)
 
     def break_runs(self) -> None:
-        """Runs that are killed and resumed until there were enough kills; each is compared when it is done."""
+        """Kill and resume runs until there were enough kills; each finished run is compared."""
         while self.attacks:
             run = self.folder / f"broken-{len(self.sessions) + 1}" / "run"
             newest: int | None = 0
@@ -393,7 +392,7 @@ class Torture:
                 shutil.rmtree(run.parent)
 
     def session(self, run: Path, newest: int) -> int | None:
-        """Starts a run or goes on with it, and attacks it. The step of its newest checkpoint, None once it is done."""
+        """Start or resume a run and attack it. Returns the step of its newest checkpoint, or None if it is done."""
         attack = self.attacks[0] if self.attacks else None
         watch, process = Watch(run, newest), self.start(run, "--resume")
         due: float | None = None
@@ -412,7 +411,7 @@ class Torture:
                 f"{run}: step {newest} had a valid checkpoint; now ({hit or 'done'}) the newest is {valid}"
             )
         if watch.steps and watch.steps[0] > newest + watch.train["log_every"]:
-            raise Difference(f"{run}: checkpoint {newest} was valid, and the run went on with step {watch.steps[0]}")
+            raise Difference(f"{run}: checkpoint {newest} was valid, but the run resumed at step {watch.steps[0]}")
         self.resumed += bool(watch.steps and newest)
         if attack is None or hit is None:
             self.check_done(run, process.returncode)
@@ -433,11 +432,15 @@ class Torture:
             raise Difference(f"{run} failed with exit code {code}:\n" + "\n".join(tail))
 
     def check_stop(self, run: Path, code: int, valid: int, step: int) -> None:
-        """A run that was asked to stop while it trained has saved its last step and says so by its exit code."""
+        """A run that received TERM or INT during training has saved its last step and exits with its own code."""
         if valid < step:
-            self.differences.append(f"{run}: asked to stop, step {step} was lost; the newest checkpoint is {valid}")
+            self.differences.append(
+                f"{run}: stopped by a signal, step {step} was lost; the newest checkpoint is {valid}"
+            )
         if self.arguments.processes == 1 and code != STOPPED:  # torchrun has exit codes of its own
-            self.differences.append(f"{run}: asked to stop at step {step}, it ended with {code} instead of {STOPPED}")
+            self.differences.append(
+                f"{run}: stopped by a signal at step {step}, it ended with {code} instead of {STOPPED}"
+            )
 
     def result(self, seconds: float) -> dict[str, Any]:
         a = self.arguments
@@ -519,7 +522,9 @@ def main() -> None:
     torture = Torture(arguments, folder)
     try:
         torture.unbroken()
-        print("the unbroken run:", ", ".join(f"{name} {s:.2f} s" for name, s in torture.seconds.items()), flush=True)
+        print(
+            "the uninterrupted run:", ", ".join(f"{name} {s:.2f} s" for name, s in torture.seconds.items()), flush=True
+        )
         torture.break_runs()
     except Difference as difference:
         torture.differences.append(str(difference))
@@ -532,7 +537,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     print(markdown(result))
     if torture.differences:
-        print(f"the runs are kept in {folder}")
+        print(f"the runs are in {folder}")
         sys.exit(1)
     shutil.rmtree(folder)
 

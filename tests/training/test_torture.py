@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.training.runs import ROOT, captioned_folder, run_ldm, settings
 from tools.torture_resume import (
+    MAX_TURNS,
     MIX,
-    MOST_TURNS,
     Attack,
     Difference,
     Watch,
@@ -53,7 +53,7 @@ def test_the_seed_plans_the_kills():
     assert attacks != plan(200, 1, ["KILL", "TERM"])
     assert Counter(attack.phase for attack in attacks) == {phase: 20 * count for phase, count in MIX.items()}
     assert {attack.signal for attack in attacks} == {"KILL", "TERM"}
-    assert {attack.turn for attack in attacks if attack.phase == "save"} == set(range(1, MOST_TURNS + 1))
+    assert {attack.turn for attack in attacks if attack.phase == "save"} == set(range(1, MAX_TURNS + 1))
     assert min(attack.moment for attack in attacks) < 0.05 and max(attack.moment for attack in attacks) > 0.95
 
 
