@@ -11,7 +11,6 @@ Names in `config.json` are mapped to our classes in one closed table. Every writ
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import shutil
@@ -21,19 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm import disk
 from ldm.codecs import PixelCodec
 from ldm.diffusion.diffusers_schedulers import config_from_diffusers, config_to_diffusers
 from ldm.diffusion.schedule import ScheduleConfig
+from ldm.disk import read_json as read_json
+from ldm.disk import write_json as write_json
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
 from ldm.untrusted import refuse_untrusted
-from ldm.weights import check_dtype, check_weights, converted
-from ldm.wrapped import plain_name, plain_names
+from ldm.weights import (
+    check_dtype,
+    check_weights,
+    converted,
+    find_weights,
+    plain_name,
+    plain_names,
+)
+from ldm.weights import load_tensors as load_tensors
+from ldm.weights import save_tensors as save_tensors
 
 WEIGHTS = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
@@ -135,54 +143,6 @@ def link_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    # ASCII: the name of a file may hold half of a surrogate pair, which UTF-8 does not take.
-    disk.write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one ValueError that names the file."""
-    try:
-        disk.check_regular(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; the model folder is incomplete, copy or train it again") from None
-    except (OSError, ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
-        disk.check_not_pointer(path)
-        raise ValueError(f"{path} cannot be read as JSON ({error}); copy or train the model again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object; copy or train the model again")
-    return content
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file, whole or not at all.
-
-    Raises:
-        OSError: if the disk does not take it.
-    """
-    with disk.new_file(path) as aside:
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"}
-            )
-        except SafetensorError as error:  # the tensors are sound: what fails is the disk
-            raise OSError(f"{path} cannot be written: {error}") from None
-        aside.chmod(0o644)  # safetensors leaves it to its owner alone, and models are made to be shared
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or one ValueError that names it."""
-    try:
-        disk.check_regular(path)
-        return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; the folder is incomplete, copy or train it again") from None
-    except (SafetensorError, OSError) as error:
-        disk.check_not_pointer(path)
-        raise ValueError(f"{path} is damaged or half-written ({error}); copy or train it again") from None
-
-
 def save_model(
     folder: Path, model: UNet | FirstStage, dtype: torch.dtype = torch.float32, shard_bytes: int | None = None
 ) -> None:
@@ -242,14 +202,14 @@ def copy_model(source: Path, target: Path) -> None:
     source, target = disk.expanded(source), disk.expanded(target)
     target.mkdir(parents=True)
     shutil.copyfile(source / "config.json", target / "config.json")
-    first, *shards = weight_files(source)
-    if not shards:
-        _copy_weights(first, target / f"{WEIGHTS}.safetensors")
+    files = find_weights(source, WEIGHTS)
+    if files.index is None:
+        _copy_weights(files.shards[0], target / f"{WEIGHTS}.safetensors")
         return
-    names = {path.name: name for path, name in zip(shards, _shard_names(len(shards)), strict=True)}
-    for path in shards:
+    names = {path.name: name for path, name in zip(files.shards, _shard_names(len(files.shards)), strict=True)}
+    for path in files.shards:
         _copy_weights(path, target / names[path.name])
-    content = read_json(first)
+    content = read_json(files.index)
     places = {plain_name(tensor): names[file] for tensor, file in content["weight_map"].items()}
     write_json(target / f"{WEIGHTS}.safetensors.index.json", content | {"weight_map": places})
 
@@ -368,61 +328,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: to
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a component folder, from all files that hold them; `check_weights` has looked at each."""
     found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            tensors = load_tensors(path)
-            check_weights(tensors, path)
-            found |= tensors
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """One file, or the index and its shards; full precision before half, and that before any other variant.
-
-    Raises:
-        ValueError: if there are none, or several of which none is preferred, or an index does not say which.
-    """
-    variants = _variants(folder)
-    if len(variants) > 1 and not variants.keys() & set(_PREFERRED):
-        raise ValueError(
-            f"{folder} holds the variants {' and '.join(sorted(variants))} of its weights; name the file of the one "
-            f"that you mean {WEIGHTS}.safetensors"
-        )
-    for variant in (*_PREFERRED, *sorted(variants)):
-        if variant not in variants:
-            continue
-        path = variants[variant]
-        if path.suffix == ".safetensors":
-            return [path]
-        names = read_json(path).get("weight_map")
-        sound = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
-        if not sound or not names:
-            raise ValueError(f"{path} has no weight_map of files beside it; copy or train the model again")
-        return [path, *(folder / name for name in sorted(set(names.values())))]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
-        raise ValueError(
-            f"{folder} holds pickled weights (.bin or .ckpt), which are never opened here; "
-            "convert them to safetensors with the tool that made them"
-        )
-    raise ValueError(
-        f"{folder / WEIGHTS}.safetensors is missing; the model folder is incomplete, copy or train it again"
-    )
-
-
-# Of variants of weights (`NAME.VARIANT.safetensors`), the better first; "" is that without a name.
-_PREFERRED = ("", "fp32", "fp16", "bf16")
-
-
-def _variants(folder: Path) -> dict[str, Path]:
-    """Variant → its file, or the index of its shards."""
-    found: dict[str, Path] = {}
-    indexed = re.compile(rf"{WEIGHTS}\.safetensors\.index(?:\.([^.]+))?\.json")
-    single = re.compile(rf"{WEIGHTS}(?:\.([^.]+?))?\.safetensors")
-    for pattern in (indexed, single):  # a single file counts before shards
-        for path in sorted(folder.glob(f"{WEIGHTS}*")):
-            match = pattern.fullmatch(path.name)
-            if match is not None and path.is_file() and not re.search(r"-\d{5}-of-\d{5}", path.name):
-                found[match[1] or ""] = path
+    for path in find_weights(folder, WEIGHTS).shards:
+        tensors = load_tensors(path)
+        check_weights(tensors, path)
+        found |= tensors
     return found
 
 

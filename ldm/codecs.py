@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models import FirstStage
+from ldm.weights import update_hash
 
 LatentsSampler = Callable[[Tensor, Tensor | None], Tensor]
 Compute = Callable[[FirstStage, Tensor], Tensor]
@@ -212,10 +213,8 @@ class LatentCodec(nn.Module):
         """
         config = {key: value for key, value in self.autoencoder.config.to_dict().items() if key not in _NOT_IN_MOMENTS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, value in sorted(self.autoencoder.state_dict().items()):
-            if name.startswith(("encoder.", "quant_conv.")):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        weights = self.autoencoder.state_dict().items()
+        update_hash(digest, {name: value for name, value in weights if name.startswith(("encoder.", "quant_conv."))})
         return digest.hexdigest()[:32]
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|old)")
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -26,13 +28,7 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # Windows opens no folders, and syncs no file that is open for reading
-        if path.is_dir():
-            return
-        flags = os.O_RDWR
-    else:
-        flags = os.O_RDONLY
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -67,6 +63,26 @@ def write_text(path: Path, text: str) -> None:
     """A file of this name that is complete, or the one of before."""
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object atomically, in ASCII: file names may hold lone surrogates, which UTF-8 cannot encode."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError with the name of the file if it is missing, damaged or not an object."""
+    try:
+        check_regular(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; the folder is incomplete, copy, save or train it again") from None
+    except (OSError, ValueError, RecursionError) as error:  # integers of thousands of digits are a ValueError
+        check_not_pointer(path)
+        raise ValueError(f"{path} cannot be read as JSON ({error}); copy, save or train it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not a JSON object; copy, save or train it again")
+    return content
 
 
 def append_line(path: Path, line: str) -> None:

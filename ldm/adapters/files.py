@@ -35,8 +35,7 @@ from ldm.adapters.layers import (
 )
 from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
 from ldm.adapters.names import names_in_files
-from ldm.weights import check_weights, converted
-from ldm.wrapped import plain_names
+from ldm.weights import check_weights, converted, plain_names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

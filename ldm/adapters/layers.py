@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.adapters.lora import AdapterConfig, Lora, adaptable_layers, lora_shapes, peft_settings, target_layers
 from ldm.requirements import pip_install
-from ldm.wrapped import plain_name
+from ldm.weights import plain_name
 
 _STATE = "_ldm_adapters"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

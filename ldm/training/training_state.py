@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,16 +15,7 @@ from ldm import checkpoint
 from ldm.training.autoencoder_loss import AdversarialLoss
 from ldm.training.codebook import Codebook
 from ldm.training.trainable import optimizer_tensors, restore_optimizer, trainable_names
-from ldm.wrapped import plain_name, plain_names
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, independent of their device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+from ldm.weights import plain_name, plain_names, tensors_hash
 
 
 @dataclass(frozen=True)

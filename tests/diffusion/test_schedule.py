@@ -11,13 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, Step
-from ldm.diffusion.schedule import (
-    BetaSchedule,
-    PredictionType,
-    check_first_step,
-    config_from_diffusers,
-    config_to_diffusers,
-)
+from ldm.diffusion.diffusers_schedulers import config_from_diffusers, config_to_diffusers
+from ldm.diffusion.schedule import BetaSchedule, PredictionType, check_first_step
 
 DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
+from ldm.disk import read_json
 from ldm.text import load_text_encoder, load_text_encoder_folders, loading, reference_to
-from ldm.text.files import read_json
 
 
 def test_minilm_tells_captions_apart_and_needs_its_mask(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_a_model_of_another_kind_is_refused_by_name(save_encoder: Any) -> None:
 
 def test_a_missing_folder_or_config_is_named(save_encoder: Any, tmp_path: Path) -> None:
     folder = save_encoder("bert")
-    with pytest.raises(ValueError, match=r"none/config.json is missing: the folder is incomplete"):
+    with pytest.raises(ValueError, match=r"none/config.json is missing.*the folder is incomplete"):
         load_text_encoder_folders(tmp_path / "none", folder)
-    with pytest.raises(ValueError, match=r"none is missing: the folder is incomplete"):
+    with pytest.raises(ValueError, match=r"none is missing.*the folder is incomplete"):
         load_text_encoder_folders(folder, tmp_path / "none")
 
 
@@ -382,5 +382,5 @@ def test_a_config_that_cannot_be_built_is_one_line(save_encoder: Any) -> None:
     with pytest.raises(ValueError, match="states model_max_length '12', which is no number"):
         load_text_encoder(str(folder))
     (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         load_text_encoder(str(folder))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.disk import read_json
 from ldm.text import load_text_encoder, load_text_encoder_folders
-from ldm.text.files import read_json
 
 CAPTIONS = [
     "A corgi wearing a hat",

@@ -11,7 +11,7 @@ from torch import nn
 from ldm import Pipeline, adapters, checkpoint
 from ldm.training.trainable import make_ema
 from ldm.training.training_state import TrainingState
-from ldm.wrapped import plain_name, plain_names
+from ldm.weights import find_weights, plain_name, plain_names
 from tests import tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -161,10 +161,10 @@ def test_of_several_variants_the_preferred_one_is_read_and_else_none(saved):
     zeros = {name: torch.zeros_like(value) for name, value in load_file(weights).items()}
     for variant in ("non_ema", "bf16"):
         save_file(zeros, weights.with_name(f"diffusion_pytorch_model.{variant}.safetensors"), {"format": "pt"})
-    assert checkpoint.weight_files(saved / "unet") == [weights]
+    assert find_weights(saved / "unet", checkpoint.WEIGHTS).shards == (weights,)
     weights.unlink()
-    (half,) = checkpoint.weight_files(saved / "unet")
+    (half,) = find_weights(saved / "unet", checkpoint.WEIGHTS).shards
     assert half.name == "diffusion_pytorch_model.bf16.safetensors"
     half.rename(half.with_name("diffusion_pytorch_model.a.safetensors"))
     with pytest.raises(ValueError, match="holds the variants a and non_ema of its weights"):
-        checkpoint.weight_files(saved / "unet")
+        find_weights(saved / "unet", checkpoint.WEIGHTS)
