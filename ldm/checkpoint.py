@@ -84,10 +84,10 @@ FORMATS = {
     "lora": ("pytorch_lora_weights.safetensors", _LORA),
     "best": ("best.json", rf"best\.json|pipeline/({_PIPELINE})|autoencoder/({_NETWORK})|lora/{_LORA}"),
 }
-ADDED_BY_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+OS_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 # What a folder may hold before its first model: what a clone of an empty repository of the hub holds.
 _COMPANIONS = {".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", "README.md", "LICENSE", "LICENSE.md"}
-_COMPANIONS |= {"LICENSE.txt", *ADDED_BY_SYSTEMS}
+_COMPANIONS |= {"LICENSE.txt", *OS_FILES}
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Ite
         ValueError: for a file, a link to nothing, a folder that holds other things and no model, and where something
             stands in the way of the model. Nothing is written then.
     """
-    place = disk.folder_to_write(folder)
+    place = disk.writable_folder(folder)
     mark, names = FORMATS[kind]
     other = next((path.name for path in sorted(place.glob("*")) if path.name not in _COMPANIONS), None)
     if other is not None and not _is_model(place, mark):
@@ -156,7 +156,7 @@ def save_model(
     Raises:
         ValueError: if one tensor alone takes more.
     """
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config.to_dict())
     weights = {name: value.to(dtype) for name, value in plain_names(model.state_dict()).items()}
@@ -176,19 +176,19 @@ def _bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _shards(weights: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:
+def _shards(weights: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
     """The tensors in their order, in as many parts as are needed for none to take more than `most` bytes."""
-    if most is None:
+    if max_bytes is None:
         return [dict(weights)]
     shards: list[dict[str, Tensor]] = [{}]
-    room = most
+    room = max_bytes
     for name, tensor in weights.items():
         size = _bytes_of(tensor)
-        if size > most:
-            raise ValueError(f"{name} alone takes {size:,} bytes, more than the {most:,} of a file; allow more")
+        if size > max_bytes:
+            raise ValueError(f"{name} alone takes {size:,} bytes, more than the {max_bytes:,} of a file; allow more")
         if size > room:
             shards.append({})
-            room = most
+            room = max_bytes
         shards[-1][name] = tensor
         room -= size
     return shards
@@ -199,7 +199,7 @@ def copy_model(source: Path, target: Path) -> None:
 
     Files of a variant lose its name; tensors of a network that was wrapped lose the prefix, in files that are new then.
     """
-    source, target = disk.expanded(source), disk.expanded(target)
+    source, target = disk.expand_user(source), disk.expand_user(target)
     target.mkdir(parents=True)
     shutil.copyfile(source / "config.json", target / "config.json")
     files = find_weights(source, WEIGHTS)
@@ -223,7 +223,7 @@ def _copy_weights(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def holds(folder: Path, model: nn.Module) -> bool:
+def has_weights(folder: Path, model: nn.Module) -> bool:
     """Whether a folder has the weights of a first stage, as they are in its dtype.
 
     They may have changed since it was read: those in the folder, where another model was saved into it, or its own.
@@ -254,7 +254,7 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
             finite or quantized, and a dtype that networks cannot have.
     """
     check_dtype(dtype)
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     config = _read_config(folder)
     name = config.get("_class_name", expected)
     if name != expected:
@@ -272,7 +272,7 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
     weights = plain_names(read_weights(folder), folder)
     if expected in FIRST_STAGES:
         weights = upgrade_state_dict(weights)
-    fill(model, weights, folder, dtype)
+    assign_weights(model, weights, folder, dtype)
     return model.eval()
 
 
@@ -282,7 +282,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstS
     Raises:
         ValueError: for a missing file, another class, a damaged file, or weights that do not fit the config.
     """
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     name = _read_config(folder).get("_class_name", "AutoencoderKL")
     if name not in FIRST_STAGES:
         raise ValueError(
@@ -304,7 +304,9 @@ def _a(name: str) -> str:
     return f"{'an' if str(name)[:1] in 'AEIO' else 'a'} {name}"
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: torch.dtype | None = None) -> None:
+def assign_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], where: Path, dtype: torch.dtype | None = None
+) -> None:
     """Assigns `weights` to a model built on the meta device; every key and shape must fit."""
     wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
@@ -337,7 +339,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def load_schedule(folder: Path, class_name: str | None = None) -> ScheduleConfig:
     """The schedule, prediction and grid that `scheduler_config.json` describes, read as by diffusers' `class_name`."""
-    path = disk.expanded(folder) / "scheduler_config.json"
+    path = disk.expand_user(folder) / "scheduler_config.json"
     content = read_json(path)
     try:
         return config_from_diffusers(content, class_name)
@@ -346,20 +348,20 @@ def load_schedule(folder: Path, class_name: str | None = None) -> ScheduleConfig
 
 
 def save_schedule(folder: Path, config: ScheduleConfig, learned_variance: bool = False) -> None:
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = config_to_diffusers(config, learned_variance=learned_variance)
     write_json(folder / "scheduler_config.json", content)
 
 
 def save_pixel_codec(folder: Path, codec: PixelCodec) -> None:
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", codec.config)
 
 
 def load_pixel_codec(folder: Path) -> PixelCodec:
-    path = disk.expanded(folder) / "config.json"
+    path = disk.expand_user(folder) / "config.json"
     config = read_json(path)
     try:
         return PixelCodec(tuple(config["mean"]), tuple(config["std"]))
@@ -389,7 +391,7 @@ def find_autoencoder(name: str) -> Path:
         return BUILT_IN[name]
     if name in BUILT_IN_PIPELINES:
         return BUILT_IN_PIPELINES[name] / "vae"
-    inside = disk.expanded(name) / "vae"
+    inside = disk.expand_user(name) / "vae"
     if (inside / "config.json").is_file():
         return inside
     if (inside.parent / "codec" / "config.json").is_file():
@@ -400,7 +402,7 @@ def find_autoencoder(name: str) -> Path:
 
 def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
     """The folder `name` if it holds the file `wanted`; None if there is no such folder but `name` may be a hub id."""
-    folder, text = disk.expanded(name), os.fspath(name)
+    folder, text = disk.expand_user(name), os.fspath(name)
     if not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in SINGLE_FILES):
         raise ValueError(_is_single_file(folder, text, wanted))
     if folder.is_dir():

@@ -97,7 +97,7 @@ def append_line(path: Path, line: str) -> None:
             rest = rest[file.write(rest) :]
 
 
-def folder_to_write(name: str | os.PathLike[str]) -> Path:
+def writable_folder(name: str | os.PathLike[str]) -> Path:
     """The absolute path at which a folder is written: `~` is the home folder, a link means what it points to.
 
     Raises:
@@ -105,7 +105,7 @@ def folder_to_write(name: str | os.PathLike[str]) -> Path:
     """
     if not os.fspath(name):
         raise ValueError("the name of the folder is empty; name one, or . for the present one")
-    given = expanded(name)
+    given = expand_user(name)
     if given.is_symlink() and not given.exists():
         raise ValueError(
             f"{given} is a link to {os.readlink(given)}, where nothing is; remove it or name another folder"
@@ -122,7 +122,7 @@ def folder_to_write(name: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def expanded(name: str | os.PathLike[str]) -> Path:
+def expand_user(name: str | os.PathLike[str]) -> Path:
     """A path in which `~` is the home folder; ValueError for that of a user who is not known."""
     try:
         return Path(name).expanduser()
@@ -303,7 +303,7 @@ def is_partial(path: Path) -> bool:
     return _PARTIAL.fullmatch(path.name) is not None
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
+def file_stamp(path: Path) -> tuple[int, int] | None:
     """What changes where a file is written anew: its size and time; None where there is none."""
     try:
         status = path.stat()

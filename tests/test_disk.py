@@ -175,9 +175,9 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "f").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "f")  # root may write anywhere
     with pytest.raises(ValueError, match="f is read-only"):
-        disk.folder_to_write(tmp_path / "f")
+        disk.writable_folder(tmp_path / "f")
     with pytest.raises(ValueError, match="is a mount point"):
-        disk.folder_to_write("/")
+        disk.writable_folder("/")
 
 
 def test_a_folder_that_is_private_or_shared_with_a_group_stays_so(tmp_path):

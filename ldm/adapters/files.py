@@ -23,18 +23,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.adapters.kinds import refuse_others
+from ldm.adapters.kinds import check_plain_lora
 from ldm.adapters.layers import (
     _import_peft,
     adapter_names,
     adapter_tensors,
-    attach,
     check_new_name,
     check_weight,
+    inject_adapter,
     layer_alphas,
 )
 from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
-from ldm.adapters.names import names_in_files
+from ldm.adapters.names import file_names
 from ldm.weights import check_weights, converted, plain_names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -75,7 +75,7 @@ _PREFIXES = {
 _OF_TEXT_ENCODER = re.compile(r"text_model[._]|encoder[._]layers[._]")
 
 # Expressions of strangers are searched in the names of layers; with few repeats, none of a group, that ends.
-_REPEATS, _REPEATED_GROUP, _MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{?]"), 2
+_REPEATS, _REPEATED_GROUP, _MAX_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{?]"), 2
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def save_adapter(
         alphas = {module.removeprefix(inner): alpha for module, alpha in layer_alphas(model, name).items()}
         tensors |= {f"{part}.{inner}{key}": value.float().cpu().contiguous() for key, value in own.items()}
         settings |= {f"{part}.{key}": value for key, value in peft_settings(ranks, alphas).items()}
-    target = disk.folder_to_write(folder) / WEIGHTS
+    target = disk.writable_folder(folder) / WEIGHTS
     if target.is_symlink():
         raise ValueError(f"{target} is a link; remove it, or name another folder for the adapter")
     if target.is_dir():
@@ -150,12 +150,12 @@ def load_adapter(
     _import_peft()
     file = _read(source)
     networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
-    refuse_others(file.path, file.tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
+    check_plain_lora(file.path, file.tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
     loras = {part: _fitting(file, part, found, networks) for part, found in _sorted_out(file).items()}
     for part in loras:
         check_new_name(networks[part], name)
     for part, found in loras.items():
-        attach(networks[part], found, name, weight)
+        inject_adapter(networks[part], found, name, weight)
 
 
 def _sorted_out(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
@@ -187,7 +187,7 @@ def _fitting(
             f"{file.path} also changes the text encoder ({len(found)} layers); load it into a pipeline (load_lora)"
         )
     layers = adaptable_layers(networks[part])
-    names = names_in_files(layers)
+    names = file_names(layers)
     unknown = sorted(name for name in found if name not in names)
     if unknown:
         raise ValueError(
@@ -255,7 +255,7 @@ def _settings_of(file: _File, part: str) -> dict[str, Any]:
             re.compile(expression)
         except (re.error, TypeError):
             raise ValueError(f"{file.path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
-        if len(_REPEATS.findall(expression)) > _MOST_REPEATS or _REPEATED_GROUP.search(expression):
+        if len(_REPEATS.findall(expression)) > _MAX_REPEATS or _REPEATED_GROUP.search(expression):
             raise ValueError(
                 f"{file.path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
             )
@@ -295,7 +295,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
 
 def _find(source: str | os.PathLike[str]) -> Path:
     """The safetensors file that `source` means."""
-    path, text = disk.expanded(source), os.fspath(source)
+    path, text = disk.expand_user(source), os.fspath(source)
     if path.is_dir():
         return path / _choice([child.name for child in path.iterdir() if child.is_file()], text)
     if path.suffix in PICKLES:

@@ -46,7 +46,7 @@ _XL_WIDTH = 2048
 _TO_TEXT = re.compile(r".*attn2[._](?:processor[._])?to_[kv][._]lora(?:_A|[._]down|_linear_layer\.down)\..*")
 
 
-def refuse_others(path: Path, tensors: Mapping[str, Tensor], text_width: int | None) -> None:
+def check_plain_lora(path: Path, tensors: Mapping[str, Tensor], text_width: int | None) -> None:
     """`ValueError` where a file holds something else than A, B and α of layers, or layers of another architecture.
 
     Args:

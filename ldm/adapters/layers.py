@@ -61,7 +61,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", 
         drawn = nn.init.kaiming_uniform_(torch.empty(down), a=math.sqrt(5), generator=generator)
         alpha = float(config.rank if config.alpha is None else config.alpha)
         loras[module] = Lora(drawn, torch.zeros(up), alpha)
-    attach(model, loras, name)
+    inject_adapter(model, loras, name)
     train_adapter(model, name)
 
 
@@ -249,7 +249,7 @@ def check_weight(name: str, weight: float) -> None:
         raise ValueError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number, 1 as trained")
 
 
-def attach(model: nn.Module, loras: Mapping[str, Lora], name: str, weight: float = 1.0) -> None:
+def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weight: float = 1.0) -> None:
     """Puts an adapter with these tensors into the layers of these names, on with this weight, frozen.
 
     The names are those of `adaptable_layers`, the shapes those of `lora_shapes`, the adapter's name is checked.

@@ -20,7 +20,7 @@ _OUTSIDE = {
 }
 
 
-def names_in_files(layers: Iterable[str]) -> dict[str, str]:
+def file_names(layers: Iterable[str]) -> dict[str, str]:
     """Every name under which a file may have one of these layers → the layer."""
     layers = list(layers)
     known = {alias: name for name in layers for alias in _aliases(name)}

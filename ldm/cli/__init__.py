@@ -10,7 +10,7 @@ import typer
 
 import ldm
 from ldm.cli import autoencoder, data
-from ldm.cli.arguments import SeveralValues
+from ldm.cli.arguments import RepeatedOptionsCommand
 from ldm.cli.evaluate import evaluate
 from ldm.cli.generate import generate
 from ldm.cli.nll import nll
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
-app.command(cls=SeveralValues)(train)
+app.command(cls=RepeatedOptionsCommand)(train)
 app.command()(nll)
 app.command()(evaluate)
 app.add_typer(data.app, name="data")

@@ -16,14 +16,14 @@ from ldm import disk
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
-class SeveralValues(TyperCommand):
+class RepeatedOptionsCommand(TyperCommand):
     """Takes `--set a=1 b=2` and `--accept a b`, as the scripts in train/ do."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, one_each(args))
+        return super().parse_args(ctx, repeat_options(args))
 
 
-def one_each(args: Sequence[str]) -> list[str]:
+def repeat_options(args: Sequence[str]) -> list[str]:
     """The same arguments with `--set` or `--accept` before each of its values."""
     found: list[str] = []
     option, waiting = "", False
@@ -54,7 +54,7 @@ def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Pat
     Raises:
         ValueError: naming the option.
     """
-    path = disk.expanded(path)
+    path = disk.expand_user(path)
     if path.suffix.lower() not in kinds:
         raise ValueError(f"{option} is {path}; {what}, so let it end in {' or '.join(kinds)}")
     if path.is_dir():
@@ -69,7 +69,7 @@ def output_folder(option: str, path: Path) -> Path:
     Raises:
         ValueError: naming the option.
     """
-    path = disk.expanded(path)
+    path = disk.expand_user(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} is {path}, a file; name a folder")
     _check_writable(option, path / "any")

@@ -66,7 +66,7 @@ def evaluate(
     from ldm.evaluation.features import feature_space
     from ldm.evaluation.first_stage import evaluate_first_stage, worst_sheet
     from ldm.evaluation.perceptual import perceptual_distance
-    from ldm.models.perceptual import SMALLEST_SIDE
+    from ldm.models.perceptual import MIN_IMAGE_SIZE
     from ldm.pipelines import save_png
     from ldm.pipelines.pipeline import usable_device
     from ldm.training.components import load_first_stage
@@ -76,7 +76,7 @@ def evaluate(
     check_tile(parts)  # what is wrong whatever the model is said before it is loaded
     DataConfig(path=path, resolution=1 if resolution is None else resolution, held_out=held_out, background=background)
     check_path(path)
-    codec = load_first_stage(str(disk.expanded(model)) if model.startswith("~") else model).to(place)
+    codec = load_first_stage(str(disk.expand_user(model)) if model.startswith("~") else model).to(place)
     codec.tile(parts)
     space = feature_space(features, device=place, weights=weights)
     config = DataConfig(
@@ -88,9 +88,9 @@ def evaluate(
         image_column=image_column,
         caption_column=caption_column,
     )
-    if config.resolution < SMALLEST_SIDE:
+    if config.resolution < MIN_IMAGE_SIZE:
         raise ValueError(
-            f"--resolution is {config.resolution}; reconstructions are judged from {SMALLEST_SIDE} pixels a side on"
+            f"--resolution is {config.resolution}; reconstructions are judged from {MIN_IMAGE_SIZE} pixels a side on"
         )
     everything = inspect(open_source(config, captioned=False), config, progress=True).used
     learned, used = split_of(everything, held_out)

@@ -51,7 +51,9 @@ def check_data(
     truncated_words, uncounted = None, ""
     try:
         length = 48 if path == "scenes" else 32
-        truncated_words = load_text_encoder(encoder or "minilm", length if max_length is None else max_length).lost
+        truncated_words = load_text_encoder(
+            encoder or "minilm", length if max_length is None else max_length
+        ).truncated_words
     except ValueError as error:
         if encoder is not None or max_length is not None:
             raise

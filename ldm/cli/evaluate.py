@@ -107,7 +107,7 @@ def evaluate(
     if prompts is not None and not axes:
         raise ValueError("--prompts is for --axes; pictures for captions of the data are counted by --samples")
     grid = _grid(sweep_guidance, sweep_steps) if sweep else None
-    model = str(disk.expanded(model)) if model.startswith("~") else model
+    model = str(disk.expand_user(model)) if model.startswith("~") else model
     run = find_run(model)
     folder = output_folder("--output", output or _own_folder(model, run))
     asked = Asked(model, path, run, folder, samples, seed, steps, guidance, as_json)
@@ -217,7 +217,7 @@ def _evaluate(
     asked.folder.mkdir(parents=True, exist_ok=True)
     reference = Reference.of(*compared, space, bars=_bars, print=asked.say)
     wanted = captions_wanted(reference, asked.samples, asked.seed)
-    cut = pipeline.text_encoder.cut(caption for captions, _ in wanted.values() for caption in captions)
+    cut = pipeline.text_encoder.truncation_message(caption for captions, _ in wanted.values() for caption in captions)
     if cut:
         notes.append(f"captions are cut: {cut}")
         print(f"warning: {notes[-1]}", file=sys.stderr, flush=True)

@@ -86,7 +86,7 @@ def generate(
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
     from ldm.pipelines.arguments import check_size, check_steps, image_prompts, image_seeds
     from ldm.pipelines.sampling import SamplingParams
-    from ldm.text import cut_prompts_said
+    from ldm.text import ignore_cut_prompts
 
     # What is wrong whatever the model is said before it is loaded.
     parts: Any = int(tile) if tile.isdecimal() else tile
@@ -111,19 +111,19 @@ def generate(
         sampler_options=options if sampler else None,
         **how,
     )
-    pipeline = Pipeline.from_pretrained(disk.expanded(model) if model.startswith("~") else model, device=device)
+    pipeline = Pipeline.from_pretrained(disk.expand_user(model) if model.startswith("~") else model, device=device)
     pipeline.tile(parts)
     for number, (source, weight) in enumerate(weighted):
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
-    drawn: dict[str, Any] = {
+    params: dict[str, Any] = {
         "sampler": pipeline.sampler if sampler is None else sampler,
         "sampler_options": options or None,
         "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
         "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
         **how,
     }
-    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, drawn["num_inference_steps"])
-    with cut_prompts_said():  # said below, since a wrong argument is one line and no more
+    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, params["num_inference_steps"])
+    with ignore_cut_prompts():  # said below, since a wrong argument is one line and no more
         result = pipeline(
             prompt,
             negative_prompt=negative_prompt,
@@ -132,14 +132,14 @@ def generate(
             num_images_per_prompt=count,
             seed=seed,
             on_step=strip,
-            **drawn,
+            **params,
         )
-    cut = pipeline.text_encoder.cut([prompt, negative_prompt or ""])
+    cut = pipeline.text_encoder.truncation_message([prompt, negative_prompt or ""])
     if cut:
         print(f"warning: {cut}", file=sys.stderr)
     if guidance_interval is not None:  # JSON has no infinity
-        drawn["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
-    settings = drawn | {
+        params["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
+    settings = params | {
         "model": model,
         "lora": lora or [],
         "height": result.images[0].height,
@@ -179,7 +179,7 @@ def _weighted(entry: str) -> tuple[str, float]:
         source, number = (name, float(weight)) if colon and name else (entry, 1.0)
     except ValueError:
         source, number = entry, 1.0
-    return str(disk.expanded(source)) if source.startswith("~") else source, number
+    return str(disk.expand_user(source)) if source.startswith("~") else source, number
 
 
 def _option(entry: str) -> tuple[str, float]:

@@ -66,7 +66,7 @@ def nll(
     columns |= {"caption_source": caption_source}
     DataConfig(path=path, resolution=1, **columns)  # type: ignore[arg-type] # refused before a model is loaded
     check_path(path)
-    pipeline = Pipeline.from_pretrained(disk.expanded(model) if model.startswith("~") else model, device=device)
+    pipeline = Pipeline.from_pretrained(disk.expand_user(model) if model.startswith("~") else model, device=device)
     learned = pipeline.unet.config.learned_variance
     if learned and variance is not None:
         raise ValueError(f"--variance is {variance}, but {model} has learned its variances; leave it out")
@@ -90,7 +90,9 @@ def nll(
             progress=bar.update,
         )
     asked_for = set(found.ids)
-    cut = pipeline.text_encoder.cut(sample.captions[0] for sample in images.samples if sample.id in asked_for)
+    cut = pipeline.text_encoder.truncation_message(
+        sample.captions[0] for sample in images.samples if sample.id in asked_for
+    )
     if cut:
         print(f"warning: captions are cut: {cut}", file=sys.stderr)
     if output is not None:

@@ -78,7 +78,7 @@ def train(
                 raise ValueError(
                     f"--resume {resume} continues that run, and {option} is for a new one; {NEW_RUN_ONLY[option]}"
                 )
-        raise typer.Exit(resume_run(disk.expanded(resume), accept or [], settings or []))
+        raise typer.Exit(resume_run(disk.expand_user(resume), accept or [], settings or []))
     if accept:
         raise ValueError("--accept lists what may differ from a resumed run; it needs --resume")
     if path is None:
@@ -90,7 +90,7 @@ def train(
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
     from ldm.training.auto_config import TrainOptions
 
-    where = disk.expanded(path).resolve()
+    where = disk.expand_user(path).resolve()
     name = where.name if where.is_dir() else where.stem if where.exists() else path.replace("/", "-")
     options = TrainOptions(
         output_dir=output or f"runs/{name}",

@@ -1,6 +1,6 @@
 """Training configs: a YAML file and `--set a.b=value` → validated, frozen objects."""
 
-from ldm.config.files import C, load_config, parse_config, read_config, to_yaml, with_overrides
+from ldm.config.files import ConfigT, load_config, parse_config, read_config, to_yaml, with_overrides
 from ldm.config.schema import (
     AutoencoderLossConfig,
     AutoencoderTrainingConfig,
@@ -12,13 +12,13 @@ from ldm.config.schema import (
     TrainConfig,
     check_autoencoder,
     check_objective,
-    section_of,
+    section_name,
 )
 
 __all__ = [
     "AutoencoderLossConfig",
     "AutoencoderTrainingConfig",
-    "C",
+    "ConfigT",
     "DiffusionTrainConfig",
     "FinetuneConfig",
     "LDMConfig",
@@ -30,7 +30,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "read_config",
-    "section_of",
+    "section_name",
     "to_yaml",
     "with_overrides",
 ]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.config.foreign import check_ours
+from ldm.config.foreign import refuse_other_tools
 from ldm.config.reading import from_text, members_of, read_yaml, section_in, typed
 from ldm.config.schema import AutoencoderTrainingConfig, LDMConfig
 
@@ -59,10 +59,10 @@ _short.maxstring = _short.maxother = 80
 _short.maxlevel, _short.maxlist, _short.maxdict = 2, 4, 4
 
 
-C = TypeVar("C", LDMConfig, AutoencoderTrainingConfig)
+ConfigT = TypeVar("ConfigT", LDMConfig, AutoencoderTrainingConfig)
 
 
-def load_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
+def load_config(path: Path, overrides: Sequence[str], kind: type[ConfigT]) -> ConfigT:
     """Reads a YAML file, applies `a.b=value` overrides, and validates the whole. See `ldm.config.reading`.
 
     Raises:
@@ -116,7 +116,7 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
     Raises:
         ValueError: naming the keys that say so.
     """
-    check_ours(content, where)
+    refuse_other_tools(content, where)
     other = next(one for one in SCRIPTS if one is not kind)
     known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
     foreign = sorted(map(str, content.keys() - known))
@@ -127,7 +127,7 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
         )
 
 
-def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
+def parse_config(content: Mapping[str, Any], kind: type[ConfigT], where: str) -> ConfigT:
     """Validates a nested mapping as a config of `kind`; `where` names its origin in errors."""
     if content.get("start_from") is not None:
         for key in sorted(FROM_START & content.keys()):
@@ -141,7 +141,7 @@ def parse_config(content: Mapping[str, Any], kind: type[C], where: str) -> C:
         for key in derived.keys() & (given.keys() if isinstance(given, Mapping) else set()):
             raise ValueError(f"{where}: {section}.{key} follows from {derived[key]}; leave it out")
     try:
-        return typing.cast(C, _adapter(typing.cast(Any, kind)).validate_python(dict(content)))
+        return typing.cast(ConfigT, _adapter(typing.cast(Any, kind)).validate_python(dict(content)))
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(error, kind)}") from None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Dotted keys → the tool. None of them is a key of ours.
-TELLTALE = {
+FOREIGN_KEYS = {
     "model.target": "CompVis's latent-diffusion and what came of it",
     "model.base_learning_rate": "CompVis's latent-diffusion and what came of it",
     "network_module": "kohya's sd-scripts",
@@ -29,13 +29,13 @@ TELLTALE = {
 }
 
 
-def check_ours(content: Mapping[str, Any], where: str) -> None:
+def refuse_other_tools(content: Mapping[str, Any], where: str) -> None:
     """Refuses a config that was written for another tool.
 
     Raises:
         ValueError: naming the key and the tool.
     """
-    for key, tool in TELLTALE.items():
+    for key, tool in FOREIGN_KEYS.items():
         section, _, last = key.rpartition(".")
         inside = content.get(section) if section else content
         if isinstance(inside, Mapping) and last in inside:

@@ -19,7 +19,7 @@ import yaml
 
 NULLS = ("null", "Null", "NULL", "~")
 # torch and numpy count in 64 bits.
-LARGEST = 2**63 - 1
+MAX_INT = 2**63 - 1
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 _DOTTED = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 # An element of a list, up to the comma behind it: quoted as in YAML, or text without a comma.
@@ -192,7 +192,7 @@ def _number(text: str, members: Sequence[Any], path: str) -> Any:
         wanted += ", or a list of them: [1, 2]" if list_in(members) is not None else ""
         wanted += ", or null" if types.NoneType in members else ""
         raise ValueError(f"{path} is {text!r}; it must be {wanted}")
-    if isinstance(number, int) and abs(number) > LARGEST:
+    if isinstance(number, int) and abs(number) > MAX_INT:
         raise ValueError(f"{path} is {text}; it must be a whole number below 2**63")
     return number
 
@@ -200,7 +200,7 @@ def _number(text: str, members: Sequence[Any], path: str) -> Any:
 def _parsed(text: str, fractions: bool) -> int | float | None:
     with suppress(ValueError):
         whole = int(text, 0)
-        return float(whole) if fractions and abs(whole) <= LARGEST else whole
+        return float(whole) if fractions and abs(whole) <= MAX_INT else whole
     try:
         number = float(_DOTTED.sub(r"\1\2", text))
     except ValueError:

@@ -16,7 +16,7 @@ from ldm.diffusion.samplers import check_sampler
 from ldm.diffusion.schedule import check_first_step, check_precision
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
-from ldm.models.perceptual import SMALLEST_SIDE
+from ldm.models.perceptual import MIN_IMAGE_SIZE
 
 
 def _positive(config: object, *keys: str) -> None:
@@ -451,7 +451,7 @@ class AutoencoderTrainingConfig:
             _positive(self, "revive_codes_after")
         if self.network is not None:
             check_autoencoder(self.network, self.trained)
-            self.check_regulariser(self.network)
+            self.check_regularizer(self.network)
         self._check_loss()
 
     @property
@@ -459,7 +459,7 @@ class AutoencoderTrainingConfig:
         """The autoencoder that is described, of whichever kind; None if it is that of `start_from`."""
         return self.vq or self.autoencoder
 
-    def check_regulariser(self, network: AutoencoderConfig | VQConfig) -> None:
+    def check_regularizer(self, network: AutoencoderConfig | VQConfig) -> None:
         """Refuses what is set for the other kind of first stage than `network`.
 
         Raises:
@@ -479,9 +479,9 @@ class AutoencoderTrainingConfig:
     def _check_loss(self) -> None:
         """Refuses terms that never come to bear, or that these images are too small for."""
         loss, side = self.loss, self.data.resolution
-        if loss.perceptual_weight > 0 and side < SMALLEST_SIDE:
+        if loss.perceptual_weight > 0 and side < MIN_IMAGE_SIZE:
             raise ValueError(
-                f"data.resolution is {side}, and the perceptual distance needs {SMALLEST_SIDE} pixels a side; set "
+                f"data.resolution is {side}, and the perceptual distance needs {MIN_IMAGE_SIZE} pixels a side; set "
                 "loss.perceptual_weight=0"
             )
         if loss.adversarial_weight == 0:
@@ -491,7 +491,7 @@ class AutoencoderTrainingConfig:
                 f"loss.adversarial_start is {loss.adversarial_start} and train.max_steps {self.train.max_steps}: the "
                 "discriminator would never start; start it earlier, or set loss.adversarial_weight=0"
             )
-        if side < self.discriminator.smallest_side:
+        if side < self.discriminator.min_image_size:
             raise ValueError(
                 f"data.resolution is {side}, which discriminator.levels {self.discriminator.levels} would halve to "
                 "nothing; lower it"
@@ -503,7 +503,7 @@ class AutoencoderTrainingConfig:
             )
 
 
-def section_of(network: AutoencoderConfig | VQConfig) -> str:
+def section_name(network: AutoencoderConfig | VQConfig) -> str:
     """The section of a config that describes such a network."""
     return "vq" if isinstance(network, VQConfig) else "autoencoder"
 
@@ -520,5 +520,5 @@ def check_autoencoder(autoencoder: AutoencoderConfig | VQConfig, trained: Litera
     for key in ("in_channels", "out_channels"):
         if getattr(autoencoder, key) != 3:
             raise ValueError(
-                f"{section_of(autoencoder)}.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3"
+                f"{section_name(autoencoder)}.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3"
             )

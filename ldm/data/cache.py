@@ -77,7 +77,7 @@ class RowCache:
     """
 
     def __init__(self, folder: Path, print: Callable[[str], None] = print) -> None:
-        self.folder = folder = disk.expanded(folder)
+        self.folder = folder = disk.expand_user(folder)
         self._print = print
         self._name = "/".join(folder.parts[-2:])
         self._shards: dict[str, _Shard] = {}

@@ -17,7 +17,7 @@ def check_storable(folder: Path) -> None:
     Raises:
         ValueError: if it is no local pipeline folder that `ldm` has written, or one that must stay as it is.
     """
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     _index(folder)
     if (folder.parent / "manifest.json").exists():
         raise ValueError(
@@ -35,7 +35,7 @@ def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int
         ValueError: as `check_storable`.
         OSError: if the disk does not take it; the old file stands then.
     """
-    folder = disk.expanded(folder)
+    folder = disk.expand_user(folder)
     check_storable(folder)
     index = _index(folder)
     changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}

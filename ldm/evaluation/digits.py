@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.data import DIGIT_WORDS, Sample
 from ldm.data.builtin import digit_captions
 from ldm.pipelines import Pipeline
-from ldm.text import cut_prompts_said
+from ldm.text import ignore_cut_prompts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def draw_digits(
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        with cut_prompts_said():
+        with ignore_cut_prompts():
             pictures += pipeline(chunk, seed=start, num_inference_steps=num_inference_steps).images
     return pictures, digits
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.data import Sample, generator
 from ldm.pipelines import Pipeline
-from ldm.text import cut_prompts_said
+from ldm.text import ignore_cut_prompts
 
 
 def captions_of(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[str], list[int]]:
@@ -73,7 +73,7 @@ def draw(
     parts = []
     for start in range(0, len(captions), at_once):
         chunk = slice(start, start + at_once)
-        with cut_prompts_said():  # of captions, by those who know the data
+        with ignore_cut_prompts():  # of captions, by those who know the data
             drawn = pipeline(
                 list(captions[chunk]),
                 seed=seeds[chunk],

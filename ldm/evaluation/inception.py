@@ -35,7 +35,7 @@ def load_inception(weights: str) -> nn.Module:
             f"Inception features need their weights, a file of 91 MiB that is not downloaded here: fetch {SOURCE} and "
             "give its path"
         )
-    path = disk.expanded(weights)
+    path = disk.expand_user(weights)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

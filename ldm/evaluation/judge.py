@@ -166,7 +166,7 @@ class Judge:
         config = read_judge_config(folder)
         network = JudgeNetwork(config)
         weights = checkpoint.load_tensors(folder / WEIGHTS)
-        checkpoint.fill(network, {name: _widened(value) for name, value in weights.items()}, folder)
+        checkpoint.assign_weights(network, {name: _widened(value) for name, value in weights.items()}, folder)
         known = {thing.name for thing in load_catalog().things if thing.tier <= config.tier}
         if known != set(config.things):
             different = min(known ^ set(config.things))

@@ -61,7 +61,7 @@ class Account:
         Raises:
             OSError: if the disk does not take them.
         """
-        folder = disk.expanded(folder)
+        folder = disk.expand_user(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "evaluation.json", self.to_dict())
         save_png(self._samples(), folder / "samples.png", {"settings": self.evaluation.settings})

@@ -16,8 +16,8 @@ _NOTES = {"torch_dtype", "dtype", "architectures", "transformers_version", "diff
 _NOTES |= {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 _NOTES_IF_NULL = {"quantization_config"}
 # Of keys that are numbers of layers; more would be built for minutes before the weights are seen not to fit.
-_MOST_LAYERS = 100
-_LARGEST = 2**31 - 1
+_MAX_LAYERS = 100
+_MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,10 @@ class ComponentConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):  # Python reads NaN and 1e999 from JSON
                     refuse(field.name, value, "must be finite")
-                if isinstance(number, int) and number > _LARGEST:
-                    refuse(field.name, value, f"must be at most {_LARGEST}")
-                if isinstance(number, int) and field.name.endswith("layers_per_block") and number > _MOST_LAYERS:
-                    refuse(field.name, value, f"must be at most {_MOST_LAYERS}")
+                if isinstance(number, int) and number > _MAX_INT:
+                    refuse(field.name, value, f"must be at most {_MAX_INT}")
+                if isinstance(number, int) and field.name.endswith("layers_per_block") and number > _MAX_LAYERS:
+                    refuse(field.name, value, f"must be at most {_MAX_LAYERS}")
 
     def check_positive(self, *keys: str) -> None:
         """Raises `ValueError` for the first of these fields with a number not above zero or infinite."""

@@ -39,7 +39,7 @@ class DiscriminatorConfig:
             refuse("norm_num_groups", self.norm_num_groups, f"must divide the {self.channels} channels")
 
     @property
-    def smallest_side(self) -> int:
+    def min_image_size(self) -> int:
         """Pixels a side that an image must have."""
         return int(2**self.levels)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SMALLEST_SIDE = 8
+MIN_IMAGE_SIZE = 8
 # A map of a single place says nothing of where things are, and its padding is most of what it sees.
-SMALLEST_MAP = 2
+MIN_MAP_SIZE = 2
 
 
 class PerceptualDistance:
@@ -55,12 +55,12 @@ class PerceptualDistance:
     def levels(self, height: int, width: int) -> int:
         """How many maps count for images of this size."""
         side = min(height, width)
-        if side < SMALLEST_SIDE:
+        if side < MIN_IMAGE_SIZE:
             raise ValueError(
-                f"images of {height}x{width} are too small for a perceptual distance, which needs {SMALLEST_SIDE} "
+                f"images of {height}x{width} are too small for a perceptual distance, which needs {MIN_IMAGE_SIZE} "
                 "pixels a side; leave it out (loss.perceptual_weight=0)"
             )
-        return min(len(self.scales), (side // SMALLEST_MAP).bit_length() - 1)
+        return min(len(self.scales), (side // MIN_MAP_SIZE).bit_length() - 1)
 
 
 def _unit(features: Tensor) -> Tensor:

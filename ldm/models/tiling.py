@@ -32,7 +32,7 @@ from ldm.models.layers import Downsample, ResnetBlock, Upsample
 Function = Callable[[Tensor], Tensor]
 Rows = Callable[[int, int], Tensor]
 
-FEWEST_ROWS = 2  # in place a strip may look back over one strip, and a residual block looks back over two rows
+MIN_ROWS = 2  # in place a strip may look back over one strip, and a residual block looks back over two rows
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,6 @@ def _stored(x: _Map, rows: Rows, pixels: int) -> _Map:
 
 def _strips(x: _Map, pixels: int) -> Iterator[tuple[int, int]]:
     """(top, bottom) of strips of about `pixels` places each, from top to bottom."""
-    height = max(FEWEST_ROWS, pixels // x.width)
+    height = max(MIN_ROWS, pixels // x.width)
     for top in range(0, x.height, height):
         yield top, min(top + height, x.height)

@@ -15,7 +15,7 @@ from ldm.models.component_config import refuse
 from ldm.models.tiling import decode_in_strips, encode_in_strips
 
 # Of the table of distances that is held at once: 16 MB in float32.
-DISTANCES_AT_ONCE = 2**22
+MAX_DISTANCES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class VectorQuantizer(nn.Module):
             codes = codes - middle
             squares = codes.square().sum(dim=1)  # [K]
             rows = latents.to(wide).movedim(1, -1).reshape(-1, channels) - middle  # [B·h·w, C]
-            parts = rows.split(max(1, DISTANCES_AT_ONCE // len(codes)))
+            parts = rows.split(max(1, MAX_DISTANCES // len(codes)))
             nearest = [torch.addmm(squares, part, codes.T, alpha=-2).argmin(dim=1) for part in parts]
         return torch.cat(nearest).view(latents.shape[0], *latents.shape[2:])
 

@@ -56,7 +56,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str
         content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         # The name of a file may hold half of a surrogate pair; JSON escapes one in the same way.
         info.add_itxt(key, content.encode("utf-8", "backslashreplace").decode())
-    path = disk.expanded(path)
+    path = disk.expand_user(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk.new_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)

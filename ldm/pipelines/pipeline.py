@@ -522,7 +522,7 @@ class Pipeline:
         if isinstance(codec, LatentCodec):
             check_weights(codec.autoencoder.state_dict(), "the autoencoder")
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
-        place = disk.folder_to_write(folder)
+        place = disk.writable_folder(folder)
         with checkpoint.atomic_folder(place) as target:
             checkpoint.write_json(target / "model_index.json", self.index())
             checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
@@ -534,7 +534,7 @@ class Pipeline:
                 checkpoint.write_json(target / "text_encoder" / REFERENCE, reference)
                 self._save_codec(target)
         if reference is None:
-            self.text_encoder.is_now_in(place, changed=adapters.is_merged(self.text_encoder.model))
+            self.text_encoder.set_source(place, changed=adapters.is_merged(self.text_encoder.model))
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
@@ -544,7 +544,7 @@ class Pipeline:
     def _save_codec(self, folder: Path) -> None:
         codec = _unwrapped(self.codec)
         if isinstance(codec, LatentCodec):
-            if codec.source is not None and checkpoint.holds(codec.source, codec.autoencoder):
+            if codec.source is not None and checkpoint.has_weights(codec.source, codec.autoencoder):
                 checkpoint.copy_model(codec.source, folder / "vae")
             else:
                 checkpoint.save_model(folder / "vae", codec.autoencoder)
@@ -715,7 +715,7 @@ class Pipeline:
 
     def _warn_of_cut(self, *prompts: str) -> None:
         """For methods under `torch.inference_mode()`: the warning points at the line that called them."""
-        message = self.text_encoder.cut(prompts)
+        message = self.text_encoder.truncation_message(prompts)
         if message:
             warnings.warn(message, CutPromptWarning, stacklevel=4)
 

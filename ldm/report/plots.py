@@ -27,7 +27,7 @@ def save_plot(path: Path, line: Line, *, axis: str) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    path = disk.expanded(path)
+    path = disk.expand_user(path)
     if path.suffix.lower() == ".png":
         save_png(raster(line, axis=axis), path, {"title": line.name})
         return

@@ -70,4 +70,4 @@ def write_page(path: Path, title: str, body: str) -> None:
     """
     dark = f"@media (prefers-color-scheme:dark){{:root{{{DARK}}}{curves.style(curves.DARK)}}}"
     style = f":root{{{LIGHT}}}{LAYOUT}{curves.style(curves.LIGHT)}{dark}"
-    disk.write_text(disk.expanded(path), PAGE.format(title=escaped(title), style=style, body=body))
+    disk.write_text(disk.expand_user(path), PAGE.format(title=escaped(title), style=style, body=body))

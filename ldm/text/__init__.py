@@ -1,13 +1,13 @@
 """Frozen text encoders behind one protocol: captions in, hidden states [B, L, D] out."""
 
-from ldm.text.encoder import CutPromptWarning, TextEncoder, cut_prompts_said
+from ldm.text.encoder import CutPromptWarning, TextEncoder, ignore_cut_prompts
 from ldm.text.loading import REFERENCE, load_text_encoder, load_text_encoder_folders, reference_to
 
 __all__ = [
     "REFERENCE",
     "CutPromptWarning",
     "TextEncoder",
-    "cut_prompts_said",
+    "ignore_cut_prompts",
     "load_text_encoder",
     "load_text_encoder_folders",
     "reference_to",

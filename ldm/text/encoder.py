@@ -38,7 +38,7 @@ class CutPromptWarning(UserWarning):
 
 
 @contextmanager
-def cut_prompts_said() -> Iterator[None]:
+def ignore_cut_prompts() -> Iterator[None]:
     """No `CutPromptWarning` inside: for callers that say it themselves, once for many pictures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CutPromptWarning)
@@ -95,7 +95,7 @@ class TextEncoder:
         self.max_length = max_length
         self.uses_attention_mask = files.config.get("use_attention_mask") is True
         self._files = files
-        self._stamps = {path: disk.stamp(path) for path in (*files.weights.shards, *files.tokenizer)}
+        self._stamps = {path: disk.file_stamp(path) for path in (*files.weights.shards, *files.tokenizer)}
 
     @property
     def hidden_size(self) -> int:
@@ -161,7 +161,7 @@ class TextEncoder:
         # Output 0 is the last hidden state; in a CLIP, after its final layer norm.
         return self.model(tokens.input_ids.to(self.device), attention_mask=mask)[0]  # [b, L, D]
 
-    def overflow(self, captions: Sequence[str]) -> list[int]:
+    def truncated_tokens(self, captions: Sequence[str]) -> list[int]:
         """How many tokens of each caption are lost because it does not fit in `max_length`: 0 where it fits.
 
         `ValueError` as in `__call__`.
@@ -195,7 +195,7 @@ class TextEncoder:
         update_hash(digest, {name: value for name, value in weights.items() if not name.startswith("pooler.")})
         return digest.hexdigest()[:32]
 
-    def lost(self, captions: Sequence[str]) -> list[str]:
+    def truncated_words(self, captions: Sequence[str]) -> list[str]:
         """The words of each caption that do not fit in `max_length`: "" where all do. A word that is cut is lost.
 
         `ValueError` as in `__call__`.
@@ -204,17 +204,17 @@ class TextEncoder:
         lost = []
         for start in range(0, len(captions), _COUNTED):
             some = captions[start : start + _COUNTED]
-            over = self.overflow(some)
+            over = self.truncated_tokens(some)
             lost += [self._end(text) if tokens else "" for text, tokens in zip(some, over, strict=True)]
         return lost
 
-    def cut(self, texts: Iterable[str]) -> str:
-        """One line that names the words which `lost` finds, text by text; "" where all of them fit.
+    def truncation_message(self, texts: Iterable[str]) -> str:
+        """One line that names the words which `truncated_words` finds, text by text; "" where all of them fit.
 
         `ValueError` as in `__call__`.
         """
         unique = list(dict.fromkeys(texts))
-        pairs = [(text, gone) for text, gone in zip(unique, self.lost(unique), strict=True) if gone]
+        pairs = [(text, gone) for text, gone in zip(unique, self.truncated_words(unique), strict=True) if gone]
         if not pairs:
             return ""
         quoted = [f"{_quoted(gone)} of {_quoted(text)}" for text, gone in pairs[:_QUOTED]]
@@ -248,11 +248,11 @@ class TextEncoder:
         `ValueError` where one exists already, and where a file that is to be copied has changed since it was read.
         """
         for path in self._files.tokenizer if changed else self._stamps:
-            if disk.stamp(path) != self._stamps[path]:
+            if disk.file_stamp(path) != self._stamps[path]:
                 raise ValueError(
                     f"{path} is not the file that the text encoder was read from: restore it, or load the model again"
                 )
-        files, folder = self._files, disk.expanded(folder)
+        files, folder = self._files, disk.expand_user(folder)
         for target in (folder / "text_encoder", folder / "tokenizer"):
             if target.exists():
                 raise ValueError(f"{target} exists already: choose another folder or delete it first")
@@ -270,7 +270,7 @@ class TextEncoder:
             config = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
             disk.write_json(target / "tokenizer_config.json", config | {"model_max_length": self.max_length})
 
-    def is_now_in(self, folder: Path, *, changed: bool = False) -> None:
+    def set_source(self, folder: Path, *, changed: bool = False) -> None:
         """Says that `folder` holds what `save` wrote; files that came from there are copied from there again."""
 
         def replaced(paths: Sequence[Path], part: str) -> bool:
@@ -279,10 +279,10 @@ class TextEncoder:
         weights, tokenizer, stamps = self._files.weights, self._files.tokenizer, dict(self._stamps)
         if replaced(weights.shards, "text_encoder") and not changed:
             weights = find_weights(folder / "text_encoder", STEM)
-            stamps |= {path: disk.stamp(path) for path in weights.shards}
+            stamps |= {path: disk.file_stamp(path) for path in weights.shards}
         if replaced(tokenizer, "tokenizer"):
             tokenizer = tuple(folder / "tokenizer" / path.name for path in tokenizer)
-            stamps |= {path: disk.stamp(path) for path in tokenizer}
+            stamps |= {path: disk.file_stamp(path) for path in tokenizer}
         self._files = replace(self._files, weights=weights, tokenizer=tokenizer)
         self._stamps = {path: stamps[path] for path in (*weights.shards, *tokenizer)}
 

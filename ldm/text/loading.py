@@ -118,7 +118,7 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
     if name in _PACKAGED:
         folder = _PACKAGED[name]()
         return _load(folder, folder, _MINILM_LENGTH if max_length is None else max_length, own=True)
-    folder = disk.expanded(name) if disk.expanded(name).is_dir() else _download(name)
+    folder = disk.expand_user(name) if disk.expand_user(name).is_dir() else _download(name)
     if (folder / "model_index.json").is_file():
         reference = folder / "text_encoder" / REFERENCE
         if reference.is_file():
@@ -149,7 +149,7 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
     first stands for both, and names an encoder that is part of a package.
     `ValueError` where a file is missing, damaged, or does not suit the others.
     """
-    folder, tokenizer = disk.expanded(text_encoder_folder), disk.expanded(tokenizer_folder)
+    folder, tokenizer = disk.expand_user(text_encoder_folder), disk.expand_user(tokenizer_folder)
     if (folder / REFERENCE).is_file():
         return _referred(folder / REFERENCE)
     return _load(folder, tokenizer, None, own=False)
@@ -383,16 +383,16 @@ def _positions(config: Any, family: _Family) -> int | None:
     return int(limit) - config.pad_token_id - 1
 
 
-def _padded_length(tokenizer: Any, limit: int | None, asked: int | None, folder: Path) -> int:
+def _padded_length(tokenizer: Any, limit: int | None, requested: int | None, folder: Path) -> int:
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ValueError(f"{folder} states model_max_length {tokenizer.model_max_length!r}, which is no number")
     stated = tokenizer.model_max_length if tokenizer.model_max_length < _SANE_LENGTH else None
-    length = asked if asked is not None else stated or limit
+    length = requested if requested is not None else stated or limit
     if length is None:
         raise ValueError(f"{folder} states no model_max_length: give max_length, 77 as in Stable Diffusion")
-    least = tokenizer.num_special_tokens_to_add() + 1
-    if length < least or (limit is not None and length > limit):
-        bounds = f"at least {least}" if limit is None else f"from {least} to {limit}"
+    min_length = tokenizer.num_special_tokens_to_add() + 1
+    if length < min_length or (limit is not None and length > limit):
+        bounds = f"at least {min_length}" if limit is None else f"from {min_length} to {limit}"
         raise ValueError(f"{folder} cannot pad captions to {length} tokens: choose a max_length {bounds}")
     return int(length)
 

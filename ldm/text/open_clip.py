@@ -100,8 +100,8 @@ def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> P
         except (OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"weights {source} of {model} cannot be downloaded: {reason}") from None
-    elif source and disk.expanded(source).is_file():
-        path = disk.expanded(source)
+    elif source and disk.expand_user(source).is_file():
+        path = disk.expand_user(source)
     else:
         raise ValueError(
             f"{source!r} is neither a file nor a pretrained tag of open_clip's {model}: "

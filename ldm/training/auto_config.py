@@ -327,7 +327,7 @@ def _choose_text_length(samples: Sequence[Sample], encoder: str, chosen: ChosenC
         return None, loaded.max_length, loaded.hidden_size
     captions = sorted({caption for sample in samples for caption in sample.captions})
     shortest = load_text_encoder(encoder, TEXT_LENGTHS[0])
-    overflow = shortest.overflow(captions)
+    overflow = shortest.truncated_tokens(captions)
     for length in TEXT_LENGTHS:
         longer = sum(lost > length - TEXT_LENGTHS[0] for lost in overflow)
         if longer <= len(captions) / 100:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.codecs import LatentCodec
-from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_of
+from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_name
 from ldm.data import Batch, CaptionedImages, collate, to_signed
 from ldm.evaluation.perceptual import perceptual_distance
 from ldm.models import (
@@ -76,7 +76,7 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
 def _check_start_from(found: AutoencoderConfig | VQConfig, config: AutoencoderTrainingConfig) -> None:
     """ValueError if `start_from` has another shape than the config describes, or cannot be trained."""
     described = config.network or found
-    section = section_of(described)
+    section = section_name(described)
     if type(described) is not type(found):
         raise ValueError(
             f"{section} describes {described.diffusers_class}, but {config.start_from} (start_from) is "
@@ -90,7 +90,7 @@ def _check_start_from(found: AutoencoderConfig | VQConfig, config: AutoencoderTr
             )
     try:
         check_autoencoder(found, config.trained)
-        config.check_regulariser(found)
+        config.check_regularizer(found)
     except ValueError as error:
         raise ValueError(f"{config.start_from} (start_from) cannot be trained: {error}") from None
 

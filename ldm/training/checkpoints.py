@@ -133,7 +133,7 @@ def _has_extra_files(folder: Path) -> bool:
         named = checkpoint.read_json(folder / MANIFEST)["files"].keys() | {MANIFEST}
     except (ValueError, KeyError, AttributeError):
         return True  # unknown
-    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in checkpoint.ADDED_BY_SYSTEMS)
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in checkpoint.OS_FILES)
     return any(path.relative_to(folder).as_posix() not in named for path in files)
 
 

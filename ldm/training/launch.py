@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ldm.config import C, load_config
+from ldm.config import ConfigT, load_config
 from ldm.training.checkpoints import resume_command
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
 
 
-def main(train: Callable[..., Path], kind: type[C], default_config: Path, description: str) -> None:
+def main(train: Callable[..., Path], kind: type[ConfigT], default_config: Path, description: str) -> None:
     """Parse the arguments, validate the config and run `train(config, resume, accept)`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(

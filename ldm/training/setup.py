@@ -32,7 +32,7 @@ from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_varianc
 from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import NotFinite, Pipeline, contact_sheet
-from ldm.text import TextEncoder, cut_prompts_said, load_text_encoder
+from ldm.text import TextEncoder, ignore_cut_prompts, load_text_encoder
 from ldm.training import timing
 from ldm.training.components import FrozenComponents, load_first_stage
 from ldm.training.distributed import StepLosses
@@ -125,7 +125,7 @@ def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipel
     if images.composer is not None:
         images.composer.fits = pipeline.text_encoder.fits()
         run.print(images.composer.summary(images.shape_of))
-    cut = pipeline.text_encoder.cut(config.sample.prompts)
+    cut = pipeline.text_encoder.truncation_message(config.sample.prompts)
     if cut:
         run.print(f"sample.prompts: {cut}")
     set_attention_backend(pipeline.unet, config.train.attention)
@@ -203,7 +203,7 @@ def make_cached_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> Cac
 def log_cache_summary(cache: LatentCache, text_encoder: TextEncoder, run: Run) -> None:
     """Log how many captions are truncated, and how far the latents are from mean 0 and std 1."""
     captions = sorted({caption for sample in cache.images.samples for caption in sample.captions})
-    lost = [tokens for tokens in text_encoder.overflow(captions) if tokens]
+    lost = [tokens for tokens in text_encoder.truncated_tokens(captions) if tokens]
     run.print(
         f"{len(captions)} different captions, {len(lost)} longer than {text_encoder.max_length} tokens"
         + (f" ({sum(lost)} tokens are cut; text.max_length allows more)" if lost else "")
@@ -403,7 +403,7 @@ def _describe_space(config: LDMConfig) -> str:
 def sample_grid(pipeline: Pipeline, config: SampleConfig) -> Image.Image:
     """A row of samples per prompt; sample j of every row has seed `config.seed` + j."""
     seeds = [config.seed + j for _ in config.prompts for j in range(config.images_per_prompt)]
-    with cut_prompts_said():  # make_pipeline logs it once per run
+    with ignore_cut_prompts():  # make_pipeline logs it once per run
         samples = pipeline(
             config.prompts,
             num_images_per_prompt=config.images_per_prompt,

@@ -119,7 +119,7 @@ def test_no_caption_is_cut(numbers):
     config = yaml.safe_load((ROOT / "configs" / "scenes-64.yaml").read_text())
     encoder = load_text_encoder(config["text"]["encoder"], config["text"]["max_length"])
     found = [training_scene(number, tier)[1] for number in numbers for tier in (1, 2)]
-    assert max(encoder.overflow(found)) == 0
+    assert max(encoder.truncated_tokens(found)) == 0
     long = [caption for caption in found if len(caption.split()) > 30]
     assert not long, long[0]
 

@@ -20,7 +20,7 @@ def small(levels: int) -> PatchDiscriminator:
 def test_logits_are_one_a_patch(levels: int, height: int, width: int, shape: tuple[int, int]) -> None:
     network = small(levels)
     assert network(torch.randn(2, 3, height, width)).shape == (2, 1, *shape)
-    assert min(height, width) >= network.config.smallest_side
+    assert min(height, width) >= network.config.min_image_size
 
 
 @pytest.mark.parametrize(("levels", "patch"), [(1, 12), (2, 26), (3, 54)])

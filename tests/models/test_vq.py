@@ -118,7 +118,7 @@ def test_the_nearest_code_is_found_far_from_zero_and_with_a_small_table(
 
     multiply = torch.addmm
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(vq, "DISTANCES_AT_ONCE", 350)
+    monkeypatch.setattr(vq, "MAX_DISTANCES", 350)
     assert torch.equal(quantizer.nearest(latents).flatten(), expected)
     assert [len(table) for table in tables] == [7] * 10
     assert max(table.numel() for table in tables) == 350

@@ -117,8 +117,8 @@ def test_padded_positions_are_returned_and_a_longer_length_keeps_masked_words(sa
 
 def test_overflow_counts_the_tokens_that_are_lost(save_encoder: Any, captions: list[str]) -> None:
     encoder = load_text_encoder(str(save_encoder("bert")), 8)
-    assert encoder.overflow([*captions, "a red cat on a mat"]) == [0, 0, 0, 13 + 2 - 8, 0]
-    assert encoder.overflow(["a red cat on a mat cat"]) == [1]
+    assert encoder.truncated_tokens([*captions, "a red cat on a mat"]) == [0, 0, 0, 13 + 2 - 8, 0]
+    assert encoder.truncated_tokens(["a red cat on a mat cat"]) == [1]
     # What fits exactly differs in its last word; what does not has lost it.
     fits = encoder(["a red cat on a mat", "a red cat on a dog"])
     assert not torch.equal(fits[0], fits[1])
@@ -129,13 +129,13 @@ def test_overflow_counts_the_tokens_that_are_lost(save_encoder: Any, captions: l
 def test_counting_leaves_encoding_unchanged(save_encoder: Any, captions: list[str]) -> None:
     encoder = load_text_encoder(str(save_encoder("clip")))
     before = encoder(captions)
-    encoder.overflow(captions)
+    encoder.truncated_tokens(captions)
     torch.testing.assert_close(encoder(captions), before, rtol=0, atol=0)
 
 
 def test_bad_captions_are_refused(save_encoder: Any) -> None:
     encoder = load_text_encoder(str(save_encoder("bert")))
-    for call in (encoder, encoder.overflow):
+    for call in (encoder, encoder.truncated_tokens):
         with pytest.raises(ValueError, match="empty"):
             call([])
         with pytest.raises(ValueError, match="not one string"):
@@ -218,7 +218,7 @@ def test_loading_says_nothing(save_encoder: Any, capfd: Any, caplog: Any) -> Non
     try:
         encoder = load_text_encoder(str(folder))
         encoder(["cat"])
-        encoder.overflow(["cat " * 100])
+        encoder.truncated_tokens(["cat " * 100])
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.records == []
@@ -253,42 +253,44 @@ def _with_project() -> dict[str, str]:
 def test_the_words_that_are_lost_are_named(save_encoder: Any) -> None:
     bert = load_text_encoder(str(save_encoder("bert")), 8)
     fits, cut = "a red cat on a mat", "A  red cat on a mat,\tblue dog "
-    assert bert.lost([fits, cut, ""]) == ["", ",\tblue dog", ""]
+    assert bert.truncated_words([fits, cut, ""]) == ["", ",\tblue dog", ""]
     clip = load_text_encoder(str(save_encoder("clip")))  # a byte is a token, and there is room for ten
     # What is cut within is lost as a whole; what is before it is not.
-    assert clip.lost(["red dog abcd", "reddish doggy cat", "grün grün a"]) == ["", "doggy cat", "a"]
+    assert clip.truncated_words(["red dog abcd", "reddish doggy cat", "grün grün a"]) == ["", "doggy cat", "a"]
     t5 = load_text_encoder(str(save_encoder("t5")), 4)
-    assert t5.lost(["a red cat", "a red cat on  a mat"]) == ["", "on  a mat"]
+    assert t5.truncated_words(["a red cat", "a red cat on  a mat"]) == ["", "on  a mat"]
     byt5 = load_text_encoder(str(save_encoder("byt5")))
-    assert byt5.lost(["a red cat", "a red cat on a mat"]) == ["", "n a mat"]
+    assert byt5.truncated_words(["a red cat", "a red cat on a mat"]) == ["", "n a mat"]
     for encoder in (bert, clip, t5, byt5):
         texts = [fits[:length] for length in range(len(fits) + 1)] + [cut, cut * 9]
-        assert [bool(text) for text in encoder.lost(texts)] == [bool(count) for count in encoder.overflow(texts)]
+        assert [bool(text) for text in encoder.truncated_words(texts)] == [
+            bool(count) for count in encoder.truncated_tokens(texts)
+        ]
 
 
 def test_many_captions_are_counted_in_pieces(save_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_text_encoder(str(save_encoder("bert")), 4)
     texts = ["a cat", "a red cat", "a blue dog on a mat", "mat", "on a mat a cat"]
-    whole = encoder.lost(texts)
+    whole = encoder.truncated_words(texts)
     assert whole == ["", "cat", "dog on a mat", "", "mat a cat"]
     monkeypatch.setattr("ldm.text.encoder._COUNTED", 2)
-    assert encoder.lost(texts) == whole
+    assert encoder.truncated_words(texts) == whole
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert", "t5", "byt5"])
 def test_threads_that_count_and_encode_with_one_encoder_do_not_disturb_each_other(kind: str, save_encoder: Any) -> None:
     encoder = load_text_encoder(str(save_encoder(kind)))
     texts = [" ".join(["a red cat on a mat"] * (1 + number % 7)) for number in range(40)]
-    encode, lost, overflow = encoder(texts), encoder.lost(texts), encoder.overflow(texts)
+    encode, lost, overflow = encoder(texts), encoder.truncated_words(texts), encoder.truncated_tokens(texts)
     fresh = load_text_encoder(str(save_encoder(kind)))  # its first calls are at once, too
 
     def call(number: int) -> None:
         if number % 3 == 0:
             torch.testing.assert_close(fresh(texts), encode, rtol=0, atol=1e-6)
         elif number % 3 == 1:
-            assert fresh.lost(texts) == lost
+            assert fresh.truncated_words(texts) == lost
         else:
-            assert fresh.overflow(texts) == overflow
+            assert fresh.truncated_tokens(texts) == overflow
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(call, range(90))) == [None] * 90
@@ -297,12 +299,12 @@ def test_threads_that_count_and_encode_with_one_encoder_do_not_disturb_each_othe
 def test_one_line_names_the_words_that_prompts_lose(save_encoder: Any) -> None:
     encoder = load_text_encoder(str(save_encoder("bert")), 8)
     fits, cut = "a red cat on a mat", "a red cat on a mat,\nblue dog"
-    assert encoder.cut([fits, ""]) == ""
-    line = encoder.cut([fits, cut, cut, "a " * 8 + "dog"])
+    assert encoder.truncation_message([fits, ""]) == ""
+    line = encoder.truncation_message([fits, cut, cut, "a " * 8 + "dog"])
     assert line == (
         "the text encoder reads 8 tokens of a text; lost: ',\\nblue dog' of 'a red cat on a mat,\\nblue dog'; "
         "'a a dog' of 'a a a a a a a a dog'"
     )
-    many = encoder.cut(f"{fits} {'cat ' * count}" for count in range(1, 500))
+    many = encoder.truncation_message(f"{fits} {'cat ' * count}" for count in range(1, 500))
     assert "\n" not in many and len(many) < 10 * 700
     assert many.endswith("; words of 489 texts more")

@@ -24,7 +24,7 @@ def test_minilm_tells_captions_apart_and_needs_its_mask(tmp_path: Path) -> None:
     assert encoder.uses_attention_mask
     assert (states[0] - states[1]).abs().mean() > 0.1
     assert "sentence_transformers" not in sys.modules
-    assert encoder.overflow(["a " * 80, "a cat"]) == [5, 0]
+    assert encoder.truncated_tokens(["a " * 80, "a cat"]) == [5, 0]
 
     encoder.save(tmp_path)
     config = read_json(tmp_path / "text_encoder/config.json")

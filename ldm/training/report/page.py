@@ -39,7 +39,7 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         ValueError: if there is no such folder.
     """
-    run_folder = disk.expanded(run_folder)
+    run_folder = disk.expand_user(run_folder)
     if not run_folder.is_dir():
         raise ValueError(f"{run_folder} is no folder; name the folder that a training wrote, such as runs/openmoji")
     run = _Folder.read(run_folder)
