@@ -63,6 +63,7 @@ def train_diffusion(config: LDMConfig, resume: bool = False, accept: Sequence[st
             num_train_timesteps=schedule.num_train_timesteps,
             caption_dropout=config.train.caption_dropout,
             positions=stratified and stratified.positions(batch, run.step),
+            logit_normal=config.train.logit_normal,
             device=run.device,
         )
         latents = cache.latents(batch, noise.posterior)

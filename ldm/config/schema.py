@@ -173,6 +173,8 @@ class DiffusionTrainConfig(TrainConfig):
         loss: what is minimised. With `weighting: hybrid` the network learns variances and gives twice as many channels.
         timesteps: drawn "uniform", each by itself, or "stratified": one from each of B equal parts of the schedule,
             B the batch size.
+        timestep_density: "uniform", or "logit_normal" (arXiv:2403.03206): t / T = sigmoid(z), z normal with
+            `logit_mean` and `logit_std`. A mean above 0 trains more on noisy latents, where the text decides most.
         evaluate_every: steps between evaluations of pictures that the moving average draws (quality, faithfulness to
             the text, copies of training images), besides the one at the end; None makes none.
         evaluation_samples: pictures that an evaluation draws.
@@ -185,6 +187,9 @@ class DiffusionTrainConfig(TrainConfig):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     loss: LossConfig = field(default_factory=LossConfig)
     timesteps: Literal["uniform", "stratified"] = "uniform"
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     evaluate_every: int | None = None
     evaluation_samples: int = 128
     evaluation_features: Literal["efficientnet", "pixel"] = "efficientnet"
@@ -199,8 +204,21 @@ class DiffusionTrainConfig(TrainConfig):
                 raise ValueError(
                     f"loss.{key} is for weighting {weighting}, and weighting is {self.loss.weighting}; leave it out"
                 )
+        if not -10 <= self.logit_mean <= 10:
+            raise ValueError(f"logit_mean is {self.logit_mean}; it must be -10 to 10")
+        if not 0 < self.logit_std <= 10:
+            raise ValueError(f"logit_std is {self.logit_std}; it must be above 0 and at most 10")
+        if self.timestep_density == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError(
+                "logit_mean and logit_std are for timestep_density logit_normal; set that too, or leave them out"
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}; it must be 0 to 1")
+
+    @property
+    def logit_normal(self) -> tuple[float, float] | None:
+        """Mean and std of the density of timesteps; None where it is uniform."""
+        return (self.logit_mean, self.logit_std) if self.timestep_density == "logit_normal" else None
 
 
 @dataclass(frozen=True, kw_only=True)

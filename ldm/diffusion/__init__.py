@@ -21,7 +21,7 @@ from ldm.diffusion.likelihood import (
     variational_bound,
     variational_terms,
 )
-from ldm.diffusion.losses import LossConfig, diffusion_loss, loss_weights, stratified_timestep
+from ldm.diffusion.losses import LossConfig, diffusion_loss, logit_normal_timesteps, loss_weights, stratified_timestep
 from ldm.diffusion.prediction import (
     Denoise,
     Denoiser,
@@ -81,6 +81,7 @@ __all__ = [
     "guide_within",
     "interpolated_log_variance",
     "langevin_corrector",
+    "logit_normal_timesteps",
     "loss_weights",
     "posterior_mean",
     "rescale_guidance",

@@ -1,4 +1,4 @@
-"""Training losses, their weights by timestep, and stratified timesteps."""
+"""Training losses, their weights by timestep, and how timesteps are distributed."""
 
 from __future__ import annotations
 
@@ -175,3 +175,16 @@ def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_t
     # In integers: as floats, index + u may round up into the next stratum, and at the end to T itself.
     numerator, denominator = float(uniform).as_integer_ratio()
     return num_train_timesteps * (index * denominator + numerator) // (batch_size * denominator)
+
+
+def logit_normal_timesteps(timesteps: Tensor, num_train_timesteps: int, *, mean: float, std: float) -> Tensor:
+    """Evenly distributed timesteps → timesteps with a logit-normal density (SD3, arXiv:2403.03206, Eq. 19):
+    t / T = sigmoid(z) with z normal. The map is monotone, so strata stay strata.
+
+    Args:
+        timesteps: [B] int64, 0 … T − 1.
+        num_train_timesteps: T.
+        mean, std: of z; a mean above 0 favors noisier timesteps, whose median is T · sigmoid(mean).
+    """
+    normal = torch.special.ndtri((timesteps.double() + 0.5) / num_train_timesteps)
+    return (num_train_timesteps * torch.sigmoid(mean + std * normal)).long().clamp(max=num_train_timesteps - 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import Batch, CaptionedImages, generator
-from ldm.diffusion import stratified_timestep
+from ldm.diffusion import logit_normal_timesteps, stratified_timestep
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def step_noise(
     num_train_timesteps: int = 1,
     caption_dropout: float = 0.0,
     positions: BatchPositions | None = None,
+    logit_normal: tuple[float, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> StepNoise:
     """Sample the random numbers of each sample from its own generator, so that batches may be split in any way.
@@ -73,6 +74,7 @@ def step_noise(
         shape: (C, h, w) of the latents.
         caption_dropout: probability of `dropped`, 0 to 1.
         positions: stratifies timesteps over the global batch: see `stratified_timestep`.
+        logit_normal: mean and std of the density of timesteps: see `logit_normal_timesteps`. None leaves it uniform.
     """
     size = len(ids)
     timesteps, dropped = np.empty(size, np.int64), np.empty(size, bool)
@@ -88,8 +90,12 @@ def step_noise(
         dropped[i] = rng.random() < caption_dropout
         noise[i] = rng.standard_normal(shape, np.float32)
         posterior[i] = rng.standard_normal(shape, np.float32)
+    sampled = torch.from_numpy(timesteps)
+    if logit_normal is not None:
+        mean, std = logit_normal
+        sampled = logit_normal_timesteps(sampled, num_train_timesteps, mean=mean, std=std)
     return StepNoise(
-        timesteps=torch.from_numpy(timesteps),
+        timesteps=sampled,
         dropped=torch.from_numpy(dropped).to(device),
         noise=torch.from_numpy(noise).to(device),
         posterior=torch.from_numpy(posterior).to(device),

@@ -1,6 +1,7 @@
 """The losses against their definitions, the draw of timesteps, and the two halves of guidance."""
 
 import math
+import statistics
 from fractions import Fraction
 
 import pytest
@@ -15,6 +16,7 @@ from ldm.diffusion import (
     diffusion_loss,
     discretized_decoder,
     drop_conditioning,
+    logit_normal_timesteps,
     loss_weights,
     score_from_epsilon,
     stratified_timestep,
@@ -272,3 +274,20 @@ def test_guidance_is_the_formula(scale, factor, evaluated):
     guided = classifier_free_guidance(linear_denoiser(calls), condition, null, scale)(x, 4)
     torch.testing.assert_close(guided, factor * x + 4)
     assert calls == [(evaluated, [4] * evaluated)]  # what cancels is not computed
+
+
+def test_logit_normal_timesteps_have_the_density_of_the_paper():
+    total, mean, std = 1000, 0.5, 1.2
+    found = logit_normal_timesteps(torch.arange(total), total, mean=mean, std=std)
+    assert found.dtype == torch.int64 and found.min() >= 0 and found.max() < total
+    assert bool((found.diff() >= 0).all())  # strata stay strata
+    normal = statistics.NormalDist(mean, std)
+    for t in (100, 300, 622, 900):
+        expected = normal.cdf(math.log(t / (total - t)))
+        assert float((found < t).double().mean()) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_uniform_density_is_almost_that_of_a_logistic():
+    """sigmoid of a logistic variable is uniform, and a normal one of std 1.7 is close to it."""
+    found = logit_normal_timesteps(torch.arange(1000), 1000, mean=0.0, std=1.702)
+    assert float((found - torch.arange(1000)).abs().max()) < 12

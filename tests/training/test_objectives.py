@@ -17,6 +17,7 @@ from ldm.diffusion import (
     ScheduleConfig,
     add_noise,
     discretized_decoder,
+    logit_normal_timesteps,
     stratified_timestep,
     variational_terms,
     velocity,
@@ -50,6 +51,7 @@ CASES = {
         LEARNED, "train.loss.vlb_weight=1", "schedule.num_train_timesteps=3", "sample.sampler=ddpm"
     ],
     "stratified": ["train.timesteps=stratified", "sample.sampler=ddpm"],
+    "logit-normal": ["train.timestep_density=logit_normal", "train.logit_mean=0.5", "train.logit_std=0.8"],
 }  # fmt: skip
 
 
@@ -86,6 +88,8 @@ def loss_of_silence(config, pipeline):
             noise[place] = torch.from_numpy(draw.standard_normal((3, 8, 8), np.float32))
         t = torch.tensor(drawn)
         assert (t // 125).tolist() == list(range(8))
+    if config.train.timestep_density == "logit_normal":
+        t = logit_normal_timesteps(t, steps, mean=0.5, std=0.8)
     schedule = NoiseSchedule.from_config(config.schedule)
     alpha, sigma = (table[t].view(-1, 1, 1, 1) for table in (schedule.alpha, schedule.sigma))
     a, b = (table[t].view(-1, 1, 1, 1) for table in schedule.posterior_mean_coefficients)
