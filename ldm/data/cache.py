@@ -86,6 +86,11 @@ class RowCache:
         self._index: _Index | None = None
         self._files = _Files()
 
+    def keys(self) -> set[str]:
+        """The keys of all shards, which are not verified."""
+        self._list()
+        return {key.ljust(KEY_BYTES, b"\0").hex() for shard in self._shards.values() for key in shard.keys.tolist()}
+
     def missing(self, keys: Sequence[str]) -> list[int]:
         """Positions of the keys without a row, without repetitions. Shards with the other rows are verified; damaged
         ones are reported and renamed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.cores import usable_cores
 from ldm.data.duplicates import THUMBNAIL, Bytes, near_duplicate_clusters
-from ldm.data.image_info import CachedImageInfo, ImageInfo, ImageInfoCache, image_info
+from ldm.data.image_info import ImageInfo, ImageInfoCache, image_info
 from ldm.data.rng import content_hash
 from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source
 
@@ -169,7 +169,7 @@ def _decode_all(
     from tqdm import tqdm
 
     samples = source.samples
-    known = cache.open() if cache else None
+    known = cache.known if cache else set()
     found: list[_Found] = []
     unreadable: list[Skipped] = []
     thumbnails = np.zeros((len(samples), THUMBNAIL, THUMBNAIL, 3), np.uint8)
@@ -187,37 +187,42 @@ def _decode_all(
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
         for start in range(0, len(samples), _BLOCK):
             block = samples[start : start + _BLOCK]
-            new = []
-            results = pool.map(lambda sample: _examine(sample, known, source.captioned), block)
+            results = list(pool.map(lambda sample: _examine(sample, known, source.captioned), block))
+            hits = [one[0] for one in results if not isinstance(one, str) and one[1] is None]
+            cached = cache.read(hits) if cache else {}
+            new = {}
             for place, result in enumerate(results, start):
+                # Damaged records are computed again.
+                if not isinstance(result, str) and result[1] is None and result[0] not in cached:
+                    result = _examine(samples[place], (), source.captioned)
                 if isinstance(result, str):
                     unreadable.append(Skipped(samples[place].display_name, result))
                     continue
-                digest, info, is_new = result
-                if is_new:
-                    new.append((digest, info))
+                digest, computed = result
+                if computed is not None:
+                    new[digest] = computed
+                info = computed or cached[digest]
                 stored = ImageFormat(info.format, info.mode, info.traits)
                 stored = formats.setdefault(stored, stored)
                 thumbnails[place] = info.thumbnail
                 found.append(_Found(samples[place], digest, info.pixels, info.size, stored, place, info.cutout))
             bar.update(len(block))
             try:
-                if cache:
+                if cache and not cache_error:
                     cache.write(new)
-            except OSError as error:
-                cache_error, cache = f"{cache.folder if cache else ''}: {error.strerror or error}", None
+            except ValueError as error:
+                cache_error = str(error)
     return found, unreadable, thumbnails, cache_error
 
 
-def _examine(sample: Sample, known: CachedImageInfo | None, captioned: bool) -> tuple[str, ImageInfo, bool] | str:
-    """(digest, info, whether it is new), or why the sample cannot be used."""
+def _examine(sample: Sample, known: Collection[str], captioned: bool) -> tuple[str, ImageInfo | None] | str:
+    """(digest, info, None if the digest is known), or why the sample cannot be used."""
     if captioned and not sample.captions:
         return "no caption"
     try:
         data = sample.read()
         digest = content_hash(data)
-        info = known.get(digest) if known else None
-        return (digest, info, False) if info else (digest, image_info(sample.decode(data)), True)
+        return digest, None if digest in known else image_info(sample.decode(data))
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     except (ValueError, MemoryError) as error:

@@ -342,7 +342,7 @@ def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
             "colored one"
         )
     if inspection.cache_error:
-        yield f"image info cannot be cached: {inspection.cache_error}; set data.cache_dir or $LDM_CACHE"
+        yield f"image info is not cached: {inspection.cache_error}"
 
 
 def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Inspection) -> Iterable[str]:
