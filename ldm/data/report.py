@@ -182,7 +182,7 @@ def dataset_report(
     """Makes the report of an inspection.
 
     Args:
-        truncated_words: `TextEncoder.truncated_words`: captions → the words of each that the text encoder does not read.
+        truncated_words: `TextEncoder.truncated_words`: captions → the words of each that the encoder does not read.
         uncounted: the reason, if there is no `truncated_words`.
     """
     used = inspection.used
