@@ -35,6 +35,7 @@ from ldm.training.components import load_first_stage
 from ldm.training.distributed import StepLosses
 from ldm.training.plan import Costs, make_plan
 from ldm.training.run import Run
+from ldm.training.threads import timed_call
 from ldm.training.training_state import TrainingState
 
 BATCH_SIZE = 32
@@ -246,7 +247,7 @@ def plan_autoencoder_run(
         costs = Costs(
             step=step,
             validation=per_image * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
-            grid=timing.seconds_of(draw_grid),
+            grid=timed_call(draw_grid),
             checkpoint=timing.checkpoint_seconds(run, written) + encoding,
             memory=timing.peak_memory(run, state),
             checkpoint_bytes=written,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import platform
 import shutil
@@ -42,8 +43,7 @@ def _close_inherited() -> None:
     _lock_files.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited)
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def lock_folder(folder: Path) -> Callable[[], None]:
@@ -97,10 +97,6 @@ def _open_lock(folder: Path) -> int | None:
 
 def try_lock(file: int) -> bool:
     """Lock an open file if no other process holds it."""
-    try:
-        import fcntl
-    except ImportError:
-        return True  # not on Windows
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -196,13 +197,13 @@ def grid_seconds(draw: Callable[[int], object], steps: int) -> float:
     Args:
         draw: makes a grid with the given number of sampling steps.
     """
-    shortest = seconds_of(lambda: draw(1))
+    shortest = timed_call(lambda: draw(1))
     if shortest < MIN_SECONDS:  # without the overhead of a first call
-        shortest = seconds_of(lambda: draw(1))
+        shortest = timed_call(lambda: draw(1))
     if steps == 1:
         return shortest
     few = min(steps, 1 + max(1, int(MIN_SECONDS / shortest)))
-    return shortest + (steps - 1) * max(0.0, seconds_of(lambda: draw(few)) - shortest) / (few - 1)
+    return shortest + (steps - 1) * max(0.0, timed_call(lambda: draw(few)) - shortest) / (few - 1)
 
 
 def write_seconds(folder: Path, written: int, hashed: int) -> float:
@@ -216,25 +217,18 @@ def write_seconds(folder: Path, written: int, hashed: int) -> float:
                 file.flush()
                 os.fsync(file.fileno())
 
-            writing = seconds_of(write)
+            writing = timed_call(write)
     except OSError as error:  # its own message names no folder
         raise OSError(
             error.errno, f"cannot write {format_bytes(WRITTEN_BYTES)}: {error.strerror}", str(folder)
         ) from None
-    hashing = seconds_of(lambda: hashlib.sha256(block).hexdigest())
+    hashing = timed_call(lambda: hashlib.sha256(block).hexdigest())
     return (writing * written + hashing * hashed) / WRITTEN_BYTES
 
 
 def checkpoint_seconds(run: Run, written: int, linked: int = 0) -> float:
     """Seconds of a checkpoint of `written` bytes and `linked` bytes of hard links, all hashed, and of the report."""
-    return write_seconds(run.folder, written, written + linked) + seconds_of(lambda: write_report(run.folder))
-
-
-def seconds_of(action: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+    return write_seconds(run.folder, written, written + linked) + timed_call(lambda: write_report(run.folder))
 
 
 def peak_memory(run: Run, state: TrainingState) -> int:
@@ -244,12 +238,6 @@ def peak_memory(run: Run, state: TrainingState) -> int:
     moments = 0 if state.optimizer.state else 8 * state.trainable_parameters
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device) + moments
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset) + moments
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
 
