@@ -25,6 +25,7 @@ LEVELS = {
     "ldm.untrusted": 1,
     "ldm.weights": 1,
     "ldm.cores": 1,
+    "ldm.progress": 1,
     "ldm.text": 2,
     "ldm.adapters": 2,
     "ldm.codecs": 2,

@@ -1,4 +1,4 @@
-"""Draws what a run measured over its steps as an SVG, from its metrics.jsonl alone.
+"""Plots metrics of a run over its steps as an SVG, from its metrics.jsonl.
 
 python tools/curve.py runs/openmoji loss held_out_loss -o docs/openmoji-loss.svg
 """
@@ -9,16 +9,15 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.report import curves
-from ldm.report.curves import Line, Point, smooth
-from ldm.training.report.metrics import read_metrics
+from ldm.report.charts import Line, Point, line_chart, smooth
+from ldm.training.metrics import read_metrics
 
 
 def read(run: Path, name: str) -> list[Point]:
-    """(step, value) of one figure.
+    """(step, value) of one metric.
 
     Raises:
-        ValueError: if the run never measured it.
+        ValueError: if the run has none.
     """
     points = read_metrics(run / "metrics.jsonl").points(name)
     if not points:
@@ -26,10 +25,10 @@ def read(run: Path, name: str) -> list[Point]:
     return points
 
 
-def draw(figures: Mapping[str, Sequence[Point]]) -> str:
-    """An SVG with one line a figure, the value on a logarithmic axis where all are positive."""
-    lines = [Line(name, points) for name, points in figures.items()]
-    return curves.draw(lines, title=", ".join(figures), logarithmic=True, standalone=True)
+def plot(metrics: Mapping[str, Sequence[Point]]) -> str:
+    """An SVG with one line per metric, on a logarithmic axis if all values are positive."""
+    lines = [Line(name, points) for name, points in metrics.items()]
+    return line_chart(lines, title=", ".join(metrics), logarithmic=True, standalone=True)
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
-    svg = draw({name: smooth(read(arguments.run, name)) for name in arguments.names})
+    svg = plot({name: smooth(read(arguments.run, name)) for name in arguments.names})
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(svg, encoding="utf-8")
 

@@ -21,11 +21,12 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -37,8 +38,8 @@ from ldm.data import generator, to_signed
 from ldm.data.builtin import DIGIT_WORDS
 from ldm.diffusion import LossConfig, PredictionType
 from ldm.evaluation.efficientnet import DIMENSIONS, EfficientNetLite0
-from ldm.evaluation.features import PIXEL_DIMENSIONS, DigitFeatures, Features, pixel_features, random_directions
-from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.features import GRID, PIXEL_DIMENSIONS, pixel_features, random_directions
+from ldm.evaluation.fidelity import frechet_distance
 from ldm.models import UNetConfig
 from ldm.pipelines.images import contact_sheet, save_png, to_pil
 from tools.ddim_tables_cells import (
@@ -69,6 +70,43 @@ ABLATION: dict[str, tuple[PredictionType, LossConfig]] = {
     "epsilon-simple": ("epsilon", LossConfig()),
 }
 MAIN = "epsilon-simple"
+
+
+Features = Callable[[Tensor], Tensor]
+"""Images [B, C, H, W] in [−1, 1], C 1 or 3 → features [B, D], float64."""
+
+
+@dataclass(frozen=True)
+class DigitFeatures:
+    """The last hidden layer, 32 numbers, of a small classifier of 8×8 scans of digits.
+
+    Attributes:
+        layers: (weight [in, out], bias [out]) of the hidden layers, float64.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def fit(cls, images: Tensor, digits: Sequence[int]) -> DigitFeatures:
+        """Fits to scans [N, C, H, W] in [−1, 1] and the digits that they show; the same at every call."""
+        from sklearn.neural_network import MLPClassifier
+
+        network = MLPClassifier((64, 32), alpha=1e-2, max_iter=1000, random_state=0)
+        network.fit(_grays(images).numpy(), np.asarray(digits))
+        weights = [torch.from_numpy(weight) for weight in network.coefs_[:-1]]
+        return cls(tuple(zip(weights, map(torch.from_numpy, network.intercepts_[:-1]), strict=True)))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] in [−1, 1] → [B, 32]."""
+        hidden = _grays(images)  # [B, 64]
+        for weight, bias in self.layers:
+            hidden = F.relu(hidden @ weight + bias)
+        return hidden
+
+
+def _grays(images: Tensor) -> Tensor:
+    gray = images.to(torch.float64).mean(dim=1, keepdim=True)  # [B, 1, H, W]
+    return F.adaptive_avg_pool2d(gray, GRID).flatten(1)  # [B, 64]
 
 
 @dataclass(frozen=True, kw_only=True)

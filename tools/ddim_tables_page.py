@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm import checkpoint, disk
-from ldm.evaluation.frechet import interval_over
-from ldm.report.curves import DASHES, LIGHT, Axis, style
+from ldm.evaluation.stats import student_interval
+from ldm.report.charts import DASHES, LIGHT, Axis, style
 from ldm.report.markup import escaped
 
 READING = "## Reading"
@@ -62,7 +62,7 @@ def shown(values: Sequence[float]) -> str:
     """Mean ± half of the 95 % interval over seeds; one value stands alone."""
     if len(values) < 2:
         return f"{_number(values[0])}"
-    interval = interval_over(values)
+    interval = student_interval(values)
     return f"{_number(interval.mean)} ± {_number(interval.high - interval.mean)}"
 
 
@@ -209,7 +209,7 @@ def _claim_of_few_steps(rows: Results, feature: str) -> str:
         if best != "0":
             differences = [value - zero for value, zero in zip(columns[best], columns["0"], strict=True)]
             best_everywhere = False
-            beaten |= len(differences) > 1 and interval_over(differences).high < 0
+            beaten |= len(differences) > 1 and student_interval(differences).high < 0
             fact += f" ({shown(differences)} from η = 0)"
         facts.append(fact)
     holds = True if best_everywhere else False if beaten else None
@@ -278,8 +278,8 @@ def chart(rows: Results, floors: Mapping[str, Sequence[float]]) -> str:
     y_axis = Axis(min(*ends, floor) / 1.1, max(ends) * 1.1, True)
 
     def place(steps: float, value: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * x_axis.share(steps)
-        return x, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y_axis.share(value)
+        x = LEFT + (WIDTH - LEFT - RIGHT) * x_axis.fraction(steps)
+        return x, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y_axis.fraction(value)
 
     title = f"Fréchet distance ({feature} features) against S"
     parts = [

@@ -14,9 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
 from ldm.data import DataConfig, open_source, split
 from ldm.data.builtin import digit_captions
-from ldm.evaluation.digits import DigitReader, draw_digits, label
+from ldm.evaluation.prompt_alignment import DigitClassifier, digit_of
 from ldm.pipelines import Pipeline, contact_sheet, save_png
 
 ROOT = Path(__file__).parents[1]
@@ -39,25 +41,41 @@ def launch(script: str, config: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def draw_and_judge(run: str) -> tuple[float, float]:
-    """Draws 500 digits, writes the sheet, and returns how many are read right: (drawn, real held-out)."""
+def generate_digits(
+    pipeline: Pipeline, each: int, *, num_inference_steps: int, batch_size: int = 100
+) -> tuple[list[Image.Image], list[int]]:
+    """`each` images of every digit, over all its phrasings in turn, and the digits; seeds 0, 1, …"""
+    digits = [digit for digit in range(10) for _ in range(each)]
+    prompts = [digit_captions(digit)[i % len(digit_captions(digit))] for digit in range(10) for i in range(each)]
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        images += pipeline(
+            prompts[start : start + batch_size], seed=start, num_inference_steps=num_inference_steps
+        ).images
+    return images, digits
+
+
+def generate_and_classify(run: str) -> tuple[float, float]:
+    """Generates 500 digits, writes the sheet, and returns a classifier's accuracies: (generated, real held-out)."""
     source = open_source(DataConfig(path="digits", resolution=8))
     training, held_out = split(source.samples, 0.1)
-    reader = DigitReader.fit(training)
+    classifier = DigitClassifier.fit(training)
     pipeline = Pipeline.from_pretrained(ROOT / "runs" / run / "pipeline")
-    pictures, digits = draw_digits(pipeline, EACH, num_inference_steps=STEPS)
+    images, digits = generate_digits(pipeline, EACH, num_inference_steps=STEPS)
 
     rows, captions = [], []
-    size = pictures[0].size
+    size = images[0].size
     for digit in range(10):
-        real = [sample.load().resize(size, 3) for sample in training if label(sample) == digit][:6]
-        rows.append([picture for picture, asked in zip(pictures, digits, strict=True) if asked == digit][:10] + real)
-        captions.append(f"{digit_captions(digit)[0]}: ten drawn, then six real scans")
+        real = [sample.load().resize(size, 3) for sample in training if digit_of(sample) == digit][:6]
+        rows.append([image for image, prompted in zip(images, digits, strict=True) if prompted == digit][:10] + real)
+        captions.append(f"{digit_captions(digit)[0]}: ten generated, then six real scans")
     path = ROOT / "runs" / run / "sheet.png"
     save_png(contact_sheet(rows, captions, size=64), path)
-    say(f"pictures: {path.relative_to(ROOT)}")
-    real_accuracy = reader.accuracy([sample.load() for sample in held_out], [label(sample) for sample in held_out])
-    return reader.accuracy(pictures, digits), real_accuracy
+    say(f"images: {path.relative_to(ROOT)}")
+    real_accuracy = classifier.accuracy(
+        [sample.load() for sample in held_out], [digit_of(sample) for sample in held_out]
+    )
+    return classifier.accuracy(images, digits), real_accuracy
 
 
 def draw_first() -> None:
@@ -75,13 +93,13 @@ def draw_first() -> None:
 def main() -> None:
     draw_first()
     launch("train_ldm.py", "digits.yaml")
-    pixel, real = draw_and_judge("digits")
-    say(f"in pixels, {pixel:.1%} of {10 * EACH} pictures are read as the digit asked for")
+    pixel, real = generate_and_classify("digits")
+    say(f"in pixels, {pixel:.1%} of {10 * EACH} images are classified as the prompted digit")
     launch("train_autoencoder.py", "digits-first-stage.yaml")
     launch("train_ldm.py", "digits-latent.yaml")
-    latent, real = draw_and_judge("digits-latent")
+    latent, real = generate_and_classify("digits-latent")
     print(
-        f"\nRead as the digit asked for, by a classifier fitted to the real training scans ({STEPS} DDIM steps):\n"
+        f"\nClassified as the prompted digit, by a classifier fitted to the real training scans ({STEPS} DDIM steps):\n"
         f"  real held-out scans        {real:6.1%}\n"
         f"  drawn by runs/digits       {pixel:6.1%}   (pixels)\n"
         f"  drawn by runs/digits-latent{latent:6.1%}   (latents)\n\n"

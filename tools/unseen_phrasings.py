@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ldm import Pipeline, checkpoint
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
-from ldm.evaluation.drawn import draw
-from ldm.evaluation.faithfulness import Gallery, retrieval
 from ldm.evaluation.features import feature_space
+from ldm.evaluation.generate import generate
+from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 
 PHRASINGS = {
     "dog face": "a happy canine",
@@ -130,17 +130,17 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     pipeline = Pipeline.from_pretrained(arguments.model)
-    asked = {"names": list(PHRASINGS), "unseen phrasings": list(PHRASINGS.values())}
-    settings = {"seed": arguments.seed, "num_inference_steps": arguments.steps, "at_once": 20}
-    pictures = {kind: draw(pipeline, texts, **settings) for kind, texts in asked.items()}
+    prompts = {"names": list(PHRASINGS), "unseen phrasings": list(PHRASINGS.values())}
+    settings = {"seed": arguments.seed, "num_inference_steps": arguments.steps, "batch_size": 20}
+    pictures = {kind: generate(pipeline, texts, **settings) for kind, texts in prompts.items()}
     config = DataConfig(path="openmoji", resolution=pictures["names"].shape[-1])
     sides = split(open_source(config).samples, config.held_out)
     space = feature_space(device=pipeline.unet.conv_in.weight.device)
-    gallery = Gallery.of([CaptionedImages(side, config, 0) for side in sides], space)
-    own, found = gallery.own(asked["names"]), {}
-    for kind, drawn in pictures.items():
-        features = space.of(to_signed(chunk) for chunk in drawn.split(20))
-        found[kind] = retrieval(features, gallery.features, own, seed=arguments.seed)
+    gallery = RetrievalGallery.from_images([CaptionedImages(side, config, 0) for side in sides], space)
+    matches, found = gallery.matches(prompts["names"]), {}
+    for kind, images in pictures.items():
+        features = space.compute(to_signed(chunk) for chunk in images.split(20))
+        found[kind] = retrieval(features, gallery.features, matches, seed=arguments.seed)
         print("\n".join([kind, *found[kind].lines(space.label())]))
     if arguments.output is not None:
         checkpoint.write_json(arguments.output, {kind: ranks.to_dict() for kind, ranks in found.items()})

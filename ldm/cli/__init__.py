@@ -11,7 +11,7 @@ import typer
 import ldm
 from ldm.cli import autoencoder, data
 from ldm.cli.arguments import RepeatedOptionsCommand
-from ldm.cli.evaluate import evaluate
+from ldm.cli.evaluate import evaluate_command
 from ldm.cli.generate import generate
 from ldm.cli.nll import nll
 from ldm.cli.train import train
@@ -25,7 +25,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command(cls=RepeatedOptionsCommand)(train)
 app.command()(nll)
-app.command()(evaluate)
+app.command("evaluate")(evaluate_command)
 app.add_typer(data.app, name="data")
 app.add_typer(autoencoder.app, name="autoencoder")
 

@@ -18,8 +18,8 @@ def _options() -> None:
     """Keeps the name of the command where there is one alone."""
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def evaluate_autoencoder_command(
     model: Annotated[
         str, typer.Argument(help="A folder of an autoencoder or of a pipeline, a built-in name, or a hub id.")
     ],
@@ -63,9 +63,9 @@ def evaluate(
     from ldm.data import CaptionedImages, DataConfig, generator, inspect, open_source
     from ldm.data import split as split_of
     from ldm.data.layouts import check_path
+    from ldm.evaluation.autoencoder import evaluate_autoencoder, worst_sheet
+    from ldm.evaluation.efficientnet import perceptual_distance
     from ldm.evaluation.features import feature_space
-    from ldm.evaluation.first_stage import evaluate_first_stage, worst_sheet
-    from ldm.evaluation.perceptual import perceptual_distance
     from ldm.models.perceptual import MIN_IMAGE_SIZE
     from ldm.pipelines import save_png
     from ldm.pipelines.pipeline import usable_device
@@ -105,7 +105,7 @@ def evaluate(
         used = tuple(used[index] for index in sorted(chosen.tolist()))
     images = CaptionedImages(used, config, seed)
     with tqdm(total=len(images), unit="image", delay=2, leave=False) as bar:
-        report = evaluate_first_stage(
+        report = evaluate_autoencoder(
             codec,
             model,
             images,

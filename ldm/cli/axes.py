@@ -1,4 +1,4 @@
-"""`ldm evaluate MODEL --axes`: how a model of scenes composes, as a table, JSON and a sheet of pictures."""
+"""`ldm evaluate MODEL --axes`: how a model of scenes composes, as a table, JSON and a sheet of images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ldm.evaluation.composition import AxesReport, AxisFigure, AxisResult
-    from ldm.evaluation.frechet import Interval
-    from ldm.evaluation.reference import Bars
+    from ldm.evaluation.composition import AxesReport, AxisAccuracy, AxisResult
+    from ldm.evaluation.stats import Interval
+    from ldm.progress import Progress
     from ldm.training.run_info import RunInfo
 
-SHOWN = 3  # prompts of each axis on the sheet
+SHEET_PROMPTS = 3  # of each axis
 
 
 def evaluate_axes(
@@ -30,25 +30,25 @@ def evaluate_axes(
     guidance: float | None,
     device: str | None,
     as_json: bool,
-    bars: Bars,
+    progress: Progress,
 ) -> None:
-    """Prints a table, or with `as_json` all figures; writes axes.json and axes.png.
+    """Prints a table, or with `as_json` all numbers; writes axes.json and axes.png.
 
     Raises:
-        ValueError: for a model whose data is not known, or is not scenes.
+        ValueError: for a model whose data is unknown or is not scenes.
     """
     from ldm import disk
     from ldm.data.scenes.source import TIERS
-    from ldm.evaluation.composition import compose
-    from ldm.evaluation.judge import load_judge
-    from ldm.evaluation.kept import KeptPictures
+    from ldm.evaluation.composition import evaluate_composition
+    from ldm.evaluation.generate import SampleCache
+    from ldm.evaluation.scene_classifier import load_scene_classifier
     from ldm.evaluation.sweep import model_digest
     from ldm.pipelines import save_png
     from ldm.training.run_info import open_model
 
     if run is None:
         raise ValueError(
-            f"{model} lies in no run folder, so that its data is not known; --axes is for models of scenes "
+            f"{model} is not in a run folder, so its data is unknown; --axes is for models of scenes "
             "(data.path: scenes)"
         )
     data = run.config.data
@@ -56,21 +56,21 @@ def evaluate_axes(
         raise ValueError(
             f"{model} was trained on {data.path}, and --axes is for models of scenes (data.path: scenes); leave it out"
         )
-    judge = load_judge()
+    classifier = load_scene_classifier()
     pipeline, opened = open_model(model, run, device)
     digest = model_digest(pipeline)
     folder.mkdir(parents=True, exist_ok=True)
-    found = compose(
+    found = evaluate_composition(
         pipeline,
-        judge,
+        classifier,
         tier=TIERS[data.things],
-        seen=scenes_seen(run),
-        count=prompts,
+        scenes_seen=scenes_seen(run),
+        max_prompts=prompts,
         seed=seed,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        keep=KeptPictures(folder / "pictures", digest),
-        bars=bars,
+        cache=SampleCache(folder / "pictures", digest),
+        progress=progress,
     )
     content = {"model": opened, "model_digest": digest, **found.to_dict()}
     text = json.dumps(content, indent=2, allow_nan=False)
@@ -81,51 +81,52 @@ def evaluate_axes(
         print(text)
         return
     print("\n".join(lines(found)))
-    print(f"\nfigures: {folder / 'axes.json'}\npictures: {folder / 'axes.png'}")
+    print(f"\nnumbers: {folder / 'axes.json'}\nimages: {folder / 'axes.png'}")
 
 
 def scenes_seen(run: RunInfo) -> int:
-    """Numbers from 0 on that a run, and those that it went on from, had in training, at most."""
+    """An upper bound for the numbers, from 0 on, of the training scenes of a run and of those that it continued."""
     config = run.config
     epochs = math.ceil(config.train.max_steps * config.train.batch_size / config.data.scenes)
     return config.data.first_scene + math.ceil(epochs / config.data.renew_every) * config.data.scenes
 
 
 def lines(found: AxesReport) -> list[str]:
-    """The table, and what has to be known of it."""
+    """The table, with notes."""
     settings = found.settings
-    said = [
-        f"{settings['things']} things, {settings['pictures_of_a_prompt']} pictures of each prompt; "
+    table = [
+        f"{settings['things']} things, {settings['pictures_of_a_prompt']} images per prompt; "
         f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, seed {settings['seed']}",
         "",
-        f"{'asked':<17}{'right':<8}{'prompts':>8}  {'model':<22}{'real scenes':<13}of what is read of these",
+        f"{'axis':<17}{'right':<8}{'prompts':>8}  {'model':<22}{'real scenes':<13}model relative to real scenes",
     ]
     for part in found.parts:
-        for place, figure in enumerate(part.figures):
-            name, prompts = (part.axis, str(len(part.prompts))) if place == 0 else ("", "")
-            ratio = "-" if figure.ratio is None else _percent(figure.ratio)
-            real = f"{figure.real.mean:.0%}{'' if _is_fair(figure) else ' *'}"
-            said.append(f"{name:<17}{figure.what:<8}{prompts:>8}  {_percent(figure.generated):<22}{real:<13}{ratio}")
-    if not all(_is_fair(figure) for part in found.parts for figure in part.figures):
-        from ldm.evaluation.composition import FAIR
+        for row, accuracy in enumerate(part.accuracies):
+            name, prompts = (part.axis, str(len(part.prompts))) if row == 0 else ("", "")
+            ratio = "-" if accuracy.ratio is None else _percent(accuracy.ratio)
+            real = f"{accuracy.real.mean:.0%}{'' if _is_reliable(accuracy) else ' *'}"
+            model = f"{_percent(accuracy.generated):<22}"
+            table.append(f"{name:<17}{accuracy.what:<8}{prompts:>8}  {model}{real:<13}{ratio}")
+    if not all(_is_reliable(accuracy) for part in found.parts for accuracy in part.accuracies):
+        from ldm.evaluation.composition import MIN_REAL_ACCURACY
 
-        said += ["", f"* the judge reads fewer than {FAIR:.0%} of real scenes right, so that this figure says little"]
+        table += ["", f"* the classifier is right on fewer than {MIN_REAL_ACCURACY:.0%} of real scenes: unreliable"]
     if found.nearest is not None:
         near = found.nearest
-        said += [
+        table += [
             "",
-            f"combinations beside {near.seen[0]:,} of {near.seen[1]:,} scenes that the run saw: "
-            f"nearest at {near.distance:.2f}, of real held-out scenes at {near.real_distance:.2f}",
-            f"nearer than all but 5% of these: {_percent(near.nearer)}; "
-            f"suspected copies: {near.copying.suspects.share:.1%}, of unseen scenes {near.copying.expected:.1%}",
+            f"combinations compared with {near.seen[0]:,} of {near.seen[1]:,} training scenes of the run: "
+            f"median distance {near.distance:.2f}, of real held-out scenes {near.real_distance:.2f}",
+            f"nearer than the nearest 5% of these: {_percent(near.nearer)}; possible copies: "
+            f"{near.copying.flagged_fraction.fraction:.1%}, of unseen scenes {near.copying.expected:.1%}",
         ]
-    return said
+    return table
 
 
-def _is_fair(figure: AxisFigure) -> bool:
-    from ldm.evaluation.composition import FAIR
+def _is_reliable(accuracy: AxisAccuracy) -> bool:
+    from ldm.evaluation.composition import MIN_REAL_ACCURACY
 
-    return figure.real.mean >= FAIR
+    return accuracy.real.mean >= MIN_REAL_ACCURACY
 
 
 def _percent(value: Interval) -> str:
@@ -133,23 +134,23 @@ def _percent(value: Interval) -> str:
 
 
 def sheet(found: AxesReport) -> Image.Image:
-    """Of the first prompts of each axis: the model's pictures, then the real scenes."""
+    """For the first prompts of each axis: generated images, then real scenes."""
     from ldm.pipelines import contact_sheet
 
     rows = [row for part in found.parts for row in _rows(part)]
-    return contact_sheet([pictures for pictures, _ in rows], [caption for _, caption in rows])
+    return contact_sheet([images for images, _ in rows], [caption for _, caption in rows])
 
 
 def _rows(part: AxisResult) -> list[tuple[list[Image.Image], str]]:
     from ldm.data import to_signed
-    from ldm.evaluation.composition import EACH
+    from ldm.evaluation.composition import IMAGES_PER_PROMPT, prompt_rows
     from ldm.pipelines import to_pil
 
     rows = []
-    what = list(part.right)[-1]
-    for place, prompt in enumerate(part.prompts[:SHOWN]):
-        own = slice(EACH * place, EACH * (place + 1))
-        pictures = [*to_pil(to_signed(part.pictures[own])), *to_pil(to_signed(part.real[own]))]
-        right = int(part.right[what][own].sum())
-        rows.append((pictures, f"{part.axis}: {prompt.caption} ({what} in {right} of {EACH} | real scenes)"))
+    what = list(part.correct)[-1]
+    first = part.prompts[:SHEET_PROMPTS]
+    for prompt, own in zip(first, prompt_rows(len(first)), strict=True):
+        images = [*to_pil(to_signed(part.images[own])), *to_pil(to_signed(part.real[own]))]
+        right = int(part.correct[what][own].sum())
+        rows.append((images, f"{part.axis}: {prompt.caption} ({what} in {right} of {IMAGES_PER_PROMPT} | real scenes)"))
     return rows

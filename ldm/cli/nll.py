@@ -96,11 +96,10 @@ def nll(
     if cut:
         print(f"warning: captions are cut: {cut}", file=sys.stderr)
     if output is not None:
-        from ldm.report.curves import Line
-        from ldm.report.plots import save_plot
+        from ldm.report.charts import Line, save_chart
 
         points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in found.curve]
-        save_plot(output, Line("L_t, bits per dimension", points), axis="timestep t (0 is L_0)")
+        save_chart(output, Line("L_t, bits per dimension", points), axis="timestep t (0 is L_0)")
     shape = pipeline.codec.latent_shape(*pipeline.default_size)
     asked = {"model": model, "data": path, "split": split, "seed": seed, "shape": list(shape)}
     asked |= {"timesteps_per_image": steps, "variance": "learned" if learned else variance or "small"}

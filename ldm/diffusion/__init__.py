@@ -21,7 +21,16 @@ from ldm.diffusion.likelihood import (
     variational_bound,
     variational_terms,
 )
-from ldm.diffusion.losses import LossConfig, diffusion_loss, logit_normal_timesteps, loss_weights, stratified_timestep
+from ldm.diffusion.losses import (
+    NOISE_BANDS,
+    LossConfig,
+    diffusion_loss,
+    logit_normal_timesteps,
+    loss_weights,
+    noise_bands,
+    stratified_timestep,
+    without_variance,
+)
 from ldm.diffusion.prediction import (
     Denoise,
     Denoiser,
@@ -49,6 +58,7 @@ from ldm.diffusion.samplers import (
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
 
 __all__ = [
+    "NOISE_BANDS",
     "Decoder",
     "Denoise",
     "Denoiser",
@@ -83,6 +93,7 @@ __all__ = [
     "langevin_corrector",
     "logit_normal_timesteps",
     "loss_weights",
+    "noise_bands",
     "posterior_mean",
     "rescale_guidance",
     "score_from_epsilon",
@@ -95,5 +106,6 @@ __all__ = [
     "variational_terms",
     "velocity",
     "with_condition",
+    "without_variance",
     "x0_and_epsilon",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from ldm.diffusion.prediction import Denoiser, add_noise, split_variance, traini
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, extract
 
 Weighting = Literal["simple", "vlb", "min_snr", "hybrid"]
+NOISE_BANDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,3 +190,14 @@ def logit_normal_timesteps(timesteps: Tensor, num_train_timesteps: int, *, mean:
     """
     normal = torch.special.ndtri((timesteps.double() + 0.5) / num_train_timesteps)
     return (num_train_timesteps * torch.sigmoid(mean + std * normal)).long().clamp(max=num_train_timesteps - 1)
+
+
+def noise_bands(num_train_timesteps: int) -> list[range]:
+    """The timesteps in `NOISE_BANDS` equal bands, from little noise to much."""
+    edges = [band * num_train_timesteps // NOISE_BANDS for band in range(NOISE_BANDS + 1)]
+    return [range(first, end) for first, end in pairwise(edges)]
+
+
+def without_variance(denoiser: Denoiser) -> Denoiser:
+    """The denoiser without the variances that it may have learned."""
+    return lambda x_t, timesteps, condition: split_variance(denoiser(x_t, timesteps, condition), x_t)[0]

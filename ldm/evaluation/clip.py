@@ -1,4 +1,4 @@
-"""CLIP (arXiv:2103.00020) through open_clip: images and captions as points of one space."""
+"""CLIP (arXiv:2103.00020) through open_clip: joint embeddings of images and captions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Clip:
 
     Attributes:
         name: as open_clip calls it, such as "ViT-B-32".
-        size: (height, width) in pixels of what it looks at.
-        mean, std: [3, 1, 1], which it expects images in [0, 1] to be normalised with.
+        size: (height, width) of its input in pixels.
+        mean, std: [3, 1, 1], for the normalization of images in [0, 1].
         filter: "bicubic" or "bilinear".
-        dimensions: of its embeddings.
+        dimensions: of the embeddings.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [−1, 1] → [B, D], not normalised.
+        """[B, 3, H, W] in [−1, 1] → [B, D], not normalized.
 
-        The shorter side is resized and the middle cut out: what open_clip does to pictures that it was trained on.
+        The shorter side is resized and the center cropped, as in open_clip.
         """
         images = images.to(self.mean) / 2 + 0.5
         height, width = self.size
         scale = max(height / images.shape[-2], width / images.shape[-1])
-        across = [max(round(side * scale), least) for side, least in zip(images.shape[-2:], self.size, strict=True)]
+        across = [max(round(side * scale), minimum) for side, minimum in zip(images.shape[-2:], self.size, strict=True)]
         images = F.interpolate(images, across, mode=self.filter, antialias=True).clamp(0, 1)
         top, left = (across[0] - height) // 2, (across[1] - width) // 2
         images = images[..., top : top + height, left : left + width]
@@ -59,7 +59,7 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
-        """B captions → [B, D], not normalised; what exceeds the model's tokens is cut off."""
+        """B captions → [B, D], not normalized; captions are truncated to the model's length."""
         return self.model.encode_text(self.tokenizer(list(captions)).to(self.mean.device))
 
 
@@ -67,8 +67,8 @@ def load_clip(weights: str, device: torch.device) -> Clip:
     """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`.
 
     Raises:
-        ValueError: where open_clip is missing, or does not know the model or the tag; for weights that are not
-            safetensors, or not the model's.
+        ValueError: where open_clip is missing; for an unknown model or tag; for weights that are not safetensors, or
+            not of the model.
     """
     try:
         open_clip = importlib.import_module("open_clip")
@@ -82,7 +82,7 @@ def load_clip(weights: str, device: torch.device) -> Clip:
             "ViT-B-32:laion2b_s34b_b79k; open_clip.list_models() lists all"
         )
     path = weights_path(open_clip, name, bool(config.get("quick_gelu")), source)
-    # A tag brings its own mean, deviation and filter, which a path has no place for.
+    # A tag has its own mean, std and filter; a path has not.
     known = source in open_clip.list_pretrained_tags_by_model(name)
     try:
         model = open_clip.create_model(name, pretrained=source if known else str(path), device=device)
@@ -96,8 +96,8 @@ def _clip(name: str, model: Any, tokenizer: Any, device: torch.device) -> Clip:
     wanted = model.visual.preprocess_cfg
     if wanted["resize_mode"] != "shortest" or wanted["interpolation"] not in ("bicubic", "bilinear"):
         raise ValueError(
-            f"{name} wants images resized by {wanted['resize_mode']}, {wanted['interpolation']}, which is not done "
-            "here; choose a model that takes the shortest side, bicubic or bilinear, such as ViT-B-32"
+            f"{name} wants images resized by {wanted['resize_mode']}, {wanted['interpolation']}, which is not "
+            "supported; choose a model that takes the shortest side, bicubic or bilinear, such as ViT-B-32"
         )
     size = wanted["size"]
     height, width = (size, size) if isinstance(size, int) else size

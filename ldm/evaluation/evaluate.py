@@ -1,14 +1,13 @@
-"""One evaluation of a model: pictures for captions of its data, and all that can be said of them.
+"""Evaluation of a model: generates images for captions of its data and measures them.
 
-Half of the captions are of held-out images, as far as there are such, the others of training images. Quality is that of
-all pictures; faithfulness is told for each half by itself, since captions of training images may have been learned by
-heart; and copies of training images are looked for among the pictures of their captions, where they would be.
+Half of the captions are of held-out images, if there are any, the others of training images. Fidelity is that of all
+images; prompt alignment is measured for each half, since captions of training images may be memorized; copies are
+searched among the images for training captions.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,86 +15,84 @@ import torch
 from torch import Tensor
 
 from ldm.data import CaptionedImages, generator, to_signed
-from ldm.evaluation.cells import evaluations_of
+from ldm.diffusion import NOISE_BANDS
+from ldm.evaluation.baselines import BaselineComparison, compare_with_baselines
 from ldm.evaluation.clip import Clip
-from ldm.evaluation.controls import standing
-from ldm.evaluation.digits import label
-from ldm.evaluation.drawn import captions_of, draw
-from ldm.evaluation.faithfulness import ClipScore, Retrieval, clip_score, read_as_asked, retrieval
-from ldm.evaluation.frechet import Interval
-from ldm.evaluation.kept import KeptPictures
-from ldm.evaluation.loss_gap import BANDS, LossGap, loss_gap
-from ldm.evaluation.memorising import Copying, Verdict, copy_features, copying, verdict
-from ldm.evaluation.quality import MINIMUM, Quality, quality
-from ldm.evaluation.reference import Bars, Reference, no_bars, pictures_at_once
-from ldm.evaluation.standing import Standing
+from ldm.evaluation.fidelity import MIN_IMAGES, Fidelity, measure_fidelity
+from ldm.evaluation.generate import SampleCache, generate, sample_captions
+from ldm.evaluation.loss_gap import LossGap, loss_gap
+from ldm.evaluation.memorization import Copying, Verdict, find_copies, verdict
+from ldm.evaluation.nearest_neighbors import color_layout
+from ldm.evaluation.prompt_alignment import ClipScore, Retrieval, clip_score, digit_accuracy, digit_of, retrieval
+from ldm.evaluation.reference import Reference, default_batch_size
+from ldm.evaluation.stats import Interval
+from ldm.evaluation.sweep import evaluations_per_image
 from ldm.pipelines import Pipeline
+from ldm.progress import Progress, format_duration, no_progress
 
 GAP_IMAGES, GAP_DRAWS = 128, 4
-FIRST_CALL = 5.0  # seconds: in less, what a first call does besides would count
+MIN_FIRST_CALL = 5.0  # seconds: a faster first call is timed again, since it includes initialization
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The pictures for captions of one side of the split.
+class GeneratedImages:
+    """Images generated for captions of one side of the split.
 
     Attributes:
         side: "training" or "held-out".
-        captions, own: what was asked for, and the index of the image of that side that each caption is of.
-        pictures: uint8 [n, 3, H, W].
+        captions: N of them; `indices` are those of the images of that side that they belong to.
+        images: uint8 [N, 3, H, W].
     """
 
     side: str
     captions: tuple[str, ...]
-    own: tuple[int, ...]
-    pictures: Tensor
+    indices: tuple[int, ...]
+    images: Tensor
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The results.
 
     Attributes:
-        settings: what all figures stand on: samples, features, guidance, steps, sampler, seed, sizes of both sides.
-        asked: the pictures, of training captions and, where there are held-out images, of theirs.
-        quality: None where `left_out` says why.
-        found: side → retrieval in the features of the reference.
-        read: side → share that is read as the digit asked for, where the data is `digits`.
-        clip: side → CLIP score, where a CLIP model was given.
-        copies, gap: whether pictures are copies of training images; the gap is None without held-out images.
-        standing: how near they are to the data at all; None where quality is.
-        verdict: what follows from these.
-        left_out: sentences: what is not said, and why.
+        settings: samples, features, guidance, steps, sampler, seed, numbers of images.
+        generated: for training captions and, if there are held-out images, for theirs.
+        fidelity: None where `left_out` has the reason.
+        retrieval, digit_accuracy, clip_scores: by side; accuracy for the data `digits`, scores with a CLIP model.
+        copying: of the images for training captions; None with too few training images.
+        gap: None without held-out images.
+        baselines: None where `fidelity` is.
+        left_out: sentences: what was not measured, and why.
     """
 
     settings: dict[str, Any]
-    asked: tuple[Asked, ...]
-    quality: Quality | None
-    found: dict[str, Retrieval]
-    read: dict[str, Interval]
-    clip: dict[str, ClipScore]
-    copies: Copying | None
+    generated: tuple[GeneratedImages, ...]
+    fidelity: Fidelity | None
+    retrieval: dict[str, Retrieval]
+    digit_accuracy: dict[str, Interval]
+    clip_scores: dict[str, ClipScore]
+    copying: Copying | None
     gap: LossGap | None
-    standing: Standing | None
+    baselines: BaselineComparison | None
     verdict: Verdict
     left_out: tuple[str, ...]
 
     @property
-    def pictures(self) -> Tensor:
-        """uint8 [N, 3, H, W], those of training captions first."""
-        return torch.cat([side.pictures for side in self.asked])
+    def images(self) -> Tensor:
+        """uint8 [N, 3, H, W], those for training captions first."""
+        return torch.cat([side.images for side in self.generated])
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the pictures, for JSON."""
+        """For JSON, without the images."""
         return {
             **self.settings,
             "verdict": vars(self.verdict),
-            "standing": None if self.standing is None else self.standing.to_dict(),
-            "quality": None if self.quality is None else self.quality.to_dict(),
-            "retrieval": {side: found.to_dict() for side, found in self.found.items()},
-            "read_as_asked": {side: vars(share) for side, share in self.read.items()},
-            "clip_score": {side: found.to_dict() for side, found in self.clip.items()},
-            "copying": None if self.copies is None else self.copies.to_dict(),
+            "standing": None if self.baselines is None else self.baselines.to_dict(),
+            "quality": None if self.fidelity is None else self.fidelity.to_dict(),
+            "retrieval": {side: found.to_dict() for side, found in self.retrieval.items()},
+            "read_as_asked": {side: vars(accuracy) for side, accuracy in self.digit_accuracy.items()},
+            "clip_score": {side: score.to_dict() for side, score in self.clip_scores.items()},
+            "copying": None if self.copying is None else self.copying.to_dict(),
             "loss_gap": None if self.gap is None else self.gap.to_dict(),
             "left_out": list(self.left_out),
         }
@@ -111,116 +108,156 @@ def evaluate(
     guidance_scale: float | None = None,
     clip: Clip | None = None,
     with_loss_gap: bool = True,
-    keep: KeptPictures | None = None,
-    bars: Bars = no_bars,
+    cache: SampleCache | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
-    """Draws and measures.
+    """Generates images and measures them.
 
     Args:
-        samples: N, how many pictures.
-        seed: of captions, noise, and what is drawn for intervals.
-        num_inference_steps, guidance_scale: None takes the defaults that are stored with the model.
+        samples: N, the number of images.
+        seed: for captions, noise, and subsets.
+        num_inference_steps, guidance_scale: None takes the defaults stored with the model.
         clip: for the CLIP score.
-        with_loss_gap: whether the loss is measured on both sides of the split.
-        keep: keeps pictures as they are drawn; None draws all of them.
+        with_loss_gap: whether to measure the loss on both sides of the split.
+        cache: for generated images; None generates all of them.
 
     Raises:
         ValueError: for too few samples, a model of another image size than the data, and settings out of range.
     """
     check_samples(samples)
     _check_size(pipeline, reference.training)
-    steps = pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps
-    scale = pipeline.guidance_scale if guidance_scale is None else guidance_scale
-    drawing = _Drawing(pipeline, steps, scale, seed, keep, bars)
-    wanted = captions_wanted(reference, samples, seed)
-    asked = tuple(drawing(side, captions, own) for side, (captions, own) in wanted.items())
+    settings: dict[str, Any] = _settings(pipeline, num_inference_steps, guidance_scale)
+    make = generate if cache is None else cache.generate
+    generated = []
+    for side, (captions, indices) in select_captions(reference, samples, seed).items():
+        with progress(f"images for {side} captions", len(captions)) as update:
+            images = make(
+                pipeline,
+                captions,
+                seed=_side_seed(seed, side),
+                batch_size=default_batch_size(*pipeline.default_size),
+                progress=update,
+                **settings,
+            )
+        generated.append(GeneratedImages(side, tuple(captions), tuple(indices), images))
     gap = None
     if with_loss_gap and reference.held_out is not None:
-        gap = _gap(pipeline, reference.training, reference.held_out, seed, bars)
-    how = {"num_inference_steps": steps, "guidance_scale": scale, "sampler": pipeline.sampler}
-    return measure(asked, reference, seed=seed, how=how, clip=clip, gap=gap, bars=bars)
+        sides = reference.training, reference.held_out
+        total = sum(min(GAP_IMAGES, len(images)) for images in sides) * NOISE_BANDS * GAP_DRAWS
+        with progress("loss of both sides", total) as update:
+            gap = loss_gap(pipeline, *sides, images=GAP_IMAGES, draws=GAP_DRAWS, seed=seed, progress=update)
+    sampling = settings | {"sampler": pipeline.sampler}
+    return measure_generated(
+        tuple(generated), reference, seed=seed, sampling=sampling, clip=clip, gap=gap, progress=progress
+    )
 
 
-def measure(
-    asked: tuple[Asked, ...],
+def measure_generated(
+    generated: tuple[GeneratedImages, ...],
     reference: Reference,
     *,
     seed: int,
-    how: dict[str, Any],
+    sampling: dict[str, Any],
     clip: Clip | None = None,
     gap: LossGap | None = None,
-    bars: Bars = no_bars,
+    progress: Progress = no_progress,
 ) -> Evaluation:
-    """All that is said of pictures that are drawn.
+    """Measures images that were generated.
 
     Args:
-        asked: those of training captions first.
-        how: the settings that they were drawn with, for the record.
+        generated: those for training captions first.
+        sampling: the settings they were generated with, for the record.
     """
-    with bars("features of the pictures", sum(len(side.captions) for side in asked)) as done:
-        features = {side.side: _features(side.pictures, reference, done) for side in asked}
+    by_side: dict[str, Tensor] = {}
+    with progress("features of the images", sum(len(side.captions) for side in generated)) as update:
+        for side in generated:
+            parts = []
+            for chunk in side.images.split(default_batch_size(*side.images.shape[-2:])):
+                parts.append(reference.space.compute([to_signed(chunk)]))
+                update(len(chunk))
+            by_side[side.side] = torch.cat(parts)  # [n, D]
     left_out: list[str] = []
-    copies = _copies(asked, reference, seed, left_out)
-    everything = torch.cat(list(features.values()))
-    figures = _quality(everything, reference, seed, left_out)
-    found = {side.side: _found(side, features[side.side], reference, seed) for side in asked}
-    stands, unmeasured = None, ""
-    if figures is None:
-        unmeasured = (
-            f"{len(everything)} pictures and {len(reference.features)} training images are too few to say whether the "
-            f"pictures are like the data, for which there have to be {MINIMUM} of both"
+    copying = _find_copies(generated[0], reference, seed, left_out)
+    features = torch.cat(list(by_side.values()))
+    fidelity = _fidelity(features, reference, seed, left_out)
+    gallery = reference.gallery
+    found = {
+        side.side: retrieval(by_side[side.side], gallery.features, gallery.matches(side.captions), seed=seed)
+        for side in generated
+    }
+    baselines, not_compared = None, ""
+    if fidelity is None:
+        not_compared = (
+            f"{len(features)} images and {len(reference.features)} training images are too few to compare them with "
+            f"baselines, which needs {MIN_IMAGES} of both"
         )
     else:
-        pictures = torch.cat([side.pictures for side in asked])
-        stands = standing(pictures, everything, found, reference, seed=seed)
+        images = torch.cat([side.images for side in generated])
+        baselines = compare_with_baselines(images, features, found, reference, seed=seed)
+    height, width = generated[0].images.shape[-2:]
+    settings = {
+        "samples": {side.side: len(side.captions) for side in generated},
+        "images": {"training": len(reference.features), "held-out": len(reference.held_out_features)},
+        "features": reference.space.label(),
+        "size": [width, height],
+        "seed": seed,
+    }
     return Evaluation(
-        settings=_settings(reference, asked, seed) | how,
-        asked=asked,
-        quality=figures,
-        found=found,
-        read={side.side: _read(side, reference) for side in asked if reference.reader is not None},
-        clip={
-            side.side: clip_score(clip, side.pictures, side.captions) for side in asked if clip and len(side.own) > 1
+        settings=settings | sampling,
+        generated=generated,
+        fidelity=fidelity,
+        retrieval=found,
+        digit_accuracy=_digit_accuracy(generated, reference),
+        clip_scores={
+            side.side: clip_score(clip, side.images, side.captions)
+            for side in generated
+            if clip and len(side.captions) > 1
         },
-        copies=copies,
+        copying=copying,
         gap=gap,
-        standing=stands,
-        verdict=verdict(copies, gap, stands, unmeasured=unmeasured),
+        baselines=baselines,
+        verdict=verdict(copying, gap, baselines, not_compared=not_compared),
         left_out=tuple(left_out),
     )
 
 
-def expected(pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None) -> str:
-    """How long an evaluation takes, in words. One picture is drawn, for its time; in a batch each takes less.
+def estimate_duration(
+    pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None
+) -> str:
+    """How long an evaluation takes at most, in words, from one image; images of a batch take less each.
 
     Raises:
-        ValueError: for too few samples and settings out of range, before anything else is done.
+        ValueError: for too few samples and settings out of range, before anything is generated.
     """
     check_samples(samples)
-    steps = pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps
-    scale = pipeline.guidance_scale if guidance_scale is None else guidance_scale
+    settings = _settings(pipeline, num_inference_steps, guidance_scale)
 
-    def one() -> float:
+    def time_one() -> float:
         started = time.perf_counter()
-        draw(pipeline, ["a"], seed=0, num_inference_steps=steps, guidance_scale=scale, at_once=1)
+        generate(pipeline, ["a"], seed=0, batch_size=1, **settings)
         return time.perf_counter() - started
 
-    seconds = one()
-    if seconds < FIRST_CALL:
-        seconds = one()
-    looks = 2 * GAP_IMAGES * BANDS * GAP_DRAWS / evaluations_of(scale, steps)
+    seconds = time_one()
+    if seconds < MIN_FIRST_CALL:
+        seconds = time_one()
+    evaluations = evaluations_per_image(settings["guidance_scale"], settings["num_inference_steps"])
+    losses = 2 * GAP_IMAGES * NOISE_BANDS * GAP_DRAWS / evaluations
     return (
-        f"{samples} pictures at {_duration(seconds)} each or less, and the loss of {2 * GAP_IMAGES} images: at most "
-        f"{_duration((samples + looks) * seconds)}"
+        f"{samples} images at {format_duration(seconds)} each or less, and the loss of {2 * GAP_IMAGES} images: at "
+        f"most {format_duration((samples + losses) * seconds)}"
     )
 
 
+def _settings(pipeline: Pipeline, num_inference_steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    steps = pipeline.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = pipeline.guidance_scale if guidance_scale is None else guidance_scale
+    return {"num_inference_steps": steps, "guidance_scale": scale}
+
+
 def check_samples(samples: int) -> None:
-    """Refuses a number of pictures of which nothing could be said."""
-    if samples < MINIMUM:
-        raise ValueError(
-            f"samples is {samples}; at least {MINIMUM} pictures are needed, as the intervals say little below that"
-        )
+    """Raises ValueError for too few images."""
+    if samples < MIN_IMAGES:
+        raise ValueError(f"samples is {samples}; at least {MIN_IMAGES} images are needed for useful intervals")
 
 
 def _check_size(pipeline: Pipeline, images: CaptionedImages) -> None:
@@ -228,114 +265,60 @@ def _check_size(pipeline: Pipeline, images: CaptionedImages) -> None:
     side = images.config.resolution
     if not images.config.bucketed and (height, width) != (side, side):
         raise ValueError(
-            f"the data has {side}x{side} pixels but the model draws {width}x{height}; resizing alone would set them "
-            "apart: set data.resolution to the size of training"
+            f"the data has {side}x{side} pixels but the model generates {width}x{height}; resizing alone would make "
+            "them differ: set data.resolution to the size of training"
         )
 
 
-def captions_wanted(reference: Reference, samples: int, seed: int) -> dict[str, tuple[list[str], list[int]]]:
-    """Side → captions and their images: half are of held-out images, each of these at most once."""
+def select_captions(reference: Reference, samples: int, seed: int) -> dict[str, tuple[list[str], list[int]]]:
+    """Side → captions and indices of their images: half are of held-out images, each of these at most once."""
     held_out = 0 if reference.held_out is None else min(samples // 2, len(reference.held_out))
-    wanted = {"training": captions_of(reference.training.samples, samples - held_out, _seed(seed, "training"))}
+    training = reference.training.samples
+    selected = {"training": sample_captions(training, samples - held_out, _side_seed(seed, "training"))}
     if reference.held_out is not None and held_out:
-        wanted["held-out"] = captions_of(reference.held_out.samples, held_out, _seed(seed, "held-out"))
-    return wanted
+        selected["held-out"] = sample_captions(reference.held_out.samples, held_out, _side_seed(seed, "held-out"))
+    return selected
 
 
-def _seed(seed: int, side: str) -> int:
-    """Sides differ in their noise, and both from a sweep that was chosen by."""
+def _side_seed(seed: int, side: str) -> int:
+    """Sides differ in their noise, and from a sweep that chose the settings."""
     return int(generator(seed, "evaluation", side).integers(2**31))
 
 
-class _Drawing:
-    """Draws the pictures of one side."""
-
-    def __init__(
-        self, pipeline: Pipeline, steps: int, scale: float, seed: int, keep: KeptPictures | None, bars: Bars
-    ) -> None:
-        self.pipeline, self.seed, self.bars = pipeline, seed, bars
-        self.draw = draw if keep is None else keep.draw
-        self.settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
-        self.at_once = pictures_at_once(*pipeline.default_size)
-
-    def __call__(self, side: str, captions: list[str], own: list[int]) -> Asked:
-        with self.bars(f"pictures of {side} captions", len(captions)) as done:
-            pictures = self.draw(
-                self.pipeline,
-                captions,
-                seed=_seed(self.seed, side),
-                at_once=self.at_once,
-                progress=done,
-                **self.settings,
-            )
-        return Asked(side, tuple(captions), tuple(own), pictures)
-
-
-def _gap(pipeline: Pipeline, training: CaptionedImages, held_out: CaptionedImages, seed: int, bars: Bars) -> LossGap:
-    total = sum(min(GAP_IMAGES, len(images)) for images in (training, held_out)) * BANDS * GAP_DRAWS
-    with bars("loss of both sides", total) as done:
-        return loss_gap(pipeline, training, held_out, images=GAP_IMAGES, draws=GAP_DRAWS, seed=seed, progress=done)
-
-
-def _features(pictures: Tensor, reference: Reference, progress: Callable[[int], object]) -> Tensor:
-    parts = []
-    for chunk in pictures.split(pictures_at_once(*pictures.shape[-2:])):
-        parts.append(reference.space.of([to_signed(chunk)]))
-        progress(len(chunk))
-    return torch.cat(parts)  # [n, D]
-
-
-def _quality(features: Tensor, reference: Reference, seed: int, left_out: list[str]) -> Quality | None:
-    for count, what in ((len(reference.features), "training images to compare with"), (len(features), "pictures")):
-        if count < MINIMUM:
+def _fidelity(features: Tensor, reference: Reference, seed: int, left_out: list[str]) -> Fidelity | None:
+    for count, what in ((len(reference.features), "training images"), (len(features), "generated images")):
+        if count < MIN_IMAGES:
             left_out.append(
-                f"Left out: all figures of quality, for there are {count} {what}; at least {MINIMUM} are needed, as "
-                "the intervals say little below that."
+                f"Left out: all metrics of fidelity, for there are {count} {what}; at least {MIN_IMAGES} are needed "
+                "for useful intervals."
             )
             return None
     held_out = reference.held_out_features if len(reference.held_out_features) else None
-    return quality(features, reference.features, held_out, reference.space, seed=seed)
+    return measure_fidelity(features, reference.features, held_out, reference.space, seed=seed)
 
 
-def _found(side: Asked, features: Tensor, reference: Reference, seed: int) -> Retrieval:
-    return retrieval(features, reference.gallery.features, reference.gallery.own(side.captions), seed=seed)
+def _digit_accuracy(generated: tuple[GeneratedImages, ...], reference: Reference) -> dict[str, Interval]:
+    if reference.digit_classifier is None:
+        return {}
+    found = {}
+    for side in generated:
+        images = reference.training if side.side == "training" else reference.held_out
+        assert images is not None
+        digits = [digit_of(images.samples[index]) for index in side.indices]
+        found[side.side] = digit_accuracy(reference.digit_classifier, side.images, digits)
+    return found
 
 
-def _read(side: Asked, reference: Reference) -> Interval:
-    assert reference.reader is not None
-    images = reference.training if side.side == "training" else reference.held_out
-    assert images is not None
-    return read_as_asked(reference.reader, side.pictures, [label(images.samples[index]) for index in side.own])
-
-
-def _copies(asked: tuple[Asked, ...], reference: Reference, seed: int, left_out: list[str]) -> Copying | None:
-    """Of the pictures of training captions: copies would be there."""
+def _find_copies(generated: GeneratedImages, reference: Reference, seed: int, left_out: list[str]) -> Copying | None:
     try:
-        return copying(
-            copy_features(to_signed(asked[0].pictures)),
-            reference.near,
-            reference.held_out_near if len(reference.held_out_near) else None,
+        return find_copies(
+            color_layout(to_signed(generated.images)),
+            reference.layouts,
+            reference.held_out_layouts if len(reference.held_out_layouts) else None,
             groups=[sample.group for sample in reference.training.samples],
-            mirrored=reference.mirrored,
+            mirrored=reference.mirrored_layouts,
             seed=seed,
         )
-    except ValueError as error:  # too few training images to tell what is near
-        left_out.append(f"Left out: whether pictures are copies of training images, for {error}.")
+    except ValueError as error:  # too few training images
+        left_out.append(f"Left out: whether images are copies of training images, for {error}.")
         return None
-
-
-def _settings(reference: Reference, asked: tuple[Asked, ...], seed: int) -> dict[str, Any]:
-    height, width = asked[0].pictures.shape[-2:]
-    return {
-        "samples": {side.side: len(side.captions) for side in asked},
-        "images": {"training": len(reference.features), "held-out": len(reference.held_out_features)},
-        "features": reference.space.label(),
-        "size": [width, height],
-        "seed": seed,
-    }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

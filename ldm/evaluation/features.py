@@ -1,64 +1,58 @@
-"""What distances between sets of images are measured on: functions from images in [−1, 1] to features [B, D].
+"""Image features for distances between sets of images, and their cache on disk.
 
-A number measured on one kind of features says nothing about another kind, nor about the same network on images resized
-in another way: `FeatureSpace` carries both, and its label stands beside every number.
+A distance depends on the network and on how images are resized for it: `FeatureSpace` has both, and its label is shown
+beside every number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data import to_uint8
+from ldm import disk
+from ldm.data import CaptionedImages, to_signed, to_uint8
+from ldm.data.cache import RowCache
+from ldm.data.images import TRANSFORM_VERSION
+from ldm.data.rng import content_hash
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.efficientnet import DIMENSIONS as EFFICIENTNET_DIMENSIONS
 from ldm.evaluation.efficientnet import EfficientNetLite0
-from ldm.evaluation.inception import DIMENSIONS as INCEPTION_DIMENSIONS
-from ldm.evaluation.inception import SIZE as INCEPTION_SIZE
-from ldm.evaluation.inception import load_inception
-
-Features = Callable[[Tensor], Tensor]
-"""Images [B, C, H, W] in [−1, 1], C 1 or 3 → features [B, D], float64."""
+from ldm.requirements import pip_install
 
 PIXEL_DIMENSIONS = 64
 GRID, GRADIENT_GRID = 8, 4
 EFFICIENTNET_SIZE = 128
-"""Chosen by how far OpenMoji of 64 pixels move that are made worse: the Fréchet distance of 50 held-out images to 300
-training images, over that of the same images unharmed. The time is that of one image on one thread.
+"""Chosen among 64, 128 and 224 by which damages to images it shows, and in what time: docs/evaluation.md."""
+EXTRACT_BATCH = 16  # fastest on a CPU (11 ms an image at 128 pixels; 17 with 32), and memory stays small at 299
 
-    resize                     64    128    224
-    blur of 1 pixel          1.01   1.11   1.14
-    blur of 2 pixels         1.09   1.36   1.46
-    noise of 0.05            1.21   1.25   1.12
-    JPEG, quality 50         1.03   1.06   1.10
-    JPEG, quality 15         1.01   1.21   1.24
-    turned upside down       0.99   1.02   0.99
-    tiles of 16 pixels mixed 1.76   1.62   1.42
-    flags only               1.29   1.23   1.32
-    milliseconds                3     11     90
+# Of weights-inception-2015-12-05-6726825d.pth, the network of arXiv:1706.08500 converted from TensorFlow.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_DIMENSIONS, INCEPTION_SIZE = 2048, 299
 
-At 64 pixels blur and JPEG hardly show; 224 shows little more than 128, for eight times its time. None sees what is
-upside down, and all see noise that people hardly notice.
-"""
-IMAGES_AT_ONCE = 16  # fastest on a CPU (11 ms an image at 128 pixels; 17 with 32), and memory stays small at 299
+CACHE_VERSION = 1  # increase when the features of a key change
+READ_BATCH = 32
+SHARD_ROWS = 256  # an interruption loses no more
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Images as points, in which distances are measured.
+    """A function from images to features.
 
     Attributes:
         name: "efficientnet", "pixel", "inception" or "clip".
         dimensions: D.
-        resize: the side in pixels and the filter that `extract` brings images to, such as "128 bicubic"; or "none".
+        resize: side in pixels and filter that `extract` resizes images with, such as "128 bicubic"; or "none".
         extract: images [B, 3, H, W] in [−1, 1], on any device → features [B, D].
-        title: what the features are called in print.
+        title: name of the features in print.
     """
 
     name: str
@@ -77,46 +71,42 @@ class FeatureSpace:
         resized = "not resized" if self.resize == "none" else f"resized to {self.resize}"
         return f"{self.title or self.name} features ({self.dimensions}, images {resized})"
 
-    def of(self, images: Iterable[Tensor]) -> Tensor:
-        """Batches of images [B, 3, H, W] in [−1, 1] → features [N, D], float64 on the CPU.
-
-        Sizes may differ between batches.
+    def compute(self, images: Iterable[Tensor]) -> Tensor:
+        """Batches of images [B, 3, H, W] in [−1, 1], of any sizes → features [N, D], float64 on the CPU.
 
         Raises:
-            ValueError: if there are none, for other shapes, and for images that are not floats in [−1, 1].
+            ValueError: without images, for other shapes, and for values that are not floats in [−1, 1].
         """
         parts: list[Tensor] = []
         with torch.no_grad():
             for batch in images:
                 _check_images(batch)
-                parts += [self.extract(chunk).to("cpu", torch.float64) for chunk in batch.split(IMAGES_AT_ONCE)]
+                parts += [self.extract(chunk).to("cpu", torch.float64) for chunk in batch.split(EXTRACT_BATCH)]
         if not parts:
-            raise ValueError("there are no images to take features of; give at least one batch")
+            raise ValueError("there are no images to compute features of; give at least one batch")
         return torch.cat(parts)
 
 
 def feature_space(
     name: str = "efficientnet", *, device: torch.device, weights: Path | str | None = None
 ) -> FeatureSpace:
-    """One of four spaces; nothing is downloaded but the weights of CLIP, where a tag of open_clip names them.
+    """One of four spaces. Only weights of CLIP may be downloaded, if a tag of open_clip names them.
 
-    name:
-        "efficientnet": the 1280 pooled features of EfficientNet-Lite0, which come with packages, on images resized to
-            128 pixels (bicubic, antialiased): see `EFFICIENTNET_SIZE`.
-        "pixel": `pixel_features`, without any network.
-        "inception": the 2048 pooled features of FID's network, on images rounded to 256 levels and resized as it
-            resizes them. The Fréchet distance on these, and only on these, is FID.
-        "clip": the image embeddings of an open_clip model, before they are brought to length 1: in the kernel of KID
-            a length of 1 would leave nothing but the linear term.
-    device: where the network computes.
-    weights: for "inception" the path of its weights; for "clip" MODEL:TAG or MODEL:PATH.safetensors.
+    Args:
+        name: "efficientnet": the 1280 pooled features of EfficientNet-Lite0, whose weights come with a package, on
+            images resized to 128 pixels (bicubic, antialiased). "pixel": `pixel_features`, without a network.
+            "inception": the 2048 pooled features of FID's network, on 8-bit images resized as it resizes them; only
+            here is the Fréchet distance FID. "clip": image embeddings of an open_clip model, not normalized (with
+            length 1 the kernel of KID would be almost linear).
+        device: of the network.
+        weights: for "inception" the path of its weights; for "clip" MODEL:TAG or MODEL:PATH.safetensors.
 
     Raises:
-        ValueError: for another name, weights that are missing, not needed or not the known ones, and missing packages.
+        ValueError: for another name, weights that are missing, not needed or unknown, and missing packages.
     """
     if name not in _SPACES:
         raise ValueError(f'there are no features "{name}"; choose one of {", ".join(_SPACES)}')
-    if weights is not None and name in _WITHOUT_WEIGHTS:
+    if weights is not None and name in ("efficientnet", "pixel"):
         raise ValueError(f'features "{name}" take no weights, but {weights} is given; leave it out')
     return _SPACES[name](device, "" if weights is None else str(weights))
 
@@ -157,11 +147,10 @@ _SPACES: dict[str, Callable[[torch.device, str], FeatureSpace]] = {
     "inception": _inception,
     "clip": _clip,
 }
-_WITHOUT_WEIGHTS = ("efficientnet", "pixel")
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Images [B, 3, H, W] in [−1, 1] → [B, 3, side, side]: bicubic and antialiased, clamped to the range again."""
+    """Images [B, 3, H, W] in [−1, 1] → [B, 3, side, side], bicubic and antialiased, clamped to the range."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -171,16 +160,16 @@ def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be floats [B, 3, H, W] in [-1, 1]")
     largest = float(images.abs().max()) if images.numel() else 0.0
-    if not largest <= 1 + 1e-3:  # also where it is not a number
-        raise ValueError(f"images reach {largest:g}; they must be in [-1, 1], with no number that is not finite")
+    if not largest <= 1 + 1e-3:  # also for nan
+        raise ValueError(f"images reach {largest:g}; they must be finite and in [-1, 1]")
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """What can be had without any network: colours and edges, as 64 random directions. [B, 1 or 3, H, W] → [B, 64].
+    """Colors and edges without a network, projected to 64 random directions: [B, 1 or 3, H, W] → [B, 64].
 
-    Colours are averaged to 8×8 places, the sizes of vertical and horizontal differences to 4×4; orthonormal directions,
-    the same at every call, make 64 numbers of these 224, so that a few hundred images are enough for a covariance.
-    Blind to what a picture means: a distance on them sees noise, blur, wrong colours and missing variety.
+    Colors are averaged to 8×8 cells, absolute vertical and horizontal differences of gray to 4×4; fixed orthonormal
+    directions reduce these 224 numbers to 64, so that a few hundred images suffice for a covariance. They show noise,
+    blur, wrong colors and missing variety, but not content.
 
     Raises:
         ValueError: for images below 8×8.
@@ -190,51 +179,107 @@ def pixel_features(images: Tensor) -> Tensor:
             f"images are {images.shape[-2]}x{images.shape[-1]}; pixel features need at least {GRID}x{GRID}"
         )
     images = images.to(torch.float64).expand(-1, 3, -1, -1)
-    grey = images.mean(dim=1, keepdim=True)  # [B, 1, H, W]
+    gray = images.mean(dim=1, keepdim=True)  # [B, 1, H, W]
     parts = [F.adaptive_avg_pool2d(images, GRID)]
-    parts += [F.adaptive_avg_pool2d(grey.diff(dim=axis).abs(), GRADIENT_GRID) for axis in (-2, -1)]
+    parts += [F.adaptive_avg_pool2d(gray.diff(dim=axis).abs(), GRADIENT_GRID) for axis in (-2, -1)]
     described = torch.cat([part.flatten(1) for part in parts], dim=1)  # [B, 224]
     return described @ random_directions(described.shape[1], PIXEL_DIMENSIONS)
 
 
-def random_directions(dimensions: int, kept: int) -> Tensor:
-    """[dimensions, kept] orthonormal columns, always the same ones; float64."""
-    drawn = torch.randn(dimensions, kept, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q
+def random_directions(dimensions: int, count: int) -> Tensor:
+    """[dimensions, count] orthonormal columns, the same at every call; float64."""
+    normal = torch.randn(dimensions, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.linalg.qr(normal).Q
 
 
-@dataclass(frozen=True)
-class DigitFeatures:
-    """The last hidden layer, 32 numbers, of a small classifier of 8×8 scans of digits.
+def load_inception(weights: str) -> nn.Module:
+    """The frozen network of FID, from torch-fidelity: uint8 images [B, 3, H, W] → 2048 pooled features.
 
-    The reader of `evaluation.digits` is a support vector machine, which has no layer to take features from; its
-    kernel would compare pixels again. This network of 64, 64 and 32 units is trained to tell the ten digits apart, so
-    its last layer knows shapes.
+    It resizes to 299 as FID does: bilinear without antialiasing (torchmetrics antialiases by default).
 
-    Attributes:
-        layers: (weight [in, out], bias [out]) of the hidden layers, float64.
+    Args:
+        weights: path of `INCEPTION_FILE`. Other files are refused: torch-fidelity unpickles them, and other weights
+            do not give FID.
+
+    Raises:
+        ValueError: for missing or other weights, and missing packages.
     """
+    if not weights:
+        raise ValueError(
+            f"Inception features need their weights, a file of 91 MiB that is not downloaded here: fetch "
+            f"{INCEPTION_URL} and give its path"
+        )
+    path = disk.expand_user(weights)
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); give the path of {INCEPTION_FILE}") from None
+    if digest != INCEPTION_SHA256:
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, not {INCEPTION_SHA256}: it is damaged, or another network, which does not "
+            f"give FID; fetch {INCEPTION_URL}"
+        )
+    try:
+        importlib.import_module("torch_fidelity")  # torchmetrics misses it only when it builds the network
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError as error:
+        raise ValueError(
+            f"Inception features need torch-fidelity ({error}): {pip_install('torch_fidelity', 'torchmetrics')}"
+        ) from None
+    name = str(INCEPTION_DIMENSIONS)
+    network: nn.Module = NoTrainInceptionV3("inception-v3-compat", [name], str(path), antialias=False)
+    return network.requires_grad_(False)
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
 
-    @classmethod
-    def fit(cls, images: Tensor, digits: Sequence[int]) -> DigitFeatures:
-        """Fits to scans [N, C, H, W] in [−1, 1] and the digits that they show; the same at every call."""
-        from sklearn.neural_network import MLPClassifier
-
-        network = MLPClassifier((64, 32), alpha=1e-2, max_iter=1000, random_state=0)
-        network.fit(_greys(images).numpy(), np.asarray(digits))
-        weights = [torch.from_numpy(weight) for weight in network.coefs_[:-1]]
-        return cls(tuple(zip(weights, map(torch.from_numpy, network.intercepts_[:-1]), strict=True)))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] in [−1, 1] → [B, 32]."""
-        hidden = _greys(images)  # [B, 64]
-        for weight, bias in self.layers:
-            hidden = F.relu(hidden @ weight + bias)
-        return hidden
+# ---- the cache: CACHE/features/KEY, where KEY covers network and resize; a row's key covers its image and transform
 
 
-def _greys(images: Tensor) -> Tensor:
-    grey = images.to(torch.float64).mean(dim=1, keepdim=True)  # [B, 1, H, W]
-    return F.adaptive_avg_pool2d(grey, GRID).flatten(1)  # [B, 64]
+def cached_features(
+    images: CaptionedImages,
+    space: FeatureSpace,
+    *,
+    progress: Callable[[int], object] = lambda done: None,
+    log: Callable[[str], None] = print,
+) -> Tensor:
+    """Features [N, D] float64 of every image, center-cropped and not flipped, in the order of `images`.
+
+    Args:
+        images: cached under `images.config.cache_folder`.
+        progress: called with the number of images done since, cached ones included.
+        log: is told of damaged files.
+
+    Raises:
+        ValueError: for an image that has become unreadable, or a cache that cannot be written.
+    """
+    if space.name == "clip":  # its label does not identify its weights
+        found = torch.empty(len(images), space.dimensions, dtype=torch.float64)
+        for chunk in images.chunks(SHARD_ROWS):
+            found[chunk] = space.compute(_batches(images, chunk, progress))
+        return found
+    key = content_hash(f"{CACHE_VERSION} {space.label()}".encode())
+    store = RowCache(images.config.cache_folder / "features" / key, log)
+    keys = [_row_key(images, index) for index in range(len(images))]
+    missing = set(store.missing(keys))
+    progress(len(images) - len(missing))
+    chunks = [[i for i in chunk if i in missing] for chunk in images.chunks(SHARD_ROWS)]
+    left = len(missing)
+    for chunk in filter(None, chunks):
+        rows = space.compute(_batches(images, chunk, progress))  # [n, D]
+        left -= len(chunk)
+        store.add([keys[i] for i in chunk], rows.to(torch.float32), left)
+    return store.open(keys)[range(len(keys))].to(torch.float64)
+
+
+def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable[[int], object]) -> Iterator[Tensor]:
+    """Images of one shape, [B, 3, H, W] in [−1, 1]."""
+    for start in range(0, len(indices), READ_BATCH):
+        part = indices[start : start + READ_BATCH]
+        yield to_signed(torch.stack([images.image_at(index) for index in part]))
+        progress(len(part))
+
+
+def _row_key(images: CaptionedImages, index: int) -> str:
+    sample, config = images.samples[index], images.config
+    digest = sample.digest or content_hash(sample.read())
+    transform = (TRANSFORM_VERSION, config.background_rgb, images.shape_of(index), digest)
+    return content_hash(repr(transform).encode())

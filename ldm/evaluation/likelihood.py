@@ -1,7 +1,7 @@
-"""How many bits a model of pixels needs for an image: the variational bound of DDPM (arXiv:2006.11239), Eq. 5, on data.
+"""Negative log-likelihood of images under a model of pixels: the variational bound of DDPM (arXiv:2006.11239), Eq. 5.
 
-−log₂ p(x_0 | caption) <= L_T + Σ L_t + L_0, each in bits per dimension and averaged over images. Noise is a function
-of (seed, image, timestep), so that the estimate from some timesteps and the sum over all are about the same numbers.
+−log₂ p(x_0 | caption) <= L_T + Σ L_t + L_0, in bits per dimension and averaged over images. Noise is a function of
+(seed, image, timestep), so that estimates from some and from all timesteps share it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ldm.diffusion import (
     variational_terms,
 )
 from ldm.diffusion.likelihood import prior_term
-from ldm.evaluation.frechet import NORMAL_95, student_quantile
+from ldm.evaluation.stats import NORMAL_95, student_quantile
 from ldm.pipelines import Pipeline
 
-IMAGES_AT_ONCE = 32
-EVALUATIONS_AT_ONCE = 256
+IMAGE_BATCH = 32
+EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """Mean of L_t over timesteps `first` to `last`, both included: of those looked at, in all images."""
+    """Mean of L_t over the evaluated timesteps from `first` to `last`, both included, and all images."""
 
     first: int
     last: int
@@ -47,12 +47,11 @@ class Likelihood:
 
     Attributes:
         prior, terms, decoder: L_T, the sum of L_t over t > 0, and L_0; they add up to `total`.
-        interval: half of the 95 % interval of `total` over images (and timesteps, where they are drawn); nan for one.
-        timesteps_interval: half of the 95 % interval of what drawing timesteps adds to these images; 0 where all are
-            looked at.
+        interval: half-width of the 95 % interval of `total` over images (and sampled timesteps); nan for one image.
+        timesteps_interval: half-width for the sampling of timesteps alone; 0 if all are evaluated.
         per_image: [N] totals, in the order of `ids`.
         curve: the terms over t.
-        evaluations: how often the network was asked about an image.
+        evaluations: of the network, over all images.
     """
 
     prior: float
@@ -68,7 +67,7 @@ class Likelihood:
 
 
 def decoder_of(codec: Codec) -> Decoder:
-    """log p(x_0 | x_1) of the variational bound: pixels are one of 256 values, latents have a density."""
+    """log p(x_0 | x_1) of the variational bound: discrete for pixels, which have 256 values, a density for latents."""
     if isinstance(codec, PixelCodec):
         return discretized_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
     return gaussian_decoder
@@ -88,39 +87,39 @@ def likelihood(
     """The bound of captioned images under a model of pixels; the first caption of each is the condition (guidance 1).
 
     Args:
-        images: as the model was trained on them; neither flipped nor cropped at random.
-        samples: how many of them, drawn without repetition; None takes all.
-        steps_per_image: K: t = 0 and K more timesteps an image, two from each of K/2 strata of 1 … T − 1, short
-            where t is small; None takes all T.
-        variance: σ² of p(x_{t−1} | x_t), β̃ or β; a network that has learned it brings its own.
-        seed: of the noise, of the images drawn and of the timesteps.
-        progress: is told how many evaluations were done since.
+        images: of the size of training, not augmented.
+        samples: number of images, sampled without replacement; None takes all.
+        steps_per_image: K: t = 0 and K more timesteps per image, two from each of K/2 strata of 1 … T − 1, which are
+            shorter for small t; None takes all T.
+        variance: σ² of p(x_{t−1} | x_t), β̃ or β; not for a network with learned variances.
+        seed: for noise, images and timesteps.
+        progress: called with the number of evaluations done since.
 
     Raises:
         ValueError: for a model of latents, images of another size, and numbers out of range.
     """
     if seed < 0:
-        raise ValueError(f"seed is {seed}; it must be a whole number from 0 on")
+        raise ValueError(f"seed is {seed}; it must be an integer from 0")
     codec, schedule = pipeline.codec, NoiseSchedule.from_config(pipeline.schedule)
     if not isinstance(codec, PixelCodec):
         raise ValueError(
-            "this model diffuses latents: the bound would be one on the density of its latents, and says nothing about "
-            "bits of an image, for the autoencoder gives no likelihood of pixels; take a model of pixels"
+            "this model diffuses latents, and an autoencoder has no likelihood of pixels, so there is no bound in "
+            "bits of an image; use a model of pixels"
         )
     _check_size(pipeline, images)
     strata = _strata(schedule.num_train_timesteps, steps_per_image)
-    look = _Look(pipeline, codec, schedule, strata, variance, seed, progress)
-    prior, decoded, seen, ids = [], [], [], []
+    terms = _Terms(pipeline, codec, schedule, strata, variance, seed, progress)
+    prior, decoded, evaluated, ids = [], [], [], []
     for chunk in _chosen(images, samples, seed):
-        x_0 = codec.sample_latents(
-            to_signed(torch.stack([images.image_at(i) for i in chunk])).to(look.device)
-        )  # [b, C, H, W]
+        pixels = torch.stack([images.image_at(i) for i in chunk])
+        x_0 = codec.sample_latents(to_signed(pixels).to(terms.device))  # [b, C, H, W]
         prior.append(prior_term(schedule, x_0).cpu().double())
-        first, others = look(x_0, [images.samples[i].id for i in chunk], [images.samples[i].captions[0] for i in chunk])
+        samples_of = [images.samples[i] for i in chunk]
+        first, others = terms(x_0, [one.id for one in samples_of], [one.captions[0] for one in samples_of])
         decoded.append(first)
-        seen.append(others)
-        ids += [images.samples[i].id for i in chunk]
-    return _summary(torch.cat(prior), torch.cat(decoded), torch.cat(seen), strata, tuple(ids))
+        evaluated.append(others)
+        ids += [one.id for one in samples_of]
+    return _summary(torch.cat(prior), torch.cat(decoded), torch.cat(evaluated), strata, tuple(ids))
 
 
 def _check_size(pipeline: Pipeline, images: CaptionedImages) -> None:
@@ -128,38 +127,38 @@ def _check_size(pipeline: Pipeline, images: CaptionedImages) -> None:
     side = images.config.resolution
     if (height, width) != (side, side):
         raise ValueError(
-            f"data.resolution is {side} but the model was trained on {width}x{height} pixels, and bits per dimension "
-            "of another size are about other images; set it to the size of training"
+            f"data.resolution is {side} but the model was trained on {width}x{height} pixels; set it to the size of "
+            "training"
         )
 
 
 def _chosen(images: CaptionedImages, samples: int | None, seed: int) -> list[list[int]]:
-    """Indices of the images, those of one shape together."""
+    """Batches of indices of images of one shape."""
     if samples is not None and not 1 <= samples <= len(images):
         raise ValueError(f"samples is {samples}; it must be 1 to {len(images)}, the number of images")
     wanted = set(range(len(images)))
     if samples is not None:
         wanted = set(generator(seed, "likelihood", "images").permutation(len(images))[:samples].tolist())
     chunks = [[index for index in chunk if index in wanted] for chunk in images.chunks(len(images))]
-    return [chunk[start : start + IMAGES_AT_ONCE] for chunk in chunks for start in range(0, len(chunk), IMAGES_AT_ONCE)]
+    return [chunk[start : start + IMAGE_BATCH] for chunk in chunks for start in range(0, len(chunk), IMAGE_BATCH)]
 
 
 def _strata(total: int, steps_per_image: int | None) -> list[range]:
-    """1 … T − 1, cut into parts of which two timesteps each are looked at; or each timestep by itself.
+    """1 … T − 1 in strata with two evaluated timesteps each; or each timestep by itself.
 
-    The parts grow by a ratio, since the terms are largest, and change fastest, where t is small (Improved DDPM,
+    Their lengths grow geometrically, since the terms are largest, and change fastest, for small t (Improved DDPM,
     arXiv:2102.09672, Figure 2).
     """
     if steps_per_image is None:
         return [range(t, t + 1) for t in range(1, total)]
     if steps_per_image % 2 or not 2 <= steps_per_image < total:
         raise ValueError(
-            f"steps per image is {steps_per_image}; it must be an even number from 2 to {total - 1}, two timesteps of "
-            "each of its half as many strata; leave it out to look at all"
+            f"steps per image is {steps_per_image}; it must be an even number from 2 to {total - 1}; leave it out "
+            "to evaluate all timesteps"
         )
     strata: list[range] = []
     start = 1
-    for left in reversed(range(1, steps_per_image // 2 + 1)):  # parts, with this one
+    for left in reversed(range(1, steps_per_image // 2 + 1)):  # strata, including this one
         ratio = (total / start) ** (1 / left)
         end = min(max(start + 2, round(start * ratio)), total - 2 * (left - 1))
         strata.append(range(start, end))
@@ -168,8 +167,8 @@ def _strata(total: int, steps_per_image: int | None) -> list[range]:
     return strata
 
 
-class _Look:
-    """L_0 and the other terms that are wanted of a few images."""
+class _Terms:
+    """L_0 and the other terms of a batch of images."""
 
     def __init__(
         self,
@@ -197,13 +196,12 @@ class _Look:
         states = self.text_encoder(unique)[[unique.index(caption) for caption in captions]]  # [b, L, D]
         terms = torch.empty(timesteps.numel(), dtype=torch.float64)
         rows = torch.arange(len(ids)).repeat_interleave(timesteps.shape[1])
-        places = torch.arange(len(terms)).split(EVALUATIONS_AT_ONCE)
-        for place in places:
-            row, at = rows[place], timesteps.flatten()[place]
-            drawn = [self._noise(ids[i], t, original) for i, t in zip(row.tolist(), at.tolist(), strict=True)]
+        for batch in torch.arange(len(terms)).split(EVALUATION_BATCH):
+            row, at = rows[batch], timesteps.flatten()[batch]
+            noise = [self._noise(ids[i], t, original) for i, t in zip(row.tolist(), at.tolist(), strict=True)]
             x_0 = original[row]  # [n, C, H, W]
-            x_t = add_noise(x_0, torch.stack(drawn).to(x_0), *self.schedule.coefficients(at, x_0))
-            terms[place] = variational_terms(
+            x_t = add_noise(x_0, torch.stack(noise).to(x_0), *self.schedule.coefficients(at, x_0))
+            terms[batch] = variational_terms(
                 self.network(x_t, at.to(x_t.device), states[row.to(states.device)]),
                 x_t,
                 x_0,
@@ -214,56 +212,56 @@ class _Look:
                 variance=self.variance,
                 clip_x0=self.clip_x0,
             ).to("cpu", torch.float64)
-            self.progress(len(place))
+            self.progress(len(batch))
         terms = terms.view(timesteps.shape)
         return terms[:, 0], terms[:, 1:].unflatten(1, (len(self.strata), -1))
 
     def _timesteps(self, name: str) -> Tensor:
-        """0, and the timesteps of each stratum: its only one, or two different ones of it. [K + 1]."""
-        draw = generator(self.seed, "likelihood", "timesteps", name)
+        """0, and the only timestep or two timesteps of each stratum, [K + 1]."""
+        rng = generator(self.seed, "likelihood", "timesteps", name)
         chosen = [0]
         for stratum in self.strata:
-            within = draw.choice(len(stratum), 2, replace=False).tolist() if len(stratum) > 1 else [0]
+            within = rng.choice(len(stratum), 2, replace=False).tolist() if len(stratum) > 1 else [0]
             chosen += [stratum[i] for i in within]
         return torch.tensor(chosen)
 
     def _noise(self, name: str, t: int, like: Tensor) -> Tensor:
-        drawn = generator(self.seed, "likelihood", "noise", name, t).standard_normal(tuple(like.shape[1:]), "float32")
-        return torch.from_numpy(drawn)
+        rng = generator(self.seed, "likelihood", "noise", name, t)
+        return torch.from_numpy(rng.standard_normal(tuple(like.shape[1:]), "float32"))
 
 
 def _summary(
     prior: Tensor,
     decoded: Tensor,
-    seen: Tensor,
+    evaluated: Tensor,
     strata: Sequence[range],
     ids: tuple[str, ...],
 ) -> Likelihood:
-    """Adds up L_T [N], L_0 [N] and the L_t that were looked at [N, strata, 1 or 2]."""
+    """From L_T [N], L_0 [N] and the evaluated L_t [N, strata, 1 or 2]."""
     count, size = len(ids), torch.tensor([len(stratum) for stratum in strata], dtype=torch.float64)
-    # Each stratum stands for its mean times its length: unbiased (Cochran, Sampling Techniques, chapter 5).
-    terms = (size * seen.mean(dim=2)).sum(dim=1)  # [N]
+    # Each stratum contributes its mean times its length: unbiased (Cochran, Sampling Techniques, chapter 5).
+    terms = (size * evaluated.mean(dim=2)).sum(dim=1)  # [N]
     per_image = prior + terms + decoded
     added = torch.zeros(count, dtype=torch.float64)
-    if seen.shape[2] == 2:
-        # Its variance without repetition: n² (1 − 2/n) s²/2 with s² = (a − b)²/2.
-        added = (size * (size - 2) * (seen[:, :, 0] - seen[:, :, 1]).square() / 4).sum(dim=1)  # [N]
+    if evaluated.shape[2] == 2:
+        # Its variance without replacement: n² (1 − 2/n) s²/2 with s² = (a − b)²/2.
+        added = (size * (size - 2) * (evaluated[:, :, 0] - evaluated[:, :, 1]).square() / 4).sum(dim=1)  # [N]
     spread = float(per_image.std()) if count > 1 else math.nan
-    reach = student_quantile(0.95, count - 1) if count > 1 else math.nan  # standard deviations on both sides
+    quantile = student_quantile(0.95, count - 1) if count > 1 else math.nan
     curve = [Stratum(0, 0, float(decoded.mean()))]
     curve += [
         Stratum(stratum[0], stratum[-1], float(bits))
-        for stratum, bits in zip(strata, seen.mean(dim=(0, 2)), strict=True)
+        for stratum, bits in zip(strata, evaluated.mean(dim=(0, 2)), strict=True)
     ]
     return Likelihood(
         prior=float(prior.mean()),
         terms=float(terms.mean()),
         decoder=float(decoded.mean()),
         total=float(per_image.mean()),
-        interval=reach * spread / math.sqrt(count),
+        interval=quantile * spread / math.sqrt(count),
         timesteps_interval=NORMAL_95 * math.sqrt(float(added.sum())) / count,
         per_image=per_image,
         ids=ids,
         curve=tuple(curve),
-        evaluations=decoded.numel() + seen.numel(),
+        evaluations=decoded.numel() + evaluated.numel(),
     )

@@ -1,15 +1,16 @@
-"""How a model should draw: guidance × steps × EMA, measured on captions of held-out images.
+"""Sampling settings of a model: guidance × steps × EMA, measured on captions of held-out images.
 
-Every cell draws the same captions from the same noise, so that cells are compared by paired differences. What is
-measured is a cell's quality (KID to the held-out images whose captions they are), its faithfulness (the rank of the
-caption's own image) and its price (evaluations of the network a picture). Cells are kept in a file as they are
-measured: an interrupted sweep goes on where it was.
+All cells use the same captions and noise, so they are compared by paired differences: in fidelity (KID to the held-out
+images), prompt alignment (rank of the caption's own image) and cost (evaluations of the network per image). Measured
+cells are recorded in a file, from which an interrupted sweep continues.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,35 +21,189 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import checkpoint
+from ldm import checkpoint, disk
 from ldm.data import Sample, to_signed
-from ldm.evaluation.cells import Cell, Choice, Grid, choose, difference, front
-from ldm.evaluation.defaults import check_storable, store_defaults
-from ldm.evaluation.drawn import captions_of, draw
-from ldm.evaluation.faithfulness import Gallery, retrieval
-from ldm.evaluation.features import IMAGES_AT_ONCE, FeatureSpace
-from ldm.evaluation.paired import kid_without_each, mean_without_each
+from ldm.evaluation.features import EXTRACT_BATCH, FeatureSpace
+from ldm.evaluation.fidelity import kid_leave_one_out
+from ldm.evaluation.generate import generate, sample_captions
+from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
+from ldm.evaluation.stats import jackknife_variance
 from ldm.pipelines import Pipeline
 from ldm.weights import update_hash
 
-# Below, an error that is estimated by leaving out one at a time is itself off by a fifth or more: 1/√(2(M − 1)).
-FEWEST_IMAGES = 16
-NEAR = 10
+# With fewer, a jackknife error is itself uncertain by a fifth or more: 1/√(2(M − 1)).
+MIN_IMAGES_OF_SWEEP = 16
+RECALL_K = 10
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class SweepGrid:
+    """Every guidance scale with every number of steps.
+
+    Raises:
+        ValueError: naming the value, for no values, repeated ones, and values out of range.
+    """
+
+    guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)
+    steps: tuple[int, ...] = (5, 10, 20, 50)
+
+    def __post_init__(self) -> None:
+        for name, values in (("guidance_scales", self.guidance_scales), ("steps", self.steps)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} of a sweep are {list(values)}; give at least one, each once")
+        for scale in self.guidance_scales:
+            if not math.isfinite(scale):
+                raise ValueError(f"guidance_scales of a sweep hold {scale}; each must be finite (1 is no guidance)")
+        for steps in self.steps:
+            if steps < 1:
+                raise ValueError(f"steps of a sweep hold {steps}; each must be at least 1")
+
+    def pairs(self) -> list[tuple[float, int]]:
+        """(guidance scale, steps), the cheapest first."""
+        every = [(float(scale), steps) for scale in self.guidance_scales for steps in self.steps]
+        return sorted(every, key=lambda pair: (evaluations_per_image(*pair), pair))
+
+    def evaluations(self, models: int, count: int) -> int:
+        """Total evaluations of the network, for `count` images per cell and a sampler with one evaluation per step."""
+        return models * count * sum(evaluations_per_image(*pair) for pair in self.pairs())
+
+
+def evaluations_per_image(guidance_scale: float, steps: int) -> int:
+    """Evaluations of the network: guidance needs two per step, with and without the text."""
+    return steps * (1 if guidance_scale in (0, 1) else 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The results at one setting.
+
+    Attributes:
+        weights: a key of the models of `sweep`.
+        evaluations: of the network per image, as counted.
+        seconds: per image.
+        kid: to the held-out images whose captions were used; `kid_without` its values without each of them.
+        log_rank: mean of ln(rank of the caption's own image), and `log_rank_without`. It distinguishes settings with
+            far fewer captions than a median or a recall does.
+        near: recall at 10.
+    """
+
+    weights: str
+    guidance_scale: float
+    num_inference_steps: int
+    evaluations: float
+    seconds: float
+    kid: float
+    log_rank: float
+    near: float
+    kid_without: tuple[float, ...]
+    log_rank_without: tuple[float, ...]
+
+    @property
+    def typical_rank(self) -> float:
+        """The geometric mean of the ranks."""
+        return math.exp(self.log_rank)
+
+    @property
+    def kid_error(self) -> float:
+        """The standard error of `kid`. That of a difference of two cells is smaller: `paired_difference`."""
+        return standard_error(torch.tensor(self.kid_without, dtype=torch.float64))
+
+    @property
+    def setting(self) -> tuple[str, float, int]:
+        """(weights, guidance scale, steps)."""
+        return self.weights, self.guidance_scale, self.num_inference_steps
+
+    def describe(self) -> str:
+        return f"guidance {self.guidance_scale:g}, {self.num_inference_steps} steps"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a report, without the leave-one-out values."""
+        content = {key: value for key, value in asdict(self).items() if not key.endswith("_without")}
+        return content | {"kid_error": self.kid_error, "typical_rank": self.typical_rank}
+
+
+def standard_error(leave_one_out: Tensor) -> float:
+    """Of an estimate, or of a difference of two, by the jackknife: from its values without each image, [M]."""
+    return math.sqrt(jackknife_variance(leave_one_out))
+
+
+def mean_leave_one_out(values: Tensor, images: Tensor, number: int) -> tuple[float, Tensor]:
+    """The mean of values [N], and [number] means without the values of each image; `images` as `kid_leave_one_out`."""
+    sums = torch.zeros(number, dtype=torch.float64).index_add(0, images, values.double())
+    counts = torch.bincount(images, minlength=number)
+    return float(values.double().mean()), (values.double().sum() - sums) / (len(values) - counts)
+
+
+# ---- the choice
+
+
+@dataclass(frozen=True)
+class CellChoice:
+    """The result of `choose_cell`.
+
+    Attributes:
+        best: the cell with the lowest KID.
+        equal: number of cells that are not distinguishable from the best, in fidelity and prompt alignment.
+        decided: whether any cell is distinguishable; otherwise more images are needed.
+    """
+
+    cell: Cell
+    best: Cell
+    equal: int
+    decided: bool
+
+
+def choose_cell(cells: Sequence[Cell]) -> CellChoice:
+    """The cheapest cell that is not distinguishable from the best.
+
+    1. Cells whose KID is at most one standard error (of the paired difference) above the lowest.
+    2. Of these, cells whose mean log rank is at most one standard error above the lowest among them.
+    3. Of these, the one with the fewest evaluations of the network; of equal ones, with the lower KID.
+
+    One standard error is the usual rule for a simpler model (Breiman et al., 1984).
+    """
+    best = min(cells, key=lambda cell: cell.kid)
+    good = [cell for cell in cells if not _is_above(cell, best, "kid")]
+    nearest = min(good, key=lambda cell: cell.log_rank)
+    equal = [cell for cell in good if not _is_above(cell, nearest, "log_rank")]
+    chosen = min(equal, key=lambda cell: (cell.evaluations, cell.kid))
+    return CellChoice(chosen, best, len(equal), decided=len(equal) < len(cells) or len(cells) == 1)
+
+
+def paired_difference(one: Cell, other: Cell, metric: str) -> tuple[float, float]:
+    """`metric` ("kid" or "log_rank") of one cell minus that of another, and its standard error."""
+    without = [torch.tensor(getattr(cell, f"{metric}_without"), dtype=torch.float64) for cell in (one, other)]
+    return getattr(one, metric) - getattr(other, metric), standard_error(without[0] - without[1])
+
+
+def _is_above(one: Cell, other: Cell, metric: str) -> bool:
+    above, error = paired_difference(one, other, metric)
+    return above > error
+
+
+def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that no other dominates in evaluations and KID; by evaluations, ascending."""
+    front: list[Cell] = []
+    for cell in sorted(cells, key=lambda cell: (cell.evaluations, cell.kid)):
+        if not front or cell.kid < front[-1].kid:
+            front.append(cell)
+    return front
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All cells, and what to take of them.
+    """All cells, and the choice.
 
     Attributes:
-        choices: for each of the models the choice among its cells; the first model is the one that the folder holds.
-        captions, images, gallery: how many were asked for, of how many held-out images, among how many all in all.
-        features: the label of the features.
+        choices: for each model; the first model is that of the folder.
+        captions, images, gallery: number of captions, of held-out images they are of, and of all images.
+        features: label of the features.
         stored: the folder whose defaults were changed, or None.
     """
 
     cells: tuple[Cell, ...]
-    choices: dict[str, Choice]
+    choices: dict[str, CellChoice]
     captions: int
     images: int
     gallery: int
@@ -57,17 +212,17 @@ class Sweep:
     stored: Path | None
 
     @property
-    def chosen(self) -> Choice:
+    def chosen(self) -> CellChoice:
         """For the weights that the model has."""
         return next(iter(self.choices.values()))
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """Quality against price: for each weights and guidance scale (evaluations, KID), ascending; and their front."""
+        """(evaluations, KID), ascending, for each weights and guidance scale; and the Pareto front."""
         lines: dict[str, list[tuple[float, float]]] = {}
         for cell in sorted(self.cells, key=lambda cell: (cell.setting[:2], cell.evaluations)):
             name = f"guidance {cell.guidance_scale:g}" + (f", {cell.weights}" if len(self.choices) > 1 else "")
             lines.setdefault(name, []).append((cell.evaluations, cell.kid))
-        return lines | {"front": [(cell.evaluations, cell.kid) for cell in front(self.cells)]}
+        return lines | {"front": [(cell.evaluations, cell.kid) for cell in pareto_front(self.cells)]}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -78,7 +233,7 @@ class Sweep:
             "features": self.features,
             "seed": self.seed,
             "cells": [cell.to_dict() for cell in self.cells],
-            "front": [list(cell.setting) for cell in front(self.cells)],
+            "front": [list(cell.setting) for cell in pareto_front(self.cells)],
             "chosen": {
                 name: {"setting": list(choice.cell.setting), "decided": choice.decided, "equal": choice.equal}
                 for name, choice in self.choices.items()
@@ -87,120 +242,125 @@ class Sweep:
         }
 
     def lines(self) -> list[str]:
-        """For the terminal."""
-        best = {cell.setting for cell in front(self.cells)}
-        said = [
+        """As text."""
+        front = {cell.setting for cell in pareto_front(self.cells)}
+        lines = [
             f"sweep: {self.captions} captions of {self.images} held-out images, the same noise in all cells (seed "
             f"{self.seed}); KID to these images and the caption's own image among all {self.gallery}, {self.features}",
-            f"  weights  guidance  steps  evaluations  KID ± standard error  own image among {NEAR}  typical rank",
+            f"  weights  guidance  steps  evaluations  KID ± standard error  own image among {RECALL_K}  typical rank",
         ]
         for cell in sorted(self.cells, key=lambda cell: (cell.evaluations, cell.kid)):
             weights, scale, steps = cell.setting
             row = f"  {weights:7s}  {scale:8g}  {steps:5d}  {cell.evaluations:11g}  "
             row += f"{cell.kid:9.5f} ± {cell.kid_error:.5f}  {100 * cell.near:18.1f} %  {cell.typical_rank:12.1f}"
-            said.append(row + ("  *" if cell.setting in best else ""))
-        return [*said, "  * nothing that is as cheap is better", *self._said_of_choice()]
-
-    def _said_of_choice(self) -> list[str]:
+            lines.append(row + ("  *" if cell.setting in front else ""))
+        lines.append("  * no cell is as cheap and better")
         mine = self.chosen
         if not mine.decided:
-            said = [
-                "chosen: nothing. These captions do not tell the cells apart, so that the cheapest would win for want "
-                "of evidence; take more"
-            ]
+            lines.append("chosen: nothing. These captions do not distinguish the cells: use more")
         else:
             why = "no other is within one standard error of it, in KID and then in rank"
             if mine.equal > 1:
                 why = f"the cheapest of {mine.equal} within one standard error of the best, in KID and then in rank"
             stored = "" if self.stored is None else f"; stored as the defaults of {self.stored}"
-            said = [f"chosen: {mine.cell.named()} ({mine.cell.evaluations:g} evaluations a picture): {why}{stored}"]
+            evaluations = f"{mine.cell.evaluations:g} evaluations per image"
+            lines.append(f"chosen: {mine.cell.describe()} ({evaluations}): {why}{stored}")
         for name, other in list(self.choices.items())[1:]:
-            kid, error = difference(other.cell, mine.cell, "kid")
-            said.append(
-                f"with {name} weights: {other.cell.named()}, KID {kid:+.5f} ± {error:.5f} against that. A sweep "
-                "exchanges no weights: these defaults are for those that the model has"
+            kid, error = paired_difference(other.cell, mine.cell, "kid")
+            lines.append(
+                f"with {name} weights: {other.cell.describe()}, KID {kid:+.5f} ± {error:.5f} relative to that. A sweep "
+                "does not change the weights: the defaults are for those that the model has"
             )
-        return said
+        return lines
+
+
+# ---- measuring
 
 
 def sweep(
     models: Mapping[str, Pipeline],
     held_out: Sequence[Sample],
-    gallery: Gallery,
+    gallery: RetrievalGallery,
     space: FeatureSpace,
     *,
-    grid: Grid,
+    grid: SweepGrid,
     count: int,
     seed: int,
-    at_once: int,
+    batch_size: int,
     record: Path,
     store_in: Path | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Sweep:
     """Measures every cell of the grid with every model, and chooses.
 
-    The choice is made on the very captions that it is measured on, so that the figures of the winner flatter it a
-    little: they choose a setting, and are no result to be quoted.
+    The choice uses the captions that it is measured on, so the metrics of the chosen cell are slightly optimistic.
 
     Args:
-        models: by the name of their weights; the first is the one that the folder holds ("EMA": the moving average
-            that a run exports), others are what could be there instead ("raw": `raw_model`).
-        held_out: images that training never saw; their captions are asked for.
-        gallery: all images, training and held out: `Gallery.of`, in the features of `space`.
+        models: by the name of their weights. The first is that of the folder ("EMA", as a run exports it), others are
+            alternatives ("raw": `raw_model`).
+        held_out: samples that training never saw.
+        gallery: all images, training and held-out, in the features of `space`.
         count: captions, at least two, of at least 16 images.
-        seed: of the captions and the noise.
-        at_once: pictures that go through the network together.
-        record: a JSON file that keeps each cell as it is measured, and gives it back to a sweep of the same models,
-            captions, seed and features.
-        store_in: the pipeline folder of the first model, whose defaults become the winner, if there is one; None
-            stores nothing.
-        progress: is told how many evaluations of the network were done since; `Grid.evaluations` says of how many.
+        seed: for captions and noise.
+        record: a JSON file that cells are saved to, and read from in a sweep of the same models, captions, seed and
+            features.
+        store_in: the pipeline folder of the first model, whose defaults are set to the choice; None stores nothing.
+        progress: called with the number of evaluations of the network done since, of `SweepGrid.evaluations`.
 
     Raises:
-        ValueError: for arguments out of range, a folder that cannot take defaults, and a `record` of something else.
+        ValueError: for arguments out of range, a folder whose defaults cannot be changed, and a `record` of another
+            sweep.
     """
-    captions, own = captions_of(held_out, count, seed)
-    asked = sorted(set(own))
-    _check(models, grid, asked)
+    captions, sources = sample_captions(held_out, count, seed)
+    used = sorted(set(sources))
+    if len(used) < MIN_IMAGES_OF_SWEEP:
+        raise ValueError(
+            f"the captions are of {len(used)} held-out images; a sweep needs at least {MIN_IMAGES_OF_SWEEP} to "
+            "distinguish its cells: use more captions, or hold out more (data.held_out)"
+        )
+    for pipeline in models.values():
+        timesteps = pipeline.schedule.num_train_timesteps
+        if max(grid.steps) > timesteps:
+            raise ValueError(f"steps of a sweep hold {max(grid.steps)}; the model has {timesteps} timesteps")
     if store_in is not None:
         check_storable(store_in)
-    question = _Question(captions, torch.tensor([asked.index(index) for index in own]), seed, at_once, gallery, space)
-    places = gallery.places([held_out[index] for index in asked])
-    kept = _Record(
-        record, question.identity() | {"models": {name: model_digest(model) for name, model in models.items()}}
-    )
+    images = torch.tensor([used.index(index) for index in sources])
+    task = _Task(captions, images, seed, batch_size, gallery, space)
+    rows = gallery.indices([held_out[index] for index in used])
+    digests = {name: model_digest(model) for name, model in models.items()}
+    recorded = _Record(record, task.identity() | {"models": digests})
     cells = []
     for name, pipeline in models.items():
         for scale, steps in grid.pairs():
-            cell = kept.get((name, scale, steps))
+            cell = recorded.cells.get((name, scale, steps))
             if cell is None:
-                cell = question.ask(name, pipeline, scale, steps, gallery.features[places], progress)
-                kept.add(cell)
-            elif progress is not None:
+                cell = task.measure(name, pipeline, scale, steps, gallery.features[rows], progress)
+                recorded.add(cell)
+            else:
                 progress(round(cell.evaluations * count))
             cells.append(cell)
-    choices = {name: choose([cell for cell in cells if cell.weights == name]) for name in models}
+    choices = {name: choose_cell([cell for cell in cells if cell.weights == name]) for name in models}
     chosen = next(iter(choices.values()))
     stored = store_in if chosen.decided else None
     if stored is not None:
         store_defaults(stored, chosen.cell.guidance_scale, chosen.cell.num_inference_steps)
-    return Sweep(tuple(cells), choices, count, len(asked), len(gallery.samples), space.label(), seed, stored)
+    return Sweep(tuple(cells), choices, count, len(used), len(gallery.samples), space.label(), seed, stored)
 
 
 def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
-    """The pipeline with the weights of the last step in the place of their moving average.
+    """The pipeline with the weights of the last step instead of their EMA.
 
     Args:
         pipeline: as a run exported it.
         training: the folder `training` of the checkpoint that it was exported with.
 
     Raises:
-        ValueError: if the checkpoint is of another step, or holds other weights (those of a LoRA).
+        ValueError: for a checkpoint of another step, or of other weights (such as a LoRA).
     """
     here = pipeline.unet.state_dict()
     averaged, raw = (checkpoint.load_tensors(training / f"{name}.safetensors") for name in ("ema", "model"))
     if not raw.keys() <= here.keys() or raw.keys() != averaged.keys():
-        raise ValueError(f"{training} holds weights that are not those of a whole UNet, as a LoRA's are not")
+        raise ValueError(f"{training} holds weights that are not those of a whole UNet, such as a LoRA")
     for name, value in averaged.items():
         if not torch.equal(value.to(here[name]), here[name]):
             raise ValueError(f"{training} is not the checkpoint that the model was exported with: {name} differs")
@@ -210,62 +370,50 @@ def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
     return other
 
 
-def _check(models: Mapping[str, Pipeline], grid: Grid, asked: Sequence[int]) -> None:
-    if len(asked) < FEWEST_IMAGES:
-        raise ValueError(
-            f"the captions are of {len(asked)} held-out images; a sweep needs at least {FEWEST_IMAGES} to tell its "
-            "cells apart: ask for more captions, or hold out more (data.held_out)"
-        )
-    for pipeline in models.values():
-        most = pipeline.schedule.num_train_timesteps
-        if max(grid.steps) > most:
-            raise ValueError(f"steps of a sweep hold {max(grid.steps)}; the model has {most} timesteps")
-
-
 @dataclass(frozen=True)
-class _Question:
-    """What each cell is asked: captions, and for each the number of its image among those asked for."""
+class _Task:
+    """What is common to all cells; `images` int64 [N] numbers the image of each caption."""
 
     captions: list[str]
     images: Tensor
     seed: int
-    at_once: int
-    gallery: Gallery
+    batch_size: int
+    gallery: RetrievalGallery
     space: FeatureSpace
 
     def identity(self) -> dict[str, Any]:
-        """What figures must have in common to be compared."""
+        """What cells must have in common to be compared."""
         digest = hashlib.blake2b(digest_size=16)
         ids = [sample.id for sample in self.gallery.samples]
-        for text in (*self.captions, "", *ids, "", *self.gallery.looks):
+        for text in (*self.captions, "", *ids, "", *self.gallery.pixel_hashes):
             digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
         digest.update(self.images.numpy().tobytes())
         return {"seed": self.seed, "features": self.space.label(), "captions_and_images": digest.hexdigest()}
 
-    def ask(
+    def measure(
         self,
         name: str,
         pipeline: Pipeline,
         scale: float,
         steps: int,
         reference: Tensor,
-        progress: Callable[[int], object] | None,
+        progress: Callable[[int], object],
     ) -> Cell:
         started = time.perf_counter()
         with _counting(pipeline.unet, progress) as counted:
-            pictures = draw(
+            generated = generate(
                 pipeline,
                 self.captions,
                 seed=self.seed,
                 num_inference_steps=steps,
                 guidance_scale=scale,
-                at_once=self.at_once,
+                batch_size=self.batch_size,
             )
         seconds = time.perf_counter() - started
-        features = self.space.of(to_signed(chunk) for chunk in pictures.split(IMAGES_AT_ONCE))
-        ranks = retrieval(features, self.gallery.features, self.gallery.own(self.captions)).ranks
-        kid, kid_without = kid_without_each(features, reference, self.images)
-        log_rank, log_rank_without = mean_without_each(ranks.log(), self.images, len(reference))
+        features = self.space.compute(to_signed(chunk) for chunk in generated.split(EXTRACT_BATCH))
+        ranks = retrieval(features, self.gallery.features, self.gallery.matches(self.captions)).ranks
+        kid, kid_without = kid_leave_one_out(features, reference, self.images)
+        log_rank, log_rank_without = mean_leave_one_out(ranks.log(), self.images, len(reference))
         return Cell(
             weights=name,
             guidance_scale=scale,
@@ -274,21 +422,20 @@ class _Question:
             seconds=seconds / len(self.captions),
             kid=kid,
             log_rank=log_rank,
-            near=float((ranks <= NEAR).double().mean()),
+            near=float((ranks <= RECALL_K).double().mean()),
             kid_without=tuple(kid_without.tolist()),
             log_rank_without=tuple(log_rank_without.tolist()),
         )
 
 
 @contextmanager
-def _counting(network: nn.Module, progress: Callable[[int], object] | None) -> Iterator[list[int]]:
-    """Counts how many inputs a network is given: samplers differ in how often they ask."""
+def _counting(network: nn.Module, progress: Callable[[int], object]) -> Iterator[list[int]]:
+    """Counts the inputs of a network: samplers differ in their evaluations per step."""
     counted = [0]
 
     def count(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         counted[0] += len(arguments[0])
-        if progress is not None:
-            progress(len(arguments[0]))
+        progress(len(arguments[0]))
 
     hook = network.register_forward_pre_hook(count)
     try:
@@ -298,7 +445,7 @@ def _counting(network: nn.Module, progress: Callable[[int], object] | None) -> I
 
 
 class _Record:
-    """Cells in a JSON file, which is written anew, whole or not at all, with each of them."""
+    """Cells in a JSON file, which is replaced atomically with each new cell."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.identity = path, identity
@@ -309,7 +456,7 @@ class _Record:
         if content.get("of") != identity:
             raise ValueError(
                 f"{path} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
-                "another place"
+                "another output folder"
             )
         try:
             for fields in content["cells"]:
@@ -319,9 +466,6 @@ class _Record:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no record of a sweep ({error}); remove it") from None
 
-    def get(self, setting: tuple[str, float, int]) -> Cell | None:
-        return self.cells.get(setting)
-
     def add(self, cell: Cell) -> None:
         self.cells[cell.setting] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,10 +473,57 @@ class _Record:
 
 
 def model_digest(pipeline: Pipeline) -> str:
-    """32 hexadecimal digits that name all that a picture depends on, apart from its settings."""
+    """32 hexadecimal digits of everything that an image depends on, except its settings."""
     digest = hashlib.blake2b(f"{pipeline.sampler} {pipeline.schedule}".encode(), digest_size=16)
     parts = (pipeline.unet, pipeline.codec, pipeline.text_encoder.model)
     for part in parts:
         assert isinstance(part, nn.Module)
         update_hash(digest, part.state_dict())
     return digest.hexdigest()
+
+
+# ---- the defaults stored with a model
+
+
+def check_storable(folder: Path) -> None:
+    """Checks that the defaults of a model can be changed.
+
+    Raises:
+        ValueError: if it is no local pipeline folder written by `ldm`, or one that must not change.
+    """
+    folder = disk.expand_user(folder)
+    _read_index(folder)
+    if (folder.parent / "manifest.json").exists():
+        raise ValueError(
+            f"{folder} is part of the checkpoint {folder.parent}, which must match its manifest; store the defaults in "
+            "the exported pipeline of the run"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written; copy the model to a folder of your own")
+
+
+def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int) -> None:
+    """Changes the two numbers in `model_index.json`, atomically.
+
+    Raises:
+        ValueError: as `check_storable`.
+        OSError: if the file cannot be written; it is then unchanged.
+    """
+    folder = disk.expand_user(folder)
+    check_storable(folder)
+    index = _read_index(folder)
+    changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    checkpoint.write_json(folder / INDEX, index | {"_ldm": changed})
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} is no local pipeline folder; save the model with save_pretrained(), and give that")
+    index = checkpoint.read_json(folder / INDEX)
+    if not isinstance(index.get("_ldm"), dict):
+        # The key also determines how the scheduler's offset is read: it cannot just be added.
+        raise ValueError(
+            f"{folder / INDEX} has no defaults of ldm, as models of diffusers; open it with Pipeline.from_pretrained, "
+            "save_pretrained() it to a new folder, and store them there"
+        )
+    return index

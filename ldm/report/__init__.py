@@ -1,1 +1,1 @@
-"""What pages are made of: escaped markup, curves, pictures, and the shell around them. No scripts, no network."""
+"""HTML pages and charts."""

@@ -1,7 +1,4 @@
-"""Text and JSON of unknown origin as markup: captions, file names, prompts, configs.
-
-Everything here yields well-formed XML that is HTML as well, so that one parser can check a whole page.
-"""
+"""Text and JSON of unknown origin (captions, file names, prompts, configs) as XHTML."""
 
 from __future__ import annotations
 
@@ -13,19 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LONGEST = 300  # characters of one text in a table
-LONGEST_LIST = 200  # entries of one list
-MOST_ROWS = 2000  # of one document
-FOLDED = 20  # a longer list is folded until it is asked for
-DEEPEST = 4
+from ldm.progress import format_duration
+
+MAX_CHARACTERS = 300  # of one text in a table
+MAX_LIST = 200  # entries of one list
+MAX_ROWS = 2000  # of one document
+MAX_UNFOLDED = 20  # longer lists are folded
+MAX_DEPTH = 4
+_SUSPICIOUS = re.compile(r"[^\n\t\x20-\x7e]")
 
 
 def _visible(character: str) -> str:
-    """A character that would break markup or reorder its surroundings, written out: U+001B → `\\x1b`."""
+    """Characters that would break markup or reorder text, as escapes: U+001B → `\\x1b`."""
     if character in "\n\t":
         return character
-    # Controls, directional formatting and other invisibles, lone surrogates; U+FFFE and U+FFFF are no characters.
-    # A joiner (U+200C, U+200D) is of that category too, but shapes Persian words and compound emoji.
+    # Controls, invisible formatting, lone surrogates, and the noncharacters U+FFFE and U+FFFF. The joiners U+200C and
+    # U+200D are of these categories too, but Persian words and compound emoji need them.
     hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\u200c\u200d"
     if not hidden and ord(character) & 0xFFFE != 0xFFFE:
         return character
@@ -33,34 +33,20 @@ def _visible(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-_SUSPECT = re.compile(r"[^\n\t\x20-\x7e]")
-
-
 def escaped(text: object) -> str:
-    """`str(text)` for element content and for quoted attributes; what cannot be seen is written out, not dropped."""
-    return html.escape(_SUSPECT.sub(lambda match: _visible(match[0]), str(text)), quote=True)
+    """`str(text)` for element content and quoted attributes; invisible characters become escapes."""
+    return html.escape(_SUSPICIOUS.sub(lambda match: _visible(match[0]), str(text)), quote=True)
 
 
-def cut(text: str, longest: int = LONGEST) -> str:
-    """The text, or its start and how long it was."""
-    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
+def shortened(text: str, max_characters: int = MAX_CHARACTERS) -> str:
+    """The text, or its start and its length."""
+    return text if len(text) <= max_characters else f"{text[:max_characters]}… ({len(text):,} characters)"
 
 
-def duration(seconds: float) -> str:
-    """2280 → "38 min": two units at most."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def number(value: float) -> str:
-    """A figure as people write it: 4 digits, thousands separated, no trailing zeros."""
+def format_number(value: float) -> str:
+    """Floats with 4 digits, integers with separated thousands."""
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) < 10**15 else cut(str(value), 20)
+        return f"{value:,}" if abs(value) < 10**15 else shortened(str(value), 20)
     return f"{value:.4g}"
 
 
@@ -68,7 +54,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: if it is none, in one line that names the file.
+        ValueError: for anything else; it names the file.
         FileNotFoundError: if there is no such file.
     """
     try:
@@ -81,24 +67,22 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class Document:
-    """A JSON object as tables and lists, whatever its keys are.
-
-    Long lists are shortened, and say so, so that an account of a million files still makes a page that opens.
+    """Any JSON object as tables and lists; long ones are shortened, and say so.
 
     Args:
-        name: the file that holds all of it, named where something is left out.
+        name: the file with all of it, which is named where something is left out.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._left = MOST_ROWS
+        self._left = MAX_ROWS
 
     def render(self, content: Mapping[str, Any], depth: int = 0) -> str:
-        """The scalars of an object as one table of names and values, then each list and object below its name."""
+        """One table of the scalars, then each list and object below its name."""
         plain = {key: value for key, value in content.items() if not _nested(value)}
         parts = [self._table([(key, _scalar(value, key)) for key, value in plain.items()])] if plain else []
         nested = [(key, value) for key, value in content.items() if _nested(value)]
-        for key, value in nested[:LONGEST_LIST]:
+        for key, value in nested[:MAX_LIST]:
             if self._left <= 0:
                 break
             level = min(3 + depth, 6)
@@ -108,7 +92,7 @@ class Document:
         return "".join([*parts, self._left_out(len(nested))])
 
     def _below(self, value: Any, depth: int) -> str:
-        if depth >= DEEPEST:
+        if depth >= MAX_DEPTH:
             return f"<p dir='auto'>{_scalar(value)}</p>"
         if isinstance(value, Mapping):
             return self.render(value, depth)
@@ -117,7 +101,7 @@ class Document:
         return self._items(value)
 
     def _records(self, records: Sequence[Mapping[str, Any]]) -> str:
-        """Objects as the rows of one table, with a column for each key that any of them has."""
+        """Objects as rows of one table, with a column for each key."""
         shown = self._take(records)
         keys = list(dict.fromkeys(key for record in shown for key in record))[:8]
         head = "".join(f"<th>{_label(key)}</th>" for key in keys)
@@ -141,7 +125,7 @@ class Document:
         return (f"<table>{body}</table>" if shown else "") + self._left_out(len(rows) - len(shown))
 
     def _take(self, entries: Sequence[Any]) -> Sequence[Any]:
-        taken = entries[: max(0, min(LONGEST_LIST, self._left))]
+        taken = entries[: max(0, min(MAX_LIST, self._left))]
         self._left -= len(taken)
         return taken
 
@@ -152,7 +136,7 @@ class Document:
 def _folded(content: str, shown: int, total: int) -> str:
     if total == 0:
         return "<p class='note'>none</p>"
-    return f"<details><summary>{shown:,} of {total:,}</summary>{content}</details>" if shown > FOLDED else content
+    return f"<details><summary>{shown:,} of {total:,}</summary>{content}</details>" if shown > MAX_UNFOLDED else content
 
 
 def _nested(value: Any) -> bool:
@@ -160,7 +144,7 @@ def _nested(value: Any) -> bool:
 
 
 def _label(key: str) -> str:
-    return escaped(cut(key.replace("_", " "), 60))
+    return escaped(shortened(key.replace("_", " "), 60))
 
 
 def _scalar(value: Any, key: str = "") -> str:
@@ -171,12 +155,12 @@ def _scalar(value: Any, key: str = "") -> str:
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         in_words = key.endswith("seconds") and 60 <= value < 1e9
-        return escaped(number(value) + (f" ({duration(value)})" if in_words else ""))
+        return escaped(format_number(value) + (f" ({format_duration(value)})" if in_words else ""))
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        return escaped(cut(", ".join(value)))
+        return escaped(shortened(", ".join(value)))
     if isinstance(value, str):
-        return escaped(cut(value))
+        return escaped(shortened(value))
     try:
-        return escaped(cut(json.dumps(value, ensure_ascii=False)))
+        return escaped(shortened(json.dumps(value, ensure_ascii=False)))
     except RecursionError:
         return "(nested too deeply to show)"

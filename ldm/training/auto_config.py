@@ -16,10 +16,11 @@ from ldm.data import CaptionedImages, DataConfig, Sample, split
 from ldm.data.captions import plural
 from ldm.models import AutoencoderKL, UNet, UNetConfig
 from ldm.pipelines import Pipeline
+from ldm.progress import format_duration
 from ldm.text import load_text_encoder
 from ldm.training import threads
 from ldm.training.components import load_first_stage
-from ldm.training.plan import duration, format_millions
+from ldm.training.plan import format_millions
 from ldm.training.space import DEFAULT_FIRST_STAGE, SpaceChoice, decide_space
 from ldm.training.timing import autoencoder_seconds, unet_pass, unet_seconds
 from ldm.training.trainable import attention_layers
@@ -37,7 +38,7 @@ TIMED_RESOLUTION, TIMED_TEXT = 32, (16, 384)  # before network and text are chos
 MIN_IMAGES, FEW_IMAGES = 2, 1000
 FIRST_STAGE_SUFFIX = "-first-stage"  # of the run folder of a first stage
 FIRST_STAGE_FRACTION = 0.4
-# A decoder that starts from another first stage has most of its gain after 120 steps: `ldm.evaluation.readout`.
+# A decoder that starts from another first stage has most of its gain after 120 steps: docs/evaluation.md.
 MAX_FIRST_STAGE_STEPS, MAX_DECODER_STEPS = 10_000, 2_000
 GRID_FRACTION = 0.2
 MAX_GRIDS = 4
@@ -444,7 +445,7 @@ def _choose_steps(
         why = f"--minutes {budget.minutes:g}"
     else:
         why = f"{MAX_EPOCHS} times through the data"
-    total = duration(steps * per_step + grids * grid_seconds)
+    total = format_duration(steps * per_step + grids * grid_seconds)
     chosen.reasons.append(
         f"steps: {steps} of {batch} images, about {total} at {per_step:.2g} s a step "
         f"({'bf16' if precision == 'bf16' else 'float32'}, measured) with {plural(grids, 'sample grid')}: {why}"

@@ -16,7 +16,7 @@ from ldm import checkpoint
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_name
 from ldm.data import Batch, CaptionedImages, collate, to_signed
-from ldm.evaluation.perceptual import perceptual_distance
+from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.models import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -27,6 +27,7 @@ from ldm.models import (
     VQModel,
     enable_gradient_checkpointing,
 )
+from ldm.models.similarity import psnr
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training import timing
 from ldm.training.autoencoder_loss import AdversarialLoss
@@ -175,8 +176,7 @@ def reconstruction_metrics(
     """Of reconstructions (by the posterior mean) of images [B, 3, H, W]: `psnr` in dB and `perceptual`, [B] each."""
     assert isinstance(averaged, FirstStage)
     reconstruction = averaged(images)[0].clamp(-1, 1)
-    error = (images - reconstruction).square().flatten(1).mean(dim=1)  # [B]
-    figures = {"psnr": 10 * torch.log10(4 / error.clamp(min=1e-12))}  # the range of images is 2
+    figures = {"psnr": psnr(images, reconstruction)}
     return figures if perceptual is None else figures | {"perceptual": perceptual(images, reconstruction)}
 
 

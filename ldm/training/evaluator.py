@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 
 from ldm.config import LDMConfig
 from ldm.data import CaptionedImages
-from ldm.evaluation.controls import yardstick_of
-from ldm.evaluation.evaluate import Asked, Evaluation, captions_wanted, check_samples, evaluate, measure
+from ldm.evaluation.baselines import baselines_of
+from ldm.evaluation.evaluate import (
+    Evaluation,
+    GeneratedImages,
+    check_samples,
+    evaluate,
+    measure_generated,
+    select_captions,
+)
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.quality import MINIMUM
-from ldm.evaluation.reference import Reference, some_of
+from ldm.evaluation.fidelity import MIN_IMAGES
+from ldm.evaluation.reference import Reference, subset
 from ldm.pipelines import Pipeline
-from ldm.training.report.names import VERDICT, name_of
+from ldm.training.metrics import VERDICT, metric_name
 from ldm.training.run import Run
 
 # Features take 17 ms per image: a minute and a half before a run.
@@ -49,10 +55,10 @@ class Evaluator:
     def reference(self) -> Reference:
         """The images to compare with and their features, computed on first access."""
         images, held_out = (
-            part and some_of(part, REFERENCE_IMAGES, self.seed) for part in (self._images, self._held_out)
+            part and subset(part, REFERENCE_IMAGES, self.seed) for part in (self._images, self._held_out)
         )
         assert images is not None
-        return Reference.of(images, held_out, self._space, print=self._run.print)
+        return Reference.from_data(images, held_out, self._space, log=self._run.print)
 
     def __call__(self, pipeline: Pipeline) -> dict[str, float]:
         """Values to log. Prints the verdict and logs it as JSON."""
@@ -66,32 +72,36 @@ class Evaluator:
         reference = self.reference
         rng = torch.Generator().manual_seed(0)  # its own: a plan must not change the random numbers of a run
         noise = tuple(
-            Asked(side, tuple(captions), tuple(own), torch.randint(0, 256, (len(own), 3, *size), generator=rng).byte())
-            for side, (captions, own) in captions_wanted(reference, self.samples, self.seed).items()
+            GeneratedImages(
+                side,
+                tuple(captions),
+                tuple(indices),
+                torch.randint(0, 256, (len(indices), 3, *size), generator=rng).byte(),
+            )
+            for side, (captions, indices) in select_captions(reference, self.samples, self.seed).items()
         )
-        if len(reference.features) >= MINIMUM:
-            yardstick_of(reference, self.samples, size, self.seed)  # evaluations share it
+        if len(reference.features) >= MIN_IMAGES:
+            baselines_of(reference, self.samples, size, self.seed)  # evaluations share it
         started = time.perf_counter()
-        measure(noise, reference, seed=self.seed, how={})
+        measure_generated(noise, reference, seed=self.seed, sampling={})
         return time.perf_counter() - started
 
 
 def log_values(found: Evaluation, features: str) -> dict[str, float]:
     """The values of an evaluation, with names that contain their number of samples and features."""
     values: dict[str, float] = {}
-    if found.quality is not None:
-        generated = found.quality.generated
-        fields: Mapping[str, object] = {"frechet_ratio": found.quality.frechet_ratio, **vars(generated)}
-        for name, figure in fields.items():
-            if figure is not None:
-                values[name_of(name, samples=figure.samples, features=features)] = figure.value  # type: ignore[attr-defined]
-    for side in found.asked:
+    if found.fidelity is not None:
+        metrics = {"frechet_ratio": found.fidelity.frechet_ratio, **vars(found.fidelity.generated)}
+        for name, metric in metrics.items():
+            if metric is not None:
+                values[metric_name(name, samples=metric.samples, features=features)] = metric.value
+    for side in found.generated:
         name, count = side.side.replace("-", "_"), len(side.captions)
-        recall = found.found[side.side].within[10].mean
-        values[name_of(f"within_10_{name}", samples=count, features=features)] = recall
-        if side.side in found.read:
-            values[name_of(f"read_as_asked_{name}", samples=count)] = found.read[side.side].mean
-    if found.copies is not None:
-        copies = found.copies.suspects
-        values[name_of("suspected_copies", samples=copies.total)] = copies.share
+        recall = found.retrieval[side.side].within[10].mean
+        values[metric_name(f"within_10_{name}", samples=count, features=features)] = recall
+        if side.side in found.digit_accuracy:
+            values[metric_name(f"read_as_asked_{name}", samples=count)] = found.digit_accuracy[side.side].mean
+    if found.copying is not None:
+        flagged = found.copying.flagged_fraction
+        values[metric_name("suspected_copies", samples=flagged.total)] = flagged.fraction
     return values

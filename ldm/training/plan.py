@@ -16,7 +16,8 @@ from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, TrainConfig
 from ldm.data import CaptionedImages
-from ldm.report.sheets import MOST_BYTES, MOST_SHEETS
+from ldm.progress import format_duration
+from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 PACE_STEPS = 20
@@ -71,7 +72,7 @@ class Plan:
     def text(self) -> str:
         """A few aligned lines."""
         time = (
-            f"about {duration(self.expected_seconds)}; {self.seconds_per_step:.3g} s a step, measured just now "
+            f"about {format_duration(self.expected_seconds)}; {self.seconds_per_step:.3g} s a step, measured just now "
             "(validation, sample grids and checkpoints are included)"
         )
         if self.evaluation_seconds:
@@ -188,7 +189,7 @@ def _disk_bytes(train: TrainConfig, costs: Costs) -> int:
     checkpoints = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
     grids = count_due(0, train.max_steps, train.sample_every)
     # A grid is a file, a TensorBoard event, and a part of the report, whose base64 adds a third.
-    in_report = min(grids * costs.grid_bytes, MOST_BYTES, MOST_SHEETS * costs.grid_bytes)
+    in_report = min(grids * costs.grid_bytes, MAX_SHEETS_BYTES, MAX_SHEETS * costs.grid_bytes)
     return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * grids * costs.grid_bytes + in_report * 4 // 3
 
 
@@ -222,14 +223,6 @@ def expected_result(config: LDMConfig | AutoencoderTrainingConfig, images: Capti
         f"the nearest measured run ({nearest['name']}: {nearest['images']} images, {nearest['resolution']} pixels, "
         f"{nearest['samples']} samples): {nearest['result']}{less}"
     )
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_bytes(count: float) -> str:
@@ -285,8 +278,8 @@ def slow_step_message(plan: Plan, seconds: float, threads: int | None) -> str:
     expected = plan.expected_seconds * seconds / plan.seconds_per_step
     line = (
         f"slower than planned: a step takes {seconds:.2g} s instead of {plan.seconds_per_step:.2g} s, and the run "
-        f"about {duration(expected)} instead of {duration(plan.expected_seconds)}; other programs may be using "
-        f"{'the GPU' if threads is None else 'the cores'}: end them"
+        f"about {format_duration(expected)} instead of {format_duration(plan.expected_seconds)}; other programs may be "
+        f"using {'the GPU' if threads is None else 'the cores'}: end them"
     )
     if threads is not None and threads > 1:
         line += (

@@ -37,6 +37,7 @@ from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Batch, CaptionedImages, DatasetReport, collate, generator, ignore_signals, micro_batches
 from ldm.pipelines import NotFinite, save_png
+from ldm.progress import format_duration
 from ldm.training import checkpoints, nonfinite, threads
 from ldm.training.checkpoints import resume_command
 from ldm.training.codebook import Codebook
@@ -49,10 +50,9 @@ from ldm.training.distributed import (
     sync_step,
 )
 from ldm.training.interruption import Stopped, interruption
-from ldm.training.plan import Pace, Plan, duration
+from ldm.training.metrics import EVALUATION_PREFIX, VERDICT
+from ldm.training.plan import Pace, Plan
 from ldm.training.report import write_report
-from ldm.training.report.names import PREFIX as EVALUATION
-from ldm.training.report.names import VERDICT
 from ldm.training.resume import (
     check_compatible,
     config_differences,
@@ -416,7 +416,7 @@ class Run:
             if self.step == self._first_step:
                 repeated += ["held_out"] if self.is_due(train.validate_every) else []
                 is_due = isinstance(train, DiffusionTrainConfig) and self.is_due(train.evaluate_every)
-                repeated += [EVALUATION, VERDICT] if is_due else []
+                repeated += [EVALUATION_PREFIX, VERDICT] if is_due else []
             truncate_log(self.folder / "metrics.jsonl", self._first_step, repeated=repeated)
             truncate_log(self.folder / "nonfinite.jsonl", self._first_step, repeated=())
         self._logs_truncated = True
@@ -540,7 +540,9 @@ class Run:
         if self.is_main and self._plan is not None and not self.stopping:
             seconds = time.perf_counter() - self._planned_at
             checkpoint.write_json(self.folder / "plan.json", self._plan | {"took_seconds": seconds})
-            self.print(f"took {duration(seconds)}, planned were {duration(self._plan['expected_seconds'])}")
+            self.print(
+                f"took {format_duration(seconds)}, planned were {format_duration(self._plan['expected_seconds'])}"
+            )
         if self.is_main:
             self.print(f"report: {write_report(self.folder)}")
         self.accelerator.end_training()

@@ -28,7 +28,7 @@ from ldm.data import (
     split,
 )
 from ldm.data.captions import printable
-from ldm.diffusion import Denoiser, NoiseSchedule, diffusion_loss, split_variance
+from ldm.diffusion import NoiseSchedule, diffusion_loss, noise_bands, without_variance
 from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 from ldm.pipelines import NotFinite, Pipeline, contact_sheet
@@ -46,7 +46,6 @@ from ldm.training.trainable import ADAPTER, weight_precision
 from ldm.training.training_state import TrainingState
 from ldm.weights import tensors_hash
 
-BANDS = 4
 MAX_REPEATS = 16
 MAX_SKIPPED_LINES = 10
 
@@ -276,10 +275,7 @@ def held_out_loss(
     repeats = repeats_per_image(count, config.train.validation_samples)
     losses, timesteps = torch.empty(repeats, count), torch.empty(repeats, count, dtype=torch.int64)
 
-    def predict(x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return split_variance(unet(x_t, t, condition), x_t)[0]  # without learned variances
-
-    denoiser: Denoiser = predict
+    denoiser = without_variance(unet)
     for repeat in range(repeats):
         for chunk in held_out.chunks(IMAGE_BATCH_SIZE, count):
             batch = collate([held_out[0, i] for i in chunk])
@@ -308,8 +304,8 @@ def held_out_loss(
                 )
             losses[repeat, chunk] = loss.float().cpu()
     values = {"held_out_loss": float(losses.mean())}
-    for band in range(BANDS):
-        first, last = band * steps // BANDS, (band + 1) * steps // BANDS - 1
+    for band in noise_bands(steps):
+        first, last = band[0], band[-1]
         inside = losses[(first <= timesteps) & (timesteps <= last)]
         if len(inside):
             values[f"held_out_loss_t{first:03d}_{last:03d}"] = float(inside.mean())

@@ -10,9 +10,15 @@ import torch
 
 from ldm.config import LDMConfig
 from ldm.data import CaptionedImages
-from ldm.evaluation.advice import PIXELS_AT_MOST, PIXELS_UP_TO, Action, advise, look, small_enough
-from ldm.evaluation.efficientnet import is_installed
-from ldm.evaluation.perceptual import perceptual_distance
+from ldm.evaluation.autoencoder import (
+    MAX_PIXEL_RESOLUTION,
+    MAX_SLOW_PIXEL_RESOLUTION,
+    Action,
+    advise,
+    measure_reconstruction,
+    no_first_stage_reason,
+)
+from ldm.evaluation.efficientnet import is_installed, perceptual_distance
 from ldm.training.components import load_first_stage
 
 DEFAULT_FIRST_STAGE = "openmoji-first-stage"
@@ -62,17 +68,17 @@ def decide_space(images: CaptionedImages, first_stage: str | None, device: torch
             and too large for pixels.
     """
     resolution = images.config.resolution
-    if resolution <= PIXELS_UP_TO:
-        return SpaceChoice("pixel", None, small_enough(resolution), advice="pixels")
+    if resolution <= MAX_PIXEL_RESOLUTION:
+        return SpaceChoice("pixel", None, no_first_stage_reason(resolution), advice="pixels")
     name = first_stage or DEFAULT_FIRST_STAGE
     codec = load_first_stage(name).to(device)
-    if resolution > PIXELS_AT_MOST:
+    if resolution > MAX_SLOW_PIXEL_RESOLUTION:
         images.check_factor(codec.factor)
     # Without its packages PSNR decides alone.
     perceptual = perceptual_distance(device) if is_installed() else None
-    found = look(codec, name, images, device, perceptual)
+    found = measure_reconstruction(codec, name, images, device, perceptual)
     advice = advise(found)
     # A first stage that has to be trained does not exist yet; small images are diffused as pixels until then.
-    if advice.action == "pixels" or (advice.action != "use" and resolution <= PIXELS_AT_MOST):
+    if advice.action == "pixels" or (advice.action != "use" and resolution <= MAX_SLOW_PIXEL_RESOLUTION):
         return SpaceChoice("pixel", None, advice.why, found.psnr, advice.action)
     return SpaceChoice("latent", name, advice.why, found.psnr, advice.action)

@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.cli.axes import scenes_seen
 from ldm.config import LDMConfig, load_config, to_yaml
 from ldm.evaluation.axes import AXES
-from ldm.evaluation.judge import FOLDER
+from ldm.evaluation.scene_classifier import FOLDER
 from ldm.training.run_info import find_run
 from tests import tiny
 from tests.test_cli import call
@@ -28,11 +28,11 @@ def run(tmp_path):
     return a_run(tmp_path, *settings, "train.max_steps=10", "train.batch_size=8")
 
 
-@pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason="no judge is there yet")
+@pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason="there is no classifier yet")
 def test_the_axes_are_a_table_json_and_a_sheet(run, monkeypatch, capsys):
     assert call(monkeypatch, "evaluate", run, "--axes", "--prompts", 2, "--seed", 3) == 0
     out = capsys.readouterr().out
-    assert all(f"\n{axis} " in out for axis in AXES) and "of 58 scenes that the run saw" in out
+    assert all(f"\n{axis} " in out for axis in AXES) and "of 58 training scenes" in out
     content = json.loads((run / "evaluation" / "axes.json").read_text())
     assert list(content["axes"]) == list(AXES) and content["seed"] == 3
     with Image.open(run / "evaluation" / "axes.png") as sheet:
@@ -49,10 +49,10 @@ def test_the_scenes_that_a_run_saw_are_counted(run):
 def test_models_of_other_data_are_refused(tmp_path, monkeypatch, capsys):
     run = a_run(tmp_path)
     assert call(monkeypatch, "evaluate", run, "--axes") != 0
-    assert "was trained on digits, and --axes is for models of scenes" in capsys.readouterr().err
+    assert "was trained on digits" in capsys.readouterr().err
     (run / "config.yaml").unlink()
     assert call(monkeypatch, "evaluate", run / "pipeline", "--axes") != 0
-    assert "lies in no run folder, so that its data is not known" in capsys.readouterr().err
+    assert "is not in a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from ldm.data import generator
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.render import render_parts
 from ldm.data.scenes.scene import Concept, SceneSampler
-from ldm.evaluation.axes import AXES, axis_prompts, is_on, is_placed, redrawn, right
-from ldm.evaluation.judge import OWN, Look, Reading
+from ldm.evaluation.axes import AXES, axis_prompts, correctness, is_on, is_placed, with_other_drawings
+from ldm.evaluation.scene_classifier import OWN, Detection, ScenePrediction
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +18,17 @@ def sampler():
 
 
 def look(x, y, width=0.3, height=0.3, rank=1, color=OWN):
-    return Look(rank, color, (x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+    return Detection(rank, color, (x - width / 2, y - height / 2, x + width / 2, y + height / 2))
 
 
 def perfect(scene, draw):
-    """What a judge that errs in nothing reads in a scene."""
+    """The prediction of a perfect classifier."""
     _, drawn = render_parts(scene, draw, 64)
     looks = []
     for part in scene.all_parts:
         one = next(one for one in drawn if one.part is part)
-        looks.append(Look(1, part.color or OWN, one.box))
-    return Reading(len(drawn), (), tuple(looks))
+        looks.append(Detection(1, part.color or OWN, one.box))
+    return ScenePrediction(len(drawn), (), tuple(looks))
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -39,16 +39,16 @@ def test_prompts_are_a_function_of_the_seed_and_real_scenes_of_them_are_right(sa
     assert [p.caption for p in again] == [p.caption for p in found[:6]] != [p.caption for p in other]
     for prompt in found:
         draw = generator(0, prompt.caption)
-        scene = redrawn(prompt.scene, draw)
-        results = right(prompt, perfect(scene, draw))
+        scene = with_other_drawings(prompt.scene, draw)
+        results = correctness(prompt, perfect(scene, draw))
         assert all(results.values()), (prompt.caption, results)
-        assert prompt.asked == tuple(part.thing.name for part in scene.all_parts)
+        assert prompt.things == tuple(part.thing.name for part in scene.all_parts)
 
 
 def test_all_things_are_asked_for_by_their_names(sampler):
     found = axis_prompts("one thing", None, 0, sampler)
-    assert sorted(prompt.asked[0] for prompt in found) == sorted(thing.name for thing in sampler.things)
-    assert all(prompt.caption.endswith(prompt.asked[0]) for prompt in found)
+    assert sorted(prompt.things[0] for prompt in found) == sorted(thing.name for thing in sampler.things)
+    assert all(prompt.caption.endswith(prompt.things[0]) for prompt in found)
 
 
 @pytest.mark.parametrize("axis", ["color", "relation", "worn", "two colors"])
@@ -60,7 +60,7 @@ def test_combinations_are_held_out(sampler, axis):
 def test_synonyms_and_phrasings_are_held_out_and_nothing_else_is(sampler):
     for prompt in axis_prompts("unseen synonym", None, 0, sampler):
         word = prompt.caption.removeprefix("a ").removeprefix("an ")
-        assert Concept("synonym", (prompt.asked[0], word)).is_held_out
+        assert Concept("synonym", (prompt.things[0], word)).is_held_out
     found = axis_prompts("unseen phrasing", 40, 0, sampler)
     assert len({prompt.scene.kind for prompt in found}) > 3
     for prompt in found:
@@ -108,14 +108,14 @@ def test_what_is_worn_is_on_its_bearer():
 )
 def test_what_is_wrong_is_said(sampler, axis, changes, wrong):
     prompt = next(p for p in axis_prompts(axis, 30, 0, sampler) if axis != "relation" or p.scene.relation == "left of")
-    reading = perfect(prompt.scene, generator(0, "wrong"))
-    changed = dataclasses.replace(reading.looks[-1], **changes)
-    results = right(prompt, Reading(reading.count, (), (*reading.looks[:-1], changed)))
+    prediction = perfect(prompt.scene, generator(0, "wrong"))
+    changed = dataclasses.replace(prediction.detections[-1], **changes)
+    results = correctness(prompt, ScenePrediction(prediction.count, (), (*prediction.detections[:-1], changed)))
     assert {name for name, value in results.items() if not value} == wrong
 
 
 def test_a_wrong_number_is_said(sampler):
     prompt = axis_prompts("count", 1, 0, sampler)[0]
-    reading = perfect(prompt.scene, generator(0, "count"))
-    results = right(prompt, Reading(reading.count + 1, (), reading.looks))
+    prediction = perfect(prompt.scene, generator(0, "count"))
+    results = correctness(prompt, ScenePrediction(prediction.count + 1, (), prediction.detections))
     assert results == {"count": False, "top 5": True, "right": False}

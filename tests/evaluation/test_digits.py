@@ -3,8 +3,9 @@
 import pytest
 
 from ldm.data import DataConfig, open_source, split
-from ldm.evaluation.digits import DigitReader, draw_digits, label
+from ldm.evaluation.prompt_alignment import DigitClassifier, digit_of
 from tests import tiny
+from tools.demo import generate_digits
 
 
 @pytest.fixture(scope="module")
@@ -14,11 +15,11 @@ def scans():
 
 @pytest.fixture(scope="module")
 def reader(scans):
-    return DigitReader.fit(scans[0])
+    return DigitClassifier.fit(scans[0])
 
 
 def test_held_out_scans_are_read_at_any_size(scans, reader):
-    digits = [label(sample) for sample in scans[1]]
+    digits = [digit_of(sample) for sample in scans[1]]
     pictures = [sample.load() for sample in scans[1]]
     assert reader.accuracy(pictures, digits) >= 0.97
     assert reader.accuracy([picture.resize((32, 32), 3) for picture in pictures], digits) >= 0.97
@@ -26,7 +27,7 @@ def test_held_out_scans_are_read_at_any_size(scans, reader):
 
 def test_wrong_answers_count(scans, reader):
     pictures = [sample.load() for sample in scans[1]]
-    wrong = [(label(sample) + 1) % 10 for sample in scans[1]]
+    wrong = [(digit_of(sample) + 1) % 10 for sample in scans[1]]
     assert reader.accuracy(pictures, wrong) < 0.02
 
 
@@ -35,12 +36,12 @@ def test_labels_are_those_of_scikit_learn(scans):
 
     target = load_digits().target
     for sample in (*scans[0][:50], *scans[1][:50]):
-        assert label(sample) == target[int(sample.id.rpartition("/")[2])]
+        assert digit_of(sample) == target[int(sample.id.rpartition("/")[2])]
 
 
 def test_every_digit_is_drawn_with_its_own_seeds(tmp_path):
     pipeline = tiny.pipeline(tmp_path)
-    pictures, digits = draw_digits(pipeline, 2, num_inference_steps=2, at_once=7)
+    pictures, digits = generate_digits(pipeline, 2, num_inference_steps=2, batch_size=7)
     assert digits == [digit for digit in range(10) for _ in range(2)]
     alone = pipeline("a handwritten 3", seed=7, num_inference_steps=2).images[0]  # the second phrasing of 3
     assert pictures[7].tobytes() == alone.tobytes()

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_signed
-from ldm.evaluation.drawn import draw
-from ldm.evaluation.evaluate import Asked, captions_wanted, evaluate, expected, measure
-from ldm.evaluation.faithfulness import retrieval
+from ldm.evaluation.evaluate import GeneratedImages, estimate_duration, evaluate, measure_generated, select_captions
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.kept import KeptPictures
-from ldm.evaluation.quality import quality
-from ldm.evaluation.reference import Reference, no_bars, some_of
-from ldm.evaluation.said import faithfulness, said
+from ldm.evaluation.fidelity import measure_fidelity
+from ldm.evaluation.generate import SampleCache, generate
+from ldm.evaluation.prompt_alignment import retrieval
+from ldm.evaluation.reference import Reference, subset
+from ldm.evaluation.report import alignment_lines, evaluation_lines
+from ldm.progress import no_progress
 from tests import tiny
 from tests.training.runs import captioned_folder
 
@@ -31,7 +31,7 @@ def opened(path, cache, held_out, **settings):
 def noise(tmp_path_factory):
     """Both sides of 160 pictures, half of them held out."""
     folder = tmp_path_factory.mktemp("noise")
-    return Reference.of(*opened(captioned_folder(folder / "data", 160, side=8), folder / "cache", 0.5), PIXELS)
+    return Reference.from_data(*opened(captioned_folder(folder / "data", 160, side=8), folder / "cache", 0.5), PIXELS)
 
 
 @pytest.fixture(scope="module")
@@ -50,98 +50,104 @@ def real(images, indices):
 
 
 def asked_with(reference, draw):
-    """What would be asked for in 60 pictures; `draw(side, own)` are the pictures."""
-    wanted = captions_wanted(reference, 60, 0)
-    return tuple(Asked(side, tuple(texts), tuple(own), draw(side, own)) for side, (texts, own) in wanted.items())
+    """What would be asked for in 60 pictures; `generate(side, own)` are the pictures."""
+    wanted = select_captions(reference, 60, 0)
+    return tuple(
+        GeneratedImages(side, tuple(texts), tuple(own), generate(side, own)) for side, (texts, own) in wanted.items()
+    )
 
 
 def test_half_of_the_pictures_are_of_held_out_captions_and_each_is_its_own_image_s(found, noise):
-    ours, theirs = found.asked
-    assert (ours.side, theirs.side, len(ours.own), len(theirs.own)) == ("training", "held-out", 30, 30)
-    assert len(set(theirs.own)) == 30
+    ours, theirs = found.generated
+    assert (ours.side, theirs.side, len(ours.indices), len(theirs.indices)) == ("training", "held-out", 30, 30)
+    assert len(set(theirs.indices)) == 30
     for side, images in ((ours, noise.training), (theirs, noise.held_out)):
-        assert side.pictures.shape == (30, 3, 8, 8) and side.pictures.dtype == torch.uint8
+        assert side.images.shape == (30, 3, 8, 8) and side.images.dtype == torch.uint8
         assert all(
-            caption in images.samples[own].captions for caption, own in zip(side.captions, side.own, strict=True)
+            caption in images.samples[own].captions for caption, own in zip(side.captions, side.indices, strict=True)
         )
 
 
 def test_figures_are_those_of_the_parts(found, noise):
-    features = PIXELS.of([to_signed(found.pictures)])
-    expected = quality(features, noise.features, noise.held_out_features, PIXELS, seed=3)
-    assert [figure.name for figure in found.quality.figures()] == [figure.name for figure in expected.figures()]
-    values, others = ([figure.value for figure in each.figures()] for each in (found.quality, expected))
+    features = PIXELS.compute([to_signed(found.images)])
+    expected = measure_fidelity(features, noise.features, noise.held_out_features, PIXELS, seed=3)
+    assert [figure.name for figure in found.fidelity.metrics()] == [figure.name for figure in expected.metrics()]
+    values, others = ([figure.value for figure in each.metrics()] for each in (found.fidelity, expected))
     assert values == pytest.approx(others, rel=1e-6) and expected.held_out is not None
-    for side, rows in zip(found.asked, (features[:30], features[30:]), strict=True):
-        own = noise.gallery.own(side.captions)
+    for side, rows in zip(found.generated, (features[:30], features[30:]), strict=True):
+        own = noise.gallery.matches(side.captions)
         again = retrieval(rows, noise.gallery.features, own, seed=3)
-        assert torch.equal(found.found[side.side].ranks, again.ranks)
+        assert torch.equal(found.retrieval[side.side].ranks, again.ranks)
         # The gallery has training images first: a caption leads to the image that it was taken from.
         before = 0 if side.side == "training" else len(noise.training)
-        assert all(before + index in places for index, places in zip(side.own, own, strict=True))
-    assert found.copies is not None and len(found.copies.ratio) == 30, "copies are looked for in training captions"
+        assert all(before + index in places for index, places in zip(side.indices, own, strict=True))
+    assert found.copying is not None and len(found.copying.ratio) == 30, "copies are looked for in training captions"
     assert found.gap is not None and found.gap.held_out_images == len(noise.held_out)
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert content["samples"] == {"training": 30, "held-out": 30} and content["guidance_scale"] == 1.0
     assert content["features"] == PIXELS.label() and content["verdict"]["kind"] == found.verdict.kind
-    text = "\n".join(said(found))
+    text = "\n".join(evaluation_lines(found))
     assert found.verdict.sentence in text and "guidance 1, seed 3" in text
     assert all(f"{band.held_out:9.4f}" in text for band in found.gap.bands)
 
 
 def test_training_images_as_pictures_are_called_memorizing_and_unseen_ones_are_not(noise):
     sides = {"training": noise.training, "held-out": noise.held_out}
-    copies = measure(asked_with(noise, lambda side, own: real(sides[side], own)), noise, seed=0, how={})
+    copies = measure_generated(asked_with(noise, lambda side, own: real(sides[side], own)), noise, seed=0, sampling={})
     assert copies.verdict.kind == "memorizing"
-    assert all(found.within[1].mean == 1 for found in copies.found.values())
-    unseen = measure(asked_with(noise, lambda side, own: real(noise.held_out, own)), noise, seed=0, how={})
+    assert all(found.within[1].mean == 1 for found in copies.retrieval.values())
+    unseen = measure_generated(
+        asked_with(noise, lambda side, own: real(noise.held_out, own)), noise, seed=0, sampling={}
+    )
     assert unseen.verdict.kind != "memorizing"
-    assert unseen.found["held-out"].within[1].mean == 1 and unseen.found["training"].within[1].mean < 0.2
+    assert unseen.retrieval["held-out"].within[1].mean == 1 and unseen.retrieval["training"].within[1].mean < 0.2
 
 
 def test_a_mirrored_copy_is_one_where_training_mirrors(tmp_path, noise):
     folder = captioned_folder(tmp_path / "data", 120, side=8)
     kinds = {}
     for flip in (False, True):
-        reference = Reference.of(*opened(folder, tmp_path / "cache", 0.5, flip=flip), PIXELS)
+        reference = Reference.from_data(*opened(folder, tmp_path / "cache", 0.5, flip=flip), PIXELS)
         asked = asked_with(reference, lambda side, own: real(reference.training, own).flip(-1))  # noqa: B023
-        kinds[flip] = measure(asked, reference, seed=0, how={}).verdict.kind
+        kinds[flip] = measure_generated(asked, reference, seed=0, sampling={}).verdict.kind
     assert kinds[True] == "memorizing" != kinds[False]
 
 
 def test_digits_are_read(tmp_path):
-    training, held_out = (some_of(images, 400, seed=0) for images in opened("digits", tmp_path, 0.1))
-    reference = Reference.of(training, held_out, PIXELS)
+    training, held_out = (subset(images, 400, seed=0) for images in opened("digits", tmp_path, 0.1))
+    reference = Reference.from_data(training, held_out, PIXELS)
     sides = {"training": training, "held-out": held_out}
-    found = measure(asked_with(reference, lambda side, own: real(sides[side], own)), reference, seed=0, how={})
-    assert found.read["training"].mean == 1 and found.read["held-out"].mean > 0.9
-    wrong = measure(asked_with(reference, lambda side, own: real(training, [0] * len(own))), reference, seed=0, how={})
-    assert wrong.read["held-out"].mean < 0.4
-    assert any("read as the digit asked for 100.0 %" in line for line in faithfulness(found, "training"))
+    found = measure_generated(
+        asked_with(reference, lambda side, own: real(sides[side], own)), reference, seed=0, sampling={}
+    )
+    assert found.digit_accuracy["training"].mean == 1 and found.digit_accuracy["held-out"].mean > 0.9
+    wrong = measure_generated(
+        asked_with(reference, lambda side, own: real(training, [0] * len(own))), reference, seed=0, sampling={}
+    )
+    assert wrong.digit_accuracy["held-out"].mean < 0.4
+    assert any("digit 100.0 %" in line for line in alignment_lines(found, "training"))
 
 
 def test_what_cannot_be_said_of_few_images_is_named(tmp_path, pipeline):
-    few = Reference.of(*opened(captioned_folder(tmp_path / "data", 8, side=8), tmp_path / "cache", 0.0), PIXELS)
+    few = Reference.from_data(*opened(captioned_folder(tmp_path / "data", 8, side=8), tmp_path / "cache", 0.0), PIXELS)
     assert few.held_out is None
     found = evaluate(pipeline, few, samples=50)
-    assert [side.side for side in found.asked] == ["training"] and len(found.pictures) == 50
-    assert found.quality is None and found.copies is None and found.standing is None and found.gap is None
-    assert (
-        found.verdict.kind == "undecided" and "50 pictures and 8 training images are too few" in found.verdict.sentence
-    )
+    assert [side.side for side in found.generated] == ["training"] and len(found.images) == 50
+    assert found.fidelity is None and found.copying is None and found.baselines is None and found.gap is None
+    assert found.verdict.kind == "undecided" and "50 images and 8 training images" in found.verdict.sentence
     assert [text.split(",")[0] for text in found.left_out] == [
-        "Left out: whether pictures are copies of training images", "Left out: all figures of quality",
+        "Left out: whether images are copies of training images", "Left out: all metrics of fidelity",
     ]  # fmt: skip
-    assert all(text in "\n".join(said(found)) for text in found.left_out)
+    assert all(text in "\n".join(evaluation_lines(found)) for text in found.left_out)
     json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_too_few_pictures_and_other_sizes_are_refused(pipeline, noise, tmp_path):
-    with pytest.raises(ValueError, match="samples is 49; at least 50 pictures"):
+    with pytest.raises(ValueError, match="samples is 49; at least 50"):
         evaluate(pipeline, noise, samples=49)
     config = dataclasses.replace(noise.training.config, resolution=16)
     larger = CaptionedImages(noise.training.samples, config, 0)
-    with pytest.raises(ValueError, match="the data has 16x16 pixels but the model draws 8x8"):
+    with pytest.raises(ValueError, match=r"16x16 pixels but the model .* 8x8"):
         evaluate(pipeline, dataclasses.replace(noise, training=larger), samples=50)
 
 
@@ -150,13 +156,13 @@ def test_what_is_done_is_told(pipeline, noise):
 
     def bar(what, total):
         told.append((what, total))
-        return no_bars(what, total)
+        return no_progress(what, total)
 
-    evaluate(pipeline, noise, samples=50, with_loss_gap=False, bars=bar)
+    evaluate(pipeline, noise, samples=50, with_loss_gap=False, progress=bar)
     assert told == [
-        ("pictures of training captions", 25),
-        ("pictures of held-out captions", 25),
-        ("features of the pictures", 50),
+        ("images for training captions", 25),
+        ("images for held-out captions", 25),
+        ("features of the images", 50),
     ]
 
 
@@ -164,26 +170,23 @@ def test_the_time_is_that_of_one_picture_times_all_of_them(pipeline, monkeypatch
     clock = [0.0]
     monkeypatch.setattr("ldm.evaluation.evaluate.time.perf_counter", lambda: clock[0])
     hook = pipeline.unet.register_forward_pre_hook(lambda *_: clock.__setitem__(0, clock[0] + 3))
-    text = expected(pipeline, 100, num_inference_steps=4, guidance_scale=1.0)
+    text = estimate_duration(pipeline, 100, num_inference_steps=4, guidance_scale=1.0)
     hook.remove()
     # 4 evaluations of 3 s a picture, and 4096 for the losses.
-    assert (
-        text
-        == f"100 pictures at 12 s each or less, and the loss of 256 images: at most {(1200 + 4096 * 3) / 60:.0f} min"
-    )
+    assert text == "100 images at 12 s each or less, and the loss of 256 images: at most 3 h 45 min"
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
-        expected(pipeline, 100, num_inference_steps=0, guidance_scale=None)
+        estimate_duration(pipeline, 100, num_inference_steps=0, guidance_scale=None)
     with pytest.raises(ValueError, match="samples is 3"):
-        expected(pipeline, 3, num_inference_steps=None, guidance_scale=None)
+        estimate_duration(pipeline, 3, num_inference_steps=None, guidance_scale=None)
 
 
 def test_a_part_of_many_images_is_compared_with(noise):
-    part = some_of(noise.training, 20, seed=1)
+    part = subset(noise.training, 20, seed=1)
     assert len(part) == 20 and {sample.id for sample in part.samples} < {s.id for s in noise.training.samples}
-    assert [s.id for s in some_of(noise.training, 20, seed=1).samples] == [s.id for s in part.samples]
-    assert some_of(noise.training, len(noise.training), seed=1) is noise.training
-    with pytest.raises(ValueError, match="there are to be 0 images"):
-        some_of(noise.training, 0, seed=1)
+    assert [s.id for s in subset(noise.training, 20, seed=1).samples] == [s.id for s in part.samples]
+    assert subset(noise.training, len(noise.training), seed=1) is noise.training
+    with pytest.raises(ValueError, match="0 images"):
+        subset(noise.training, 0, seed=1)
 
 
 # ---- pictures that are kept
@@ -208,16 +211,16 @@ class Counted:
 
 def kept(pipeline, folder, count, *, progress=lambda done: None, model="a", guidance=1.0, seed=0):
     captions = [f"noise number {i}" for i in range(count)]
-    drawn = {"seed": seed, "num_inference_steps": 1, "guidance_scale": guidance, "at_once": 4}
-    with Counted(pipeline) as asked:
-        pictures = KeptPictures(folder, model).draw(pipeline, captions, progress=progress, **drawn)
-    return pictures, asked.count
+    drawn = {"seed": seed, "num_inference_steps": 1, "guidance_scale": guidance, "batch_size": 4}
+    with Counted(pipeline) as counter:
+        pictures = SampleCache(folder, model).generate(pipeline, captions, progress=progress, **drawn)
+    return pictures, counter.count
 
 
 def test_an_interruption_loses_the_last_few_pictures_only(pipeline, tmp_path):
     whole, count = kept(pipeline, tmp_path / "whole", 30)
     captions = [f"noise number {i}" for i in range(30)]
-    at_once = draw(pipeline, captions, seed=0, num_inference_steps=1, guidance_scale=1.0, at_once=4)
+    at_once = generate(pipeline, captions, seed=0, num_inference_steps=1, guidance_scale=1.0, batch_size=4)
     assert count == 30 and torch.equal(whole, at_once)
     done = []
 

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from ldm.evaluation import inception
+from ldm.evaluation import features as module
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.efficientnet import EfficientNetLite0
 from ldm.evaluation.features import FeatureSpace, feature_space, pixel_features, resized
-from ldm.evaluation.few_samples import frechet_interval
-from ldm.evaluation.kid import kid
+from ldm.evaluation.fidelity import frechet_interval, kid
 
 CPU = torch.device("cpu")
 WITHOUT_TORCH_FIDELITY = importlib.util.find_spec("torch_fidelity") is None
@@ -32,7 +31,7 @@ def test_efficientnet_sees_images_at_128_pixels():
     assert space.label() == "EfficientNet-Lite0 features (1280, images resized to 128 bicubic)"
     assert not space.is_fid
     images = pictures(2, 48, 64)
-    features = space.of([images])
+    features = space.compute([images])
     assert features.dtype == torch.float64 and features.shape == (2, 1280)
     large = F.interpolate(images, (128, 128), mode="bicubic", antialias=True).clamp(-1, 1)
     with torch.no_grad():
@@ -46,11 +45,11 @@ def test_batches_of_any_sizes_are_joined_in_order_and_leave_no_graph():
     space = feature_space("pixel", device=CPU)
     assert space.label() == "pixel features (64, images not resized)"
     one, other = pictures(20), pictures(3, 16, 40).requires_grad_()
-    features = space.of(iter([one, other]))
+    features = space.compute(iter([one, other]))
     torch.testing.assert_close(features, torch.cat([pixel_features(one), pixel_features(other)]), rtol=0, atol=1e-12)
     assert not features.requires_grad
     with pytest.raises(ValueError, match="no images"):
-        space.of([])
+        space.compute([])
 
 
 def test_a_large_batch_is_taken_in_parts():
@@ -60,7 +59,7 @@ def test_a_large_batch_is_taken_in_parts():
         seen.append(len(images))
         return images.mean(dim=(2, 3))
 
-    features = FeatureSpace("pixel", 3, "none", extract).of([pictures(40), pictures(5)])
+    features = FeatureSpace("pixel", 3, "none", extract).compute([pictures(40), pictures(5)])
     assert max(seen) <= 16 and sum(seen) == 45 and features.shape == (45, 3)
 
 
@@ -76,7 +75,7 @@ def test_a_large_batch_is_taken_in_parts():
 )
 def test_what_is_no_image_in_the_range_is_refused(images, said):
     with pytest.raises(ValueError, match=said):
-        feature_space("pixel", device=CPU).of([images])
+        feature_space("pixel", device=CPU).compute([images])
 
 
 def test_names_and_weights_are_checked(tmp_path: Path):
@@ -90,7 +89,7 @@ def test_names_and_weights_are_checked(tmp_path: Path):
         feature_space("inception", device=CPU, weights=tmp_path / "missing.pth")
     other = tmp_path / "other.pth"
     other.write_bytes(b"another network")
-    with pytest.raises(ValueError, match=r"other\.pth has SHA-256 .*, not 6726825d.*not FID"):
+    with pytest.raises(ValueError, match=r"other\.pth has SHA-256 .*, not 6726825d"):
         feature_space("inception", device=CPU, weights=other)
 
 
@@ -98,7 +97,7 @@ def test_names_and_weights_are_checked(tmp_path: Path):
 def test_inception_names_the_packages_it_needs(tmp_path: Path, monkeypatch):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"as if")
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(b"as if").hexdigest())
+    monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(b"as if").hexdigest())
     with pytest.raises(ValueError, match=r"pip install 'torch-fidelity>=0.3,<0.5' 'torchmetrics>=1.6'$"):
         feature_space("inception", device=CPU, weights=weights)
 
@@ -114,14 +113,14 @@ def test_inception_is_the_network_of_torch_fidelity_with_its_resize(tmp_path: Pa
         patch.setattr(torch_fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         blank = torch_fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
     torch.save(blank.state_dict(), weights)
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     space = feature_space("inception", device=CPU, weights=weights)
     assert space.is_fid and space.dimensions == 2048
     assert space.label() == "Inception v3 features (2048, images resized to 299 bilinear as TensorFlow 1)"
     images = pictures(2)
     reference = torch_fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
     expected = reference(((images + 1) * 127.5).round().to(torch.uint8))[0]
-    torch.testing.assert_close(space.of([images]).float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(space.compute([images]).float(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not WITHOUT_OPEN_CLIP, reason="open_clip is installed")
@@ -150,10 +149,10 @@ def test_clip_is_the_image_tower_of_open_clip(tmp_path: Path):
     mean, std = (torch.tensor(model.visual.preprocess_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = model.encode_image((images / 2 + 0.5 - mean) / std)
-    torch.testing.assert_close(space.of([images]).float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(space.compute([images]).float(), expected, rtol=1e-5, atol=1e-5)
     # A wide image: its height is resized, and its middle cut out.
     wide = pictures(1, 32, 64)
-    torch.testing.assert_close(space.of([wide]), space.of([wide[..., 16:48]]))
+    torch.testing.assert_close(space.compute([wide]), space.compute([wide[..., 16:48]]))
     captions = ["a corgi", "a red hat"]
     with torch.no_grad():
         expected = model.encode_text(open_clip.tokenizer.tokenize(captions, context_length=20))
@@ -179,6 +178,6 @@ def test_torchmetrics_has_the_same_numbers_from_the_same_features():
     for images, is_real in ((real, True), (drawn, False)):
         theirs.update(images, real=is_real)
         theirs_kid.update(images[:80], real=is_real)
-    ours = space.of([drawn]), space.of([real])
+    ours = space.compute([drawn]), space.compute([real])
     assert frechet_interval(*ours).mean == pytest.approx(float(theirs.compute()), rel=1e-5)
     assert kid(ours[0], ours[1][:80]).mean == pytest.approx(float(theirs_kid.compute()[0]), rel=1e-9)

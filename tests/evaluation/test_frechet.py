@@ -7,16 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from ldm.data import DataConfig, open_source, split
-from ldm.evaluation.digits import label
-from ldm.evaluation.features import DigitFeatures, pixel_features, random_directions
-from ldm.evaluation.frechet import (
-    Gaussian,
-    distance_between,
-    frechet_distance,
-    interval_over,
-    student_quantile,
-)
+from ldm.evaluation.features import pixel_features, random_directions
+from ldm.evaluation.fidelity import Gaussian, distance_between, frechet_distance
+from ldm.evaluation.prompt_alignment import digit_of
+from ldm.evaluation.stats import student_interval, student_quantile
 from ldm.pipelines.images import from_pil
+from tools.ddim_tables import DigitFeatures
 
 
 def drawn(count, dimensions, seed, scale=1.0):
@@ -99,22 +95,22 @@ def test_quantiles_of_student(freedom, t):
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     held = sum(
         abs(interval.mean) <= interval.high - interval.mean
-        for interval in map(interval_over, drawn(400, 3, 8).tolist())
+        for interval in map(student_interval, drawn(400, 3, 8).tolist())
     )
     assert 0.91 < held / 400 < 0.99
-    interval = interval_over([1.0, 3.0])
+    interval = student_interval([1.0, 3.0])
     assert (interval.mean, interval.high) == pytest.approx((2, 2 + 12.7062047), rel=1e-6)
     assert interval.low == pytest.approx(4 - interval.high)
     with pytest.raises(ValueError, match="1 value"):
-        interval_over([1.0])
+        student_interval([1.0])
     with pytest.raises(ValueError, match="confidence is 95"):
-        interval_over([1.0, 2.0], 95)
+        student_interval([1.0, 2.0], 95)
 
 
 @pytest.fixture(scope="module")
 def scans():
     training, held_out = split(open_source(DataConfig(path="digits", resolution=8)).samples, 0.1)
-    return from_pil([sample.load() for sample in (*training, *held_out)])[:, :1], [label(s) for s in training]
+    return from_pil([sample.load() for sample in (*training, *held_out)])[:, :1], [digit_of(s) for s in training]
 
 
 @pytest.fixture(scope="module")

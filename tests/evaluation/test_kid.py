@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldm.evaluation import kid as module
-from ldm.evaluation.kid import kid
+from ldm.evaluation import fidelity as module
+from ldm.evaluation.fidelity import kid
 
 
 def drawn(count, dimensions, seed, shift=0.0):
@@ -28,7 +28,7 @@ def test_it_is_what_the_definition_says(monkeypatch):
     whole = kid(x, y)
     assert whole.mean == pytest.approx(by_definition(x, y), rel=1e-10)
     assert kid(y, x).mean == pytest.approx(whole.mean, rel=1e-10)
-    monkeypatch.setattr(module, "_ENTRIES", 30)  # two rows of the kernel at a time
+    monkeypatch.setattr(module, "_MAX_ENTRIES", 30)  # two rows of the kernel at a time
     in_parts = kid(x, y)
     assert (in_parts.low, in_parts.high) == pytest.approx((whole.low, whole.high), rel=1e-10)
 
@@ -77,7 +77,7 @@ def expected_kernel(a, b):
 
 def test_blocks_average_what_they_estimate_and_do_not_mind_sorted_features(monkeypatch):
     x, y = drawn(60, 4, 4), drawn(45, 4, 5, shift=0.3)
-    monkeypatch.setattr(module, "AT_MOST", 20)
+    monkeypatch.setattr(module, "KID_BLOCK_SIZE", 20)
     blocks = [kid(x[i::3], y[i::3]) for i in range(3)]
     together = kid(x, y)
     assert together.mean == pytest.approx(sum(block.mean for block in blocks) / 3)

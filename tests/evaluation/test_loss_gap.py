@@ -10,7 +10,7 @@ import torch
 from ldm.codecs import PixelCodec
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss
-from ldm.evaluation.loss_gap import BandGap, LossGap, least_growth, loss_gap
+from ldm.evaluation.loss_gap import BandGap, LossGap, loss_gap
 from tests import tiny
 
 
@@ -117,7 +117,7 @@ def test_widest_band_and_json():
     )
     gap = LossGap(bands, 4, 1, 2)
     assert gap.widest() is bands[1]
-    assert least_growth(bands[1]) == pytest.approx(0.9)
+    assert bands[1].min_relative_gap == pytest.approx(0.9)
     plain = json.loads(json.dumps(gap.to_dict(), allow_nan=False))
     assert plain["bands"][2]["interval"] is None
     assert plain["bands"][0]["gap"] == 0.5

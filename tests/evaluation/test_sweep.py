@@ -13,18 +13,29 @@ import torch
 
 from ldm import checkpoint
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
-from ldm.evaluation.cells import Cell, Grid, choose, difference, evaluations_of, front
-from ldm.evaluation.defaults import check_storable, store_defaults
-from ldm.evaluation.drawn import captions_of, draw
-from ldm.evaluation.faithfulness import Gallery, retrieval
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.kid import kid
-from ldm.evaluation.paired import jackknife_error, kid_without_each, mean_without_each
-from ldm.evaluation.sweep import Sweep, raw_model, sweep
+from ldm.evaluation.fidelity import kid, kid_leave_one_out
+from ldm.evaluation.generate import generate, sample_captions
+from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
+from ldm.evaluation.sweep import (
+    Cell,
+    Sweep,
+    SweepGrid,
+    check_storable,
+    choose_cell,
+    evaluations_per_image,
+    mean_leave_one_out,
+    paired_difference,
+    pareto_front,
+    raw_model,
+    standard_error,
+    store_defaults,
+    sweep,
+)
 from ldm.pipelines import Pipeline
 from tests import tiny
 
-GRID = Grid((1.0, 3.0), (1, 3))
+GRID = SweepGrid((1.0, 3.0), (1, 3))
 IMAGES = torch.tensor([0, 1, 2, 3, 0, 2, 2])  # seven pictures for four images
 
 
@@ -41,7 +52,7 @@ def kid_by_hand(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_kid_without_each_image_is_kid_of_the_others():
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(7, 5, generator=draws).double() + 0.4, torch.randn(4, 5, generator=draws).double()
-    whole, without = kid_without_each(x, y, IMAGES)
+    whole, without = kid_leave_one_out(x, y, IMAGES)
     assert whole == pytest.approx(kid_by_hand(x, y))
     for image in range(4):
         others = torch.arange(4) != image
@@ -51,12 +62,12 @@ def test_kid_without_each_image_is_kid_of_the_others():
 def test_both_ways_to_kid_agree():
     draws = torch.Generator().manual_seed(1)
     x, y = torch.randn(40, 9, generator=draws).double() + 0.2, torch.randn(40, 9, generator=draws).double()
-    assert kid_without_each(x, y, torch.arange(40))[0] == pytest.approx(kid(x, y).mean)
+    assert kid_leave_one_out(x, y, torch.arange(40))[0] == pytest.approx(kid(x, y).mean)
 
 
 def test_means_without_each_image():
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0])
-    whole, without = mean_without_each(values, IMAGES, 4)
+    whole, without = mean_leave_one_out(values, IMAGES, 4)
     assert whole == pytest.approx(float(values.mean()))
     assert without.tolist() == pytest.approx([float(values[image != IMAGES].mean()) for image in range(4)])
 
@@ -69,11 +80,11 @@ def test_the_error_of_a_paired_difference_is_its_deviation():
         real = torch.randn(50, 8, generator=draws).double()
         shared = torch.randn(50, 8, generator=draws).double()
         one, other = shared + 0.5, shared * 1.05 + 0.3
-        a, a_without = kid_without_each(one, real, torch.arange(50))
-        b, b_without = kid_without_each(other, real, torch.arange(50))
+        a, a_without = kid_leave_one_out(one, real, torch.arange(50))
+        b, b_without = kid_leave_one_out(other, real, torch.arange(50))
         differences.append(a - b)
-        errors.append(jackknife_error(a_without - b_without))
-        unpaired.append(math.hypot(jackknife_error(a_without), jackknife_error(b_without)))
+        errors.append(standard_error(a_without - b_without))
+        unpaired.append(math.hypot(standard_error(a_without), standard_error(b_without)))
     deviation = float(torch.tensor(differences).std())
     assert 0.75 < sum(errors) / 40 / deviation < 1.4
     assert sum(unpaired) > 1.5 * sum(errors)
@@ -87,7 +98,7 @@ def cell(weights: str = "EMA", scale: float = 1.0, steps: int = 10, *, kid: floa
         weights=weights,
         guidance_scale=scale,
         num_inference_steps=steps,
-        evaluations=evaluations_of(scale, steps),
+        evaluations=evaluations_per_image(scale, steps),
         seconds=0.1,
         kid=kid,
         log_rank=rank,
@@ -102,29 +113,29 @@ def test_the_cheapest_of_what_cannot_be_told_from_the_best_is_taken():
     as_good = cell(scale=3, steps=20, kid=0.101)
     cheaper_but_worse = cell(scale=3, steps=10, kid=0.150)
     cheap_and_good_but_blind = cell(scale=1, steps=20, kid=0.1005, rank=4.5)
-    error = difference(as_good, best, "kid")[1]
+    error = paired_difference(as_good, best, "kid")[1]
     assert 0.002 < error < 0.01
-    found = choose([best, cheaper_but_worse, cheap_and_good_but_blind, as_good])
+    found = choose_cell([best, cheaper_but_worse, cheap_and_good_but_blind, as_good])
     assert (found.cell, found.best, found.equal, found.decided) == (as_good, best, 2, True)
     # Were it not blind to the text, it would be taken.
-    found = choose([best, as_good, cell(scale=1, steps=20, kid=0.1005)])
+    found = choose_cell([best, as_good, cell(scale=1, steps=20, kid=0.1005)])
     assert found.cell.guidance_scale == 1
     assert not found.decided
     # Of two that cost the same, the better one.
-    assert choose([cell(scale=2, kid=0.101), cell(scale=3, kid=0.100), cell(kid=0.3)]).cell.guidance_scale == 3
+    assert choose_cell([cell(scale=2, kid=0.101), cell(scale=3, kid=0.100), cell(kid=0.3)]).cell.guidance_scale == 3
 
 
 def test_one_standard_error_is_the_bound():
     best = cell(scale=3, steps=50, kid=0.1)
-    error = difference(cell(scale=3, steps=20, kid=0.2), best, "kid")[1]
+    error = paired_difference(cell(scale=3, steps=20, kid=0.2), best, "kid")[1]
     within, beyond = (cell(scale=3, steps=20, kid=0.1 + times * error) for times in (0.99, 1.01))
-    assert choose([best, within]).cell == within
-    assert choose([best, beyond]).cell == best
+    assert choose_cell([best, within]).cell == within
+    assert choose_cell([best, beyond]).cell == best
 
 
 def test_the_front():
     cells = [cell(steps=5, kid=0.4), cell(steps=20, kid=0.2), cell(steps=10, kid=0.5), cell(scale=2, steps=10, kid=0.3)]
-    assert [(c.evaluations, c.kid) for c in front(cells)] == [(5, 0.4), (20, 0.2)]
+    assert [(c.evaluations, c.kid) for c in pareto_front(cells)] == [(5, 0.4), (20, 0.2)]
 
 
 @pytest.mark.parametrize(
@@ -139,11 +150,11 @@ def test_the_front():
 )
 def test_grids_are_checked(changes, said):
     with pytest.raises(ValueError, match=said):
-        Grid(**changes)
+        SweepGrid(**changes)
 
 
 def test_a_grid_knows_its_price():
-    grid = Grid((1.0, 3.0), (4, 10))
+    grid = SweepGrid((1.0, 3.0), (4, 10))
     assert grid.pairs() == [(1, 4), (3, 4), (1, 10), (3, 10)]
     assert grid.evaluations(models=2, count=7) == 2 * 7 * (4 + 8 + 10 + 20)
 
@@ -163,7 +174,7 @@ def space():
 
 @pytest.fixture(scope="module")
 def gallery(emoji, space):
-    return Gallery.of(emoji, space)
+    return RetrievalGallery.from_images(emoji, space)
 
 
 @pytest.fixture
@@ -181,8 +192,8 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def swept(run: Path, emoji: Any, gallery: Gallery, space: Any, **changes: Any) -> Sweep:
-    settings = {"grid": GRID, "count": 30, "seed": 0, "at_once": 30, "record": run / "sweep.json"}
+def swept(run: Path, emoji: Any, gallery: RetrievalGallery, space: Any, **changes: Any) -> Sweep:
+    settings = {"grid": GRID, "count": 30, "seed": 0, "batch_size": 30, "record": run / "sweep.json"}
     models = changes.pop("models", None) or {"EMA": Pipeline.from_pretrained(run / "pipeline", device="cpu")}
     return sweep(models, emoji[1].samples, gallery, space, **(settings | changes))
 
@@ -195,17 +206,17 @@ def test_a_sweep_measures_all_cells_and_stores_the_winner(run, emoji, gallery, s
     found = swept(run, emoji, gallery, space, models=models, progress=told.append, store_in=run / "pipeline")
     assert sum(told) == GRID.evaluations(2, 30) == 2 * 30 * (1 + 2 + 3 + 6)
     assert {c.setting for c in found.cells} == {(name, *pair) for name in models for pair in GRID.pairs()}
-    assert all(c.evaluations == evaluations_of(c.guidance_scale, c.num_inference_steps) for c in found.cells)
+    assert all(c.evaluations == evaluations_per_image(c.guidance_scale, c.num_inference_steps) for c in found.cells)
     assert (found.captions, found.images, found.gallery) == (30, len(emoji[1]), 64)
 
     # A cell by hand: same captions, noise, features.
-    captions, own = captions_of(emoji[1].samples, 30, seed=0)
-    pictures = draw(models["raw"], captions, seed=0, num_inference_steps=3, guidance_scale=3.0, at_once=30)
-    features = space.of([to_signed(pictures)])
+    captions, own = sample_captions(emoji[1].samples, 30, seed=0)
+    pictures = generate(models["raw"], captions, seed=0, num_inference_steps=3, guidance_scale=3.0, batch_size=30)
+    features = space.compute([to_signed(pictures)])
     (measured,) = [c for c in found.cells if c.setting == ("raw", 3.0, 3)]
     reference = gallery.features[40:]
-    assert measured.kid == pytest.approx(kid_without_each(features, reference, torch.tensor(own))[0])
-    ranks = retrieval(features, gallery.features, gallery.own(captions)).ranks
+    assert measured.kid == pytest.approx(kid_leave_one_out(features, reference, torch.tensor(own))[0])
+    ranks = retrieval(features, gallery.features, gallery.matches(captions)).ranks
     assert measured.typical_rank == pytest.approx(float(ranks.log().mean().exp()))
     assert measured.near == pytest.approx(float((ranks <= 10).double().mean()))
 
@@ -224,7 +235,7 @@ def test_a_sweep_measures_all_cells_and_stores_the_winner(run, emoji, gallery, s
     assert torch.equal(opened.unet.conv_in.weight, pipeline.unet.conv_in.weight)
 
     said = "\n".join(found.lines())
-    assert f"chosen: {winner.named()}" in said
+    assert f"chosen: {winner.describe()}" in said
     assert "with raw weights: " in said
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert len(content["cells"]) == 8
@@ -259,7 +270,7 @@ def test_an_interrupted_sweep_goes_on(run, emoji, gallery, space):
     timeless = [[dataclasses.replace(c, seconds=0) for c in found.cells] for found in (resumed, whole)]
     assert timeless[0] == timeless[1]
     # What was measured serves a larger grid too.
-    swept(run, emoji, gallery, space, models={"EMA": pipeline}, grid=Grid((1.0,), (1, 2, 3)))
+    swept(run, emoji, gallery, space, models={"EMA": pipeline}, grid=SweepGrid((1.0,), (1, 2, 3)))
     assert sum(asked) == 30 * (3 + 6 + 2)
     assert resumed.stored is None
     assert tiny_defaults(run) == (2.0, 4)
@@ -271,7 +282,7 @@ def tiny_defaults(run: Path) -> tuple[float, int]:
 
 
 def test_a_record_of_something_else_is_refused(run, emoji, gallery, space):
-    small = {"grid": Grid((1.0,), (1,))}
+    small = {"grid": SweepGrid((1.0,), (1,))}
     swept(run, emoji, gallery, space, **small)
     for changes in ({"seed": 1}, {"count": 31}):
         with pytest.raises(ValueError, match="holds a sweep of another model, or of other captions"):
@@ -293,7 +304,13 @@ def test_what_cannot_be_told_apart_stores_nothing(run, emoji, gallery, space):
         for parameter in pipeline.unet.parameters():
             parameter.zero_()  # predicts no noise at all, whatever the caption: guidance changes nothing
     found = swept(
-        run, emoji, gallery, space, models={"EMA": pipeline}, grid=Grid((1.0, 3.0), (1,)), store_in=run / "pipeline"
+        run,
+        emoji,
+        gallery,
+        space,
+        models={"EMA": pipeline},
+        grid=SweepGrid((1.0, 3.0), (1,)),
+        store_in=run / "pipeline",
     )
     assert not found.chosen.decided
     assert found.stored is None
@@ -305,8 +322,8 @@ def test_what_cannot_be_told_apart_stores_nothing(run, emoji, gallery, space):
     ("changes", "said"),
     [
         ({"count": 15}, "15 held-out images; a sweep needs at least 16"),
-        ({"grid": Grid((1.0,), (1001,))}, "steps of a sweep hold 1001; the model has 1000"),
-        ({"store_in": Path("owner/name")}, "no pipeline folder on this machine"),
+        ({"grid": SweepGrid((1.0,), (1001,))}, "steps of a sweep hold 1001; the model has 1000"),
+        ({"store_in": Path("owner/name")}, "no local pipeline folder"),
     ],
 )
 def test_a_sweep_checks_before_it_draws(run, emoji, gallery, space, changes, said):

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ldm.evaluation.efficientnet import CHANNELS, EfficientNetLite0
-from ldm.evaluation.perceptual import SCALES, perceptual_distance
+from ldm.evaluation.efficientnet import CHANNELS, PERCEPTUAL_SCALES, EfficientNetLite0, perceptual_distance
 from ldm.models import PerceptualDistance
 
 
@@ -19,7 +18,7 @@ def network() -> EfficientNetLite0:
 
 @pytest.fixture(scope="module")
 def distance(network: EfficientNetLite0) -> PerceptualDistance:
-    return PerceptualDistance(network.maps, SCALES)
+    return PerceptualDistance(network.maps, PERCEPTUAL_SCALES)
 
 
 def halves(images: Tensor, levels: int) -> list[Tensor]:
@@ -59,7 +58,9 @@ def test_gradients_flow_to_the_images_alone(distance: PerceptualDistance, networ
     assert float(shorter) == pytest.approx(float((gradient * step).sum()), rel=0.1)
     assert not any(parameter.requires_grad for parameter in network.parameters())
     blank = torch.zeros(1, 3, 16, 16, requires_grad=True)  # where maps are zero there is no direction
-    (gradient,) = torch.autograd.grad(PerceptualDistance(halves, SCALES)(torch.ones(1, 3, 16, 16), blank).sum(), blank)
+    (gradient,) = torch.autograd.grad(
+        PerceptualDistance(halves, PERCEPTUAL_SCALES)(torch.ones(1, 3, 16, 16), blank).sum(), blank
+    )
     assert gradient.isfinite().all()
 
 
@@ -73,7 +74,7 @@ def test_small_images_are_seen_in_the_maps_that_have_places(
     assert min(maps[-1].shape[2:]) >= 2
     differences = distance.differences(a, b)
     assert differences.shape == (1, levels)
-    torch.testing.assert_close(distance(a, b), (differences / torch.tensor(SCALES[:levels])).mean(dim=1))
+    torch.testing.assert_close(distance(a, b), (differences / torch.tensor(PERCEPTUAL_SCALES[:levels])).mean(dim=1))
 
 
 def test_images_that_are_too_small_are_refused(distance: PerceptualDistance) -> None:
@@ -95,7 +96,7 @@ def test_one_is_the_distance_of_different_photographs() -> None:
     distance = perceptual_distance()
     assert 0.8 < float(distance(one, other)) < 1.6
     # Each map counts about the same.
-    shares = distance.differences(one, other) / torch.tensor(SCALES)
+    shares = distance.differences(one, other) / torch.tensor(PERCEPTUAL_SCALES)
     assert float(shares.max() / shares.min()) < 2
     blurred = F.interpolate(F.avg_pool2d(one, 2), (64, 64), mode="bilinear")
     assert float(distance(one, blurred)) < 0.5

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tools.curve import draw, read, smooth
+from tools.curve import plot, read, smooth
 
 
 def test_a_curve_falls_from_top_left_to_bottom_right(tmp_path):
@@ -14,7 +14,7 @@ def test_a_curve_falls_from_top_left_to_bottom_right(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 5, "x": 1}]))
     points = read(tmp_path, "loss")
     assert len(points) == 21
-    svg = ElementTree.fromstring(draw({"loss": points}))
+    svg = ElementTree.fromstring(plot({"loss": points}))
     (line,) = [element for element in svg.iter() if element.tag.endswith("polyline")]
     places = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
     assert places[0] == (60, 20)

@@ -18,7 +18,7 @@ from ldm import Pipeline, cli
 from ldm.cli.train import NEW_RUN_ONLY, train
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
 from ldm.data import DataConfig, open_source
-from ldm.evaluation import advice
+from ldm.evaluation import autoencoder
 from ldm.training import auto, auto_config
 from ldm.training.checkpoints import resume_command
 from ldm.training.components import load_first_stage
@@ -111,7 +111,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
     # As few images and steps as make a run.
-    monkeypatch.setattr(advice, "ENOUGH_IMAGES", 20)
+    monkeypatch.setattr(autoencoder, "MIN_TRAINING_IMAGES", 20)
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
@@ -135,7 +135,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
 def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
     here, encoder_folder, in_this_process, monkeypatch, capfd
 ):
-    monkeypatch.setattr(advice, "ENOUGH_IMAGES", 20)
+    monkeypatch.setattr(autoencoder, "MIN_TRAINING_IMAGES", 20)
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
     arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]

@@ -9,7 +9,7 @@ import torch
 
 from ldm import checkpoint
 from ldm.config import AutoencoderLossConfig
-from ldm.evaluation.perceptual import perceptual_distance
+from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.models import (
     AutoencoderConfig,
     AutoencoderKL,

@@ -15,8 +15,9 @@ from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, open_source, split
+from ldm.progress import format_duration
 from ldm.training import timing
-from ldm.training.plan import MEASURED_RUNS, Costs, count_due, duration, expected_result, format_bytes, make_plan
+from ldm.training.plan import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan
 from ldm.training.run import TrainingState
 from ldm.training.trainable import make_optimizer
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
@@ -31,7 +32,8 @@ def test_what_is_due_is_counted_as_the_run_counts(first, last, every):
 
 
 def test_words_for_numbers():
-    assert [duration(s) for s in (1, 89, 90, 3600, 3600 * 3 + 305)] == ["1 s", "89 s", "2 min", "60 min", "3 h 05 min"]
+    seconds = (1, 89, 90, 3600, 3600 * 3 + 305)
+    assert [format_duration(s) for s in seconds] == ["1 s", "89 s", "2 min", "60 min", "3 h 05 min"]
     assert [format_bytes(b) for b in (10, 12.4e6, 3.44e9)] == ["1 MB", "12 MB", "3.4 GB"]
 
 
@@ -165,7 +167,7 @@ def test_time_disk_and_memory_are_what_was_foreseen(kind, tmp_path, stable_diffu
         files = {path.stat().st_ino: path.stat().st_size for path in (folder / "run").rglob("*") if path.is_file()}
         assert plan["disk_bytes"] == pytest.approx(sum(files.values()), rel=0.3)
         assert plan["memory_bytes"] == pytest.approx(peak, rel=0.3)
-        assert f"planned were {duration(plan['expected_seconds'])}" in printed
+        assert f"planned were {format_duration(plan['expected_seconds'])}" in printed
         assert plan["took_seconds"] > 1
         ratio = plan["expected_seconds"] / plan["took_seconds"]
         if abs(ratio - 1) <= 0.3:

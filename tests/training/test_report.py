@@ -15,9 +15,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.report import curves, markup, sheets
-from ldm.report.curves import Line
-from ldm.training.report import metrics, write_report
+from ldm.report import charts, html, markup
+from ldm.report.charts import Line
+from ldm.training import metrics
+from ldm.training.report import write_report
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -86,8 +87,8 @@ def test_a_page_shows_all_that_a_run_has_written(tmp_path):
     last = [entry["loss"] for entry in entries if "loss" in entry][-1]
     assert tiles["Training loss"] == f"{last:.4g}step 400"
     assert tiles["Held-out loss"] == "0.15step 400"
-    assert tiles["Best held-out loss"] == "0.1step 200, kept in best/"
-    assert tiles["Samples a second"].startswith("32")
+    assert tiles["Best held-out loss"] == "0.1step 200, saved in best/"
+    assert tiles["Samples per second"].startswith("32")
     assert tiles["Time in steps"].startswith("3 min") and "2 h 0 min" in tiles["Time in steps"]  # 400 · 16 / 32 = 200 s
     text = text_of(tree)
     assert "Finished: all of 400 steps." in text
@@ -95,7 +96,7 @@ def test_a_page_shows_all_that_a_run_has_written(tmp_path):
     labels = [svg.attrib["aria-label"] for svg in tree.iter(f"{SVG}svg")]
     assert [label.split(";")[0] for label in labels] == [
         *("Loss", "Held-out loss by band of noise", "Learning rate", "Gradient norm before clipping"),
-        "Samples a second",
+        "Samples per second",
     ]
     assert {"t 0–249", "t 250–499", "best held-out: step 200"} <= {t.text for t in tree.iter(f"{SVG}text")}
     assert [(caption, picture.getpixel((0, 0))[0]) for caption, picture in pictures(tree)] == [
@@ -111,12 +112,12 @@ def test_a_page_shows_all_that_a_run_has_written(tmp_path):
 
 def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     text = text_of(parsed(a_run(tmp_path / "run", max_steps=1600)))
-    assert "Step 400 of 1,600 (25 %): not finished" in text
-    assert re.search(r"Still to go10 min", text)  # 1200 · 16 / 32 = 600 s
+    assert "Step 400 of 1,600 (25 %): unfinished" in text
+    assert re.search(r"Remaining10 min", text)  # 1200 · 16 / 32 = 600 s
 
 
 def test_every_part_may_be_missing(tmp_path):
-    assert "Nothing has been measured yet." in text_of(parsed(tmp_path))
+    assert "no measurements" in text_of(parsed(tmp_path))
     whole = a_run(tmp_path / "whole")
     for part in sorted(whole.iterdir()):
         folder = tmp_path / f"without_{part.name}"
@@ -167,7 +168,7 @@ def test_nothing_from_outside_leaves_its_place(tmp_path, hostile):
     for element in trees[1].iter():
         assert not any(name.startswith("on") or name == "href" for name in element.attrib)
         assert element.attrib.get("src", "data:").startswith("data:")
-    visible = markup.cut("".join(markup._visible(character) for character in hostile))
+    visible = markup.shortened("".join(markup._visible(character) for character in hostile))
     assert text_of(trees[1]).count(visible) >= 5
     assert (attacked / "report.html").stat().st_size < 400_000
 
@@ -185,7 +186,7 @@ def test_the_last_verdict_of_training_and_that_of_the_run_folder_are_shown(tmp_p
     text = text_of(parsed(folder))
     assert "Evaluation of step 400: <b> learning: 0 %." in text and "step 200: <b>" not in text
     assert "evaluation/evaluation.json: Memorising: 9 of 9." in text
-    for content, said in ((None, ""), ({"kind": "fine"}, "holds no verdict that is known"), (3, "holds no verdict")):
+    for content, said in ((None, ""), ({"kind": "fine"}, "holds no valid verdict"), (3, "holds no valid verdict")):
         evaluation.write_text(json.dumps({"verdict": content}))
         text = text_of(parsed(folder))
         assert "evaluation.json:" not in text and said in text
@@ -213,13 +214,13 @@ def test_metrics_are_read_as_far_as_they_can_be(tmp_path):
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
     found = metrics.read_metrics(tmp_path / "metrics.jsonl")
-    assert found.figures == {"loss": [(10, 1.0), (40, 0.25)], "held_out_loss": [(10, 2.0)]}
-    assert found.faults == {"loss": (20, 4), "gradient_norm": (30, 1)}
+    assert found.values == {"loss": [(10, 1.0), (40, 0.25)], "held_out_loss": [(10, 2.0)]}
+    assert found.nonfinite == {"loss": (20, 4), "gradient_norm": (30, 1)}
     assert found.damaged == 9
     assert found.last_step == 40
     text = text_of(parsed(tmp_path))
-    assert "Values of loss that are not finite and are left out: 4, the first at step 20." in text
-    assert "no complete record and are left out: 9." in text
+    assert "Non-finite values of loss that are left out: 4, the first at step 20." in text
+    assert "left out: 9." in text
 
 
 @pytest.mark.parametrize(
@@ -299,34 +300,36 @@ def test_a_sheet_that_is_too_large_becomes_jpeg_before_it_shrinks(tmp_path):
     picture = np.random.default_rng(0).integers(0, 6, (200, 300)) + gradient // 3
     Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.png")
     original = (tmp_path / "a.png").read_bytes()
-    assert sheets.encoded(tmp_path / "a.png", len(original)) == (original, "image/png", (300, 200), (300, 200))
-    content, media, shown, full = sheets.encoded(tmp_path / "a.png", len(original) - 1)
+    assert html.encoded(tmp_path / "a.png", len(original)) == (original, "image/png", (300, 200), (300, 200))
+    content, media, shown, full = html.encoded(tmp_path / "a.png", len(original) - 1)
     assert (media, shown, full) == ("image/jpeg", (300, 200), (300, 200)) and len(content) < len(original)
-    content, media, shown, full = sheets.encoded(tmp_path / "a.png", 3000)
+    content, media, shown, full = html.encoded(tmp_path / "a.png", 3000)
     assert len(content) <= 3000 and 64 < shown[0] < 300 and full == (300, 200)
 
 
-def course_of(shape, noise=0.0, count=20, seed=0):
+def trend_of(shape, noise=0.0, count=20, seed=0):
     draw = random.Random(seed)
-    return metrics.course([(10 * i, shape(i / count) * math.exp(draw.gauss(0, noise))) for i in range(1, count + 1)])
+    return metrics.find_trend(
+        [(10 * i, shape(i / count) * math.exp(draw.gauss(0, noise))) for i in range(1, count + 1)]
+    )
 
 
 def test_the_course_of_a_curve():
-    falling = course_of(lambda u: 1 / u, noise=0.01)
+    falling = trend_of(lambda u: 1 / u, noise=0.01)
     assert (falling.kind, falling.since) == ("falling", 140)
     assert falling.change == pytest.approx(-0.35, abs=0.05)
-    rising = course_of(lambda u: 1 + abs(u - 0.5), noise=0.005)
+    rising = trend_of(lambda u: 1 + abs(u - 0.5), noise=0.005)
     assert (rising.kind, rising.best) == ("rising", 100)
     assert rising.change == pytest.approx(0.45, abs=0.03)  # the mean of the last three above the lowest
-    assert course_of(lambda u: 1 + math.exp(-20 * u), noise=0.002).kind == "flat"
-    assert course_of(lambda u: 1 + 0.005 * u).kind == "flat"  # clear, but not worth saying
-    assert metrics.course([(1, 1.0)] * 4) is None
-    assert metrics.course([(i, float(i)) for i in range(9)]) is None  # not positive
+    assert trend_of(lambda u: 1 + math.exp(-20 * u), noise=0.002).kind == "flat"
+    assert trend_of(lambda u: 1 + 0.005 * u).kind == "flat"  # clear, but not worth saying
+    assert metrics.find_trend([(1, 1.0)] * 4) is None
+    assert metrics.find_trend([(i, float(i)) for i in range(9)]) is None  # not positive
 
 
 @pytest.mark.parametrize("count", [8, 20, 100])
 def test_scatter_alone_is_not_called_a_course(count):
-    kinds = [course_of(lambda u: 1.0, noise=0.03, count=count, seed=seed).kind for seed in range(200)]
+    kinds = [trend_of(lambda u: 1.0, noise=0.03, count=count, seed=seed).kind for seed in range(200)]
     assert kinds.count("flat") >= 180
 
 
@@ -338,29 +341,31 @@ def held_out(values, losses=()):
 def test_the_sentence_says_what_the_figures_say():
     vee = [1.5, 1.2, 1.0, 1.1, 1.2, 1.3, 1.4]
     down = [1 / (1 + i / 70) for i in range(70)]
-    assert "rising since step 300, by 30.0 %, while the training loss fell on by 29.8 %" in metrics.sentence(
+    assert "rising since step 300, by 30.0 %, while the training loss fell by 29.8 %" in metrics.describe_trend(
         held_out(vee, down)
     )
     up = [1 + max(0, i - 30) / 70 for i in range(70)]
-    assert "the training loss rose by" in metrics.sentence(held_out(vee, up))
-    assert "hardly moves. The best step was 300" in metrics.sentence(held_out(vee, [1.0] * 70))
-    assert "too few values to say why" in metrics.sentence(held_out(vee))
-    assert "still falling, by 16.7 % since step 500" in metrics.sentence(held_out([2 - i / 8 for i in range(7)]))
-    assert "hardly moves since step 500 (0.0 %)" in metrics.sentence(held_out([1.0] * 7))
-    assert metrics.sentence(held_out([1.0])).startswith("Held-out loss was measured 1 time, which is too few")
+    assert "the training loss rose by" in metrics.describe_trend(held_out(vee, up))
+    assert "hardly changes. The best step was 300" in metrics.describe_trend(held_out(vee, [1.0] * 70))
+    assert "too few values" in metrics.describe_trend(held_out(vee))
+    assert "still falling, by 16.7 % since step 500" in metrics.describe_trend(held_out([2 - i / 8 for i in range(7)]))
+    assert "hardly changes since step 500 (0.0 %)" in metrics.describe_trend(held_out([1.0] * 7))
+    assert metrics.describe_trend(held_out([1.0])).startswith("Held-out loss was measured 1 time, too few")
     noisy = [1.0, 1.3, 0.9, 1.2, 0.95, 1.25, 0.93, 1.1, 0.98]
-    assert "that stands out from its scatter" in metrics.sentence(held_out(noisy))
-    assert "Nothing was measured on held-out images" in metrics.sentence(metrics.Metrics({"loss": [(1, 1.0)]}))
+    assert "shows no trend" in metrics.describe_trend(held_out(noisy))
+    assert "no held-out images" in metrics.describe_trend(metrics.Metrics({"loss": [(1, 1.0)]}))
 
 
 def test_psnr_is_better_when_it_is_higher():
     def sentence(values):
-        return metrics.sentence(metrics.Metrics({"held_out_psnr": [(i + 1, value) for i, value in enumerate(values)]}))
+        return metrics.describe_trend(
+            metrics.Metrics({"held_out_psnr": [(i + 1, value) for i, value in enumerate(values)]})
+        )
 
     assert "Held-out PSNR is still rising" in sentence([20.0, 21, 22, 23, 24, 25])
     assert "has been falling since step 3, by 2.0" in sentence([20.0, 22, 24, 23, 22, 22, 22])
-    assert "hardly moves" in sentence([20.0, 22, 24, 24, 24, 24, 24])
-    assert "hardly moves" in sentence([1e30] * 6)
+    assert "hardly changes" in sentence([20.0, 22, 24, 24, 24, 24, 24])
+    assert "hardly changes" in sentence([1e30] * 6)
 
 
 def test_thinning_keeps_every_extreme():
@@ -368,8 +373,8 @@ def test_thinning_keeps_every_extreme():
     points = [(step, draw.random()) for step in range(2 + 249 * 40)]
     points[5432] = (5432, 9.0)
     points[77] = (77, -9.0)
-    kept = curves.thinned(points)
-    assert len(kept) <= curves.POINTS_DRAWN
+    kept = charts.thinned(points)
+    assert len(kept) <= charts.MAX_POINTS
     assert {(5432, 9.0), (77, -9.0), points[0], points[-1]} <= set(kept)
     assert kept == sorted(kept)
     for start in range(1, len(points) - 1, 40):
@@ -380,7 +385,7 @@ def test_thinning_keeps_every_extreme():
 
 def test_smoothing_survives_a_spike():
     points = [(i, 1e30 if i == 5000 else 0.1) for i in range(10_000)]
-    smoothed = curves.smooth(points)
+    smoothed = charts.smooth(points)
     assert len(smoothed) <= 1001 and smoothed[-1][0] == 9999
     assert smoothed[-1][1] == pytest.approx(0.1)
 
@@ -388,12 +393,12 @@ def test_smoothing_survives_a_spike():
 @pytest.mark.parametrize(
     ("axis", "ticks"),
     [
-        (curves.Axis(0.06, 1.0, True), [0.1, 0.2, 0.5, 1.0]),
-        (curves.Axis(0.07, 0.98, True), [0.07, 0.1, 0.2, 0.3, 0.5, 0.7]),
-        (curves.Axis(0.052, 0.098, True), [0.06, 0.07, 0.08, 0.09]),
-        (curves.Axis(0.00002, 40.0, True), [1e-4, 1e-3, 0.01, 0.1, 1, 10]),
-        (curves.Axis(0.0, 0.0004, False), [0, 1e-4, 2e-4, 3e-4, 4e-4]),
-        (curves.Axis(29.1, 29.8, False), [29.2, 29.4, 29.6, 29.8]),
+        (charts.Axis(0.06, 1.0, True), [0.1, 0.2, 0.5, 1.0]),
+        (charts.Axis(0.07, 0.98, True), [0.07, 0.1, 0.2, 0.3, 0.5, 0.7]),
+        (charts.Axis(0.052, 0.098, True), [0.06, 0.07, 0.08, 0.09]),
+        (charts.Axis(0.00002, 40.0, True), [1e-4, 1e-3, 0.01, 0.1, 1, 10]),
+        (charts.Axis(0.0, 0.0004, False), [0, 1e-4, 2e-4, 3e-4, 4e-4]),
+        (charts.Axis(29.1, 29.8, False), [29.2, 29.4, 29.6, 29.8]),
     ],
 )
 def test_ticks_are_round(axis, ticks):
@@ -402,7 +407,7 @@ def test_ticks_are_round(axis, ticks):
 
 def test_names_in_a_legend_are_escaped_and_wrap():
     names = ['<b>&"', *(f"a rather long name {i}" for i in range(5))]
-    tree = ElementTree.fromstring(curves.draw([Line(name, [(0, 1.0), (9, 2.0)]) for name in names], title="<'>"))
+    tree = ElementTree.fromstring(charts.line_chart([Line(name, [(0, 1.0), (9, 2.0)]) for name in names], title="<'>"))
     legend = [element for element in tree.iter(f"{SVG}text") if element.text in names]
     assert [element.text for element in legend] == names and tree.attrib["aria-label"] == "<'>"
     plot = min(float(line.attrib["y1"]) for line in tree.iter(f"{SVG}line") if line.attrib["class"] == "grid")
@@ -412,7 +417,7 @@ def test_names_in_a_legend_are_escaped_and_wrap():
 
 
 def test_ticks_stand_where_their_values_are():
-    tree = ElementTree.fromstring(curves.draw([Line("a", [(0, 0.01), (1000, 1.0)])], title="t", logarithmic=True))
+    tree = ElementTree.fromstring(charts.line_chart([Line("a", [(0, 0.01), (1000, 1.0)])], title="t", logarithmic=True))
     labels = {e.text: float(e.attrib["y"]) for e in tree.iter(f"{SVG}text") if e.attrib.get("text-anchor") == "end"}
     assert labels["0.01"] - labels["0.1"] == pytest.approx(labels["0.1"] - labels["1"], abs=0.2)
     assert labels["1"] == pytest.approx(20 + 5) and labels["0.01"] == pytest.approx(280 + 5)
@@ -425,14 +430,14 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("palette", [curves.LIGHT, curves.DARK])
+@pytest.mark.parametrize("palette", [charts.LIGHT, charts.DARK])
 def test_lines_and_text_can_be_told_from_the_page(palette):
     def contrast(colour):
         light, dark = sorted((luminance(colour), luminance(palette.background)), reverse=True)
         return (light + 0.05) / (dark + 0.05)
 
     assert min(map(contrast, palette.lines)) >= 4.5 and contrast(palette.ink) >= 7
-    assert len(set(curves.DASHES)) == len(palette.lines)  # lines differ in more than their colour
+    assert len(set(charts.DASHES)) == len(palette.lines)  # lines differ in more than their colour
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):

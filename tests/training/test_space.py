@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from ldm.config import LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
-from ldm.evaluation.advice import GOOD_PSNR, advise, look
-from ldm.evaluation.perceptual import perceptual_distance
+from ldm.evaluation.autoencoder import GOOD_PSNR, advise, measure_reconstruction
+from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.training import space
 from ldm.training.components import load_first_stage
 from ldm.training.space import choose_space, decide_space
@@ -73,7 +73,7 @@ def test_latents_are_taken_where_they_keep_the_picture(plain):
         ratios.append(10 * torch.log10(255**2 / (levels - pixels).square().mean()))
     assert choice.psnr == pytest.approx(float(torch.stack(ratios).mean()), abs=1e-3)
     # The command gives the same advice for the same reason.
-    found = look(codec, BUILT_IN, data, CPU, perceptual_distance())
+    found = measure_reconstruction(codec, BUILT_IN, data, CPU, perceptual_distance())
     assert (found.psnr, advise(found).why, choice.advice) == (choice.psnr, choice.reason, "use")
 
 

@@ -1,0 +1,590 @@
+"""How close generated images are to real ones: Fréchet distance, KID, precision and recall, with intervals.
+
+Each metric is also measured for held-out images: these are as good as images can be that are not training images.
+What the intervals cover, measured on normal features and on OpenMoji, is in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.data import generator
+from ldm.evaluation.features import FeatureSpace
+from ldm.evaluation.stats import (
+    JACKKNIFE_GROUPS,
+    NORMAL_95,
+    Interval,
+    jackknife_variance,
+    student_quantile,
+    wilson_interval,
+)
+
+MIN_IMAGES = 50
+"""Nothing is measured on fewer generated or training images: the intervals would be too wide (docs/evaluation.md)."""
+MIN_FRECHET_IMAGES = JACKKNIFE_GROUPS + 2
+"""What the jackknife of a Fréchet distance needs on each side."""
+RATIO_SUBSETS = 8
+MIN_RELATIVE_DISTANCE = 1e-9  # a distance below this fraction of the trace is rounding
+KID_BLOCK_SIZE = 10_000
+NEIGHBORS = 3
+_MAX_ENTRIES = 2**24  # of a kernel or distance matrix held in memory: 128 MiB
+
+
+# ---- Fréchet distance
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] of a set of features, float64 on the CPU."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor) -> Gaussian:
+        """From features [N, D] of any floating dtype.
+
+        Raises:
+            ValueError: for another shape, non-finite values, and N <= D: the covariance would be singular, and most of
+                a distance would come from the missing samples.
+        """
+        values = _finite(features)
+        count, dimensions = values.shape
+        if count <= dimensions:
+            raise ValueError(
+                f"there are {count} samples of {dimensions} features each; their covariance needs at least "
+                f"{dimensions + 1}: give more samples, or project the features to fewer dimensions"
+            )
+        return cls.from_samples(values)
+
+    @classmethod
+    def from_samples(cls, values: Tensor) -> Gaussian:
+        """As `fit`, from checked float64 values, with a covariance that may be singular."""
+        return cls(values.mean(dim=0), torch.cov(values.T).view(values.shape[1], -1))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root of the covariance, [D, D]."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """The Fréchet distance of features [N, D] to reference [M, D]; ValueError as in `Gaussian.fit`.
+
+    It is FID (arXiv:1706.08500) only on the features of one Inception network (`FeatureSpace.is_fid`).
+    """
+    return distance_between(Gaussian.fit(features), Gaussian.fit(reference))
+
+
+def distance_between(one: Gaussian, other: Gaussian) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½): arXiv:1706.08500, Eq. 6; at least 0.
+
+    Σ₁ Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed.
+    """
+    if one.mean.shape != other.mean.shape:
+        raise ValueError(_different_features(len(one.mean), len(other.mean)))
+    product = one.root @ other.covariance @ one.root
+    # Negative eigenvalues, and a negative sum, are rounding.
+    shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    squares = (one.mean - other.mean).square().sum()
+    return max(float(squares + one.covariance.trace() + other.covariance.trace() - 2 * shared), 0.0)
+
+
+def frechet_interval(features: Tensor, reference: Tensor) -> Interval:
+    """`frechet_distance` of features [N, D] to reference [M, D], with its 95 % interval for other N images.
+
+    The interval covers the mean distance of sets of N images, which is biased upward from that of their distribution.
+    It is a jackknife over 20 groups of images, of the logarithm, with Student's quantile. (A bootstrap would repeat
+    images, which lowers the rank and so raises the distance.)
+
+    Raises:
+        ValueError: as `Gaussian.fit`, for either side, and for different features.
+    """
+    one, other = check_features(features, reference, min_samples=MIN_FRECHET_IMAGES)
+    Gaussian.fit(one)
+    return _exp_interval(_log_distance(one, Gaussian.fit(other)))
+
+
+def frechet_ratio(features: Tensor, held_out: Tensor, reference: Tensor, *, seed: int = 0) -> Interval:
+    """The distance of generated features [N, D] to reference [M, D], over that of held-out ones [H, D] to the same.
+
+    1 means: as far from the reference images as other real images are. Unlike the distance, the ratio is meaningful for
+    N <= D: both sides miss as many directions. Both distances use min(N, H) samples, of the larger side 8 subsets,
+    whose distances are averaged. Its variance is that of one subset times (s + (1 − s) / 8), where s is the fraction
+    of the samples in a subset.
+
+    Args:
+        seed: for the subsets.
+
+    Raises:
+        ValueError: for other shapes, non-finite or different features, and fewer than 22 samples on a side.
+    """
+    one, other = check_features(features, reference, min_samples=MIN_FRECHET_IMAGES)
+    real, _ = check_features(held_out, reference, min_samples=MIN_FRECHET_IMAGES)
+    target = Gaussian.from_samples(other)
+    count = min(len(one), len(real))
+    above = _subset_log_distance(one, count, target, seed, "generated")
+    below = _subset_log_distance(real, count, target, seed, "held out")
+    return _exp_interval(_Estimate(above.value - below.value, above.variance + below.variance))
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The logarithm of a distance, and its variance."""
+
+    value: float
+    variance: float
+
+
+def _subset_log_distance(features: Tensor, count: int, reference: Gaussian, seed: int, name: str) -> _Estimate:
+    """Of the mean distance of `count` samples out of all."""
+    if count == len(features):
+        return _log_distance(features, reference)
+    rng = generator(seed, "frechet", name)
+    subsets = [features[torch.from_numpy(rng.permutation(len(features))[:count])] for _ in range(RATIO_SUBSETS)]
+    first = _log_distance(subsets[0], reference)
+    distances = [math.exp(first.value)] + [_SubsetDistance(subset, reference)() for subset in subsets[1:]]
+    shared = count / len(features)
+    variance = first.variance * (shared + (1 - shared) / RATIO_SUBSETS)
+    return _Estimate(math.log(math.fsum(distances) / RATIO_SUBSETS), variance)
+
+
+def _log_distance(features: Tensor, reference: Gaussian) -> _Estimate:
+    distance = _SubsetDistance(features, reference)
+    # Groups take every 20th sample: features may be sorted by caption or class.
+    without = [distance(left_out=group) for group in range(JACKKNIFE_GROUPS)]
+    return _Estimate(math.log(distance()), jackknife_variance(torch.tensor(without, dtype=torch.float64).log()))
+
+
+def _exp_interval(estimate: _Estimate) -> Interval:
+    half_width = student_quantile(0.95, JACKKNIFE_GROUPS - 1) * math.sqrt(estimate.variance)
+    return Interval(*(math.exp(estimate.value + sign * half_width) for sign in (0, -1, 1)))
+
+
+class _SubsetDistance:
+    """The distance of samples [n, D] to a reference: of all, or without one group of the jackknife.
+
+    For n <= D no [D, D] matrix is decomposed: with rows X the centered samples, Σ₁ Σ₂ has the eigenvalues of the [n, n]
+    matrix X Σ₂ Xᵀ / (n − 1), and zeros.
+    """
+
+    def __init__(self, features: Tensor, reference: Gaussian) -> None:
+        self.x = features - reference.mean  # [n, D]
+        self.reference = reference
+        self.use_gram = len(features) <= features.shape[1]
+        if self.use_gram:
+            self.gram = self.x @ self.x.T  # [n, n]
+            self.weighted = self.x @ reference.covariance @ self.x.T  # [n, n]
+        else:
+            self.total = self.x.T @ self.x  # [D, D]
+
+    def __call__(self, left_out: int | None = None) -> float:
+        rows = torch.ones(len(self.x), dtype=torch.bool)
+        if left_out is not None:
+            rows[left_out::JACKKNIFE_GROUPS] = False
+        squares, own_trace, eigenvalues = self._from_gram(rows) if self.use_gram else self._from_covariance(rows)
+        shared = eigenvalues.clamp(min=0).sqrt().sum()  # below 0 is rounding
+        trace = self.reference.covariance.trace()
+        distance = float(squares + own_trace + trace - 2 * shared)
+        if distance <= MIN_RELATIVE_DISTANCE * float(trace):
+            raise ValueError("the features equal those of the reference; give other images than the reference")
+        return distance
+
+    def _from_gram(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖μ₁ − μ₂‖², tr Σ₁, and the eigenvalues of Σ₁ Σ₂ that may be nonzero."""
+        gram, weighted = self.gram[rows][:, rows], self.weighted[rows][:, rows]
+        count, squares = len(gram), gram.mean()
+        weighted = weighted - weighted.mean(dim=0)
+        weighted = weighted - weighted.mean(dim=1, keepdim=True)
+        values = torch.linalg.eigvalsh((weighted + weighted.T) / (2 * (count - 1)))
+        return squares, (gram.trace() - count * squares) / (count - 1), values
+
+    def _from_covariance(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left_out, count = self.x[~rows], int(rows.sum())
+        mean = self.x[rows].mean(dim=0)
+        covariance = (self.total - left_out.T @ left_out - count * torch.outer(mean, mean)) / (count - 1)
+        product = self.reference.root @ covariance @ self.reference.root
+        return mean.square().sum(), covariance.trace(), torch.linalg.eigvalsh((product + product.T) / 2)
+
+
+# ---- kernel distance
+
+
+def kid(features: Tensor, reference: Tensor) -> Interval:
+    """Kernel Inception Distance (arXiv:1801.01401, section 4) of features [N, D] and reference [M, D].
+
+    The unbiased estimator of MMD² with k(x, y) = (x·y / D + 1)³: about 0 for two sets from one distribution, however
+    few, and possibly negative. The 95 % interval is a jackknife over single images of both sides (Arvesen 1969); it is
+    conservative where both sides have one distribution. Above 10,000 images both sides are split into blocks, whose
+    estimates are averaged.
+
+    Raises:
+        ValueError: for other shapes, non-finite or different features, and fewer than three samples on a side.
+    """
+    one, other = check_features(features, reference, min_samples=3)
+    blocks = math.ceil(max(len(one), len(other)) / KID_BLOCK_SIZE)
+    if min(len(one), len(other)) < 3 * blocks:
+        raise ValueError(
+            f"{len(one)} samples against {len(other)} are too unequal; give at least {3 * blocks} on either side"
+        )
+    # Blocks take every n-th sample: features may be sorted by caption or class.
+    values, variances = zip(*(_mmd2(one[i::blocks], other[i::blocks]) for i in range(blocks)), strict=True)
+    mean, half_width = sum(values) / blocks, NORMAL_95 * math.sqrt(sum(variances)) / blocks
+    return Interval(mean, mean - half_width, mean + half_width)
+
+
+def _mmd2(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """MMD² of x [n, D] and y [m, D], float64, and its jackknife variance."""
+    n, m = len(x), len(y)
+    within_x, within_y = (_kernel_sums(z, z)[0] - (z.square().mean(dim=1) + 1).pow(3) for z in (x, y))  # [n], [m]
+    across_x, across_y = _kernel_sums(x, y)  # [n], [m]
+    mean_x, mean_y = within_x.sum() / (n * (n - 1)), within_y.sum() / (m * (m - 1))
+    across = across_x.sum()
+    value = mean_x + mean_y - 2 * across / (n * m)
+    # MMD² without the i-th x, and without the j-th y.
+    without_x = (within_x.sum() - 2 * within_x) / ((n - 1) * (n - 2)) - 2 * (across - across_x) / ((n - 1) * m)  # [n]
+    without_y = (within_y.sum() - 2 * within_y) / ((m - 1) * (m - 2)) - 2 * (across - across_y) / (n * (m - 1))  # [m]
+    return float(value), jackknife_variance(without_x) + jackknife_variance(without_y)
+
+
+def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the kernel matrix over y [n] and over x [m], by rows that fit into memory."""
+    rows, columns = [], torch.zeros(len(y), dtype=x.dtype)
+    for chunk in x.split(max(_MAX_ENTRIES // len(y), 1)):
+        kernel = _kernel(chunk, y)  # [b, m]
+        rows.append(kernel.sum(dim=1))
+        columns += kernel.sum(dim=0)
+    return torch.cat(rows), columns
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1).pow(3)
+
+
+def kid_leave_one_out(generated: Tensor, reference: Tensor, images: Tensor) -> tuple[float, Tensor]:
+    """KID of images generated for the captions of the reference images, and its values without each of these.
+
+    For paired comparisons: where two settings share captions, noise and reference, the jackknife of the difference of
+    their values is far narrower than either interval.
+
+    Args:
+        generated: features [N, D].
+        reference: features [M, D] of the images whose captions were used.
+        images: int64 [N], 0 to M − 1: the image whose caption each was generated for; each image occurs.
+
+    Returns:
+        The estimate, and [M] estimates without image j and the images generated for it; float64.
+    """
+    count, number = len(generated), len(reference)
+    generated, reference = generated.double(), reference.double()
+    among, across, within = (
+        _kernel(x, y) for x, y in ((generated, generated), (generated, reference), (reference, reference))
+    )
+    among.fill_diagonal_(0)  # the unbiased estimate compares no image with itself
+    within.fill_diagonal_(0)
+    of_image = torch.zeros(number, count, dtype=torch.float64)
+    of_image[images, torch.arange(count)] = 1
+    per_image = of_image.sum(dim=1)  # [M]
+    assert bool((per_image > 0).all()), "an image for which none was generated"
+
+    # Sums over all pairs, minus those that involve image j or an image generated for it.
+    own = of_image @ among  # [M, N]
+    left = among.sum() - 2 * own.sum(dim=1) + (own * of_image).sum(dim=1)
+    crossed = across.sum() - (of_image @ across).sum(dim=1) - across.sum(dim=0) + (of_image @ across).diagonal()
+    others = within.sum() - 2 * within.sum(dim=1)
+    n, m = count - per_image, number - 1
+    without = left / (n * (n - 1)) + others / (m * (m - 1)) - 2 * crossed / (n * m)
+    whole = among.sum() / (count * (count - 1)) + within.sum() / (number * (number - 1)) - 2 * across.mean()
+    return float(whole), without
+
+
+# ---- precision and recall
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Fractions, 0 to 1, with 95 % intervals."""
+
+    precision: Interval
+    recall: Interval
+
+
+def precision_recall(features: Tensor, reference: Tensor) -> PrecisionRecall:
+    """Improved precision and recall (arXiv:1904.06991) of features [N, D] against reference [M, D].
+
+    A set is represented by balls around its points that reach to their third nearest neighbor. Precision is the
+    fraction of generated points inside the balls of the real ones (Eqs. 1 and 2), recall the fraction of real points
+    inside the balls of the generated ones. Recall grows with N: compare it at equal N.
+
+    The intervals are for other N images of the same model. Wilson's, for precision with count N, for recall with the
+    count that would give the jackknife's variance over 20 groups of generated images, and min(N, M) at most.
+
+    Raises:
+        ValueError: for other shapes, non-finite or different features, and fewer than five samples on a side.
+    """
+    one, other = check_features(features, reference, min_samples=NEIGHBORS + 2)
+    # Distances do not change, and lose less to rounding when computed from products.
+    center = other.mean(dim=0)
+    one, other = one - center, other - center
+    precision = float(_fraction_inside(one, other, _squared_radii(other, groups=0))[0])
+    groups = min(JACKKNIFE_GROUPS, len(one))
+    fractions = _fraction_inside(other, one, _squared_radii(one, groups))  # [1 + groups]
+    recall, variance = float(fractions[0]), jackknife_variance(fractions[1:])
+    count: float = min(len(one), len(other))
+    if variance > 0:
+        # A fraction of M images is known to half an image, at 0 and 1 too.
+        inner = min(max(recall, 0.5 / len(other)), 1 - 0.5 / len(other))
+        count = min(count, inner * (1 - inner) / variance)
+    return PrecisionRecall(wilson_interval(precision, len(one)), wilson_interval(recall, count))
+
+
+def _fraction_inside(points: Tensor, centers: Tensor, squared_radii: Tensor) -> Tensor:
+    """Fractions [R] of points [P, D] in a ball around centers [C, D], for each column of radii [C, R]."""
+    inside = torch.zeros(squared_radii.shape[1], dtype=torch.int64)
+    for chunk in points.split(max(_MAX_ENTRIES // len(centers), 1)):
+        squared = _squared_distances(chunk, centers)  # [b, C]
+        inside += torch.stack([(squared <= radii).any(dim=1).sum() for radii in squared_radii.T])
+    return inside.double() / len(points)
+
+
+def _squared_radii(points: Tensor, groups: int) -> Tensor:
+    """Squared distance of each point to its third nearest other one, [P, 1 + groups].
+
+    The first column is among all points, the others are without one group each. Points of the group that is left out
+    have −1 there: an empty ball.
+    """
+    parts, index, rows_at_once = [], torch.arange(len(points)), max(_MAX_ENTRIES // len(points), 1)
+    for chunk, rows in zip(points.split(rows_at_once), index.split(rows_at_once), strict=True):
+        squared = _squared_distances(chunk, points)  # [b, P]
+        squared[torch.arange(len(rows)), rows] = math.inf
+        columns = [squared.kthvalue(NEIGHBORS, dim=1).values]
+        # Three of each group are enough to find three of all groups but one.
+        nearest = [
+            members.topk(min(NEIGHBORS, members.shape[1]), dim=1, largest=False).values
+            for members in (squared[:, group::groups] for group in range(groups))
+        ]
+        for group in range(groups):
+            others = torch.cat(nearest[:group] + nearest[group + 1 :], dim=1)
+            radii = others.kthvalue(NEIGHBORS, dim=1).values
+            columns.append(radii.masked_fill(rows % groups == group, -1))
+        parts.append(torch.stack(columns, dim=1))
+    return torch.cat(parts)
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """[b, C], at least 0."""
+    squares = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * x @ y.T
+    return squares.clamp(min=0)
+
+
+# ---- checks
+
+
+def check_features(features: Tensor, reference: Tensor, min_samples: int) -> tuple[Tensor, Tensor]:
+    """Two sets of the same features [N, D] and [M, D], as float64 on the CPU.
+
+    Raises:
+        ValueError: for other shapes, non-finite values, and fewer than `min_samples` on a side.
+    """
+    one, other = _finite(features), _finite(reference)
+    if one.shape[1] != other.shape[1]:
+        raise ValueError(_different_features(one.shape[1], other.shape[1]))
+    if min(len(one), len(other)) < min_samples:
+        raise ValueError(f"there are {len(one)} samples against {len(other)}; give at least {min_samples} on each side")
+    return one, other
+
+
+def _finite(features: Tensor) -> Tensor:
+    if features.ndim != 2:
+        raise ValueError(f"features have shape {list(features.shape)}; they must be [samples, dimensions]")
+    values = features.detach().to("cpu", torch.float64)
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{int((~values.isfinite()).any(dim=1).sum())} of {len(values)} samples have features that "
+            "are not finite; check their images"
+        )
+    return values
+
+
+def _different_features(one: int, other: int) -> str:
+    return f"the two sets have {one} and {other} features a sample; they must be the same features"
+
+
+# ---- all metrics of generated and held-out images
+
+ImageKind = Literal["generated", "held-out"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number and what it was measured on.
+
+    Attributes:
+        name: "FID" only for FID itself.
+        value, low, high: with its 95 % interval.
+        images: which images were measured, and `samples` how many.
+        yardstick: for a ratio, the number of held-out images; None otherwise.
+        reference_samples: number of training images they were compared with.
+        features: label of the features.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    images: ImageKind
+    samples: int
+    yardstick: int | None
+    reference_samples: int
+    features: str
+
+    def line(self) -> str:
+        measured = f"{self.samples:,} {self.images}"
+        if self.yardstick:
+            measured += f" over {self.yardstick:,} held-out"
+        return (
+            f"{self.name:<17} {self.value:9.4g}  ({self.low:.4g} to {self.high:.4g})  {measured} against "
+            f"{self.reference_samples:,} training images, {self.features}"
+        )
+
+
+@dataclass(frozen=True)
+class FidelityMetrics:
+    """Metrics of one kind of images against the training images.
+
+    Attributes:
+        frechet: None where either side has no more images than features.
+        kid, precision: on all images.
+        recall: on as many generated as held-out images, since it grows with their number.
+    """
+
+    frechet: Metric | None
+    kid: Metric
+    precision: Metric
+    recall: Metric
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Metrics of generated and of held-out images.
+
+    Attributes:
+        features: label of the features.
+        frechet_ratio: None without held-out images.
+        left_out: a sentence for each metric that is None, with what it would need.
+    """
+
+    features: str
+    frechet_ratio: Metric | None
+    generated: FidelityMetrics
+    held_out: FidelityMetrics | None
+    left_out: tuple[str, ...]
+
+    def metrics(self) -> list[Metric]:
+        """All that are not None, each generated one before its held-out counterpart."""
+        sides = [self.generated] if self.held_out is None else [self.generated, self.held_out]
+        found = [self.frechet_ratio]
+        found += [getattr(side, field.name) for field in fields(FidelityMetrics) for side in sides]
+        return [metric for metric in found if metric is not None]
+
+    def lines(self) -> list[str]:
+        """One line per metric, then one for each that is left out."""
+        return [metric.line() for metric in self.metrics()] + list(self.left_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"left_out": list(self.left_out)}
+
+
+def measure_fidelity(
+    generated: Tensor, training: Tensor, held_out: Tensor | None, space: FeatureSpace, *, seed: int = 0
+) -> Fidelity:
+    """Measures features of generated images [N, D] against those of training images [M, D].
+
+    Args:
+        held_out: features [H, D] of images that the model was not trained on; None leaves out what needs them.
+        space: of the features.
+        seed: for subsets, where one side has more images than the other.
+
+    Raises:
+        ValueError: for fewer than 50 generated or training images, features of another space, and non-finite features.
+    """
+    _check_space(generated, training, held_out, space)
+    found = 0 if held_out is None else len(held_out)
+    left_out: list[str] = []
+    if held_out is None or found < MIN_IMAGES:
+        held_out = None
+        left_out.append(
+            f"Left out: the Fréchet ratio and all metrics of held-out images, of which there are {found}; at least "
+            f"{MIN_IMAGES} are needed."
+        )
+    equal_count = len(generated) if held_out is None else min(len(generated), found)
+
+    def metric(name: str, value: Interval, images: ImageKind, samples: int, yardstick: int | None = None) -> Metric:
+        return Metric(
+            name=name,
+            value=value.mean,
+            low=value.low,
+            high=value.high,
+            images=images,
+            samples=samples,
+            yardstick=yardstick,
+            reference_samples=len(training),
+            features=space.label(),
+        )
+
+    def metrics(features: Tensor, images: ImageKind) -> FidelityMetrics:
+        count, found = len(features), precision_recall(features, training)
+        recall = found.recall
+        if equal_count < count:
+            order = generator(seed, "recall", images).permutation(count)[:equal_count]
+            recall = precision_recall(features[torch.from_numpy(order)], training).recall
+        frechet = None
+        if min(count, len(training)) > space.dimensions:
+            frechet = metric(frechet_name(space), frechet_interval(features, training), images, count)
+        else:
+            left_out.append(
+                f"Left out: the Fréchet distance of {count:,} {images} images to {len(training):,} training images; "
+                f"with {space.dimensions:,} features it needs at least {space.dimensions + 1:,} of both."
+            )
+        return FidelityMetrics(
+            frechet=frechet,
+            kid=metric("KID", kid(features, training), images, count),
+            precision=metric("precision", found.precision, images, count),
+            recall=metric("recall", recall, images, equal_count),
+        )
+
+    ratio = None
+    if held_out is not None:
+        interval = frechet_ratio(generated, held_out, training, seed=seed)
+        ratio = metric("Fréchet ratio", interval, "generated", equal_count, yardstick=equal_count)
+    of_generated = metrics(generated, "generated")
+    of_held_out = None if held_out is None else metrics(held_out, "held-out")
+    return Fidelity(space.label(), ratio, of_generated, of_held_out, tuple(left_out))
+
+
+def frechet_name(space: FeatureSpace) -> str:
+    """What the Fréchet distance in a space is called."""
+    return "FID" if space.is_fid else "Fréchet distance"
+
+
+def _check_space(generated: Tensor, training: Tensor, held_out: Tensor | None, space: FeatureSpace) -> None:
+    for name, features in (("generated", generated), ("training", training), ("held-out", held_out)):
+        if features is None:
+            continue
+        if features.ndim != 2 or features.shape[1] != space.dimensions:
+            raise ValueError(
+                f"features of the {name} images have shape {list(features.shape)}; {space.name} features are "
+                f"[images, {space.dimensions}]"
+            )
+        if name != "held-out" and len(features) < MIN_IMAGES:
+            raise ValueError(
+                f"there are {len(features)} {name} images; at least {MIN_IMAGES} are needed for useful intervals"
+            )

@@ -1,0 +1,318 @@
+"""An evaluation as text, and as a self-contained page with its images, JSON and sheets.
+
+FOLDER/evaluation.html   everything: text, images, charts
+FOLDER/evaluation.json   every number, and for each image its caption and its nearest training image
+FOLDER/samples.png       pairs of a real image and the image generated for its caption
+FOLDER/nearest.png       generated images beside their nearest training images, the likeliest copies first
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm import checkpoint, disk
+from ldm.data import CaptionedImages, to_signed
+from ldm.evaluation.evaluate import Evaluation, GeneratedImages
+from ldm.evaluation.loss_gap import LossGap
+from ldm.evaluation.memorization import Copying, nearest_sheet
+from ldm.evaluation.reference import Reference
+from ldm.evaluation.sweep import Sweep
+from ldm.pipelines import contact_sheet, save_png, to_pil
+from ldm.report.charts import Line, line_chart
+from ldm.report.html import chart_figure, embedded, image_figure, tiles, write_page
+from ldm.report.markup import Document, escaped, format_number, shortened
+
+PAGE_PAIRS = 24  # of each side
+SHEET_PAIRS, SHEET_COLUMNS = 48, 4
+MAX_IMAGE_BYTES, MAX_SHEET_BYTES = 60_000, 2_000_000
+MIN_SIDE, MAX_SIDE = 96, 256
+INDENT = "  "
+
+
+# ---- as text
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """The settings, the verdict, and each metric."""
+    lines = [describe_settings(evaluation), "", "Verdict", INDENT + evaluation.verdict.sentence]
+    if evaluation.copying is not None:
+        lines.append(INDENT + describe_closer(evaluation.copying))
+    if evaluation.gap is not None:
+        lines += [INDENT + line for line in gap_lines(evaluation.gap)]
+    if evaluation.fidelity is not None:
+        lines += ["", "Fidelity to real images (in brackets: 95 % intervals)"]
+        lines += [INDENT + line for line in evaluation.fidelity.lines()]
+    lines += ["", "Prompt alignment"]
+    for side in evaluation.retrieval:
+        lines += [f"{INDENT}{side} captions", *(2 * INDENT + line for line in alignment_lines(evaluation, side))]
+    if evaluation.left_out:
+        lines += ["", *evaluation.left_out]
+    return lines
+
+
+def describe_settings(evaluation: Evaluation) -> str:
+    """Number of images, and how they were generated."""
+    settings = evaluation.settings
+    counts = " and ".join(f"{count:,} for {side} captions" for side, count in settings["samples"].items())
+    width, height = settings["size"]
+    return (
+        f"{sum(settings['samples'].values()):,} images of {width}x{height} pixels ({counts}): "
+        f"{settings['num_inference_steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}, "
+        f"seed {settings['seed']}"
+    )
+
+
+def alignment_lines(evaluation: Evaluation, side: str) -> list[str]:
+    """Prompt alignment of the images for one side's captions."""
+    lines = evaluation.retrieval[side].lines(evaluation.settings["features"])
+    if (accuracy := evaluation.digit_accuracy.get(side)) is not None:
+        lines.append(
+            f"classified as the prompted digit {100 * accuracy.mean:5.1f} %  ({100 * accuracy.low:.1f} to "
+            f"{100 * accuracy.high:.1f}; by chance 10 %)"
+        )
+    if (score := evaluation.clip_scores.get(side)) is not None:
+        lines += score.lines()
+    return lines
+
+
+def describe_closer(copying: Copying) -> str:
+    """How often images are closer to a training image than that is to the others."""
+    held_out = ""
+    if copying.held_out_closer is not None:
+        real = copying.held_out_closer
+        held_out = f"; of {real.total} held-out images {100 * real.fraction:.1f} %"
+    closer = copying.closer
+    return (
+        f"closer to a training image than that is to any other: {100 * closer.fraction:.1f} % of {closer.total} images "
+        f"for training captions ({100 * closer.low:.1f} to {100 * closer.high:.1f}){held_out}"
+    )
+
+
+def gap_lines(gap: LossGap) -> list[str]:
+    """The loss of both sides, one line per band of noise."""
+    lines = [
+        f"loss by noise (t), {gap.training_images} training and {gap.held_out_images} held-out images, {gap.draws} "
+        "evaluations each:",
+        f"{INDENT}{'t':>9}  {'training':>9}  {'held-out':>9}  {'gap':>9}",
+    ]
+    for band in gap.bands:
+        half_width = "" if math.isnan(band.interval) else f" ± {band.interval:.4f}"
+        span = f"{band.first}-{band.last}"
+        lines.append(f"{INDENT}{span:>9}  {band.training:9.4f}  {band.held_out:9.4f}  {band.gap:+9.4f}{half_width}")
+    return lines
+
+
+# ---- as a page
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """An evaluation and its context.
+
+    Attributes:
+        title: of the page: the model.
+        about: model, data, fingerprints.
+        notes: sentences that a reader must know before any number.
+    """
+
+    title: str
+    about: Mapping[str, Any]
+    notes: Sequence[str]
+    evaluation: Evaluation
+    reference: Reference
+    sweep: Sweep | None = None
+
+    def write(self, folder: Path) -> Path:
+        """Writes all four files, each atomically; returns the path of the page.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        folder = disk.expand_user(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(folder / "evaluation.json", self.to_dict())
+        settings = {"settings": self.evaluation.settings}
+        save_png(self._samples_sheet(), folder / "samples.png", settings)
+        if self.evaluation.copying is not None:
+            generated = to_pil(to_signed(self.evaluation.generated[0].images))
+            sheet = nearest_sheet(generated, _LazyImages(self.reference.training), self.evaluation.copying)
+            save_png(sheet, folder / "nearest.png", settings)
+        parts = (self._head(), self._copies(folder), self._pairs(), self._metrics(), self._sweep(), self._about())
+        write_page(folder / "evaluation.html", self.title, "\n".join(line for part in parts for line in part))
+        return folder / "evaluation.html"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        content = {**self.about, "notes": list(self.notes), **self.evaluation.to_dict()}
+        content["sweep"] = None if self.sweep is None else self.sweep.to_dict()
+        content["pictures"] = [entry for side in self.evaluation.generated for entry in self._entries(side)]
+        return content
+
+    def _entries(self, side: GeneratedImages) -> Iterator[dict[str, Any]]:
+        images, copying = self._real(side), self.evaluation.copying
+        for row, (caption, index) in enumerate(zip(side.captions, side.indices, strict=True)):
+            entry: dict[str, Any] = {"of": side.side, "caption": caption, "image": images.samples[index].id}
+            if side.side == "training" and copying is not None:
+                nearest = self.reference.training.samples[int(copying.nearest[row])]
+                entry |= {"nearest": nearest.id, "ratio": float(copying.ratio[row])}
+                entry |= {"suspect": bool(copying.flagged[row])}
+            yield entry
+
+    def _real(self, side: GeneratedImages) -> CaptionedImages:
+        images = self.reference.training if side.side == "training" else self.reference.held_out
+        assert images is not None
+        return images
+
+    def _first_pairs(self, side: GeneratedImages, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
+        """The first (caption, its own image, the image generated for it)."""
+        real = _LazyImages(self._real(side))
+        generated = to_pil(to_signed(side.images[:count]))
+        rows = zip(side.captions[:count], side.indices[:count], generated, strict=True)
+        return [(caption, real[index], image) for caption, index, image in rows]
+
+    def _samples_sheet(self) -> Image.Image:
+        """Rows of pairs, held-out captions first."""
+        rows: list[list[Image.Image]] = []
+        for side in reversed(self.evaluation.generated):
+            pairs = self._first_pairs(side, SHEET_PAIRS // len(self.evaluation.generated))
+            for start in range(0, len(pairs), SHEET_COLUMNS):
+                rows.append([image for _, *both in pairs[start : start + SHEET_COLUMNS] for image in both])
+        return contact_sheet(rows, size=_shown_size(rows[0][0]))
+
+    # ---- the parts of the page, each yielding its lines
+
+    def _head(self) -> Iterator[str]:
+        evaluation = self.evaluation
+        yield f"<h1 dir='auto'>{escaped(self.title)}</h1>"
+        yield f"<p class='note'>{escaped(describe_settings(evaluation))}.</p>"
+        if self.notes:
+            yield f"<div class='attention'>{''.join(f'<p>Note: {escaped(note)}.</p>' for note in self.notes)}</div>"
+        yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
+        yield tiles(self._tiles())
+
+    def _tiles(self) -> Iterator[tuple[str, str, str]]:
+        """Headline numbers: name, value, text below it."""
+        evaluation = self.evaluation
+        metrics = [] if evaluation.fidelity is None else evaluation.fidelity.metrics()
+        real = {
+            metric.name: f"held-out images {format_number(metric.value)}; "
+            for metric in metrics
+            if metric.images == "held-out"
+        }
+        for metric in (metric for metric in metrics if metric.images == "generated"):
+            compared = "1 is as good as held-out images; " if metric.yardstick else real.get(metric.name, "")
+            below = (
+                f"{format_number(metric.low)} to {format_number(metric.high)}; {compared}{metric.samples:,} images "
+                f"against {metric.reference_samples:,} training images, {metric.features}"
+            )
+            yield metric.name, format_number(metric.value), below
+        for side, found in evaluation.retrieval.items():
+            recall = found.within[10]
+            below = f"{100 * recall.low:.0f} to {100 * recall.high:.0f} %; {side} captions, by chance "
+            below += f"{100 * found.chance[10]:.2g} %"
+            yield f"Own image among 10 of {found.gallery:,}", f"{100 * recall.mean:.0f} %", below
+        for side, accuracy in evaluation.digit_accuracy.items():
+            below = f"{100 * accuracy.low:.0f} to {100 * accuracy.high:.0f} %; {side} captions"
+            yield "Classified as the prompted digit", f"{100 * accuracy.mean:.0f} %", below
+        for side, score in evaluation.clip_scores.items():
+            below = f"with the captions of others {score.others:.1f}; {side} captions, {score.model}"
+            yield "CLIP score", f"{score.hundred.mean:.1f}", below
+        if evaluation.copying is not None:
+            flagged = evaluation.copying.flagged_fraction
+            below = f"{flagged.count} of {flagged.total} images for training captions; of unseen real images "
+            below += f"{100 * evaluation.copying.expected:.0f} % would be"
+            yield "Possible copies", f"{100 * flagged.fraction:.0f} %", below
+
+    def _copies(self, folder: Path) -> Iterator[str]:
+        evaluation = self.evaluation
+        if evaluation.copying is None and evaluation.gap is None:
+            return
+        yield "<h2>Learning or memorizing</h2>"
+        if evaluation.copying is not None:
+            yield f"<p>{escaped(describe_closer(evaluation.copying).capitalize())}.</p>"
+            yield image_figure(
+                folder / "nearest.png",
+                name="nearest.png",
+                alt="generated images beside their nearest training images",
+                caption="Images generated for training captions, each beside its nearest training image; the likeliest "
+                "copies first",
+                max_bytes=MAX_SHEET_BYTES,
+            )
+        if evaluation.gap is not None:
+            yield _gap_chart(evaluation.gap)
+
+    def _pairs(self) -> Iterator[str]:
+        for side in reversed(self.evaluation.generated):
+            pairs = self._first_pairs(side, PAGE_PAIRS)
+            yield f"<h2>Generated for {side.side} captions</h2>"
+            yield f"<p class='note'>Left real, right generated; {len(pairs)} of {len(side.captions)}.</p>"
+            figures = []
+            for caption, real, generated in pairs:
+                source = embedded(contact_sheet([[real, generated]], size=_shown_size(real)), MAX_IMAGE_BYTES)
+                text = escaped(shortened(caption, 120))
+                image = f"<img src='{source}' alt='real image and generated image'/>"
+                figures.append(f"<figure>{image}<figcaption dir='auto'>{text}</figcaption></figure>")
+            yield f"<div class='pairs'>{''.join(figures)}</div>"
+
+    def _metrics(self) -> Iterator[str]:
+        evaluation = self.evaluation
+        yield "<h2>All numbers</h2>"
+        lines = [] if evaluation.fidelity is None else [*evaluation.fidelity.lines(), ""]
+        for side in evaluation.retrieval:
+            lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
+        lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
+        lines += evaluation.left_out
+        yield f"<pre dir='ltr'>{escaped(chr(10).join(lines))}</pre>"
+
+    def _sweep(self) -> Iterator[str]:
+        if self.sweep is None:
+            return
+        yield "<h2>Guidance and steps</h2>"
+        lines = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in self.sweep.curves().items()]
+        title = "KID to held-out images (lower is better) against evaluations of the network per image"
+        yield chart_figure(title, line_chart(lines, title=title, axis="evaluations of the network"))
+        yield f"<pre dir='ltr'>{escaped(chr(10).join(self.sweep.lines()))}</pre>"
+
+    def _about(self) -> Iterator[str]:
+        yield "<h2>Model, data and settings</h2>"
+        yield Document("evaluation.json").render({**self.about, **self.evaluation.settings})
+
+
+class _LazyImages(Sequence[Image.Image]):
+    """Images of a data set, each opened on access: all of them may not fit into memory."""
+
+    def __init__(self, images: CaptionedImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return to_pil(to_signed(self.images.image_at(int(index)))[None])[0]
+
+
+def _shown_size(image: Image.Image) -> int:
+    return max(MIN_SIDE, min(MAX_SIDE, *image.size))
+
+
+def _gap_chart(gap: LossGap) -> str:
+    """The loss of both sides over the noise, at the middle of each band."""
+    middles = [(band.first + band.last + 1) // 2 for band in gap.bands]
+    lines = [
+        Line("training images", list(zip(middles, (band.training for band in gap.bands), strict=True))),
+        Line("held-out images", list(zip(middles, (band.held_out for band in gap.bands), strict=True))),
+    ]
+    title = (
+        f"Loss by band of noise, on {gap.training_images} training and {gap.held_out_images} held-out images: a higher "
+        "loss on held-out images is a sign of memorization"
+    )
+    last = gap.bands[-1].last
+    return chart_figure(
+        title, line_chart(lines, title=title, logarithmic=True, axis="timestep t (0 is no noise)", last_step=last)
+    )

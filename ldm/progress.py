@@ -1,0 +1,25 @@
+"""Progress bars, and durations in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""(title, total) → a context that gives a function, which is called with the number of items done since."""
+
+
+def no_progress(title: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Shows nothing."""
+    return nullcontext(lambda done: None)
+
+
+def format_duration(seconds: float) -> str:
+    """ "2.5 s", "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,252 @@
+"""`metrics.jsonl`: the names of an evaluation's metrics, reading the file, and the trend of a curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ldm.evaluation.memorization import Verdict
+from ldm.report.charts import Point
+
+EVALUATION_PREFIX = "evaluation_"
+VERDICT = "verdict"  # in a line of its own, since it is no number
+_TITLES = {
+    "frechet_ratio": "Fréchet distance over that of as many held-out images (1 is as good as real images)",
+    "frechet": "Fréchet distance (lower is better)",
+    "kid": "KID (lower is better)",
+    "precision": "Precision: fraction of generated images close to training images",
+    "recall": "Recall: fraction of training images close to generated images",
+    "within_10_training": "Own image among the 10 nearest, training captions",
+    "within_10_held_out": "Own image among the 10 nearest, held-out captions",
+    "read_as_asked_training": "Classified as the prompted digit, training captions",
+    "read_as_asked_held_out": "Classified as the prompted digit, held-out captions",
+    "suspected_copies": "Possible copies of training images (0.05 for unseen real images)",
+}
+_NAME = re.compile(rf"{EVALUATION_PREFIX}({'|'.join(_TITLES)})(?:_(efficientnet|pixel))?_n(\d{{1,9}})", re.ASCII)
+
+MAX_VALUE = 3.4e38  # of float32: larger values are taken for infinite
+MIN_POINTS = 5  # for a trend
+MIN_CHANGE = 0.01  # relative; less counts as no change
+
+
+def metric_name(metric: str, *, samples: int, features: str | None = None) -> str:
+    """Such as "evaluation_kid_efficientnet_n128".
+
+    Args:
+        metric: a key of `_TITLES`.
+        samples: N, the number of images.
+        features: name of the feature space, if the metric depends on it.
+    """
+    name = EVALUATION_PREFIX + metric + (f"_{features}" if features else "") + f"_n{samples}"
+    assert _NAME.fullmatch(name), name
+    return name
+
+
+def metric_title(name: str) -> str | None:
+    """The name in words; None if it is not of an evaluation."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    features = f", {match[2]} features" if match[2] else ""
+    return f"{_TITLES[match[1]]}; {int(match[3]):,} images{features}"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Finite values by rising step.
+
+    Attributes:
+        values: name → (step, value); of a step that was measured twice, the last value.
+        nonfinite: name → the first step with a non-finite value, and the number of these.
+        damaged: lines that are no record, such as one that is being written.
+        verdict: the last one, and its step.
+    """
+
+    values: dict[str, list[Point]]
+    nonfinite: dict[str, tuple[int, int]] = field(default_factory=dict)
+    damaged: int = 0
+    verdict: tuple[int, Verdict] | None = None
+
+    def points(self, name: str) -> list[Point]:
+        return self.values.get(name, [])
+
+    @property
+    def last_step(self) -> int:
+        """0 without values."""
+        return max((points[-1][0] for points in self.values.values()), default=0)
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Reads the valid lines of a `metrics.jsonl`; a missing file is empty."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return Metrics({})
+    values: dict[str, dict[int, float]] = {}
+    nonfinite: dict[str, list[int]] = {}
+    damaged, verdict = 0, None
+    for line in lines:
+        record = _record(line)
+        if record is None:
+            damaged += 1
+            continue
+        step, entry = record
+        if VERDICT in entry:
+            with suppress(ValueError):
+                verdict = (step, Verdict.from_json(entry[VERDICT]))
+        for name, value in entry.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                continue  # such as a text
+            if value is None or not abs(value) <= MAX_VALUE:
+                nonfinite.setdefault(name, []).append(step)
+            else:
+                values.setdefault(name, {})[step] = float(value)
+    points = {name: sorted(found.items()) for name, found in values.items()}
+    return Metrics(points, {name: (min(steps), len(steps)) for name, steps in nonfinite.items()}, damaged, verdict)
+
+
+def _record(line: bytes) -> tuple[int, dict[str, object]] | None:
+    """Step and values of one line, or None."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
+        return None
+    return step, {name: value for name, value in entry.items() if name != "step"}
+
+
+@dataclass(frozen=True)
+class Trend:
+    """The direction of a metric that should fall.
+
+    Attributes:
+        kind: "rising" if the mean of the last values (three, or a tenth) is above the lowest; otherwise "falling" or
+            "flat", by a straight line through the last third.
+        change: relative to the lowest value (rising), or along that line (falling, flat).
+        best: step of the lowest value.
+        since: the step from which `change` counts.
+    """
+
+    kind: Literal["falling", "flat", "rising"]
+    change: float
+    best: int
+    since: int
+
+
+def find_trend(points: Sequence[Point]) -> Trend | None:
+    """The trend of positive values; None with too few of them.
+
+    A change counts if it exceeds `MIN_CHANGE` and what the scatter of the values explains (about 1 in 20 flat curves
+    is misclassified).
+    """
+    if len(points) < MIN_POINTS or min(value for _, value in points) <= 0:
+        return None
+    values = [value for _, value in points]
+    lowest = min(range(len(values)), key=values.__getitem__)
+    scatter = _scatter(values)
+    recent = max(3, len(values) // 10)
+    if len(values) - 1 - lowest >= recent:
+        rise = math.fsum(values[-recent:]) / recent - values[lowest]
+        # The lowest of n values is expected √(2 ln n) standard deviations below the mean.
+        chance = scatter * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(recent))
+        if rise > max(MIN_CHANGE * values[lowest], chance):
+            return Trend("rising", rise / values[lowest], points[lowest][0], points[lowest][0])
+    window = points[-max(3, math.ceil(len(points) / 3)) :]
+    slope, spread = _line(window)
+    mean = math.fsum(value for _, value in window) / len(window)
+    difference = slope * (window[-1][0] - window[0][0])
+    change = difference / max(mean, mean - difference / 2)  # a falling line is relative to its start
+    clear = change < -MIN_CHANGE and slope < -3 * scatter / math.sqrt(spread)
+    return Trend("falling" if clear else "flat", change, points[lowest][0], window[0][0])
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """A robust standard deviation of single values around their trend.
+
+    From third differences, which remove level, slope and curvature: Var[d − 3c + 3b − a] = 20 σ², and the median of the
+    absolute value of a Gaussian is σ / 1.4826.
+    """
+    fours = zip(values, values[1:], values[2:], values[3:], strict=False)
+    off = sorted(abs(d - 3 * c + 3 * b - a) for a, b, c, d in fours)
+    return 1.4826 * statistics.median(off) / math.sqrt(20)
+
+
+def _line(points: Sequence[Point]) -> tuple[float, float]:
+    """Slope per step of the least-squares line, and Σ (step − mean)²: the slope's variance is σ² over it."""
+    middle = math.fsum(step for step, _ in points) / len(points)
+    spread = math.fsum((step - middle) ** 2 for step, _ in points)
+    return math.fsum((step - middle) * value for step, value in points) / spread, spread
+
+
+def training_change(points: Sequence[Point], since: int) -> float | None:
+    """Relative change of the training loss from around a step to the end; 0 if within three standard errors.
+
+    None with too few values before or after it.
+    """
+    before = [value for step, value in points if step <= since]
+    after = [value for step, value in points if step > since]
+    count = min(len(before), len(after), max(10, len(points) // 10))
+    if count < MIN_POINTS:
+        return None
+    first, last = before[-count:], after[-count:]
+    means = [math.fsum(part) / count for part in (first, last)]
+    variances = [
+        math.fsum((v - m) ** 2 for v in part) / (count - 1) for part, m in zip((first, last), means, strict=True)
+    ]
+    change, error = means[1] - means[0], math.sqrt(sum(variances) / count)
+    return change / means[0] if means[0] > 0 and abs(change) > 3 * error else 0.0
+
+
+def describe_trend(metrics: Metrics) -> str:
+    """The state of the training in one sentence, from its held-out curves."""
+    for name, title in (("held_out_loss", "Held-out loss"), ("held_out_psnr", "Held-out PSNR")):
+        points = metrics.points(name)
+        if not points:
+            continue
+        if name == "held_out_psnr":
+            # As a mean squared error, which falls like a loss: PSNR = −10 log10(error) + constant.
+            points = [(step, 10 ** (-min(max(value, -300.0), 300.0) / 10)) for step, value in points]
+        found = find_trend(points)
+        if found is None:
+            times = f"{len(points)} time{'s' if len(points) != 1 else ''}"
+            return f"{title} was measured {times}, too few for a trend (at least {MIN_POINTS})."
+        return _describe(found, title, training_change(metrics.points("loss"), found.since))
+    if metrics.points("loss"):
+        return "There are no held-out images, so learning cannot be told from memorizing here."
+    return "There are no measurements yet."
+
+
+def _describe(found: Trend, title: str, training: float | None) -> str:
+    is_psnr = title.endswith("PSNR")
+    worse, better = ("falling", "rising") if is_psnr else ("rising", "falling")
+    if is_psnr:
+        changed = f"{abs(10 * math.log10(1 + max(found.change, -0.999))):.2f} dB"
+    else:
+        changed = f"{abs(100 * found.change):.1f} %"
+    if found.kind == "falling":
+        return f"{title} is still {better}, by {changed} since step {found.since:,}: more steps may help."
+    best = f"The best step was {found.best:,}."
+    if found.kind == "flat":
+        if abs(found.change) > MIN_CHANGE:
+            return f"{title} shows no trend since step {found.since:,} beyond its scatter. {best}"
+        return f"{title} hardly changes since step {found.since:,} ({changed}): more steps will change little. {best}"
+    start = f"{title} has been {worse} since step {found.best:,}, by {changed}"
+    if training is None:
+        return f"{start}; the training loss has too few values to explain it. {best}"
+    if training < -MIN_CHANGE:
+        return f"{start}, while the training loss fell by {-100 * training:.1f} %: the model starts to memorize. {best}"
+    if training > MIN_CHANGE:
+        return (
+            f"{start}, and the training loss rose by {100 * training:.1f} % too: training has become unstable, and the "
+            f"model does not memorize; a lower learning rate may help. {best}"
+        )
+    return f"{start}, while the training loss hardly changes. {best}"

@@ -1,0 +1,351 @@
+"""`report.html`: a self-contained page about a run, from the files in its folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm import disk
+from ldm.evaluation.memorization import Verdict
+from ldm.progress import format_duration
+from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, line_chart, smooth
+from ldm.report.html import chart_figure, image_figure, tiles, write_page
+from ldm.report.markup import Document, escaped, format_number, read_object, shortened
+from ldm.training.checkpoints import resume_command
+from ldm.training.metrics import Metrics, describe_trend, metric_title, read_metrics
+
+BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
+MAX_OTHER_CURVES = 12
+MAX_SENTENCE = 2000  # characters
+MAX_SHEETS = 12
+MAX_SHEETS_BYTES = 5_000_000  # of all of them; base64 adds a third
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes RUN/report.html atomically, from what the run has written so far.
+
+    Any part of the folder may be missing or damaged; the page then says so.
+
+    Returns:
+        The path of the page, which is below 8 MB.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    run_folder = disk.expand_user(run_folder)
+    if not run_folder.is_dir():
+        raise ValueError(f"{run_folder} is no folder; give a run folder, such as runs/openmoji")
+    run = _Folder.read(run_folder)
+    body = "\n".join((*_head(run), *_curves(run), *_sheets(run), *_data(run), *_plan(run), *_use(run), *_config(run)))
+    path = run_folder / "report.html"
+    write_page(path, run.name, body)
+    return path
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The files of a run that the page shows; None or empty where missing."""
+
+    path: Path
+    metrics: Metrics
+    config_text: str
+    config: Any
+    best: tuple[int, float] | None
+    plan: dict[str, Any]
+    data: dict[str, Any]
+    verdicts: list[tuple[str, Verdict]]
+    problems: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> _Folder:
+        problems: list[str] = []
+
+        def read(name: str) -> dict[str, Any]:
+            try:
+                return read_object(path / name)
+            except FileNotFoundError:
+                return {}
+            except (ValueError, OSError) as error:
+                problems.append(f"{error}.")
+                return {}
+
+        config_path = path / "config.yaml"
+        text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
+        try:
+            config = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            config = None
+            problems.append("config.yaml is no YAML, so the planned number of steps is unknown.")
+        measured = read_metrics(path / "metrics.jsonl")
+        problems += _problems(measured)
+        return cls(
+            path=path,
+            metrics=measured,
+            config_text=text,
+            config=config,
+            best=_best(read("best/best.json")),
+            plan=read("plan.json"),
+            data=read("data.json"),
+            verdicts=_verdicts(measured, read("evaluation/evaluation.json"), problems),
+            problems=problems,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name or str(self.path)
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the config, or None."""
+        value = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def count(self, *keys: str) -> int | None:
+        """A positive integer of the config, or None."""
+        value = self.setting(*keys)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53 else None
+
+    @property
+    def step(self) -> int:
+        """The last step in the metrics or checkpoints."""
+        names = (path.name.removeprefix("step_") for path in self.path.glob("checkpoints/step_*"))
+        saved = [int(name) for name in names if re.fullmatch(r"\d{1,12}", name, re.ASCII)]
+        return max([self.metrics.last_step, *saved])
+
+
+def _best(content: dict[str, Any]) -> tuple[int, float] | None:
+    step, loss = content.get("step"), content.get("held_out_loss")
+    return (step, loss) if isinstance(step, int) and isinstance(loss, (int, float)) else None
+
+
+def _verdicts(measured: Metrics, evaluation: dict[str, Any], problems: list[str]) -> list[tuple[str, Verdict]]:
+    """(source, verdict) of the last evaluation during training, and of `ldm evaluate` on the run folder."""
+    found = [] if measured.verdict is None else [(f"Evaluation of step {measured.verdict[0]:,}", measured.verdict[1])]
+    if evaluation.get("verdict") is not None:
+        try:
+            found.append(("evaluation/evaluation.json", Verdict.from_json(evaluation["verdict"])))
+        except ValueError:
+            problems.append("evaluation/evaluation.json holds no valid verdict.")
+    return found
+
+
+def _problems(measured: Metrics) -> Iterator[str]:
+    if measured.damaged:
+        yield f"Incomplete lines of metrics.jsonl that are left out: {measured.damaged:,}."
+    for name, (step, count) in list(measured.nonfinite.items())[:20]:
+        yield f"Non-finite values of {shortened(name, 60)} that are left out: {count:,}, the first at step {step:,}."
+
+
+# ---- the parts of the page, each yielding its lines
+
+
+def _head(run: _Folder) -> Iterator[str]:
+    planned = run.count("train", "max_steps")
+    if planned is None:
+        status = f"Step {run.step:,}."
+    elif run.step >= planned:
+        status = f"Finished: all {planned:,} steps."
+    else:
+        status = f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): unfinished when this was written."
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    yield f"<h1 dir='auto'>{escaped(run.name)}</h1>"
+    yield f"<p class='note'>{status} Written {written}.</p>"
+    yield tiles(_tiles(run))
+    yield f"<p class='say'>{escaped(describe_trend(run.metrics))}</p>"
+    for where, verdict in run.verdicts:
+        yield f"<p class='say'>{escaped(where)}: {escaped(shortened(verdict.sentence, MAX_SENTENCE))}</p>"
+    yield "".join(f"<p class='note'>{escaped(problem)}</p>" for problem in run.problems)
+
+
+def _tiles(run: _Folder) -> Iterator[tuple[str, str, str]]:
+    """Headline numbers: name, value, text below it."""
+    names = {"loss": "Training loss", "held_out_loss": "Held-out loss", "held_out_psnr": "Held-out PSNR"}
+    for key, name in names.items():
+        if points := run.metrics.points(key):
+            step, value = points[-1]
+            yield name, format_number(value) + (" dB" if key.endswith("psnr") else ""), f"step {step:,}"
+    if run.best is not None:
+        yield "Best held-out loss", format_number(run.best[1]), f"step {run.best[0]:,}, saved in best/"
+    elif points := run.metrics.points("held_out_loss"):
+        step, value = min(points, key=lambda point: point[1])
+        yield "Best held-out loss", format_number(value), f"step {step:,}"
+    rates = [point for point in run.metrics.points("samples_per_second") if point[1] > 0]
+    if rates:
+        rate = statistics.median(value for _, value in rates[-10:])
+        yield "Samples per second", format_number(rate), "median of the last 10 measurements"
+        yield from _times(run, rates, rate)
+
+
+def _times(run: _Folder, rates: list[Point], rate: float) -> Iterator[tuple[str, str, str]]:
+    batch, planned = run.count("train", "batch_size"), run.count("train", "max_steps")
+    if batch is None:
+        return
+    previous = [0, *(step for step, _ in rates)]
+    spent = sum((step - before) * batch / value for before, (step, value) in zip(previous, rates, strict=False))
+    expected = run.plan.get("expected_seconds")
+    below = "without samples and validation"
+    if isinstance(expected, (int, float)) and 0 < expected < 1e9:
+        below += f"; the plan for the whole run was {format_duration(expected)}"
+    yield "Time in steps", format_duration(spent), below
+    if planned is not None and run.step < planned:
+        left = format_duration((planned - run.step) * batch / rate)
+        yield "Remaining", left, "at the last speed, without samples and validation"
+
+
+def _curves(run: _Folder) -> Iterator[str]:
+    found = run.metrics
+    if not found.values:
+        return
+    yield "<h2>Curves</h2>"
+    losses = [Line("training loss (pale: not smoothed)", smooth(loss), loss)] if (loss := found.points("loss")) else []
+    losses += [Line("held-out loss", points)] if (points := found.points("held_out_loss")) else []
+    if losses:
+        best = run.best[0] if run.best else min(points, key=lambda point: point[1])[0] if points else None
+        mark = (best, f"best held-out: step {best:,}") if best is not None and 0 <= best <= found.last_step else None
+        yield _chart(run, "Loss", losses, logarithmic=True, mark=mark, size=(640, 320))
+    yield "<div class='curves'>"
+    bands = sorted((int(m[1]), int(m[2]), name) for name in found.values if (m := BAND.fullmatch(name)))
+    if bands:
+        lines = [Line(f"t {low}–{high}", found.points(name)) for low, high, name in bands]
+        caption = (
+            "Held-out loss by band of noise; a small t is little noise (fine detail), a large t mostly noise (layout)"
+        )
+        yield _chart(run, caption, lines, logarithmic=True)
+    for key, title, options in (
+        ("held_out_psnr", "Held-out PSNR in dB", {}),
+        ("learning_rate", "Learning rate", {"from_zero": True}),
+        ("gradient_norm", "Gradient norm before clipping", {"logarithmic": True}),
+        ("samples_per_second", "Samples per second", {"from_zero": True}),
+    ):
+        if points := found.points(key):
+            exact = key == "learning_rate"  # a function of the step, without any scatter to smooth
+            yield _chart(run, title, [Line("", points) if exact else _smoothed(points)], **options)
+    known = {"loss", "held_out_loss", "held_out_psnr", "learning_rate", "gradient_norm", "samples_per_second"}
+    for name in found.values:
+        if (in_words := metric_title(name)) is not None:
+            yield _chart(run, in_words, [Line("", found.points(name))])
+            known.add(name)
+    others = [name for name in found.values if name not in known and not BAND.fullmatch(name)]
+    for name in others[:MAX_OTHER_CURVES]:
+        title = shortened(name, 60)
+        yield _chart(run, title, [_smoothed(found.points(name))])
+    yield "</div>"
+    if len(others) > MAX_OTHER_CURVES:
+        yield f"<p class='note'>… and {len(others) - MAX_OTHER_CURVES} more metrics in metrics.jsonl.</p>"
+
+
+def _smoothed(points: list[Point]) -> Line:
+    """A running mean over the values; few values are shown as they are."""
+    few = len(points) <= MAX_MARKED_POINTS
+    return Line("", points) if few else Line("running mean (pale: measured values)", smooth(points), points)
+
+
+def _chart(run: _Folder, caption: str, lines: list[Line], **options: Any) -> str:
+    size = options.pop("size", (480, 280))
+    svg = line_chart(lines, title=caption, last_step=run.metrics.last_step, size=size, **options)
+    return chart_figure(caption, svg)
+
+
+def _sheets(run: _Folder) -> Iterator[str]:
+    found = find_sheets(run.path / "samples")
+    if not found:
+        return
+    shown = spread(found)
+    yield "<h2>Samples, newest first</h2>"
+    prompts = run.setting("sample", "prompts")
+    if isinstance(prompts, list) and prompts:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)][:50]
+        rows = "".join(f"<li dir='auto'>{escaped(shortened(text))}</li>" for text in texts)
+        yield f"<details><summary>Prompts of the current config</summary><ol>{rows}</ol></details>"
+    max_bytes = MAX_SHEETS_BYTES // len(shown)
+    figures = [
+        image_figure(
+            path,
+            name=f"samples/{path.name}",
+            alt=f"sample sheet of step {step:,}",
+            caption=f"step {step:,}",
+            max_bytes=max_bytes,
+        )
+        for step, path in reversed(shown)
+    ]
+    yield f"<div class='sheets'>{''.join(figures)}</div>"
+    if len(shown) < len(found):
+        left_out = [f"{step:,}" for step, path in found if (step, path) not in shown]
+        listed = ", ".join(left_out[:30]) + (", …" if len(left_out) > 30 else "")
+        yield f"<p class='note'>Not on this page but in samples/: {len(left_out):,} sheets, of step {listed}.</p>"
+
+
+def find_sheets(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the sheets `step_XXXXXXXX.png` of a folder, by rising step."""
+    named = ((re.fullmatch(r"step_(\d{1,12})\.png", path.name, re.ASCII), path) for path in folder.glob("step_*.png"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def spread(sheets: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """At most `MAX_SHEETS` of them, evenly over time, with the first and the last."""
+    if len(sheets) <= MAX_SHEETS:
+        return list(sheets)
+    return [sheets[round(i * (len(sheets) - 1) / (MAX_SHEETS - 1))] for i in range(MAX_SHEETS)]
+
+
+def _data(run: _Folder) -> Iterator[str]:
+    if not run.data:
+        return
+    yield "<h2>Data</h2>"
+    rest = dict(run.data)
+    attention = rest.pop("needs_attention", None)
+    if isinstance(attention, list) and attention:
+        document = Document("data.json")
+        yield f"<div class='attention'>{document.render({'needs_attention': attention})}</div>"
+    elif attention is not None:
+        yield "<p>Nothing needs attention.</p>"
+    yield Document("data.json").render(rest)
+
+
+def _plan(run: _Folder) -> Iterator[str]:
+    if run.plan:
+        yield "<h2>Plan</h2>"
+        yield Document("plan.json").render(run.plan)
+
+
+def _use(run: _Folder) -> Iterator[str]:
+    """Commands that use the results of the run."""
+    commands: list[tuple[str, str]] = []
+    for inside, which in (("best", "with the lowest held-out loss"), ("", "newest weights")):
+        folder = run.path / inside
+        if (folder / "pipeline" / "model_index.json").is_file():
+            prompts = run.setting("sample", "prompts")
+            first = prompts[0] if isinstance(prompts, list) and prompts and isinstance(prompts[0], str) else ""
+            prompt = shlex.quote(first if first.isprintable() and 0 < len(first) < 200 else "a prompt")
+            model = shlex.quote(str(folder / "pipeline"))
+            commands.append((f"Generate ({which}):", f"ldm generate {prompt} --model {model}"))
+        if (folder / "autoencoder" / "config.json").is_file():
+            setting = shlex.quote(f"first_stage={folder / 'autoencoder'}")
+            commands.append((f"Use as a first stage ({which}):", f"train/train_ldm.py --config … --set {setting}"))
+        if (folder / "lora").is_dir():
+            source = repr(str(folder / "lora"))
+            commands.append((f"Load the adapter in diffusers ({which}):", f"pipeline.load_lora_weights({source})"))
+    saved = sorted(path.name for path in run.path.glob("checkpoints/step_*"))
+    if not commands and not saved:
+        return
+    yield "<h2>Use</h2>"
+    yield "".join(f"<p>{label}</p><pre dir='ltr'>{escaped(command)}</pre>" for label, command in commands)
+    if saved:
+        listed = ", ".join(saved[-20:])
+        resumed = f"<code>{escaped(resume_command(run.path))}</code> goes on from the newest"
+        yield f"<p class='note'>Checkpoints ({resumed}): {escaped(listed)}.</p>"
+
+
+def _config(run: _Folder) -> Iterator[str]:
+    if run.config_text:
+        yield "<h2>Config</h2>"
+        yield f"<pre dir='ltr'>{escaped(run.config_text)}</pre>"
