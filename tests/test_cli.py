@@ -349,7 +349,7 @@ def test_the_held_out_side_is_that_of_training(model, monkeypatch, capsys):
         (["digits", "-o", "terms.pdf"], "--output is terms.pdf"),
         (["digits", "--samples", "0"], "samples is 0"),
         (["digits", "--steps-per-image", "7"], "steps per image is 7"),
-        (["digits", "--held-out", "0"], "nothing of digits is held out at a share of 0.0; take --split all"),
+        (["digits", "--held-out", "0"], "nothing of digits is held out at a share of 0.0; use --split all"),
         (["nowhere"], "nowhere"),
     ],
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from ldm import Pipeline, checkpoint
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.generate import generate
+from ldm.evaluation.generate import generate_images
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 
 PHRASINGS = {
@@ -132,7 +132,7 @@ def main() -> None:
     pipeline = Pipeline.from_pretrained(arguments.model)
     prompts = {"names": list(PHRASINGS), "unseen phrasings": list(PHRASINGS.values())}
     settings = {"seed": arguments.seed, "num_inference_steps": arguments.steps, "batch_size": 20}
-    pictures = {kind: generate(pipeline, texts, **settings) for kind, texts in prompts.items()}
+    pictures = {kind: generate_images(pipeline, texts, **settings) for kind, texts in prompts.items()}
     config = DataConfig(path="openmoji", resolution=pictures["names"].shape[-1])
     sides = split(open_source(config).samples, config.held_out)
     space = feature_space(device=pipeline.unet.conv_in.weight.device)

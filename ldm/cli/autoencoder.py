@@ -1,4 +1,4 @@
-"""`ldm autoencoder`: looking at a first stage."""
+"""`ldm autoencoder`: evaluation of a first stage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 from ldm import disk
 from ldm.cli.arguments import output_file
 
-app = typer.Typer(help="Look at first stages: autoencoders between images and latents.", no_args_is_help=True)
+app = typer.Typer(help="First stages: autoencoders between images and latents.", no_args_is_help=True)
 
 
 @app.callback()
 def _options() -> None:
-    """Keeps the name of the command where there is one alone."""
+    """Makes typer keep the name of a single command."""
 
 
 @app.command("evaluate")
@@ -25,36 +25,38 @@ def evaluate_autoencoder_command(
     ],
     path: Annotated[str, typer.Argument(help="Images: a folder, a file, or the id of a data set.")],
     split: Annotated[
-        str, typer.Option(help="held-out (what training never saw), or all for one that never saw this data.")
+        str, typer.Option(help="held-out (not seen in training), or all for one that was not trained on this data.")
     ] = "held-out",
-    held_out: Annotated[float, typer.Option(help="The share that training held out: data.held_out.")] = 0.1,
-    samples: Annotated[int | None, typer.Option(help="So many of the images, drawn by --seed; all by default.")] = None,
+    held_out: Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")] = 0.1,
+    samples: Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")] = None,
     resolution: Annotated[int | None, typer.Option(help="In pixels; that of the autoencoder by default.")] = None,
     buckets: Annotated[
         bool | None, typer.Option("--buckets/--squares", help="Images of several shapes: above 128 pixels by default.")
     ] = None,
     features: Annotated[
-        str, typer.Option(help="Of the Fréchet distance: efficientnet, pixel, inception or clip.")
+        str, typer.Option(help="Image features of the Fréchet distance: efficientnet, pixel, inception or clip.")
     ] = "efficientnet",
-    weights: Annotated[str | None, typer.Option(help="Of inception or clip: a path, or MODEL:TAG.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the images that are drawn.")] = 0,
-    background: Annotated[str, typer.Option(help="The colour behind transparent images.")] = "white",
-    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="With --features inception or clip: a path, or MODEL:TAG.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the choice of images.")] = 0,
+    background: Annotated[str, typer.Option(help="The color behind transparent images.")] = "white",
+    image_column: Annotated[str | None, typer.Option(help="The column with images; detected by default.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The column with captions; detected by default.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A PNG with the twelve worst reconstructions.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write all figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
     tile: Annotated[str, typer.Option(help="As in ldm generate.", metavar="PIXELS")] = "auto",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
+        str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")
     ] = None,
 ) -> None:
-    """Say what a first stage does to images, and whether to use it, fine-tune its decoder, train one, or do without."""
+    """Measure reconstructions of a first stage, and advise to use it, fine-tune its decoder, train one, or do without."""
     if split not in ("held-out", "all"):
         raise ValueError(f"--split is {split}; it is held-out or all")
     if output is not None:
-        output = output_file("--output", output, [".png"], "the picture is written as PNG")
+        output = output_file("--output", output, [".png"], "the image is written as PNG")
     if samples is not None and samples < 2:
         raise ValueError(f"--samples is {samples}; it must be at least 2")
     from tqdm import tqdm
@@ -71,14 +73,14 @@ def evaluate_autoencoder_command(
     from ldm.pipelines.pipeline import usable_device
     from ldm.training.components import load_first_stage
 
-    place = usable_device(device)
+    torch_device = usable_device(device)
     parts: Any = int(tile) if tile.isdecimal() else tile
-    check_tile(parts)  # what is wrong whatever the model is said before it is loaded
+    check_tile(parts)  # errors that do not depend on the model come before it is loaded
     DataConfig(path=path, resolution=1 if resolution is None else resolution, held_out=held_out, background=background)
     check_path(path)
-    codec = load_first_stage(str(disk.expand_user(model)) if model.startswith("~") else model).to(place)
+    codec = load_first_stage(str(disk.expand_user(model)) if model.startswith("~") else model).to(torch_device)
     codec.tile(parts)
-    space = feature_space(features, device=place, weights=weights)
+    space = feature_space(features, device=torch_device, weights=weights)
     config = DataConfig(
         path=path,
         resolution=_size_of(codec.autoencoder.config.sample_size) if resolution is None else resolution,
@@ -90,14 +92,14 @@ def evaluate_autoencoder_command(
     )
     if config.resolution < MIN_IMAGE_SIZE:
         raise ValueError(
-            f"--resolution is {config.resolution}; reconstructions are judged from {MIN_IMAGE_SIZE} pixels a side on"
+            f"--resolution is {config.resolution}; reconstructions need at least {MIN_IMAGE_SIZE} pixels a side"
         )
     everything = inspect(open_source(config, captioned=False), config, progress=True).used
     learned, used = split_of(everything, held_out)
     if split == "all":
         learned, used = (), everything
     if not used:
-        raise ValueError(f"nothing of {path} is held out at a share of {held_out}; take --split all")
+        raise ValueError(f"nothing of {path} is held out at a fraction of {held_out}; use --split all")
     if samples is not None and samples > len(used):
         raise ValueError(f"--samples is {samples}; there are {len(used)} images ({split})")
     if samples is not None:
@@ -111,20 +113,20 @@ def evaluate_autoencoder_command(
             images,
             CaptionedImages(learned, config, seed) if learned else None,
             space=space,
-            perceptual=perceptual_distance(place),
-            device=place,
+            perceptual=perceptual_distance(torch_device),
+            device=torch_device,
             training_images=len(everything) if split == "all" else len(learned),
             seed=seed,
             progress=bar.update,
         )
     if output is not None:
-        save_png(worst_sheet(codec, images, report, place), output)
+        save_png(worst_sheet(codec, images, report, torch_device), output)
     sizes = ", ".join(f"{width}x{height}" for height, width in report.sizes)
     if as_json:
         import json
 
-        asked = {"model": model, "data": path, "split": split, "resolution": config.resolution, "seed": seed}
-        print(json.dumps(asked | report.to_dict(), indent=2, allow_nan=False))
+        settings = {"model": model, "data": path, "split": split, "resolution": config.resolution, "seed": seed}
+        print(json.dumps(settings | report.to_dict(), indent=2, allow_nan=False))
         return
     print(f"{model} on {path}, {split}: {report.images} images of {sizes}; means, with 95 % intervals over images")
     for line in report.lines():
@@ -134,5 +136,5 @@ def evaluate_autoencoder_command(
 
 
 def _size_of(sample_size: int | tuple[int, int]) -> int:
-    """The side of squares that a first stage was trained on."""
+    """The image size that a first stage was trained on."""
     return sample_size if isinstance(sample_size, int) else min(sample_size)

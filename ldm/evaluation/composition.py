@@ -22,7 +22,7 @@ from ldm.data.scenes.render import render_scene
 from ldm.data.scenes.scene import SceneSampler
 from ldm.data.scenes.source import render_training_scene
 from ldm.evaluation.axes import AXES, COMBINATIONS, Axis, Prompt, axis_prompts, correctness, with_other_drawings
-from ldm.evaluation.generate import SampleCache, generate
+from ldm.evaluation.generate import SampleCache, generate_images
 from ldm.evaluation.memorization import Copying, find_copies
 from ldm.evaluation.nearest_neighbors import TrainingFeatures, color_layout
 from ldm.evaluation.reference import default_batch_size
@@ -172,7 +172,7 @@ def evaluate_composition(
     parts = []
     with progress("images", IMAGES_PER_PROMPT * sum(map(len, by_axis.values()))) as update:
         for axis, prompts in by_axis.items():
-            images = (generate if cache is None else cache.generate)(
+            images = (generate_images if cache is None else cache.generate)(
                 pipeline,
                 [prompt.caption for prompt in _repeated(prompts)],
                 seed=seed,

@@ -19,7 +19,7 @@ from ldm.diffusion import NOISE_BANDS
 from ldm.evaluation.baselines import BaselineComparison, compare_with_baselines
 from ldm.evaluation.clip import Clip
 from ldm.evaluation.fidelity import MIN_IMAGES, Fidelity, measure_fidelity
-from ldm.evaluation.generate import SampleCache, generate, sample_captions
+from ldm.evaluation.generate import SampleCache, generate_images, sample_captions
 from ldm.evaluation.loss_gap import LossGap, loss_gap
 from ldm.evaluation.memorization import Copying, Verdict, find_copies, verdict
 from ldm.evaluation.nearest_neighbors import color_layout
@@ -127,7 +127,7 @@ def evaluate(
     check_samples(samples)
     _check_size(pipeline, reference.training)
     settings: dict[str, Any] = _settings(pipeline, num_inference_steps, guidance_scale)
-    make = generate if cache is None else cache.generate
+    make = generate_images if cache is None else cache.generate
     generated = []
     for side, (captions, indices) in select_captions(reference, samples, seed).items():
         with progress(f"images for {side} captions", len(captions)) as update:
@@ -234,7 +234,7 @@ def estimate_duration(
 
     def time_one() -> float:
         started = time.perf_counter()
-        generate(pipeline, ["a"], seed=0, batch_size=1, **settings)
+        generate_images(pipeline, ["a"], seed=0, batch_size=1, **settings)
         return time.perf_counter() - started
 
     seconds = time_one()

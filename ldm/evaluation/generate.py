@@ -45,7 +45,7 @@ def sample_captions(samples: Sequence[Sample], count: int, seed: int) -> tuple[l
     return captions, indices
 
 
-def generate(
+def generate_images(
     pipeline: Pipeline,
     captions: Sequence[str],
     *,
@@ -110,7 +110,7 @@ class SampleCache:
         batch_size: int,
         progress: Callable[[int], object],
     ) -> Tensor:
-        """As `generate`: uint8 [N, 3, H, W]."""
+        """As `generate_images`: uint8 [N, 3, H, W]."""
         settings = (seed, num_inference_steps, guidance_scale, *pipeline.default_size)
         keys = [content_hash(repr((*settings, i, caption)).encode()) for i, caption in enumerate(captions)]
         missing = self._store.missing(keys)
@@ -119,7 +119,7 @@ class SampleCache:
         shard = max(1, SHARD_IMAGES // batch_size) * batch_size
         for start in range(first, len(keys), shard):
             part = slice(start, start + shard)
-            images = generate(
+            images = generate_images(
                 pipeline,
                 captions[part],
                 first=start,

@@ -25,7 +25,7 @@ from ldm import checkpoint, disk
 from ldm.data import Sample, to_signed
 from ldm.evaluation.features import EXTRACT_BATCH, FeatureSpace
 from ldm.evaluation.fidelity import kid_leave_one_out
-from ldm.evaluation.generate import generate, sample_captions
+from ldm.evaluation.generate import generate_images, sample_captions
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 from ldm.evaluation.stats import jackknife_variance
 from ldm.pipelines import Pipeline
@@ -401,7 +401,7 @@ class _Task:
     ) -> Cell:
         started = time.perf_counter()
         with _counting(pipeline.unet, progress) as counted:
-            generated = generate(
+            generated = generate_images(
                 pipeline,
                 self.captions,
                 seed=self.seed,

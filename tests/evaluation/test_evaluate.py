@@ -10,7 +10,7 @@ from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, t
 from ldm.evaluation.evaluate import GeneratedImages, estimate_duration, evaluate, measure_generated, select_captions
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import measure_fidelity
-from ldm.evaluation.generate import SampleCache, generate
+from ldm.evaluation.generate import SampleCache, generate_images
 from ldm.evaluation.prompt_alignment import retrieval
 from ldm.evaluation.reference import Reference, subset
 from ldm.evaluation.report import alignment_lines, evaluation_lines
@@ -220,7 +220,7 @@ def kept(pipeline, folder, count, *, progress=lambda done: None, model="a", guid
 def test_an_interruption_loses_the_last_few_pictures_only(pipeline, tmp_path):
     whole, count = kept(pipeline, tmp_path / "whole", 30)
     captions = [f"noise number {i}" for i in range(30)]
-    at_once = generate(pipeline, captions, seed=0, num_inference_steps=1, guidance_scale=1.0, batch_size=4)
+    at_once = generate_images(pipeline, captions, seed=0, num_inference_steps=1, guidance_scale=1.0, batch_size=4)
     assert count == 30 and torch.equal(whole, at_once)
     done = []
 

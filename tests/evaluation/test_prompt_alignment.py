@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed, to_uint8
 from ldm.evaluation.clip import Clip
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.generate import generate, sample_captions
+from ldm.evaluation.generate import generate_images, sample_captions
 from ldm.evaluation.prompt_alignment import (
     DigitClassifier,
     RetrievalGallery,
@@ -76,18 +76,18 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
     pipeline = tiny.pipeline(tmp_path)
     captions = ["a dog", "a cat", "a dog"]
     told: list[int] = []
-    drawn = generate(pipeline, captions, seed=5, batch_size=2, progress=told.append)
+    drawn = generate_images(pipeline, captions, seed=5, batch_size=2, progress=told.append)
     assert drawn.dtype == torch.uint8
     assert drawn.shape == (3, 3, 8, 8)
     assert told == [2, 1]
-    alone = generate(pipeline, captions, seed=5, batch_size=1)
+    alone = generate_images(pipeline, captions, seed=5, batch_size=1)
     assert int((drawn.int() - alone.int()).abs().max()) <= 1
     assert not torch.equal(drawn[0], drawn[2])  # of one caption, from other noise
-    assert not torch.equal(drawn, generate(pipeline, captions, seed=6, batch_size=2))
-    assert not torch.equal(drawn, generate(pipeline, captions, seed=5, batch_size=2, guidance_scale=1.0))
-    assert not torch.equal(drawn, generate(pipeline, captions, seed=5, batch_size=2, num_inference_steps=2))
+    assert not torch.equal(drawn, generate_images(pipeline, captions, seed=6, batch_size=2))
+    assert not torch.equal(drawn, generate_images(pipeline, captions, seed=5, batch_size=2, guidance_scale=1.0))
+    assert not torch.equal(drawn, generate_images(pipeline, captions, seed=5, batch_size=2, num_inference_steps=2))
     # The first pictures of many are those of few.
-    assert int((generate(pipeline, captions[:1], seed=5, batch_size=2).int() - drawn[:1].int()).abs().max()) <= 1
+    assert int((generate_images(pipeline, captions[:1], seed=5, batch_size=2).int() - drawn[:1].int()).abs().max()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
 def test_settings_of_drawing_are_checked(tmp_path, changes, said):
     settings: dict[str, Any] = {"captions": ["a dog"], "seed": 0, "batch_size": 1} | changes
     with pytest.raises(ValueError, match=said):
-        generate(tiny.pipeline(tmp_path), settings.pop("captions"), **settings)
+        generate_images(tiny.pipeline(tmp_path), settings.pop("captions"), **settings)
 
 
 def test_ranks_by_hand():

@@ -15,7 +15,7 @@ from ldm import checkpoint
 from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import kid, kid_leave_one_out
-from ldm.evaluation.generate import generate, sample_captions
+from ldm.evaluation.generate import generate_images, sample_captions
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 from ldm.evaluation.sweep import (
     Cell,
@@ -211,7 +211,9 @@ def test_a_sweep_measures_all_cells_and_stores_the_winner(run, emoji, gallery, s
 
     # A cell by hand: same captions, noise, features.
     captions, own = sample_captions(emoji[1].samples, 30, seed=0)
-    pictures = generate(models["raw"], captions, seed=0, num_inference_steps=3, guidance_scale=3.0, batch_size=30)
+    pictures = generate_images(
+        models["raw"], captions, seed=0, num_inference_steps=3, guidance_scale=3.0, batch_size=30
+    )
     features = space.compute([to_signed(pictures)])
     (measured,) = [c for c in found.cells if c.setting == ("raw", 3.0, 3)]
     reference = gallery.features[40:]
