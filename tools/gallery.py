@@ -1,4 +1,4 @@
-"""The pictures that the README opens with: the built-in model's first picture for each of twelve prompts.
+"""The images at the top of the README: the built-in model's first image for each of twelve prompts.
 
     python tools/gallery.py                                      # docs/gallery.png
     python tools/gallery.py --model runs/openmoji-64/pipeline -o gallery.png
@@ -25,39 +25,41 @@ PROMPTS = (
 SEED = 0
 COLUMNS = 6
 ENLARGED = 4
-MARGIN, LINE, LETTERS = 12, 26, 22  # pixels, pixels, letters a line of text
+MARGIN, LINE_HEIGHT, LINE_LETTERS = 12, 26, 22  # pixels, pixels, letters
 OUTPUT = Path(__file__).parents[1] / "docs" / "gallery.png"
 
 
-def sheet(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """The pictures in rows, enlarged, each with its prompt beneath."""
+def sheet(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
+    """The images in rows, enlarged, each above its prompt."""
     font = ImageFont.load_default(size=20)
-    texts = [textwrap.wrap(prompt, LETTERS) for prompt in prompts]
-    width, height = (ENLARGED * side for side in pictures[0].size)
-    below = LINE * max(map(len, texts)) + MARGIN
-    columns = min(COLUMNS, len(pictures))
-    rows = -(-len(pictures) // columns)
+    texts = [textwrap.wrap(prompt, LINE_LETTERS) for prompt in prompts]
+    width, height = (ENLARGED * side for side in images[0].size)
+    below = LINE_HEIGHT * max(map(len, texts)) + MARGIN
+    columns = min(COLUMNS, len(images))
+    rows = -(-len(images) // columns)
     whole = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + below + MARGIN)), "white")
-    draw = ImageDraw.Draw(whole)
-    for place, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
-        row, column = divmod(place, columns)
+    canvas = ImageDraw.Draw(whole)
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(index, columns)
         left, top = MARGIN + column * (width + MARGIN), MARGIN + row * (height + below + MARGIN)
-        whole.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        whole.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
         for number, line in enumerate(lines):
-            draw.text((left + width // 2, top + height + number * LINE + 4), line, fill="black", font=font, anchor="ma")
+            canvas.text(
+                (left + width // 2, top + height + number * LINE_HEIGHT + 4), line, fill="black", font=font, anchor="ma"
+            )
     return whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="openmoji-64")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="others than the twelve")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="instead of the twelve")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     pipeline = Pipeline.from_pretrained(arguments.model)
-    pictures = [pipeline(prompt, seed=arguments.seed).images[0] for prompt in arguments.prompts]
-    save_png(sheet(pictures, arguments.prompts), arguments.output)
+    images = [pipeline(prompt, seed=arguments.seed).images[0] for prompt in arguments.prompts]
+    save_png(sheet(images, arguments.prompts), arguments.output)
     print(arguments.output)
 
 

@@ -25,7 +25,7 @@ def evaluate_autoencoder_command(
     ],
     path: Annotated[str, typer.Argument(help="Images: a folder, a file, or the id of a data set.")],
     split: Annotated[
-        str, typer.Option(help="held-out (not seen in training), or all for one that was not trained on this data.")
+        str, typer.Option(help="held-out (not seen in training), or all for one of other data.")
     ] = "held-out",
     held_out: Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")] = 0.1,
     samples: Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")] = None,
@@ -52,7 +52,7 @@ def evaluate_autoencoder_command(
         str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")
     ] = None,
 ) -> None:
-    """Measure reconstructions of a first stage, and advise to use it, fine-tune its decoder, train one, or do without."""
+    """Measure a first stage, and advise to use it, fine-tune its decoder, train one, or do without."""
     if split not in ("held-out", "all"):
         raise ValueError(f"--split is {split}; it is held-out or all")
     if output is not None:

@@ -50,10 +50,10 @@ def real(images, indices):
 
 
 def asked_with(reference, draw):
-    """What would be asked for in 60 pictures; `generate(side, own)` are the pictures."""
+    """What would be asked for in 60 pictures; `draw(side, own)` are the pictures."""
     wanted = select_captions(reference, 60, 0)
     return tuple(
-        GeneratedImages(side, tuple(texts), tuple(own), generate(side, own)) for side, (texts, own) in wanted.items()
+        GeneratedImages(side, tuple(texts), tuple(own), draw(side, own)) for side, (texts, own) in wanted.items()
     )
 
 
