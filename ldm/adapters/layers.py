@@ -91,23 +91,6 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
     return dict(sorted(found.items()))
 
 
-def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
-    """Copies what `adapter_tensors` gave back into the adapter, exactly.
-
-    Raises:
-        ValueError: if a name is missing or unknown, or a shape differs; nothing is changed then.
-    """
-    own = adapter_tensors(model, name)
-    different = sorted(own.keys() ^ tensors.keys()) or sorted(k for k in own if own[k].shape != tensors[k].shape)
-    if different:
-        raise ValueError(
-            f"{len(different)} tensors do not fit the adapter {name!r} (first: {different[0]}); "
-            "use the rank, alpha and target_modules with which they were saved"
-        )
-    for key, tensor in own.items():
-        tensor.copy_(tensors[key])
-
-
 def layer_alphas(model: nn.Module, name: str) -> dict[str, float]:
     """α of each layer that has the adapter."""
     layers = {plain_name(path): layer for path, layer in _lora_layers(model).items() if name in layer.lora_A}
@@ -198,26 +181,6 @@ def unmerge_adapters(model: nn.Module) -> None:
         _replace(model, path, layer)
     state.merged, model.peft_config, state.peft_config = None, state.peft_config, None
     _freeze(model, state)
-
-
-def delete_adapter(model: nn.Module, name: str = "default") -> None:
-    """Takes one adapter out; the others stay as they are. After the last one the network is as before the first."""
-    state = _unmerged_state(model, name)
-    if state.names == [name]:
-        remove_adapters(model)
-        return
-    if state.trained == name:
-        state.trained = None
-    set_adapters(model, {other: weight for other, weight in state.weights.items() if other != name})
-    for path, layer in _lora_layers(model).items():
-        if name in layer.lora_A:
-            layer.set_adapter([other for other in layer.lora_A if other != name])  # peft warns where it is on
-            layer.delete_adapter(name)
-            if not layer.lora_A:
-                _replace(model, path, layer.get_base_layer())
-    state.names.remove(name)
-    model.peft_config.pop(name)  # type: ignore[operator, union-attr]
-    set_adapters(model, state.weights)
 
 
 def remove_adapters(model: nn.Module) -> None:

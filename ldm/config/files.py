@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.config.foreign import refuse_other_tools
 from ldm.config.reading import from_text, members_of, read_yaml, section_in, typed
 from ldm.config.schema import AutoencoderTrainingConfig, LDMConfig
 
@@ -51,6 +50,29 @@ SCRIPTS: dict[type, str] = {
     LDMConfig: "train/train_ldm.py",
     AutoencoderTrainingConfig: "train/train_autoencoder.py",
 }
+# Dotted keys → the tool. None of them is a key of ours.
+FOREIGN_KEYS = {
+    "model.target": "CompVis's latent-diffusion and what came of it",
+    "model.base_learning_rate": "CompVis's latent-diffusion and what came of it",
+    "network_module": "kohya's sd-scripts",
+    "network_dim": "kohya's sd-scripts",
+    "pretrained_model_name_or_path": "the scripts of diffusers and kohya",
+    "instance_data_dir": "the scripts of diffusers and kohya",
+    "train_data_dir": "the scripts of diffusers and kohya",
+    "model_arguments": "kohya's sd-scripts",
+    "datasets": "kohya's sd-scripts",
+    "job": "ai-toolkit",
+    "--model_type": "SimpleTuner",
+    "training_method": "OneTrainer",
+    "_class_name": "a part of a model of diffusers",
+    "model_type": "a model of transformers",
+    "architectures": "a model of transformers",
+    "compute_environment": "accelerate (accelerate launch --config_file takes it)",
+    "trainer": "Lightning",
+    "_target_": "Hydra",
+    "defaults": "Hydra",
+}
+
 NEAR = 0.7  # of difflib: max_step and max_steps have 0.94, model and method 0.55
 
 # What is shown of a wrong value: aliases of YAML can make it larger than memory.
@@ -125,6 +147,22 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
             f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {' and no '.join(foreign)}; run "
             "it with that script"
         )
+
+
+def refuse_other_tools(content: Mapping[str, Any], where: str) -> None:
+    """Refuses a config that was written for another tool.
+
+    Raises:
+        ValueError: naming the key and the tool.
+    """
+    for key, tool in FOREIGN_KEYS.items():
+        section, _, last = key.rpartition(".")
+        inside = content.get(section) if section else content
+        if isinstance(inside, Mapping) and last in inside:
+            raise ValueError(
+                f"{where} has {key}, a key of {tool}; ldm does not read such configs: start from one of the files in "
+                "configs/, and name a model to go on from in start_from"
+            )
 
 
 def parse_config(content: Mapping[str, Any], kind: type[ConfigT], where: str) -> ConfigT:

@@ -1,18 +1,8 @@
-"""Encoding and decoding of large images a strip at a time: the same result, in a fraction of the memory.
+"""Encoding and decoding of large images in strips of rows: the same result up to rounding, in less memory.
 
-A convolution of a strip needs a row or two of its neighbours, which are read along with it. Two things reach over the
-whole image: the statistics of each group normalisation, which are gathered strip by strip before it is applied, and
-the attention in the middle, whose keys and values are held whole. So the strips are those that the whole image would
-have, up to rounding: there is no seam to blend. What is stored whole is one map a residual block, in place; what lies
-between is computed when it is asked for, some of it twice or three times.
-
-Tiles normalised each by itself are faster but another picture: six OpenMoji at 512 pixels, in tiles of 128 with
-an overlap that covers what the convolutions see, differed by 2.4 of 255 levels in the mean and 99 at most, with jumps
-across their borders four times those elsewhere. With statistics from a smaller copy or a sample of the image there
-were no seams, but still differences of 1 to 2 levels, 35 to 80 at most. Strips differ by 1e-6.
-
-The built-in first stage decodes 2048x2048 pixels in 0.5 GB where the whole would take 2, in 1.4 times the time; a
-decoder like Stable Diffusion's takes 0.4 of the memory at 384 pixels, less at more, and 1.9 times the time.
+Convolutions read a row or two of the neighboring strips. The statistics of group norms are gathered strip by strip
+first, and the attention in the middle holds all keys and values, so there are no seams. One map per residual block is
+stored, in place; the rest is computed when needed, some of it two or three times. Measured: docs/first-stage.md.
 """
 
 from __future__ import annotations
