@@ -77,9 +77,7 @@ def printed_configs(out):
     return {part.split("\n", 1)[0]: yaml.safe_load(part.split("\n", 1)[1]) for part in parts}
 
 
-def test_a_folder_becomes_a_model_by_a_script_and_a_config_that_anyone_could_write(
-    here, encoder_folder, monkeypatch, capfd
-):
+def test_auto_train_runs_a_script_with_a_config(here, encoder_folder, monkeypatch, capfd):
     data = captioned_folder(here / "my pictures", 12)
     arguments = [data, "--encoder", encoder_folder, "--resolution", 16]
     assert call(monkeypatch, *arguments, "--plan", overrides=SMALL + NARROW) == 0
@@ -107,9 +105,7 @@ def test_a_folder_becomes_a_model_by_a_script_and_a_config_that_anyone_could_wri
 
 
 @pytest.mark.slow
-def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
-    here, encoder_folder, in_this_process, monkeypatch, capfd
-):
+def test_auto_trains_a_first_stage(here, encoder_folder, in_this_process, monkeypatch, capfd):
     # As few images and steps as make a run.
     monkeypatch.setattr(autoencoder, "MIN_TRAINING_IMAGES", 20)
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
@@ -132,9 +128,7 @@ def test_a_first_stage_is_trained_before_where_there_are_images_for_it(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
-    here, encoder_folder, in_this_process, monkeypatch, capfd
-):
+def test_resuming_continues_first_stage_and_run(here, encoder_folder, in_this_process, monkeypatch, capfd):
     monkeypatch.setattr(autoencoder, "MIN_TRAINING_IMAGES", 20)
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
@@ -167,9 +161,7 @@ def test_a_run_that_was_broken_off_in_its_first_stage_goes_on_with_both(
 
 
 @pytest.mark.slow
-def test_a_decoder_is_tuned_before_where_the_latents_hold_more_than_it_shows(
-    here, encoder_folder, in_this_process, monkeypatch, capfd
-):
+def test_auto_tunes_a_decoder(here, encoder_folder, in_this_process, monkeypatch, capfd):
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     (here / "data").mkdir()
     for i, sample in enumerate(open_source(DataConfig(path="digits", resolution=8)).samples[:12]):
@@ -345,9 +337,7 @@ def test_data_that_is_nowhere_is_said_to_be_so(here, called, monkeypatch, capfd)
 
 
 @pytest.mark.slow
-def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
-    here, encoder_folder, in_this_process, monkeypatch, capfd
-):
+def test_moved_and_changed_runs_resume_on_the_same_data_only(here, encoder_folder, in_this_process, monkeypatch, capfd):
     captioned_folder(here / "pics", 8)
     arguments = ["pics", "--encoder", encoder_folder, "--resolution", 16, "-o", "out"]
     assert call(monkeypatch, *arguments, overrides=SMALL + NARROW) == 0
@@ -405,7 +395,7 @@ def test_runs_that_are_moved_or_change_go_on_with_the_same_data_alone(
         (["folder"], "leave folder out"),
     ],
 )
-def test_what_a_resumed_run_has_no_place_for_is_refused_by_name(arguments, part, here, monkeypatch, capfd):
+def test_options_of_new_runs_are_rejected_on_resume(arguments, part, here, monkeypatch, capfd):
     monkeypatch.setattr(auto, "run_script", lambda *arguments: pytest.fail("nothing may start"))
     (here / "run").mkdir()
     text = (ROOT / "configs" / "digits.yaml").read_text()

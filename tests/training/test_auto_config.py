@@ -99,7 +99,7 @@ def parameters(config):
 
 
 @pytest.mark.slow
-def test_a_slow_machine_gets_smaller_pictures_before_it_gets_too_few_steps(tmp_path, speed):
+def test_slow_machines_get_smaller_images(tmp_path, speed):
     photos = folder_of(tmp_path / "photos", 40, 80)
     speed["factor"] = 2.0
     _, config, reasons = chosen(photos)
@@ -211,7 +211,7 @@ def test_half_precision_is_taken_where_it_is_faster(tmp_path, speed):
     assert config.train.mixed_precision == "bf16" and "(bf16, measured)" in reasons
 
 
-def test_the_length_of_captions_is_the_shortest_that_nearly_all_fit_into(tmp_path, speed):
+def test_text_length_fits_nearly_all_captions(tmp_path, speed):
     pictures = folder_of(tmp_path / "pictures", 6, 16)
     (pictures / "0.txt").write_text("one two three four five six seven eight nine ten " * 2)
     _, config, reasons = chosen(pictures)

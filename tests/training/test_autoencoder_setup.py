@@ -156,7 +156,7 @@ def ratio(stage, images, noise):
     return float(one.norm() / (other.norm() + DELTA))
 
 
-def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer_of_the_step_before(perceptual):
+def test_adaptive_weight_is_the_gradient_ratio_of_the_previous_step(perceptual):
     stage = FirstStage(perceptual, perceptual_weight=0.5)
     images, noise = pictures()
     first = stage.losses(images, noise)
@@ -168,7 +168,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer_of_the_
     assert float(stage.losses(images, noise).figures["adversarial_weight"]) == pytest.approx(0.7 * expected, rel=1e-4)
 
 
-def test_the_adaptive_weight_is_bounded_and_stays_when_a_step_is_skipped():
+def test_adaptive_weight_is_bounded_and_unchanged_by_skipped_steps():
     images, noise = pictures()
     stage = FirstStage(adaptive_weight_limit=0.01)
     stage.losses(images, noise)
@@ -278,7 +278,7 @@ def test_two_processes_train_as_one_with_a_discriminator(accumulation, tmp_path,
     assert_same_game(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_checkpoint_has_both_networks_and_an_average_of_the_autoencoder_alone(tmp_path, capsys, train):
+def test_a_checkpoint_holds_the_discriminator_without_ema(tmp_path, capsys, train):
     large = "discriminator={channels: 64, levels: 3}"
     run = train(tmp_path / "run", *ADVERSARIAL, large, "train.max_steps=2", plan=True)
     folder = run / "checkpoints" / "step_00000002" / "training"
@@ -299,7 +299,7 @@ def test_a_checkpoint_has_both_networks_and_an_average_of_the_autoencoder_alone(
     assert plan["fixed_bytes"] > 16 * count
 
 
-def test_until_it_is_heeded_a_discriminator_changes_nothing_of_the_autoencoder(tmp_path, train):
+def test_a_discriminator_changes_nothing_before_its_start(tmp_path, train):
     """Not its clipping either: each gradient is clipped to the norm of its own network."""
     clipped = ["train.max_grad_norm=0.01", "train.max_steps=2", "train.learning_rate=0.01", "train.warmup_steps=1"]
     for name, weight in (("with", 0.5), ("without", 0)):

@@ -79,7 +79,7 @@ def opened(folder, **options):
     return CaptionedImages(open_source(config).samples, config, 0, **options)
 
 
-def test_a_first_stage_learns_from_all_shapes_and_resumes_bit_for_bit(tmp_path, folder, first_run, capsys):
+def test_a_bucketed_first_stage_resumes_bit_for_bit(tmp_path, folder, first_run, capsys):
     run_autoencoder(tmp_path / "two", folder, "train.max_steps=2")
     printed = capsys.readouterr().out
     assert "sizes, height x width (and how many images): 48x24 (4), 32x32 (4), 24x48 (5); " in printed

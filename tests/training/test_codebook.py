@@ -268,7 +268,7 @@ def run(tmp_path_factory, pictures):
     return train(tmp_path_factory.mktemp("vq") / "run", pictures, "train.checkpoint_every=2", "train.log_every=3")
 
 
-def test_a_run_logs_how_codes_are_used_and_ends_with_standard_latents(run, pictures):
+def test_a_run_logs_codebook_usage(run, pictures):
     lines = [line for line in metrics(run) if "loss" in line]
     assert [line["step"] for line in lines] == [3, 4]
     for line in lines:

@@ -216,7 +216,7 @@ MOMENTS = {
 @pytest.mark.parametrize(
     ("number", "moment"), [*((signal.SIGTERM, moment) for moment in MOMENTS), (signal.SIGINT, "a step")]
 )
-def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
+def test_a_signal_stops_a_run_that_resumes_exactly(
     moment, number, tmp_path, encoder_folder, first_stage, unbroken, monkeypatch, capsys
 ):
     name, at, saved = MOMENTS[moment]
@@ -259,7 +259,7 @@ def test_a_signal_stops_the_run_so_that_it_goes_on_as_if_it_had_not(
     assert sheets(unbroken) == sheets(tmp_path / "run")
 
 
-def test_a_second_interrupt_leaves_at_once_and_an_echo_of_the_first_does_not():
+def test_a_second_interrupt_exits_at_once():
     program = """
 import os, signal, sys, time
 from ldm.training.interruption import interruption
@@ -332,7 +332,7 @@ def spoil(monkeypatch, steps, where="loss"):
     monkeypatch.setattr(Run, "batches", counted)
 
 
-def test_the_norm_that_is_logged_after_skipped_steps_outlives_a_kill(tmp_path, encoder_folder, monkeypatch):
+def test_gradient_norm_survives_a_kill(tmp_path, encoder_folder, monkeypatch):
     runs = [tmp_path / "unbroken", tmp_path / "broken"]
     for run in runs:
         with monkeypatch.context() as patch:
@@ -395,7 +395,7 @@ def test_the_sample_that_is_named_is_the_one(tmp_path, encoder_folder, monkeypat
     assert [(sample["id"], sample["caption"]) for sample in entry["samples"]] == [(name, caption)]
 
 
-def test_too_many_in_a_row_end_the_run_and_are_counted_across_a_break(tmp_path, encoder_folder, monkeypatch):
+def test_too_many_nonfinite_steps_end_the_run(tmp_path, encoder_folder, monkeypatch):
     arguments = [*settings(tmp_path / "run", encoder_folder), "train.max_steps=20", "train.max_nonfinite_steps=5"]
     with monkeypatch.context() as patch:
         spoil(patch, set(range(2, 99)))
@@ -480,7 +480,7 @@ def test_what_a_killed_process_leaves_is_cleared_away(tmp_path, encoder_folder):
     assert (run / "pipeline" / "model_index.json").is_file()
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again_in_its_folder(tmp_path, encoder_folder, capsys):
+def test_a_run_without_checkpoint_restarts_in_its_folder(tmp_path, encoder_folder, capsys):
     arguments = settings(tmp_path / "run", encoder_folder)
     run_ldm(arguments, "train.max_steps=1")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -540,7 +540,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, encoder_fo
     assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3, 4]
 
 
-def test_an_old_folder_comes_back_if_a_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "old").write_text("old")
     rename, called = Path.rename, 0
@@ -583,7 +583,7 @@ def test_half_a_line_on_a_full_disk_is_an_error(tmp_path):
 # ---- which checkpoints stay, and what a run must be to go on
 
 
-def test_copies_that_someone_keeps_beside_the_checkpoints_are_left_alone(tmp_path, encoder_folder, finished):
+def test_copies_beside_checkpoints_stay(tmp_path, encoder_folder, finished):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     newest = run / "checkpoints" / "step_00000004"
@@ -602,7 +602,7 @@ def test_a_run_is_not_cut_back_to_fewer_steps(tmp_path, encoder_folder, finished
         run_ldm(settings(run, encoder_folder), "train.max_steps=3", resume=True)
 
 
-def test_what_another_process_has_added_before_the_lock_was_free_is_not_undone(tmp_path, encoder_folder, finished):
+def test_checkpoints_of_another_process_stay(tmp_path, encoder_folder, finished):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = load_config(ROOT / "configs" / "digits.yaml", settings(run, encoder_folder), LDMConfig)

@@ -88,7 +88,7 @@ def spread(images, step, accumulation, world):
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_stratified_timesteps_cover_the_schedule_however_a_batch_is_cut_up(step, digits):
+def test_stratified_timesteps_do_not_depend_on_batch_splits(step, digits):
     whole = spread(digits, step, 1, 1)
     assert len(whole) == 16
     for place, t in enumerate(whole.values()):  # stratum i of 16 of the 50 timesteps, in whole numbers

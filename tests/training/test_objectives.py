@@ -173,7 +173,7 @@ def test_stratified_timesteps_depend_on_the_global_batch_alone(tmp_path, encoder
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
-def test_learned_variances_and_stratified_timesteps_resume_bit_for_bit(tmp_path, encoder_folder):
+def test_learned_variances_resume_bit_for_bit(tmp_path, encoder_folder):
     one, two = (settings(tmp_path / name, encoder_folder) for name in ("one", "two"))
     more = ["train.timesteps=stratified", LEARNED]
     run_ldm(one, *more)
@@ -221,7 +221,7 @@ def going_on(folder, model, pictures, sample=None, method="full", **train):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_going_on_keeps_schedule_and_prediction_and_takes_loss_and_timesteps(method, tmp_path, pictures):
+def test_finetuning_keeps_the_schedule_and_changes_the_loss(method, tmp_path, pictures):
     kind = {"prediction_type": "posterior_mean", "beta_schedule": "plain_cosine"}
     model = model_of(tmp_path, learned=True, **kind)
     more = {"loss": {"weighting": "hybrid", "vlb_weight": 0.01}, "timesteps": "stratified"}

@@ -32,7 +32,7 @@ def said(seconds_of_steps, aside=None, plan=PLAN):
     return found
 
 
-def test_what_is_too_slow_is_said_once_with_the_time_that_it_will_take():
+def test_slow_steps_warn_once():
     found = said([1.85] * 100)
     assert list(found) == [PACE_STEPS]
     assert " s instead of 0.1 s, and the run about 74 min instead of 4 min" in found[PACE_STEPS]

@@ -158,7 +158,7 @@ def test_a_run_that_is_killed_again_and_again_is_still_the_same(train, tmp_path)
         assert differences(expected, evidence(last)) == [], step
 
 
-def test_a_kill_between_the_last_checkpoint_and_its_export_leaves_no_older_export(train, tmp_path):
+def test_resuming_updates_an_older_export(train, tmp_path):
     case = Case("pixel", 1, 0, False, 1, CROSSING)
     train(case, tmp_path / "one")
     two = broken_off(tmp_path / "one", tmp_path / "two", STEPS)

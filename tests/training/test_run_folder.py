@@ -86,7 +86,7 @@ def test_the_lock_is_held_while_a_folder_is_moved_aside(tmp_path, monkeypatch):
     unlock()
 
 
-def test_a_lock_that_was_opened_before_its_folder_moved_is_not_taken_for_that_of_the_new_one(tmp_path, monkeypatch):
+def test_the_lock_of_a_moved_folder_is_not_that_of_the_new_one(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     held = os.open(tmp_path / "run" / ".lock", os.O_RDWR | os.O_CREAT)
     assert folders.try_lock(held)
@@ -119,7 +119,7 @@ def test_what_a_link_leads_to_is_moved_aside_and_the_link_stays(tmp_path):
     assert seeds == [1, 0]
 
 
-def test_what_was_refused_is_not_cleared_away_where_another_process_has_begun(tmp_path, monkeypatch):
+def test_a_locked_folder_is_not_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "LOCK_SECONDS", 0.0)
     opened(tmp_path / "run")()
     held = os.open(tmp_path / "run" / ".lock", os.O_RDWR)
