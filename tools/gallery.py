@@ -44,9 +44,8 @@ def sheet(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
         left, top = MARGIN + column * (width + MARGIN), MARGIN + row * (height + below + MARGIN)
         whole.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
         for number, line in enumerate(lines):
-            canvas.text(
-                (left + width // 2, top + height + number * LINE_HEIGHT + 4), line, fill="black", font=font, anchor="ma"
-            )
+            position = (left + width // 2, top + height + number * LINE_HEIGHT + 4)
+            canvas.text(position, line, fill="black", font=font, anchor="ma")
     return whole
 
 
