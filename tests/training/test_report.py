@@ -89,7 +89,7 @@ def test_a_page_shows_all_that_a_run_has_written(tmp_path):
     assert tiles["Held-out loss"] == "0.15step 400"
     assert tiles["Best held-out loss"] == "0.1step 200, saved in best/"
     assert tiles["Samples per second"].startswith("32")
-    assert tiles["Time in steps"].startswith("3 min") and "2 h 0 min" in tiles["Time in steps"]  # 400 · 16 / 32 = 200 s
+    assert tiles["Time in steps"].startswith("3 min") and "2 h 00 min" in tiles["Time in steps"]  # 400 · 16 / 32 = 200 s
     text = text_of(tree)
     assert "Finished: all of 400 steps." in text
     assert "memorising sets in, and the best step was 200" in text
