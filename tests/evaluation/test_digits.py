@@ -39,6 +39,7 @@ def test_labels_are_those_of_scikit_learn(scans):
         assert digit_of(sample) == target[int(sample.id.rpartition("/")[2])]
 
 
+@pytest.mark.filterwarnings("ignore::ldm.text.encoder.CutPromptWarning")
 def test_every_digit_is_drawn_with_its_own_seeds(tmp_path):
     pipeline = tiny.pipeline(tmp_path)
     pictures, digits = generate_digits(pipeline, 2, num_inference_steps=2, batch_size=7)

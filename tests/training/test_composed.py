@@ -134,7 +134,7 @@ def test_a_batch_mixes_what_is_kept_on_disk_and_in_memory(pictures, tmp_path, te
         assert torch.equal(batch.loaded, batch.renewed & (epoch % 2 == 0)), "loaded once, plain ones never"
         latents, states = encoded.latents(batch, None), encoded.text(batch.captions)
         with torch.no_grad():
-            expected = codec.draw(codec.moments(to_signed(plain.images)))
+            expected = codec.sample_latents(codec.moments(to_signed(plain.images)))
         torch.testing.assert_close(latents, expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(states, text_encoder(batch.captions), rtol=2e-3, atol=2e-3)
         # One whose memory is empty, and one whose memory is too small, say the same to the last bit.

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ldm import checkpoint, disk
+from ldm import checkpoint, disk, weights
 from ldm.config import LDMConfig, load_config
 from ldm.training import checkpoints, resume
 from ldm.training.checkpoints import find_damage
@@ -46,7 +46,7 @@ class Failing:
         for module, name in OPERATIONS:
             monkeypatch.setattr(module, name, self.counted(getattr(module, name), name))
         monkeypatch.setattr("io.open", self.counted_open(builtins.open))
-        monkeypatch.setattr(checkpoint, "save_file", self.counted_save(safetensors.torch.save_file))
+        monkeypatch.setattr(weights, "save_file", self.counted_save(safetensors.torch.save_file))
 
     def tick(self, what: str) -> None:
         self.count += 1

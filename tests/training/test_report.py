@@ -89,10 +89,12 @@ def test_a_page_shows_all_that_a_run_has_written(tmp_path):
     assert tiles["Held-out loss"] == "0.15step 400"
     assert tiles["Best held-out loss"] == "0.1step 200, saved in best/"
     assert tiles["Samples per second"].startswith("32")
-    assert tiles["Time in steps"].startswith("3 min") and "2 h 00 min" in tiles["Time in steps"]  # 400 · 16 / 32 = 200 s
+    assert (
+        tiles["Time in steps"].startswith("3 min") and "2 h 00 min" in tiles["Time in steps"]
+    )  # 400 · 16 / 32 = 200 s
     text = text_of(tree)
-    assert "Finished: all of 400 steps." in text
-    assert "memorising sets in, and the best step was 200" in text
+    assert "Finished: all 400 steps." in text
+    assert "The best step was 200." in text
     labels = [svg.attrib["aria-label"] for svg in tree.iter(f"{SVG}svg")]
     assert [label.split(";")[0] for label in labels] == [
         *("Loss", "Held-out loss by band of noise", "Learning rate", "Gradient norm before clipping"),
@@ -103,7 +105,7 @@ def test_a_page_shows_all_that_a_run_has_written(tmp_path):
         ("step 400", 200),
         ("step 200", 100),
     ]
-    for shown in ("1 was skipped", "a.png", "truncated", "few images", "7,200 (2 h 0 min)", "step_00000400"):
+    for shown in ("1 was skipped", "a.png", "truncated", "few images", "7,200 (2 h 00 min)", "step_00000400"):
         assert shown in text
     assert (folder / "config.yaml").read_text() in text
     assert f"ldm generate 'what to draw' --model {folder / 'pipeline'}" not in text

@@ -82,9 +82,8 @@ def test_without_the_packages_of_the_perceptual_distance_psnr_decides(plain, mon
     assert " dB and a perceptual distance of 0.0" in with_it.reason
     monkeypatch.setattr(space, "is_installed", lambda: False)
     without = decide_space(images(plain, 40), None, CPU)
-    assert (
-        without.reason == f"{BUILT_IN} reconstructs these images at {without.psnr:.1f} dB, 24 or more keep what matters"
-    )
+    assert without.reason.startswith(f"{BUILT_IN} reconstructs these images at {without.psnr:.1f} dB, ")
+    assert "24" in without.reason and "perceptual" not in without.reason
     assert without.psnr == with_it.psnr
 
 
@@ -92,7 +91,7 @@ def test_latents_that_lose_the_picture_are_taken_only_where_pixels_are_too_many(
     small, large = decide_space(images(noise, 64), None, CPU), decide_space(images(noise, 68), None, CPU)
     assert small.space == "pixel" and small.first_stage is None
     assert f"at {small.psnr:.1f} dB and a perceptual distance of " in small.reason
-    assert small.reason.endswith(", below 24 and 10 images are few to train a first stage on")
+    assert "below 24" in small.reason and "10 images" in small.reason
     assert large.space == "latent" and large.first_stage == BUILT_IN
     assert "68 pixels a side are too many to diffuse directly" in large.reason
     assert not small.train_first_stage and not large.train_first_stage
