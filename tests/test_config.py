@@ -76,6 +76,9 @@ def test_overrides_change_one_key_each():
         ("train.learning_rate=0", ["learning_rate is 0"]),
         ("train.ema_decay=1", ["ema_decay is 1"]),
         ("train.caption_dropout=2", ["caption_dropout is 2"]),
+        ("train.logit_std=0", ["logit_std is 0"]),
+        ("train.logit_mean=nan", ["logit_mean"]),
+        ("train.logit_mean=0.5", ["logit_mean", "timestep_density"]),
         ("train.lr_schedule=linear", ["train.lr_schedule", "linear"]),
         ("train.mixed_precision=fp8", ["train.mixed_precision"]),
         ("sample.prompts=[]", ["prompts is empty"]),
@@ -558,3 +561,9 @@ def test_a_posterior_mean_is_trained_in_float32(precision):
     with pytest.raises(ValueError, match=f"posterior_mean, of which {precision} leaves noise alone"):
         load_config(DIGITS, [*changes, f"train.mixed_precision={precision}"], LDMConfig)
     load_config(DIGITS, [*changes, "train.mixed_precision=no"], LDMConfig)
+
+
+@pytest.mark.parametrize("weighting", ["vlb", "hybrid"])
+def test_the_bound_needs_uniform_timesteps(weighting):
+    message = refused("train.timestep_density=logit_normal", f"train.loss.weighting={weighting}")
+    assert "timestep_density" in message and weighting in message

@@ -212,6 +212,11 @@ class DiffusionTrainConfig(TrainConfig):
             raise ValueError(
                 "logit_mean and logit_std are for timestep_density logit_normal; set that too, or leave them out"
             )
+        if self.timestep_density != "uniform" and self.loss.weighting in ("vlb", "hybrid"):
+            raise ValueError(
+                f"timestep_density is {self.timestep_density}, but loss.weighting {self.loss.weighting} estimates the "
+                "variational bound from uniform timesteps; choose uniform, or loss.weighting simple or min_snr"
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}; it must be 0 to 1")
 

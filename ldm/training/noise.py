@@ -19,7 +19,7 @@ class StepNoise:
     """The random numbers of B samples at one step.
 
     Attributes:
-        timesteps: [B] int64 on the CPU, uniform on 0 … T − 1 over many steps.
+        timesteps: [B] int64 on the CPU, 0 … T − 1; over many steps uniform, or logit-normal where that is set.
         dropped: [B] bool, whether the caption is replaced by the empty one.
         noise: ε, [B, C, h, w] float32.
         posterior: noise of the first stage's posterior, [B, C, h, w] float32.
