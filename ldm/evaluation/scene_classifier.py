@@ -31,7 +31,7 @@ ALL_COLORS = (*COLORS, OWN)
 PEAK = 0.4  # least probability of a center; chosen on scenes by `tools/train_scene_classifier.py`
 BATCH_SIZE = 64
 WEIGHTS = "model.safetensors"
-HOW_TO_TRAIN = "train it again: python tools/train_scene_classifier.py"
+HOW_TO_TRAIN = "train one: python tools/train_scene_classifier.py"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -266,6 +266,8 @@ class Pipeline:
         prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt or ""), 1)
         sampling.setdefault("sampler", "ddim")
         params = self._params(sampling)
+        if params.eta > 0:
+            raise ValueError(f"eta is {params.eta}, which adds noise; interpolation needs none: leave it out")
         if params.stochastic or not isinstance(params.sampler, str):
             known = ", ".join(name for name, row in SAMPLERS.items() if not row.stochastic)
             raise ValueError(

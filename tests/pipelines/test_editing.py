@@ -165,6 +165,7 @@ def test_previews_show_the_predicted_picture(pipeline):
     [
         (lambda p: p.interpolate(["a", "b", "c"], seeds=(1, 2)), "there are 3 prompts; give one, or the two"),
         (lambda p: p.interpolate("a", seeds=(1, 2, 3)), "there are 3 seeds for 2 images"),
+        (lambda p: p.interpolate("a", (1, 2), eta=0.5), "eta is 0.5"),
         (lambda p: p.interpolate("a", 3), "seeds is 3; give two, those of the ends"),
         (
             lambda p: p.interpolate("a", (1, 2), negative_prompt=["x", "y"]),
