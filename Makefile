@@ -48,4 +48,4 @@ $(FLOORS)/.installed: pyproject.toml floors.txt
 
 clean:
 	rm -rf $(VENV) $(FLOORS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find ldm train tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ldm train tools experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = ("ldm", "train", "tools")
+TREES = ("ldm", "train", "tools", "experiments")
 
 # Low to high: an import may go from a part to a lower level, or stay inside the part. Parts of one level do not
 # know each other. The table is closed: a new part needs a line.
@@ -40,13 +40,15 @@ LEVELS = {
     "ldm.cli": 8,
     "train": 8,
     "tools": 8,
+    "experiments": 8,
 }
 MATHEMATICS = ("ldm.diffusion", "ldm.models")  # torch and the standard library only
 # Reads a file of the package index that exists as a pickle alone, after comparing its hash with the one that is known.
 KNOWN_WEIGHTS = "ldm.evaluation.efficientnet"
 # Who may call what others may not: what is here counts cores for all, a run knows what its user allows, and a tool may
 # say what machine it ran on and fix its own conditions.
-MAY_CALL = {"os.cpu_count": ("ldm.cores", "tools."), "torch.set_num_threads": ("ldm.training.", "tools.")}
+PROGRAMS = ("tools.", "experiments.")
+MAY_CALL = {"os.cpu_count": ("ldm.cores", *PROGRAMS), "torch.set_num_threads": ("ldm.training.", *PROGRAMS)}
 TOP = 8  # programs: they import everything, nothing imports them
 
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
@@ -230,7 +232,7 @@ def dangerous_calls(tree: ast.AST, module: str, is_package: bool) -> Iterator[tu
 
 
 def violations(root: Path) -> list[str]:
-    """All that breaks a rule in `root`'s ldm/, train/ and tools/, as `path:line: reason`."""
+    """All that breaks a rule in `root`'s ldm/, train/, tools/ and experiments/, as `path:line: reason`."""
     found: list[str] = []
     for path in sorted(path for tree in TREES for path in (root / tree).rglob("*.py")):
         tree, module = ast.parse(path.read_text(encoding="utf-8")), module_name(path, root)

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.ddim_tables import DigitFeatures
 from ldm.data import DataConfig, open_source, split
 from ldm.evaluation.features import pixel_features, random_directions
 from ldm.evaluation.fidelity import Gaussian, distance_between, frechet_distance
 from ldm.evaluation.prompt_alignment import digit_of
 from ldm.evaluation.stats import student_interval, student_quantile
 from ldm.pipelines.images import from_pil
-from tools.ddim_tables import DigitFeatures
 
 
 def drawn(count, dimensions, seed, scale=1.0):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from experiments.small_models import SCHEDULE, Recipe, read_data, trained_model
 from ldm.config import TrainConfig
 from ldm.data import CaptionedImages, DataConfig, generator, open_source, split
 from ldm.evaluation.loss_gap import loss_gap
@@ -14,7 +15,6 @@ from ldm.models import UNetConfig
 from ldm.pipelines import Pipeline
 from ldm.pipelines.images import from_pil
 from ldm.text import load_text_encoder
-from tools.small_models import SCHEDULE, Recipe, read_data, trained_model
 
 UNET = UNetConfig(
     block_out_channels=(32, 64),

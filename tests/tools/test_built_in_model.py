@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments import unseen_phrasings
 from ldm import Pipeline, checkpoint
 from ldm.data import DataConfig, open_source
 from ldm.text import load_text_encoder, loading
 from ldm.training.run_info import find_run
 from tests import tiny
-from tools import release_model, unseen_phrasings
+from tools import release_model
 
 ROOT = Path(__file__).parents[2]
 

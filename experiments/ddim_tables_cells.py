@@ -1,4 +1,4 @@
-"""What tools/ddim_tables.py computes: pictures of a model, kept piece by piece, and what is measured on them."""
+"""What experiments/ddim_tables.py computes: pictures of a model, kept piece by piece, and what is measured on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from experiments.small_models import SCHEDULE, Data, Patched
 from ldm import checkpoint
 from ldm.data import generator, to_signed, to_uint8
 from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, ddim, ddim_inversion, to_epsilon_model, with_condition
 from ldm.diffusion.samplers import identity
 from ldm.pipelines.sampling import sample_noise
-from tools.small_models import SCHEDULE, Data, Patched
 
 PIECE = 64  # pictures that are drawn at once and kept as one file
 # The columns of DDIM, Table 1: η and the variance of the noise.

@@ -1,6 +1,6 @@
 """Makes a first stage half as wide again, as the same function, so that training goes on from what was learned.
 
-    python tools/widen_first_stage.py openmoji-first-stage runs/scenes-first-stage-wide
+    python experiments/widen_first_stage.py openmoji-first-stage runs/scenes-first-stage-wide
 
 Groups of normalization keep their size and get company, old channels do not read new ones, and new ones start at random
 (after Net2Net, arXiv:1511.05641, with zeros instead of copies).

@@ -1,12 +1,12 @@
 """Trains on OpenMoji with and without `data.compose`, in the same steps, and measures what was learned.
 
-    python tools/compose_trial.py --steps 6000
-    python tools/compose_trial.py --shares 0,0.15,0.3,0.6 --set train.batch_size=16
-    python tools/compose_trial.py --measure-only                      # of runs that are there
+    python experiments/compose_trial.py --steps 6000
+    python experiments/compose_trial.py --shares 0,0.15,0.3,0.6 --set train.batch_size=16
+    python experiments/compose_trial.py --measure-only                      # of runs that are there
 
 OUTPUT/SHARE/            a run of configs/openmoji-64.yaml; one that was broken off goes on
 OUTPUT/SHARE.json        `ldm evaluate`: captions of training and held-out images, suspects of memorization
-OUTPUT/SHARE-unseen.json tools/unseen_phrasings.py
+OUTPUT/SHARE-unseen.json experiments/unseen_phrasings.py
 OUTPUT/trial.json        the three figures of each, side by side
 """
 
@@ -34,7 +34,7 @@ def train(folder: Path, share: float, steps: int, more: Sequence[str]) -> None:
 
 
 def measure(folder: Path, samples: int, steps: int) -> dict[str, Any]:
-    """What `ldm evaluate` and tools/unseen_phrasings.py say of a run; the files stand beside it."""
+    """What `ldm evaluate` and experiments/unseen_phrasings.py say of a run; the files stand beside it."""
     program = [sys.executable, "-c", "from ldm.cli import main; main()", "evaluate", str(folder)]
     told = subprocess.run(
         [*program, "--json", "--samples", str(samples), "--steps", str(steps)], check=True, stdout=subprocess.PIPE

@@ -1,7 +1,7 @@
 """The tables of DDIM and DDPM on real data: few steps and their noise, inversion, what x_T decides, what is trained.
 
-    python -m tools.ddim_tables --only digits ablation      # --estimate says how long it takes
-    python -m tools.ddim_tables --only openmoji             # much longer
+    python -m experiments.ddim_tables --only digits ablation      # --estimate says how long it takes
+    python -m experiments.ddim_tables --only openmoji             # much longer
 
 (a) DDIM (arXiv:2010.02502), Table 1: the Fréchet distance for S steps and noise of η, and with σ̂.
 (b) Table 2: the error of pictures that DDIM has inverted and drawn again, against S.
@@ -32,6 +32,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from experiments.ddim_tables_cells import (
+    GRIDS,
+    PIECE,
+    VARIANTS,
+    Grid,
+    Model,
+    consistency,
+    pictures,
+    reconstruction_errors,
+)
+from experiments.ddim_tables_page import write_page
+from experiments.small_models import Data, Recipe, make_unet, read_data, trained_model
 from ldm import checkpoint
 from ldm.config import TrainConfig
 from ldm.data import generator, to_signed
@@ -42,18 +54,6 @@ from ldm.evaluation.features import GRID, PIXEL_DIMENSIONS, pixel_features, rand
 from ldm.evaluation.fidelity import frechet_distance
 from ldm.models import UNetConfig
 from ldm.pipelines.images import contact_sheet, save_png, to_pil
-from tools.ddim_tables_cells import (
-    GRIDS,
-    PIECE,
-    VARIANTS,
-    Grid,
-    Model,
-    consistency,
-    pictures,
-    reconstruction_errors,
-)
-from tools.ddim_tables_page import write_page
-from tools.small_models import Data, Recipe, make_unet, read_data, trained_model
 
 ROOT = Path(__file__).parents[1]
 STEPS = (5, 10, 20, 50, 100, 1000)  # the last is T

@@ -1,7 +1,7 @@
 """First stages side by side: what a design costs, what it keeps of held-out emoji, what a UNet makes of its latents.
 
-    python tools/first_stages.py                     # trains and measures what is not in --work yet
-    python tools/first_stages.py --only f4-c4 f8-c16
+    python experiments/first_stages.py                     # trains and measures what is not in --work yet
+    python experiments/first_stages.py --only f4-c4 f8-c16
 
 A design is a first-stage config with a few keys changed. All are trained for the same number of steps on the same
 images in the same order; then the same UNet learns the latents of some of them, as long on each. Everything is kept in
@@ -171,7 +171,7 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     parts = [
         "# First stages, measured",
-        "    python tools/first_stages.py",
+        "    python experiments/first_stages.py",
         f"OpenMoji at 64×64, {study['steps']:,} steps of 16 images each; threads of torch: {study['threads']}, of a "
         "machine that had other work too, so that times are rough. Figures are those of the held-out images, ± half of "
         "the 95 % interval over images; the perceptual distance is about 1 between different images; the Fréchet ratio "

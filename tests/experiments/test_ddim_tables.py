@@ -10,10 +10,10 @@ from argparse import Namespace
 import pytest
 import torch
 
+from experiments import ddim_tables, ddim_tables_cells, ddim_tables_page, small_models
 from ldm.data import to_uint8
 from ldm.diffusion import LossConfig
 from ldm.evaluation.features import pixel_features
-from tools import ddim_tables, ddim_tables_cells, ddim_tables_page, small_models
 
 CPU = torch.device("cpu")
 # So few that eight pictures are enough for a covariance.
@@ -209,7 +209,7 @@ def test_a_study_writes_every_cell_and_keeps_what_a_person_wrote(study):
     assert [len(errors) for errors in results["table_2"].values()] == [8, 8]
     assert len(set(results["floor"]["few"])) == 10 and min(results["floor"]["few"]) > 0
     text = (study / "ddim_tables.md").read_text()
-    assert "    python -m tools.ddim_tables --only digits ablation --samples 8 --seeds 2\n\n" in text
+    assert "    python -m experiments.ddim_tables --only digits ablation --samples 8 --seeds 2\n\n" in text
     assert text.endswith("## Reading\n\nBy a person.\n")
     assert (study / "ddim_tables-digits.png").stat().st_size > 1000
     svg = ElementTree.fromstring((study / "ddim_tables-digits-leading.svg").read_text())

@@ -1,4 +1,4 @@
-"""docs/ddim_tables.md from the results of tools/ddim_tables.py: tables with intervals, a chart, and which claims hold.
+"""docs/ddim_tables.md from the results of ddim_tables.py: tables with intervals, a chart, and which claims hold.
 
 Nothing here knows what should come out: each claim is checked against the numbers, and says so where it fails. What
 stands under "## Reading" in an older page was written by a person and stays.
@@ -120,7 +120,9 @@ def _commands(everything: Results) -> str:
         cells += results.get("ablation", {}).values()
         parts = " ".join([name] * ("table_1" in results) + ["ablation"] * ("ablation" in results))
         seeds = max(map(len, cells))
-        lines.append(f"    python -m tools.ddim_tables --only {parts} --samples {results['samples']} --seeds {seeds}")
+        lines.append(
+            f"    python -m experiments.ddim_tables --only {parts} --samples {results['samples']} --seeds {seeds}"
+        )
     return "\n".join(lines)
 
 

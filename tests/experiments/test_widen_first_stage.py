@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
+from experiments.widen_first_stage import widened
 from ldm.models import AutoencoderConfig, AutoencoderKL
-from tools.widen_first_stage import widened
 
 CONFIG = AutoencoderConfig(
     block_out_channels=(8, 16),

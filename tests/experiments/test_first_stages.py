@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import first_stages
 from ldm.config import AutoencoderTrainingConfig, load_config
-from tools import first_stages
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,9 @@ def test_the_page_says_what_the_figures_are() -> None:
     settings = {key: figures[key] for key in ("steps", "unet_steps", "threads")}
     text = first_stages.page(figures, settings)
     committed = (ROOT / "docs" / "first-stage.md").read_text(encoding="utf-8")
-    assert committed.startswith(text), "docs/first-stage.md is not what tools/first_stages.py writes of its figures"
+    assert committed.startswith(text), (
+        "docs/first-stage.md is not what experiments/first_stages.py writes of its figures"
+    )
     found = figures["first stages"]["f4-c4"]["found"]
     assert f"| {found['psnr']['mean']:.3g} ± " in text
     assert "| f8-c16 |" in text.partition("## What a UNet makes of the latents")[2]

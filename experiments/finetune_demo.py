@@ -1,6 +1,6 @@
 """A model of OpenMoji learns a new style, line drawings, from 20 captioned pictures; and what it forgets meanwhile.
 
-    python tools/finetune_demo.py --method lora
+    python experiments/finetune_demo.py --method lora
 
 The 20 pictures are emoji without their colours (the `line` group of OpenMoji's SVG files), captioned "line drawing of
 …". Then the style is asked for of things that were not among them, and other prompts are drawn again. Leaves
