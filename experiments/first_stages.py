@@ -181,7 +181,7 @@ def page(results: Mapping[str, Any], study: Mapping[str, Any]) -> str:
         "![held-out emoji and what each design makes of them](first-stage.png)",
     ]
     if results["unets"]:
-        parts += ["## What a UNet makes of the latents", _unets(results["unets"], study)]
+        parts += ["## A UNet on the latents", _unets(results["unets"], study)]
     return "\n\n".join(parts)
 
 
@@ -199,7 +199,7 @@ def _unets(results: Mapping[str, Any], study: Mapping[str, Any]) -> str:
             f"({100 * near['low']:.0f} to {100 * near['high']:.0f}) |"
         )
     return (
-        f"The UNet of configs/openmoji.yaml, {study['unet_steps']:,} steps of 64, then 200 pictures of 20 steps "
+        f"The UNet of configs/openmoji.yaml, {study['unet_steps']:,} steps of 64, then 200 images of 20 steps "
         "against the training images.\n\n" + "\n".join(lines)
     )
 

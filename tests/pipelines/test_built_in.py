@@ -20,7 +20,7 @@ def test_it_is_small_enough_for_any_host_and_has_its_card() -> None:
     assert {path.suffix for path in sizes} == {".json", ".safetensors", ".md", ".yaml"}
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert card == (ROOT / "docs" / f"{NAME}.md").read_text(encoding="utf-8")
-    for word in ("CC BY-SA 4.0", "configs/openmoji-64.yaml", "memoris", "cannot"):
+    for word in ("CC BY-SA 4.0", "configs/openmoji-64.yaml", "memoriz", "cannot"):
         assert word in card
 
 
