@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from ldm.checkpoint import find_pipeline
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig
 from ldm.data.builtin import render
+from ldm.data.layouts import open_source
 from ldm.pipelines import Pipeline, contact_sheet, save_png
 
 ROOT = Path(__file__).parents[1]

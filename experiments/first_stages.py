@@ -136,7 +136,8 @@ class Study:
     def sheet(self, names: list[str]) -> Image.Image:
         """Held-out emoji above what each design makes of them."""
         from ldm.codecs import LatentCodec
-        from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+        from ldm.data import CaptionedImages, DataConfig, split, to_signed
+        from ldm.data.layouts import open_source
         from ldm.pipelines import to_pil
 
         config = DataConfig(path="openmoji", resolution=64)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ldm import checkpoint
 from ldm.codecs import PixelCodec
 from ldm.config import TrainConfig
-from ldm.data import DataConfig, SampleOrder, generator, open_source, split
+from ldm.data import DataConfig, SampleOrder, generator, split
+from ldm.data.layouts import open_source
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, diffusion_loss
 from ldm.models import UNet, UNetConfig
 from ldm.pipelines.images import from_pil

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from ldm import Pipeline, checkpoint
-from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+from ldm.data import CaptionedImages, DataConfig, split, to_signed
+from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.generate import generate_images
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval

@@ -8,7 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ldm.codecs import LatentCodec, PixelCodec, _warn_of_overflow
-from ldm.data import CaptionedImages, DataConfig, image_statistics, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, image_statistics, to_signed
+from ldm.data.layouts import open_source
 from ldm.models import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
 from ldm.models.layers import ResnetBlock
 from ldm.training.components import load_first_stage

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.data import DataConfig, open_source, split
+from ldm.data import DataConfig, split
 from ldm.data.builtin import digit_captions
+from ldm.data.layouts import open_source
 from ldm.evaluation.prompt_alignment import DigitClassifier, digit_of
 from ldm.pipelines import Pipeline, contact_sheet, save_png
 

@@ -29,7 +29,9 @@ import torch
 import transformers
 from safetensors.torch import load, save
 
-from ldm.data import DataConfig, inspect, open_source, split
+from ldm.data import DataConfig, split
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.text import load_text_encoder
 from ldm.training.resume import commit
 

@@ -62,9 +62,10 @@ def evaluate_autoencoder_command(
     from tqdm import tqdm
 
     from ldm.codecs import check_tile
-    from ldm.data import CaptionedImages, DataConfig, generator, inspect, open_source
+    from ldm.data import CaptionedImages, DataConfig, generator
     from ldm.data import split as split_of
-    from ldm.data.layouts import check_path
+    from ldm.data.inspection import inspect
+    from ldm.data.layouts import check_path, open_source
     from ldm.evaluation.autoencoder import evaluate_autoencoder, worst_sheet
     from ldm.evaluation.efficientnet import perceptual_distance
     from ldm.evaluation.features import feature_space

@@ -33,7 +33,10 @@ def check_data(
     full: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
     """Print the contents and problems of a data set. Exit code 1 if something needs attention."""
-    from ldm.data import DataConfig, NoCaptionsError, dataset_report, inspect, open_source
+    from ldm.data import DataConfig, NoCaptionsError
+    from ldm.data.inspection import inspect
+    from ldm.data.layouts import open_source
+    from ldm.data.report import dataset_report
     from ldm.text import load_text_encoder
 
     config = DataConfig(

@@ -269,8 +269,10 @@ def _data(
     options: _Options, pipeline: Pipeline, columns: dict[str, str | None], held_out: float | None
 ) -> tuple[CaptionedImages, CaptionedImages | None, list[str]]:
     """Both sides of the split, and notes for the reader."""
-    from ldm.data import CaptionedImages, inspect, open_source
+    from ldm.data import CaptionedImages
     from ldm.data import split as split_of
+    from ldm.data.inspection import inspect
+    from ldm.data.layouts import open_source
 
     config, is_known = _data_config(options, pipeline, columns, held_out)
     used = inspect(open_source(config), config, progress=True).used

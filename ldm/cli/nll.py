@@ -54,9 +54,10 @@ def nll(
         raise ValueError(f"steps per image is {steps_per_image}; it must be an even number, at least 2")
     from tqdm import tqdm
 
-    from ldm.data import CaptionedImages, DataConfig, inspect, open_source
+    from ldm.data import CaptionedImages, DataConfig
     from ldm.data import split as split_of
-    from ldm.data.layouts import check_path
+    from ldm.data.inspection import inspect
+    from ldm.data.layouts import check_path, open_source
     from ldm.evaluation.likelihood import likelihood
     from ldm.pipelines import Pipeline
 

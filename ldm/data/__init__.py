@@ -1,7 +1,10 @@
-"""Captioned images: sources, split, sampling order, and the data set that training reads."""
+"""The data set that training reads: samples, split, sampling order, batches.
+
+What finds the samples of a path is not imported here: `layouts.open_source`, `inspection.inspect`,
+`report.dataset_report`.
+"""
 
 from ldm.data.batching import BatchOrder, Buckets, SampleOrder, bucket_sizes, micro_batches
-from ldm.data.builtin import DIGIT_WORDS
 from ldm.data.dataset import (
     Batch,
     CaptionedImages,
@@ -13,22 +16,15 @@ from ldm.data.dataset import (
     to_signed,
     to_uint8,
 )
-from ldm.data.inspection import Duplicate, Inspection, inspect
-from ldm.data.layouts import open_source
-from ldm.data.report import DatasetReport, dataset_report
 from ldm.data.rng import generator
 from ldm.data.sources import DataConfig, NoCaptionsError, Sample, Skipped, Source
 
 __all__ = [
-    "DIGIT_WORDS",
     "Batch",
     "BatchOrder",
     "Buckets",
     "CaptionedImages",
     "DataConfig",
-    "DatasetReport",
-    "Duplicate",
-    "Inspection",
     "Item",
     "NoCaptionsError",
     "Sample",
@@ -37,13 +33,10 @@ __all__ = [
     "Source",
     "bucket_sizes",
     "collate",
-    "dataset_report",
     "generator",
     "ignore_signals",
     "image_statistics",
-    "inspect",
     "micro_batches",
-    "open_source",
     "split",
     "to_signed",
     "to_uint8",

@@ -6,10 +6,10 @@ import hashlib
 import math
 import mmap
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 
 from ldm.cores import usable_cores
 from ldm.data.batching import BatchOrder, Buckets, assign_buckets, bucket_sizes, square_bucket
-from ldm.data.composer import Composer
 from ldm.data.images import resize_and_crop
 from ldm.data.rng import generator
 from ldm.data.sources import DataConfig, Sample
@@ -60,6 +59,22 @@ class Batch(NamedTuple):
     renewed: Tensor
 
 
+class ItemComposer(Protocol):
+    """Composes items of several images: `ldm.data.composer.Composer`.
+
+    Attributes:
+        fits: whether a caption fits into the text encoder; None does not ask.
+    """
+
+    fits: Callable[[str], bool] | None
+
+    def compose(self, epoch: int, index: int, size: tuple[int, int]) -> Sample | None:
+        """The composition at a position, of a (height, width); None leaves the sample as it is."""
+
+    def summary(self, size_of: Callable[[int], tuple[int, int]]) -> str:
+        """A line about how many items are composed, and how."""
+
+
 class CaptionedImages(Dataset[Item]):
     """Samples as images of one or a few sizes, indexed by (epoch, index), see `BatchOrder`.
 
@@ -72,11 +87,11 @@ class CaptionedImages(Dataset[Item]):
         cache_bytes: memory for resized images, with `crop: center`. Forked workers share it.
         batch_size: with buckets, sizes with fewer images are given up, see `assign_buckets`.
         sizes: with buckets, the possible (height, width); None takes `bucket_sizes`.
-        composed: compose items as `config.compose` says, for training. `samples` and `image_at` are never composed.
+        composer: composes a fraction `config.compose` of the items, for training; see `ldm.data.composer`. `samples`
+            and `image_at` are never composed.
 
     Attributes:
         buckets: the size of each image.
-        composer: composes items; None if nothing is composed.
         with_images: if False, nothing is loaded and `Item.image` is None, for users who cache encoded images.
         renewed_cached: renewed items of the samples below this index are loaded in their first epoch only, as users
             cache them encoded; 0 at first.
@@ -95,7 +110,7 @@ class CaptionedImages(Dataset[Item]):
         *,
         batch_size: int = 1,
         sizes: Sequence[tuple[int, int]] | None = None,
-        composed: bool = False,
+        composer: ItemComposer | None = None,
     ) -> None:
         if not samples:
             raise ValueError(f"no images in {config.path}; add captioned images")
@@ -105,7 +120,7 @@ class CaptionedImages(Dataset[Item]):
         self.with_images = True
         self.renewed_cached = 0
         self.reload_epochs: Collection[int] = ()
-        self.composer = Composer(self.samples, config, seed) if composed and config.compose > 0 else None
+        self.composer = composer
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
         if config.bucketed:
             choice = sizes or bucket_sizes(config.resolution)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.data import DIGIT_WORDS, CaptionedImages, Sample, generator, to_signed
+from ldm.data import CaptionedImages, Sample, generator, to_signed
+from ldm.data.builtin import DIGIT_WORDS
 from ldm.evaluation.clip import Clip
 from ldm.evaluation.features import FeatureSpace, cached_features
 from ldm.evaluation.stats import Interval, bootstrap_interval, fraction_interval, student_interval

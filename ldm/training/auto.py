@@ -26,8 +26,10 @@ from ldm.config import (
     to_yaml,
     with_overrides,
 )
-from ldm.data import dataset_report, inspect, open_source
 from ldm.data.captions import printable
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from ldm.pipelines.pipeline import default_device
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.training.auto_config import FIRST_STAGE_SUFFIX, TrainOptions, choose_config

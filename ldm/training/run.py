@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from ldm import checkpoint, disk
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
-from ldm.data import Batch, CaptionedImages, DatasetReport, collate, generator, ignore_signals, micro_batches
+from ldm.data import Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
+from ldm.data.report import DatasetReport
 from ldm.pipelines import NotFinite, save_png
 from ldm.progress import format_duration
 from ldm.training import checkpoints, nonfinite, threads

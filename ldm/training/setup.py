@@ -16,18 +16,12 @@ from torch import nn
 from ldm import adapters, checkpoint
 from ldm.codecs import Codec, LatentCodec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig, check_objective
-from ldm.data import (
-    Batch,
-    CaptionedImages,
-    DataConfig,
-    collate,
-    dataset_report,
-    image_statistics,
-    inspect,
-    open_source,
-    split,
-)
+from ldm.data import Batch, CaptionedImages, DataConfig, collate, image_statistics, split
 from ldm.data.captions import printable
+from ldm.data.composer import Composer
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from ldm.diffusion import NoiseSchedule, diffusion_loss, noise_bands, without_variance
 from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
@@ -72,7 +66,9 @@ def open_images(
     if len(inspection.skipped) > MAX_SKIPPED_LINES:
         run.print(f"  … and {len(inspection.skipped) - MAX_SKIPPED_LINES} more: ldm data check {config.path} --all")
     training, held_out = split(inspection.used, config.held_out)
-    images = CaptionedImages(training, config, run.config.seed, batch_size=run.config.train.batch_size, composed=True)
+    seed, batch_size = run.config.seed, run.config.train.batch_size
+    composer = Composer(training, config, seed) if config.compose > 0 else None
+    images = CaptionedImages(training, config, seed, batch_size=batch_size, composer=composer)
     sizes = images.buckets.sizes
     validation = CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
     run.check_data(images, validation, report)

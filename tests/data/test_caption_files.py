@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from ldm.data import DataConfig, NoCaptionsError, dataset_report, inspect, open_source
+from ldm.data import DataConfig, NoCaptionsError
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from tests.data.image_files import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 

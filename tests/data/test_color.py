@@ -11,8 +11,11 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.data import DataConfig, dataset_report, inspect, open_source
+from ldm.data import DataConfig
 from ldm.data.images import decode
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from ldm.pipelines.images import from_pil
 from tests.data import profiles
 

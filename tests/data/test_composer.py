@@ -1,4 +1,5 @@
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data import CaptionedImages, DataConfig, Sample, collate, dataset_report, inspect, open_source, split
-from ldm.data.composer import Composition
+from ldm.data import CaptionedImages, DataConfig, Sample, collate, split
+from ldm.data.composer import Composer, Composition
 from ldm.data.images import decode
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from ldm.data.scenes.render import RGB
 
 WORDS = (
@@ -54,11 +58,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def composed_images(samples: Sequence[Sample], config: DataConfig, seed: int) -> CaptionedImages:
+    return CaptionedImages(samples, config, seed, composer=Composer(samples, config, seed))
+
+
 def images(folder: Path, tmp_path: Path, seed: int = 0, **changes: object) -> CaptionedImages:
     settings = {"path": str(folder), "resolution": 32, "compose": 0.5, "renew_every": 2, "cache_dir": str(tmp_path)}
     config = DataConfig(**settings | changes)  # type: ignore[arg-type]
     used = inspect(open_source(config), config).used
-    return CaptionedImages(used, config, seed, composed=True)
+    return composed_images(used, config, seed)
 
 
 def names(data: CaptionedImages, epoch: int) -> list[str]:
@@ -73,7 +81,7 @@ def test_fraction_of_an_epoch_is_composed_for_renew_every_epochs(folder: Path, t
     assert names(data, 0) == names(data, 1) != names(data, 2) == names(data, 3)
     assert names(data, 0) != names(images(folder, tmp_path, seed=1), 0)
     # The same, whichever others there are: which is composed; with whom is drawn among those that there are.
-    fewer = CaptionedImages(data.samples[::-1], data.config, 0, composed=True)
+    fewer = composed_images(data.samples[::-1], data.config, 0)
     assert [" + " in a or " on " in a for a in names(fewer, 0)[::-1]] == [
         " + " in a or " on " in a for a in names(data, 0)
     ]
@@ -187,19 +195,19 @@ def test_no_composition_within_a_group_or_caption(folder: Path, tmp_path: Path) 
         [replace(one, group="g") for one in photographs],
         photographs[:1],
     ):
-        alone = CaptionedImages(same, data.config, 0, composed=True)
+        alone = composed_images(same, data.config, 0)
         assert names(alone, 0) == [one.id for one in same]
     templated = [
         replace(one, captions=(*one.captions, f"photo of {one.captions[0]}"), templated=1) for one in photographs
     ]
-    told = CaptionedImages(templated, data.config, 0, composed=True)
+    told = composed_images(templated, data.config, 0)
     assert not any("photo of" in told.caption_at(0, i) for i in range(len(told)) if told[0, i].renewed)
 
 
 def test_wide_images_are_not_side_by_side(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path, compose=0.99)
     wide = [replace(one, size=(80, 40), cutout=None) for one in data.samples]
-    told = CaptionedImages(wide, data.config, 0, composed=True)
+    told = composed_images(wide, data.config, 0)
     captions = [told.caption_at(epoch, index) for epoch in range(0, 8, 2) for index in range(len(told))]
     assert any("above" in text for text in captions)
     assert not any("left of" in text or "next to" in text for text in captions)
@@ -240,7 +248,7 @@ def test_a_part_that_became_unreadable_is_named(folder: Path, tmp_path: Path) ->
 
 def test_uncaptioned_images_are_composed_without_a_word(folder: Path, tmp_path: Path) -> None:
     data = images(folder, tmp_path)
-    bare = CaptionedImages([replace(one, captions=()) for one in data.samples], data.config, 0, composed=True)
+    bare = composed_images([replace(one, captions=()) for one in data.samples], data.config, 0)
     items = [bare[0, index] for index in range(len(bare))]
     assert any(item.renewed for item in items) and {item.caption for item in items} == {""}
 
@@ -262,6 +270,6 @@ def test_openmoji_stand_on_colored_grounds() -> None:
     for one, other in zip(source.samples[::400], plain.samples[::400], strict=True):
         assert one.digest == other.digest and one.load().tobytes() == other.load().tobytes()
     training, _ = split(source.samples, 0.1)
-    told = CaptionedImages(training, DataConfig(path="openmoji", resolution=32, compose=0.5), 0, composed=True)
+    told = composed_images(training, DataConfig(path="openmoji", resolution=32, compose=0.5), 0)
     items = [told[0, index] for index in range(60)]
     assert any("background" in item.caption for item in items if item.renewed)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig
 from ldm.data.duplicates import near_duplicate_clusters, thumbnail
+from ldm.data.layouts import open_source
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:

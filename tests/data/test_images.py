@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import DataConfig, inspect, open_source
+from ldm.data import DataConfig
 from ldm.data.images import FORMATS, decode, resize_and_crop, to_rgb
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from tests.data import profiles
 
 WHITE = (255, 255, 255)

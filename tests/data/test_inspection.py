@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, Inspection, Sample, Skipped, Source, inspect, open_source, split
+from ldm.data import DataConfig, Sample, Skipped, Source, split
 from ldm.data import inspection as module
 from ldm.data.image_info import ImageInfoCache
 from ldm.data.images import FORMATS, decode
-from ldm.data.inspection import natural_order
+from ldm.data.inspection import Inspection, inspect, natural_order
+from ldm.data.layouts import open_source
 from ldm.data.rng import content_hash
 from ldm.data.sources import Decoded
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from ldm.data import DataConfig, DatasetReport, Duplicate, Inspection, Sample, Skipped, dataset_report
+from ldm.data import DataConfig, Sample, Skipped
 from ldm.data.captions import plural
-from ldm.data.inspection import ImageFormat
-from ldm.data.report import quoted
+from ldm.data.inspection import Duplicate, ImageFormat, Inspection
+from ldm.data.report import DatasetReport, dataset_report, quoted
 from ldm.data.sources import Decoded
 
 

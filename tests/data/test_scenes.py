@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ldm.data import CaptionedImages, DataConfig, generator, open_source, split
+from ldm.data import CaptionedImages, DataConfig, generator, split
+from ldm.data.layouts import open_source
 from ldm.data.scenes import captions
 from ldm.data.scenes.captions import CaptionWriter
 from ldm.data.scenes.catalog import load_catalog

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig
+from ldm.data.layouts import open_source
 from ldm.data.sources import require
 
 

@@ -13,7 +13,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from PIL import Image
 from pyarrow import parquet
 
-from ldm.data import DataConfig, dataset_report, inspect, open_source
+from ldm.data import DataConfig
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from tests.data.image_files import captions, color, opened, png, reasons, save
 
 datasets.disable_progress_bars()

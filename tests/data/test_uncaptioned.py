@@ -8,7 +8,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ldm.data import CaptionedImages, DataConfig, NoCaptionsError, dataset_report, inspect, open_source, split
+from ldm.data import CaptionedImages, DataConfig, NoCaptionsError, split
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
+from ldm.data.report import dataset_report
 from tests.data.image_files import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+from ldm.data import CaptionedImages, DataConfig, split, to_signed
+from ldm.data.layouts import open_source
 from ldm.evaluation import autoencoder as module
 from ldm.evaluation.autoencoder import (
     ReconstructionQuality,

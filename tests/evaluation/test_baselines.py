@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_uint8
+from ldm.data import CaptionedImages, DataConfig, split, to_uint8
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.evaluation.baselines import baselines_of, compare_with_baselines
 from ldm.evaluation.evaluate import GeneratedImages, evaluate, measure_generated, select_captions
 from ldm.evaluation.features import feature_space

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ldm.data import DataConfig, open_source, split
+from ldm.data import DataConfig, split
+from ldm.data.layouts import open_source
 from ldm.evaluation.prompt_alignment import DigitClassifier, digit_of
 from tests import tiny
 from tools.demo import generate_digits

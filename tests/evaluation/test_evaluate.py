@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
-from ldm.data import CaptionedImages, DataConfig, inspect, open_source, split, to_signed
+from ldm.data import CaptionedImages, DataConfig, split, to_signed
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.evaluation.evaluate import GeneratedImages, estimate_duration, evaluate, measure_generated, select_captions
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import measure_fidelity

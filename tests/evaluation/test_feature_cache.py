@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from ldm.data import CaptionedImages, DataConfig, inspect, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, to_signed
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.evaluation.features import cached_features, feature_space
 from tests.training.runs import captioned_folder
 

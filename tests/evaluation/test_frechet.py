@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from experiments.ddim_tables import DigitFeatures
-from ldm.data import DataConfig, open_source, split
+from ldm.data import DataConfig, split
+from ldm.data.layouts import open_source
 from ldm.evaluation.features import pixel_features, random_directions
 from ldm.evaluation.fidelity import Gaussian, distance_between, frechet_distance
 from ldm.evaluation.prompt_alignment import digit_of

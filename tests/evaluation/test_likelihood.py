@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from ldm.codecs import PixelCodec
-from ldm.data import CaptionedImages, DataConfig, image_statistics, inspect, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, image_statistics, to_signed
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss
 from ldm.diffusion.likelihood import log_variance_tables, prior_term
 from ldm.evaluation.likelihood import likelihood

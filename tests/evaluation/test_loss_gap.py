@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldm.codecs import PixelCodec
-from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, to_signed
+from ldm.data.layouts import open_source
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss
 from ldm.evaluation.loss_gap import BandGap, LossGap, loss_gap
 from tests import tiny

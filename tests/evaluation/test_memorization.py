@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 
-from ldm.data import DataConfig, open_source, split
+from ldm.data import DataConfig, split
+from ldm.data.layouts import open_source
 from ldm.evaluation.loss_gap import BandGap, LossGap
 from ldm.evaluation.memorization import CountedFraction, Verdict, _p_value, find_copies, nearest_sheet, verdict
 from ldm.evaluation.nearest_neighbors import color_layout

@@ -7,7 +7,8 @@ import torch
 
 from experiments.small_models import SCHEDULE, Recipe, read_data, trained_model
 from ldm.config import TrainConfig
-from ldm.data import CaptionedImages, DataConfig, generator, open_source, split
+from ldm.data import CaptionedImages, DataConfig, generator, split
+from ldm.data.layouts import open_source
 from ldm.evaluation.loss_gap import loss_gap
 from ldm.evaluation.memorization import MAX_LOSS_GAP, find_copies, verdict
 from ldm.evaluation.nearest_neighbors import color_layout

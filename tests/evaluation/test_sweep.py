@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ldm import checkpoint
-from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, to_signed
+from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import kid, kid_leave_one_out
 from ldm.evaluation.generate import generate_images, sample_captions

@@ -7,7 +7,8 @@ import pytest
 
 from experiments import unseen_phrasings
 from ldm import Pipeline, checkpoint
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig
+from ldm.data.layouts import open_source
 from ldm.text import load_text_encoder, loading
 from ldm.training.run_info import find_run
 from tests import tiny

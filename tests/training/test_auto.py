@@ -17,7 +17,8 @@ from PIL import Image
 from ldm import Pipeline, cli
 from ldm.cli.train import NEW_RUN_ONLY, train
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig
+from ldm.data.layouts import open_source
 from ldm.evaluation import autoencoder
 from ldm.training import auto, auto_config
 from ldm.training.checkpoints import resume_command

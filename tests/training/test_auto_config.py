@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
-from ldm.data import DataConfig, inspect, open_source
+from ldm.data import DataConfig
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.models import UNet, UNetConfig
 from ldm.training import auto_config as module
 from ldm.training import timing as speed_module

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ldm.checkpoint import load_model
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
-from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, to_signed
+from ldm.data.layouts import open_source
 from ldm.training.autoencoder_setup import held_out_metrics
 from ldm.training.components import load_first_stage
 from train import train_autoencoder, train_ldm

@@ -10,7 +10,8 @@ import yaml
 from ldm import Pipeline, checkpoint
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
-from ldm.data import CaptionedImages, DataConfig, open_source, split, to_signed
+from ldm.data import CaptionedImages, DataConfig, split, to_signed
+from ldm.data.layouts import open_source
 from ldm.models import VectorQuantizer, VQModel
 from ldm.training.codebook import Codebook
 from ldm.training.components import load_first_stage

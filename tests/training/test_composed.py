@@ -7,7 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import CaptionedImages, DataConfig, collate, inspect, open_source, to_signed
+from ldm.data import DataConfig, collate, to_signed
+from ldm.data.composer import Composer
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.training import latents as module
 from ldm.training.latents import CachedEncoders, LatentCache
 from tests.training.runs import losses, run_autoencoder, run_ldm, settings
@@ -109,7 +112,8 @@ def test_a_first_stage_sees_composed_pictures(pictures, tmp_path):
 def composed(pictures, tmp_path, **changes):
     known = {"resolution": 16, "compose": 0.5, "renew_every": 2, "flip": True, "cache_dir": str(tmp_path / "cache")}
     config = DataConfig(path=str(pictures), **known | changes)
-    return CaptionedImages(inspect(open_source(config), config).used, config, 0, composed=True)
+    used = inspect(open_source(config), config).used
+    return CaptionedImages(used, config, 0, composer=Composer(used, config, 0))
 
 
 def encode(images, text_encoder, codec):  # noqa: F811

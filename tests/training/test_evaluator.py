@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ldm.config import LDMConfig, load_config
-from ldm.data import CaptionedImages, inspect, open_source, split
+from ldm.data import CaptionedImages, split
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.evaluation.evaluate import evaluate
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.reference import Reference

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from ldm import Pipeline
 from ldm.codecs import LatentCodec
 from ldm.config import LDMConfig, load_config, parse_config
-from ldm.data import CaptionedImages, inspect, open_source, split, to_signed
+from ldm.data import CaptionedImages, split, to_signed
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.diffusion import NoiseSchedule
 from ldm.models import AutoencoderKL, UNet
 from ldm.text import TextEncoder

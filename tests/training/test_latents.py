@@ -18,7 +18,8 @@ import transformers
 from PIL import Image
 
 from ldm.codecs import LatentCodec, PixelCodec
-from ldm.data import Buckets, CaptionedImages, DataConfig, collate, open_source, to_signed
+from ldm.data import Buckets, CaptionedImages, DataConfig, collate, to_signed
+from ldm.data.layouts import open_source
 from ldm.diffusion import drop_conditioning
 from ldm.models import AutoencoderConfig, AutoencoderKL
 from ldm.text import load_text_encoder_folders

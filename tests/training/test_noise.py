@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldm.config import TrainConfig
-from ldm.data import CaptionedImages, DataConfig, collate, generator, micro_batches, open_source
+from ldm.data import CaptionedImages, DataConfig, collate, generator, micro_batches
+from ldm.data.layouts import open_source
 from ldm.training.noise import BatchPositions, GlobalBatchIndex, step_noise
 from ldm.training.trainable import (
     learning_rate,

@@ -11,7 +11,9 @@ from PIL import Image
 
 from ldm import Pipeline
 from ldm.config import LDMConfig, SampleConfig, load_config
-from ldm.data import CaptionedImages, generator, inspect, open_source, split, to_signed
+from ldm.data import CaptionedImages, generator, split, to_signed
+from ldm.data.inspection import inspect
+from ldm.data.layouts import open_source
 from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,

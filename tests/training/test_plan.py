@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
-from ldm.data import CaptionedImages, open_source, split
+from ldm.data import CaptionedImages, split
+from ldm.data.layouts import open_source
 from ldm.progress import format_duration
 from ldm.training import timing
 from ldm.training.plan import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan

@@ -9,7 +9,8 @@ import yaml
 from PIL import Image, ImageDraw
 
 from ldm.config import LDMConfig, load_config
-from ldm.data import CaptionedImages, DataConfig, open_source, to_signed
+from ldm.data import CaptionedImages, DataConfig, to_signed
+from ldm.data.layouts import open_source
 from ldm.evaluation.autoencoder import GOOD_PSNR, advise, measure_reconstruction
 from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.training import space

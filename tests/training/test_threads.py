@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ldm import checkpoint
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig
+from ldm.data.layouts import open_source
 from ldm.training import auto, auto_config, checkpoints, threads, timing
 from ldm.training.auto_config import TrainOptions, choose_config
 from ldm.training.threads import (
