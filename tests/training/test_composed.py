@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import DataConfig, collate, to_signed
+from ldm.data import CaptionedImages, DataConfig, collate, to_signed
 from ldm.data.composer import Composer
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
