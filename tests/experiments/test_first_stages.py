@@ -28,9 +28,7 @@ def test_the_page_says_what_the_figures_are() -> None:
     settings = {key: figures[key] for key in ("steps", "unet_steps", "threads")}
     text = first_stages.page(figures, settings)
     committed = (ROOT / "docs" / "first-stage.md").read_text(encoding="utf-8")
-    assert committed.startswith(text), (
-        "docs/first-stage.md is not what experiments/first_stages.py writes of its figures"
-    )
+    assert committed.startswith(text), "docs/first-stage.md is out of date"
     found = figures["first stages"]["f4-c4"]["found"]
     assert f"| {found['psnr']['mean']:.3g} ± " in text
-    assert "| f8-c16 |" in text.partition("## What a UNet makes of the latents")[2]
+    assert "| f8-c16 |" in text.partition("## A UNet on the latents")[2]
