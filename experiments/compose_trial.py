@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import checkpoint
+from ldm import hub
 
 ROOT = Path(__file__).parents[1]
 # Joined captions need more tokens than those of single emoji; both runs get them.
@@ -40,12 +40,12 @@ def measure(folder: Path, samples: int, steps: int) -> dict[str, Any]:
         [*program, "--json", "--samples", str(samples), "--steps", str(steps)], check=True, stdout=subprocess.PIPE
     ).stdout
     found = json.loads(told)
-    checkpoint.write_json(folder.with_name(f"{folder.name}.json"), found)
+    hub.write_json(folder.with_name(f"{folder.name}.json"), found)
     unseen = folder.with_name(f"{folder.name}-unseen.json")
     script = ROOT / "tools" / "unseen_phrasings.py"
     model = ["--model", folder / "pipeline", "--steps", str(steps), "-o", unseen]
     subprocess.run([sys.executable, script, *model], check=True)
-    return found | {"unseen": checkpoint.read_json(unseen)}
+    return found | {"unseen": hub.read_json(unseen)}
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     for share, folder in folders.items():
         found = measure(folder, arguments.samples, arguments.sampling_steps)
         told[f"{share:g}"] = {"retrieval": found["retrieval"], "copying": found["copying"], "unseen": found["unseen"]}
-    checkpoint.write_json(arguments.output / "trial.json", told)
+    hub.write_json(arguments.output / "trial.json", told)
     print(json.dumps(told, indent=2))
 
 

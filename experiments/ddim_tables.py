@@ -44,7 +44,7 @@ from experiments.ddim_tables_cells import (
 )
 from experiments.ddim_tables_page import write_page
 from experiments.small_models import Data, Recipe, make_unet, read_data, trained_model
-from ldm import checkpoint
+from ldm import hub
 from ldm.config import TrainConfig
 from ldm.data import generator, to_signed
 from ldm.data.builtin import DIGIT_WORDS
@@ -217,10 +217,10 @@ class Study:
     def _check_settings(self) -> None:
         """Refuses a folder whose pieces were made by another recipe."""
         path, settings = self.folder / "recipe.json", {"recipe": json.loads(_as_json(self.domain.recipe))}
-        if path.is_file() and checkpoint.read_json(path) != settings:
+        if path.is_file() and hub.read_json(path) != settings:
             raise ValueError(f"{path} is of another recipe than this program's; choose another --work, or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, settings)
+        hub.write_json(path, settings)
 
     def model(self, name: str) -> Model:
         prediction_type, loss = ABLATION[name]
@@ -237,7 +237,7 @@ class Study:
             aside, rest = order[: self.samples], order[self.samples :]
             for name, features in self.reference.items():
                 floor[name].append(frechet_distance(features[aside], features[rest]))
-        training = checkpoint.read_json(self.folder / MAIN / "training.json")
+        training = hub.read_json(self.folder / MAIN / "training.json")
         about = {"samples": self.samples, "images": len(self.data.images), "held_out": len(self.data.held_out)}
         machine = f"{torch.get_num_threads()} thread of a CPU ({platform.machine()})"
         if self.device.type == "cuda":

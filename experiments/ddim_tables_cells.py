@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.small_models import SCHEDULE, Data, Patched
-from ldm import checkpoint
+from ldm import hub
 from ldm.data import generator, to_signed, to_uint8
 from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, ddim, ddim_inversion, to_epsilon_model, with_condition
 from ldm.diffusion.samplers import identity
@@ -92,8 +92,8 @@ def pictures(model: Model, grid: Grid, steps: int, variant: str, seed: int, coun
             drawn = draw_piece(model, grid, steps, variant, seed, places)
             took = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_tensors(path, {"pictures": drawn, "seconds": took})
-        kept = checkpoint.load_tensors(path)
+            hub.save_tensors(path, {"pictures": drawn, "seconds": took})
+        kept = hub.load_tensors(path)
         pieces.append(kept["pictures"])
         seconds += float(kept["seconds"])
     return torch.cat(pieces), seconds
@@ -107,7 +107,7 @@ def reconstruction_errors(model: Model, steps: int, count: int) -> list[float]:
     """
     path = model.folder / "inversion" / f"{steps:04d}-{count}.json"
     if path.is_file():
-        return list(checkpoint.read_json(path)["errors"])
+        return list(hub.read_json(path)["errors"])
     schedule, codec = NoiseSchedule.from_config(SCHEDULE), model.data.codec().to(model.device)
     errors: list[float] = []
     for first in range(0, count, PIECE):
@@ -119,7 +119,7 @@ def reconstruction_errors(model: Model, steps: int, count: int) -> list[float]:
         difference = (codec.decode(back.latents) - images) / 2
         errors += difference.square().flatten(1).mean(dim=1).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, {"errors": errors})
+    hub.write_json(path, {"errors": errors})
     return errors
 
 

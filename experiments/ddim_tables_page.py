@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.evaluation.stats import student_interval
 from ldm.report.charts import DASHES, LIGHT, Axis, style
 from ldm.report.markup import escaped
@@ -39,7 +39,7 @@ Results = Mapping[str, Any]
 def write_page(everything: Results, output: Path) -> None:
     """Writes ddim_tables.json, .md and a chart for each data set that Table 1 was measured on."""
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(output / "ddim_tables.json", everything)
+    hub.write_json(output / "ddim_tables.json", everything)
     path = output / "ddim_tables.md"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     _, found, reading = old.partition(READING)

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.checkpoint import find_pipeline
 from ldm.data import DataConfig
 from ldm.data.builtin import render
 from ldm.data.layouts import open_source
+from ldm.hub import find_pipeline
 from ldm.pipelines import Pipeline, contact_sheet, save_png
 
 ROOT = Path(__file__).parents[1]

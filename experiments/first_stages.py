@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.pipelines import contact_sheet, save_png
 
 ROOT = Path(__file__).parents[1]
@@ -105,8 +105,8 @@ class Study:
         """What a command of `ldm` prints as JSON, kept in `path`."""
         if not path.is_file():
             found = json.loads(self.call("-m", "ldm.cli", *command, "--json"))
-            checkpoint.write_json(path, found)
-        return dict(checkpoint.read_json(path))
+            hub.write_json(path, found)
+        return dict(hub.read_json(path))
 
     def first_stage(self, name: str, design: Design) -> dict[str, Any]:
         """What is measured of a design on the held-out emoji."""
@@ -117,8 +117,8 @@ class Study:
         found = self.evaluated(
             run / "evaluation.json", "autoencoder", "evaluate", str(folder), "openmoji", "-o", str(sheet)
         )
-        plan = checkpoint.read_json(run / "plan.json")
-        weights = checkpoint.load_autoencoder(folder)
+        plan = hub.read_json(run / "plan.json")
+        weights = hub.load_autoencoder(folder)
         size = {"parameters": sum(p.numel() for p in weights.parameters()), "channels": weights.channels}
         return {**size, "factor": weights.factor, "why": design.why, "took": plan["took_seconds"], "found": found}
 
@@ -131,7 +131,7 @@ class Study:
         command = ("evaluate", str(run), "--samples", "200", "--steps", "20", "-o", str(run / "evaluation"))
         found = self.evaluated(run / "evaluation.json", *command)
         kept = {key: found[key] for key in ("samples", "num_inference_steps", "guidance_scale", "quality", "retrieval")}
-        return {"took": checkpoint.read_json(run / "plan.json")["took_seconds"], "found": kept}
+        return {"took": hub.read_json(run / "plan.json")["took_seconds"], "found": kept}
 
     def sheet(self, names: list[str]) -> Image.Image:
         """Held-out emoji above what each design makes of them."""
@@ -145,7 +145,7 @@ class Study:
         chosen = [to_signed(images.image_at(i * len(images) // SHOWN))[None] for i in range(SHOWN)]
         rows, captions = [[to_pil(image)[0] for image in chosen]], ["held-out emoji"]
         for name in names:
-            codec = LatentCodec(checkpoint.load_autoencoder(self.work / name / "autoencoder"))
+            codec = LatentCodec(hub.load_autoencoder(self.work / name / "autoencoder"))
             rows.append(
                 [to_pil(codec.decode(codec.sample_latents(codec.moments(image))).detach())[0] for image in chosen]
             )
@@ -234,7 +234,7 @@ def main() -> None:
         if DESIGNS[name].unet and study.unet_steps:
             results["unets"][name] = study.diffusion(name)
     settings = {"steps": study.steps, "unet_steps": study.unet_steps, "threads": study.threads}
-    checkpoint.write_json(arguments.output / "first-stage.json", settings | results)
+    hub.write_json(arguments.output / "first-stage.json", settings | results)
     path = arguments.output / "first-stage.md"
     _, found, reading = path.read_text(encoding="utf-8").partition(READING) if path.is_file() else ("", "", "")
     disk.write_text(path, page(results, settings) + (f"\n\n{READING}{reading}".rstrip() if found else "") + "\n")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.codecs import PixelCodec
 from ldm.config import TrainConfig
 from ldm.data import DataConfig, SampleOrder, generator, split
@@ -149,7 +149,7 @@ def trained_model(recipe: Recipe, data: Data, folder: Path, device: torch.device
     """
     if not (folder / "training.json").is_file():
         _train(recipe, data, folder, device)
-    unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel")
+    unet = hub.load_model(folder / "unet", "UNet2DConditionModel")
     assert isinstance(unet, UNet)
     return Patched(unet, recipe.patch).to(device).requires_grad_(False)
 
@@ -169,7 +169,7 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
     state = folder / "state.safetensors"
     step, seconds, losses = 0, 0.0, []
     if state.is_file():
-        tensors = checkpoint.load_tensors(state)
+        tensors = hub.load_tensors(state)
         step, seconds = int(tensors["step"]), float(tensors["seconds"])
         unet.load_state_dict(_part(tensors, "model."))
         ema.load_state_dict(_part(tensors, "ema."))
@@ -207,11 +207,11 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
         step += 1
         losses.append(float(loss.detach()))
         if step % recipe.save_every == 0 and step < config.max_steps:
-            checkpoint.save_tensors(state, _state(unet, ema, optimizer, step, time.perf_counter() - started))
+            hub.save_tensors(state, _state(unet, ema, optimizer, step, time.perf_counter() - started))
             print(f"  {folder.name}: step {step}, loss {sum(losses[-100:]) / len(losses[-100:]):.4g}", flush=True)
     averaged = ema.module
     assert isinstance(averaged, Patched)
-    checkpoint.save_model(folder / "unet", averaged.unet)
+    hub.save_model(folder / "unet", averaged.unet)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     record = {
         "parameters": parameters,
@@ -220,7 +220,7 @@ def _train(recipe: Recipe, data: Data, folder: Path, device: torch.device) -> No
         "seconds": round(time.perf_counter() - started, 1),
         "loss": sum(losses[-100:]) / max(1, len(losses[-100:])),
     }
-    checkpoint.write_json(folder / "training.json", record)
+    hub.write_json(folder / "training.json", record)
     state.unlink(missing_ok=True)
 
 

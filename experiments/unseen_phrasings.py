@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
@@ -144,7 +144,7 @@ def main() -> None:
         found[kind] = retrieval(features, gallery.features, matches, seed=arguments.seed)
         print("\n".join([kind, *found[kind].lines(space.label())]))
     if arguments.output is not None:
-        checkpoint.write_json(arguments.output, {kind: ranks.to_dict() for kind, ranks in found.items()})
+        hub.write_json(arguments.output, {kind: ranks.to_dict() for kind, ranks in found.items()})
 
 
 if __name__ == "__main__":

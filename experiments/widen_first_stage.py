@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.models import AutoencoderConfig, AutoencoderKL
 
 
@@ -54,10 +54,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     try:
-        network = checkpoint.load_autoencoder(checkpoint.find_autoencoder(arguments.first_stage))
+        network = hub.load_autoencoder(hub.find_autoencoder(arguments.first_stage))
         if not isinstance(network, AutoencoderKL):
             raise ValueError(f"{arguments.first_stage} has a codebook; name an autoencoder with a normal posterior")
-        checkpoint.save_model(arguments.target, widened(network))
+        hub.save_model(arguments.target, widened(network))
     except ValueError as error:
         parser.error(str(error))
     print(arguments.target)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from tests import tiny
 
 
@@ -71,7 +71,7 @@ def test_a_component_from_a_module_in_the_folder_is_refused(model: Path) -> None
 
 
 def test_an_autoencoder_alone_is_looked_at_too(model: Path) -> None:
-    checkpoint.load_autoencoder(model / "vae")
+    hub.load_autoencoder(model / "vae")
     (model / "vae" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"adapter_config\.json is an adapter"):
-        checkpoint.load_autoencoder(model / "vae")
+        hub.load_autoencoder(model / "vae")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm import Pipeline, adapters, checkpoint
+from ldm import Pipeline, hub, lora, lora_files
 from ldm.training.trainable import make_ema
 from ldm.training.training_state import TrainingState
 from ldm.weights import find_weights, plain_name, plain_names
@@ -97,12 +97,12 @@ def test_weights_with_and_without_a_prefix_in_one_file_are_refused(saved):
 
 def test_an_adapter_of_a_compiled_network_has_plain_names(saved, tmp_path):
     unet = Pipeline.from_pretrained(saved, device="cpu").unet
-    adapters.add_adapter(unet, adapters.AdapterConfig(rank=2))
+    lora.add_adapter(unet, lora.AdapterConfig(rank=2))
     other = copy.deepcopy(unet)
     other.mid_block = compiled(other.mid_block)
     for name, network in (("plain", unet), ("parts", other), ("whole", compiled(unet))):
-        adapters.save_adapter(tmp_path / name, network)
-    files = [(tmp_path / name / adapters.files.WEIGHTS).read_bytes() for name in ("plain", "parts", "whole")]
+        lora_files.save_adapter(tmp_path / name, network)
+    files = [(tmp_path / name / lora_files.WEIGHTS).read_bytes() for name in ("plain", "parts", "whole")]
     assert files[0] == files[1] == files[2]
 
 
@@ -161,10 +161,10 @@ def test_of_several_variants_the_preferred_one_is_read_and_else_none(saved):
     zeros = {name: torch.zeros_like(value) for name, value in load_file(weights).items()}
     for variant in ("non_ema", "bf16"):
         save_file(zeros, weights.with_name(f"diffusion_pytorch_model.{variant}.safetensors"), {"format": "pt"})
-    assert find_weights(saved / "unet", checkpoint.WEIGHTS).shards == (weights,)
+    assert find_weights(saved / "unet", hub.WEIGHTS).shards == (weights,)
     weights.unlink()
-    (half,) = find_weights(saved / "unet", checkpoint.WEIGHTS).shards
+    (half,) = find_weights(saved / "unet", hub.WEIGHTS).shards
     assert half.name == "diffusion_pytorch_model.bf16.safetensors"
     half.rename(half.with_name("diffusion_pytorch_model.a.safetensors"))
     with pytest.raises(ValueError, match="holds the variants a and non_ema of its weights"):
-        find_weights(saved / "unet", checkpoint.WEIGHTS)
+        find_weights(saved / "unet", hub.WEIGHTS)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from ldm.codecs import LatentCodec
 from ldm.text import load_text_encoder
 from ldm.training.interruption import EXIT_CODE as STOPPED
@@ -54,15 +54,15 @@ def prepare(scratch: Path, bundle: Path | None, most: int | None = None) -> dict
         for path in sorted((scratch / "pictures").glob("*.webp"))[most:]:
             path.unlink()
     gpu_bundle.read_text_encoder(bundle, scratch / "text")
-    release = checkpoint.find_pipeline(NAME)
-    unet = checkpoint.load_model(release / "unet", "UNet2DConditionModel")
-    codec = checkpoint.load_autoencoder(release / "vae")
-    index = checkpoint.read_json(release / "model_index.json")["_ldm"]
+    release = hub.find_pipeline(NAME)
+    unet = hub.load_model(release / "unet", "UNet2DConditionModel")
+    codec = hub.load_autoencoder(release / "vae")
+    index = hub.read_json(release / "model_index.json")["_ldm"]
     Pipeline(
         unet=unet,  # type: ignore[arg-type]
         codec=LatentCodec(codec, source=release / "vae"),
         text_encoder=load_text_encoder(str(scratch / "text"), gpu_bundle.MAX_LENGTH),
-        schedule=checkpoint.load_schedule(release / "scheduler"),
+        schedule=hub.load_schedule(release / "scheduler"),
         **index,
     ).save_pretrained(scratch / "start")
     base = yaml.safe_load((ROOT / "configs" / f"{NAME}.yaml").read_text())
@@ -123,8 +123,8 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 def write_weights(pipeline: Path, out: Path, scratch: Path) -> dict[str, Any]:
     """The averaged UNet in float16 as files in `out`; returns their hashes."""
-    unet = checkpoint.load_model(pipeline / "unet", "UNet2DConditionModel")
-    checkpoint.save_model(scratch / "half", unet, torch.float16, FILE_BYTES)
+    unet = hub.load_model(pipeline / "unet", "UNet2DConditionModel")
+    hub.save_model(scratch / "half", unet, torch.float16, FILE_BYTES)
     for path in out.glob("unet.*"):  # of an earlier call
         path.unlink()
     files = {}
@@ -144,7 +144,7 @@ def join(out: Path, target: Path) -> Path:
     Raises:
         ValueError: naming the file that is missing or whose bytes are not those that were trained.
     """
-    parts = checkpoint.read_json(out / "gpu.json")["parts"]
+    parts = hub.read_json(out / "gpu.json")["parts"]
     records = [f for f in parts.get("training", {}).get("figures", []) if f["name"] == "weights"]
     if not records:
         raise ValueError(f"{out / 'gpu.json'} tells of no weights; run the part training first")
@@ -153,12 +153,12 @@ def join(out: Path, target: Path) -> Path:
     for name, (_, sha256) in records[-1]["files"].items():
         if not (out / name).is_file() or hashlib.sha256((out / name).read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{out / name} is missing or is not the file that was trained; copy it again")
-    checkpoint.link_tree(checkpoint.find_pipeline(NAME), target)
+    hub.link_tree(hub.find_pipeline(NAME), target)
     shutil.rmtree(target / "unet")
     (target / "unet").mkdir()
     for name in records[-1]["files"]:
         shutil.copyfile(out / name, target / "unet" / name.removeprefix("unet."))
-    checkpoint.load_model(target / "unet", "UNet2DConditionModel")
+    hub.load_model(target / "unet", "UNet2DConditionModel")
     return target
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from ldm.training import run_info
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +36,11 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
     pipeline = Pipeline.from_pretrained(run / "pipeline")
     pipeline.guidance_scale = pipeline.guidance_scale if guidance is None else guidance
     pipeline.num_inference_steps = pipeline.num_inference_steps if steps is None else steps
-    with checkpoint.atomic_folder(target) as aside:
+    with hub.atomic_folder(target) as aside:
         pipeline.save_pretrained(aside, dtype=torch.float16, shard_bytes=FILE_BYTES, text_encoder="reference")
         shutil.copyfile(card, aside / "README.md")
         shutil.copyfile(run / "config.yaml", aside / run_info.CONFIG)
-        checkpoint.write_json(aside / run_info.DATA, {"samples": found.samples, "sha256": found.sha256})
+        hub.write_json(aside / run_info.DATA, {"samples": found.samples, "sha256": found.sha256})
         size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
         if size > ALL_BYTES:
             raise ValueError(f"the model takes {size:,} bytes, and {ALL_BYTES:,} may be; train a smaller one")
@@ -50,11 +50,11 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--name", choices=checkpoint.BUILT_IN_PIPELINES, default="openmoji-64")
+    parser.add_argument("--name", choices=hub.BUILT_IN_PIPELINES, default="openmoji-64")
     parser.add_argument("--guidance", type=float, help="the default guidance scale; else that of the run")
     parser.add_argument("--steps", type=int, help="the default number of steps; else that of the run")
     arguments = parser.parse_args()
-    target, card = checkpoint.BUILT_IN_PIPELINES[arguments.name], ROOT / "docs" / f"{arguments.name}.md"
+    target, card = hub.BUILT_IN_PIPELINES[arguments.name], ROOT / "docs" / f"{arguments.name}.md"
     try:
         size = release(arguments.run, target, card, arguments.guidance, arguments.steps)
     except ValueError as error:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.codecs import LatentCodec
 from ldm.data import generator, to_signed
 from ldm.data.scenes.catalog import load_catalog
@@ -231,7 +231,7 @@ def initial_network(config: SceneClassifierConfig, folder: Path | None) -> Scene
     if folder is None:
         return network
     before = read_classifier_config(folder)
-    weights = {name: value.float() for name, value in checkpoint.load_tensors(folder / WEIGHTS).items()}
+    weights = {name: value.float() for name, value in hub.load_tensors(folder / WEIGHTS).items()}
     own = network.state_dict()
     rows = {name: number for number, name in enumerate(before.things)}
     pairs = [(new, rows[name]) for new, name in enumerate(config.things) if name in rows]
@@ -348,7 +348,7 @@ def main() -> None:
     tier = TIERS[arguments.things]
     things = tuple(thing.name for thing in load_catalog().things if thing.tier <= tier)
     codecs = {
-        name: LatentCodec(checkpoint.load_autoencoder(checkpoint.find_autoencoder(name)).eval().requires_grad_(False))
+        name: LatentCodec(hub.load_autoencoder(hub.find_autoencoder(name)).eval().requires_grad_(False))
         for name in arguments.first_stages
     }
     if not arguments.scores_only:
@@ -364,7 +364,7 @@ def main() -> None:
     classifier = SceneClassifier(dataclasses.replace(classifier.config, peak=best_peak(classifier)), classifier.network)
     classifier.save(arguments.output)
     record = {"classifier": SceneClassifier.load(arguments.output).digest, "catalog": load_catalog().digest}
-    checkpoint.write_json(arguments.output / "scores.json", record | {"axes": scores(classifier, codecs)})
+    hub.write_json(arguments.output / "scores.json", record | {"axes": scores(classifier, codecs)})
 
 
 if __name__ == "__main__":

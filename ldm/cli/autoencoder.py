@@ -69,7 +69,7 @@ def evaluate_autoencoder_command(
     from ldm.evaluation.autoencoder import evaluate_autoencoder, worst_sheet
     from ldm.evaluation.efficientnet import perceptual_distance
     from ldm.evaluation.features import feature_space
-    from ldm.models.perceptual import MIN_IMAGE_SIZE
+    from ldm.models.similarity import MIN_IMAGE_SIZE
     from ldm.pipelines import save_png
     from ldm.pipelines.pipeline import usable_device
     from ldm.training.components import load_first_stage

@@ -85,8 +85,7 @@ def evaluate_command(
     from ldm.data import DataConfig
     from ldm.evaluation.evaluate import check_samples
     from ldm.evaluation.sweep import SweepGrid
-    from ldm.pipelines.arguments import check_steps, image_seeds
-    from ldm.pipelines.sampling import SamplingParams
+    from ldm.pipelines.sampling import SamplingParams, check_steps, image_seeds
     from ldm.training.run_info import find_run
 
     # Errors that do not depend on the model come before it is loaded.
@@ -356,8 +355,8 @@ def _sweep(
 
 def _models(options: _Options, pipeline: Pipeline) -> tuple[dict[str, Pipeline], Path | None]:
     """The weights to sweep, and the folder whose defaults may change."""
-    from ldm.checkpoint import BUILT_IN_PIPELINES
     from ldm.evaluation.sweep import raw_model
+    from ldm.hub import BUILT_IN_PIPELINES
     from ldm.training.checkpoints import list_checkpoints
 
     run, path = options.run, Path(options.model).expanduser()

@@ -81,11 +81,10 @@ def generate(
         raise ValueError(f"-n is {count}; it must be at least 1")
     options = dict(map(_option, sampler_option or []))
     weighted = [_weighted(entry) for entry in lora or []]
-    from ldm.adapters import check_weight
     from ldm.codecs import check_tile
+    from ldm.lora import check_weight
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
-    from ldm.pipelines.arguments import check_size, check_steps, image_prompts, image_seeds
-    from ldm.pipelines.sampling import SamplingParams
+    from ldm.pipelines.sampling import SamplingParams, check_size, check_steps, image_prompts, image_seeds
     from ldm.text import ignore_cut_prompts
 
     # What is wrong whatever the model is said before it is loaded.

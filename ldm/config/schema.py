@@ -16,7 +16,7 @@ from ldm.diffusion.samplers import check_sampler
 from ldm.diffusion.schedule import check_first_step, check_precision
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
 from ldm.models.discriminator import AdversarialLoss
-from ldm.models.perceptual import MIN_IMAGE_SIZE
+from ldm.models.similarity import MIN_IMAGE_SIZE
 
 
 def _positive(config: object, *keys: str) -> None:

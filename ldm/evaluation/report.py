@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Evaluation, GeneratedImages
 from ldm.evaluation.loss_gap import LossGap
@@ -136,7 +136,7 @@ class EvaluationReport:
         """
         folder = disk.expand_user(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "evaluation.json", self.to_dict())
+        hub.write_json(folder / "evaluation.json", self.to_dict())
         settings = {"settings": self.evaluation.settings}
         save_png(self._samples_sheet(), folder / "samples.png", settings)
         if self.evaluation.copying is not None:

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.data import to_signed
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.scene import COLORS
 from ldm.weights import converted
 
-FOLDER = checkpoint.ASSETS / "scenes-classifier"
+FOLDER = hub.ASSETS / "scenes-classifier"
 SIZE, GRID = 64, 8
 OWN = "own"  # the color of things that are not tinted
 ALL_COLORS = (*COLORS, OWN)
@@ -159,9 +159,9 @@ class SceneClassifier:
         """
         config = read_classifier_config(folder)
         network = SceneClassifierNetwork(config)
-        weights = checkpoint.load_tensors(folder / WEIGHTS)
+        weights = hub.load_tensors(folder / WEIGHTS)
         weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-        checkpoint.assign_weights(network, weights, folder)
+        hub.assign_weights(network, weights, folder)
         catalog = {thing.name for thing in load_catalog().things if thing.tier <= config.tier}
         if catalog != set(config.things):
             different = min(catalog ^ set(config.things))
@@ -176,8 +176,8 @@ class SceneClassifier:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
         whole = {name: value for name, value in self.network.state_dict().items() if name not in weights}
-        checkpoint.save_tensors(folder / WEIGHTS, whole | converted(weights, torch.float16, "the scene classifier"))
-        checkpoint.write_json(folder / "config.json", asdict(self.config))
+        hub.save_tensors(folder / WEIGHTS, whole | converted(weights, torch.float16, "the scene classifier"))
+        hub.write_json(folder / "config.json", asdict(self.config))
 
     @property
     def digest(self) -> str:
@@ -247,7 +247,7 @@ def read_classifier_config(folder: Path) -> SceneClassifierConfig:
     """Raises ValueError if there is none."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no scene classifier in {folder}; {HOW_TO_TRAIN}")
-    content = checkpoint.read_json(folder / "config.json")
+    content = hub.read_json(folder / "config.json")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     try:
         return SceneClassifierConfig(**values)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.data import Sample, to_signed
 from ldm.evaluation.features import EXTRACT_BATCH, FeatureSpace
 from ldm.evaluation.fidelity import kid_leave_one_out
@@ -358,7 +358,7 @@ def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
         ValueError: for a checkpoint of another step, or of other weights (such as a LoRA).
     """
     here = pipeline.unet.state_dict()
-    averaged, raw = (checkpoint.load_tensors(training / f"{name}.safetensors") for name in ("ema", "model"))
+    averaged, raw = (hub.load_tensors(training / f"{name}.safetensors") for name in ("ema", "model"))
     if not raw.keys() <= here.keys() or raw.keys() != averaged.keys():
         raise ValueError(f"{training} holds weights that are not those of a whole UNet, such as a LoRA")
     for name, value in averaged.items():
@@ -452,7 +452,7 @@ class _Record:
         self.cells: dict[tuple[str, float, int], Cell] = {}
         if not path.exists():
             return
-        content = checkpoint.read_json(path)
+        content = hub.read_json(path)
         if content.get("of") != identity:
             raise ValueError(
                 f"{path} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
@@ -469,7 +469,7 @@ class _Record:
     def add(self, cell: Cell) -> None:
         self.cells[cell.setting] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.path, {"of": self.identity, "cells": [asdict(c) for c in self.cells.values()]})
+        hub.write_json(self.path, {"of": self.identity, "cells": [asdict(c) for c in self.cells.values()]})
 
 
 def model_digest(pipeline: Pipeline) -> str:
@@ -513,13 +513,13 @@ def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int
     check_storable(folder)
     index = _read_index(folder)
     changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    checkpoint.write_json(folder / INDEX, index | {"_ldm": changed})
+    hub.write_json(folder / INDEX, index | {"_ldm": changed})
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} is no local pipeline folder; save the model with save_pretrained(), and give that")
-    index = checkpoint.read_json(folder / INDEX)
+    index = hub.read_json(folder / INDEX)
     if not isinstance(index.get("_ldm"), dict):
         # The key also determines how the scheduler's offset is read: it cannot just be added.
         raise ValueError(

@@ -1,6 +1,5 @@
 """The networks: plain `nn.Module`s built from frozen configs, with the names of diffusers."""
 
-from ldm.models.attention import set_attention_backend
 from ldm.models.autoencoder import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -8,9 +7,9 @@ from ldm.models.autoencoder import (
     sample_posterior,
     upgrade_state_dict,
 )
+from ldm.models.blocks import enable_gradient_checkpointing, set_attention_backend
 from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, discriminator_loss, generator_loss
-from ldm.models.layers import enable_gradient_checkpointing
-from ldm.models.perceptual import PerceptualDistance
+from ldm.models.similarity import PerceptualDistance
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, VQModel, codebook_usage
 

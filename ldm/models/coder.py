@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.attention import ImageAttention
+from ldm.models.blocks import CheckpointedBlock, Downsample, ImageAttention, ResnetBlock, Upsample
 from ldm.models.component_config import ComponentConfig, refuse
-from ldm.models.layers import CheckpointedBlock, Downsample, ResnetBlock, Upsample
 
 # Encoder and decoder of LDM; no config key of diffusers reaches it.
 NORM_EPS = 1e-6

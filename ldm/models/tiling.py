@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.attention import ImageAttention
+from ldm.models.blocks import Downsample, ImageAttention, ResnetBlock, Upsample
 from ldm.models.coder import CoderBlock, Decoder, Encoder
-from ldm.models.layers import Downsample, ResnetBlock, Upsample
 
 Function = Callable[[Tensor], Tensor]
 Rows = Callable[[int, int], Tensor]

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.attention import SpatialTransformer
-from ldm.models.component_config import ComponentConfig, refuse
-from ldm.models.layers import (
+from ldm.models.blocks import (
     CheckpointedBlock,
     Downsample,
     ResnetBlock,
+    SpatialTransformer,
     TimestepEmbedding,
     Upsample,
     timestep_sinusoids,
     zero_,
 )
+from ldm.models.component_config import ComponentConfig, refuse
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")

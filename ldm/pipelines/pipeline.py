@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import adapters, checkpoint, disk
+from ldm import disk, hub, lora, lora_files
 from ldm.codecs import Codec, LatentCodec, PixelCodec, Tile
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, State, Step, ddim_inversion, slerp, with_condition
 from ldm.diffusion.diffusers_schedulers import scheduler_class
 from ldm.diffusion.schedule import check_precision
 from ldm.models import UNet, set_attention_backend
-from ldm.pipelines.arguments import as_float, as_int, as_list, image_prompts, image_seeds
 from ldm.pipelines.finite import FiniteCheck, NotFinite, image_names, is_finite, remedy
 from ldm.pipelines.images import check_images, from_pil, to_pil
 from ldm.pipelines.memory import CHUNK_BYTES, ChunkSizes, chunk_sizes, explain_out_of_memory, unet_bytes
@@ -29,8 +28,13 @@ from ldm.pipelines.sampling import (
     SamplingKwargs,
     SamplingParams,
     as_epsilon_model,
+    as_float,
+    as_int,
+    as_list,
     describe_sampler,
     find_sampler,
+    image_prompts,
+    image_seeds,
     sample,
     sample_noise,
     with_guidance,
@@ -47,7 +51,7 @@ CODEBOOK_CLASS = "CodebookDiffusionPipeline"  # latent too, but diffusers' pipel
 PIXEL_CLASS = "PixelDiffusionPipeline"
 CLASSES = {"AutoencoderKL": LATENT_CLASS, "VQModel": CODEBOOK_CLASS, None: PIXEL_CLASS}  # by the first stage
 SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
-READ = set(checkpoint.PARTS)
+READ = set(hub.PARTS)
 LIBRARIES = ("diffusers", "transformers", "ldm")  # of components; any other name is a module in the folder
 
 
@@ -119,19 +123,19 @@ class Pipeline:
         """
         place = usable_device(device)
         check_dtype(dtype)
-        folder = checkpoint.find_pipeline(name)
-        for part in (".", *checkpoint.PARTS):
+        folder = hub.find_pipeline(name)
+        for part in (".", *hub.PARTS):
             refuse_untrusted(folder / part)
-        index = checkpoint.read_json(folder / "model_index.json")
+        index = hub.read_json(folder / "model_index.json")
         _check_index(index, folder)
-        unet = checkpoint.load_model(folder / "unet", "UNet2DConditionModel", dtype)
+        unet = hub.load_model(folder / "unet", "UNet2DConditionModel", dtype)
         assert isinstance(unet, UNet)
         codec: PixelCodec | LatentCodec
         if "codec" in index:
-            codec = checkpoint.load_pixel_codec(folder / "codec")
+            codec = hub.load_pixel_codec(folder / "codec")
         else:
-            codec = LatentCodec(checkpoint.load_autoencoder(folder / "vae", dtype), source=folder / "vae")
-        schedule = checkpoint.load_schedule(folder / "scheduler", str(index["scheduler"][-1]))
+            codec = LatentCodec(hub.load_autoencoder(folder / "vae", dtype), source=folder / "vae")
+        schedule = hub.load_schedule(folder / "scheduler", str(index["scheduler"][-1]))
         if not index.get("_ldm"):
             # diffusers' StableDiffusionPipeline sets this whatever the file says.
             schedule = dataclasses.replace(schedule, steps_offset=1)
@@ -492,7 +496,7 @@ class Pipeline:
 
         Args:
             folder: where. An older model there is replaced when the new one is complete: the files that the format
-                names (see `checkpoint.atomic_folder`). Whatever else lies there stays, such as README.md and .git of a
+                names (see `hub.atomic_folder`). Whatever else lies there stays, such as README.md and .git of a
                 clone. Where the folder is a link, what it points to is written.
             dtype: of the stored weights of the UNet.
             shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
@@ -507,9 +511,7 @@ class Pipeline:
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
-        loaded = {
-            name for part in self._adapted for name in adapters.adapter_names(part) if not adapters.is_merged(part)
-        }
+        loaded = {name for part in self._adapted for name in lora.adapter_names(part) if not lora.is_merged(part)}
         if loaded:
             raise ValueError(
                 f"the LoRA {min(loaded)!r} is loaded; merge_lora() to save the model with it, unload_lora() to save it "
@@ -525,33 +527,33 @@ class Pipeline:
             check_weights(codec.autoencoder.state_dict(), "the autoencoder")
         reference = reference_to(self.text_encoder) if text_encoder == "reference" else None
         place = disk.writable_folder(folder)
-        with checkpoint.atomic_folder(place) as target:
-            checkpoint.write_json(target / "model_index.json", self.index())
-            checkpoint.save_model(target / "unet", self.unet, dtype, shard_bytes)
-            checkpoint.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
+        with hub.atomic_folder(place) as target:
+            hub.write_json(target / "model_index.json", self.index())
+            hub.save_model(target / "unet", self.unet, dtype, shard_bytes)
+            hub.save_schedule(target / "scheduler", self.schedule, self.unet.config.learned_variance)
             if reference is None:
                 self.save_frozen(target)
             else:
                 (target / "text_encoder").mkdir()
-                checkpoint.write_json(target / "text_encoder" / REFERENCE, reference)
+                hub.write_json(target / "text_encoder" / REFERENCE, reference)
                 self._save_codec(target)
         if reference is None:
-            self.text_encoder.set_source(place, changed=adapters.is_merged(self.text_encoder.model))
+            self.text_encoder.set_source(place, changed=lora.is_merged(self.text_encoder.model))
 
     def save_frozen(self, folder: Path) -> None:
         """Writes the parts that training of the UNet leaves alone: text encoder, tokenizer, codec."""
-        self.text_encoder.save(folder, changed=adapters.is_merged(self.text_encoder.model))
+        self.text_encoder.save(folder, changed=lora.is_merged(self.text_encoder.model))
         self._save_codec(folder)
 
     def _save_codec(self, folder: Path) -> None:
         codec = _unwrapped(self.codec)
         if isinstance(codec, LatentCodec):
-            if codec.source is not None and checkpoint.has_weights(codec.source, codec.autoencoder):
-                checkpoint.copy_model(codec.source, folder / "vae")
+            if codec.source is not None and hub.has_weights(codec.source, codec.autoencoder):
+                hub.copy_model(codec.source, folder / "vae")
             else:
-                checkpoint.save_model(folder / "vae", codec.autoencoder)
+                hub.save_model(folder / "vae", codec.autoencoder)
         elif isinstance(codec, PixelCodec):
-            checkpoint.save_pixel_codec(folder / "codec", codec)
+            hub.save_pixel_codec(folder / "codec", codec)
 
     @property
     def _adapted(self) -> tuple[nn.Module, nn.Module]:
@@ -561,7 +563,7 @@ class Pipeline:
     @property
     def lora(self) -> dict[str, float]:
         """The LoRAs that are on, with their weights."""
-        return {name: weight for part in self._adapted for name, weight in adapters.adapter_weights(part).items()}
+        return {name: weight for part in self._adapted for name, weight in lora.adapter_weights(part).items()}
 
     def load_lora(self, source: str | os.PathLike[str], *, name: str = "default", weight: float = 1.0) -> None:
         """Adds a LoRA of diffusers, peft or kohya to UNet and text encoder; others that are loaded stay as they are.
@@ -574,40 +576,40 @@ class Pipeline:
         Raises:
             ValueError: naming the file and what is wrong with it; the pipeline is unchanged then.
         """
-        adapters.load_adapter(self.unet, source, name, weight=weight, text_encoder=self.text_encoder.model)
+        lora_files.load_adapter(self.unet, source, name, weight=weight, text_encoder=self.text_encoder.model)
 
     def set_lora(self, weights: Mapping[str, float]) -> None:
         """Turns on the LoRAs that are named, with these weights, and turns off the others; {} is all off."""
-        loaded = [set(adapters.adapter_names(part)) for part in self._adapted]
+        loaded = [set(lora.adapter_names(part)) for part in self._adapted]
         for name in weights.keys() - set.union(*loaded):
             raise ValueError(
                 f"there is no LoRA {name!r}; loaded are: {', '.join(sorted(set.union(*loaded))) or 'none'}"
             )
         for name, weight in weights.items():
-            adapters.check_weight(name, weight)  # before anything is changed
+            lora.check_weight(name, weight)  # before anything is changed
         for part, names in zip(self._adapted, loaded, strict=True):
-            adapters.set_adapters(part, {name: weight for name, weight in weights.items() if name in names})
+            lora.set_adapters(part, {name: weight for name, weight in weights.items() if name in names})
 
     def merge_lora(self) -> None:
         """Folds the LoRAs that are on into the weights: as fast as without, and `save_pretrained` writes them."""
-        adapted = [part for part in self._adapted if adapters.adapter_names(part)]
+        adapted = [part for part in self._adapted if lora.adapter_names(part)]
         if not adapted:
             raise ValueError("no LoRA is loaded; load_lora() first")
         for part in adapted:
-            adapters.merge_adapters(part)
+            lora.merge_adapters(part)
 
     def unmerge_lora(self) -> None:
         """Undoes `merge_lora`, exactly: the LoRAs are loaded and on as they were before."""
-        merged = [part for part in self._adapted if adapters.is_merged(part)]
+        merged = [part for part in self._adapted if lora.is_merged(part)]
         if not merged:
             raise ValueError("no LoRA is merged; there is nothing to undo")
         for part in merged:
-            adapters.unmerge_adapters(part)
+            lora.unmerge_adapters(part)
 
     def unload_lora(self) -> None:
         """Takes all LoRAs out, merged ones too: the pipeline is, bit for bit, what it was before the first."""
         for part in self._adapted:
-            adapters.remove_adapters(part)
+            lora.remove_adapters(part)
 
     def index(self) -> dict[str, Any]:
         """Content of `model_index.json`."""

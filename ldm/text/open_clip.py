@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ldm import disk
 from ldm.requirements import pip_install
-from ldm.text.files import WEIGHTS_NAME, tensor_names
-from ldm.weights import check_weights, plain_name, save_tensors
+from ldm.weights import WEIGHTS_NAME, check_weights, plain_name, save_tensors, tensor_names
 
 PREFIX = "open_clip:"
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.checkpoint import find_pipeline
 from ldm.config import (
     AutoencoderTrainingConfig,
     LDMConfig,
@@ -30,6 +29,7 @@ from ldm.data.captions import printable
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
+from ldm.hub import find_pipeline
 from ldm.pipelines.pipeline import default_device
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.training.auto_config import FIRST_STAGE_SUFFIX, TrainOptions, choose_config

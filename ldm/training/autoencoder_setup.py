@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_name
 from ldm.data import Batch, CaptionedImages, collate, to_signed
@@ -138,7 +138,7 @@ def export_autoencoder(
     """
     assert isinstance(averaged, FirstStage)
     if config.trained == "decoder":
-        checkpoint.save_model(folder, averaged)
+        hub.save_model(folder, averaged)
         return
     autoencoder = copy.deepcopy(averaged)
     channels = autoencoder.channels
@@ -152,7 +152,7 @@ def export_autoencoder(
     channel_mean = first / count
     std = (second / count - channel_mean.square()).clamp(min=1e-12).sqrt()  # Var[z] = E[z²] − E[z]²
     autoencoder.fold_statistics(channel_mean, std)
-    checkpoint.save_model(folder, autoencoder)
+    hub.save_model(folder, autoencoder)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.training.distributed import sum_over_processes
 
 PREFIX = "step_"
@@ -62,7 +62,7 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
 def find_damage(folder: Path, manifest: str = MANIFEST) -> str | None:
     """The first file that differs from the manifest, or None. Extra files other than weights and JSON are allowed."""
     try:
-        files = checkpoint.read_json(folder / manifest)["files"]
+        files = hub.read_json(folder / manifest)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{manifest}: {error}"
@@ -105,7 +105,7 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
         with disk.new_folder(target) as folder:
             fill(folder)
             disk.sync_tree(folder)
-            checkpoint.write_json(folder / MANIFEST, {"files": file_hashes(folder)})  # the last file
+            hub.write_json(folder / MANIFEST, {"files": file_hashes(folder)})  # the last file
         damage = find_damage(target)
         if damage is not None:
             disk.remove_folder(target)
@@ -130,10 +130,10 @@ def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
 def _has_extra_files(folder: Path) -> bool:
     """Whether a checkpoint holds files outside its manifest, apart from those that systems add."""
     try:
-        named = checkpoint.read_json(folder / MANIFEST)["files"].keys() | {MANIFEST}
+        named = hub.read_json(folder / MANIFEST)["files"].keys() | {MANIFEST}
     except (ValueError, KeyError, AttributeError):
         return True  # unknown
-    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in checkpoint.OS_FILES)
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in hub.OS_FILES)
     return any(path.relative_to(folder).as_posix() not in named for path in files)
 
 
@@ -175,7 +175,7 @@ def newest_intact_checkpoint(run: Path, log: Callable[[str], None]) -> tuple[Pat
 def _wrong_step(folder: Path) -> str | None:
     """A message if a checkpoint was made at another step than its name says."""
     try:
-        step = checkpoint.read_json(folder / "training" / "state.json").get("step")
+        step = hub.read_json(folder / "training" / "state.json").get("step")
     except ValueError as error:
         return str(error)
     return None if step == checkpoint_step(folder) else f"it was made at step {step}"

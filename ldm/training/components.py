@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.codecs import Codec, LatentCodec
 from ldm.config import SampleConfig
 from ldm.diffusion import ScheduleConfig
@@ -19,8 +19,8 @@ from ldm.text import load_text_encoder_folders
 
 def load_first_stage(name: str) -> LatentCodec:
     """The autoencoder of a folder or hub id, or the `vae/` of a pipeline folder, frozen."""
-    folder = checkpoint.find_autoencoder(name)
-    autoencoder = checkpoint.load_autoencoder(folder)
+    folder = hub.find_autoencoder(name)
+    autoencoder = hub.load_autoencoder(folder)
     autoencoder.requires_grad_(False)
     return LatentCodec(autoencoder, source=folder)
 
@@ -49,9 +49,9 @@ class FrozenComponents:
         device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         codec: Codec
         if (self.folder / "codec" / "config.json").is_file():
-            codec = checkpoint.load_pixel_codec(self.folder / "codec")
+            codec = hub.load_pixel_codec(self.folder / "codec")
         else:
-            codec = LatentCodec(checkpoint.load_autoencoder(self.folder / "vae"), source=self.folder / "vae")
+            codec = LatentCodec(hub.load_autoencoder(self.folder / "vae"), source=self.folder / "vae")
         text_encoder = load_text_encoder_folders(self.folder / "text_encoder", self.folder / "tokenizer")
         codec.to(device=device, dtype=dtype)
         return Pipeline(
@@ -67,9 +67,9 @@ class FrozenComponents:
     def save(self, folder: Path, unet: nn.Module) -> None:
         """Write a pipeline folder around `unet`; the components are hard links to `self.folder`."""
         assert isinstance(unet, UNet)
-        with checkpoint.atomic_folder(folder) as target:
-            checkpoint.write_json(target / "model_index.json", self.index)
-            checkpoint.save_model(target / "unet", unet)
-            checkpoint.save_schedule(target / "scheduler", self.schedule, unet.config.learned_variance)
+        with hub.atomic_folder(folder) as target:
+            hub.write_json(target / "model_index.json", self.index)
+            hub.save_model(target / "unet", unet)
+            hub.save_schedule(target / "scheduler", self.schedule, unet.config.learned_variance)
             for part in sorted(self.folder.iterdir()):
-                checkpoint.link_tree(part, target / part.name)
+                hub.link_tree(part, target / part.name)

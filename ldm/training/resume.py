@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
 from ldm.data import CaptionedImages
 from ldm.data.captions import printable
@@ -51,7 +51,7 @@ def find_differences(
     Args:
         environment: of this process: `describe_environment`.
     """
-    state = checkpoint.read_json(folder / "training" / "state.json")
+    state = hub.read_json(folder / "training" / "state.json")
     stored = state["config"]
     if config.train.lr_schedule == "cosine" and stored["train"]["max_steps"] != config.train.max_steps:
         log(
@@ -73,7 +73,7 @@ def find_differences(
 
 def stored_threads(folder: Path, processes: int) -> int | None:
     """The CPU threads of a checkpoint's run; None on a GPU or with another number of processes."""
-    before = checkpoint.read_json(folder / "training" / "state.json").get("environment", {})
+    before = hub.read_json(folder / "training" / "state.json").get("environment", {})
     threads: int | None = before.get("threads") if before.get("processes") == processes else None
     return threads
 
@@ -231,7 +231,7 @@ def data_differences(
     then, now = f"{stored['samples']} images", f"{present['samples']} images"
     path = run / "fingerprints.json"
     if path.is_file():
-        before, after = checkpoint.read_json(path), sample_fingerprints(images, held_out)
+        before, after = hub.read_json(path), sample_fingerprints(images, held_out)
         groups = {
             "changed": [name for name in after if name in before and before[name] != after[name]],
             "new": [name for name in after if name not in before],

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
 from ldm.data.report import DatasetReport
@@ -167,9 +167,9 @@ class Run:
                 log=self.print,
             )
             if self._data_report is not None and self._images is not None:
-                checkpoint.write_json(self.folder / "data.json", self._data_report.to_dict())
+                hub.write_json(self.folder / "data.json", self._data_report.to_dict())
                 fingerprints = sample_fingerprints(self._images, self._held_out)
-                checkpoint.write_json(self.folder / "fingerprints.json", fingerprints)
+                hub.write_json(self.folder / "fingerprints.json", fingerprints)
         self.accelerator.wait_for_everyone()
         # TensorBoard hides what was logged after this step, which is truncated from the log as well.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -200,7 +200,7 @@ class Run:
         self._images, self._held_out, self._data_report = images, held_out, report
         self._data = {"samples": len(images), "sha256": data_fingerprint(images, held_out)}
         if self._resumed is not None:
-            stored = checkpoint.read_json(self._resumed / "training" / "state.json")["data"]
+            stored = hub.read_json(self._resumed / "training" / "state.json")["data"]
             found = data_differences(self.folder, stored, self._data, images, held_out)
             check_compatible(found, self._accept, self._resumed, self.print)
 
@@ -216,7 +216,7 @@ class Run:
         self.config = config
         self.space_reason = space_reason
         if self._resumed is not None:
-            stored = checkpoint.read_json(self._resumed / "training" / "state.json")["config"]
+            stored = hub.read_json(self._resumed / "training" / "state.json")["config"]
             found = config_differences(stored, config, str(self._resumed))
             check_compatible(found, self._accept, self._resumed, lambda _: None)
 
@@ -394,7 +394,7 @@ class Run:
         self.print(plan.text())
         self._plan = plan.to_dict()
         self._truncate_logs()
-        checkpoint.write_json(self.folder / "plan.json", self._plan)
+        hub.write_json(self.folder / "plan.json", self._plan)
         self._planned_at = time.perf_counter()
         self._pace = Pace(plan, None if self.threads is None else self.threads.number)
 
@@ -444,10 +444,10 @@ class Run:
             *earlier, (step, latest) = logged_values(self.folder, name)
             if step != self.step or not latest < min((value for _, value in earlier), default=math.inf):
                 return
-            with checkpoint.atomic_folder(self.folder / "best", "best") as folder:
+            with hub.atomic_folder(self.folder / "best", "best") as folder:
                 export(folder / self.export)
                 files = checkpoints.file_hashes(folder)
-                checkpoint.write_json(folder / "best.json", {"step": step, name: latest, "files": files})
+                hub.write_json(folder / "best.json", {"step": step, name: latest, "files": files})
 
     def save_samples(self, make_grid: Callable[[], Image.Image]) -> None:
         """Make a sample grid on the main process and write it as PNG and to TensorBoard."""
@@ -528,8 +528,8 @@ class Run:
         write_report(self.folder)
 
     def _update_export(self, newest: Path) -> None:
-        with checkpoint.atomic_folder(self.folder / self.export, self.export) as folder:
-            checkpoint.link_tree(newest / self.export, folder)
+        with hub.atomic_folder(self.folder / self.export, self.export) as folder:
+            hub.link_tree(newest / self.export, folder)
 
     def finish(self, state: TrainingState, export: Callable[[Path], None]) -> None:
         """End the run: save, log the time taken, write the report.
@@ -540,7 +540,7 @@ class Run:
         self.save_if_due(state, export)
         if self.is_main and self._plan is not None and not self.stopping:
             seconds = time.perf_counter() - self._planned_at
-            checkpoint.write_json(self.folder / "plan.json", self._plan | {"took_seconds": seconds})
+            hub.write_json(self.folder / "plan.json", self._plan | {"took_seconds": seconds})
             self.print(
                 f"took {format_duration(seconds)}, planned were {format_duration(self._plan['expected_seconds'])}"
             )
@@ -557,7 +557,7 @@ class Run:
     # ---- what is resumed
 
     def _check_frozen_weights(self, state: TrainingState, resumed: Path) -> None:
-        stored = checkpoint.read_json(resumed / "training" / "state.json")
+        stored = hub.read_json(resumed / "training" / "state.json")
         if stored.get("untrained_sha256") != state.frozen_hash:
             raise ValueError(
                 f"{resumed} was trained on other weights than those of the model in start_from today; restore that "
@@ -566,7 +566,7 @@ class Run:
 
     def _restore(self, state: TrainingState, resumed: Path) -> None:
         folder = resumed / "training"
-        stored = checkpoint.read_json(folder / "state.json")
+        stored = hub.read_json(folder / "state.json")
         state.restore(folder, stored["ema_updates"], stored.get("adversarial_weight"))
         if self.accelerator.scaler is not None and stored["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(stored["grad_scaler"])
@@ -583,7 +583,7 @@ class Run:
         folder.mkdir()
         state.save(folder)
         scaler = self.accelerator.scaler
-        checkpoint.write_json(
+        hub.write_json(
             folder / "state.json",
             {
                 "step": self.step,

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ldm import checkpoint, disk
+from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config, to_yaml
 from ldm.data.sources import BUILT_IN as BUILT_IN_DATA
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
@@ -31,7 +31,7 @@ LOCK_SECONDS, RETRY_SECONDS = 3.0, 0.1
 START_FILE = "started.json"
 # Keys that may hold a path.
 PATH_KEYS = ("data.path", "data.cache_dir", "first_stage", "start_from", "text.encoder")
-BUILT_IN_NAMES = {*BUILT_IN_DATA, *checkpoint.BUILT_IN, *checkpoint.BUILT_IN_PIPELINES, "minilm"}
+BUILT_IN_NAMES = {*BUILT_IN_DATA, *hub.BUILT_IN, *hub.BUILT_IN_PIPELINES, "minilm"}
 
 _lock_files: dict[Path, int] = {}
 
@@ -244,7 +244,7 @@ def record_start(run: Path, config: LDMConfig | AutoencoderTrainingConfig) -> No
     """Store the working folder and the config's paths that are relative to it."""
     given = {key: nested_value(dataclasses.asdict(config), key) for key in PATH_KEYS}
     local = {key: value for key, value in given.items() if is_relative_path(value, Path.cwd())}
-    checkpoint.write_json(run / START_FILE, {"folder": os.getcwd(), "paths": local})
+    hub.write_json(run / START_FILE, {"folder": os.getcwd(), "paths": local})
 
 
 def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[str] = ()) -> Path:
@@ -261,7 +261,7 @@ def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[st
     here = Path.cwd()
     if not (run / START_FILE).is_file():  # an older version
         return here
-    stored = checkpoint.read_json(run / START_FILE)
+    stored = hub.read_json(run / START_FILE)
     then, paths = Path(stored.get("folder", here)), stored.get("paths", {})
     needed = {key: path for key, path in paths.items() if key not in overridden and nested_value(content, key) == path}
     if not needed or then == here:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.config import LDMConfig, load_config
 from ldm.config.reading import read_yaml
 from ldm.data import CaptionedImages, DataConfig
@@ -59,8 +59,8 @@ def find_run(model: str) -> RunInfo | None:
     Raises:
         ValueError: for the run of a first stage, and for an unreadable config.
     """
-    if model in checkpoint.BUILT_IN_PIPELINES:
-        return _built_in_run(checkpoint.BUILT_IN_PIPELINES[model])
+    if model in hub.BUILT_IN_PIPELINES:
+        return _built_in_run(hub.BUILT_IN_PIPELINES[model])
     where = Path(model).expanduser()
     if not where.is_dir():
         return None
@@ -78,7 +78,7 @@ def find_run(model: str) -> RunInfo | None:
     if "autoencoder" in content:
         raise ValueError(f"{folder} is the run of a first stage, which generates no images; name the run of a model")
     checkpoints = list_checkpoints(folder)
-    data = checkpoint.read_json(checkpoints[-1] / "training" / "state.json")["data"] if checkpoints else {}
+    data = hub.read_json(checkpoints[-1] / "training" / "state.json")["data"] if checkpoints else {}
     config = load_config(path, [], LDMConfig)
     with suppress(ValueError):  # `data_config` raises it when the data is needed
         config = with_absolute_paths(config, folder)
@@ -90,7 +90,7 @@ def _built_in_run(folder: Path) -> RunInfo | None:
     if not (folder / CONFIG).is_file():
         return None
     config = load_config(folder / CONFIG, [], LDMConfig)
-    data = checkpoint.read_json(folder / DATA)
+    data = hub.read_json(folder / DATA)
     return RunInfo(folder, config, data["samples"], data["sha256"])
 
 

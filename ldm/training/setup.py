@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm import adapters, checkpoint
+from ldm import hub, lora_files
 from ldm.codecs import Codec, LatentCodec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig, check_objective
 from ldm.data import Batch, CaptionedImages, DataConfig, collate, image_statistics, split
@@ -145,7 +145,7 @@ def make_codec(config: LDMConfig, images: CaptionedImages, run: Run) -> Codec:
     """The codec of `config.space`: the only place where a config chooses between pixels and latents."""
     if config.first_stage is None:
         if run.is_resumed:  # its data may have grown; the codec stays
-            return checkpoint.load_pixel_codec(run.folder / "frozen" / "codec")
+            return hub.load_pixel_codec(run.folder / "frozen" / "codec")
         mean, std = image_statistics(images)
         return PixelCodec(tuple(mean.tolist()), tuple(std.tolist()))
     return load_first_stage(config.first_stage)
@@ -220,7 +220,7 @@ def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> F
     """Write the frozen components into the run folder; for a LoRA only their hashes."""
     if config.export == "lora":
         assert config.start_from is not None
-        folder = checkpoint.find_pipeline(config.start_from)
+        folder = hub.find_pipeline(config.start_from)
         run.write_once("frozen", lambda path: _write_component_hashes(pipeline, path))
     else:
         folder = run.write_once("frozen", pipeline.save_frozen)
@@ -241,14 +241,14 @@ def _write_component_hashes(pipeline: Pipeline, folder: Path) -> None:
     }
     # Only for VQ models: runs of others may be older than these keys.
     content |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
-    checkpoint.write_json(folder / "model.json", content)
+    hub.write_json(folder / "model.json", content)
 
 
 def export(folder: Path, unet: nn.Module, frozen: FrozenComponents, config: LDMConfig) -> None:
     """Write the result of a run: a pipeline folder, or the adapter alone."""
     assert isinstance(unet, UNet)
     if config.export == "lora":
-        adapters.save_adapter(folder, unet, ADAPTER)
+        lora_files.save_adapter(folder, unet, ADAPTER)
     else:
         frozen.save(folder, unet)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ldm import adapters
+from ldm import lora
 from ldm.config import LDMConfig, TrainConfig
 from ldm.models import UNet
 from ldm.weights import plain_name, plain_names
@@ -41,10 +41,10 @@ def select_trainable(unet: UNet, config: LDMConfig) -> UNet:
         return unet
     if config.train.mixed_precision in HALF:
         unet.to(HALF[config.train.mixed_precision])
-    settings = adapters.AdapterConfig(
+    settings = lora.AdapterConfig(
         rank=config.finetune.rank, alpha=config.finetune.alpha, target_modules=config.finetune.target_modules
     )
-    adapters.add_adapter(unet, settings, ADAPTER, seed=config.seed)
+    lora.add_adapter(unet, settings, ADAPTER, seed=config.seed)
     return unet
 
 

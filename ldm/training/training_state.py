@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.training.autoencoder_loss import AdversarialLoss
 from ldm.training.codebook import Codebook
 from ldm.training.trainable import optimizer_tensors, restore_optimizer, trainable_names
@@ -74,25 +74,25 @@ class TrainingState:
 
     def save(self, folder: Path) -> None:
         """Write weights, EMA and optimizer into `folder`."""
-        checkpoint.save_tensors(folder / "model.safetensors", self.trainable_weights(self.model))
-        checkpoint.save_tensors(folder / "ema.safetensors", self.trainable_weights(self.ema.module))
-        checkpoint.save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.model, self.optimizer))
+        hub.save_tensors(folder / "model.safetensors", self.trainable_weights(self.model))
+        hub.save_tensors(folder / "ema.safetensors", self.trainable_weights(self.ema.module))
+        hub.save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.model, self.optimizer))
         if self.codebook is not None:
-            checkpoint.save_tensors(folder / "codebook.safetensors", self.codebook.state_dict())
+            hub.save_tensors(folder / "codebook.safetensors", self.codebook.state_dict())
         if self.adversary is not None:
             network = self.adversary.discriminator
-            checkpoint.save_tensors(folder / "discriminator.safetensors", plain_names(network.state_dict()))
+            hub.save_tensors(folder / "discriminator.safetensors", plain_names(network.state_dict()))
             moments = optimizer_tensors(network, self.optimizer)
-            checkpoint.save_tensors(folder / "discriminator_optimizer.safetensors", moments)
+            hub.save_tensors(folder / "discriminator_optimizer.safetensors", moments)
 
     def restore(self, folder: Path, ema_updates: int, adversarial_weight: float | None) -> None:
         """Load what `save` wrote."""
-        self.load(self.model, checkpoint.load_tensors(folder / "model.safetensors"), folder)
-        self.load(self.ema.module, checkpoint.load_tensors(folder / "ema.safetensors"), folder)
+        self.load(self.model, hub.load_tensors(folder / "model.safetensors"), folder)
+        self.load(self.ema.module, hub.load_tensors(folder / "ema.safetensors"), folder)
         self.ema.n_averaged.fill_(ema_updates)
-        restore_optimizer(self.model, self.optimizer, checkpoint.load_tensors(folder / "optimizer.safetensors"))
+        restore_optimizer(self.model, self.optimizer, hub.load_tensors(folder / "optimizer.safetensors"))
         if self.codebook is not None:
-            self.codebook.load_state_dict(checkpoint.load_tensors(folder / "codebook.safetensors"))
+            self.codebook.load_state_dict(hub.load_tensors(folder / "codebook.safetensors"))
         if self.adversary is None:
             return
         if adversarial_weight is None:
@@ -102,8 +102,8 @@ class TrainingState:
             )
         network = self.adversary.discriminator
         stored = {plain_name(name): name for name in network.state_dict()}
-        weights = checkpoint.load_tensors(folder / "discriminator.safetensors")
+        weights = hub.load_tensors(folder / "discriminator.safetensors")
         network.load_state_dict({stored[name]: value for name, value in weights.items()})
-        moments = checkpoint.load_tensors(folder / "discriminator_optimizer.safetensors")
+        moments = hub.load_tensors(folder / "discriminator_optimizer.safetensors")
         restore_optimizer(network, self.optimizer, moments)
         self.adversary.weight = adversarial_weight

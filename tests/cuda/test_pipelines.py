@@ -125,17 +125,17 @@ def test_guidance_of_every_kind(pixels, device):
 
 def test_lora(pixels, device, tmp_path):
     pytest.importorskip("peft")
-    from ldm import adapters
+    from ldm import lora, lora_files
 
     def make(place):
         pipeline = Pipeline.from_pretrained(pixels, device=place)
-        adapters.add_adapter(pipeline.unet, adapters.AdapterConfig(rank=2), "style")
+        lora.add_adapter(pipeline.unet, lora.AdapterConfig(rank=2), "style")
         for name, parameter in pipeline.unet.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator(parameter.device).manual_seed(0))
         return pipeline
 
-    adapters.save_adapter(tmp_path / "lora", make("cpu").unet, "style")
+    lora_files.save_adapter(tmp_path / "lora", make("cpu").unet, "style")
     pictures = []
     for place in ("cpu", device):
         pipeline = Pipeline.from_pretrained(pixels, device=place)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
@@ -186,10 +186,10 @@ def run(tmp_path) -> Path:
     training = tmp_path / "run" / "training"
     training.mkdir()
     averaged = pipeline.unet.state_dict()
-    checkpoint.save_tensors(training / "ema.safetensors", averaged)
+    hub.save_tensors(training / "ema.safetensors", averaged)
     torch.manual_seed(5)
     raw = {name: value + 0.05 * torch.randn_like(value) for name, value in averaged.items()}
-    checkpoint.save_tensors(training / "model.safetensors", raw)
+    hub.save_tensors(training / "model.safetensors", raw)
     return tmp_path / "run"
 
 
@@ -352,7 +352,7 @@ def test_raw_weights_are_those_of_the_same_checkpoint(run):
     pipeline = Pipeline.from_pretrained(run / "pipeline", device="cpu")
     before = pipeline.unet.conv_in.weight.clone()
     raw = raw_model(pipeline, run / "training")
-    wanted = checkpoint.load_tensors(run / "training" / "model.safetensors")
+    wanted = hub.load_tensors(run / "training" / "model.safetensors")
     assert all(torch.equal(value, wanted[name]) for name, value in raw.unet.state_dict().items())
     assert torch.equal(pipeline.unet.conv_in.weight, before)
     assert raw.text_encoder is pipeline.text_encoder
@@ -364,6 +364,6 @@ def test_raw_weights_are_those_of_the_same_checkpoint(run):
         raw_model(pipeline, run / "training")
     some = {"conv_in.lora_A.weight": torch.ones(1)}
     for name in ("ema", "model"):
-        checkpoint.save_tensors(run / "training" / f"{name}.safetensors", some)
+        hub.save_tensors(run / "training" / f"{name}.safetensors", some)
     with pytest.raises(ValueError, match="not those of a whole UNet"):
         raw_model(pipeline, run / "training")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.models import AutoencoderConfig, AutoencoderKL, set_attention_backend
-from ldm.models.attention import SHORT, Attention, sdpa
+from ldm.models.blocks import SHORT, Attention, sdpa
 
 
 def test_sdpa_is_the_softmax_of_scaled_scores() -> None:

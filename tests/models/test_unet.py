@@ -8,8 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing
-from ldm.models.attention import SpatialTransformer
-from ldm.models.layers import ResnetBlock, timestep_sinusoids
+from ldm.models.blocks import ResnetBlock, SpatialTransformer, timestep_sinusoids
 
 TWO_LEVELS = {
     "in_channels": 3,

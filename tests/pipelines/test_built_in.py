@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from tests.pipelines.test_diffusers import same_picture
 
 NAME = "openmoji-64"
-FOLDER = checkpoint.BUILT_IN_PIPELINES[NAME]
+FOLDER = hub.BUILT_IN_PIPELINES[NAME]
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,7 +39,7 @@ def test_it_draws_by_its_name_and_a_seed_gives_its_picture_again(tmp_path: Path,
         Pipeline.from_pretrained(f"./{NAME}")
     with pytest.raises(ValueError, match='there is no model folder OpenMoji64; did you mean "openmoji-64"'):
         Pipeline.from_pretrained("OpenMoji64")
-    assert checkpoint.find_autoencoder(NAME) == FOLDER / "vae"
+    assert hub.find_autoencoder(NAME) == FOLDER / "vae"
 
 
 def test_saved_with_all_its_files_it_draws_the_same_here_and_in_diffusers(tmp_path: Path) -> None:

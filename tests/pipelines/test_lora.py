@@ -13,9 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
-from ldm.adapters import AdapterConfig, adapter_names, adapter_tensors, add_adapter, load_adapter, save_adapter
-from ldm.adapters.lora import adaptable_layers
-from ldm.adapters.names import compvis_names
+from ldm.lora import (
+    AdapterConfig,
+    adaptable_layers,
+    adapter_names,
+    adapter_tensors,
+    add_adapter,
+)
+from ldm.lora_files import compvis_names, load_adapter, save_adapter
 from tests import tiny
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -182,7 +182,7 @@ def test_saving_never_replaces_and_leaves_nothing_half_written(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldm.text.files.shutil.copyfile", full)
+        patch.setattr("ldm.weights.shutil.copyfile", full)
         with pytest.raises(OSError, match="disk full"):
             encoder.save(tmp_path / "later")
     assert list((tmp_path / "later").iterdir()) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import unseen_phrasings
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
 from ldm.text import load_text_encoder, loading
@@ -50,7 +50,7 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     size = release_model.release(tmp_path / "run", target, card, 3.0, 5)
     assert size == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     assert (target / "README.md").read_text() == "# A model"
-    monkeypatch.setitem(checkpoint.BUILT_IN_PIPELINES, "openmoji-64", target)
+    monkeypatch.setitem(hub.BUILT_IN_PIPELINES, "openmoji-64", target)
     known = find_run("openmoji-64")
     assert known is not None and (known.samples, known.sha256, known.config.data.path) == (7, "abc", "openmoji")
     released = Pipeline.from_pretrained("openmoji-64")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.config import AutoencoderLossConfig
 from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.models import (
@@ -261,10 +261,10 @@ def assert_same_game(run, other):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
     last = "checkpoints/step_00000004/training"
     for name in ("model", "discriminator"):
-        one, two = (checkpoint.load_tensors(r / last / f"{name}.safetensors") for r in (run, other))
+        one, two = (hub.load_tensors(r / last / f"{name}.safetensors") for r in (run, other))
         for key, value in one.items():
             torch.testing.assert_close(value, two[key], rtol=1e-3, atol=2e-5)
-    weights = [checkpoint.read_json(r / last / "state.json")["adversarial_weight"] for r in (run, other)]
+    weights = [hub.read_json(r / last / "state.json")["adversarial_weight"] for r in (run, other)]
     assert weights[0] == pytest.approx(weights[1], rel=1e-3)
 
 
@@ -274,7 +274,7 @@ def test_two_processes_train_as_one_with_a_discriminator(accumulation, tmp_path,
     train(tmp_path / "one", *ADVERSARIAL)
     arguments = [*autoencoder_settings(tmp_path / "two"), *few(pictures_folder), *ADVERSARIAL]
     torchrun(2, [*arguments, f"train.gradient_accumulation_steps={accumulation}"], script="train_autoencoder.py")
-    assert checkpoint.read_json(tmp_path / "two/checkpoints/step_00000004/training/state.json")["processes"] == 2
+    assert hub.read_json(tmp_path / "two/checkpoints/step_00000004/training/state.json")["processes"] == 2
     assert_same_game(tmp_path / "two", tmp_path / "one")
 
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_holds_the_discriminator_without_ema(tmp_path, capsys, trai
     run = train(tmp_path / "run", *ADVERSARIAL, large, "train.max_steps=2", plan=True)
     folder = run / "checkpoints" / "step_00000002" / "training"
     model, ema, judge, moments = (
-        checkpoint.load_tensors(folder / f"{name}.safetensors")
+        hub.load_tensors(folder / f"{name}.safetensors")
         for name in ("model", "ema", "discriminator", "discriminator_optimizer")
     )
     assert ema.keys() == model.keys()
@@ -308,11 +308,11 @@ def test_a_discriminator_changes_nothing_before_its_start(tmp_path, train):
     assert [line["gradient_norm"] for line in lines[0]] == pytest.approx([line["gradient_norm"] for line in lines[1]])
     assert lines[0][1]["gradient_norm_discriminator"] > 0.1
     moments = "checkpoints/step_00000002/training/optimizer.safetensors"
-    one, two = (checkpoint.load_tensors(tmp_path / name / moments) for name in ("with", "without"))
+    one, two = (hub.load_tensors(tmp_path / name / moments) for name in ("with", "without"))
     for name in one:
         if name.startswith("exp_avg."):
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-8)
-    judged = checkpoint.load_tensors((tmp_path / "with" / moments).with_name("discriminator_optimizer.safetensors"))
+    judged = hub.load_tensors((tmp_path / "with" / moments).with_name("discriminator_optimizer.safetensors"))
     # AdamW's first average is (1 - beta1) times the gradient.
     norm = torch.cat([v.flatten() for n, v in judged.items() if n.startswith("exp_avg.")]).norm()
     assert float(norm) == pytest.approx(0.1 * 0.01, rel=1e-3)
@@ -333,7 +333,7 @@ def test_a_loss_of_the_discriminator_that_is_not_finite_skips_both(tmp_path, mon
     two, three, four = (run / "checkpoints" / f"step_0000000{step}" for step in (2, 3, 4))
     assert digests(two) == digests(three)
     assert all(digests(three)[name] != value for name, value in digests(four).items())
-    states = [checkpoint.read_json(folder / "training" / "state.json") for folder in (two, three, four)]
+    states = [hub.read_json(folder / "training" / "state.json") for folder in (two, three, four)]
     assert states[0]["adversarial_weight"] == states[1]["adversarial_weight"] != states[2]["adversarial_weight"]
     assert states[1]["skipped"] == {"in_all": 1, "in_a_row": 1}
 
@@ -367,7 +367,7 @@ def test_the_decoder_alone_learns_and_the_latents_stay_bit_for_bit(whose, tmp_pa
     assert (after.mean, after.std) == (before.mean, before.std)
     assert after.autoencoder.config == before.autoencoder.config
     assert not torch.allclose(pictures_after, pictures_before, atol=1e-3)
-    learned = checkpoint.load_tensors(run / "checkpoints" / "step_00000004" / "training" / "model.safetensors")
+    learned = hub.load_tensors(run / "checkpoints" / "step_00000004" / "training" / "model.safetensors")
     assert {name.split(".")[0] for name in learned} == {"decoder", "post_quant_conv"}
     assert [line["step"] for line in metrics(run) if "held_out_psnr" in line] == [0, 4], "it is measured before, too"
     assert not any("loss_kl" in line for line in metrics(run)), "what the encoder alone could change is no loss"
@@ -405,7 +405,7 @@ def test_all_of_an_autoencoder_goes_on_from_where_it_was(tmp_path, start, train)
 def test_an_autoencoder_that_cannot_be_gone_on_from_is_named(overrides, said, tmp_path, start, train):
     for name, changes in (("grey", {"in_channels": 1}), ("bare", {"use_quant_conv": False})):
         model = AutoencoderKL(AutoencoderConfig(**(tiny.VAE | changes)))
-        checkpoint.save_model(tmp_path / name, model)
+        hub.save_model(tmp_path / name, model)
     with pytest.raises(ValueError, match=said):
         train(
             tmp_path / "run",

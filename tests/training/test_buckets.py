@@ -9,10 +9,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from ldm.checkpoint import load_model
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
+from ldm.hub import load_model
 from ldm.training.autoencoder_setup import held_out_metrics
 from ldm.training.components import load_first_stage
 from train import train_autoencoder, train_ldm

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
@@ -291,7 +291,7 @@ def test_a_run_logs_codebook_usage(run, pictures):
     torch.testing.assert_close(latents.std(dim=(0, 2, 3), correction=0), torch.ones(4).double(), atol=1e-4, rtol=0)
 
     # The average is what is exported, and diffusers' VQModel makes the same pictures of it.
-    averaged = checkpoint.load_tensors(run / "checkpoints" / "step_00000004" / "training" / "ema.safetensors")
+    averaged = hub.load_tensors(run / "checkpoints" / "step_00000004" / "training" / "ema.safetensors")
     exported = codec.autoencoder.state_dict()
     assert exported.keys() == averaged.keys() and all(torch.equal(exported[name], averaged[name]) for name in averaged)
     from diffusers import VQModel as DiffusersVQModel
@@ -318,7 +318,7 @@ def assert_same_run(run, one):
         )
     last = "checkpoints/step_00000004/training"
     for name in ("model", "codebook"):
-        found, expected = (checkpoint.load_tensors(r / last / f"{name}.safetensors") for r in (run, one))
+        found, expected = (hub.load_tensors(r / last / f"{name}.safetensors") for r in (run, one))
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
 
@@ -332,7 +332,7 @@ def test_accumulation_changes_nothing(run, pictures, tmp_path):
 def test_two_processes_train_as_one(run, pictures, tmp_path):
     more = arguments(tmp_path / "two", pictures, "train.log_every=3", "train.mixed_precision=no")
     torchrun(2, more, "--config", str(CONFIG), script="train_autoencoder.py")
-    assert checkpoint.read_json(tmp_path / "two/checkpoints/step_00000004/training/state.json")["processes"] == 2
+    assert hub.read_json(tmp_path / "two/checkpoints/step_00000004/training/state.json")["processes"] == 2
     assert_same_run(tmp_path / "two", run)
 
 
@@ -431,9 +431,9 @@ def test_a_first_stage_of_the_other_kind_is_named(run, first_stage, pictures, tm
     with pytest.raises(ValueError, match=r"vq describes VQModel, but .* \(start_from\) is AutoencoderKL; leave vq out"):
         train(tmp_path / "run", pictures, f"start_from={first_stage / 'autoencoder'}")
     with pytest.raises(ValueError, match=r"config.json describes a VQModel; an AutoencoderKL is needed here"):
-        checkpoint.load_model(run / "autoencoder", "AutoencoderKL")
+        hub.load_model(run / "autoencoder", "AutoencoderKL")
     with pytest.raises(ValueError, match=r"describes an AutoencoderKL; a VQModel is needed here"):
-        checkpoint.load_model(first_stage / "autoencoder", "VQModel")
+        hub.load_model(first_stage / "autoencoder", "VQModel")
     tiny.edit_json(run / "autoencoder" / "config.json", _class_name="AutoencoderTiny")
     try:
         with pytest.raises(ValueError, match="describes an AutoencoderTiny; a first stage is an AutoencoderKL or a VQ"):

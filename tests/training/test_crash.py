@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ldm import checkpoint, disk, weights
+from ldm import disk, hub, weights
 from ldm.config import LDMConfig, load_config
 from ldm.training import checkpoints, resume
 from ldm.training.checkpoints import find_damage
@@ -103,8 +103,8 @@ def small_run(tmp_path, encoder_folder):
 
     def export(folder: Path) -> None:
         folder.mkdir()
-        checkpoint.save_tensors(folder / "weights.safetensors", {"step": torch.tensor(float(run.step))})
-        checkpoint.write_json(folder / "model_index.json", {"step": run.step})
+        hub.save_tensors(folder / "weights.safetensors", {"step": torch.tensor(float(run.step))})
+        hub.write_json(folder / "model_index.json", {"step": run.step})
 
     yield run, networks, export
     run.finish(networks, export)
@@ -138,9 +138,9 @@ def test_whatever_fails_on_the_disk_the_checkpoint_before_stands(small_run, monk
         if newest.name != f"step_{run.step:08d}":
             assert f"the checkpoint of step {run.step} cannot be written" in message, disk.failed
             assert f"the newest checkpoint is {newest}" in message, disk.failed
-        state = checkpoint.read_json(newest / "training" / "state.json")
+        state = hub.read_json(newest / "training" / "state.json")
         assert state["step"] == checkpoints.checkpoint_step(newest), disk.failed
-        exported = checkpoint.load_tensors(newest / "pipeline" / "weights.safetensors")
+        exported = hub.load_tensors(newest / "pipeline" / "weights.safetensors")
         assert exported["step"] == state["step"], disk.failed
         assert not list(run.folder.glob("checkpoints/.*")), disk.failed
     kinds = {failure.split()[0] for failure in failed}
@@ -149,7 +149,7 @@ def test_whatever_fails_on_the_disk_the_checkpoint_before_stands(small_run, monk
     # With the disk mended, all is as it should be, and the old ones are gone.
     assert [checkpoints.checkpoint_step(folder) for folder in checkpoints.list_checkpoints(run.folder)] == [run.step]
     assert find_damage(run.folder / "checkpoints" / f"step_{run.step:08d}") is None
-    assert checkpoint.read_json(run.folder / "pipeline" / "model_index.json") == {"step": run.step}
+    assert hub.read_json(run.folder / "pipeline" / "model_index.json") == {"step": run.step}
 
 
 def test_a_disk_that_takes_no_more_ends_the_run_with_one_line(tmp_path, encoder_folder, monkeypatch, capsys):
@@ -355,7 +355,7 @@ def test_a_step_that_is_not_finite_is_passed_over_and_named(where, tmp_path, enc
     folders = [tmp_path / "run" / "checkpoints" / f"step_{step:08d}" for step in (1, 2, 3, 4)]
     states = [digests(folder) for folder in folders]
     assert states[0] == states[1] != states[2] == states[3]  # weights, moments and average alike
-    stored = [checkpoint.read_json(folder / "training" / "state.json") for folder in folders]
+    stored = [hub.read_json(folder / "training" / "state.json") for folder in folders]
     assert [state["skipped"]["in_all"] for state in stored] == [0, 1, 1, 2]
     assert [state["skipped"]["in_a_row"] for state in stored] == [0, 1, 0, 1]
     assert [entry["step"] for entry in metrics(tmp_path / "run") if "loss" in entry] == [1, 3]
@@ -655,7 +655,7 @@ def test_another_environment_is_refused_and_accepted_key_by_key(tmp_path, encode
         run_ldm([*arguments, "train.adam_beta1=0.5"], resume=True, accept=keys)
     assert "accepted: train.adam_beta1: 0.9 → 0.5" in capsys.readouterr().out
     assert metrics(tmp_path / "run")[-1]["step"] == 4
-    state = checkpoint.read_json(tmp_path / "run/checkpoints/step_00000004/training/state.json")
+    state = hub.read_json(tmp_path / "run/checkpoints/step_00000004/training/state.json")
     assert state["config"]["train"]["adam_beta1"] == 0.5
     assert state["environment"]["versions.torch"] == "9.9"
 

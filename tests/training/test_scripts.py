@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.checkpoint import load_tensors
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
+from ldm.hub import load_tensors
 from ldm.training.components import load_first_stage
 from tests import tiny
 from tests.training.runs import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import checkpoint
+from ldm import hub
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
 from ldm.training import auto, auto_config, checkpoints, threads, timing
@@ -227,7 +227,7 @@ def test_what_was_measured_is_told(machine, speeds):
 
 
 def environment_of(run, step):
-    return checkpoint.read_json(checkpoints.checkpoint_folder(run, step) / "training" / "state.json")["environment"]
+    return hub.read_json(checkpoints.checkpoint_folder(run, step) / "training" / "state.json")["environment"]
 
 
 def test_a_run_takes_what_is_fastest_and_goes_on_with_it(tmp_path, encoder_folder, machine, speeds, capsys):

@@ -8,23 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.adapters import (
+from ldm.lora import (
     AdapterConfig,
+    adaptable_layers,
     adapter_names,
     adapter_tensors,
     adapter_weights,
     add_adapter,
     is_merged,
-    load_adapter,
     merge_adapters,
     remove_adapters,
-    save_adapter,
     set_adapters,
     train_adapter,
     unmerge_adapters,
 )
-from ldm.adapters.lora import adaptable_layers
-from ldm.adapters.names import compvis_names
+from ldm.lora_files import compvis_names, load_adapter, save_adapter
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
 
 SHAPE = {
@@ -465,7 +463,7 @@ def test_saving_is_atomic_and_needs_an_adapter_that_is_not_merged(unet, tmp_path
         raise OSError("no space left")
 
     with monkeypatch.context() as disk:
-        disk.setattr("ldm.adapters.files.save", full)
+        disk.setattr("ldm.lora_files.save", full)
         with pytest.raises(OSError, match="no space"):
             save_adapter(tmp_path / "b", unet)
     assert [(path.name, path.read_bytes()) for path in (tmp_path / "b").iterdir()] == [(FILE, before)]

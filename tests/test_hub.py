@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm import Pipeline, checkpoint
+from ldm import Pipeline, hub
 from ldm.text import load_text_encoder, load_text_encoder_folders
 from tests import tiny
 
@@ -232,19 +232,19 @@ def test_pickled_weights_are_never_opened(saved):
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
-    with checkpoint.atomic_folder(target) as folder:
+    with hub.atomic_folder(target) as folder:
         (folder / "model_index.json").write_text("old")
         assert not target.exists()
 
     def fail_half_way():
-        with checkpoint.atomic_folder(target) as folder:
+        with hub.atomic_folder(target) as folder:
             (folder / "model_index.json").write_text("new")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         fail_half_way()
     assert (target / "model_index.json").read_text() == "old"
-    with checkpoint.atomic_folder(target) as folder:
+    with hub.atomic_folder(target) as folder:
         (folder / "model_index.json").write_text("new")
     assert (target / "model_index.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -339,7 +339,7 @@ def test_a_folder_of_other_things_is_refused_and_left(files, tmp_path):
     for kind in ("pipeline", "autoencoder"):
         with (
             pytest.raises(ValueError, match="holds files that are no model"),
-            checkpoint.atomic_folder(tmp_path / "folder", kind),
+            hub.atomic_folder(tmp_path / "folder", kind),
         ):
             pass
     assert written(tmp_path / "folder") == files
@@ -349,7 +349,7 @@ def test_a_folder_of_other_things_is_refused_and_left(files, tmp_path):
 def test_the_clone_of_an_empty_repository_is_filled(tmp_path):
     clone = {".git/HEAD": b"ref", ".gitattributes": b"lfs", "README.md": b"---"}
     put(tmp_path / "clone", clone)
-    with checkpoint.atomic_folder(tmp_path / "clone") as folder:
+    with hub.atomic_folder(tmp_path / "clone") as folder:
         (folder / "model_index.json").write_text("{}")
     assert written(tmp_path / "clone") == clone | {"model_index.json": b"{}"}
 
@@ -358,7 +358,7 @@ def test_a_config_of_another_program_is_no_autoencoder(tmp_path):
     for content, ours in ((b'{"_class_name": "AutoencoderKL"}', True), (b'{"name": "web"}', False), (b"[1]", False)):
         put(tmp_path / "f", {"config.json": content})
         try:
-            with checkpoint.atomic_folder(tmp_path / "f", "autoencoder") as folder:
+            with hub.atomic_folder(tmp_path / "f", "autoencoder") as folder:
                 (folder / "config.json").write_bytes(b"new")
         except ValueError:
             assert not ours
@@ -366,14 +366,14 @@ def test_a_config_of_another_program_is_no_autoencoder(tmp_path):
 
 
 def test_a_link_is_never_replaced(tmp_path):
-    with checkpoint.atomic_folder(tmp_path / "real") as folder:
+    with hub.atomic_folder(tmp_path / "real") as folder:
         (folder / "model_index.json").write_text("old")
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link to file").symlink_to("file")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
-    with checkpoint.atomic_folder(f"{tmp_path}/link/") as folder:
+    with hub.atomic_folder(f"{tmp_path}/link/") as folder:
         (folder / "model_index.json").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "model_index.json").read_text() == "new"
@@ -381,13 +381,13 @@ def test_a_link_is_never_replaced(tmp_path):
     for name in ("link to file", "dangling", "loop", "file", "file/below", ""):
         with (
             pytest.raises(ValueError, match=r"is a file|is a link to|is empty"),
-            checkpoint.atomic_folder(tmp_path / name if name else ""),
+            hub.atomic_folder(tmp_path / name if name else ""),
         ):
             pass
     (tmp_path / "real" / "unet").symlink_to(tmp_path)  # a component elsewhere
     with (
         pytest.raises(ValueError, match="unet is not what a model has"),
-        checkpoint.atomic_folder(tmp_path / "real") as folder,
+        hub.atomic_folder(tmp_path / "real") as folder,
     ):
         (folder / "unet").mkdir()
     assert written(tmp_path) == before | {"real/unet": str(tmp_path)}
@@ -398,7 +398,7 @@ def test_what_stands_in_the_way_of_a_file_is_named(tmp_path):
     for part in ("unet/config.json", "vae/config.json"):
         with (
             pytest.raises(ValueError, match="nothing was written, move it"),
-            checkpoint.atomic_folder(tmp_path / "f") as folder,
+            hub.atomic_folder(tmp_path / "f") as folder,
         ):
             put(folder, {part: b"{}"})
     assert written(tmp_path / "f") == {"model_index.json": b"old", "unet/config.json/mine": b"x", "vae": b"a file"}
@@ -447,7 +447,7 @@ def test_a_single_file_is_named_as_that(name, tmp_path, monkeypatch):
     assert f"{name} is a single file" in message
     assert "StableDiffusionPipeline.from_single_file" in message
     with pytest.raises(ValueError, match=r"is a single file.*AutoencoderKL\.from_single_file"):
-        checkpoint.find_autoencoder(name)
+        hub.find_autoencoder(name)
     with pytest.raises(ValueError, match="is a single file"):
         load_text_encoder(name)
     (tmp_path / "v.safetensors").write_bytes(b"")
@@ -473,7 +473,7 @@ def test_a_working_folder_inside_goes_on_to_be_there(tmp_path, monkeypatch):
     put(tmp_path / "f", {"model_index.json": b"old", "notes/a": b"x"})
     for inside in ("notes", "."):
         monkeypatch.chdir(tmp_path / "f" / inside)
-        with checkpoint.atomic_folder(tmp_path / "f" if inside == "notes" else ".") as folder:
+        with hub.atomic_folder(tmp_path / "f" if inside == "notes" else ".") as folder:
             (folder / "model_index.json").write_text("new")
         assert os.path.samefile(os.getcwd(), tmp_path / "f" / inside)
     assert written(tmp_path / "f") == {"model_index.json": b"new", "notes/a": b"x"}
@@ -487,7 +487,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     pipeline.save_pretrained(Path("~/model"))
     assert (tmp_path / "model" / "model_index.json").is_file()
     Pipeline.from_pretrained("~/model", device="cpu")
-    assert checkpoint.find_autoencoder("~/model/unet") == tmp_path / "model" / "unet"
+    assert hub.find_autoencoder("~/model/unet") == tmp_path / "model" / "unet"
     pipeline.text_encoder.save("~/text")
     assert load_text_encoder_folders("~/text/text_encoder", "~/text/tokenizer").max_length == tiny.LENGTH
     assert sorted(os.listdir(tmp_path)) == ["model", "parts", "text"]
@@ -497,8 +497,8 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
 
 def test_weights_are_kept_bit_for_bit(tmp_path):
     unet = tiny.pipeline(tmp_path / "parts").unet
-    checkpoint.save_model(tmp_path / "unet", unet)
-    again = checkpoint.load_model(tmp_path / "unet", "UNet2DConditionModel")
+    hub.save_model(tmp_path / "unet", unet)
+    again = hub.load_model(tmp_path / "unet", "UNet2DConditionModel")
     for name, value in unet.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert again.config == unet.config
@@ -506,15 +506,15 @@ def test_weights_are_kept_bit_for_bit(tmp_path):
 
 
 def test_a_first_stage_is_found_wherever_it_stands(saved, tmp_path):
-    assert checkpoint.find_autoencoder(str(saved)) == saved / "vae"
-    assert checkpoint.find_autoencoder(str(saved / "vae")) == saved / "vae"
-    model = checkpoint.load_model(checkpoint.find_autoencoder("openmoji-first-stage"), "AutoencoderKL")
+    assert hub.find_autoencoder(str(saved)) == saved / "vae"
+    assert hub.find_autoencoder(str(saved / "vae")) == saved / "vae"
+    model = hub.load_model(hub.find_autoencoder("openmoji-first-stage"), "AutoencoderKL")
     assert model.factor == 4
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        checkpoint.find_autoencoder(str(tmp_path / "parts"))  # text encoder and tokenizer only
+        hub.find_autoencoder(str(tmp_path / "parts"))  # text encoder and tokenizer only
     for name in ("nobody/nothing", "./nowhere", "nowhere"):
         with pytest.raises(ValueError, match="there is no model folder"):
-            checkpoint.find_autoencoder(name)
+            hub.find_autoencoder(name)
 
 
 def test_a_pipeline_with_a_codebook_is_kept_byte_for_byte_and_opens_part_by_part_in_diffusers(tmp_path):

@@ -1,15 +1,17 @@
-"""Adapters inside a network: added, weighted, merged into its weights and taken out again.
+"""Adapters inside a network: added, weighted, merged into its weights and removed again.
 
-LoRA (Hu et al. 2022), section 4.1: a layer W x becomes W x + w (α / r) B A x, with A [r, in] drawn at random,
-B [out, r] zero at first, and w the weight that an adapter is given when it is used. peft puts the layers in; what is
-on, what trains and what was merged stands in one value on the network, so that a deep copy of it has that too.
+LoRA (Hu et al. 2022), section 4.1: a layer W x becomes W x + w (α / r) B A x, with A [r, in] random and B [out, r] zero
+at first, and w the weight that an adapter is used with. peft puts the layers in; which adapters are on, which one
+trains and what was merged is one value on the network, so that a deep copy of the network has it too.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,20 +19,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.lora import AdapterConfig, Lora, adaptable_layers, lora_shapes, peft_settings, target_layers
 from ldm.requirements import pip_install
 from ldm.weights import plain_name
 
+Adaptable = nn.Linear | nn.Conv2d
 _STATE = "_ldm_adapters"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Shape of a new adapter.
+
+    Args:
+        rank: r, at least 1: the size of an adapter grows with it.
+        alpha: α > 0; the adapter is scaled by α / r. None is α = r, the scale 1.
+        target_modules: ends of the names of the layers that are adapted, linear ones and convolutions; by default
+            the four projections of all attention, as in the training scripts of diffusers.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}; it must be a whole number of at least 1 (4 to 64 are usual)")
+        if self.alpha is not None and (
+            isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf
+        ):
+            raise ValueError(f"alpha is {self.alpha!r}; it must be a number greater than 0 (the rank is usual)")
+        if isinstance(self.target_modules, str) or not self.target_modules or not all(self.target_modules):
+            raise ValueError(f"target_modules is {self.target_modules!r}; it must be a list of names such as to_q")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter of one layer: A ([r, in] or [r, in, kh, kw]), B ([out, r] or [out, r, 1, 1]) and α."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
 
 
 @dataclass
 class _State:
     """What a network knows of its adapters.
 
-    `trainable` are the parameters that trained before the first adapter came; `weights` the adapters that are on;
-    `trained` the one that trains; `merged` the layers that were taken out by merging, with the weights of before.
+    `trainable` are the parameters that trained before the first adapter; `weights` the adapters that are on; `trained`
+    the one that trains; `merged` the layers that merging took out, each with the weights of before.
     """
 
     trainable: frozenset[str]
@@ -41,11 +80,28 @@ class _State:
     peft_config: Any = None
 
 
-def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", *, seed: int = 0) -> None:
-    """Puts a new adapter into a network, which then trains it and nothing else; the output is unchanged.
+def adaptable_layers(model: nn.Module) -> dict[str, Adaptable]:
+    """The linear layers and convolutions of a network by the names that they have without adapters."""
+    return {
+        path.removesuffix(".base_layer"): module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not {"lora_A", "lora_B"} & set(path.split("."))
+    }
 
-    A follows from `seed` alone, on any device; its tensors are float32 whatever the dtype of the network. Adapters
-    that are there already stay as they are, frozen.
+
+def lora_shapes(layer: Adaptable, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B for a layer: a convolution gets A of its own kernel and a B of 1x1."""
+    if isinstance(layer, nn.Linear):
+        return (rank, layer.in_features), (layer.out_features, rank)
+    assert layer.groups == 1
+    return (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+
+
+def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", *, seed: int = 0) -> None:
+    """Adds a new adapter, which then trains alone; the output of the network is unchanged.
+
+    A follows from `seed` alone, on any device; its tensors are float32 whatever the dtype of the network. Older
+    adapters stay as they are, frozen.
 
     Raises:
         ValueError: without peft; for a name that is taken or no name; for a target that matches no linear layer
@@ -55,7 +111,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", 
     layers = adaptable_layers(model)
     generator = torch.Generator().manual_seed(seed)
     loras = {}
-    for module in target_layers(layers, config.target_modules):
+    for module in _target_layers(layers, config.target_modules):
         down, up = lora_shapes(layers[module], config.rank)
         # As LoRA's own code and peft draw it.
         drawn = nn.init.kaiming_uniform_(torch.empty(down), a=math.sqrt(5), generator=generator)
@@ -65,8 +121,25 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", 
     train_adapter(model, name)
 
 
+def _target_layers(layers: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """The layers whose name is, or ends with, one of the targets."""
+    chosen = set()
+    for target in targets:
+        matches = {name for name in layers if name == target or name.endswith(f".{target}")}
+        if not matches:
+            ends = {".".join(name.split(".")[-count:]) for name in layers for count in (1, 2, 3)}
+            near = difflib.get_close_matches(target, sorted(ends), n=3)
+            usual = ", ".join(AdapterConfig.target_modules)
+            raise ValueError(
+                f"target_modules has {target!r}, which is the end of no linear layer's or convolution's name here; "
+                + (f"near it are {', '.join(near)}" if near else f"usual are {usual}")
+            )
+        chosen |= matches
+    return sorted(chosen)
+
+
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """The adapters of a network, in the order in which they came."""
+    """The adapters of a network, in the order in which they were added."""
     return tuple(getattr(model, _STATE).names) if hasattr(model, _STATE) else ()
 
 
@@ -80,25 +153,27 @@ def is_merged(model: nn.Module) -> bool:
     return hasattr(model, _STATE) and getattr(model, _STATE).merged is not None
 
 
+def adapter_loras(model: nn.Module, name: str) -> dict[str, Lora]:
+    """An adapter by layer; its tensors are those of the network, not copies."""
+    _unmerged_state(model, name)
+    return {
+        plain_name(path): Lora(
+            layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), float(layer.lora_alpha[name])
+        )
+        for path, layer in _lora_layers(model).items()
+        if name in layer.lora_A
+    }
+
+
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The tensors of an adapter, not copied: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, by name."""
-    _unmerged_state(model, name)
-    found = {}
-    for path, layer in _lora_layers(model).items():
-        if name in layer.lora_A:
-            found[f"{plain_name(path)}.lora_A.weight"] = layer.lora_A[name].weight.detach()
-            found[f"{plain_name(path)}.lora_B.weight"] = layer.lora_B[name].weight.detach()
-    return dict(sorted(found.items()))
-
-
-def layer_alphas(model: nn.Module, name: str) -> dict[str, float]:
-    """α of each layer that has the adapter."""
-    layers = {plain_name(path): layer for path, layer in _lora_layers(model).items() if name in layer.lora_A}
-    return {path: float(layer.lora_alpha[name]) for path, layer in layers.items()}
+    ends = {".lora_A.weight": "down", ".lora_B.weight": "up"}
+    loras = adapter_loras(model, name).items()
+    return dict(sorted((path + end, getattr(lora, part)) for path, lora in loras for end, part in ends.items()))
 
 
 def set_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Turns on the adapters that are named, each times its weight w, and turns off the others; {} is all off.
+    """Turns on the named adapters, each times its weight w, and turns off the others; {} is all off.
 
     Raises:
         ValueError: for an unknown adapter or a weight that is not finite, and while adapters are merged.
@@ -123,7 +198,7 @@ def train_adapter(model: nn.Module, name: str = "default") -> None:
     """Lets this adapter train and freezes everything else in the network."""
     state = _unmerged_state(model, name)
     for layer in _lora_layers(model).values():
-        if name in layer.lora_A:  # an optimiser cannot step in half precision
+        if name in layer.lora_A:  # an optimizer cannot step in half precision
             layer.lora_A[name].float()
             layer.lora_B[name].float()
     state.trained = name
@@ -131,10 +206,10 @@ def train_adapter(model: nn.Module, name: str = "default") -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Folds the adapters that are on into the weights, W + Σ w (α / r) B A: no adapter layer is left.
+    """Folds the adapters that are on into the weights, W + Σ w (α / r) B A, and takes the adapter layers out.
 
-    The network is then a plain one, as fast and with the parameter names of before. The old weights of the adapted
-    layers are kept in the memory of the CPU for `unmerge_adapters`.
+    The network is then a plain one, as fast and with the parameter names of before. The old weights stay in the
+    memory of the CPU for `unmerge_adapters`.
 
     Raises:
         ValueError: if there is no adapter or they are merged already; if a merged weight would not be finite.
@@ -143,11 +218,9 @@ def merge_adapters(model: nn.Module) -> None:
     if not state.names:
         raise ValueError("there is no adapter to merge; load one first")
     layers = _lora_layers(model)
-    # Taking B A away from the merged weights again would leave errors of rounding; the old weights do not.
+    # Subtracting B A from the merged weights would leave rounding errors; the old weights do not.
     merged = [(path, layer, layer.get_base_layer().weight.detach().cpu().clone()) for path, layer in layers.items()]
-    for path, layer, _ in merged:
-        if not state.weights:
-            break
+    for path, layer in layers.items() if state.weights else ():
         try:
             layer.merge(safe_merge=True, adapter_names=list(state.weights))
         except ValueError:
@@ -155,7 +228,7 @@ def merge_adapters(model: nn.Module) -> None:
             raise ValueError(
                 f"merging gives weights in {path} that are not finite; lower the adapters' weights"
             ) from None
-    for path, layer, _ in merged:
+    for path, layer in layers.items():
         _replace(model, path, layer.get_base_layer())
     state.merged = merged
     state.peft_config = model.__dict__.pop("peft_config")
@@ -163,9 +236,9 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Undoes `merge_adapters`: the weights are, bit for bit, those of before, and the adapters on as they were.
+    """Undoes `merge_adapters`: the weights are those of before, bit for bit, and the adapters are on as they were.
 
-    Whatever was done to the weights of adapted layers since is lost with that.
+    What was done to the weights of adapted layers since is lost.
 
     Raises:
         ValueError: if nothing is merged.
@@ -176,15 +249,14 @@ def unmerge_adapters(model: nn.Module) -> None:
     assert state.merged is not None
     _restore(state.merged)
     for path, layer, _ in state.merged:
-        base = layer.get_base_layer()
-        layer.to(base.weight.device)  # the network may have moved
+        layer.to(layer.get_base_layer().weight.device)  # the network may have moved
         _replace(model, path, layer)
     state.merged, model.peft_config, state.peft_config = None, state.peft_config, None
     _freeze(model, state)
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Takes all adapters out, merged ones too: weights, names and what trains are those of before the first one."""
+    """Removes all adapters, merged ones too: weights, names and what trains are those of before the first one."""
     if not hasattr(model, _STATE):
         return
     if is_merged(model):
@@ -213,21 +285,19 @@ def check_weight(name: str, weight: float) -> None:
 
 
 def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weight: float = 1.0) -> None:
-    """Puts an adapter with these tensors into the layers of these names, on with this weight, frozen.
+    """Adds an adapter with these tensors, on with this weight, frozen, in dtype and on device of the layers.
 
-    The names are those of `adaptable_layers`, the shapes those of `lora_shapes`, the adapter's name is checked.
-    Its tensors get device and dtype of the layers.
+    Layers are named as in `adaptable_layers`, shapes are those of `lora_shapes`, and the name is checked.
     """
-    peft = _import_peft()
+    peft = import_peft()
     if not hasattr(model, _STATE):
         trainable = frozenset(n for n, parameter in model.named_parameters() if parameter.requires_grad)
         setattr(model, _STATE, _State(trainable))
     state: _State = getattr(model, _STATE)
-    settings = peft_settings({m: lora.rank for m, lora in loras.items()}, {m: lora.alpha for m, lora in loras.items()})
     keys = {f"{module}.lora_A.weight": lora.down for module, lora in loras.items()}  # peft reads the names only
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it draws numbers, which are overwritten here
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # more than one adapter is meant
-        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model, name, state_dict=keys)
+        peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(loras)), model, name, state_dict=keys)
     layers = {path: layer for path, layer in _lora_layers(model).items() if name in layer.lora_A}
     assert layers.keys() == loras.keys()
     for path, layer in layers.items():
@@ -239,7 +309,22 @@ def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weigh
     set_adapters(model, {**state.weights, name: weight})
 
 
-def _import_peft() -> Any:
+def peft_settings(loras: Mapping[str, Lora]) -> dict[str, Any]:
+    """Keyword arguments of peft's `LoraConfig` for an adapter."""
+    ranks = {module: len(lora.down) for module, lora in loras.items()}
+    alphas = {module: int(a) if (a := lora.alpha).is_integer() else a for module, lora in loras.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {re.escape(module): r for module, r in sorted(ranks.items()) if r != rank},
+        "alpha_pattern": {re.escape(module): a for module, a in sorted(alphas.items()) if a != alpha},
+    }
+
+
+def import_peft() -> Any:
+    """peft; ValueError that says how to install it where it is missing."""
     try:
         import peft
     except ImportError as error:
@@ -264,6 +349,7 @@ def _unmerged_state(model: nn.Module, name: str | None = None) -> _State:
 
 
 def _freeze(model: nn.Module, state: _State) -> None:
+    """All parameters but those of the adapter that trains."""
     ends = (f".lora_A.{state.trained}.weight", f".lora_B.{state.trained}.weight")
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(path.endswith(ends))

@@ -1,9 +1,8 @@
 """Adapters on disk: `pytorch_lora_weights.safetensors` as diffusers writes and reads it, and the formats before it.
 
-Read are the names of diffusers (`unet.….to_q.lora_A.weight`, and three older ways), of peft and of kohya
-(`lora_unet_…to_q.lora_down.weight`), with the layers called as in diffusers or as in the code of CompVis
-(`input_blocks.1.1.…`). A name is looked up among the layers that the network has, so that each tensor and each alpha
-finds its layer or the file is refused; nothing is guessed and nothing left out.
+Names of kohya (`lora_unet_…to_q.lora_down.weight`) and of older diffusers are converted by diffusers; layers may also
+be named as in the code of CompVis (`input_blocks.1.1.…`). diffusers skips what it does not know: here each tensor and
+each alpha finds a layer of the network, or the file is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.adapters.kinds import check_plain_lora
-from ldm.adapters.layers import (
-    _import_peft,
+from ldm.lora import (
+    Adaptable,
+    Lora,
+    adaptable_layers,
+    adapter_loras,
     adapter_names,
-    adapter_tensors,
     check_new_name,
     check_weight,
+    import_peft,
     inject_adapter,
-    layer_alphas,
+    lora_shapes,
+    peft_settings,
 )
-from ldm.adapters.lora import Adaptable, Lora, adaptable_layers, lora_shapes, peft_settings
-from ldm.adapters.names import file_names
 from ldm.weights import check_weights, converted, plain_names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -48,12 +48,6 @@ _ROLES = {
     ".lora_B.weight": "up",
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
     ".alpha": "alpha",
 }
 # The beginning says which network; what has none of these is of a UNet alone.
@@ -71,11 +65,62 @@ _PREFIXES = {
     "lora_te1_": "text_encoder",
     "base_model.model.": "unet",
 }
-# Layers of CLIP, which a UNet has not: files of a text encoder alone have no other prefix either.
+# Layers of CLIP, which a UNet does not have: files of a text encoder alone have no other prefix either.
 _OF_TEXT_ENCODER = re.compile(r"text_model[._]|encoder[._]layers[._]")
 
 # Expressions of strangers are searched in the names of layers; with few repeats, none of a group, that ends.
 _REPEATS, _REPEATED_GROUP, _MAX_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{?]"), 2
+
+# Names may have dots, or underscores as kohya writes them.
+_NETWORK = r"(?:unet\.|lora_unet_|(?:model\.)?diffusion_model\.|base_model\.model\.)?"
+_ARCHITECTURES = {
+    "layers of Stable Diffusion XL": (
+        r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|conditioner\.embedders\."
+        rf"|{_NETWORK}(?:label_emb|add_embedding)[._]"
+    ),
+    "layers of a transformer such as Flux or Stable Diffusion 3": (
+        r"transformer\.|lora_transformer_|lora_te3_|text_encoder_3\.|text_encoders\.(?!clip_l\.)"
+        rf"|{_NETWORK}(?:transformer\.)?(?:(?:double|single|joint|single_transformer|transformer)_)?"
+        r"(?:blocks|layers)[._]\d"
+    ),
+    "layers of a motion module": r".*motion_modules?[._]",
+    "layers of a ControlNet": r"(?:lora_)?control(?:net)?[._]|control_model\.|.*(?:input_hint_block|zero_convs)[._]",
+}
+_KINDS = {
+    "magnitudes of DoRA": r".*(?:\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*)",
+    "factors of LoHa": r".*\.hada_[wt]\d.*",
+    "factors of LoKr": r".*\.lokr_[wt]\d.*",
+    "rotations of OFT": r".*(?:[._]b?oft_\w+)(?:\.\w+)*",
+    "scales of IA3": r".*(?:\.on_input|[._]ia3_l(?:\.\w+)*)",
+    "factors of GLoRA": r".*\.(?:a|b)[12]\.weight|.*\.[abc]m\.weight",
+    "vectors of VeRA": r".*vera_lambda.*",
+    "singular values of AdaLoRA": r".*\.(?:lora_E|ranknum)(?:\.\w+)*",
+    "cores of a Tucker decomposition (LoCon)": r".*\.lora_mid\.weight",
+    "a LoRA of embeddings": r".*\.lora_embedding_[AB](?:\.\w+)*",
+    "biases beside A or B": r".*[._]lora(?:_(?:A|B|up|down)|\.(?:up|down)|_linear_layer\.(?:up|down))\.bias",
+    "whole differences of weights": r".*\.(?:diff(?:_b)?|[wb]_norm|set_weight|set_bias|reshape_weight)",
+    "whole layers saved beside it": r".*\.modules_to_save\..*",
+    "embeddings of textual inversion": (
+        r"bundle_emb\..*|.*string_to_(?:param|token).*|emb_params|clip_[lg]|learned_embeds.*|<.*>"
+    ),
+}
+# Of the text states of Stable Diffusion XL.
+_XL_WIDTH = 2048
+_TO_TEXT = re.compile(r".*attn2[._](?:processor[._])?to_[kv][._]lora(?:_A|[._]down|_linear_layer\.down)\..*")
+
+# In a residual block and outside of all blocks: the name in diffusers, the name in the code of CompVis.
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+}
 
 
 @dataclass(frozen=True)
@@ -105,25 +150,27 @@ def save_adapter(
     parts: dict[str, nn.Module] = {"unet": unet}
     if text_encoder is not None:
         parts["text_encoder"] = text_encoder
-    having = {part: model for part, model in parts.items() if name in adapter_names(model)}
+    adapted = {part: model for part, model in parts.items() if name in adapter_names(model)}
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for part, model in (having or {"unet": unet}).items():
+    for part, model in (adapted or {"unet": unet}).items():
         # Versions of transformers differ in this prefix of CLIP's layers; files have it.
         clip = part == "text_encoder" and str(getattr(model.config, "model_type", "")).startswith("clip")
         inner = "text_model." if clip else ""
-        own = {key.removeprefix(inner): value for key, value in adapter_tensors(model, name).items()}
-        ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in own.items() if ".lora_A." in key}
-        alphas = {module.removeprefix(inner): alpha for module, alpha in layer_alphas(model, name).items()}
-        tensors |= {f"{part}.{inner}{key}": value.float().cpu().contiguous() for key, value in own.items()}
-        settings |= {f"{part}.{key}": value for key, value in peft_settings(ranks, alphas).items()}
+        loras = {path.removeprefix(inner): lora for path, lora in sorted(adapter_loras(model, name).items())}
+        for path, lora in loras.items():
+            for end, tensor in (("A", lora.down), ("B", lora.up)):
+                tensors[f"{part}.{inner}{path}.lora_{end}.weight"] = tensor.float().cpu().contiguous()
+        settings |= {f"{part}.{key}": value for key, value in peft_settings(loras).items()}
     target = disk.writable_folder(folder) / WEIGHTS
     if target.is_symlink():
         raise ValueError(f"{target} is a link; remove it, or name another folder for the adapter")
     if target.is_dir():
         raise ValueError(f"{target} is a folder; name another folder for the adapter")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, tensors, {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})
+    header = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    with disk.new_file(target) as aside:
+        aside.write_bytes(_in_order(save(tensors, header)))
     return target
 
 
@@ -135,7 +182,7 @@ def load_adapter(
     weight: float = 1.0,
     text_encoder: nn.Module | None = None,
 ) -> None:
-    """Puts an adapter from disk into a UNet (and a text encoder), on and frozen; others stay as they are.
+    """Adds an adapter from disk to a UNet (and a text encoder), on and frozen; others stay as they are.
 
     Args:
         source: a `.safetensors` file, a folder with one, or a hub id `owner/name`.
@@ -147,35 +194,76 @@ def load_adapter(
             another model. The networks are unchanged then.
     """
     check_weight(name, weight)
-    _import_peft()
+    import_peft()
     file = _read(source)
     networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
     check_plain_lora(file.path, file.tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
-    loras = {part: _fitting(file, part, found, networks) for part, found in _sorted_out(file).items()}
+    loras = {part: _fitting(file, part, found, networks) for part, found in _by_layer(file).items()}
     for part in loras:
         check_new_name(networks[part], name)
     for part, found in loras.items():
         inject_adapter(networks[part], found, name, weight)
 
 
-def _sorted_out(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
+def _by_layer(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Network → name of the layer as in the file → role → tensor."""
     parts: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in file.tensors.items():
-        end = max((end for end in _ROLES if key.endswith(end)), key=len, default=None)
+        prefix = max((prefix for prefix in _PREFIXES if key.startswith(prefix)), key=len, default="")
+        name = key.removeprefix(prefix)
+        part = "text_encoder" if _OF_TEXT_ENCODER.match(name) else _PREFIXES.get(prefix, "unet")
+        if not name.endswith(tuple(_ROLES)) or ".processor." in name:
+            name = _peft_name(name, part)
+        end = next((end for end in _ROLES if name.endswith(end)), None)
         if end is None:
             raise ValueError(
                 f"{file.path}: {key} is no weight of a LoRA; whole models and other adapters are not read here, "
                 "choose a plain LoRA"
             )
-        prefix = max((prefix for prefix in _PREFIXES if key.startswith(prefix)), key=len, default="")
-        layer = key.removeprefix(prefix).removesuffix(end).replace(".processor.", ".")
-        part = "text_encoder" if _OF_TEXT_ENCODER.match(layer) else _PREFIXES.get(prefix, "unet")
+        layer = name.removesuffix(end)
         roles = parts.setdefault(part, {}).setdefault(layer, {})
         if _ROLES[end] in roles:
             raise ValueError(f"{file.path} holds weights of {layer} under two names; save or download it again")
         roles[_ROLES[end]] = tensor
     return parts
+
+
+def _peft_name(name: str, part: str) -> str:
+    """A name of older diffusers as peft has it: `processor.to_q_lora.down.weight` → `to_q.lora_A.weight`."""
+    from diffusers.utils import state_dict_utils
+
+    convert: Any = state_dict_utils
+    old = convert.StateDictType.DIFFUSERS_OLD if part == "text_encoder" else convert.StateDictType.DIFFUSERS
+    (new,) = convert.convert_unet_state_dict_to_peft(convert.convert_state_dict_to_peft({name: None}, old))
+    return str(new)
+
+
+def _kohya_layer(name: str, part: str) -> str:
+    """A layer as kohya names it, in the names of diffusers: `down_blocks_0_…` → `down_blocks.0.…`."""
+    from diffusers.loaders import lora_conversion_utils
+
+    convert: Any = lora_conversion_utils
+    start = "lora_unet_" if part == "unet" else "lora_te_"
+    names, _ = convert._convert_non_diffusers_lora_to_diffusers(
+        {f"{start}{name}.lora_{end}.weight": None for end in ("down", "up")}
+    )
+    return _peft_name(min(names).removeprefix(f"{part}."), part).removesuffix(".lora_A.weight")
+
+
+def _layer_names(names: Iterable[str], layers: Iterable[str], part: str) -> dict[str, str]:
+    """Layers as a file names them → as the network names them; those that it does not have are left out."""
+    known = {name.removeprefix("text_model."): name for name in layers}
+    compvis = {
+        alias: name for name, other in compvis_names(layers).items() for alias in (other, other.replace(".", "_"))
+    }
+    found = {}
+    for name in names:
+        plain = re.sub(r"\.to_out$", ".to_out.0", name.removeprefix("text_model."))
+        if plain not in known and plain not in compvis and "." not in name:
+            plain = _kohya_layer(name, part).removeprefix("text_model.")
+        if plain in known or plain in compvis:
+            found[name] = known.get(plain) or compvis[plain]
+    return found
 
 
 def _fitting(
@@ -187,8 +275,8 @@ def _fitting(
             f"{file.path} also changes the text encoder ({len(found)} layers); load it into a pipeline (load_lora)"
         )
     layers = adaptable_layers(networks[part])
-    names = file_names(layers)
-    unknown = sorted(name for name in found if name not in names)
+    names = _layer_names(found, layers, part)
+    unknown = sorted(found.keys() - names.keys())
     if unknown:
         raise ValueError(
             f"{file.path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); "
@@ -334,12 +422,6 @@ def _choice(names: list[str], where: str) -> str:
     raise ValueError(f"{where} holds no {WEIGHTS}; it is no adapter, or only half of one")
 
 
-def _write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """A file of this name that is complete, or the one of before."""
-    with disk.new_file(target) as aside:
-        aside.write_bytes(_in_order(save(dict(tensors), header)))
-
-
 def _in_order(content: bytes) -> bytes:
     """A safetensors file with its metadata in the order of the keys: the library writes them in any, so that two equal
     adapters had different bytes.
@@ -350,3 +432,77 @@ def _in_order(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def check_plain_lora(path: Path, tensors: Mapping[str, Tensor], text_width: int | None) -> None:
+    """`ValueError` where a file holds something else than A, B and α of layers, or layers of another architecture.
+
+    Args:
+        text_width: of the text states of the UNet that it is meant for, if that is known.
+    """
+    found: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        kind = next((kind for kind, pattern in _ARCHITECTURES.items() if re.match(pattern, key)), None)
+        kind = kind or next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, key)), None)
+        wide = tensor.ndim > 1 and tensor.shape[1] == _XL_WIDTH != text_width
+        if kind is None and wide and _TO_TEXT.match(key):
+            kind = "layers of Stable Diffusion XL"
+        if kind is not None:
+            found.setdefault(kind, []).append(key)
+    if not found:
+        return
+    order = [kind for kind in (*_ARCHITECTURES, *_KINDS) if kind in found]
+    named = [f"{kind} ({len(found[kind])} of {len(tensors)} tensors, such as {min(found[kind])})" for kind in order]
+    remedy = "choose one for Stable Diffusion 1.x or 2.x"
+    if order[0] not in _ARCHITECTURES:
+        remedy = "choose a plain LoRA, or save it as one with the tool that made it"
+    raise ValueError(f"{path} is no plain LoRA for this model: it holds {' and '.join(named)}; {remedy}")
+
+
+def compvis_names(layers: Iterable[str]) -> dict[str, str]:
+    """Layers of a UNet → their names in the code of CompVis, from which Stable Diffusion came; of any layout.
+
+    There all blocks of a way are counted through. A residual block with the attention behind it is one; so is a change
+    of resolution on the way down, while on the way up it is the last part of the block before it.
+    """
+    layers = list(layers)
+    paths = {name[: dot.start()] for name in layers for dot in re.finditer(r"\.|$", name)}
+    found = {ours: theirs for ours, theirs in _OUTSIDE.items() if ours in paths}
+
+    def resnets(block: str, theirs: str, part: int = 0) -> int:
+        """Names a residual block and its attention from `part` on; returns the part after them."""
+        found.update({f"{block}.{ours}": f"{theirs}.{part}.{name}" for ours, name in _IN_RESNET.items()})
+        attention = block.replace(".resnets.", ".attentions.")
+        if attention not in paths:
+            return part + 1
+        start = f"{attention}."
+        found.update({name: f"{theirs}.{part + 1}.{name[len(start) :]}" for name in layers if name.startswith(start)})
+        return part + 2
+
+    count = 1
+    for block in _listed(paths, "down_blocks"):
+        for resnet in _listed(paths, f"{block}.resnets"):
+            resnets(resnet, f"input_blocks.{count}")
+            count += 1
+        if f"{block}.downsamplers.0" in paths:
+            found[f"{block}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+            count += 1
+    part = 0
+    for resnet in _listed(paths, "mid_block.resnets"):
+        part = resnets(resnet, "middle_block", part)
+    count = 0
+    for block in _listed(paths, "up_blocks"):
+        for resnet in _listed(paths, f"{block}.resnets"):
+            part = resnets(resnet, f"output_blocks.{count}")
+            count += 1
+        if f"{block}.upsamplers.0" in paths:
+            found[f"{block}.upsamplers.0.conv"] = f"output_blocks.{count - 1}.{part}.conv"
+    return {name: found[name] for name in layers if name in found}
+
+
+def _listed(paths: set[str], module: str) -> Iterator[str]:
+    """The entries of a list of modules, in their order."""
+    index = 0
+    while f"{module}.{index}" in paths:
+        yield f"{module}.{index}"
+        index += 1
