@@ -49,10 +49,10 @@ from ldm.config import TrainConfig
 from ldm.data import generator, to_signed
 from ldm.data.builtin import DIGIT_WORDS
 from ldm.diffusion import LossConfig, PredictionType
-from ldm.evaluation.efficientnet import DIMENSIONS, EfficientNetLite0
 from ldm.evaluation.features import GRID, PIXEL_DIMENSIONS, pixel_features, random_directions
 from ldm.evaluation.fidelity import frechet_distance
 from ldm.models import UNetConfig
+from ldm.models.efficientnet import DIMENSIONS, EfficientNetLite0
 from ldm.pipelines.images import contact_sheet, save_png, to_pil
 
 ROOT = Path(__file__).parents[1]

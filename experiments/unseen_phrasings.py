@@ -16,7 +16,7 @@ from ldm import Pipeline, hub
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.generate import generate_images
+from ldm.evaluation.images import generate_images
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 
 PHRASINGS = {

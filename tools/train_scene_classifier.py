@@ -35,8 +35,7 @@ from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.render import RenderedPart, render_parts
 from ldm.data.scenes.scene import COLORS, Part, Scene, SceneKind, SceneSampler, invisible_colors
 from ldm.data.scenes.source import TIERS
-from ldm.evaluation.axes import AXES, axis_prompts
-from ldm.evaluation.composition import measure_axis, real_scenes
+from ldm.evaluation.composition import AXES, axis_prompts, measure_axis, real_scenes
 from ldm.evaluation.scene_classifier import (
     ALL_COLORS,
     FOLDER,

@@ -67,8 +67,8 @@ def evaluate_autoencoder_command(
     from ldm.data.inspection import inspect
     from ldm.data.layouts import check_path, open_source
     from ldm.evaluation.autoencoder import evaluate_autoencoder, worst_sheet
-    from ldm.evaluation.efficientnet import perceptual_distance
     from ldm.evaluation.features import feature_space
+    from ldm.models.efficientnet import perceptual_distance
     from ldm.models.similarity import MIN_IMAGE_SIZE
     from ldm.pipelines import save_png
     from ldm.pipelines.pipeline import usable_device

@@ -40,7 +40,7 @@ def evaluate_axes(
     from ldm import disk
     from ldm.data.scenes.source import TIERS
     from ldm.evaluation.composition import evaluate_composition
-    from ldm.evaluation.generate import SampleCache
+    from ldm.evaluation.images import SampleCache
     from ldm.evaluation.scene_classifier import load_scene_classifier
     from ldm.evaluation.sweep import model_digest
     from ldm.pipelines import save_png

@@ -17,7 +17,7 @@ from ldm.cli.arguments import output_folder
 if TYPE_CHECKING:
     from ldm.data import CaptionedImages, DataConfig
     from ldm.evaluation.features import FeatureSpace
-    from ldm.evaluation.reference import Reference
+    from ldm.evaluation.images import Reference
     from ldm.evaluation.sweep import Sweep, SweepGrid
     from ldm.pipelines import Pipeline
     from ldm.training.run_info import RunInfo
@@ -183,14 +183,12 @@ def _evaluate(
 ) -> None:
     import ldm
     from ldm.data.layouts import check_path
-    from ldm.evaluation.clip import load_clip
     from ldm.evaluation.evaluate import estimate_duration, evaluate, select_captions
-    from ldm.evaluation.features import feature_space
-    from ldm.evaluation.generate import SampleCache
-    from ldm.evaluation.reference import Reference, subset
-    from ldm.evaluation.report import EvaluationReport, evaluation_lines
+    from ldm.evaluation.features import feature_space, load_clip
+    from ldm.evaluation.images import Reference, SampleCache, subset
     from ldm.evaluation.sweep import model_digest
     from ldm.pipelines.pipeline import usable_device
+    from ldm.report.evaluation_report import EvaluationReport, evaluation_lines
     from ldm.training.resume import data_fingerprint
     from ldm.training.run_info import open_model
 
@@ -328,7 +326,7 @@ def _sweep(
     count: int,
     store: bool,
 ) -> Sweep:
-    from ldm.evaluation.reference import default_batch_size
+    from ldm.evaluation.images import default_batch_size
     from ldm.evaluation.sweep import sweep
 
     assert reference.held_out is not None

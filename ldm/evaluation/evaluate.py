@@ -16,17 +16,14 @@ from torch import Tensor
 
 from ldm.data import CaptionedImages, generator, to_signed
 from ldm.diffusion import NOISE_BANDS
-from ldm.evaluation.baselines import BaselineComparison, compare_with_baselines
-from ldm.evaluation.clip import Clip
+from ldm.evaluation.features import Clip
 from ldm.evaluation.fidelity import MIN_IMAGES, Fidelity, measure_fidelity
-from ldm.evaluation.generate import SampleCache, generate_images, sample_captions
-from ldm.evaluation.loss_gap import LossGap, loss_gap
-from ldm.evaluation.memorization import Copying, Verdict, find_copies, verdict
-from ldm.evaluation.nearest_neighbors import color_layout
+from ldm.evaluation.images import Reference, SampleCache, default_batch_size, generate_images, sample_captions
+from ldm.evaluation.memorization import Copying, LossGap, color_layout, find_copies, loss_gap
 from ldm.evaluation.prompt_alignment import ClipScore, Retrieval, clip_score, digit_accuracy, digit_of, retrieval
-from ldm.evaluation.reference import Reference, default_batch_size
 from ldm.evaluation.stats import Interval
 from ldm.evaluation.sweep import evaluations_per_image
+from ldm.evaluation.verdict import BaselineComparison, Verdict, compare_with_baselines, verdict
 from ldm.pipelines import Pipeline
 from ldm.progress import Progress, format_duration, no_progress
 

@@ -10,37 +10,173 @@ them, so the number of scores below the threshold has a known distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.data import generator
-from ldm.evaluation.baselines import BaselineComparison
-from ldm.evaluation.loss_gap import LossGap
-from ldm.evaluation.nearest_neighbors import TrainingFeatures, check_matrix, distinct
-from ldm.evaluation.stats import wilson_interval
-from ldm.pipelines import contact_sheet
+from ldm.data import CaptionedImages, generator, to_signed
+from ldm.diffusion import NOISE_BANDS, NoiseSchedule, diffusion_loss, noise_bands, without_variance
+from ldm.evaluation.stats import student_quantile, wilson_interval
+from ldm.pipelines import Pipeline, contact_sheet
+
+# ---- nearest training images, where some of these are variants of one another
+
+
+LAYOUT_GRID = 8
+MIN_TRAINING_GROUPS = 10
+# Training images closer than this, relative to the root mean square distance of two of them, count as variants of one
+# another: most skin tones of OpenMoji, and one of a hundred scans of digits with its nearest.
+VARIANT_RADIUS = 0.2
+_ROWS = 256
+
+
+def color_layout(images: Tensor) -> Tensor:
+    """Colors averaged to 8×8 cells: images [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64.
+
+    Copies are searched in these and not in features of a network, which see noise and would call a noisy copy new;
+    average colors hardly change under noise, blur or an autoencoder.
+
+    Raises:
+        ValueError: for images below 8×8.
+    """
+    if min(images.shape[-2:]) < LAYOUT_GRID:
+        raise ValueError(
+            f"images are {images.shape[-2]}x{images.shape[-1]}; to find copies they need {LAYOUT_GRID}x{LAYOUT_GRID}"
+        )
+    return F.adaptive_avg_pool2d(images.to(torch.float64).expand(-1, 3, -1, -1), LAYOUT_GRID).flatten(1)
+
+
+@dataclass(frozen=True)
+class NearestNeighbors:
+    """For each of n images, its nearest training image.
+
+    Attributes:
+        index: int64 [n].
+        distance: [n].
+        ratio: [n], the distance over that to the nearest training image that is no variant of `index`; 1 without one.
+        closer: bool [n], whether the distance is below that of `index` to its own nearest non-variant.
+    """
+
+    index: Tensor
+    distance: Tensor
+    ratio: Tensor
+    closer: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingFeatures:
+    """Features of the training images, and which of them are variants of one another.
+
+    Attributes:
+        variants: [N, D] features as they are and, if training flips, mirrored.
+        groups: int64 [N].
+        has_groups: whether groups were given; otherwise each image is its own.
+        radius: images closer than this are variants of one another.
+    """
+
+    variants: tuple[Tensor, ...]
+    groups: Tensor
+    has_groups: bool
+    radius: float
+
+    @classmethod
+    def from_features(
+        cls, training: Tensor, groups: Sequence[str] | None = None, mirrored: Tensor | None = None
+    ) -> TrainingFeatures:
+        """From features [N, D].
+
+        Raises:
+            ValueError: for shapes that do not match, non-finite features, and fewer than 10 groups.
+        """
+        variants = (training,) if mirrored is None else (training, mirrored)
+        for features in variants:
+            check_matrix("training", features, training.shape[-1])
+        if mirrored is not None and len(mirrored) != len(training):
+            raise ValueError(f"there are {len(training)} training images and {len(mirrored)} mirrored; give as many")
+        if groups is not None and len(groups) != len(training):
+            raise ValueError(f"there are {len(training)} training images and {len(groups)} groups; give one per image")
+        names = range(len(training)) if groups is None else groups
+        numbers: dict[int | str, int] = {}
+        for name in names:
+            numbers.setdefault(name, len(numbers))
+        if len(numbers) < MIN_TRAINING_GROUPS:
+            raise ValueError(
+                f"there are {len(numbers)} different training images; at least {MIN_TRAINING_GROUPS} are needed to "
+                "find copies"
+            )
+        # The mean square distance of two of them is twice the variance.
+        spread = math.sqrt(2 * float(training.double().var(dim=0).sum()))
+        numbered = torch.tensor([numbers[name] for name in names])
+        return cls(tuple(one.double() for one in variants), numbered, groups is not None, VARIANT_RADIUS * spread)
+
+    def distances(self, features: Tensor) -> Tensor:
+        """[n, D] → [n, N]: to each training image, or to its mirror image where that is nearer."""
+        # From products: in float64 they are exact to 1e-7 of the spread.
+        mode = "use_mm_for_euclid_dist"
+        return torch.stack([torch.cdist(features, one, compute_mode=mode) for one in self.variants]).amin(dim=0)
+
+    def nearest(self, features: Tensor, leave_out: Tensor | None = None) -> NearestNeighbors:
+        """Of features [n, D].
+
+        Args:
+            leave_out: int64 [n]: indices of the training images that the features are of; each is compared with images
+                of other groups.
+        """
+        parts = []
+        for start in range(0, len(features), _ROWS):
+            own = None if leave_out is None else leave_out[start : start + _ROWS]
+            parts.append(self._nearest(features[start : start + _ROWS].double(), own))
+        return NearestNeighbors(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+    def _nearest(self, features: Tensor, own: Tensor | None) -> NearestNeighbors:
+        distances = self.distances(features)  # [n, N]
+        if own is not None:
+            # Groups define what is held out together; without them, the distance does.
+            excluded = self.groups[own][:, None] == self.groups
+            if not self.has_groups:
+                excluded = excluded | (distances < self.radius)
+            distances = distances.masked_fill(excluded, math.inf)
+        distance, index = distances.min(dim=1)
+        between = self.distances(self.variants[0][index])  # [n, N]
+        variants = (self.groups[index][:, None] == self.groups) | (between < self.radius)
+        others = distances.masked_fill(variants, math.inf).amin(dim=1)
+        apart = between.masked_fill(variants, math.inf).amin(dim=1)
+        ratio = distance / others
+        return NearestNeighbors(index, distance, ratio.masked_fill(others.isinf(), 1.0), distance < apart)
+
+
+def distinct(features: Tensor, radius: float) -> Tensor:
+    """Ascending indices of the rows of [n, K] that are not closer than `radius` to an earlier one of these."""
+    chosen: list[int] = []
+    rows = torch.empty(features.shape, dtype=torch.float64)  # the first len(chosen) are used
+    for index, row in enumerate(features.double()):
+        if not chosen or float((rows[: len(chosen)] - row).square().sum(dim=1).min()) >= radius**2:
+            rows[len(chosen)] = row
+            chosen.append(index)
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+def check_matrix(name: str, features: Tensor, dimensions: int) -> None:
+    """Raises ValueError unless features are finite and [images, dimensions]."""
+    if features.ndim != 2 or features.shape[1] != dimensions:
+        raise ValueError(f"{name} features have shape {list(features.shape)}; they must be [images, {dimensions}]")
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"{name} features are not all finite; check their images")
+
+
+# ---- copies
+
 
 QUANTILE = 0.05
 """The fraction of unseen real images below the threshold."""
 MIN_HELD_OUT = 100
 MAX_LEFT_OUT = 2048
 
-# In 480 comparisons with held-out images in place of generated ones (20 to 300 training images of digits or OpenMoji)
-# the smallest p-value was 7e-5.
-MAX_P_VALUE, MIN_COPIES = 1e-5, 0.1
-MAX_P_VALUE_SOME = 1e-3
-# With so few distinct images a p-value cannot decide: they are copies if they are below the threshold and as close to a
-# training image as its variants are.
-MIN_DISTINCT_FOR_P_VALUE = 5
-MAX_FLAGGED_HIGH = 0.3  # for the upper end of the interval: one in 30 sets of 25 unseen images exceeds it
-# Relative to the loss on training images. A model of OpenMoji that generates new images had 0.4, models overfitted to
-# 50 images 14.
-MAX_LOSS_GAP = 1.0
 SHEET_IMAGES, SHEET_PAIRS, SHEET_SIDE = 24, 4, 96
 
 
@@ -210,150 +346,6 @@ def _p_value(count: int, total: int, below: int, above: int) -> float:
     return min(math.fsum(terms), 1.0)
 
 
-# ---- the verdict
-
-VerdictKind = Literal["not yet a model of this data", "learning", "memorizing", "undecided"]
-FORMER_KINDS: dict[str, VerdictKind] = {"memorising": "memorizing"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`kind`, and one sentence with the numbers behind it."""
-
-    kind: VerdictKind
-    sentence: str
-
-    @classmethod
-    def from_json(cls, content: Any) -> Verdict:
-        """From stored JSON, also of earlier versions, which wrote "memorising".
-
-        Raises:
-            ValueError: for anything else.
-        """
-        if isinstance(content, dict) and isinstance(content.get("sentence"), str):
-            written = str(content.get("kind"))
-            for kind in get_args(VerdictKind):
-                if kind == FORMER_KINDS.get(written, written):
-                    return cls(kind, content["sentence"])
-        kinds = ", ".join(get_args(VerdictKind))
-        raise ValueError(f"{content!r:.80} is no verdict; it needs a sentence, and a kind of {kinds}")
-
-
-def verdict(
-    copying: Copying | None,
-    gap: LossGap | None,
-    baselines: BaselineComparison | None = None,
-    *,
-    not_compared: str = "",
-) -> Verdict:
-    """The first of these that holds; the loss gap alone never gives "memorizing".
-
-    - memorizing: more images are flagged than chance allows (`MAX_P_VALUE`), and more than `MIN_COPIES`;
-    - not yet a model of this data: the images are no closer to it than trivial baselines;
-    - undecided: some copies; too few (distinct) images; an interval that allows both answers; no held-out images; or a
-      loss far lower on training images;
-    - learning: none of these.
-
-    Args:
-        copying: None with too few training images to find copies.
-        baselines: None where not compared;
-        not_compared: the reason.
-    """
-    numbers = (_describe_copying(copying), _describe_gap(gap), _describe_baselines(baselines))
-    if copying is not None and _has_copies(copying):
-        return Verdict("memorizing", f"Memorizing: {''.join(numbers)}; the model reproduces training images.")
-    where = None if baselines is None else baselines.kind
-    if where == "far":
-        return Verdict(
-            "not yet a model of this data",
-            f"Not yet a model of this data: {numbers[0]}{numbers[2]}; trivial baselines are as close to the data.",
-        )
-    doubt = not_compared or _doubt(copying, gap, where)
-    if doubt:
-        return Verdict("undecided", f"Undecided: {''.join(numbers)}; {doubt}.")
-    return Verdict(
-        "learning",
-        f"Learning: {''.join(numbers)}; the images are no closer to training images than unseen real images are.",
-    )
-
-
-def _has_copies(copying: Copying) -> bool:
-    if copying.distinct < MIN_DISTINCT_FOR_P_VALUE:
-        return copying.variants.low > MIN_COPIES
-    return copying.chance < MAX_P_VALUE and copying.flagged_fraction.low > MIN_COPIES
-
-
-def _doubt(copying: Copying | None, gap: LossGap | None, where: str | None) -> str:
-    """The reason for "undecided", or ""."""
-    if copying is None:
-        return "there are too few training images to find copies"
-    if copying.chance < MAX_P_VALUE_SOME and copying.flagged_fraction.low > 1.5 * copying.expected:
-        return "some are copies: compare the closest with their nearest training images"
-    if where == "few":
-        return "nearly all images repeat each other, and the others are too few"
-    if where == "between":
-        return "they may or may not be closer to the data than trivial baselines: generate more images"
-    if copying.held_out is None:
-        return "no copies, but there are no held-out images to compare with"
-    if copying.flagged_fraction.high > MAX_FLAGGED_HIGH:
-        return "that interval is too wide: generate more images"
-    if gap is not None and gap.widest().min_relative_gap > MAX_LOSS_GAP:
-        return "no copies, but the loss is far lower on training images"
-    return ""
-
-
-def _describe_copying(copying: Copying | None) -> str:
-    if copying is None:
-        return "copies were not searched for"
-    flagged = copying.flagged_fraction
-    held_out, left_out = copying.calibrated_on
-    kinds = [f"{held_out} held-out images"] if held_out else []
-    kinds += [f"{left_out} training images left out in turn"] if left_out else []
-    own = f"; of held-out images {_percent(copying.held_out.fraction)} are" if copying.held_out else ""
-    return (
-        f"{flagged.count} of {flagged.total} images ({_percent(flagged.fraction)}, 95 % interval "
-        f"{_percent(flagged.low)} to {_percent(flagged.high)}) are closer to one training image than "
-        f"{_percent(1 - copying.expected)} of unseen images{own} (calibrated on {' and '.join(kinds)})"
-    )
-
-
-def _describe_gap(gap: LossGap | None) -> str:
-    if gap is None:
-        return ""
-    band = gap.widest()
-    half_width = "" if math.isnan(band.interval) else f" ± {band.interval:.2g}"
-    return (
-        f", and at timesteps {band.first} to {band.last} the loss is {band.training:.3g} on training and "
-        f"{band.held_out:.3g} on held-out images (gap {band.gap:.2g}{half_width})"
-    )
-
-
-def _describe_baselines(comparison: BaselineComparison | None) -> str:
-    if comparison is None:
-        return ""
-    generated, real = comparison.generated, comparison.unseen
-    baselines = ", ".join(
-        f"{name} {_percent(closeness.precision.mean)} and {_percent(closeness.recall.mean)}"
-        for name, closeness in comparison.baselines.items()
-    )
-    ranks = " and ".join(
-        f"{found.median.mean:g} of {found.gallery} for {side} captions ({found.median_by_chance} by chance)"
-        for side, found in comparison.retrieval.items()
-    )
-    repeated = ""
-    if generated.distinct < generated.samples:
-        repeated = f" ({generated.distinct} of {generated.samples} are distinct)"
-    return (
-        f", and their precision is {_percent(generated.precision.mean)} and their recall "
-        f"{_percent(generated.recall.mean)}{repeated}, where unseen real images have {_percent(real.precision.mean)} "
-        f"and {_percent(real.recall.mean)} ({baselines}); the caption's own image has the median rank {ranks}"
-    )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.0f} %"
-
-
 def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Image], copying: Copying) -> Image.Image:
     """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first.
 
@@ -374,3 +366,156 @@ def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Ima
         ratios = ", ".join(f"{float(copying.ratio[i]):.2f}" for i in row)
         captions.append(f"generated | nearest: {ratios} (copies below {copying.threshold:.2f})")
     return contact_sheet(rows, captions, size=SHEET_SIDE)
+
+
+# ---- the loss on training and on held-out images
+
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class BandGap:
+    """Mean L_simple over timesteps `first` to `last`, both included.
+
+    Attributes:
+        training, held_out: the two means.
+        gap: held_out − training.
+        interval: half-width of the 95 % interval of `gap` over images; nan where a side has a single image.
+    """
+
+    first: int
+    last: int
+    training: float
+    held_out: float
+    gap: float
+    interval: float
+
+    @property
+    def min_relative_gap(self) -> float:
+        """Lower end of the 95 % interval of the gap over the loss on training images; −∞ without an interval."""
+        return -math.inf if math.isnan(self.interval) else (self.gap - self.interval) / max(self.training, 1e-12)
+
+
+@dataclass(frozen=True)
+class LossGap:
+    """The bands, from little noise to much, the number of images on each side, and the noise draws per band."""
+
+    bands: tuple[BandGap, ...]
+    training_images: int
+    held_out_images: int
+    draws: int
+
+    def widest(self) -> BandGap:
+        """The band with the largest `min_relative_gap`."""
+        return max(self.bands, key=lambda band: band.min_relative_gap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; an unknown interval is None."""
+        plain: dict[str, Any] = asdict(self)
+        for band in plain["bands"]:
+            band["interval"] = None if math.isnan(band["interval"]) else band["interval"]
+        plain["bands"] = list(plain["bands"])
+        return plain
+
+
+@torch.inference_mode()
+def loss_gap(
+    pipeline: Pipeline,
+    training: CaptionedImages,
+    held_out: CaptionedImages,
+    *,
+    images: int = 128,
+    draws: int,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda done: None,
+) -> LossGap:
+    """L_simple (DDPM, Eq. 14) of `images` training and as many held-out images, or all where there are fewer.
+
+    Image i of either side gets the same timesteps and noise. Images are not augmented, latents are posterior means,
+    captions are the first of each image and never dropped.
+
+    Args:
+        images: per side, sampled without replacement.
+        draws: evaluations of each image per band, at timesteps stratified over the band.
+        seed: for images, timesteps and noise.
+        progress: called with the number of evaluations done since.
+
+    Raises:
+        ValueError: for numbers below 1.
+    """
+    for name, value in (("images", images), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    losses = _BandLosses(pipeline, draws, seed, progress)
+    ours, theirs = losses(training, images), losses(held_out, images)  # [N, bands], [M, bands]
+    bands = []
+    for number, band in enumerate(noise_bands(losses.schedule.num_train_timesteps)):
+        a, b = ours[:, number], theirs[:, number]
+        means = float(a.mean()), float(b.mean())
+        bands.append(BandGap(band[0], band[-1], *means, means[1] - means[0], _half_width(a, b)))
+    return LossGap(tuple(bands), len(ours), len(theirs), draws)
+
+
+class _BandLosses:
+    """The loss of images, by band."""
+
+    def __init__(self, pipeline: Pipeline, draws: int, seed: int, progress: Callable[[int], object]) -> None:
+        self.pipeline, self.draws, self.seed, self.progress = pipeline, draws, seed, progress
+        self.schedule = NoiseSchedule.from_config(pipeline.schedule)
+        self.like = pipeline.unet.conv_in.weight
+
+    def __call__(self, data: CaptionedImages, max_images: int) -> Tensor:
+        """[N, bands] float64: the mean of each image over its draws."""
+        order = generator(self.seed, "loss gap", "images").permutation(len(data))[:max_images].tolist()
+        positions = {index: position for position, index in enumerate(order)}
+        losses = torch.empty(len(order), NOISE_BANDS, dtype=torch.float64)
+        for chunk in data.chunks(len(data)):
+            selected = [index for index in chunk if index in positions]
+            for start in range(0, len(selected), BATCH_SIZE):
+                batch = selected[start : start + BATCH_SIZE]
+                rows = [positions[index] for index in batch]
+                losses[rows] = self._losses(data, batch, rows)
+        return losses
+
+    def _losses(self, data: CaptionedImages, indices: list[int], positions: list[int]) -> Tensor:
+        codec = self.pipeline.codec
+        pixels = to_signed(torch.stack([data.image_at(index) for index in indices])).to(self.like)
+        latents = codec.sample_latents(codec.moments(pixels))  # [b, C, h, w]
+        states = self.pipeline.text_encoder([data.samples[index].captions[0] for index in indices]).to(self.like)
+        losses = torch.zeros(len(indices), NOISE_BANDS, dtype=torch.float64)
+        for band in range(NOISE_BANDS):
+            for draw in range(self.draws):
+                timesteps, noise = self._noise(positions, band, draw, latents)
+                loss = diffusion_loss(
+                    without_variance(self.pipeline.unet),
+                    self.schedule,
+                    latents,
+                    states,
+                    timesteps=timesteps,
+                    noise=noise,
+                    prediction_type=self.pipeline.schedule.prediction_type,
+                )
+                losses[:, band] += loss.cpu().double()
+                self.progress(len(indices))
+        return losses / self.draws
+
+    def _noise(self, positions: list[int], band: int, draw: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps [b] in the `draw`-th part of the band, and noise [b, C, h, w]: functions of seed and position."""
+        steps = self.schedule.num_train_timesteps
+        first, end = band * steps / NOISE_BANDS, (band + 1) * steps / NOISE_BANDS
+        timesteps, noise = [], []
+        for position in positions:
+            rng = generator(self.seed, "loss gap", position, band, draw)
+            timesteps.append(min(int(first + (end - first) * (draw + rng.random()) / self.draws), steps - 1))
+            noise.append(torch.from_numpy(rng.standard_normal(tuple(like.shape[1:]), "float32")))
+        return torch.tensor(timesteps), torch.stack(noise).to(like)
+
+
+def _half_width(ours: Tensor, theirs: Tensor) -> float:
+    """Of the 95 % interval of the difference of two means; degrees of freedom of the smaller side."""
+    smaller = min(len(ours), len(theirs))
+    if smaller < 2:
+        return math.nan
+    error = math.sqrt(float(ours.var() / len(ours) + theirs.var() / len(theirs)))
+    return student_quantile(0.95, smaller - 1) * error

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ldm.data import CaptionedImages, Sample, generator, to_signed
 from ldm.data.builtin import DIGIT_WORDS
-from ldm.evaluation.clip import Clip
-from ldm.evaluation.features import FeatureSpace, cached_features
+from ldm.evaluation.features import Clip, FeatureSpace, cached_features
 from ldm.evaluation.stats import Interval, bootstrap_interval, fraction_interval, student_interval
 
 RECALL_AT = (1, 5, 10)

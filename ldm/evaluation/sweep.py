@@ -25,7 +25,7 @@ from ldm import disk, hub
 from ldm.data import Sample, to_signed
 from ldm.evaluation.features import EXTRACT_BATCH, FeatureSpace
 from ldm.evaluation.fidelity import kid_leave_one_out
-from ldm.evaluation.generate import generate_images, sample_captions
+from ldm.evaluation.images import generate_images, sample_captions
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 from ldm.evaluation.stats import jackknife_variance
 from ldm.pipelines import Pipeline

@@ -16,7 +16,6 @@ from ldm import hub
 from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_name
 from ldm.data import Batch, CaptionedImages, collate, to_signed
-from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.models import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -27,6 +26,7 @@ from ldm.models import (
     VQModel,
     enable_gradient_checkpointing,
 )
+from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training import timing

@@ -9,7 +9,6 @@ import torch
 
 from ldm.config import LDMConfig
 from ldm.data import CaptionedImages
-from ldm.evaluation.baselines import baselines_of
 from ldm.evaluation.evaluate import (
     Evaluation,
     GeneratedImages,
@@ -20,7 +19,8 @@ from ldm.evaluation.evaluate import (
 )
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import MIN_IMAGES
-from ldm.evaluation.reference import Reference, subset
+from ldm.evaluation.images import Reference, subset
+from ldm.evaluation.verdict import baselines_of
 from ldm.pipelines import Pipeline
 from ldm.training.metrics import VERDICT, metric_name
 from ldm.training.run import Run

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ldm.evaluation.memorization import Verdict
+from ldm.evaluation.verdict import Verdict
 from ldm.report.charts import Point
 
 EVALUATION_PREFIX = "evaluation_"

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ldm import disk
-from ldm.evaluation.memorization import Verdict
+from ldm.evaluation.verdict import Verdict
 from ldm.progress import format_duration
 from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, line_chart, smooth
 from ldm.report.html import chart_figure, image_figure, tiles, write_page

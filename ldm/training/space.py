@@ -18,7 +18,7 @@ from ldm.evaluation.autoencoder import (
     measure_reconstruction,
     no_first_stage_reason,
 )
-from ldm.evaluation.efficientnet import is_installed, perceptual_distance
+from ldm.models.efficientnet import is_installed, perceptual_distance
 from ldm.training.components import load_first_stage
 
 DEFAULT_FIRST_STAGE = "openmoji-first-stage"

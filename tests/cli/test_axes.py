@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm.cli.axes import scenes_seen
 from ldm.config import LDMConfig, load_config, to_yaml
-from ldm.evaluation.axes import AXES
+from ldm.evaluation.composition import AXES
 from ldm.evaluation.scene_classifier import FOLDER
 from ldm.training.run_info import find_run
 from tests import tiny

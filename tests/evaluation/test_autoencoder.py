@@ -21,10 +21,10 @@ from ldm.evaluation.autoencoder import (
     measure_reconstruction,
     worst_sheet,
 )
-from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import frechet_interval
 from ldm.models import kl_divergence
+from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr, ssim
 from ldm.training.components import load_first_stage
 from tests import tiny

@@ -8,7 +8,7 @@ from ldm.data import generator
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.render import render_parts
 from ldm.data.scenes.scene import Concept, SceneSampler
-from ldm.evaluation.axes import AXES, axis_prompts, correctness, is_on, is_placed, with_other_drawings
+from ldm.evaluation.composition import AXES, axis_prompts, correctness, is_on, is_placed, with_other_drawings
 from ldm.evaluation.scene_classifier import OWN, Detection, ScenePrediction
 
 

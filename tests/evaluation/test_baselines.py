@@ -11,12 +11,12 @@ from PIL import Image
 from ldm.data import CaptionedImages, DataConfig, split, to_uint8
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
-from ldm.evaluation.baselines import baselines_of, compare_with_baselines
 from ldm.evaluation.evaluate import GeneratedImages, evaluate, measure_generated, select_captions
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.reference import Reference, subset
-from ldm.evaluation.report import evaluation_lines
+from ldm.evaluation.images import Reference, subset
+from ldm.evaluation.verdict import baselines_of, compare_with_baselines
 from ldm.pipelines import Pipeline
+from ldm.report.evaluation_report import evaluation_lines
 from tests import tiny
 from tests.training.runs import captioned_folder
 

@@ -7,10 +7,11 @@ import torch
 
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.scene import SceneSampler
-from ldm.evaluation.axes import AXES, axis_prompts
 from ldm.evaluation.composition import (
+    AXES,
     IMAGES_PER_PROMPT,
     axis_accuracy,
+    axis_prompts,
     evaluate_composition,
     measure_axis,
     real_scenes,

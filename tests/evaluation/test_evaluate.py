@@ -12,11 +12,10 @@ from ldm.data.layouts import open_source
 from ldm.evaluation.evaluate import GeneratedImages, estimate_duration, evaluate, measure_generated, select_captions
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import measure_fidelity
-from ldm.evaluation.generate import SampleCache, generate_images
+from ldm.evaluation.images import Reference, SampleCache, generate_images, subset
 from ldm.evaluation.prompt_alignment import retrieval
-from ldm.evaluation.reference import Reference, subset
-from ldm.evaluation.report import alignment_lines, evaluation_lines
 from ldm.progress import no_progress
+from ldm.report.evaluation_report import alignment_lines, evaluation_lines
 from tests import tiny
 from tests.training.runs import captioned_folder
 

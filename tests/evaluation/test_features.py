@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ldm.evaluation import features as module
-from ldm.evaluation.clip import load_clip
-from ldm.evaluation.efficientnet import EfficientNetLite0
-from ldm.evaluation.features import FeatureSpace, feature_space, pixel_features, resized
+from ldm.evaluation.features import FeatureSpace, feature_space, load_clip, pixel_features, resized
 from ldm.evaluation.fidelity import frechet_interval, kid
+from ldm.models.efficientnet import EfficientNetLite0
 
 CPU = torch.device("cpu")
 WITHOUT_TORCH_FIDELITY = importlib.util.find_spec("torch_fidelity") is None

@@ -11,7 +11,7 @@ from ldm.codecs import PixelCodec
 from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss
-from ldm.evaluation.loss_gap import BandGap, LossGap, loss_gap
+from ldm.evaluation.memorization import BandGap, LossGap, loss_gap
 from tests import tiny
 
 

@@ -11,9 +11,16 @@ from scipy import stats
 
 from ldm.data import DataConfig, split
 from ldm.data.layouts import open_source
-from ldm.evaluation.loss_gap import BandGap, LossGap
-from ldm.evaluation.memorization import CountedFraction, Verdict, _p_value, find_copies, nearest_sheet, verdict
-from ldm.evaluation.nearest_neighbors import color_layout
+from ldm.evaluation.memorization import (
+    BandGap,
+    CountedFraction,
+    LossGap,
+    _p_value,
+    color_layout,
+    find_copies,
+    nearest_sheet,
+)
+from ldm.evaluation.verdict import Verdict, verdict
 from ldm.pipelines.images import from_pil
 
 

@@ -9,9 +9,8 @@ from experiments.small_models import SCHEDULE, Recipe, read_data, trained_model
 from ldm.config import TrainConfig
 from ldm.data import CaptionedImages, DataConfig, generator, split
 from ldm.data.layouts import open_source
-from ldm.evaluation.loss_gap import loss_gap
-from ldm.evaluation.memorization import MAX_LOSS_GAP, find_copies, verdict
-from ldm.evaluation.nearest_neighbors import color_layout
+from ldm.evaluation.memorization import color_layout, find_copies, loss_gap
+from ldm.evaluation.verdict import MAX_LOSS_GAP, verdict
 from ldm.models import UNetConfig
 from ldm.pipelines import Pipeline
 from ldm.pipelines.images import from_pil

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 from ldm.data import CaptionedImages, DataConfig, split, to_signed, to_uint8
 from ldm.data.layouts import open_source
-from ldm.evaluation.clip import Clip
-from ldm.evaluation.features import feature_space
-from ldm.evaluation.generate import generate_images, sample_captions
+from ldm.evaluation.features import Clip, feature_space
+from ldm.evaluation.images import generate_images, sample_captions
 from ldm.evaluation.prompt_alignment import (
     DigitClassifier,
     RetrievalGallery,

@@ -77,8 +77,7 @@ def test_a_box_is_around_its_center():
 
 @pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason="there is no classifier yet")
 def test_the_shipped_classifier_on_real_scenes():
-    from ldm.evaluation.axes import axis_prompts, correctness
-    from ldm.evaluation.composition import IMAGES_PER_PROMPT, real_scenes
+    from ldm.evaluation.composition import IMAGES_PER_PROMPT, axis_prompts, correctness, real_scenes
 
     asked = axis_prompts("one thing", 25, 1, SceneSampler(load_catalog()))
     predictions = load_scene_classifier().predict(

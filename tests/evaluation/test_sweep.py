@@ -16,7 +16,7 @@ from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import kid, kid_leave_one_out
-from ldm.evaluation.generate import generate_images, sample_captions
+from ldm.evaluation.images import generate_images, sample_captions
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
 from ldm.evaluation.sweep import (
     Cell,

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ldm.evaluation.efficientnet import CHANNELS, PERCEPTUAL_SCALES, EfficientNetLite0, perceptual_distance
 from ldm.models import PerceptualDistance
+from ldm.models.efficientnet import CHANNELS, PERCEPTUAL_SCALES, EfficientNetLite0, perceptual_distance
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 
 from ldm import hub
 from ldm.config import AutoencoderLossConfig
-from ldm.evaluation.efficientnet import perceptual_distance
 from ldm.models import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -19,6 +18,7 @@ from ldm.models import (
     generator_loss,
     kl_divergence,
 )
+from ldm.models.efficientnet import perceptual_distance
 from ldm.training.autoencoder_loss import DELTA, AdversarialLoss, autoencoder_loss
 from ldm.training.components import load_first_stage
 from tests import tiny

@@ -13,7 +13,7 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.evaluation.evaluate import evaluate
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.reference import Reference
+from ldm.evaluation.images import Reference
 from ldm.pipelines import NotFinite, Pipeline
 from ldm.training.evaluator import Evaluator, log_values
 from ldm.training.metrics import EVALUATION_PREFIX, metric_name, metric_title

@@ -12,7 +12,7 @@ from ldm.config import LDMConfig, load_config
 from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.autoencoder import GOOD_PSNR, advise, measure_reconstruction
-from ldm.evaluation.efficientnet import perceptual_distance
+from ldm.models.efficientnet import perceptual_distance
 from ldm.training import space
 from ldm.training.components import load_first_stage
 from ldm.training.space import choose_space, decide_space

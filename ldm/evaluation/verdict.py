@@ -1,16 +1,18 @@
-"""Are generated images closer to the data than trivial baselines: noise, the mean image, blurred images?
+"""The verdict on a model: does it memorize, and is it a model of its data at all?
 
-They count as close as the lesser of precision and recall, each relative to that of unseen real images, and have to
-exceed the best baseline clearly. Neither metric is enough alone: the mean image can have a precision of 1, and one
-outlier among noise a high recall. KID does not decide: its scale depends on the features. See docs/evaluation.md.
+Is it: are generated images closer to the data than trivial baselines: noise, the mean image, blurred images? They count
+as close as the lesser of precision and recall, each relative to that of unseen real images, and have to exceed the best
+baseline clearly. Neither metric is enough alone: the mean image can have a precision of 1, and one outlier among noise
+a high recall. KID does not decide: its scale depends on the features. See docs/evaluation.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,13 @@ from torch import Tensor
 
 from ldm.data import generator, to_signed, to_uint8
 from ldm.evaluation.fidelity import MIN_IMAGES, NEIGHBORS, precision_recall
-from ldm.evaluation.nearest_neighbors import TrainingFeatures, color_layout, distinct
+from ldm.evaluation.images import Reference
+from ldm.evaluation.memorization import Copying, LossGap, TrainingFeatures, color_layout, distinct
 from ldm.evaluation.prompt_alignment import Retrieval
-from ldm.evaluation.reference import Reference
 from ldm.evaluation.stats import Interval, wilson_interval
+
+# ---- trivial baselines
+
 
 # A threshold between the best baseline (0) and unseen real images (1). Images of other data came to 0.26 at most,
 # held-out images through a first stage to 0.5 and more.
@@ -240,3 +245,160 @@ def _baseline_images(reference: Reference, unseen: list[Tensor], size: tuple[int
         "the mean image": to_uint8(average.clamp(-1, 1)).expand(count, -1, -1, -1),
         "blurred images": to_uint8(blurred),
     }
+
+
+# ---- the verdict
+
+
+# In 480 comparisons with held-out images in place of generated ones (20 to 300 training images of digits or OpenMoji)
+# the smallest p-value was 7e-5.
+MAX_P_VALUE, MIN_COPIES = 1e-5, 0.1
+MAX_P_VALUE_SOME = 1e-3
+# With so few distinct images a p-value cannot decide: they are copies if they are below the threshold and as close to a
+# training image as its variants are.
+MIN_DISTINCT_FOR_P_VALUE = 5
+MAX_FLAGGED_HIGH = 0.3  # for the upper end of the interval: one in 30 sets of 25 unseen images exceeds it
+# Relative to the loss on training images. A model of OpenMoji that generates new images had 0.4, models overfitted to
+# 50 images 14.
+MAX_LOSS_GAP = 1.0
+
+VerdictKind = Literal["not yet a model of this data", "learning", "memorizing", "undecided"]
+FORMER_KINDS: dict[str, VerdictKind] = {"memorising": "memorizing"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`kind`, and one sentence with the numbers behind it."""
+
+    kind: VerdictKind
+    sentence: str
+
+    @classmethod
+    def from_json(cls, content: Any) -> Verdict:
+        """From stored JSON, also of earlier versions, which wrote "memorising".
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if isinstance(content, dict) and isinstance(content.get("sentence"), str):
+            written = str(content.get("kind"))
+            for kind in get_args(VerdictKind):
+                if kind == FORMER_KINDS.get(written, written):
+                    return cls(kind, content["sentence"])
+        kinds = ", ".join(get_args(VerdictKind))
+        raise ValueError(f"{content!r:.80} is no verdict; it needs a sentence, and a kind of {kinds}")
+
+
+def verdict(
+    copying: Copying | None,
+    gap: LossGap | None,
+    baselines: BaselineComparison | None = None,
+    *,
+    not_compared: str = "",
+) -> Verdict:
+    """The first of these that holds; the loss gap alone never gives "memorizing".
+
+    - memorizing: more images are flagged than chance allows (`MAX_P_VALUE`), and more than `MIN_COPIES`;
+    - not yet a model of this data: the images are no closer to it than trivial baselines;
+    - undecided: some copies; too few (distinct) images; an interval that allows both answers; no held-out images; or a
+      loss far lower on training images;
+    - learning: none of these.
+
+    Args:
+        copying: None with too few training images to find copies.
+        baselines: None where not compared;
+        not_compared: the reason.
+    """
+    numbers = (_describe_copying(copying), _describe_gap(gap), _describe_baselines(baselines))
+    if copying is not None and _has_copies(copying):
+        return Verdict("memorizing", f"Memorizing: {''.join(numbers)}; the model reproduces training images.")
+    where = None if baselines is None else baselines.kind
+    if where == "far":
+        return Verdict(
+            "not yet a model of this data",
+            f"Not yet a model of this data: {numbers[0]}{numbers[2]}; trivial baselines are as close to the data.",
+        )
+    doubt = not_compared or _doubt(copying, gap, where)
+    if doubt:
+        return Verdict("undecided", f"Undecided: {''.join(numbers)}; {doubt}.")
+    return Verdict(
+        "learning",
+        f"Learning: {''.join(numbers)}; the images are no closer to training images than unseen real images are.",
+    )
+
+
+def _has_copies(copying: Copying) -> bool:
+    if copying.distinct < MIN_DISTINCT_FOR_P_VALUE:
+        return copying.variants.low > MIN_COPIES
+    return copying.chance < MAX_P_VALUE and copying.flagged_fraction.low > MIN_COPIES
+
+
+def _doubt(copying: Copying | None, gap: LossGap | None, where: str | None) -> str:
+    """The reason for "undecided", or ""."""
+    if copying is None:
+        return "there are too few training images to find copies"
+    if copying.chance < MAX_P_VALUE_SOME and copying.flagged_fraction.low > 1.5 * copying.expected:
+        return "some are copies: compare the closest with their nearest training images"
+    if where == "few":
+        return "nearly all images repeat each other, and the others are too few"
+    if where == "between":
+        return "they may or may not be closer to the data than trivial baselines: generate more images"
+    if copying.held_out is None:
+        return "no copies, but there are no held-out images to compare with"
+    if copying.flagged_fraction.high > MAX_FLAGGED_HIGH:
+        return "that interval is too wide: generate more images"
+    if gap is not None and gap.widest().min_relative_gap > MAX_LOSS_GAP:
+        return "no copies, but the loss is far lower on training images"
+    return ""
+
+
+def _describe_copying(copying: Copying | None) -> str:
+    if copying is None:
+        return "copies were not searched for"
+    flagged = copying.flagged_fraction
+    held_out, left_out = copying.calibrated_on
+    kinds = [f"{held_out} held-out images"] if held_out else []
+    kinds += [f"{left_out} training images left out in turn"] if left_out else []
+    own = f"; of held-out images {_percent(copying.held_out.fraction)} are" if copying.held_out else ""
+    return (
+        f"{flagged.count} of {flagged.total} images ({_percent(flagged.fraction)}, 95 % interval "
+        f"{_percent(flagged.low)} to {_percent(flagged.high)}) are closer to one training image than "
+        f"{_percent(1 - copying.expected)} of unseen images{own} (calibrated on {' and '.join(kinds)})"
+    )
+
+
+def _describe_gap(gap: LossGap | None) -> str:
+    if gap is None:
+        return ""
+    band = gap.widest()
+    half_width = "" if math.isnan(band.interval) else f" ± {band.interval:.2g}"
+    return (
+        f", and at timesteps {band.first} to {band.last} the loss is {band.training:.3g} on training and "
+        f"{band.held_out:.3g} on held-out images (gap {band.gap:.2g}{half_width})"
+    )
+
+
+def _describe_baselines(comparison: BaselineComparison | None) -> str:
+    if comparison is None:
+        return ""
+    generated, real = comparison.generated, comparison.unseen
+    baselines = ", ".join(
+        f"{name} {_percent(closeness.precision.mean)} and {_percent(closeness.recall.mean)}"
+        for name, closeness in comparison.baselines.items()
+    )
+    ranks = " and ".join(
+        f"{found.median.mean:g} of {found.gallery} for {side} captions ({found.median_by_chance} by chance)"
+        for side, found in comparison.retrieval.items()
+    )
+    repeated = ""
+    if generated.distinct < generated.samples:
+        repeated = f" ({generated.distinct} of {generated.samples} are distinct)"
+    return (
+        f", and their precision is {_percent(generated.precision.mean)} and their recall "
+        f"{_percent(generated.recall.mean)}{repeated}, where unseen real images have {_percent(real.precision.mean)} "
+        f"and {_percent(real.recall.mean)} ({baselines}); the caption's own image has the median rank {ranks}"
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"

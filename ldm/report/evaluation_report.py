@@ -19,9 +19,8 @@ from PIL import Image
 from ldm import disk, hub
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Evaluation, GeneratedImages
-from ldm.evaluation.loss_gap import LossGap
-from ldm.evaluation.memorization import Copying, nearest_sheet
-from ldm.evaluation.reference import Reference
+from ldm.evaluation.images import Reference
+from ldm.evaluation.memorization import Copying, LossGap, nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
 from ldm.report.charts import Line, line_chart

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.evaluation import efficientnet
-from ldm.evaluation.efficientnet import CHANNELS, DIMENSIONS, EfficientNetLite0
+from ldm.models import efficientnet
+from ldm.models.efficientnet import CHANNELS, DIMENSIONS, EfficientNetLite0
 
 
 @pytest.fixture(scope="module")
