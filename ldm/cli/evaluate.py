@@ -85,13 +85,12 @@ def evaluate_command(
     from ldm.data import DataConfig
     from ldm.evaluation.evaluate import check_samples
     from ldm.evaluation.sweep import SweepGrid
-    from ldm.pipelines.sampling import SamplingParams, check_steps, image_seeds
+    from ldm.pipelines.sampling import SamplingParams, image_seeds
     from ldm.training.run_info import find_run
 
     # Errors that do not depend on the model come before it is loaded.
     check_samples(samples)
-    check_steps(steps)
-    SamplingParams(num_inference_steps=1, guidance_scale=1.0 if guidance is None else guidance)
+    SamplingParams.resolve({"num_inference_steps": steps, "guidance_scale": guidance})
     image_seeds(seed, samples)
     DataConfig(path=path or "any", resolution=1, held_out=0.1 if held_out is None else held_out)
     if sweep_samples < 1:

@@ -84,7 +84,7 @@ def generate(
     from ldm.codecs import check_tile
     from ldm.lora import check_weight
     from ldm.pipelines import Pipeline, ProgressStrip, save_png
-    from ldm.pipelines.sampling import SamplingParams, check_size, check_steps, image_prompts, image_seeds
+    from ldm.pipelines.sampling import SamplingKwargs, SamplingParams, check_size, image_prompts, image_seeds
     from ldm.text import ignore_cut_prompts
 
     # What is wrong whatever the model is said before it is loaded.
@@ -93,35 +93,26 @@ def generate(
     for source, weight in weighted:
         check_weight(source, weight)
     check_size(height, width)
-    check_steps(steps)
     image_prompts(prompt, negative_prompt, count)
     if seed is not None:
         image_seeds([seed, seed + count - 1], 2)
-    how: dict[str, Any] = {
+    sampling: SamplingKwargs = {
+        "sampler": sampler,
+        "sampler_options": options or None,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
         "eta": eta,
         "guidance_rescale": guidance_rescale,
         "guidance_interval": guidance_interval,
         "dynamic_threshold": dynamic_threshold,
     }
-    SamplingParams(
-        num_inference_steps=steps or 1,
-        guidance_scale=1.0 if guidance is None else guidance,
-        sampler=sampler or "ddim",
-        sampler_options=options if sampler else None,
-        **how,
-    )
+    SamplingParams.resolve(sampling if sampler else {**sampling, "sampler_options": None})
     pipeline = Pipeline.from_pretrained(disk.expand_user(model) if model.startswith("~") else model, device=device)
     pipeline.tile(parts)
     for number, (source, weight) in enumerate(weighted):
         pipeline.load_lora(source, name=f"lora{number}", weight=weight)
-    params: dict[str, Any] = {
-        "sampler": pipeline.sampler if sampler is None else sampler,
-        "sampler_options": options or None,
-        "num_inference_steps": pipeline.num_inference_steps if steps is None else steps,
-        "guidance_scale": pipeline.guidance_scale if guidance is None else guidance,
-        **how,
-    }
-    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, params["num_inference_steps"])
+    params = pipeline.sampling_params(**sampling)
+    strip = None if progress_strip is None else ProgressStrip(pipeline.preview, params.num_inference_steps)
     with ignore_cut_prompts():  # said below, since a wrong argument is one line and no more
         result = pipeline(
             prompt,
@@ -131,20 +122,20 @@ def generate(
             num_images_per_prompt=count,
             seed=seed,
             on_step=strip,
-            **params,
+            **sampling,
         )
     cut = pipeline.text_encoder.truncation_message([prompt, negative_prompt or ""])
     if cut:
         print(f"warning: {cut}", file=sys.stderr)
-    if guidance_interval is not None:  # JSON has no infinity
-        params["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
-    settings = params | {
+    settings = {key: getattr(params, key) for key in sampling} | {
         "model": model,
         "lora": lora or [],
         "height": result.images[0].height,
         "width": result.images[0].width,
         "ldm": ldm.__version__,
     }
+    if guidance_interval is not None:  # JSON has no infinity
+        settings["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
     text = {"prompt": prompt, "negative_prompt": negative_prompt or "", "settings": settings}
     if progress_strip is not None and strip is not None:
         sheet = strip.sheet([f"seed {its_seed}" for its_seed in result.seeds])

@@ -35,7 +35,7 @@ class CoderConfig(ComponentConfig):
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        self.check_types()
+        self.check_numbers()
         self.check_positive(
             "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels",
             "norm_num_groups", "sample_size", "scaling_factor",

@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config", bound="ComponentConfig")
@@ -40,12 +41,14 @@ class ComponentConfig:
         for a value that a field cannot have, and for a key that is not supported unless its value is neutral.
         """
         valid = {field.name for field in fields(cls)}
+        hints = get_type_hints(cls)
         supported = {}
         for key, value in config.items():
             if key.startswith("_") or key in _NOTES or (key in _NOTES_IF_NULL and value is None):
                 continue
             if key in valid:
                 supported[key] = _tuples(value)
+                _check_type(key, supported[key], hints[key])
             elif key in cls.neutral_values:
                 _refuse_unless_neutral(key, value, cls.neutral_values[key])
             elif key in _NOTES_IF_NULL:
@@ -61,20 +64,16 @@ class ComponentConfig:
         values = {field.name: _lists(getattr(self, field.name)) for field in fields(self)}
         return {"_class_name": self.diffusers_class, **values}
 
-    def check_types(self) -> None:
-        """Raises `ValueError` for the first field whose value is not of its annotated type, or not finite."""
-        hints = get_type_hints(type(self))
+    def check_numbers(self) -> None:
+        """Raises `ValueError` for the first field with a number that is not finite or larger than any network has."""
         for field in fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if not _has_type(value, hint):
-                refuse(field.name, value, f"must be {_readable(hint)}")
+            value = getattr(self, field.name)
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):  # Python reads NaN and 1e999 from JSON
                     refuse(field.name, value, "must be finite")
-                if isinstance(number, int) and number > _MAX_INT:
-                    refuse(field.name, value, f"must be at most {_MAX_INT}")
-                if isinstance(number, int) and field.name.endswith("layers_per_block") and number > _MAX_LAYERS:
-                    refuse(field.name, value, f"must be at most {_MAX_LAYERS}")
+                most = _MAX_LAYERS if field.name.endswith("layers_per_block") else _MAX_INT
+                if isinstance(number, int) and number > most:
+                    refuse(field.name, value, f"must be at most {most}")
 
     def check_positive(self, *keys: str) -> None:
         """Raises `ValueError` for the first of these fields with a number not above zero or infinite."""
@@ -94,6 +93,23 @@ class ComponentConfig:
 def refuse(key: str, value: Any, reason: str) -> NoReturn:
     """Raises the `ValueError` of all configs: the key, its value, and what is wrong with it."""
     raise ValueError(f"{key} = {_lists(value)!r}: {reason}")
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    import pydantic  # late: who builds a network without a file needs torch alone
+
+    try:
+        _adapter(hint).validate_python(value)
+    except pydantic.ValidationError:
+        refuse(key, value, f"must be {_readable(hint)}")
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    """Of an annotation, strict: a bool is no number, and an int may stand for a float."""
+    import pydantic
+
+    return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True))
 
 
 def _refuse_unless_neutral(key: str, value: Any, neutral: tuple[Any, ...]) -> None:
@@ -121,20 +137,3 @@ def _readable(hint: Any) -> str:
     if origin is tuple:
         return f"list of {_readable(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {_readable(args[0])}"
     return "null" if hint is types.NoneType else str(hint.__name__)
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a value has the annotated type; a bool is no number, and an int may stand for a float."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_has_type(value, choice) for choice in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        items = (args[0],) * len(value) if args[-1] is Ellipsis else args
-        return len(items) == len(value) and all(map(_has_type, value, items))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, int | float if hint is float else hint)

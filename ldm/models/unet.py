@@ -101,7 +101,7 @@ class UNetConfig(ComponentConfig):
     conv_out_kernel: int = 3
 
     def __post_init__(self) -> None:
-        self.check_types()
+        self.check_numbers()
         self.check_positive(
             "in_channels", "out_channels", "block_out_channels", "layers_per_block", "mid_block_scale_factor",
             "norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block",

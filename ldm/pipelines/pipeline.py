@@ -28,7 +28,6 @@ from ldm.pipelines.sampling import (
     SamplingKwargs,
     SamplingParams,
     as_epsilon_model,
-    as_float,
     as_int,
     as_list,
     describe_sampler,
@@ -192,7 +191,7 @@ class Pipeline:
             CutPromptWarning: once, naming the words that the text encoder cuts off.
         """
         prompts, negatives = image_prompts(prompt, negative_prompt, num_images_per_prompt)
-        params = self._params(sampling)
+        params = self.sampling_params(**sampling)
         if on_step is not None and not callable(on_step):
             raise ValueError(f"on_step is {on_step!r}; it must be a function of a State")
         per_prompt = as_int("num_images_per_prompt", num_images_per_prompt)
@@ -269,7 +268,7 @@ class Pipeline:
         ends = image_seeds(as_list("seeds", seeds, "two, those of the ends"), 2)
         prompts, negatives = image_prompts(prompts, _one_text("negative_prompt", negative_prompt or ""), 1)
         sampling.setdefault("sampler", "ddim")
-        params = self._params(sampling)
+        params = self.sampling_params(**sampling)
         if params.eta > 0:
             raise ValueError(f"eta is {params.eta}, which adds noise; interpolation needs none: leave it out")
         if params.stochastic or not isinstance(params.sampler, str):
@@ -329,7 +328,7 @@ class Pipeline:
         texts = _one_text("prompt", prompt), _one_text("negative_prompt", negative_prompt or "")
         prompts, negatives = image_prompts(*texts, 1)
         sampling.setdefault("sampler", "ddpm")
-        params = self._params(sampling)
+        params = self.sampling_params(**sampling)
         if not params.stochastic:
             known = ", ".join(name for name, row in SAMPLERS.items() if row.stochastic)
             raise ValueError(
@@ -408,7 +407,7 @@ class Pipeline:
             raise ValueError(f"there are {len(texts)} prompts for {len(images)} images; give one, or one per image")
         check_images(images)
         width, height = images[0].size
-        params = self._params({"num_inference_steps": num_inference_steps, "guidance_scale": 1.0})
+        params = self.sampling_params(num_inference_steps=num_inference_steps, guidance_scale=1.0)
         prompts, _ = image_prompts(texts, None, 1)
         self._warn_of_cut(*prompts)
         chunks = self._chunk_sizes(len(images), height, width, params, texts=len({*prompts}))
@@ -630,15 +629,13 @@ class Pipeline:
         index |= {"vae": ["diffusers", stage], "requires_safety_checker": False}
         return index | {name: [None, None] for name in sorted(SKIPPED)}
 
-    def _params(self, sampling: SamplingKwargs) -> SamplingParams:
-        """Sampling parameters with this model's defaults, checked as far as possible before anything is computed."""
-        given: dict[str, Any] = {**sampling}
-        steps, scale, sampler = (given.pop(key, None) for key in ("num_inference_steps", "guidance_scale", "sampler"))
-        params = SamplingParams(
-            num_inference_steps=as_int("num_inference_steps", self.num_inference_steps if steps is None else steps),
-            guidance_scale=as_float("guidance_scale", self.guidance_scale if scale is None else scale),
-            sampler=self.sampler if sampler is None else sampler,
-            **given,
+    def sampling_params(self, **sampling: Unpack[SamplingKwargs]) -> SamplingParams:
+        """Sampling parameters with this model's defaults, checked against it as far as possible before sampling."""
+        params = SamplingParams.resolve(
+            sampling,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
         )
         self._grid(params)
         x0_bounds(self.codec, params.dynamic_threshold)

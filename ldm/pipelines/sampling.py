@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -39,93 +39,52 @@ from ldm.diffusion import (
     with_condition,
 )
 from ldm.diffusion.guidance import check_interval, check_percentile, check_rescale
-from ldm.diffusion.samplers import ClipX0, Noise, check_sampler
+from ldm.diffusion.samplers import ClipX0, check_sampler
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerInputs:
-    """All that a sampler may ask for."""
-
-    denoise: Denoise
-    latents: Tensor
-    schedule: NoiseSchedule
-    grid: Sequence[Step]
-    prediction_type: PredictionType
-    clip_x0: ClipX0
-    noise: Noise
-    eta: float
-    learned_variance: bool
-    options: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sampler:
     """A row of the table.
 
     Attributes:
-        start: begins the inputs.
+        run: a sampler of `ldm.diffusion`; `noise` is passed to those that draw some, `eta` to those that take it.
         takes_eta: whether η means something to it.
-        draws: whether it draws noise at every step (where it takes η: whether it does so at η = 0).
-        options: what else may be set of it, by `sampler_options`.
+        stochastic: whether it draws noise at every step (where it takes η: whether it does so at η = 0).
+        options: what else `sampler_options` may set.
     """
 
-    run: Callable[[SamplerInputs], Iterator[State]]
+    run: Callable[..., Iterator[State]]
     takes_eta: bool = False
     stochastic: bool = False
     options: frozenset[str] = frozenset()
 
 
-def _common(inputs: SamplerInputs) -> dict[str, Any]:
-    return {
-        "denoise": inputs.denoise,
-        "latents": inputs.latents,
-        "schedule": inputs.schedule,
-        "grid": inputs.grid,
-        "clip_x0": inputs.clip_x0,
-        "prediction_type": inputs.prediction_type,
-        **inputs.options,
-    }
+def _langevin(grid: Sequence[Step], **inputs: Any) -> Iterator[State]:
+    """Annealed Langevin dynamics leaves the noise of its last level in the sample; it ends in x̂_0 instead.
 
-
-def _ddpm(inputs: SamplerInputs, *, variance: Literal["small", "large"]) -> Iterator[State]:
-    learned = inputs.learned_variance and variance == "small"
-    return ddpm(**_common(inputs), noise=inputs.noise, variance="learned" if learned else variance)
-
-
-def _langevin(inputs: SamplerInputs) -> Iterator[State]:
-    """Annealed Langevin dynamics leaves the noise of its last level in the picture; it ends in x̂_0 instead.
-
-    A grid that is a part of one ends in x_t, which the rest goes on from.
+    A grid that is a part of one ends in x_t, from which the rest goes on.
     """
-    for state in annealed_langevin(**_common(inputs), noise=inputs.noise):
-        ended = inputs.grid[state.index].t_prev == -1
+    for state in annealed_langevin(grid=grid, **inputs):
+        ended = grid[state.index].t_prev == -1
         yield dataclasses.replace(state, latents=state.pred_original_sample) if ended else state
 
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
-        "ddim": Sampler(run=lambda inputs: ddim(**_common(inputs), eta=inputs.eta, noise=inputs.noise), takes_eta=True),
-        "ddim-sigma-hat": Sampler(
-            run=lambda inputs: ddim(**_common(inputs), eta=1.0, variance="sigma_hat", noise=inputs.noise),
-            stochastic=True,
-        ),
-        "ddpm": Sampler(run=partial(_ddpm, variance="small"), stochastic=True),
-        "ddpm-large": Sampler(run=partial(_ddpm, variance="large"), stochastic=True),
-        "dpm++2m": Sampler(run=lambda inputs: dpm_solver_pp_2m(**_common(inputs))),
-        "euler-maruyama": Sampler(
-            run=lambda inputs: euler_maruyama(**_common(inputs), noise=inputs.noise), stochastic=True
-        ),
-        "langevin": Sampler(run=_langevin, stochastic=True, options=frozenset({"step_size", "num_langevin_steps"})),
+        "ddim": Sampler(ddim, takes_eta=True),
+        "ddim-sigma-hat": Sampler(partial(ddim, eta=1.0, variance="sigma_hat"), stochastic=True),
+        "ddpm": Sampler(partial(ddpm, variance="small"), stochastic=True),
+        "ddpm-large": Sampler(partial(ddpm, variance="large"), stochastic=True),
+        "dpm++2m": Sampler(dpm_solver_pp_2m),
+        "euler-maruyama": Sampler(euler_maruyama, stochastic=True),
+        "langevin": Sampler(_langevin, stochastic=True, options=frozenset({"step_size", "num_langevin_steps"})),
         "predictor-corrector": Sampler(
-            run=lambda inputs: langevin_corrector(**_common(inputs), noise=inputs.noise),
-            stochastic=True,
-            options=frozenset({"snr", "num_corrector_steps"}),
+            langevin_corrector, stochastic=True, options=frozenset({"snr", "num_corrector_steps"})
         ),
     }
 )
-"""Every sampler of our own, by the name that a user gives: those of `SAMPLER_NAMES`, which configs check as well. Any
-other is a scheduler object of diffusers."""
+"""Our samplers by name, those of `SAMPLER_NAMES`; any other sampler is a scheduler object of diffusers."""
 
 
 class SamplingKwargs(TypedDict, total=False):
@@ -160,11 +119,11 @@ class SamplingParams:
     """Sampling parameters, apart from prompt, size and noise; `SamplingKwargs` explains each.
 
     Raises:
-        ValueError: naming the setting, its value and the range.
+        ValueError: naming the parameter, its value and the range.
     """
 
-    num_inference_steps: int
-    guidance_scale: float
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
     sampler: str | Scheduler = "ddim"
     sampler_options: Mapping[str, float] | None = None
     eta: float = 0.0
@@ -174,10 +133,19 @@ class SamplingParams:
     classifier: LogLikelihood | None = None
     classifier_scale: float = 1.0
 
+    @classmethod
+    def resolve(cls, given: SamplingKwargs, **defaults: Any) -> SamplingParams:
+        """The given parameters; `defaults` (those of a model) stand for steps, scale and sampler that are None."""
+        always = ("num_inference_steps", "guidance_scale", "sampler")
+        return cls(**defaults | {key: value for key, value in given.items() if value is not None or key not in always})
+
     def __post_init__(self) -> None:
-        for name in ("eta", "guidance_rescale", "dynamic_threshold", "classifier_scale"):
-            if name != "dynamic_threshold" or self.dynamic_threshold is not None:
-                as_float(name, getattr(self, name))
+        object.__setattr__(self, "num_inference_steps", as_int("num_inference_steps", self.num_inference_steps))
+        object.__setattr__(self, "guidance_scale", as_float("guidance_scale", self.guidance_scale))
+        for name in ("eta", "guidance_rescale", "classifier_scale"):
+            as_float(name, getattr(self, name))
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; it must be a finite number (1 is no guidance, 7.5 usual)"
@@ -186,7 +154,7 @@ class SamplingParams:
         if self.guidance_interval is not None:
             check_interval(self.guidance_interval)
         if self.dynamic_threshold is not None:
-            check_percentile(self.dynamic_threshold)
+            check_percentile(as_float("dynamic_threshold", self.dynamic_threshold))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; it must be 0 (deterministic DDIM) to 1 (the variance of DDPM)")
         if self.classifier is not None and not callable(self.classifier):
@@ -281,16 +249,14 @@ def with_guidance(
     params: SamplingParams,
 ) -> Denoise:
     """The network with all guidance of the params around it. `condition` and `null` are [B, L, D]."""
-    rescale = None
-    if params.guidance_rescale > 0:
-        rescale = rescale_guidance(params.guidance_rescale)
-    unguided = with_condition(network, condition)
+    rescale = rescale_guidance(params.guidance_rescale) if params.guidance_rescale > 0 else None
     denoise = classifier_free_guidance(network, condition, null, params.guidance_scale, rescale=rescale)
     if params.classifier is not None:
         denoise = classifier_guidance(
             denoise, params.classifier, params.classifier_scale, schedule, prediction_type=prediction_type
         )
     if params.guidance_interval is not None:
+        unguided = with_condition(network, condition)
         denoise = guide_within(schedule, params.guidance_interval, denoise, unguided)
     return denoise
 
@@ -328,19 +294,23 @@ def sample(
             prediction_type=prediction_type,
             learned_variance=learned_variance,
         )
-    inputs = SamplerInputs(
+    row = SAMPLERS[params.sampler]
+    inputs: dict[str, Any] = {**(params.sampler_options or {})}
+    if row.stochastic or row.takes_eta:
+        inputs["noise"] = lambda: sample_noise(generators, latents)
+    if row.takes_eta:
+        inputs["eta"] = params.eta
+    if params.sampler == "ddpm" and learned_variance:
+        inputs["variance"] = "learned"
+    return row.run(
         denoise=denoise,
         latents=latents,
         schedule=schedule,
         grid=grid,
-        prediction_type=prediction_type,
         clip_x0=clip_x0,
-        noise=lambda: sample_noise(generators, latents),
-        eta=params.eta,
-        learned_variance=learned_variance,
-        options=params.sampler_options or {},
+        prediction_type=prediction_type,
+        **inputs,
     )
-    return SAMPLERS[params.sampler].run(inputs)
 
 
 def sample_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
@@ -403,12 +373,6 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
         if not 0 <= s < 2**63:
             raise ValueError(f"seed is {s}; it must be a whole number from 0 to 2**63 - 1")
     return seeds
-
-
-def check_steps(steps: int | None) -> None:
-    """`ValueError` for a number of steps that no model can take; what is above T depends on the model."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"num_inference_steps is {steps}; it must be at least 1")
 
 
 def check_size(height: int | None, width: int | None) -> None:

@@ -24,7 +24,7 @@ def pipeline(request, tmp_path):
 def cut_into(monkeypatch, pipeline, pictures):
     """Sets the budget so that so many pictures are drawn at a time."""
     side = 8 * pipeline.codec.factor
-    params = pipeline._params({})
+    params = pipeline.sampling_params()
     sizes = []
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40)
     with monkeypatch.context() as context:

@@ -117,7 +117,7 @@ def test_a_folder_gives_the_same_pictures(pipeline, tmp_path):
         ({"prompt": [3]}, "a prompt is 3"),
         ({"prompt": "a cat \ud83d"}, r"a prompt has half of a surrogate pair at place 6 \('a cat \\ud83d'\)"),
         ({"negative_prompt": "\udcff"}, "a negative prompt has half of a surrogate pair at place 0"),
-        ({"num_inference_steps": -3}, "num_inference_steps is -3; it must be 1 to 1000"),
+        ({"num_inference_steps": -3}, "num_inference_steps is -3; it must be at least 1"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan"),
         ({"guidance_scale": math.inf}, "guidance_scale is inf"),
