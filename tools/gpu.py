@@ -121,9 +121,11 @@ def command_of(name: str, scratch: Path, out: Path, seconds: float, arguments: a
         return [sys.executable, "-m", "tools.gpu_tests", figures, selected]
     if name == "training":
         use = ["--use", str(arguments.use)] if arguments.use else []
+        start = ["--start", arguments.start] if arguments.start else []
+        first = ["--first-scene", str(arguments.first_scene)] if arguments.first_scene else []
         return [
             sys.executable, "-m", "tools.gpu_training", figures, "--out", str(out), "--scratch", str(scratch),
-            "--seconds", f"{seconds:.0f}", *use, *rehearse,
+            "--seconds", f"{seconds:.0f}", *use, *start, *first, *rehearse,
         ]  # fmt: skip
     if name == PEER:
         return [
@@ -312,6 +314,8 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: whether everything runs")
     parser.add_argument("--bundle", type=Path, help="write a bundle into this folder, and end")
     parser.add_argument("--use", type=Path, help="a bundle, for a machine without network")
+    parser.add_argument("--start", help="the model that the part training continues; default: the built-in model")
+    parser.add_argument("--first-scene", type=int, help="the first scene that it was not trained on")
     arguments = parser.parse_args()
     if arguments.bundle:
         from tools import gpu_bundle

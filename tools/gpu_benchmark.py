@@ -81,21 +81,21 @@ STABLE_DIFFUSION = Size(
     batch=8,
 )  # fmt: skip
 BUILT_IN = Size(
-    "openmoji-64",
+    "scenes-64",
     {
-        "block_out_channels": (64, 128, 192), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 16,
+        "block_out_channels": (64, 128, 160), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 16,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 384,
-        "sample_size": 16,
+        "mid_block_type": "UNetMidBlock2D", "sample_size": 16,
     },
     {
-        "block_out_channels": (32, 64, 64), "down_block_types": levels("DownEncoderBlock2D", 3),
+        "block_out_channels": (24, 48, 96), "down_block_types": levels("DownEncoderBlock2D", 3),
         "up_block_types": levels("UpDecoderBlock2D", 3), "layers_per_block": 1, "latent_channels": 4,
-        "norm_num_groups": 16, "sample_size": 64,
+        "norm_num_groups": 12, "sample_size": 64,
     },
     side=16,
-    tokens=16,
-    batch=64,
+    tokens=48,
+    batch=256,
 )  # fmt: skip
 TINY = Size(
     "tiny",

@@ -1,21 +1,23 @@
 """What a GPU machine without network needs beside a checkout: `python tools/gpu.py --bundle FOLDER`, used with `--use`.
 
     FOLDER/wheels.tar.xz      libraries that may be missing there, for Python 3.12 on x86-64 Linux
-    FOLDER/pictures.tar.xz    the training side of OpenMoji at 64 pixels, lossless WebP, with metadata.jsonl
-    FOLDER/text.safetensors.xz, text.json    MiniLM in float16, with the embedding rows that these captions use
+    FOLDER/text.safetensors.xz, text.json    MiniLM in float16, with the embedding rows that captions of scenes use
     FOLDER/bundle.json        sizes and hashes, and the commit that it was made from
 
 It stays below 24 MB: wheels are compressed together, and of diffusers and peft only the modules travel that our tests
 and benchmark import. peft travels although most have it: one older than 0.18 cannot be imported beside transformers 5,
-and diffusers not beside it. The held-out images do not travel, so nothing of them can be learned there.
+and diffusers not beside it. Scenes need nothing: their drawings are in the checkout.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import io
 import json
 import lzma
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,20 +25,20 @@ import tempfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load, save
 
-from ldm.data import DataConfig, split
-from ldm.data.inspection import inspect
-from ldm.data.layouts import open_source
+from ldm.data.scenes import captions as grammar
+from ldm.data.scenes.catalog import load_catalog
+from ldm.data.scenes.scene import COLORS, SINGLES_DECAY
+from ldm.data.scenes.source import TIERS, training_scene
 from ldm.text import load_text_encoder
 from ldm.training.resume import commit
 
 MOST_BYTES = 24 * 10**6
-WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers", "peft")
+WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers", "peft", "resvg-py")
 # diffusers imports requests, and huggingface_hub has no need of it any more. What guesses the encoding of a page for it
 # stays behind.
 PURE_WHEELS = ("requests", "urllib3")
@@ -44,9 +46,11 @@ PURE_WHEELS = ("requests", "urllib3")
 XZ_OF_WHEELS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 # float16 has two bytes a number: positions that alternate help LZMA (18.3 MB of MiniLM where the default gives 19.2).
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 1, "pb": 1}]
+FAST = [{"id": lzma.FILTER_LZMA2, "preset": 0}]  # for a rehearsal
 PYTHON = "3.12"
-MAX_LENGTH = 16
-TEMPLATE = "a {}"  # of configs/openmoji-64.yaml
+MAX_LENGTH, THINGS = 48, "common"  # of configs/scenes-64.yaml
+CAPTIONS = 50_000
+PROMPTS = Path(__file__).with_name("scene_prompts.txt")
 # Package → what is used of it; modules that this does not load stay behind.
 NEEDED = {
     "diffusers": """
@@ -73,7 +77,7 @@ def write(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty; name a new folder for the bundle")
     folder.mkdir(parents=True, exist_ok=True)
     write_wheels(folder / "wheels.tar.xz")
-    write_training_data(folder)
+    write_text_encoder(folder, texts(), XZ)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: [len(data := (folder / name).read_bytes()), hashlib.sha256(data).hexdigest()] for name in names}
     size = sum(count for count, _ in files.values())
@@ -84,26 +88,23 @@ def write(folder: Path) -> None:
     print(f"{folder}: {size / 1e6:.1f} MB in {len(files)} files")
 
 
-def write_training_data(folder: Path, most: int | None = None) -> None:
-    """Pictures, `most` of them, and text encoder; this much needs no network."""
-    config = DataConfig(path="openmoji", resolution=64)
-    samples, _ = split(inspect(open_source(config), config).used, config.held_out)
-    samples = samples[:most]
-    plain = {caption for sample in samples for caption in sample.captions}
-    captions = sorted({"", *plain, *(TEMPLATE.format(caption) for caption in plain)})
-    write_pictures(folder / "pictures.tar.xz", samples)
-    write_text_encoder(folder, captions, XZ if most is None else [{"id": lzma.FILTER_LZMA2, "preset": 0}])
+def texts(count: int = CAPTIONS) -> list[str]:
+    """Every word of the things that are trained on, every string of the grammar, the prompts of the card, and `count`
+    captions from the first scene on to where their shares no longer change.
 
-
-def write_pictures(path: Path, samples: list[Any]) -> None:
-    rows = []
-    with lzma.open(path, "wb", preset=9) as compressed, tarfile.open(fileobj=compressed, mode="w") as tar:
-        for i, sample in enumerate(samples):
-            data = io.BytesIO()
-            sample.load().convert("RGB").save(data, "WEBP", lossless=True, quality=100, method=4)
-            add(tar, f"{i:04d}.webp", data.getvalue())
-            rows.append(json.dumps({"file_name": f"{i:04d}.webp", "text": list(sample.captions)}))
-        add(tar, "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+    A caption has no other words than these: its tokens are those of its words.
+    """
+    tier = TIERS[THINGS]
+    words = {"", *COLORS, *map(str, range(10))}
+    for thing in (thing for thing in load_catalog().things if thing.tier <= tier):
+        words |= {thing.name, *thing.synonyms, *thing.kinds, *thing.classes, *thing.forms}
+        words |= {plural for _, plural in thing.forms.values()} | {drawing.family for drawing in thing.drawings}
+    for node in ast.walk(ast.parse(inspect.getsource(grammar))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.add(re.sub(r"{\w+}", " ", node.value))
+    numbers = range(0, SINGLES_DECAY, SINGLES_DECAY // count)
+    said = {training_scene(number, tier)[1] for number in numbers}
+    return sorted(words | said | set(PROMPTS.read_text(encoding="utf-8").splitlines()))
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -112,7 +113,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(entry, io.BytesIO(data))
 
 
-def write_text_encoder(folder: Path, captions: list[str], filters: list[dict[str, int]]) -> None:
+def write_text_encoder(folder: Path, captions: list[str], filters: list[dict[str, int]] = FAST) -> None:
     """MiniLM with a vocabulary of the tokens of these captions alone: longest matches stay what they are."""
     encoder = load_text_encoder("minilm", MAX_LENGTH)
     special = [encoder.tokenizer.pad_token_id, encoder.tokenizer.unk_token_id, encoder.tokenizer.mask_token_id]
@@ -155,13 +156,6 @@ def write_wheels(path: Path) -> None:
             for wheel in sorted(Path(name).glob("*.whl")):
                 package = wheel.name.partition("-")[0]
                 add(tar, wheel.name, stored(wheel, modules_of(package) if package in NEEDED else None))
-
-
-def unpack(archive: Path, target: Path) -> None:
-    """Unpacks one of the archives of a bundle."""
-    target.mkdir(parents=True)
-    with lzma.open(archive) as compressed, tarfile.open(fileobj=compressed) as tar:
-        tar.extractall(target, filter="data")
 
 
 def modules_of(package: str) -> set[str]:

@@ -3,7 +3,8 @@
     python tools/release_model.py runs/openmoji-64 --guidance 3 --steps 50
 
 Writes ldm/assets/NAME, with the model card docs/NAME.md as its README.md, and with the config of the run and the digest
-of its data, so that `ldm evaluate NAME` knows what was held out.
+of its data, so that `ldm evaluate NAME` knows what was held out; of scenes also how many the model was shown, so that
+training can go on with others: `data.first_scene`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
         pipeline.save_pretrained(aside, dtype=torch.float16, shard_bytes=FILE_BYTES, text_encoder="reference")
         shutil.copyfile(card, aside / "README.md")
         shutil.copyfile(run / "config.yaml", aside / run_info.CONFIG)
-        hub.write_json(aside / run_info.DATA, {"samples": found.samples, "sha256": found.sha256})
+        data = {"samples": found.samples, "sha256": found.sha256, "scenes": found.scenes}
+        hub.write_json(aside / run_info.DATA, {key: value for key, value in data.items() if value is not None})
         size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
         if size > ALL_BYTES:
             raise ValueError(f"the model takes {size:,} bytes, and {ALL_BYTES:,} may be; train a smaller one")

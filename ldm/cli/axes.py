@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,9 +85,9 @@ def evaluate_axes(
 
 def scenes_seen(run: RunInfo) -> int:
     """An upper bound for the numbers, from 0 on, of the training scenes of a run and of those that it continued."""
-    config = run.config
-    epochs = math.ceil(config.train.max_steps * config.train.batch_size / config.data.scenes)
-    return config.data.first_scene + math.ceil(epochs / config.data.renew_every) * config.data.scenes
+    from ldm.training.run_info import scenes_after
+
+    return run.scenes or scenes_after(run.config, run.config.train.max_steps) or 0
 
 
 def lines(found: AxesReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from ldm.config import LDMConfig, load_config
 from ldm.config.reading import read_yaml
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
-from ldm.training.checkpoints import list_checkpoints
+from ldm.training.checkpoints import checkpoint_step, list_checkpoints
 from ldm.training.resume import data_differences, data_fingerprint
 from ldm.training.run_folder import with_absolute_paths
 
 CONFIG = "config.yaml"
-DATA = "data.json"  # of a built-in model: number and fingerprint of its training images
+# Of a built-in model: number and fingerprint of its training images; for scenes also how many it was shown.
+DATA = "data.json"
 # RUN/pipeline, RUN/best/pipeline and RUN/checkpoints/step_…/pipeline.
 MAX_DEPTH = 3
 
@@ -32,12 +34,15 @@ class RunInfo:
         folder: the run folder.
         config: its config.
         samples, sha256: number and `data_fingerprint` of its images; None before the first checkpoint.
+        scenes: of a model of scenes, how many it and the models that it continues were shown, at most: those from
+            number 0 on. None for other data, and before the first checkpoint.
     """
 
     folder: Path
     config: LDMConfig
     samples: int | None
     sha256: str | None
+    scenes: int | None = None
 
     def data_mismatch(self, images: CaptionedImages, held_out: CaptionedImages | None) -> str | None:
         """A message if these are not the images that the run trained on and held out, or None."""
@@ -82,7 +87,8 @@ def find_run(model: str) -> RunInfo | None:
     config = load_config(path, [], LDMConfig)
     with suppress(ValueError):  # `data_config` raises it when the data is needed
         config = with_absolute_paths(config, folder)
-    return RunInfo(folder, config, data.get("samples"), data.get("sha256"))
+    scenes = scenes_after(config, checkpoint_step(checkpoints[-1])) if checkpoints else None
+    return RunInfo(folder, config, data.get("samples"), data.get("sha256"), scenes)
 
 
 def _built_in_run(folder: Path) -> RunInfo | None:
@@ -91,7 +97,19 @@ def _built_in_run(folder: Path) -> RunInfo | None:
         return None
     config = load_config(folder / CONFIG, [], LDMConfig)
     data = hub.read_json(folder / DATA)
-    return RunInfo(folder, config, data["samples"], data["sha256"])
+    scenes = data.get("scenes", scenes_after(config, config.train.max_steps))
+    return RunInfo(folder, config, data["samples"], data["sha256"], scenes)
+
+
+def scenes_after(config: LDMConfig, steps: int) -> int | None:
+    """How many scenes a run has shown after `steps`, with those before `data.first_scene`; blocks that have begun
+    count as a whole. None if its data is not scenes.
+    """
+    data = config.data
+    if data.path != "scenes":
+        return None
+    blocks = math.ceil(steps * config.train.batch_size / (data.scenes * data.renew_every))
+    return data.first_scene + blocks * data.scenes
 
 
 def _is_of(run: Path, model: Path) -> bool:

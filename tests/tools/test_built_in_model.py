@@ -7,6 +7,7 @@ import pytest
 
 from experiments import unseen_phrasings
 from ldm import Pipeline, hub
+from ldm.config import LDMConfig, load_config, to_yaml
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
 from ldm.text import load_text_encoder, loading
@@ -56,6 +57,13 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     released = Pipeline.from_pretrained("openmoji-64")
     assert (released.guidance_scale, released.num_inference_steps) == (3.0, 5)
     assert json.loads((target / "text_encoder" / "reference.json").read_text())["name"] == "minilm"
+
+    assert known.scenes is None
+    scenes = ["data.path=scenes", "data.scenes=6", "data.renew_every=2", "data.first_scene=10", "train.batch_size=16"]
+    config = load_config(ROOT / "configs" / "scenes-64.yaml", scenes, LDMConfig)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    release_model.release(tmp_path / "run", target, card, 3.0, 5)
+    assert find_run("openmoji-64").scenes == 10 + 2 * 6  # one step: a block of 12 samples, and one that was begun
 
     monkeypatch.setattr(release_model, "ALL_BYTES", 1000)
     with pytest.raises(ValueError, match="bytes, and 1,000 may be; train a smaller one"):

@@ -8,8 +8,16 @@ import sys
 import time
 
 import pytest
+import torch
+import yaml
 
-from tools import gpu
+from ldm import hub
+from ldm.data import DataConfig
+from ldm.data.scenes.scene import SINGLES_DECAY
+from ldm.data.scenes.source import held_out_scene, training_scene
+from ldm.models import UNetConfig
+from ldm.text import load_text_encoder
+from tools import gpu, gpu_benchmark, gpu_bundle
 from tools.gpu import ROOT, Part, Report, run_part
 
 WRITES = "import json, sys, time; open(sys.argv[1], 'a').write(json.dumps({'name': 'a', 'value': 1}) + '\\n'); "
@@ -126,9 +134,46 @@ def test_wrong_arguments_are_named(arguments, named, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+CONFIG = yaml.safe_load((ROOT / "configs" / "scenes-64.yaml").read_text())
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(gpu_bundle.CAPTIONS, marks=pytest.mark.slow)])
+def test_a_bundle_knows_the_tokens_of_captions_that_it_was_not_made_from(count, tmp_path):
+    assert CONFIG["text"]["max_length"] == gpu_bundle.MAX_LENGTH
+    assert DataConfig(**CONFIG["data"]).things == gpu_bundle.THINGS
+    gpu_bundle.write_text_encoder(tmp_path, gpu_bundle.texts(count))
+    gpu_bundle.read_text_encoder(tmp_path, tmp_path / "text")
+    few, all_of_them = (load_text_encoder(name, gpu_bundle.MAX_LENGTH) for name in (str(tmp_path / "text"), "minilm"))
+    captions = [
+        training_scene(number)[1] for number in range(7, 2 * SINGLES_DECAY, max(1, SINGLES_DECAY // count // 2))
+    ]
+    captions += [held_out_scene(number)[1] for number in range(count)]
+    kept, found = (
+        [one.tokenizer.convert_ids_to_tokens(row) for row in one.tokenizer(captions).input_ids]
+        for one in (few, all_of_them)
+    )
+    assert kept == found
+    assert torch.allclose(few(captions[:4]), all_of_them(captions[:4]), atol=0.02)
+
+
+def test_the_benchmark_has_the_size_of_the_built_in_model():
+    size = gpu_benchmark.BUILT_IN
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in CONFIG["unet"].items()}
+    assert UNetConfig(**size.unet | config) == UNetConfig(**size.unet)
+    assert size.tokens == CONFIG["text"]["max_length"]
+
+
 @pytest.mark.slow
 def test_a_rehearsal_ends_green(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "gpu.py"), "--out", str(tmp_path / "out"), "--rehearse"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "gpu.py"),
+        "--out",
+        str(tmp_path / "out"),
+        "--rehearse",
+        "--first-scene",
+        "100",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     content = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert {name: part["status"] for name, part in content["parts"].items()} == dict.fromkeys(gpu.PARTS, "done")
@@ -138,5 +183,8 @@ def test_a_rehearsal_ends_green(tmp_path):
     assert not [f for part in content["parts"].values() for f in part["figures"] if "failed" in f or "skipped" in f]
     from tools.gpu_training import join
 
-    folder = join(tmp_path / "out", tmp_path / "joined")
+    folder = join(tmp_path / "out", tmp_path / "joined", hub.find_pipeline("openmoji-64"))
     assert (folder / "unet" / "config.json").is_file()
+    assert json.loads((folder / "data.json").read_text())["scenes"] == 100 + 8
+    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    assert (data["first_scene"], data["scenes"]) == (100, 8)
