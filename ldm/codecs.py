@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion import Decoder, discretized_decoder, gaussian_decoder
 from ldm.models import FirstStage
 from ldm.weights import update_hash
 
@@ -313,3 +314,10 @@ def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
     """[1, C, 1, 1] in float32 at least: statistics in half precision would shift the whole picture."""
     dtype = torch.promote_types(latents.dtype, torch.float32)
     return torch.tensor(values, dtype=dtype, device=latents.device).view(1, -1, 1, 1)
+
+
+def decoder_of(codec: Codec) -> Decoder:
+    """log p(x_0 | x_1) of the variational bound: discrete for pixels, which have 256 values, a density for latents."""
+    if isinstance(codec, PixelCodec):
+        return discretized_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
+    return gaussian_decoder

@@ -14,14 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.codecs import Codec, PixelCodec
+from ldm.codecs import PixelCodec, decoder_of
 from ldm.data import CaptionedImages, generator, to_signed
 from ldm.diffusion import (
-    Decoder,
     NoiseSchedule,
     add_noise,
-    discretized_decoder,
-    gaussian_decoder,
     variational_terms,
 )
 from ldm.diffusion.likelihood import prior_term
@@ -64,13 +61,6 @@ class Likelihood:
     ids: tuple[str, ...]
     curve: tuple[Stratum, ...]
     evaluations: int
-
-
-def decoder_of(codec: Codec) -> Decoder:
-    """log p(x_0 | x_1) of the variational bound: discrete for pixels, which have 256 values, a density for latents."""
-    if isinstance(codec, PixelCodec):
-        return discretized_decoder(codec.mean.flatten().tolist(), codec.std.flatten().tolist())
-    return gaussian_decoder
 
 
 @torch.inference_mode()

@@ -46,8 +46,8 @@ from ldm.training.run_folder import (
 from ldm.training.space import DEFAULT_FIRST_STAGE
 from ldm.training.threads import THREAD_VARIABLES
 
+PACKAGE_ROOT = Path(__file__).parents[2]
 EXIT_INVALID = 2  # of a script whose config or data is wrong
-SCRIPTS = Path(__file__).parents[2] / "train"
 
 
 def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str], plan_only: bool) -> int:
@@ -61,7 +61,6 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     Raises:
         ValueError: if there is nothing to train on, or an option cannot be met.
     """
-    _find_script("train_ldm.py")
     draft = _draft_config(data, options, overrides)
     options = _apply_overrides(draft, options, overrides)
     if options.start_from is not None:
@@ -80,13 +79,13 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     for reason in chosen.reasons:
         print(reason)
     final = parse_config(with_overrides(chosen.config, overrides), LDMConfig, "the chosen config")
-    stages, first = [("train_ldm.py", to_yaml(final))], None
+    stages, first = [("train_ldm", to_yaml(final))], None
     if chosen.first_stage is not None:
         first = parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
-        stages.insert(0, ("train_autoencoder.py", to_yaml(first)))
+        stages.insert(0, ("train_autoencoder", to_yaml(first)))
     if plan_only:
         for script, text in stages:
-            print(f"\n# train/{script}\n{text}", end="")
+            print(f"\n# train/{script}.py\n{text}", end="")
         return 0
     if first is not None:  # both folders store their config now, so that --resume finds what is left to do
         for config in (first, final):
@@ -151,7 +150,7 @@ def _run_stages(stages: Sequence[tuple[str, str]], *, resume: bool, threads: int
             path = Path(scratch) / f"{script}.yaml"
             path.write_text(text, encoding="utf-8")
             folder = yaml.safe_load(text)["output_dir"]
-            print(f"\ntrain/{script}, its config becomes {folder}/config.yaml", flush=True)
+            print(f"\ntrain/{script}.py, its config becomes {folder}/config.yaml", flush=True)
             code = run_script(script, ["--config", str(path), *(["--resume"] if resume else [])], threads)
             if code:
                 return code
@@ -206,10 +205,10 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
         code = resume_run(unfinished, accept, data_overrides)
         if code:
             return code
-    script = "train_autoencoder.py" if is_first_stage else "train_ldm.py"
+    script = "train_autoencoder" if is_first_stage else "train_ldm"
     arguments = ["--config", str(folder / "config.yaml"), "--set", *settings, "--resume"]
     code = run_script(script, [*arguments, *(["--accept", *accept] if accept else [])])
-    if code == 0 and script == "train_ldm.py":
+    if code == 0 and script == "train_ldm":
         _print_next_steps(folder)
     return code
 
@@ -231,19 +230,23 @@ def _unfinished_first_stage(folder: Path, content: dict[str, Any]) -> Path | Non
 
 
 def run_script(script: str, arguments: list[str], threads: int | None = None) -> int:
-    """Run a script of train/ in a process of its own, by `accelerate launch` if there are several GPUs.
+    """Run a training module in a process of its own, by `accelerate launch` if there are several GPUs.
 
     SIGTERM and SIGINT are passed on: the script saves its state and exits with a code of its own.
 
     Args:
         threads: of a script on the CPU; None lets it decide.
     """
-    command = [sys.executable]
+    command = [sys.executable, "-m"]
     if torch.cuda.device_count() > 1:
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+        command += ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "-m"]
     names = [THREAD_VARIABLES[0], *(name for name in THREAD_VARIABLES[1:] if name in os.environ)]
-    variables = {} if threads is None else dict.fromkeys(names, str(threads))
-    process = subprocess.Popen([*command, str(_find_script(script)), *arguments], env=os.environ | variables)
+    variables: dict[str, str] = {} if threads is None else dict.fromkeys(names, str(threads))
+    # The same package as here, and no file of the working folder that is named like one of a library.
+    variables["PYTHONSAFEPATH"] = "1"
+    if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen([*command, f"ldm.training.{script}", *arguments], env=os.environ | variables)
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
     try:
@@ -252,16 +255,6 @@ def run_script(script: str, arguments: list[str], threads: int | None = None) ->
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code  # the convention of shells for signals
-
-
-def _find_script(script: str) -> Path:
-    path = SCRIPTS / script
-    if not path.is_file():
-        raise ValueError(
-            f"the training scripts are not installed beside the package ({path} is missing); clone the repository and "
-            'install it with pip install -e "."'
-        )
-    return path
 
 
 def _print_next_steps(folder: Path) -> None:

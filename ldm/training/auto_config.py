@@ -20,9 +20,8 @@ from ldm.progress import format_duration
 from ldm.text import load_text_encoder
 from ldm.training import threads
 from ldm.training.components import load_first_stage
-from ldm.training.plan import format_millions
+from ldm.training.estimate import autoencoder_seconds, format_millions, unet_seconds
 from ldm.training.space import DEFAULT_FIRST_STAGE, SpaceChoice, decide_space
-from ldm.training.timing import autoencoder_seconds, unet_pass, unet_seconds
 from ldm.training.trainable import attention_layers
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
@@ -209,7 +208,7 @@ def _choose_threads(
         return
     found = threads.resolve_threads(threads.available_threads(), options.cpu_threads, None)
     if found.number is None:
-        training_pass = unet_pass(network, shape, text, 1, device, "no")
+        training_pass = threads.unet_pass(network, shape, text, 1, device, "no")
         found = threads.measure_threads(found, lambda: threads.timed_call(training_pass), "an image forward and back")
         network.zero_grad(set_to_none=True)
     assert found.number is not None

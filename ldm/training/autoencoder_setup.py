@@ -1,10 +1,9 @@
-"""What `train/train_autoencoder.py` uses: networks, export, validation, reconstruction grids, the plan."""
+"""What `train_autoencoder` uses: networks, export, validation, reconstruction grids."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,14 +28,12 @@ from ldm.models import (
 from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr
 from ldm.pipelines import contact_sheet, to_pil
-from ldm.training import timing
 from ldm.training.autoencoder_loss import AdversarialLoss
 from ldm.training.codebook import Codebook
 from ldm.training.components import load_first_stage
 from ldm.training.distributed import StepLosses
-from ldm.training.plan import Costs, make_plan
+from ldm.training.hooks import Workload
 from ldm.training.run import Run
-from ldm.training.threads import timed_call
 from ldm.training.training_state import TrainingState
 
 BATCH_SIZE = 32
@@ -194,105 +191,53 @@ def reconstruction_grid(averaged: nn.Module, images: CaptionedImages, device: to
 
 
 def choose_autoencoder_threads(
-    images: CaptionedImages,
     model: nn.Module,
     state: TrainingState,
     run: Run,
     losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
 ) -> None:
     """Choose the number of CPU threads by timing the trained network, unless it is set."""
+    images = run.data.train
     positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
 
     def training_pass(count: int) -> Callable[[], None]:
         batch = collate([images[position] for position in positions[:count]])
         return lambda: losses_of(model, batch, None).backward(run.accelerator)
 
-    timing.choose_threads(run, state, training_pass)
+    run.choose_threads(state, training_pass)
 
 
-def plan_autoencoder_run(
-    config: AutoencoderTrainingConfig,
-    images: CaptionedImages,
-    held_out: CaptionedImages | None,
-    model: nn.Module,
+def workload(
+    network: nn.Module,
     state: TrainingState,
     run: Run,
     perceptual: PerceptualDistance | None,
     losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
-) -> None:
-    """Time the parts of the run and log its plan."""
-    step = _mean_step_seconds(config, images, model, state, run, losses_of)
-    if run.is_main:
+) -> Workload:
+    """The parts of a run, for an estimate of its cost."""
+    config, images, held_out = run.config, run.data.train, run.data.held_out
+    assert isinstance(config, AutoencoderTrainingConfig)
 
-        def measure(network: nn.Module, batch: Batch) -> None:
-            reconstruction_metrics(network, _pixels(batch, run.device), perceptual)
-
-        def encode(network: nn.Module, batch: Batch) -> None:
-            assert isinstance(network, FirstStage)
-            network.encode(_pixels(batch, run.device))
-
-        per_image = timing.evaluation_seconds(run, state.ema.module, images, measure)
-        # The statistics of the latents cover all images.
-        encoded = len(images) if config.trained == "all" else 0
-        encoding = timing.evaluation_seconds(run, state.ema.module, images, encode) * encoded
-        weights = 4 * sum(p.numel() for p in model.parameters())
-        # Trainable weights, two moments of AdamW, the EMA, and the export.
-        averaged = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        written = 12 * state.trainable_parameters + averaged + weights
-        file = io.BytesIO()
-
-        def draw_grid() -> None:
-            reconstruction_grid(state.ema.module, held_out or images, run.device).save(file, format="PNG")
-
-        costs = Costs(
-            step=step,
-            validation=per_image * min(len(held_out), config.train.validation_samples) if held_out else 0.0,
-            grid=timed_call(draw_grid),
-            checkpoint=timing.checkpoint_seconds(run, written) + encoding,
-            memory=timing.peak_memory(run, state),
-            checkpoint_bytes=written,
-            grid_bytes=len(file.getvalue()),
-            once_bytes=0,
-        )
-        run.log_plan(
-            make_plan(
-                config,
-                images,
-                held_out,
-                model,
-                step=run.step,
-                space=_describe_task(config),
-                costs=costs,
-                device=run.device,
-                threads=str(run.threads or ""),
-                discriminator=state.adversary.discriminator if state.adversary else None,
-            )
-        )
-    run.accelerator.wait_for_everyone()
-
-
-def _mean_step_seconds(
-    config: AutoencoderTrainingConfig,
-    images: CaptionedImages,
-    model: nn.Module,
-    state: TrainingState,
-    run: Run,
-    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
-) -> float:
-    """Mean over the remaining steps, those before and those after the start of the discriminator."""
-
-    def seconds(adversary: AdversarialLoss | None) -> float:
-        present = dataclasses.replace(state, adversary=adversary)
-        return timing.step_seconds(run, model, present, images, lambda net, batch: losses_of(net, batch, adversary))
+    def encode(module: nn.Module, batch: Batch) -> None:
+        assert isinstance(module, FirstStage)
+        module.encode(_pixels(batch, run.device))
 
     remaining = config.train.max_steps - run.step
-    without = min(max(0, config.loss.adversarial_start - run.step), remaining) if state.adversary else remaining
-    if without == remaining:  # also if no steps remain
-        return seconds(None)
-    adversarial = seconds(state.adversary)
-    if without == 0:
-        return adversarial
-    return (without * seconds(None) + (remaining - without) * adversarial) / remaining
+    alone = min(max(0, config.loss.adversarial_start - run.step), remaining) if state.adversary else remaining
+    return Workload(
+        task=_describe_task(config),
+        network=network,
+        phases=[
+            (alone, dataclasses.replace(state, adversary=None), lambda net, batch: losses_of(net, batch, None)),
+            (remaining - alone, state, lambda net, batch: losses_of(net, batch, state.adversary)),
+        ],
+        validate=lambda net, batch: reconstruction_metrics(net, _pixels(batch, run.device), perceptual),
+        validated=min(len(held_out), config.train.validation_samples) if held_out else 0,
+        grid=lambda steps: reconstruction_grid(state.ema.module, held_out or images, run.device),
+        export_bytes=4 * sum(p.numel() for p in state.model.parameters()),
+        exported=len(images) if config.trained == "all" else 0,  # the statistics of the latents cover all images
+        encode=encode,
+    )
 
 
 def _describe_task(config: AutoencoderTrainingConfig) -> str:

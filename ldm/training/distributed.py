@@ -13,8 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.config import TrainConfig
+from ldm.training.threads import Threads, available_threads, resolve_threads
 
 # The other processes wait while the main one validates, samples and saves. The launcher notices a process that dies.
 TIMEOUT = timedelta(days=1)
@@ -65,12 +67,33 @@ class StepResult(NamedTuple):
     save: bool
 
 
-def join_processes(train: TrainConfig, folder: Path) -> Accelerator:
-    """The accelerator of this process.
+class Processes(NamedTuple):
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        threads: that the environment allows; None on a GPU.
+    """
+
+    accelerator: Accelerator
+    threads: Threads | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def print(self, text: str) -> None:
+        """Print a line once, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+
+def join_processes(train: TrainConfig, folder: Path) -> Processes:
+    """Join the processes of a run; torch gets a first number of threads.
 
     Raises:
         ValueError: if not all launched processes joined.
     """
+    available = available_threads()  # accelerate may change it
     processes = int(os.environ.get("WORLD_SIZE", 1))
     no_accelerator = not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -88,7 +111,11 @@ def join_processes(train: TrainConfig, folder: Path) -> Accelerator:
             f"{processes} processes were launched but accelerate joined {accelerator.num_processes}; "
             "launch them with torchrun --nproc_per_node, or start a single one"
         )
-    return accelerator
+    if accelerator.device.type != "cpu":
+        return Processes(accelerator, None)
+    found = resolve_threads(available, train.cpu_threads, None)
+    torch.set_num_threads(found.number or max(1, found.max_number // 2))
+    return Processes(accelerator, available)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[int]) -> list[int]:

@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 
 from ldm.config import LDMConfig
-from ldm.data import CaptionedImages
 from ldm.evaluation.evaluate import (
     Evaluation,
     GeneratedImages,
@@ -22,7 +21,8 @@ from ldm.evaluation.fidelity import MIN_IMAGES
 from ldm.evaluation.images import Reference, subset
 from ldm.evaluation.verdict import baselines_of
 from ldm.pipelines import Pipeline
-from ldm.training.metrics import VERDICT, metric_name
+from ldm.training.metrics import metric_name
+from ldm.training.resume import VERDICT
 from ldm.training.run import Run
 
 # Features take 17 ms per image: a minute and a half before a run.
@@ -34,28 +34,30 @@ class Evaluator:
 
     Captions and noise are the same each time, so that steps compare and a resumed run measures the same.
 
-    Args:
-        images, held_out: at most 5,000 of each are compared with, chosen by the run's seed.
+    At most 5,000 training and held-out images of the run are compared with, chosen by its seed.
 
     Raises:
         ValueError: before training, for too few samples or a missing package.
     """
 
-    def __init__(self, config: LDMConfig, images: CaptionedImages, held_out: CaptionedImages | None, run: Run) -> None:
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        assert isinstance(config, LDMConfig)
         train = config.train
         try:
             check_samples(train.evaluation_samples)
         except ValueError as error:
             raise ValueError(f"train.evaluation_{error}") from None
         self.samples, self.seed = train.evaluation_samples, config.seed
-        self._images, self._held_out, self._run = images, held_out, run
+        self._run = run
         self._space = feature_space(train.evaluation_features, device=run.device)
 
     @cached_property
     def reference(self) -> Reference:
         """The images to compare with and their features, computed on first access."""
         images, held_out = (
-            part and subset(part, REFERENCE_IMAGES, self.seed) for part in (self._images, self._held_out)
+            part and subset(part, REFERENCE_IMAGES, self.seed)
+            for part in (self._run.data.train, self._run.data.held_out)
         )
         assert images is not None
         return Reference.from_data(images, held_out, self._space, log=self._run.print)

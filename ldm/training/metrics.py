@@ -14,9 +14,8 @@ from typing import Literal
 
 from ldm.evaluation.verdict import Verdict
 from ldm.report.charts import Point
+from ldm.training.resume import EVALUATION_PREFIX, VERDICT
 
-EVALUATION_PREFIX = "evaluation_"
-VERDICT = "verdict"  # in a line of its own, since it is no number
 _TITLES = {
     "frechet_ratio": "Fréchet distance over that of as many held-out images (1 is as good as real images)",
     "frechet": "Fréchet distance (lower is better)",

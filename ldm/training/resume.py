@@ -32,6 +32,8 @@ IGNORED_KEYS = (
     *("data.path", "data.cache_dir"),
 )
 MAX_NAMES = 5
+# Names in metrics.jsonl: of metrics of generated images, and of their verdict, which is no number.
+EVALUATION_PREFIX, VERDICT = "evaluation_", "verdict"
 # Packages that compute what a network sees or learns.
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "accelerate")
 PACKAGE = Path(__file__).parents[1]
@@ -88,7 +90,7 @@ def config_differences(
     then, now = flatten(stored), flatten(yaml.safe_load(to_yaml(config)))
     found = {}
     for key in sorted(then.keys() | now.keys()):
-        undecided = now.get("space") == "auto" and key in ("space", "first_stage")  # see `Run.set_config`
+        undecided = then.get("space") == "auto" and key in ("space", "first_stage")  # of a run that never began
         if then.get(key) != now.get(key) and not key.startswith(IGNORED_KEYS) and not undecided:
             found[key] = (then.get(key), now.get(key))
     return found

@@ -22,6 +22,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +38,25 @@ from tqdm import tqdm
 from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
-from ldm.data.report import DatasetReport
+from ldm.data.captions import plural
 from ldm.pipelines import NotFinite, save_png
 from ldm.progress import format_duration
 from ldm.training import checkpoints, nonfinite, threads
 from ldm.training.checkpoints import resume_command
 from ldm.training.codebook import Codebook
 from ldm.training.distributed import (
+    Processes,
     StepLosses,
     StepResult,
     gather_in_order,
-    join_processes,
     sum_over_processes,
     sync_step,
 )
 from ldm.training.interruption import Stopped, interruption
-from ldm.training.metrics import EVALUATION_PREFIX, VERDICT
-from ldm.training.plan import Pace, Plan
-from ldm.training.report import write_report
 from ldm.training.resume import (
+    EVALUATION_PREFIX,
+    VERDICT,
     check_compatible,
-    config_differences,
     data_differences,
     data_fingerprint,
     describe_environment,
@@ -67,72 +67,100 @@ from ldm.training.resume import (
     truncate_log,
 )
 from ldm.training.run_folder import open_folder, write_once
-from ldm.training.threads import Threads
+from ldm.training.threads import Threads, measure_threads, timed_call
 from ldm.training.trainable import learning_rate
 from ldm.training.training_state import TrainingState
 
+PACE_STEPS = 20
+MAX_SLOWDOWN = 2.0
+THREADS_SECONDS = 0.2  # of one call while the number of threads is chosen; a part of a step if that is slow
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run.
+
+    Attributes:
+        held_out: None without held-out images.
+        report: on all samples, as data.json holds it.
+        space_reason: why `space: auto` became what it is, or None.
+    """
+
+    train: CaptionedImages
+    held_out: CaptionedImages | None
+    report: dict[str, Any]
+    space_reason: str | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint stores to recognize the data."""
+        return {"samples": len(self.train), "sha256": data_fingerprint(self.train, self.held_out)}
+
 
 class Run:
-    """The processes of a run, and from `start` on its folder.
+    """One run of a resolved config on data, and from `start` on its folder.
 
-    Nothing is written before `start`, so that a wrong config or data set leaves no trace.
+    Here, and nowhere else, the checkpoint to resume is found and verified, and config, environment and data are
+    compared with it. Nothing is written before `start`, so that a wrong config or model leaves no trace.
 
     Args:
-        export: name of the folder with the trained model, in each checkpoint and in the run folder.
         resume: continue from the newest checkpoint, or start if there is none. Otherwise an older run in the same
             folder is moved aside, never overwritten.
         accept: keys of config and environment (and "data") that may differ from the resumed run.
+        on_checkpoint: called with the run folder after each checkpoint and at the end; may return a page that it wrote.
 
     Attributes:
+        export: name of the folder with the trained model, in each checkpoint and in the run folder.
         step: number of steps done; the position in the data follows from it.
         stopping: whether the run ends after this step, because a process received a signal.
-        threads: of a process that computes on the CPU, else None. `set_threads` decides an undecided number.
-        space_reason: why `space: auto` became what it is, or None.
+        threads: of a process that computes on the CPU, else None. `choose_threads` decides an undecided number.
+
+    Raises:
+        ValueError: if the data does not fill a batch, no checkpoint is intact, or one differs in a key that is not in
+            `accept`.
     """
 
     def __init__(
         self,
         config: LDMConfig | AutoencoderTrainingConfig,
+        data: TrainingData,
+        processes: Processes,
         *,
-        export: str,
-        resume: bool,
+        resume: bool = False,
         accept: Sequence[str] = (),
+        on_checkpoint: Callable[[Path], Path | None] = lambda folder: None,
     ) -> None:
-        self.config = config
+        self.config, self.data = config, data
         self.folder = Path(config.output_dir).expanduser()
-        self.export = export
-        available = threads.available_threads()  # accelerate may change it
-        self.accelerator = join_processes(config.train, self.folder)
-        self.device = self.accelerator.device
+        self.export = config.export if isinstance(config, LDMConfig) else "autoencoder"
+        self.accelerator, self.device, self.print = processes.accelerator, processes.device, processes.print
         self.stopping = False
-        self._resume, self._accept = resume, accept
+        self.micro_batches(data.train, 0, 0)
+        self._resume, self._on_checkpoint = resume, on_checkpoint
         self._resumed, self._damaged = (
             checkpoints.find_checkpoint(self.accelerator, self.folder, self.print) if resume else (None, [])
         )
         self.step = 0 if self._resumed is None else checkpoints.checkpoint_step(self._resumed)
         self.threads: Threads | None = None
-        if self.device.type == "cpu":
-            processes = self.accelerator.num_processes
-            stored = None if self._resumed is None else stored_threads(self._resumed, processes)
-            resolved = threads.resolve_threads(available, config.train.cpu_threads, stored)
+        world = self.accelerator.num_processes
+        if processes.threads is not None:
+            stored = None if self._resumed is None else stored_threads(self._resumed, world)
+            resolved = threads.resolve_threads(processes.threads, config.train.cpu_threads, stored)
             self.threads = threads.agree_on_threads(resolved, self.accelerator)
             # Half of the cores until it is measured: all may be slow beside another program, one for a large model.
             torch.set_num_threads(self.threads.number or max(1, self.threads.max_number // 2))
-        self._environment = describe_environment(self.device, self.accelerator.num_processes)
+        self._environment = describe_environment(self.device, world)
         if self._resumed is not None:
             found = find_differences(config, self._environment, self._resumed, self.print)
+            stored_data = hub.read_json(self._resumed / "training" / "state.json")["data"]
+            found |= data_differences(self.folder, stored_data, data.identity, data.train, data.held_out)
             check_compatible(found, accept, self._resumed, self.print)
             if self.step > config.train.max_steps:
                 raise ValueError(
                     f"{self._resumed} is beyond train.max_steps {config.train.max_steps}; raise that to {self.step} or "
                     "more, or start a new run in another output_dir"
                 )
-        torch.manual_seed(config.seed)
         self._unlock: Callable[[], None] = lambda: None
-        self._images: CaptionedImages | None = None
-        self._held_out: CaptionedImages | None = None
-        self._data: dict[str, Any] = {}
-        self._data_report: DatasetReport | None = None
         self._micro_losses: list[StepLosses] = []  # of the present step
         self._losses: list[float] = []  # of the steps since the last log line
         self._figures: dict[str, list[float]] = {}  # other values of these steps
@@ -146,7 +174,6 @@ class Run:
         self._plan: dict[str, Any] | None = None
         self._planned_at = 0.0
         self._pace: Pace | None = None
-        self.space_reason: str | None = None
 
     def start(self, state: TrainingState) -> None:
         """Open the run folder and load the resumed checkpoint into `state`.
@@ -166,10 +193,9 @@ class Run:
                 damaged=self._damaged,
                 log=self.print,
             )
-            if self._data_report is not None and self._images is not None:
-                hub.write_json(self.folder / "data.json", self._data_report.to_dict())
-                fingerprints = sample_fingerprints(self._images, self._held_out)
-                hub.write_json(self.folder / "fingerprints.json", fingerprints)
+            hub.write_json(self.folder / "data.json", self.data.report)
+            fingerprints = sample_fingerprints(self.data.train, self.data.held_out)
+            hub.write_json(self.folder / "fingerprints.json", fingerprints)
         self.accelerator.wait_for_everyone()
         # TensorBoard hides what was logged after this step, which is truncated from the log as well.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -186,39 +212,31 @@ class Run:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def print(self, text: str) -> None:
-        if self.is_main:
-            tqdm.write(text)
+    def choose_threads(self, state: TrainingState, training_pass: Callable[[int], Callable[[], object]]) -> None:
+        """Measure the best number of CPU threads if it is undecided: once, before anything is encoded.
 
-    def check_data(self, images: CaptionedImages, held_out: CaptionedImages | None, report: DatasetReport) -> None:
-        """Set the data of the run.
-
-        Raises:
-            ValueError: if it does not fill a batch, or differs from the resumed run's; before anything is written.
+        Args:
+            training_pass: `training_pass(n)()` runs forward and backward on n images, as a step does.
         """
-        self.micro_batches(images, 0, 0)
-        self._images, self._held_out, self._data_report = images, held_out, report
-        self._data = {"samples": len(images), "sha256": data_fingerprint(images, held_out)}
-        if self._resumed is not None:
-            stored = hub.read_json(self._resumed / "training" / "state.json")["data"]
-            found = data_differences(self.folder, stored, self._data, images, held_out)
-            check_compatible(found, self._accept, self._resumed, self.print)
+        if self.threads is None or self.threads.number is not None:
+            return
+        train = self.config.train
 
-    def set_threads(self, measured: Threads) -> None:
-        """Set the number of CPU threads of this session and of those that resume it."""
-        assert measured.number is not None
-        self.threads = measured
-        torch.set_num_threads(measured.number)
-        self._environment["threads"] = measured.number
+        def seconds(call: Callable[[], object]) -> float:
+            measured = timed_call(call, self.accelerator)
+            state.discard_gradients()
+            return measured
 
-    def set_config(self, config: LDMConfig, space_reason: str | None) -> None:
-        """Set the config in which "auto" is resolved, and the reason for the plan."""
-        self.config = config
-        self.space_reason = space_reason
-        if self._resumed is not None:
-            stored = hub.read_json(self._resumed / "training" / "state.json")["config"]
-            found = config_differences(stored, config, str(self._resumed))
-            check_compatible(found, self._accept, self._resumed, lambda _: None)
+        single = training_pass(1)
+        seconds(single)
+        micro_batch = train.batch_size // train.gradient_accumulation_steps // self.accelerator.num_processes
+        count = max(1, min(micro_batch, int(THREADS_SECONDS / seconds(single))))
+        several = training_pass(count)
+        what = f"{plural(count, 'image')} forward and back"
+        self.threads = measure_threads(self.threads, lambda: seconds(several), what)
+        assert self.threads.number is not None
+        torch.set_num_threads(self.threads.number)
+        self._environment["threads"] = self.threads.number
 
     def micro_batches(
         self, images: CaptionedImages, first_step: int, last_step: int
@@ -233,7 +251,7 @@ class Run:
             world=self.accelerator.num_processes,
         )
 
-    def batches(self, images: CaptionedImages) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """This process's micro-batches from the present step to the last.
 
         Ends early, after a whole step, if the run is stopping.
@@ -241,7 +259,7 @@ class Run:
         if self.stopping:
             return
         interruption.may_abort = False
-        train = self.config.train
+        train, images = self.config.train, self.data.train
         sampler = self.micro_batches(images, self.step, train.max_steps)
         if self.is_resumed:
             epoch = min(epoch for epoch, _ in images.order(train.batch_size).batch(self.step))
@@ -297,7 +315,7 @@ class Run:
             return False
         train, micro_losses = self.config.train, self._micro_losses
         norm = self.accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        assert norm is not None and self._images is not None
+        assert norm is not None
         extra = {}
         if discriminator is not None and any(p.grad is not None for p in discriminator.parameters()):
             clipped = self.accelerator.clip_grad_norm_(discriminator.parameters(), train.max_grad_norm)
@@ -329,13 +347,12 @@ class Run:
     def _skip_step(self, result: StepResult, micro_losses: Sequence[StepLosses]) -> None:
         """Count and log a skipped step."""
         self._skipped = {key: count + 1 for key, count in self._skipped.items()}
-        assert self._images is not None
         losses = gather_in_order(self.accelerator, micro_losses)
         log = self.folder / "nonfinite.jsonl"
         if self.is_main:
             self._truncate_logs()
-            positions = self._images.order(self.config.train.batch_size).batch(self.step)
-            samples = nonfinite.nonfinite_samples(self._images, positions, losses.tolist())
+            positions = self.data.train.order(self.config.train.batch_size).batch(self.step)
+            samples = nonfinite.nonfinite_samples(self.data.train, positions, losses.tolist())
             self.print(nonfinite.log_skipped_step(log, self.step + 1, result, samples))
         if self._skipped["in_a_row"] >= self.config.train.max_nonfinite_steps:
             raise ValueError(
@@ -389,14 +406,14 @@ class Run:
 
     # ---- what is written
 
-    def log_plan(self, plan: Plan) -> None:
-        """Print the plan and write `plan.json`; the time taken is added at the end."""
-        self.print(plan.text())
-        self._plan = plan.to_dict()
+    def log_plan(self, text: str, content: dict[str, Any]) -> None:
+        """Print a plan and write `plan.json`; the time taken is added at the end."""
+        self.print(text)
+        self._plan = content
         self._truncate_logs()
         hub.write_json(self.folder / "plan.json", self._plan)
         self._planned_at = time.perf_counter()
-        self._pace = Pace(plan, None if self.threads is None else self.threads.number)
+        self._pace = Pace(content, None if self.threads is None else self.threads.number)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Append to `metrics.jsonl` and TensorBoard."""
@@ -525,7 +542,7 @@ class Run:
         checkpoints.write_checkpoint(target, fill)
         self._update_export(target)
         checkpoints.prune_checkpoints(self.folder, train.keep_checkpoints, train.keep_every)
-        write_report(self.folder)
+        self._on_checkpoint(self.folder)
 
     def _update_export(self, newest: Path) -> None:
         with hub.atomic_folder(self.folder / self.export, self.export) as folder:
@@ -544,8 +561,8 @@ class Run:
             self.print(
                 f"took {format_duration(seconds)}, planned were {format_duration(self._plan['expected_seconds'])}"
             )
-        if self.is_main:
-            self.print(f"report: {write_report(self.folder)}")
+        if self.is_main and (page := self._on_checkpoint(self.folder)) is not None:
+            self.print(f"report: {page}")
         self.accelerator.end_training()
         self._unlock()
         if self.stopping:
@@ -587,7 +604,7 @@ class Run:
             folder / "state.json",
             {
                 "step": self.step,
-                "data": self._data,
+                "data": self.data.identity,
                 "processes": self.accelerator.num_processes,
                 "untrained_sha256": state.frozen_hash,
                 "ema_updates": int(state.ema.n_averaged),
@@ -601,3 +618,54 @@ class Run:
                 "config": yaml.safe_load(to_yaml(self.config)),
             },
         )
+
+
+class Pace:
+    """Compares the first steps with the plan.
+
+    Args:
+        planned: content of plan.json: `seconds_per_step`, `expected_seconds`.
+        threads: of a run on the CPU.
+        clock: seconds since any time.
+    """
+
+    def __init__(
+        self, planned: Mapping[str, Any], threads: int | None, clock: Callable[[], float] | None = None
+    ) -> None:
+        self._planned, self._threads, self._clock = planned, threads, clock or time.perf_counter
+        self._steps, self._start = 0, 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not part of a step."""
+        self._start += seconds
+
+    def step(self) -> str | None:
+        """Count a step. After 20 steps, returns a warning if they took more than twice the planned time.
+
+        The first step is not timed: worker processes start in it.
+        """
+        self._steps += 1
+        if self._steps == 1:
+            self._start = self._clock()
+        if self._steps != PACE_STEPS:
+            return None
+        seconds = (self._clock() - self._start) / (PACE_STEPS - 1)
+        if seconds <= MAX_SLOWDOWN * self._planned["seconds_per_step"]:
+            return None
+        return slow_step_message(self._planned, seconds, self._threads)
+
+
+def slow_step_message(planned: Mapping[str, Any], seconds: float, threads: int | None) -> str:
+    """One line: how long steps take, the new expected time, and what to do about it."""
+    per_step, before = planned["seconds_per_step"], planned["expected_seconds"]
+    line = (
+        f"slower than planned: a step takes {seconds:.2g} s instead of {per_step:.2g} s, and the run "
+        f"about {format_duration(before * seconds / per_step)} instead of {format_duration(before)}; other "
+        f"programs may be using {'the GPU' if threads is None else 'the cores'}: end them"
+    )
+    if threads is not None and threads > 1:
+        line += (
+            f", or stop this run (Ctrl-C saves it) and resume with fewer threads than its {threads}: "
+            "OMP_NUM_THREADS=1, --resume, --accept threads"
+        )
+    return f"{line}; or lower train.max_steps, or train.batch_size in a new run"

@@ -1,11 +1,8 @@
-"""What `train/train_ldm.py` uses: data, model, cache, validation, sample grids, export, the plan."""
+"""What `train_ldm` uses: model, cache, validation, sample grids, export."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,83 +13,33 @@ from torch import nn
 from ldm import hub, lora_files
 from ldm.codecs import Codec, LatentCodec, PixelCodec
 from ldm.config import LDMConfig, SampleConfig, check_objective
-from ldm.data import Batch, CaptionedImages, DataConfig, collate, image_statistics, split
-from ldm.data.captions import printable
-from ldm.data.composer import Composer
-from ldm.data.inspection import inspect
-from ldm.data.layouts import open_source
-from ldm.data.report import dataset_report
+from ldm.data import CaptionedImages, collate, image_statistics
 from ldm.diffusion import NoiseSchedule, diffusion_loss, noise_bands, without_variance
 from ldm.diffusion.schedule import PredictionType, check_precision
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
-from ldm.pipelines import NotFinite, Pipeline, contact_sheet
+from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder, ignore_cut_prompts, load_text_encoder
-from ldm.training import timing
 from ldm.training.components import FrozenComponents, load_first_stage
-from ldm.training.distributed import StepLosses
-from ldm.training.evaluator import Evaluator
+from ldm.training.hooks import LossesOf, SampleEvaluator, Workload
 from ldm.training.latents import IMAGE_BATCH_SIZE, CachedEncoders, LatentCache, long_barrier
 from ldm.training.noise import step_noise
-from ldm.training.plan import Costs, check_memory, make_plan
 from ldm.training.run import Run
-from ldm.training.space import choose_space
+from ldm.training.threads import unet_pass
 from ldm.training.trainable import ADAPTER, weight_precision
 from ldm.training.training_state import TrainingState
 from ldm.weights import tensors_hash
 
 MAX_REPEATS = 16
-MAX_SKIPPED_LINES = 10
 
 
-def open_images(
-    config: DataConfig, run: Run, *, captioned: bool = True
-) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """(training, held-out) images; logs what is used and skipped. None without held-out images.
-
-    Args:
-        captioned: skip images without a caption.
-
-    Raises:
-        ValueError: if the training images do not fill a batch, it does not split evenly, or the data differs from the
-            resumed run's.
-    """
-    inspection = inspect(open_source(config, captioned=captioned), config, progress=run.is_main)
-    report = dataset_report(inspection, config)
-    run.print(report.summary())
-    for line in report.unused_captions() if captioned else ():
-        run.print(f"  {line}")
-    for skipped in inspection.skipped[:MAX_SKIPPED_LINES]:
-        run.print(printable(f"  skipped {skipped.path}: {skipped.reason}"))
-    if len(inspection.skipped) > MAX_SKIPPED_LINES:
-        run.print(f"  … and {len(inspection.skipped) - MAX_SKIPPED_LINES} more: ldm data check {config.path} --all")
-    training, held_out = split(inspection.used, config.held_out)
-    seed, batch_size = run.config.seed, run.config.train.batch_size
-    composer = Composer(training, config, seed) if config.compose > 0 else None
-    images = CaptionedImages(training, config, seed, batch_size=batch_size, composer=composer)
-    sizes = images.buckets.sizes
-    validation = CaptionedImages(held_out, config, run.config.seed, sizes=sizes) if held_out else None
-    run.check_data(images, validation, report)
-    if config.bucketed:
-        run.print(images.buckets.summary())
-    return images, validation
-
-
-def resolve_config(config: LDMConfig, images: CaptionedImages, run: Run) -> LDMConfig:
-    """The config with `space: auto` resolved, which becomes that of the run."""
-    config, reason = choose_space(config, images, run.device)
-    if reason is not None:
-        run.print(f"space: {reason}")
-    run.set_config(config, reason)
-    return config
-
-
-def make_pipeline(config: LDMConfig, images: CaptionedImages, run: Run) -> Pipeline:
+def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
     """The model at step 0 on the run's device: that of `start_from`, or a new UNet with the config's codec and text
     encoder.
 
     Raises:
         ValueError: if a component cannot be opened, or the resolution does not fit the codec.
     """
+    images = run.data.train
     if config.start_from is not None:
         pipeline = Pipeline.from_pretrained(config.start_from, device=run.device)
         _check_start_from(pipeline, config)
@@ -176,7 +123,7 @@ def choose_unet_threads(pipeline: Pipeline, model: nn.Module, state: TrainingSta
     shape = pipeline.codec.latent_shape(side, side)
     text = (pipeline.text_encoder.max_length, pipeline.text_encoder.hidden_size)
     # `model` applies mixed precision itself.
-    timing.choose_threads(run, state, lambda count: timing.unet_pass(model, shape, text, count, run.device, "no"))
+    run.choose_threads(state, lambda count: unet_pass(model, shape, text, count, run.device, "no"))
 
 
 def make_cached_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> CachedEncoders:
@@ -312,76 +259,39 @@ def repeats_per_image(count: int, max_samples: int) -> int:
     return max(1, min(MAX_REPEATS, max_samples // count))
 
 
-def plan_diffusion_run(
-    config: LDMConfig,
-    images: CaptionedImages,
-    held_out: CaptionedImages | None,
-    model: nn.Module,
+def workload(
+    network: nn.Module,
     state: TrainingState,
     frozen: FrozenComponents,
     run: Run,
-    losses_of: Callable[[nn.Module, Batch], StepLosses],
-    evaluator: Evaluator | None,
-) -> None:
-    """Time the parts of the run and log its plan."""
-    check_memory(state.model, run.device)
-    step = timing.step_seconds(run, model, state, images, losses_of)
-    if run.is_main:
-        per_image = timing.evaluation_seconds(run, state.ema.module, images, losses_of)
-        count = min(len(held_out), config.train.validation_samples) if held_out else 0
-        validated = count * repeats_per_image(count, config.train.validation_samples) if count else 0
-        costs = _measure_costs(config, state, frozen, run, step=step, validation=per_image * validated)
-        if evaluator is not None:
-            per_sample = costs.grid / (len(config.sample.prompts) * config.sample.images_per_prompt)
-            size = frozen.pipeline(state.ema.module).default_size
-            evaluation = per_sample * evaluator.samples + evaluator.seconds(size)
-            costs = dataclasses.replace(costs, evaluation=evaluation)
-        run.log_plan(
-            make_plan(
-                config,
-                images,
-                held_out,
-                state.model,
-                step=run.step,
-                space=run.space_reason or _describe_space(config),
-                costs=costs,
-                device=run.device,
-                threads=str(run.threads or ""),
-            )
-        )
-    run.accelerator.wait_for_everyone()
-
-
-def _measure_costs(
-    config: LDMConfig, state: TrainingState, frozen: FrozenComponents, run: Run, *, step: float, validation: float
-) -> Costs:
-    """Costs of a run; `validation` are the seconds of the losses alone."""
+    losses_of: LossesOf,
+    evaluator: SampleEvaluator | None,
+) -> Workload:
+    """The parts of a run, for an estimate of its cost."""
+    config, held_out = run.config, run.data.held_out
+    assert isinstance(config, LDMConfig)
+    count = min(len(held_out), config.train.validation_samples) if held_out else 0
     lora = config.export == "lora"
-    trainable = state.trainable_parameters
-    export_bytes = 4 * (trainable if lora else sum(p.numel() for p in state.model.parameters()))
-    # Weights of frozen components are hard links; small files are copied into each export.
-    sizes = {} if lora else {path: path.stat().st_size for path in frozen.folder.rglob("*") if path.is_file()}
-    copied = sum(size for path, size in sizes.items() if path.suffix != ".safetensors")
-    training_bytes = 4 * 4 * trainable  # weights, EMA and two moments of AdamW
-    grids: list[int] = []
+    exported = state.trainable_parameters if lora else sum(p.numel() for p in state.model.parameters())
 
-    def draw_grid(steps: int) -> None:
+    def grid(steps: int) -> Image.Image:
         sample = dataclasses.replace(config.sample, num_inference_steps=steps)
-        file = io.BytesIO()
-        with suppress(NotFinite):  # logged when a grid is due; a plan must not stop the run
-            sample_grid(frozen.pipeline(state.ema.module), sample).save(file, format="PNG")
-        grids.append(len(file.getvalue()))
+        return sample_grid(frozen.pipeline(state.ema.module), sample)
 
-    exports = 2 if validation else 1  # the newest, which shares its weights with a checkpoint, and the best
-    return Costs(
-        step=step,
-        validation=validation + (timing.write_seconds(run.folder, export_bytes, 0) if validation else 0),
-        grid=timing.grid_seconds(draw_grid, config.sample.num_inference_steps),
-        checkpoint=timing.checkpoint_seconds(run, training_bytes + export_bytes, sum(sizes.values())),
-        memory=timing.peak_memory(run, state),
-        checkpoint_bytes=training_bytes + export_bytes + copied,
-        grid_bytes=grids[-1],
-        once_bytes=sum(sizes.values()) + (exports - 1) * export_bytes + exports * copied,
+    return Workload(
+        task=run.data.space_reason or _describe_space(config),
+        network=network,
+        phases=[(config.train.max_steps - run.step, state, losses_of)],
+        validate=losses_of,
+        validated=count * repeats_per_image(count, config.train.validation_samples) if count else 0,
+        keeps_best=True,
+        grid=grid,
+        grid_steps=config.sample.num_inference_steps,
+        grid_samples=len(config.sample.prompts) * config.sample.images_per_prompt,
+        export_bytes=4 * exported,
+        frozen=None if lora else frozen.folder,
+        evaluator=evaluator,
+        sample_size=frozen.pipeline(state.ema.module).default_size if evaluator else (0, 0),
     )
 
 

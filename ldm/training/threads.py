@@ -6,6 +6,7 @@ rounded, so a run keeps the number it started with.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import statistics
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ldm.cores import usable_cores
 
@@ -156,3 +158,25 @@ def timed_call(action: Callable[[], object], accelerator: Accelerator | None = N
         return seconds
     own = torch.tensor(seconds if accelerator.is_main_process else 0.0, dtype=torch.float64, device=accelerator.device)
     return float(accelerator.reduce(own, "sum"))
+
+
+def unet_pass(
+    unet: nn.Module,
+    shape: tuple[int, int, int],
+    text: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    precision: str,
+) -> Callable[[], None]:
+    """A function that runs forward and backward on random inputs."""
+    latents = torch.randn(batch, *shape, device=device)
+    states = torch.randn(batch, *text, device=device)
+    timesteps = torch.randint(1000, (batch,), device=device)
+
+    def forward_and_backward() -> None:
+        autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        with autocast:
+            loss = unet(latents, timesteps, states).float().square().mean()
+        loss.backward()
+
+    return forward_and_backward

@@ -55,9 +55,9 @@ def first_stage(tmp_path_factory):
 
 def child(before: str, *arguments: str, device: torch.device) -> subprocess.CompletedProcess[str]:
     """train/train_ldm.py in a process of its own, behind some code."""
-    paths = [str(ROOT), str(ROOT / "train"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     place = {"ACCELERATE_USE_CPU": "true"} if device.type == "cpu" else {}
-    code = f"import sys, torch\n{before}\nimport train_ldm\ntrain_ldm.main()"
+    code = f"import sys, torch\n{before}\nfrom ldm.training.launch import main\nmain('train_ldm')"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | place,

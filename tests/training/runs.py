@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
-from train import train_autoencoder, train_ldm
+from ldm.training.hooks import Hooks
+from ldm.training.launch import HOOKS, run_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,11 +32,13 @@ def autoencoder_settings(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run_autoencoder(folder: Path, *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
+def run_autoencoder(
+    folder: Path, *overrides: str, resume: bool = False, accept: Sequence[str] = (), hooks: Hooks = HOOKS
+) -> Path:
     fresh_processes()
     path = ROOT / "configs" / "digits-first-stage.yaml"
     config = load_config(path, [*autoencoder_settings(folder), *overrides], AutoencoderTrainingConfig)
-    return train_autoencoder.train_autoencoder(config, resume, accept)
+    return run_training(config, resume=resume, accept=accept, hooks=hooks).export
 
 
 def settings(folder: Path, encoder_folder: Path, space: str = "pixel", first_stage: Path | None = None) -> list[str]:
@@ -52,16 +55,18 @@ def settings(folder: Path, encoder_folder: Path, space: str = "pixel", first_sta
     return small
 
 
-def run_ldm(arguments: list[str], *overrides: str, resume: bool = False, accept: Sequence[str] = ()) -> Path:
+def run_ldm(
+    arguments: list[str], *overrides: str, resume: bool = False, accept: Sequence[str] = (), hooks: Hooks = HOOKS
+) -> Path:
     fresh_processes()
     config = load_config(ROOT / "configs" / "digits.yaml", [*arguments, *overrides], LDMConfig)
-    return train_ldm.train_diffusion(config, resume, accept)
+    return run_training(config, resume=resume, accept=accept, hooks=hooks).export
 
 
 def run_config(content: dict[str, Any], *, resume: bool = False) -> Path:
     """A run of a config that is given as a mapping."""
     fresh_processes()
-    return train_ldm.train_diffusion(parse_config(content, LDMConfig, "the test"), resume)
+    return run_training(parse_config(content, LDMConfig, "the test"), resume=resume).export
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

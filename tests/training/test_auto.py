@@ -23,9 +23,9 @@ from ldm.evaluation import autoencoder
 from ldm.training import auto, auto_config
 from ldm.training.checkpoints import resume_command
 from ldm.training.components import load_first_stage
+from ldm.training.launch import run_training
 from ldm.training.run_folder import open_folder
 from tests.training.runs import ROOT, captioned_folder, fresh_processes, losses, run_config
-from train import train_autoencoder, train_ldm
 
 SMALL = [
     "train.max_steps=2", "train.cpu_threads=1", "sample.num_inference_steps=2", "sample.images_per_prompt=1",
@@ -57,16 +57,15 @@ def here(tmp_path, monkeypatch):
 def in_this_process(monkeypatch):
     """Scripts without a process of their own, which takes seconds to start."""
     kinds = {
-        "train_ldm.py": (train_ldm.train_diffusion, LDMConfig),
-        "train_autoencoder.py": (train_autoencoder.train_autoencoder, AutoencoderTrainingConfig),
+        "train_ldm": LDMConfig,
+        "train_autoencoder": AutoencoderTrainingConfig,
     }
 
     def run(script, arguments, threads=None):
         fresh_processes()
-        train_script, kind = kinds[script]
         assert arguments[0] == "--config"
         changes = ["train.cpu_threads=1", *(argument for argument in arguments[2:] if "=" in argument)]
-        train_script(load_config(Path(arguments[1]), changes, kind), "--resume" in arguments)
+        run_training(load_config(Path(arguments[1]), changes, kinds[script]), resume="--resume" in arguments)
         return 0
 
     monkeypatch.setattr(auto, "run_script", run)
@@ -143,7 +142,7 @@ def test_resuming_continues_first_stage_and_run(here, encoder_folder, in_this_pr
     with monkeypatch.context() as broken:
         broken.setattr(auto, "run_script", killed)
         assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 137
-    assert called == ["train_autoencoder.py"]
+    assert called == ["train_autoencoder"]
     planned = (here / "out" / "config.yaml").read_text()
 
     def one_of_them(script, arguments, threads=None):
@@ -153,12 +152,12 @@ def test_resuming_continues_first_stage_and_run(here, encoder_folder, in_this_pr
     monkeypatch.setattr(auto, "run_script", one_of_them)
     assert call(monkeypatch, "--resume", "out") == 0
     assert "its first stage comes before, out-first-stage" in capfd.readouterr().out
-    assert called[1:] == ["train_autoencoder.py", "train_ldm.py"]
+    assert called[1:] == ["train_autoencoder", "train_ldm"]
     assert (here / "out" / "config.yaml").read_text() == planned
     assert (here / "out" / "pipeline" / "model_index.json").is_file()
     called.clear()
     assert call(monkeypatch, "--resume", "out") == 0
-    assert called == ["train_ldm.py"]
+    assert called == ["train_ldm"]
 
 
 @pytest.mark.slow
@@ -296,7 +295,7 @@ def test_a_run_goes_on_from_any_folder_with_what_is_set(here, called, monkeypatc
     assert call(monkeypatch, *arguments) == 75
     settings = ["output_dir=out", "train.max_steps=3", "sample.seed=4"]
     expected = ["--config", "out/config.yaml", "--set", *settings, "--resume", "--accept", "code", "data"]
-    assert called.pop() == (here, "train_ldm.py", expected)
+    assert called.pop() == (here, "train_ldm", expected)
     # Other data of that name is not the run's.
     (here / "elsewhere" / "pics").mkdir(parents=True)
     (here / "elsewhere" / "cache").mkdir()
@@ -305,7 +304,7 @@ def test_a_run_goes_on_from_any_folder_with_what_is_set(here, called, monkeypatc
     folder = here / "elsewhere" / ".." / "out"
     settings = [f"output_dir={folder}", f"data.cache_dir={here / 'elsewhere' / 'cache'}"]
     expected = ["--config", str(folder / "config.yaml"), "--set", *settings, "--resume"]
-    assert called.pop() == (here, "train_ldm.py", expected)
+    assert called.pop() == (here, "train_ldm", expected)
     assert Path.cwd() == here / "elsewhere"
 
 

@@ -17,9 +17,9 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.models import UNet, UNetConfig
 from ldm.training import auto_config as module
-from ldm.training import timing as speed_module
+from ldm.training import estimate as speed_module
 from ldm.training.auto_config import TrainOptions, choose_config, sample_prompts, unet_keys
-from ldm.training.timing import unet_seconds
+from ldm.training.estimate import unet_seconds
 from tests import tiny
 
 CPU = torch.device("cpu")

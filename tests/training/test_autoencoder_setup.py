@@ -21,6 +21,8 @@ from ldm.models import (
 from ldm.models.efficientnet import perceptual_distance
 from ldm.training.autoencoder_loss import DELTA, AdversarialLoss, autoencoder_loss
 from ldm.training.components import load_first_stage
+from ldm.training.hooks import Hooks
+from ldm.training.launch import HOOKS
 from tests import tiny
 from tests.training.runs import autoencoder_settings, captioned_folder, digests, metrics, run_autoencoder
 from tests.training.test_resume import broken_off, torchrun
@@ -215,14 +217,12 @@ def pictures_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def train(pictures_folder, monkeypatch):
+def train(pictures_folder):
     """A function that trains on a few pictures into a folder, by default without a plan, which takes time."""
 
     def run(folder, *overrides, plan=False, **more):
-        with monkeypatch.context() as patch:
-            if not plan:
-                patch.setattr("ldm.training.autoencoder_setup.plan_autoencoder_run", lambda *arguments: None)
-            return run_autoencoder(folder, *few(pictures_folder), *overrides, **more).parent
+        hooks = HOOKS if plan else Hooks()
+        return run_autoencoder(folder, *few(pictures_folder), *overrides, hooks=hooks, **more).parent
 
     return run
 

@@ -15,7 +15,7 @@ from ldm.data.layouts import open_source
 from ldm.hub import load_model
 from ldm.training.autoencoder_setup import held_out_metrics
 from ldm.training.components import load_first_stage
-from train import train_autoencoder, train_ldm
+from ldm.training.launch import run_training
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ((60, 30), (30, 60), (40, 40))
@@ -48,18 +48,16 @@ def common(output, folder):
     ]  # fmt: skip
 
 
-def run(script, config, kind, arguments, resume=False):
+def run(config, kind, arguments, resume=False):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    return script(load_config(ROOT / "configs" / config, arguments, kind), resume)
+    return run_training(load_config(ROOT / "configs" / config, arguments, kind), resume=resume).export
 
 
 def run_autoencoder(output, folder, *overrides, resume=False):
     arguments = [*common(output, folder), "autoencoder.block_out_channels=[8,8,8]", "autoencoder.norm_num_groups=4"]
     arguments += ["train.validation_samples=8", *overrides]
-    return run(
-        train_autoencoder.train_autoencoder, "digits-first-stage.yaml", AutoencoderTrainingConfig, arguments, resume
-    )
+    return run("digits-first-stage.yaml", AutoencoderTrainingConfig, arguments, resume)
 
 
 def run_ldm(output, folder, encoder_folder, *overrides, resume=False):
@@ -67,7 +65,7 @@ def run_ldm(output, folder, encoder_folder, *overrides, resume=False):
     arguments += [f"text.encoder={encoder_folder}", "text.max_length=null", "unet.block_out_channels=[8,8]"]
     arguments += ["unet.norm_num_groups=4", "unet.attention_head_dim=2", "sample.num_inference_steps=2"]
     arguments += ["sample.prompts=[picture 3]", "sample.images_per_prompt=1", *overrides]
-    return run(train_ldm.train_diffusion, "digits.yaml", LDMConfig, arguments, resume)
+    return run("digits.yaml", LDMConfig, arguments, resume)
 
 
 def losses(folder):

@@ -15,6 +15,8 @@ from ldm.data.layouts import open_source
 from ldm.models import VectorQuantizer, VQModel
 from ldm.training.codebook import Codebook
 from ldm.training.components import load_first_stage
+from ldm.training.hooks import Hooks
+from ldm.training.launch import run_training
 from tests import tiny
 from tests.training.runs import (
     ROOT,
@@ -29,7 +31,6 @@ from tests.training.runs import (
 from tests.training.test_resume import broken_off, torchrun
 from tests.training.test_scripts import fresh_processes
 from tools.torture_resume import differences, evidence
-from train import train_autoencoder
 
 CONFIG = ROOT / "configs" / "openmoji-first-stage-vq.yaml"
 CODES, CHANNELS = 12, 3
@@ -259,9 +260,7 @@ def train(folder, pictures, *more, resume=False):
         ["train.mixed_precision=no", *arguments(folder, pictures, *more)],
         AutoencoderTrainingConfig,
     )
-    with pytest.MonkeyPatch.context() as patch:  # a plan takes time
-        patch.setattr("ldm.training.autoencoder_setup.plan_autoencoder_run", lambda *arguments: None)
-        return train_autoencoder.train_autoencoder(config, resume).parent
+    return run_training(config, resume=resume, hooks=Hooks()).folder  # a plan takes time
 
 
 @pytest.fixture(scope="module")
@@ -336,14 +335,10 @@ def test_two_processes_train_as_one(run, pictures, tmp_path):
     assert_same_run(tmp_path / "two", run)
 
 
-def test_a_diffusion_model_trains_on_latents_before_quantisation(
-    run, pictures, encoder_folder, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("ldm.training.setup.plan_diffusion_run", lambda *arguments: None)
-
+def test_a_diffusion_model_trains_on_latents_before_quantisation(run, pictures, encoder_folder, tmp_path, capsys):
     def diffuse(folder, *more, resume=False):
         data = [f"data.path={pictures}", "data.held_out=0.2", f"data.cache_dir={tmp_path / 'cache'}"]
-        return run_ldm([*settings(folder, encoder_folder, "latent", run), *data, *more], resume=resume)
+        return run_ldm([*settings(folder, encoder_folder, "latent", run), *data, *more], resume=resume, hooks=Hooks())
 
     result = diffuse(tmp_path / "one")
     assert "encoded 32 of 32 images" in capsys.readouterr().out

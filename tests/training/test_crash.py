@@ -25,15 +25,16 @@ from PIL import Image
 
 from ldm import disk, hub, weights
 from ldm.config import LDMConfig, load_config
-from ldm.training import checkpoints, resume
+from ldm.training import checkpoints, launch, resume, train_ldm
 from ldm.training.checkpoints import find_damage
+from ldm.training.distributed import join_processes
 from ldm.training.interruption import EXIT_CODE, Stopped, interruption
+from ldm.training.launch import load_data
 from ldm.training.run import Run
 from ldm.training.run_folder import open_folder
 from ldm.training.trainable import make_ema
 from ldm.training.training_state import TrainingState
 from tests.training.runs import ROOT, digests, fresh_processes, losses, metrics, run_ldm, settings
-from train import train_ldm
 
 OPERATIONS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "link"), (os, "mkdir"), (shutil, "copyfile"))
 
@@ -93,7 +94,8 @@ def small_run(tmp_path, encoder_folder):
     overrides = [*settings(tmp_path / "run", encoder_folder), "train.keep_checkpoints=1", "train.checkpoint_every=1"]
     overrides += ["train.max_steps=1000"]
     config = load_config(ROOT / "configs" / "digits.yaml", overrides, LDMConfig)
-    run = Run(config, export="pipeline", resume=False)
+    processes = join_processes(config.train, tmp_path / "run")
+    run = Run(config, load_data(config, processes), processes)
     layer = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()
@@ -161,14 +163,14 @@ def test_a_disk_that_takes_no_more_ends_the_run_with_one_line(tmp_path, encoder_
     fresh_processes()
     batches = Run.batches
 
-    def on_a_full_disk(self, images):
+    def on_a_full_disk(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, limits[1]))  # smaller than the weights
-        return batches(self, images)
+        return batches(self)
 
     monkeypatch.setattr(Run, "batches", on_a_full_disk)
     try:
         with pytest.raises(SystemExit) as caught:
-            train_ldm.main()
+            launch.main("train_ldm")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.code == 2
@@ -202,9 +204,9 @@ def held_out(folder: Path) -> list[tuple[int, float]]:
 
 # Where the signal comes: a function that the run calls, and the call at which it does; then the step that is saved.
 MOMENTS = {
-    "opening the data": ("ldm.training.setup.inspect", 1, None),
+    "opening the data": ("ldm.training.launch.inspect", 1, None),
     "caching": ("ldm.training.latents.CachedEncoders.states_of", 1, None),
-    "planning": ("ldm.training.timing.evaluation_seconds", 1, None),
+    "planning": ("ldm.training.estimate.evaluation_seconds", 1, None),
     "a step": ("ldm.training.run.Run.backward", 3, 3),
     "validating": ("ldm.training.setup.diffusion_loss", 2, 2),
     "sampling": ("ldm.training.run.save_png", 1, 2),
@@ -239,7 +241,7 @@ def test_a_signal_stops_a_run_that_resumes_exactly(
         patch.setattr(owner, function, signalled)
         fresh_processes()
         with pytest.raises(SystemExit) as caught:
-            train_ldm.main()
+            launch.main("train_ldm")
     assert caught.value.code == EXIT_CODE
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert called >= at
@@ -324,9 +326,9 @@ def spoil(monkeypatch, steps, where="loss"):
     monkeypatch.setattr(train_ldm, "diffusion_loss", spoilt)
     batches = Run.batches
 
-    def counted(self, images):  # what the plan measures is no step
+    def counted(self):  # what the plan measures is no step
         spoilt.training = True
-        yield from batches(self, images)
+        yield from batches(self)
         spoilt.training = False
 
     monkeypatch.setattr(Run, "batches", counted)
@@ -531,7 +533,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, encoder_fo
         patch.setattr(sys, "argv", ["train_ldm.py", "--set", *arguments])
         fresh_processes()
         with pytest.raises(SystemExit) as caught:
-            train_ldm.main()
+            launch.main("train_ldm")
     assert caught.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: a process that loads images has died (DataLoader worker (pid")

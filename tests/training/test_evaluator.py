@@ -3,6 +3,7 @@
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_a_wrong_number_of_pictures_is_refused(tmp_path, encoder_folder):
         config("train.evaluation_samples=0")
     few = config("train.evaluation_samples=49", "train.evaluate_every=2")
     with pytest.raises(ValueError, match=r"train\.evaluation_samples is 49; at least 50"):
-        Evaluator(few, images=None, held_out=None, run=None)  # refused before it looks at any
+        Evaluator(SimpleNamespace(config=few))  # refused before it looks at any
 
 
 def test_a_run_folder_is_evaluated_on_its_own_data(run, tmp_path, monkeypatch, capsys):

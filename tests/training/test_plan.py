@@ -17,10 +17,11 @@ from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
 from ldm.data import CaptionedImages, split
 from ldm.data.layouts import open_source
 from ldm.progress import format_duration
-from ldm.training import timing
-from ldm.training.plan import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan
-from ldm.training.run import TrainingState
+from ldm.training import estimate as timing
+from ldm.training.estimate import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan
+from ldm.training.hooks import Hooks
 from ldm.training.trainable import make_optimizer
+from ldm.training.training_state import TrainingState
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
 
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -128,10 +129,10 @@ time.perf_counter = time.process_time
 from pathlib import Path
 import torch
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
-from train import train_ldm
+from ldm.training.launch import run_training
 torch.set_num_threads(1)
 config = load_config(Path(sys.argv[1]), sys.argv[2:], LDMConfig)
-train_ldm.train_diffusion(config, False)
+run_training(config)
 unit = 1 if sys.platform == "darwin" else 1024
 print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
 """
@@ -186,13 +187,12 @@ def measured_run(kind, folder, stable_diffusion):
     return plan, json.loads(done.stdout.splitlines()[-1])["peak"], done.stdout
 
 
-def test_a_plan_changes_nothing_of_the_run(tmp_path, encoder_folder, monkeypatch):
+def test_a_plan_changes_nothing_of_the_run(tmp_path, encoder_folder):
     """Weights after two steps are those of a run that measures nothing beforehand."""
     from tests.training.runs import digests, run_ldm
 
     run_ldm(settings(tmp_path / "with", encoder_folder), "unet.dropout=0.2", "train.max_steps=2")
-    monkeypatch.setattr("ldm.training.setup.plan_diffusion_run", lambda *arguments: None)
-    run_ldm(settings(tmp_path / "without", encoder_folder), "unet.dropout=0.2", "train.max_steps=2")
+    run_ldm(settings(tmp_path / "without", encoder_folder), "unet.dropout=0.2", "train.max_steps=2", hooks=Hooks())
     last = "checkpoints/step_00000002"
     assert digests(tmp_path / "with" / last) == digests(tmp_path / "without" / last)
 

@@ -16,6 +16,7 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.hub import load_tensors
 from ldm.training.components import load_first_stage
+from ldm.training.launch import main, run_training
 from tests import tiny
 from tests.training.runs import (
     ROOT,
@@ -28,7 +29,6 @@ from tests.training.runs import (
     run_ldm,
     settings,
 )
-from train import train_autoencoder, train_ldm
 
 
 @pytest.mark.parametrize("space", ["pixel", "latent"])
@@ -266,7 +266,7 @@ def fails(capsys, monkeypatch, script, *arguments):
     fresh_processes()
     monkeypatch.setattr(sys, "argv", ["script", *arguments])
     with pytest.raises(SystemExit) as caught:
-        script.main()
+        main(script)
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip()
     line = error.splitlines()[-1]
@@ -277,7 +277,7 @@ def fails(capsys, monkeypatch, script, *arguments):
 def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path, encoder_folder, first_stage, capsys, monkeypatch):
     def ldm(*overrides, space="pixel"):
         arguments = settings(tmp_path / "run", encoder_folder, space, first_stage)
-        return fails(capsys, monkeypatch, train_ldm, "--set", *arguments, *overrides)
+        return fails(capsys, monkeypatch, "train_ldm", "--set", *arguments, *overrides)
 
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "a.png")
@@ -292,8 +292,8 @@ def test_bad_input_is_one_line_and_leaves_no_trace(tmp_path, encoder_folder, fir
     assert "does not split evenly" in ldm("train.gradient_accumulation_steps=3")
     assert "xformers" in ldm("train.attention=xformers")
     assert "nonsense" in ldm("text.encoder=./nonsense")
-    assert "absent.yaml" in fails(capsys, monkeypatch, train_ldm, "--config", str(tmp_path / "absent.yaml"))
-    assert "did you mean" in fails(capsys, monkeypatch, train_autoencoder, "--set", "loss.kl_wait=1")
+    assert "absent.yaml" in fails(capsys, monkeypatch, "train_ldm", "--config", str(tmp_path / "absent.yaml"))
+    assert "did you mean" in fails(capsys, monkeypatch, "train_autoencoder", "--set", "loss.kl_wait=1")
     assert not (tmp_path / "run").exists()
 
 
@@ -326,9 +326,7 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
     small += ["data.scenes=20"] if path.name.startswith("scenes") else []
     if "first-stage" in path.name:
         small += ["start_from=openmoji-first-stage"] if "start_from" in path.read_text() else []
-        train_autoencoder.train_autoencoder(
-            load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig), False
-        )
+        run_training(load_config(path, [*small, "data.held_out=0.9"], AutoencoderTrainingConfig))
         assert load_first_stage(str(tmp_path / "run" / "autoencoder")).factor == 4
         return
     # Evaluations read all of the data (tests/training/test_measuring.py).
@@ -342,7 +340,7 @@ def test_every_config_trains_a_step(path, tmp_path, encoder_folder, first_stage)
         small += [f"text.encoder={encoder_folder}", "text.max_length=null", "data.held_out=0.9"]
     if path.name in ("digits-latent.yaml", "scenes-64.yaml"):
         small += [f"first_stage={first_stage}/autoencoder"]
-    made = train_ldm.train_diffusion(load_config(path, small, LDMConfig), False)
+    made = run_training(load_config(path, small, LDMConfig)).export
     if made.name == "lora":
         pipeline = Pipeline.from_pretrained(tmp_path / "model")
         pipeline.load_lora(made)

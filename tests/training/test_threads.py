@@ -12,7 +12,7 @@ import torch
 from ldm import hub
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
-from ldm.training import auto, auto_config, checkpoints, threads, timing
+from ldm.training import auto, auto_config, checkpoints, threads
 from ldm.training.auto_config import TrainOptions, choose_config
 from ldm.training.threads import (
     Threads,
@@ -57,11 +57,8 @@ def speeds(monkeypatch):
             action()
         return found[torch.get_num_threads()]
 
-    timed_call = threads.timed_call
     monkeypatch.setattr(threads, "timed_call", seconds)
-    monkeypatch.setattr(  # without an accelerator it times the parts of the plan
-        timing, "timed_call", lambda action, accelerator=None: (seconds if accelerator else timed_call)(action)
-    )
+    monkeypatch.setattr("ldm.training.run.timed_call", seconds)
     return found
 
 
@@ -295,13 +292,14 @@ def test_what_is_chosen_by_is_what_trains(machine, speeds, monkeypatch):
 
 def test_a_script_is_told_the_number(tmp_path, monkeypatch, machine):
     written = "import os, sys; print([os.environ.get(name) for name in sys.argv[2:]], file=open(sys.argv[1], 'w'))"
-    (tmp_path / "script.py").write_text(written)
-    monkeypatch.setattr(auto, "SCRIPTS", tmp_path)
+    (tmp_path / "ldm" / "training").mkdir(parents=True)
+    (tmp_path / "ldm" / "training" / "script.py").write_text(written)
+    monkeypatch.setattr(auto, "PACKAGE_ROOT", tmp_path)
     machine(2, 2, MKL_NUM_THREADS=7)
     out = tmp_path / "out"
     for number, expected in ((3, ["3", "3"]), (None, [None, "7"])):
-        assert auto.run_script("script.py", [str(out), *threads.THREAD_VARIABLES], number) == 0
+        assert auto.run_script("script", [str(out), *threads.THREAD_VARIABLES], number) == 0
         assert out.read_text().strip() == str(expected)
     machine(2, 2)
-    assert auto.run_script("script.py", [str(out), *threads.THREAD_VARIABLES], 3) == 0
+    assert auto.run_script("script", [str(out), *threads.THREAD_VARIABLES], 3) == 0
     assert out.read_text().strip() == str(["3", None]) and "OMP_NUM_THREADS" not in os.environ

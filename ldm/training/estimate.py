@@ -1,0 +1,521 @@
+"""What a run will cost, measured before its first step, and the plan that says so."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, TrainConfig
+from ldm.data import Batch, CaptionedImages, collate
+from ldm.models import FirstStage, UNet
+from ldm.pipelines import NotFinite
+from ldm.progress import format_duration
+from ldm.training.distributed import StepLosses
+from ldm.training.hooks import Workload
+from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES, write_report
+from ldm.training.run import Run
+from ldm.training.threads import timed_call, unet_pass
+from ldm.training.trainable import adamw, weight_precision
+from ldm.training.training_state import TrainingState
+
+MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
+MIN_SECONDS = 1.0
+MAX_REPEATS = 30
+TRIAL_SECONDS, TRIAL_REPEATS = 2.0, 3
+WRITTEN_BYTES = 2**24
+# The time of an optimizer is proportional to its parameters, so only some are timed: timing must not need more memory
+# than training.
+TIMED_PARAMETERS = 2**24
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured costs of the parts of a run.
+
+    Attributes:
+        step, validation, grid, checkpoint: seconds of an optimizer step, of a validation (with writing the best
+            export), of a sample grid, of a checkpoint.
+        memory: bytes at the peak.
+        checkpoint_bytes, grid_bytes: on disk, each.
+        once_bytes: on disk, written once.
+        evaluation: seconds of an evaluation of generated images.
+    """
+
+    step: float
+    validation: float
+    grid: float
+    checkpoint: float
+    memory: int
+    checkpoint_bytes: int
+    grid_bytes: int
+    once_bytes: int
+    evaluation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do; sizes in bytes, times in seconds. Stored as plan.json."""
+
+    data: str
+    space: str
+    network: str
+    parameters: int
+    trained_parameters: int
+    batch: str
+    epochs: float
+    seconds_per_step: float
+    expected_seconds: float
+    memory_bytes: int
+    fixed_bytes: int
+    memory_of: int
+    disk_bytes: int
+    quality: str
+    evaluation_seconds: float = 0.0
+    threads: str = ""
+
+    def text(self) -> str:
+        """A few aligned lines."""
+        time = (
+            f"about {format_duration(self.expected_seconds)}; {self.seconds_per_step:.3g} s a step, measured just now "
+            "(validation, sample grids and checkpoints are included)"
+        )
+        if self.evaluation_seconds:
+            fraction = self.evaluation_seconds / self.expected_seconds
+            time += f"; evaluations of generated images take {100 * fraction:.2g} % of it"
+        memory = (
+            f"about {format_bytes(self.memory_bytes)} at the peak, of {format_bytes(self.memory_of)}; "
+            f"weights, gradients, optimizer and EMA alone are {format_bytes(self.fixed_bytes)}"
+        )
+        rows = {
+            "data": self.data,
+            "space": self.space,
+            "network": self.network,
+            "batch": self.batch,
+            "time": time,
+            **({"threads": self.threads} if self.threads else {}),
+            "memory": memory,
+            "disk": f"about {format_bytes(self.disk_bytes)} in the run folder",
+            "expect": self.quality,
+        }
+        return "\n".join(["plan"] + [f"  {name:<8} {value}" for name, value in rows.items()])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(
+    config: LDMConfig | AutoencoderTrainingConfig,
+    images: CaptionedImages,
+    held_out: CaptionedImages | None,
+    model: nn.Module,
+    *,
+    step: int,
+    space: str,
+    costs: Costs,
+    device: torch.device,
+    threads: str = "",
+    discriminator: nn.Module | None = None,
+) -> Plan:
+    """Add up the costs of the steps from `step` to the last.
+
+    Args:
+        space: a description of what is diffused, or of the first stage.
+        threads: number of CPU threads and the reason for it.
+    """
+    train = config.train
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    extra = sum(p.numel() for p in discriminator.parameters()) if discriminator else 0
+    shape = f"{config.data.resolution}x{config.data.resolution} pixels"
+    if config.data.bucketed:
+        shape = f"about {shape}, in buckets of one aspect ratio"
+    epoch = len(images) / train.batch_size
+    return Plan(
+        data=f"{len(images)} images to train on, {len(held_out) if held_out else 0} held out, {shape}",
+        space=space,
+        network=f"{format_millions(parameters)} parameters"
+        + (f", {format_millions(trained)} of them trainable" if trained < parameters else "")
+        + (f"; with a discriminator of {format_millions(extra)}" if discriminator else ""),
+        parameters=parameters,
+        trained_parameters=trained,
+        batch=f"{train.batch_size} images; {epoch:.3g} steps per epoch; {train.max_steps} steps are "
+        f"{train.max_steps / epoch:.3g} epochs or {train.max_steps * train.batch_size} samples",
+        epochs=train.max_steps / epoch,
+        seconds_per_step=costs.step,
+        expected_seconds=_total_seconds(train, step, costs),
+        memory_bytes=costs.memory,
+        fixed_bytes=fixed_bytes(model) + 16 * extra,  # a discriminator has no EMA
+        memory_of=_total_memory(device),
+        disk_bytes=_disk_bytes(train, costs),
+        quality=expected_result(config, images),
+        evaluation_seconds=count_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
+        threads=threads,
+    )
+
+
+def check_memory(model: nn.Module, device: torch.device) -> None:
+    """Reject a run whose weights, gradients, optimizer and EMA alone do not fit.
+
+    Raises:
+        ValueError: with the memory they need and how to need less.
+    """
+    needed, total = fixed_bytes(model), _total_memory(device)
+    if needed > total > 0:
+        raise ValueError(
+            f"weights, gradients, optimizer and EMA need {format_bytes(needed)} of {format_bytes(total)}; choose "
+            "finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
+        )
+
+
+def fixed_bytes(model: nn.Module) -> int:
+    """Bytes of the weights, plus gradient, two moments and EMA of the trainable ones in float32."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _total_seconds(train: TrainConfig, step: int, costs: Costs) -> float:
+    seconds = (train.max_steps - step) * costs.step
+    for every, cost in (
+        (train.validate_every, costs.validation),
+        (train.sample_every, costs.grid),
+        (train.checkpoint_every, costs.checkpoint),
+        (_evaluate_every(train), costs.evaluation),
+    ):
+        seconds += count_due(step, train.max_steps, every) * cost
+    return seconds
+
+
+def _evaluate_every(train: TrainConfig) -> int | None:
+    return train.evaluate_every if isinstance(train, DiffusionTrainConfig) else None
+
+
+def _disk_bytes(train: TrainConfig, costs: Costs) -> int:
+    checkpoints = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
+    grids = count_due(0, train.max_steps, train.sample_every)
+    # A grid is a file, a TensorBoard event, and a part of the report, whose base64 adds a third.
+    in_report = min(grids * costs.grid_bytes, MAX_SHEETS_BYTES, MAX_SHEETS * costs.grid_bytes)
+    return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * grids * costs.grid_bytes + in_report * 4 // 3
+
+
+def count_due(first: int, last: int, every: int | None) -> int:
+    """How often an event is due in steps `first` + 1 … `last`: every so many steps and at the last; None is never."""
+    if every is None:
+        return 0
+    return last // every - first // every + (last % every != 0 and first < last)
+
+
+def expected_result(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
+    """The result of the measured run that is nearest in image size, images and samples seen (as ratios)."""
+    if isinstance(config, AutoencoderTrainingConfig):
+        kind = "first stage" if config.start_from is None else "first stage from another"
+        kind += " with a codebook" if config.vq is not None else ""
+    else:
+        kind = "new" if config.start_from is None else "fine-tuning"
+    samples = config.train.max_steps * config.train.batch_size
+
+    def distance(run: dict[str, Any]) -> float:
+        pairs = ((run["resolution"], config.data.resolution), (run["images"], len(images)), (run["samples"], samples))
+        return sum(abs(math.log(a / b)) for a, b in pairs)
+
+    runs = [run for run in json.loads(MEASURED_RUNS.read_text(encoding="utf-8")) if run["kind"] == kind]
+    if not runs:
+        return "no run of this kind has been measured yet"
+    nearest = min(runs, key=distance)
+    factor = nearest["samples"] / samples
+    less = f"; this run sees {factor:.2g} times fewer samples: expect less" if factor > 1.5 else ""
+    return (
+        f"the nearest measured run ({nearest['name']}: {nearest['images']} images, {nearest['resolution']} pixels, "
+        f"{nearest['samples']} samples): {nearest['result']}{less}"
+    )
+
+
+def format_bytes(count: float) -> str:
+    """ "12 MB", "3.4 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+
+
+def format_millions(count: int) -> str:
+    """ "0.65 M", "11.5 M", "860 M"."""
+    return f"{count / 1e6:.3g} M"
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+# ---- before there is a run
+
+
+def unet_seconds(
+    unet: UNet, shape: tuple[int, int, int], text: tuple[int, int], batch: int, device: torch.device, precision: str
+) -> float:
+    """Seconds of forward and backward for `batch` latents of a shape (C, h, w).
+
+    Args:
+        text: (tokens, width) of the text states.
+        precision: "no" or "bf16", as `train.mixed_precision`.
+    """
+    return _trial_seconds(unet_pass(unet, shape, text, batch, device, precision), unet, device)
+
+
+def autoencoder_seconds(autoencoder: FirstStage, resolution: int, batch: int, device: torch.device) -> float:
+    """Seconds of forward and backward for `batch` square images."""
+    images = torch.randn(batch, 3, resolution, resolution, device=device)
+    return _trial_seconds(lambda: autoencoder(images)[0].square().mean().backward(), autoencoder, device)
+
+
+def _trial_seconds(action: Callable[[], None], network: nn.Module, device: torch.device) -> float:
+    """Median of a few calls, without the first unless it is the only one."""
+    times: list[float] = []
+    while len(times) < 1 + TRIAL_REPEATS and sum(times) < TRIAL_SECONDS:
+        started = time.perf_counter()
+        action()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+        network.zero_grad(set_to_none=True)
+    return statistics.median(times[1:] or times)
+
+
+# ---- of a run
+
+
+def estimate_run(run: Run, state: TrainingState, work: Workload) -> None:
+    """Measure what the parts of a run cost on this machine, and log its plan. Changes no state.
+
+    Raises:
+        ValueError: if the run cannot fit into memory, or its folder takes no files.
+    """
+    if isinstance(run.config, LDMConfig):
+        check_memory(state.model, run.device)
+    images = run.data.train
+    steps = sum(count for count, _, _ in work.phases)
+    phases = work.phases if steps else [(1, *work.phases[0][1:])]
+    measured = [
+        (count, step_seconds(run, work.network, present, images, losses_of))
+        for count, present, losses_of in phases
+        if count > 0
+    ]
+    step = sum(count * seconds for count, seconds in measured) / sum(count for count, _ in measured)
+    if run.is_main:
+        plan = make_plan(
+            run.config,
+            images,
+            run.data.held_out,
+            state.model,
+            step=run.step,
+            space=work.task,
+            costs=_measure_costs(run, state, work, step),
+            device=run.device,
+            threads=str(run.threads or ""),
+            discriminator=state.adversary.discriminator if state.adversary else None,
+        )
+        run.log_plan(plan.text(), plan.to_dict())
+    run.accelerator.wait_for_everyone()
+
+
+def _measure_costs(run: Run, state: TrainingState, work: Workload, step: float) -> Costs:
+    """Costs of the parts of a run with `step` seconds per step."""
+
+    def per_image(evaluated: Callable[[nn.Module, Batch], object]) -> float:
+        return evaluation_seconds(run, state.ema.module, run.data.train, evaluated)
+
+    # Weights of frozen components are hard links; small files are copied into each export.
+    files = [] if work.frozen is None else [path for path in work.frozen.rglob("*") if path.is_file()]
+    linked = sum(path.stat().st_size for path in files)
+    copied = sum(path.stat().st_size for path in files if path.suffix != ".safetensors")
+    # Trainable weights, two moments of AdamW, and the EMA, which a discriminator has not.
+    averaged = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    written = 12 * state.trainable_parameters + 4 * averaged + work.export_bytes
+    grids: list[int] = []
+
+    def draw_grid(count: int) -> None:
+        file = io.BytesIO()
+        with suppress(NotFinite):  # logged when a grid is due; a plan must not stop the run
+            work.grid(count).save(file, format="PNG")
+        grids.append(len(file.getvalue()))
+
+    validation = per_image(work.validate) * work.validated if work.validated else 0.0
+    best = work.keeps_best and work.validated > 0
+    if best:
+        validation += write_seconds(run.folder, work.export_bytes, 0)
+    grid = grid_seconds(draw_grid, work.grid_steps)
+    evaluation = 0.0
+    if work.evaluator is not None:
+        evaluation = grid / work.grid_samples * work.evaluator.samples + work.evaluator.seconds(work.sample_size)
+    exports = 2 if best else 1  # the newest, which shares its weights with a checkpoint, and the best
+    return Costs(
+        step=step,
+        validation=validation,
+        grid=grid,
+        checkpoint=checkpoint_seconds(run, written, linked)
+        + (per_image(work.encode) * work.exported if work.exported else 0.0),
+        memory=peak_memory(run, state),
+        checkpoint_bytes=written + copied,
+        grid_bytes=grids[-1],
+        once_bytes=linked + (exports - 1) * work.export_bytes + exports * copied,
+        evaluation=evaluation,
+    )
+
+
+def step_seconds(
+    run: Run,
+    model: nn.Module,
+    state: TrainingState,
+    images: CaptionedImages,
+    losses_of: Callable[[nn.Module, Batch], StepLosses],
+) -> float:
+    """Seconds of an optimizer step: loading, forward, backward, AdamW and EMA. Changes no state.
+
+    Args:
+        model: the network as the script calls it: `state.model`, or what accelerate wrapped around it.
+    """
+    train = run.config.train
+    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
+    loading = _mean_seconds(run, lambda: collate([images[position] for position in positions]))
+    batch = collate([images[position] for position in positions])
+
+    def forward_and_backward() -> None:
+        losses_of(model, batch).backward(run.accelerator)
+
+    try:
+        learning = _mean_seconds(run, forward_and_backward)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a micro-batch of {len(positions)} images does not fit into the memory of {run.device} "
+            f"({str(error).splitlines()[0]}); raise train.gradient_accumulation_steps, or set "
+            "train.gradient_checkpointing=true"
+        ) from error
+    updating = _update_seconds(run, state)
+    state.discard_gradients()
+    # Worker processes load in parallel.
+    micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
+    return micro * train.gradient_accumulation_steps + updating
+
+
+def _update_seconds(run: Run, state: TrainingState) -> float:
+    """Seconds of clipping, AdamW and EMA. Scales the present gradients."""
+    trainable = state.trainable
+    scratch: list[nn.Parameter] = []
+    for parameter in trainable:
+        if not scratch or sum(p.numel() for p in scratch) + parameter.numel() <= TIMED_PARAMETERS:
+            scratch.append(nn.Parameter(torch.zeros_like(parameter)))
+            scratch[-1].grad = torch.zeros_like(parameter)
+    averages = [torch.zeros_like(parameter) for parameter in scratch]
+    optimizer = adamw([{"params": scratch}])
+
+    @torch.no_grad()
+    def update() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(averages, [parameter.data for parameter in scratch], 0.1)
+
+    def clip_and_traverse() -> None:
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        for module in (state.model, state.ema.module):  # traversing the modules takes time in small networks
+            list(module.parameters())
+            list(module.buffers())
+
+    fraction = sum(p.numel() for p in scratch) / state.trainable_parameters
+    return _mean_seconds(run, update) / fraction + _mean_seconds(run, clip_and_traverse)
+
+
+@torch.no_grad()
+def evaluation_seconds(
+    run: Run, network: nn.Module, images: CaptionedImages, losses_of: Callable[[nn.Module, Batch], object]
+) -> float:
+    """Seconds per image of one evaluation of a network on a batch, without gradients."""
+    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
+    batch = collate([images[position] for position in positions])
+    with weight_precision(network):
+        return _mean_seconds(run, lambda: losses_of(network, batch), collective=False) / len(positions)
+
+
+def grid_seconds(draw: Callable[[int], object], steps: int) -> float:
+    """Seconds of a sample grid, extrapolated from grids of fewer sampling steps.
+
+    Args:
+        draw: makes a grid with the given number of sampling steps.
+    """
+    shortest = timed_call(lambda: draw(1))
+    if shortest < MIN_SECONDS:  # without the overhead of a first call
+        shortest = timed_call(lambda: draw(1))
+    if steps == 1:
+        return shortest
+    few = min(steps, 1 + max(1, int(MIN_SECONDS / shortest)))
+    return shortest + (steps - 1) * max(0.0, timed_call(lambda: draw(few)) - shortest) / (few - 1)
+
+
+def write_seconds(folder: Path, written: int, hashed: int) -> float:
+    """Seconds to write and sync `written` bytes in a folder and to hash `hashed` bytes, measured on 16 MB."""
+    block = os.urandom(WRITTEN_BYTES)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+
+            def write() -> None:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+
+            writing = timed_call(write)
+    except OSError as error:  # its own message names no folder
+        raise OSError(
+            error.errno, f"cannot write {format_bytes(WRITTEN_BYTES)}: {error.strerror}", str(folder)
+        ) from None
+    hashing = timed_call(lambda: hashlib.sha256(block).hexdigest())
+    return (writing * written + hashing * hashed) / WRITTEN_BYTES
+
+
+def checkpoint_seconds(run: Run, written: int, linked: int = 0) -> float:
+    """Seconds of a checkpoint of `written` bytes and `linked` bytes of hard links, all hashed, and of the report."""
+    return write_seconds(run.folder, written, written + linked) + timed_call(lambda: write_report(run.folder))
+
+
+def peak_memory(run: Run, state: TrainingState) -> int:
+    """Estimated peak bytes of this process on the GPU, else in main memory: the peak so far, and the two moments of
+    AdamW if they do not exist yet.
+    """
+    moments = 0 if state.optimizer.state else 8 * state.trainable_parameters
+    if run.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.device) + moments
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
+
+
+def _mean_seconds(run: Run, action: Callable[[], object], collective: bool = True) -> float:
+    """Mean seconds of a call. Processes repeat a `collective` call equally often, at most once per remaining step."""
+    alone = run.accelerator.num_processes == 1 or not collective
+    max_repeats = max(1, min(MAX_REPEATS if alone else 3, run.config.train.max_steps - run.step))
+    action()
+    times: list[float] = []
+    # A single call may coincide with the load of another program, so a slow one is repeated too.
+    while not times or (
+        len(times) < max_repeats and (not alone or sum(times) < MIN_SECONDS * (1 if len(times) >= 3 else 10))
+    ):
+        _synchronize(run.device)
+        started = time.perf_counter()
+        action()
+        _synchronize(run.device)
+        times.append(time.perf_counter() - started)
+    return sum(times) / len(times)  # not the median: a run is a sum of fast and slow calls
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,86 @@
+"""What a launcher adds to training. The training loops know these types alone, and run without any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm.config import LDMConfig
+from ldm.data import Batch, CaptionedImages
+from ldm.pipelines import Pipeline
+from ldm.training.distributed import StepLosses
+from ldm.training.run import Run
+from ldm.training.training_state import TrainingState
+
+LossesOf = Callable[[nn.Module, Batch], StepLosses]
+
+
+class SampleEvaluator(Protocol):
+    """Evaluates `samples` generated images of a pipeline: `ldm.training.evaluator.Evaluator`."""
+
+    samples: int
+
+    def __call__(self, pipeline: Pipeline) -> Mapping[str, float]:
+        """Values to log."""
+
+    def seconds(self, size: tuple[int, int]) -> float:
+        """Seconds of all but generation, for images of this (height, width)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The parts of a run, for an estimate of its cost.
+
+    Attributes:
+        task: what is trained, in words.
+        network: as the loop calls it.
+        phases: (steps, state, losses of a micro-batch) of the remaining steps, in order.
+        validate: validates a network on a batch.
+        validated: images per validation; 0 without held-out images.
+        grid: makes a sample grid with a number of sampling steps.
+        grid_steps, grid_samples: number of sampling steps and of samples of a grid.
+        export_bytes: size of an export without its frozen components.
+        frozen: folder of these; None if an export has none.
+        exported: images that `encode` is called with for each export.
+        encode: encodes a batch with a network.
+        evaluator: of generated images of `sample_size`, if any.
+    """
+
+    task: str
+    network: nn.Module
+    phases: Sequence[tuple[int, TrainingState, LossesOf]]
+    validate: Callable[[nn.Module, Batch], object]
+    validated: int
+    grid: Callable[[int], Image.Image]
+    export_bytes: int
+    grid_steps: int = 1
+    grid_samples: int = 1
+    frozen: Path | None = None
+    exported: int = 0
+    encode: Callable[[nn.Module, Batch], object] = lambda network, batch: None
+    evaluator: SampleEvaluator | None = None
+    sample_size: tuple[int, int] = (0, 0)
+    keeps_best: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What plugs into a run of training.
+
+    Attributes:
+        resolve: (the config with "auto" resolved by the training images, the reason or None); before there is a run.
+        estimate: measures what the parts of a run cost, and logs its plan, before the first step.
+        evaluate: makes the evaluator of generated images, before the model is made.
+        on_checkpoint: as in `Run`.
+    """
+
+    resolve: Callable[[LDMConfig, CaptionedImages, torch.device], tuple[LDMConfig, str | None]] | None = None
+    estimate: Callable[[Run, TrainingState, Workload], None] | None = None
+    evaluate: Callable[[Run], SampleEvaluator] | None = None
+    on_checkpoint: Callable[[Path], Path | None] = lambda folder: None
