@@ -66,7 +66,6 @@ def evaluate_autoencoder_command(
     from ldm.data import split as split_of
     from ldm.data.inspection import inspect
     from ldm.data.layouts import check_path, open_source
-    from ldm.efficientnet import perceptual_distance
     from ldm.evaluation.autoencoder import evaluate_autoencoder, worst_sheet
     from ldm.evaluation.features import feature_space
     from ldm.models.efficientnet import perceptual_distance

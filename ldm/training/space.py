@@ -10,7 +10,6 @@ import torch
 
 from ldm.config import LDMConfig
 from ldm.data import CaptionedImages
-from ldm.efficientnet import is_installed, perceptual_distance
 from ldm.evaluation.autoencoder import (
     MAX_PIXEL_RESOLUTION,
     MAX_SLOW_PIXEL_RESOLUTION,

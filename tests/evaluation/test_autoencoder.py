@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.layouts import open_source
-from ldm.efficientnet import perceptual_distance
 from ldm.evaluation import autoencoder as module
 from ldm.evaluation.autoencoder import (
     ReconstructionQuality,
