@@ -11,15 +11,15 @@ reads a config, or asks the command line for help, does not wait for torch.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ldm.pipelines import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "TrainingResult", "__version__", "train"]
 
-_HOME_OF = {"Pipeline": "ldm.pipelines"}
+_HOME_OF = {  # __init__.pyi says the same to type checkers
+    "Pipeline": "ldm.pipelines",
+    "TrainingResult": "ldm.training.launch",
+    "train": "ldm.training.launch",
+}
 
 
 def __getattr__(name: str) -> object:

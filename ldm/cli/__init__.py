@@ -14,7 +14,7 @@ from ldm.cli.arguments import RepeatedOptionsCommand
 from ldm.cli.evaluate import evaluate_command
 from ldm.cli.generate import generate
 from ldm.cli.nll import nll
-from ldm.cli.train import train
+from ldm.cli.train import train_command
 
 app = typer.Typer(
     help="Turn captioned images into a text-to-image model, and text into images.",
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
-app.command(cls=RepeatedOptionsCommand)(train)
+app.command("train", cls=RepeatedOptionsCommand)(train_command)
 app.command()(nll)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data.app, name="data")

@@ -25,7 +25,7 @@ NEW_RUN_ONLY = {
 }
 
 
-def train(
+def train_command(
     path: Annotated[
         str | None, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set on the hub.")
     ] = None,

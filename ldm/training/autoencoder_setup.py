@@ -207,7 +207,7 @@ def choose_autoencoder_threads(
     run.choose_threads(state, training_pass)
 
 
-def workload(
+def autoencoder_workload(
     network: nn.Module,
     state: TrainingState,
     run: Run,

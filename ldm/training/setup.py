@@ -259,7 +259,7 @@ def repeats_per_image(count: int, max_samples: int) -> int:
     return max(1, min(MAX_REPEATS, max_samples // count))
 
 
-def workload(
+def diffusion_workload(
     network: nn.Module,
     state: TrainingState,
     frozen: FrozenComponents,

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from ldm import Pipeline, cli
-from ldm.cli.train import NEW_RUN_ONLY, train
+from ldm.cli.train import NEW_RUN_ONLY, train_command
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
@@ -319,7 +319,7 @@ def test_a_first_stage_that_is_unfinished_is_found_from_any_folder(here, called,
     assert call(monkeypatch, "--resume", here / "out", "--set", "train.max_steps=9", "data.held_out=0.2") == 75
     settings = [f"output_dir={here / 'out-first-stage'}", "data.held_out=0.2"]
     where, script, arguments = called.pop()
-    assert (where, script, arguments[3:5]) == (here, "train_autoencoder.py", settings)
+    assert (where, script, arguments[3:5]) == (here, "train_autoencoder", settings)
 
 
 def test_data_that_is_nowhere_is_said_to_be_so(here, called, monkeypatch, capfd):
@@ -407,7 +407,7 @@ def test_options_of_new_runs_are_rejected_on_resume(arguments, part, here, monke
 
 
 def test_no_option_of_a_new_run_is_forgotten_when_one_is_resumed():
-    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(train).parameters}
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(train_command).parameters}
     assert options - {"--path", "--settings", "--resume", "--accept"} == set(NEW_RUN_ONLY)
 
 

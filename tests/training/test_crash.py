@@ -384,8 +384,8 @@ def test_the_sample_that_is_named_is_the_one(tmp_path, encoder_folder, monkeypat
         spoil(patch, {6})  # the second micro-batch of the third step
         batches = Run.batches
 
-        def noted(self, images):
-            for batch in batches(self, images):
+        def noted(self):
+            for batch in batches(self):
                 seen.append((self.step, batch.ids[1], batch.captions[1]))
                 yield batch
 

@@ -328,8 +328,8 @@ def test_both_frozen_networks_leave_memory_while_training(tmp_path, stable_diffu
         gc.collect()
         return {type(thing) for thing in gc.get_objects()} & {AutoencoderKL, TextEncoder, UNet}
 
-    def watched(self, images):
-        for batch in batches(self, images):
+    def watched(self):
+        for batch in batches(self):
             if self.step in (0, 3):
                 alive.append(kinds())
             yield batch

@@ -293,7 +293,8 @@ def test_what_is_chosen_by_is_what_trains(machine, speeds, monkeypatch):
 def test_a_script_is_told_the_number(tmp_path, monkeypatch, machine):
     written = "import os, sys; print([os.environ.get(name) for name in sys.argv[2:]], file=open(sys.argv[1], 'w'))"
     (tmp_path / "ldm" / "training").mkdir(parents=True)
-    (tmp_path / "ldm" / "training" / "script.py").write_text(written)
+    for name, text in (("__init__.py", ""), ("training/__init__.py", ""), ("training/script.py", written)):
+        (tmp_path / "ldm" / name).write_text(text)
     monkeypatch.setattr(auto, "PACKAGE_ROOT", tmp_path)
     machine(2, 2, MKL_NUM_THREADS=7)
     out = tmp_path / "out"

@@ -3,7 +3,6 @@
 accelerate launch train/train_ldm.py --config configs/digits.yaml --set train.max_steps=500
 """
 
-from importlib import import_module
 from pathlib import Path
 
 from torch import nn
@@ -94,7 +93,7 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
     if run.step > 0 or config.start_from is not None:  # what an interrupted run missed, or the model to start from
         validate_and_sample()
     if hooks.estimate:
-        hooks.estimate(run, state, setup.workload(model, state, frozen, run, losses_of, evaluator))
+        hooks.estimate(run, state, setup.diffusion_workload(model, state, frozen, run, losses_of, evaluator))
 
     for batch in run.batches():
         with run.accelerator.accumulate(model):
@@ -109,7 +108,3 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
             validate_and_sample()
 
     run.finish(state, export)
-
-
-if __name__ == "__main__":  # the launcher knows what plugs in, the loop does not
-    import_module("ldm.training.launch").main("train_ldm")

@@ -3,7 +3,6 @@
 accelerate launch train/train_autoencoder.py --config configs/openmoji-first-stage.yaml
 """
 
-from importlib import import_module
 from pathlib import Path
 
 from torch import nn
@@ -74,7 +73,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
     if run.step > 0 or config.start_from is not None:  # what an interrupted run missed, or the model to start from
         validate_and_sample()
     if hooks.estimate:
-        hooks.estimate(run, state, autoencoder_setup.workload(model, state, run, perceptual, losses_of))
+        hooks.estimate(run, state, autoencoder_setup.autoencoder_workload(model, state, run, perceptual, losses_of))
 
     for batch in run.batches():
         adversary = adversarial_loss if run.step >= config.loss.adversarial_start else None
@@ -94,7 +93,3 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
             validate_and_sample()
 
     run.finish(state, export)
-
-
-if __name__ == "__main__":  # the launcher knows what plugs in, the loop does not
-    import_module("ldm.training.launch").main("train_autoencoder")
