@@ -13,14 +13,10 @@ import os
 import shutil
 import struct
 import time
-import uuid
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +28,12 @@ from torch import Tensor
 from ldm import disk
 from ldm.cores import usable_cores
 
-
-def _max_open_files() -> int:
-    """The limit of open files of this process, often 1,024 or 256."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 512
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 2**20 if limit == resource.RLIM_INFINITY else limit
-
-
 KEY_BYTES = 16
 SUFFIX, DAMAGED = ".safetensors", ".damaged"
 VERIFIERS = min(8, usable_cores())
 # Temporary files that are older belong to killed processes.
 STALE_SECONDS = 3600
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-# 100,000 rows in 391 shards: 128 random rows take 2 to 3 ms with 512 open files, 6 ms with 64.
-OPEN_FILES = min(512, _max_open_files() // 4)
 WAY_OUT = "choose another folder with $LDM_CACHE or data.cache_dir"
 
 
@@ -83,8 +66,8 @@ class RowCache:
         self._shards: dict[str, _Shard] = {}
         self._verified: set[str] = set()
         self._refused: set[str] = set()
-        self._index: _Index | None = None
-        self._files = _Files()
+        # Shards, their first positions in the order of all rows, and the order of these by key, with the keys.
+        self._index: tuple[list[_Shard], np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def keys(self) -> set[str]:
         """The keys of all shards, which are not verified."""
@@ -96,10 +79,19 @@ class RowCache:
         ones are reported and renamed.
         """
         wanted = _packed(keys)
-        shards, _ = self._find(wanted)
-        absent = np.flatnonzero(shards < 0)
+        absent = np.flatnonzero(self._find(wanted)[1] < 0)
         _, first = np.unique(wanted[absent], return_index=True)
         return [int(position) for position in absent[np.sort(first)]]
+
+    def open(self, keys: Sequence[str]) -> CachedRows:
+        """The rows of these keys, in order, which may repeat. Raises ValueError if some are missing."""
+        shards, number, row = self._find(_packed(keys))
+        lost = int((number < 0).sum())
+        if lost:
+            raise ValueError(
+                f"{lost} of {len(keys)} rows are missing in the cache {self.folder}; start again to compute them"
+            )
+        return CachedRows(shards, number, row)
 
     def add(self, keys: Sequence[str], rows: Tensor, to_come: int = 0) -> None:
         """Atomically writes rows [N, …] under N keys as one shard.
@@ -116,40 +108,53 @@ class RowCache:
         # A single metadata entry, as safetensors does not sort them.
         content = save(tensors, {"store": self._name})
         path = self.folder / f"{_hash_name(hashlib.sha256(content))}{SUFFIX}"
-        self._write(path, content, len(content) + to_come * rows[0].nbytes)
+        needed = len(content) + to_come * rows[0].nbytes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise ValueError(
+                    f"the cache {self.folder} needs {_size(needed)} more and its disk has {_size(free)} left; "
+                    f"free some, or {WAY_OUT}"
+                )
+            with disk.new_file(path) as aside:
+                aside.write_bytes(content)
+        except OSError as error:
+            raise ValueError(
+                f"the cache {self.folder} cannot be written: {error.strerror or error} ({_size(needed)} more are "
+                f"needed); fix that, or {WAY_OUT}"
+            ) from None
+        self._refused.discard(path.name)
         self._verified.add(path.name)
 
-    def open(self, keys: Sequence[str]) -> CachedRows:
-        """The rows of these keys, in order, which may repeat. Raises ValueError if some are missing."""
-        shards, rows = self._find(_packed(keys))
-        lost = int((shards < 0).sum())
-        if lost:
-            raise ValueError(
-                f"{lost} of {len(keys)} rows are missing in the cache {self.folder}; start again to compute them"
-            )
-        assert self._index is not None
-        return CachedRows(self._index.shards, shards, rows, self._files)
-
-    # ---- finding rows
-
-    def _find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row) int32 per key, −1 if missing; the shards are verified."""
+    def _find(self, wanted: np.ndarray) -> tuple[list[_Shard], np.ndarray, np.ndarray]:
+        """(shards, and of each key the number of its shard, −1 if missing, and its row); the shards are verified."""
         self._list()
         while True:
-            self._index = self._index or _Index.from_shards(list(self._shards.values()))
-            shards, rows = self._index.find(wanted)
-            named = [self._index.shards[n] for n in np.unique(shards) if n >= 0]
-            unverified = [shard for shard in named if shard.path.name not in self._verified]
-            # Hashing releases the interpreter lock.
-            with ThreadPoolExecutor(VERIFIERS) as pool:
-                faults = list(pool.map(_fault, (shard.path for shard in unverified)))
-            for shard, fault in zip(unverified, faults, strict=True):
+            if self._index is None:
+                shards = list(self._shards.values())
+                keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in shards)])
+                order = np.argsort(keys, kind="stable")
+                self._index = shards, np.cumsum([0, *(len(one.keys) for one in shards)]), order, keys[order]
+            shards, starts, order, ordered = self._index
+            number, row = np.full(len(wanted), -1, np.int32), np.zeros(len(wanted), np.int32)
+            if len(ordered):
+                place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
+                there = ordered[place] == wanted
+                position = order[place[there]]
+                number[there] = np.searchsorted(starts, position, side="right") - 1
+                row[there] = position - starts[number[there]]
+            used = [shards[n].path for n in np.unique(number) if n >= 0]
+            unverified = [path for path in used if path.name not in self._verified]
+            with ThreadPoolExecutor(VERIFIERS) as pool:  # hashing releases the interpreter lock
+                faults = list(pool.map(_fault, unverified))
+            for path, fault in zip(unverified, faults, strict=True):
                 if fault is None:
-                    self._verified.add(shard.path.name)
+                    self._verified.add(path.name)
                 else:
-                    self._refuse(shard.path, fault)
+                    self._refuse(path, fault)
             if not any(faults):
-                return shards, rows
+                return shards, number, row
 
     def _list(self) -> None:
         """Updates the list of shards."""
@@ -166,8 +171,7 @@ class RowCache:
                 try:
                     self._shards[name] = _read_header(path, self._name)
                     self._index = None
-                # Foreign files raise many types.
-                except Exception as error:
+                except Exception as error:  # foreign files raise many types
                     self._refuse(path, error)
             elif name.startswith(".") and SUFFIX in name:
                 with suppress(OSError):
@@ -188,43 +192,20 @@ class RowCache:
                 action = f"was renamed to {path.stem}{DAMAGED}"
         self._print(f"the cache file {path} {_reason(fault)}; it {action}, and its rows are computed again")
 
-    # ---- writing
-
-    def _write(self, path: Path, content: bytes, needed: int) -> None:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise ValueError(
-                    f"the cache {self.folder} needs {_size(needed)} more and its disk has {_size(free)} left; "
-                    f"free some, or {WAY_OUT}"
-                )
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            disk.sync(self.folder)
-        except OSError as error:
-            raise ValueError(
-                f"the cache {self.folder} cannot be written: {error.strerror or error} ({_size(needed)} more are "
-                f"needed); fix that, or {WAY_OUT}"
-            ) from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        self._refused.discard(path.name)
-
 
 class CachedRows:
-    """Rows of a cache by position: `rows[indices]` copies them into memory, and keeps nothing there."""
+    """Rows of a cache by position: `rows[indices]` copies them into memory, and keeps nothing there.
 
-    def __init__(self, shards: list[_Shard], shard: np.ndarray, row: np.ndarray, files: _Files) -> None:
-        self._shards, self._shard, self._row, self._files = shards, shard, row, files
+    Args:
+        shards: all shards.
+        number, row: of each row its shard and the place in it.
+    """
+
+    def __init__(self, shards: list[_Shard], number: np.ndarray, row: np.ndarray) -> None:
+        self._shards, self._number, self._row = shards, number, row
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return len(self._row)
 
     def __getitem__(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[N, …] for N ≥ 1 positions of rows of one shape and dtype.
@@ -233,70 +214,25 @@ class CachedRows:
             ValueError: if a file was truncated or removed since it was verified.
         """
         positions = np.asarray(indices, dtype=np.int64)
-        chosen = self._shard[positions]
-        first = self._shards[chosen[0]]
-        for shard in (self._shards[n] for n in np.unique(chosen)):
-            assert (shard.shape, shard.dtype) == (first.shape, first.dtype), (shard.shape, first.shape)
+        numbers, rows = self._number[positions], self._row[positions]
+        first = self._shards[numbers[0]]
         found = torch.empty((len(positions), *first.shape), dtype=first.dtype)
         places = found.view(len(positions), -1).view(torch.uint8).numpy()  # [N, bytes of a row]
-        for place in np.argsort(chosen, kind="stable"):  # shard by shard
-            self._read(int(chosen[place]), int(self._row[positions[place]]), places[place])
+        for number in np.unique(numbers):
+            shard = self._shards[number]
+            assert (shard.shape, shard.dtype) == (first.shape, first.dtype), (shard.shape, first.shape)
+            try:
+                with open(shard.path, "rb", buffering=0) as file:
+                    for place in np.flatnonzero(numbers == number):
+                        file.seek(shard.start + int(rows[place]) * shard.row_bytes)
+                        if file.readinto(places[place].data) != shard.row_bytes:
+                            raise ValueError("ends early")
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"the cache file {shard.path} was changed during the run: it {_reason(error)}; start again to "
+                    "compute its rows"
+                ) from None
         return found
-
-    def _read(self, number: int, row: int, place: np.ndarray) -> None:
-        shard = self._shards[number]
-        try:
-            file = self._files.open(shard.path)
-            file.seek(shard.start + row * shard.row_bytes)
-            count = file.readinto(place.data)
-            fault = None if count == shard.row_bytes else "ends early"
-        except OSError as error:
-            fault = _reason(error)
-        if fault is not None:
-            raise ValueError(
-                f"the cache file {shard.path} was changed during the run: it {fault}; start again to compute its rows"
-            )
-
-
-class _Files:
-    """Open files, least recently used first."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, FileIO] = OrderedDict()
-        weakref.finalize(self, _close_all, self._open)
-
-    def open(self, path: Path) -> FileIO:
-        file = self._open.pop(path, None) or FileIO(path)
-        self._open[path] = file
-        if len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)[1].close()
-        return file
-
-
-@dataclass(frozen=True, eq=False)
-class _Index:
-    """Sorted keys, S16 [N], with shard and row: 24 bytes per row."""
-
-    shards: list[_Shard]
-    keys: np.ndarray
-    shard: np.ndarray
-    row: np.ndarray
-
-    @classmethod
-    def from_shards(cls, shards: list[_Shard]) -> _Index:
-        counts = [len(shard.keys) for shard in shards]
-        keys = np.concatenate([shard.keys for shard in shards]) if shards else np.empty(0, f"S{KEY_BYTES}")
-        order = np.argsort(keys, kind="stable")
-        shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-        row = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.empty(0, np.int32)])
-        return cls(shards, keys[order], shard[order], row[order])
-
-    def find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if len(self.keys) == 0:
-            return np.full(len(wanted), -1, np.int32), np.zeros(len(wanted), np.int32)
-        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        there = self.keys[place] == wanted
-        return np.where(there, self.shard[place], np.int32(-1)), np.where(there, self.row[place], np.int32(0))
 
 
 def _packed(keys: Sequence[str]) -> np.ndarray:
@@ -329,11 +265,9 @@ def _read_header(path: Path, store: str) -> _Shard:
 
 def _fault(path: Path) -> Exception | None:
     """Why a shard cannot be used; None if its bytes match its name."""
-    digest, buffer = hashlib.sha256(), bytearray(2**20)
     try:
-        with FileIO(path) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         return error
     return None if path.stem == _hash_name(digest) else ValueError("has changed since it was written")
@@ -351,8 +285,3 @@ def _reason(error: Exception) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _close_all(files: OrderedDict[Path, FileIO]) -> None:
-    for file in files.values():
-        file.close()

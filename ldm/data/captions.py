@@ -1,4 +1,4 @@
-"""Reading captions: text files, JSON, table cells, and names of folders."""
+"""Captions: text files, JSON, table cells, names of folders; and files that look like captions and are not read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import ast
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from ldm.data.file_types import CAPTION_FILES
+from ldm.data.files import (
+    CAPTION_FILES,
+    DOCUMENTS,
+    IMAGES,
+    FolderFiles,
+    last_part,
+    nfc,
+    parent_prefix,
+    stem,
+    suffix,
+)
+from ldm.data.sources import CaptionSource
 
 # In order of preference; case is ignored, "-" and " " count as "_".
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
@@ -180,7 +194,7 @@ def sidecar_captions(
     good: list[str] = []
     faults: list[tuple[str, str]] = []
     for path in texts or paths:
-        name = printable(path[path.rfind("/") + 1 :])
+        name = printable(last_part(path))
         try:
             data = read(path)
             found, reasons = (caption_lines(data), []) if texts else json_captions(data, column)
@@ -213,16 +227,25 @@ def match_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
     return next((found[name] for name in names if name in found), None)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns that the data config names: of images or their files, and of captions; None to find them."""
+
+    image: str | None = None
+    caption: str | None = None
+
+
 def choose_column(
-    where: str, columns: list[str], possible: list[str], names: tuple[str, ...], key: str, given: str | None
+    where: str, columns: list[str], possible: list[str], names: tuple[str, ...], what: str, given: str | None
 ) -> str:
-    """The column that the config gives, else the one with the first of `names`, else the only possible one.
+    """The given column, else the one with the first of `names`, else the only possible one.
 
     Args:
         where: name of the table, for messages.
         columns, possible: all columns, and those of a suitable type.
         names: usual names, in order of preference.
-        key, given: "image_column" or "caption_column", and its value in the config.
+        what: "image" or "caption".
+        given: of `Columns`.
 
     Raises:
         ValueError: listing the columns.
@@ -230,14 +253,144 @@ def choose_column(
     listed = ", ".join([*(printable(column)[:60] for column in columns[:30]), *(["…"] if len(columns) > 30 else [])])
     if given is not None:
         if given not in columns:
-            raise ValueError(f'data.{key} is "{given}", but {where} has no such column; it has {listed}')
+            raise ValueError(f'data.{what}_column is "{given}", but {where} has no such column; it has {listed}')
         return given
     found = match_column(possible, names)
     if found is not None:
         return found
     if len(possible) == 1:
         return possible[0]
-    what = "image" if key == "image_column" else "caption"
     raise ValueError(
-        f"{where}: which column holds the {what}s cannot be told from the columns {listed}; set data.{key}"
+        f"{where}: which column holds the {what}s cannot be told from the columns {listed}; set data.{what}_column"
     )
+
+
+# ---- files that look like captions and are not read
+
+_SHEETS = (".xlsx", ".ods", ".xlsm")
+# Suffixes of files that may hold captions.
+_CANDIDATES = frozenset(
+    (
+        *(".txt", ".caption", ".captions", ".cap", ".token", ".tags", ".prompt", ".text", ".lst", ".rtf", ".md"),
+        *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".dat", ""),
+        *(".parquet", ".arrow", ".feather", ".xls", ".sqlite", ".sqlite3", ".db", *_SHEETS),
+    )
+)
+_ENDS = "|".join(re.escape(end[1:]) for end in sorted(IMAGES, key=len, reverse=True))
+# File names of images. These patterns begin at a word or cell and have a limited length, so that they stay fast on
+# texts without line ends.
+_IMAGE_NAME = re.compile(rf"(?<![^\s\"'|,;:<>\\/])[^\s\"'|,;:<>\\/]{{1,255}}\.(?:{_ENDS})(?![a-z0-9])", re.IGNORECASE)
+# The whole cell with a file name.
+_CELL = re.compile(rf"(?<![^\t,;|\"<>\n])[^\t,;|\"<>\n]{{0,999}}\.(?:{_ENDS})(?:#\d+)?(?![a-z0-9])", re.IGNORECASE)
+_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,},? +[^\W\d_]{2}")  # or tags
+_MAX_BYTES = 2**24  # read of each file
+_MAX_FILES = 20  # read of files that are named after images
+
+
+def find_unread_captions(
+    found: FolderFiles, read: Collection[str], reasons: Mapping[str, str], captioned: Collection[str]
+) -> list[CaptionSource]:
+    """Unread files that name images of the folder, or are named after them.
+
+    Args:
+        read: the files of the sources of captions.
+        reasons: why readable tables are not used.
+        captioned: the images that have captions.
+    """
+    folded = {owner.casefold() for owner in found.image_stems}
+    by_stem: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
+    for path in found.images:
+        name = last_part(nfc(path))
+        for owner in (name, stem(name)):
+            by_stem.setdefault(owner.casefold(), set()).add(path)
+        for word in _image_names(name)[-1:]:
+            by_name.setdefault(word, set()).add(path)
+    named_after: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (folder, suffix) → (file, its image)
+    sources: list[CaptionSource] = []
+    for path in found.files:
+        if path in read or suffix(path) not in _CANDIDATES or last_part(path).lower().startswith(DOCUMENTS):
+            continue
+        if nfc(stem(path)).casefold() in folded and suffix(path) in CAPTION_FILES:
+            continue  # sidecars
+        bare = stem(last_part(nfc(path))).casefold()
+        if suffix(path) and bare in by_stem:
+            named_after.setdefault((parent_prefix(path), suffix(path)), []).append((path, bare))
+            continue
+        text = _text(found.root / path)
+        images = {image for name in _image_names(nfc(text)) for image in by_name.get(name, ())}
+        if not text and suffix(path) in _SHEETS:
+            sources.append(CaptionSource(path, 0, reason=f"it cannot be opened; {_advice(path)}", doubtful=True))
+        # A table may also name images that were moved or renamed.
+        elif images or (path in reasons and _IMAGE_NAME.search(text)):
+            sources.append(_source(path, images, captioned, text, reasons.get(path, _advice(path))))
+        elif suffix(path) and (image := _image_part(bare, by_stem)) is not None:
+            named_after.setdefault((parent_prefix(path), suffix(path)), []).append((path, image))
+    for (folder, kind), named in named_after.items():
+        images = {image for _, owner in named for image in by_stem[owner]}
+        paths = [path for path, _ in named]
+        text = "\n".join(_text(found.root / path) for path in paths[:_MAX_FILES])
+        name = paths[0] if len(paths) == 1 else f"{folder}*{kind}"
+        beside = all(nfc(stem(path)) in found.image_stems for path in paths)
+        reason = f"{kind} beside images is not read" if beside else "named after images that it does not lie beside"
+        if any(stem(last_part(nfc(path))).casefold() != owner for path, owner in named):
+            reason = f"its name is longer than that of the image; rename it, such as a{kind} of a.png"
+        if kind == ".json" and beside:
+            reason = "no caption under a usual name; set data.caption_column"
+        sources.append(_source(name, images, captioned, text, reason))
+    return sources
+
+
+def _image_part(name: str, by_stem: Mapping[str, object]) -> str | None:
+    """The image in a name such as "1_caption" or "caption-1"; None for other names."""
+    parts = (re.sub(r"[._ -]+[^\W\d_]+$", "", name), re.sub(r"^[^\W\d_]+[._ -]+", "", name))
+    return next((part for part in parts if part in by_stem), None)
+
+
+def _image_names(text: str) -> list[str]:
+    """The names of images in a text, in lower case, without opening brackets."""
+    return [word.lstrip("([{=&").casefold() for word in _IMAGE_NAME.findall(text)]
+
+
+def _source(name: str, images: set[str], captioned: Collection[str], text: str, reason: str) -> CaptionSource:
+    return CaptionSource(name, len(images), len(images.difference(captioned)), reason, _has_words(name, text))
+
+
+def _has_words(path: str, text: str) -> bool:
+    """Whether a text has words besides names of images; a list of files is no source of captions."""
+    if suffix(path) in _SHEETS:
+        return True
+    lines = (_CELL.sub("", line) for line in text.splitlines() if _CELL.search(line)) if suffix(path) != ".xml" else ()
+    beside_names = suffix(path) != ".json" and any(re.search(r"[^\W\d_]{2,}", line) for line in lines)
+    return beside_names or _WORDS.search(_CELL.sub("", text)) is not None
+
+
+def _advice(path: str) -> str:
+    kind = f"{suffix(path)} of this kind" if suffix(path) else "a file without a suffix"
+    return f"{kind} is not read; save it as CSV with the columns file_name and text"
+
+
+def _text(path: Path) -> str:
+    """The readable text of a file of any format; most store file names as plain letters."""
+    try:
+        if path.suffix.lower() in _SHEETS:
+            return _sheet_text(path)
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES)
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return decode_text(data[: len(data) // 4 * 4], "surrogateescape")
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return ""
+    # UTF-16 without a mark has a NUL beside each letter.
+    return data.replace(b"\0", b"").decode("utf-8", "replace")
+
+
+def _sheet_text(path: Path) -> str:
+    text = b""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            content = last_part(name) in ("sharedStrings.xml", "content.xml")
+            if content or name.startswith("xl/worksheets/sheet"):
+                with archive.open(name) as part:
+                    text += part.read(_MAX_BYTES - len(text))
+    return text.decode("utf-8", "replace")

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import PIL
+import torch
+from PIL import features
 
 from ldm.cores import usable_cores
-from ldm.data.duplicates import THUMBNAIL, Bytes, near_duplicate_clusters
-from ldm.data.image_info import ImageInfo, ImageInfoCache, image_info
+from ldm.data.cache import RowCache
+from ldm.data.duplicates import THUMBNAIL, Bytes, near_duplicate_clusters, thumbnail
+from ldm.data.images import FORMATS, cutout_color
 from ldm.data.rng import content_hash
-from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source
+from ldm.data.sources import CaptionSource, DataConfig, Decoded, Sample, Skipped, Source
 
 # Images between two writes of the cache, which an interruption loses.
 _BLOCK = 256
 _PROGRESS_DELAY = 2.0  # seconds
+# Raised when the record or the result of `decode` changes.
+_VERSION = 6
+# Of an image in the cache; `rest` is JSON: size, format, cutout.
+_RECORD = np.dtype([("pixels", "u1", 16), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)), ("rest", "S240")])
 
 
 class ImageFormat(NamedTuple):
@@ -96,8 +106,7 @@ def inspect(
     if source.curated and not include_curated:
         return Inspection(source.name, source.samples, source.skipped, caption_sources=source.caption_sources)
     assert len({sample.id for sample in source.samples}) == len(source.samples), "ids are distinct"
-    cache = None if source.curated else ImageInfoCache(config)
-    found, unreadable, thumbnails, cache_error = _decode_all(source, cache, workers, progress)
+    found, unreadable, thumbnails, cache_error = _decode_all(source, config, workers, progress)
     by_name = sorted(found, key=lambda one: natural_order(one.sample.id))
     copies: dict[str, _Found] = {}  # id → the used sample with the same pixels
     if not source.curated:
@@ -105,9 +114,21 @@ def inspect(
         for one in by_name:
             if first.setdefault(one.pixels, one) is not one:
                 copies[one.sample.id] = first[one.pixels]
+    captions: dict[str, tuple[str, ...]] = {}  # of the samples that have copies
+    duplicates = []
+    for one in by_name:
+        of = copies.get(one.sample.id)
+        if of is not None:
+            so_far = captions.get(of.sample.id, of.sample.captions)
+            added = tuple(text for text in dict.fromkeys(one.sample.captions) if text not in so_far)
+            captions[of.sample.id] = so_far + added
+            duplicates.append(Duplicate(one.sample.display_name, of.sample.display_name, added))
     distinct = [one for one in by_name if one.sample.id not in copies]
-    clusters = _near_duplicates(distinct, thumbnails)
-    captions, duplicates = _merge_captions(by_name, copies)
+    firsts = near_duplicate_clusters(thumbnails[[one.place for one in distinct]], [one.size for one in distinct])
+    members: dict[int, list[_Found]] = defaultdict(list)
+    for one, of_cluster in zip(distinct, firsts.tolist(), strict=True):
+        members[of_cluster].append(one)
+    clusters = [cluster for _, cluster in sorted(members.items()) if len(cluster) > 1]
     groups = {} if source.curated else _merge_groups(by_name, copies, clusters)
     used = [one for one in found if one.sample.id not in copies]
     inspection = Inspection(
@@ -150,26 +171,81 @@ def _tokens(text: str) -> tuple[object, ...]:
     return tuple(parts)
 
 
-class _Found(NamedTuple):
-    """A decodable sample, and the index of its thumbnail."""
+class _Info(NamedTuple):
+    """What decoding tells of an image: a hash of the size and the RGB pixels, size, format, cutout (`Sample`) and
+    `duplicates.thumbnail`.
+    """
 
-    sample: Sample
-    digest: str
     pixels: bytes
     size: tuple[int, int]
     format: ImageFormat
+    cutout: tuple[int, int, int] | None
+    thumbnail: Bytes
+
+
+class _Found(NamedTuple):
+    """A decodable sample: its place in the source, and what `_Info` tells."""
+
+    sample: Sample
+    digest: str
     place: int
+    pixels: bytes
+    size: tuple[int, int]
+    format: ImageFormat
     cutout: tuple[int, int, int] | None
 
 
+def _info(decoded: Decoded) -> _Info:
+    image = decoded.image
+    hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+    hashed.update(image.tobytes())
+    stored = ImageFormat(decoded.format, decoded.mode, decoded.traits)
+    return _Info(hashed.digest(), image.size, stored, cutout_color(decoded.alpha, image), thumbnail(image))
+
+
+def info_cache(config: DataConfig) -> RowCache:
+    """The cache of image info by the hash of the file, in a folder named after everything else it depends on."""
+    depends = (_VERSION, PIL.__version__, features.version("littlecms2"), FORMATS, config.background_rgb, _RECORD.descr)
+    name = hashlib.blake2b(repr(depends).encode(), digest_size=8).hexdigest()
+    return RowCache(config.cache_folder / "facts" / name, print=lambda _: None)
+
+
+def _write_info(cache: RowCache, info: Mapping[str, _Info]) -> None:
+    records = np.zeros(len(info), _RECORD)
+    for record, one in zip(records, info.values(), strict=True):
+        rest = json.dumps([one.size, one.format, one.cutout]).encode()
+        assert len(rest) <= _RECORD["rest"].itemsize, f"{rest!r} would be cut short"
+        record["pixels"] = np.frombuffer(one.pixels, np.uint8)
+        record["thumbnail"], record["rest"] = one.thumbnail, rest
+    if len(info):
+        cache.add(list(info), torch.from_numpy(records.view(np.uint8).reshape(len(info), -1)))
+
+
+def _read_info(cache: RowCache, digests: Sequence[str]) -> dict[str, _Info]:
+    """The info by hash, without that of damaged files."""
+    missing = {digests[place] for place in cache.missing(digests)}
+    hits = [digest for digest in dict.fromkeys(digests) if digest not in missing]
+    found: dict[str, _Info] = {}
+    if not hits:
+        return found
+    records = cache.open(hits)[range(len(hits))].numpy().view(_RECORD)[:, 0]
+    for digest, record in zip(hits, records, strict=True):
+        size, (format, mode, traits), cutout = json.loads(record["rest"])
+        stored = ImageFormat(format, mode, tuple(traits))
+        color = None if cutout is None else tuple(cutout)
+        found[digest] = _Info(record["pixels"].tobytes(), tuple(size), stored, color, record["thumbnail"])
+    return found
+
+
 def _decode_all(
-    source: Source, cache: ImageInfoCache | None, workers: int | None, progress: bool
+    source: Source, config: DataConfig, workers: int | None, progress: bool
 ) -> tuple[list[_Found], list[Skipped], Bytes, str]:
     """(decodable samples, others, thumbnails [N, 16, 16, 3], why the cache cannot be written)."""
     from tqdm import tqdm
 
     samples = source.samples
-    known = cache.known if cache else set()
+    cache = None if source.curated else info_cache(config)
+    known = cache.keys() if cache else set()
     found: list[_Found] = []
     unreadable: list[Skipped] = []
     thumbnails = np.zeros((len(samples), THUMBNAIL, THUMBNAIL, 3), np.uint8)
@@ -189,7 +265,7 @@ def _decode_all(
             block = samples[start : start + _BLOCK]
             results = list(pool.map(lambda sample: _examine(sample, known, source.captioned), block))
             hits = [one[0] for one in results if not isinstance(one, str) and one[1] is None]
-            cached = cache.read(hits) if cache else {}
+            cached = _read_info(cache, hits) if cache else {}
             new = {}
             for place, result in enumerate(results, start):
                 # Damaged records are computed again.
@@ -202,60 +278,34 @@ def _decode_all(
                 if computed is not None:
                     new[digest] = computed
                 info = computed or cached[digest]
-                stored = ImageFormat(info.format, info.mode, info.traits)
-                stored = formats.setdefault(stored, stored)
                 thumbnails[place] = info.thumbnail
-                found.append(_Found(samples[place], digest, info.pixels, info.size, stored, place, info.cutout))
+                stored = formats.setdefault(info.format, info.format)
+                found.append(_Found(samples[place], digest, place, info.pixels, info.size, stored, info.cutout))
             bar.update(len(block))
             try:
                 if cache and not cache_error:
-                    cache.write(new)
+                    _write_info(cache, new)
             except ValueError as error:
                 cache_error = str(error)
     return found, unreadable, thumbnails, cache_error
 
 
-def _examine(sample: Sample, known: Collection[str], captioned: bool) -> tuple[str, ImageInfo | None] | str:
+def _examine(sample: Sample, known: Collection[str], captioned: bool) -> tuple[str, _Info | None] | str:
     """(digest, info, None if the digest is known), or why the sample cannot be used."""
     if captioned and not sample.captions:
         return "no caption"
     try:
         data = sample.read()
         digest = content_hash(data)
-        return digest, None if digest in known else image_info(sample.decode(data))
+        return digest, None if digest in known else _info(sample.decode(data))
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     except (ValueError, MemoryError) as error:
         return str(error) or type(error).__name__
 
 
-def _merge_captions(
-    by_name: Sequence[_Found], copies: Mapping[str, _Found]
-) -> tuple[dict[str, tuple[str, ...]], list[Duplicate]]:
-    """Captions by id of the samples that have copies, with those of the copies; and the copies."""
-    captions: dict[str, tuple[str, ...]] = {}
-    duplicates = []
-    for one in by_name:
-        of = copies.get(one.sample.id)
-        if of is not None:
-            so_far = captions.get(of.sample.id, of.sample.captions)
-            added = tuple(text for text in dict.fromkeys(one.sample.captions) if text not in so_far)
-            captions[of.sample.id] = so_far + added
-            duplicates.append(Duplicate(one.sample.display_name, of.sample.display_name, added))
-    return captions, duplicates
-
-
-def _near_duplicates(distinct: Sequence[_Found], thumbnails: Bytes) -> list[list[_Found]]:
-    """The clusters of near-duplicates with more than one member, in the order given."""
-    firsts = near_duplicate_clusters(thumbnails[[one.place for one in distinct]], [one.size for one in distinct])
-    members: dict[int, list[_Found]] = defaultdict(list)
-    for one, first in zip(distinct, firsts.tolist(), strict=True):
-        members[first].append(one)
-    return [cluster for _, cluster in sorted(members.items()) if len(cluster) > 1]
-
-
 def _merge_groups(
-    by_name: Sequence[_Found], copies: Mapping[str, _Found], clusters: Iterable[Sequence[_Found]]
+    by_name: Sequence[_Found], copies: Mapping[str, _Found], clusters: Sequence[Sequence[_Found]]
 ) -> dict[str, str]:
     """Group of the source → merged group, named after its first in natural order (union-find)."""
     rank: dict[str, int] = {}

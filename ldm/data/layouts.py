@@ -19,38 +19,46 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ldm.data.captions import plural, printable
-from ldm.data.file_types import IMAGES, misnamed_image, stem, suffix, unsupported_reason
+from ldm.data.captions import Columns, find_unread_captions, plural, printable
+from ldm.data.files import IMAGES, FolderFiles, list_files, misnamed_image, stem, suffix, unsupported_reason
 from ldm.data.folder import (
-    Candidate,
-    FolderFiles,
-    SampleListing,
+    FOLDERS,
+    METADATA,
+    SIDECARS,
+    Decode,
+    Listing,
     file_sample,
-    list_classes,
-    list_files,
-    list_sidecars,
+    read_classes,
+    read_metadata,
+    read_named_tables,
+    read_sidecars,
     summary,
 )
-from ldm.data.metadata import METADATA, list_metadata, list_named_tables
+from ldm.data.images import decode
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
-from ldm.data.rows import first_line
-from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Sample, Skipped, Source
-from ldm.data.tables import (
+from ldm.data.shards import (
     ImageTable,
-    has_images,
+    copy_parquet,
+    image_columns,
     is_saved,
-    list_tables,
-    open_arrow,
-    open_hub,
-    open_parquet,
-    open_saved,
+    read_arrow,
+    read_hub,
+    read_saved,
+    read_schema,
+    read_tables,
+    read_tar,
+    row_count,
+    table_columns,
 )
-from ldm.data.tars import list_tar
-from ldm.data.unread_captions import find_unread_captions
+from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Sample, Skipped, Source
 
-SIDECARS, SHARDS, FOLDERS = "sidecars", "shards", "folders"
+SHARDS = "shards"
+# How messages call what a folder is read by.
+_KINDS = {SIDECARS: "captions beside images", FOLDERS: "the names of sub-folders"}
 # The names of splits that `datasets` knows.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -92,15 +100,30 @@ def _open(config: DataConfig, captioned: bool) -> Source:
         return open_scenes(config)
     path = Path(config.path).expanduser().absolute()  # samples stay readable when the working directory changes
     if path.is_dir() and is_saved(path):
-        listing = SampleListing("", *list_tables([open_saved(path, config, captioned)], path, config, captioned))
-        return _source(str(path), listing, f"no captioned image in {path}", captioned)
+        dataset = read_saved(path, config.split)
+        return _source(str(path), _read_dataset(dataset, str(path), path, config, captioned), captioned)
     if path.is_dir():
         return _open_folder(path, config, captioned)
     if path.exists():
         return _open_file(path, config, captioned)
     check_path(config.path)
-    listing = SampleListing("", *list_tables([open_hub(config, captioned)], None, config, captioned))
-    return _source(config.path, listing, f"data set {config.path} has no captioned image", captioned)
+    dataset = read_hub(config.path, config.subset, config.split)
+    listing = _read_dataset(dataset, config.path, None, config, captioned)
+    return _source(config.path, listing, captioned, f"data set {config.path} has no captioned image")
+
+
+def _columns(config: DataConfig) -> Columns:
+    return Columns(config.image_column, config.caption_column)
+
+
+def _decoder(config: DataConfig) -> Decode:
+    return partial(decode, background=config.background_rgb)
+
+
+def _read_dataset(dataset: Any, name: str, folder: Path | None, config: DataConfig, captioned: bool) -> Listing:
+    columns = table_columns(name, dataset.features.arrow_schema, _columns(config), captioned)
+    samples, skipped = read_tables([ImageTable(name, dataset, columns)], folder, _decoder(config), captioned)
+    return Listing(SHARDS, samples, skipped)
 
 
 def _with_templates(sample: Sample, templates: tuple[str, ...]) -> Sample:
@@ -121,32 +144,32 @@ def check_path(name: str) -> None:
 
 
 def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
-    found = list_files(folder)
-    tables, broken = _tables_with_images(found)
+    found, columns, decoder = list_files(folder), _columns(config), _decoder(config)
+    schemas, broken = _image_tables(found)
     # `image_column` asks for a table.
-    shards = tables if config.image_column is not None else found.ending(".tar") or tables
-    candidates, reasons = _candidates(found, tables, config)
-    classes = list_classes(found, config.background_rgb) if config.image_column is None else None
-    in_shards = _shard_images(found, shards, config) if shards and (candidates or classes) else 0
-    chosen = _choose_source(found, candidates, reasons, shards, in_shards, classes, config, captioned)
-    name, listing = str(folder), SampleListing("")
+    shards = list(schemas) if columns.image is not None else found.ending(".tar") or list(schemas)
+    listings, reasons = _listings(found, list(schemas), config)
+    classes = read_classes(found, decoder) if columns.image is None else None
+    in_shards = _shard_images(found, shards, config) if shards and (listings or classes) else 0
+    chosen = _choose_source(found, listings, reasons, shards, in_shards, classes, config, captioned)
+    name, listing = str(folder), Listing()
     if chosen == SHARDS:
-        paths, split = choose_split(str(folder), shards, config)
-        listing = _list_shards(found, paths, config, captioned)
+        paths, split = choose_split(str(folder), shards, config.subset, config.split)
+        listing = _read_shards(folder, paths, schemas, config, captioned)
         listing.covered.update(shards)  # of other splits too
         name += f" (split {split})" if split else ""
     else:
         for key, value in (("subset", config.subset), ("split", config.split)):
             if value not in (None, "train"):
                 raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
-        listing = next((candidate.listing for candidate in candidates if candidate.name == chosen), listing)
+        listing = next((one for one in listings if one.name == chosen), listing)
     if chosen == FOLDERS and classes is not None:
         listing = classes
     with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
-    sources = list(_describe(candidates, chosen, len(listing.samples), with_captions))
-    read = {path for candidate in candidates for path in (*candidate.listing.covered, *candidate.files)}
+    sources = list(_describe(listings, chosen, len(listing.samples), with_captions))
+    read = {path for one in listings for path in (*one.covered, *one.files)}
     sources.sort(key=lambda source: source.reason != "")  # the used one first
-    sources += find_unread_captions(found, {*read, *tables}, reasons, with_captions)
+    sources += find_unread_captions(found, {*read, *schemas}, reasons, with_captions)
     if config.caption_source is not None:  # the choice is deliberate
         why = f"data.caption_source is {config.caption_source}"
         sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
@@ -154,46 +177,43 @@ def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
         sources.append(CaptionSource(SHARDS, in_shards, 0, f"{chosen} is read"))
     if classes is not None:
         listing = _with_classes(folder, listing, classes, chosen, sources, config, captioned)
-    listing.skipped += found.skipped
     reported = {source.name for source in sources}
-    listing.skipped = [entry for entry in listing.skipped if entry.path not in reported]
+    listing.skipped = [entry for entry in [*listing.skipped, *found.skipped] if entry.path not in reported]
     if not captioned:
         _add_uncaptioned(found, listing, config, by_path=chosen not in (None, SIDECARS, SHARDS, FOLDERS))
-    _skip_the_rest(found, {*found.ending(".tar"), *tables}, broken, listing)
+    _skip_the_rest(found, {*found.ending(".tar"), *schemas}, broken, listing)
     nothing = f"no captioned image in {folder}, which holds {summary(found)}"
-    return _source(name, listing, nothing, captioned, tuple(sources))
+    return _source(name, listing, captioned, nothing, tuple(sources))
 
 
-def _candidates(found: FolderFiles, tables: list[str], config: DataConfig) -> tuple[list[Candidate], dict[str, str]]:
+def _listings(found: FolderFiles, with_images: list[str], config: DataConfig) -> tuple[list[Listing], dict[str, str]]:
     """(metadata, tables and sidecars, in order of preference; why other tables are not used)."""
-    given = config.caption_source
+    given, columns, decoder = config.caption_source, _columns(config), _decoder(config)
     if given in found.files:
-        return list_named_tables(found, config, [given])
-    metadata = list_metadata(found, tables, config)
-    named, reasons = list_named_tables(found, config)
+        return read_named_tables(found, columns, decoder, [given])
+    metadata = read_metadata(found, with_images, columns, decoder)
+    named, reasons = read_named_tables(found, columns, decoder)
     # At a tie, the shorter name: Flickr8k.token.txt, not Flickr8k.lemma.token.txt.
     named.sort(key=lambda one: (len(one.name), one.name))
-    candidates = [*([metadata] if metadata else []), *(one for one in named if not one.weak)]
-    if config.image_column is None:
-        sidecars = list_sidecars(found, config.caption_column, config.background_rgb)
-        candidates += [Candidate(SIDECARS, sidecars)] if sidecars else []
-    return [*candidates, *(one for one in named if one.weak)], reasons
+    sidecars = read_sidecars(found, columns.caption, decoder) if columns.image is None else None
+    strong, weak = ([one for one in named if one.weak == which] for which in (False, True))
+    return [one for one in (metadata, *strong, sidecars, *weak) if one is not None], reasons
 
 
 def _choose_source(
     found: FolderFiles,
-    candidates: Sequence[Candidate],
+    listings: Sequence[Listing],
     reasons: Mapping[str, str],
     shards: Sequence[str],
     in_shards: int,
-    classes: SampleListing | None,
+    classes: Listing | None,
     config: DataConfig,
     captioned: bool,
 ) -> str | None:
     """The name of the source that captions most images, of equals the first; None if there is none."""
     given = config.caption_source
     if given is not None:
-        has = [*(one.name for one in candidates), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
+        has = [*(one.name for one in listings), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
         if given not in has:
             why = (
                 f"no captions can be read from it ({reasons[given]})"
@@ -202,18 +222,18 @@ def _choose_source(
             )
             ways = f"give one of {'; '.join(map(printable, has))}, or leave it out" if has else "leave it out"
             raise ValueError(f'data.caption_source is "{given}", but in {found.root} {why}; {ways}')
-        error = next((one.error for one in candidates if one.name == given and one.error is not None), None)
+        error = next((one.error for one in listings if one.name == given and one.error is not None), None)
         if error is not None:
             raise error
         return given
-    sound = [one for one in candidates if one.error is None]
+    sound = [one for one in listings if one.error is None]
     # Numbers are unlikely captions.
     worded = [one for one in sound if not one.numbers] or ([] if classes and classes.samples else sound)
-    best = max(worded, key=lambda one: len(one.listing.samples), default=None)
-    if shards and (best is None or in_shards > len(best.listing.samples)):
+    best = max(worded, key=lambda one: len(one.samples), default=None)
+    if shards and (best is None or in_shards > len(best.samples)):
         return SHARDS
     if best is None:
-        error = next((one.error for one in candidates if one.error is not None), None)
+        error = next((one.error for one in listings if one.error is not None), None)
         if error is not None and captioned:
             raise error
         if config.image_column is not None:
@@ -233,36 +253,29 @@ def _choose_source(
 
 def _shard_images(found: FolderFiles, shards: Sequence[str], config: DataConfig) -> int:
     """The number of images in the shards that would be read, by the metadata of tables."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     try:
-        paths, _ = choose_split("", shards, config)
+        paths, _ = choose_split("", shards, config.subset, config.split)
     except ValueError:
         return 0
-    count = 0
-    for path in paths:
-        if suffix(path) == ".tar":
-            count += len(list_tar(found.root / path, path, config)[0])
-        elif suffix(path) == ".parquet":
-            count += parquet.read_metadata(found.root / path).num_rows
-        else:
-            with pa.memory_map(str(found.root / path)) as source:
-                count += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
-    return count
+    return sum(
+        len(read_tar(found.root / path, path, config.caption_column, _decoder(config))[0])
+        if suffix(path) == ".tar"
+        else row_count(found.root / path)
+        for path in paths
+    )
 
 
 def _describe(
-    candidates: Sequence[Candidate], chosen: str | None, count: int, with_captions: Collection[str]
+    listings: Sequence[Listing], chosen: str | None, count: int, with_captions: Collection[str]
 ) -> Iterator[CaptionSource]:
-    for one in candidates:
+    for one in listings:
         more = len(one.images.difference(with_captions))
         if one.name == chosen:
             reason = ""
         elif one.error is not None:
             reason = str(one.error)
-        elif not one.images and one.listing.skipped:
-            reason = f"{printable(one.listing.skipped[0].path)}: {one.listing.skipped[0].reason}"
+        elif not one.images and one.skipped:
+            reason = f"{printable(one.skipped[0].path)}: {one.skipped[0].reason}"
         elif chosen is None:
             reason = "it has numbers, not words"
         else:
@@ -272,13 +285,13 @@ def _describe(
 
 def _with_classes(
     folder: Path,
-    listing: SampleListing,
-    classes: SampleListing,
+    listing: Listing,
+    classes: Listing,
     chosen: str | None,
     sources: list[CaptionSource],
     config: DataConfig,
     captioned: bool,
-) -> SampleListing:
+) -> Listing:
     """The listing to use, if the names of sub-folders may be captions too: they are, if there are no others.
 
     Raises:
@@ -316,7 +329,7 @@ def _with_classes(
     return listing
 
 
-def _add_uncaptioned(found: FolderFiles, listing: SampleListing, config: DataConfig, by_path: bool) -> None:
+def _add_uncaptioned(found: FolderFiles, listing: Listing, config: DataConfig, by_path: bool) -> None:
     """Adds the images without captions, and removes the reasons why they were skipped.
 
     Args:
@@ -325,58 +338,64 @@ def _add_uncaptioned(found: FolderFiles, listing: SampleListing, config: DataCon
     taken = {sample.id for sample in listing.samples}
     images = [path for path in found.files if suffix(path) in IMAGES and path not in taken]
     groups = images if by_path else map(stem, images)
+    decoder = _decoder(config)
     listing.samples += [
-        file_sample(found, path, [], group, config.background_rgb) for path, group in zip(images, groups, strict=True)
+        file_sample(found, path, [], group, decoder) for path, group in zip(images, groups, strict=True)
     ]
-    if listing.kind != "shards":
+    if listing.name != SHARDS:
         listing.samples.sort(key=lambda sample: sample.id)
-    read = listing.covered if listing.kind != "shards" else set()  # skipped entries of shards remain
+    read = listing.covered if listing.name != SHARDS else set()  # skipped entries of shards remain
     listing.skipped = [entry for entry in listing.skipped if entry.path not in read.union(images)]
     listing.covered.update(images)
 
 
-def _list_shards(found: FolderFiles, paths: Sequence[str], config: DataConfig, captioned: bool) -> SampleListing:
-    listing = SampleListing("shards", uncovered="no caption: the shards beside it count alone")
+def _read_shards(
+    folder: Path, paths: Sequence[str], schemas: Mapping[str, Any], config: DataConfig, captioned: bool
+) -> Listing:
+    listing = Listing(SHARDS, uncovered="no caption: the shards beside it count alone")
+    given, decoder = _columns(config), _decoder(config)
     opened: list[ImageTable] = []
-    for path in paths:
-        if suffix(path) == ".tar":
-            samples, skipped = list_tar(found.root / path, path, config, captioned)
+    for name in paths:
+        path = folder / name
+        if suffix(name) == ".tar":
+            samples, skipped = read_tar(path, name, given.caption, decoder, captioned)
             listing.samples += samples
+            listing.skipped += skipped
+        elif suffix(name) == ".parquet":
+            columns = table_columns(printable(name), schemas[name], given, captioned)
+            opened.append(
+                ImageTable(name, copy_parquet(path, schemas[name], columns, config.cache_folder / "tables"), columns)
+            )
         else:
-            open_table = open_parquet if suffix(path) == ".parquet" else open_arrow
-            table, skipped = open_table(found.root / path, path, config, captioned)
-            opened += [table] if table else []
-        listing.skipped += skipped
-    samples, skipped = list_tables(opened, found.root, config, captioned)
+            try:
+                dataset = read_arrow(path)
+            except ValueError as error:
+                listing.skipped.append(Skipped(name, str(error)))
+                continue
+            columns = table_columns(printable(name), dataset.features.arrow_schema, given, captioned)
+            opened.append(ImageTable(name, dataset, columns))
+    samples, skipped = read_tables(opened, folder, decoder, captioned)
     listing.samples += samples
     listing.skipped += skipped
     return listing
 
 
-def _tables_with_images(found: FolderFiles) -> tuple[list[str], list[Skipped]]:
-    """(parquet and Arrow files with images, broken ones)."""
-    paths = found.ending(".parquet", ".arrow")
-    if not paths:
-        return [], []
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with_images, broken = [], []
-    for path in paths:
+def _image_tables(found: FolderFiles) -> tuple[dict[str, Any], list[Skipped]]:
+    """(the schemas of parquet and Arrow files with images, broken files)."""
+    schemas: dict[str, Any] = {}
+    broken: list[Skipped] = []
+    for path in found.ending(".parquet", ".arrow"):
         try:
-            if suffix(path) == ".parquet":
-                schema = parquet.read_schema(found.root / path)
-            else:
-                with pa.memory_map(str(found.root / path)) as source:
-                    schema = pa.ipc.open_stream(source).schema
-        except (pa.ArrowException, OSError) as error:
-            broken.append(Skipped(path, f"not a {suffix(path)} file that can be read: {first_line(error)}"))
+            schema = read_schema(found.root / path)
+        except ValueError as error:
+            broken.append(Skipped(path, str(error)))
         else:
-            with_images += [path] if has_images(schema) else []
-    return with_images, broken
+            if image_columns(schema):
+                schemas[path] = schema
+    return schemas, broken
 
 
-def _skip_the_rest(found: FolderFiles, shards: set[str], broken: Sequence[Skipped], listing: SampleListing) -> None:
+def _skip_the_rest(found: FolderFiles, shards: set[str], broken: Sequence[Skipped], listing: Listing) -> None:
     named = {entry.path for entry in listing.skipped}
     listing.skipped += [entry for entry in broken if entry.path not in named]
     for path in found.files:
@@ -388,24 +407,22 @@ def _skip_the_rest(found: FolderFiles, shards: set[str], broken: Sequence[Skippe
         elif suffix(path) in IMAGES:
             listing.skipped.append(Skipped(path, listing.uncovered))
         elif path in shards:
-            listing.skipped.append(Skipped(path, f"ignored: the folder is read by {listing.kind}"))
+            kind = _KINDS.get(listing.name, listing.name)
+            listing.skipped.append(Skipped(path, f"ignored: the folder is read by {kind}"))
         elif (reason := misnamed_image(found.root / path)) is not None:
             listing.skipped.append(Skipped(path, reason))
 
 
 def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:
-    nothing = f"no captioned image in {path}"
     if suffix(path.name) == ".tar":
-        listing = SampleListing("", *list_tar(path, path.name, config, captioned))
-        return _source(str(path), listing, nothing, captioned)
-    found = FolderFiles(path.parent, [path.name], [])
-    tables, broken = _tables_with_images(found)
+        return _source(str(path), _read_shards(path.parent, [path.name], {}, config, captioned), captioned)
+    schemas, broken = _image_tables(FolderFiles(path.parent, [path.name], []))
     if broken:
         raise ValueError(f"{path}: {broken[0].reason}; write or download it again")
-    if tables:
-        return _source(str(path), _list_shards(found, tables, config, captioned), nothing, captioned)
+    if schemas:
+        return _source(str(path), _read_shards(path.parent, [path.name], schemas, config, captioned), captioned)
     if suffix(path.name) in TEXT_TABLES:
-        named, _ = list_named_tables(list_files(path.parent), config, [path.name])
+        named, _ = read_named_tables(list_files(path.parent), _columns(config), _decoder(config), [path.name])
         if not named:
             raise ValueError(
                 f"no row of {path} names an image beside or below it; look at its column of file names, or give the "
@@ -413,30 +430,31 @@ def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:
             )
         if named[0].error is not None:
             raise named[0].error
-        return _source(str(path), named[0].listing, nothing, captioned)
+        return _source(str(path), named[0], captioned)
     reason = unsupported_reason(path.name) or "give the folder that holds the captioned images"
     raise ValueError(f"data.path {config.path} is a file; {reason}")
 
 
 def _source(
-    name: str, listing: SampleListing, nothing: str, captioned: bool, sources: tuple[CaptionSource, ...] = ()
+    name: str, listing: Listing, captioned: bool, nothing: str = "", sources: tuple[CaptionSource, ...] = ()
 ) -> Source:
+    """The listing as a source; `nothing` is the error if it has no samples."""
     skipped = tuple(sorted(listing.skipped, key=lambda entry: entry.path))
+    source = Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=captioned)
     if not listing.samples:
         telling = [entry for entry in skipped if not entry.reason.startswith("no caption")] or skipped
-        unused = [Skipped(source.name, source.reason) for source in sources if source.doubtful]
-        telling = [*unused, *telling]
+        telling = [*(Skipped(one.name, one.reason) for one in sources if one.doubtful), *telling]
         cause = f" ({printable(telling[0].path)}: {telling[0].reason})" if telling else ""
-        source = Source(name, (), skipped, caption_sources=sources, captioned=captioned)
+        nothing = nothing or f"no captioned image in {name}"
         if not captioned:
             raise NoCaptionsError(f"{nothing.replace('captioned ', '')}{cause}; add images", source)
         raise NoCaptionsError(f"{nothing}{cause}; {WAYS_OUT}", source)
     assert len({sample.id for sample in listing.samples}) == len(listing.samples)
-    return Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=captioned)
+    return source
 
 
-def choose_split(where: str, paths: Sequence[str], config: DataConfig) -> tuple[list[str], str | None]:
-    """The files of `config.subset` (a folder or file of that name) and `config.split`.
+def choose_split(where: str, paths: Sequence[str], subset: str | None, split: str) -> tuple[list[str], str | None]:
+    """The files of a subset (a folder or file of that name) and a split.
 
     The split is in the name of the file or a folder, as in `data/test-00000-of-00003.parquet`; "train" otherwise.
 
@@ -450,22 +468,22 @@ def choose_split(where: str, paths: Sequence[str], config: DataConfig) -> tuple[
     Raises:
         ValueError: listing the subsets or splits, if there are no such files.
     """
-    chosen = list(paths)
-    if config.subset is not None:
-        chosen = [path for path in paths if config.subset in PurePosixPath(path).with_suffix("").parts]
+    if subset is not None:
+        chosen = [path for path in paths if subset in PurePosixPath(path).with_suffix("").parts]
         if not chosen:
             folders = sorted({PurePosixPath(path).parent.as_posix() for path in paths})
             raise ValueError(
-                f'{where} has no files of the subset "{config.subset}"; its files lie in '
+                f'{where} has no files of the subset "{subset}"; its files lie in '
                 f"{', '.join(map(printable, folders))}; set data.subset to one of these, or leave it out"
             )
+        paths = chosen
     splits: dict[str, list[str]] = {}
-    for path in chosen:
+    for path in paths:
         splits.setdefault(_split_of(path), []).append(path)
-    wanted = _SPLITS.get(config.split, config.split)
+    wanted = _SPLITS.get(split, split)
     if wanted not in splits:
         raise ValueError(
-            f'{where} has no split "{config.split}"; it has {", ".join(sorted(splits))}; set data.split to one of these'
+            f'{where} has no split "{split}"; it has {", ".join(sorted(splits))}; set data.split to one of these'
         )
     return splits[wanted], wanted if len(splits) > 1 else None
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ldm.data import color
 from ldm.data.captions import plural, printable
 from ldm.data.dataset import split
+from ldm.data.images import ADOBE, CONVERTED, GAMMA, UNUSABLE
 from ldm.data.inspection import Duplicate, Inspection
 from ldm.data.sources import WAYS_OUT, CaptionSource, DataConfig, Sample, Skipped
 
@@ -28,9 +28,9 @@ _NARROWER, _WIDER = f"narrower than 1:{_EXTREME}", f"wider than {_EXTREME}:1"
 _SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
 # Colors that are not converted, although the image says that they are not sRGB.
 _UNCERTAIN = {
-    color.UNUSABLE: "a color profile that is damaged or of another kind of image",
-    color.GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
-    color.ADOBE: "Adobe RGB in EXIF, and no color profile",
+    UNUSABLE: "a color profile that is damaged or of another kind of image",
+    GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
+    ADOBE: "Adobe RGB in EXIF, and no color profile",
 }
 _SHOWN = 10  # entries per list in `to_text`
 _LABEL_WIDTH = 12
@@ -191,7 +191,7 @@ def dataset_report(
     traits = _counts(trait for stored in inspection.formats for trait in stored.traits)
     treatment = {
         "rotated": "turned upright, as EXIF says",
-        color.CONVERTED: "converted from their color profiles to sRGB",
+        CONVERTED: "converted from their color profiles to sRGB",
         **{trait: f"{what}; taken as sRGB" for trait, what in _UNCERTAIN.items()},
         "cmyk": "converted to RGB without a color profile, so colors may shift",
         "16-bit": "scaled to 8 bits",

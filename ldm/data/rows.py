@@ -6,14 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, decode_text, match_column
-from ldm.data.file_types import IMAGES, suffix
+from ldm.data.files import IMAGES, suffix
 
 # Plain lists of file names and captions: img.jpg#0, a tab and the caption.
 LISTS = (".txt", ".token")
@@ -60,8 +60,10 @@ def open_rows(path: Path) -> RowReader:
     # Invalid UTF-8 makes one row unusable, not the table; in file names it matches the names on disk.
     text = decode_text(path.read_bytes(), "surrogateescape")
     if kind == ".json":
-        return JsonRows(text)
-    return JsonLines(text) if kind in (".jsonl", ".ndjson") else _Csv(text, _DELIMITERS[kind], kind in LISTS)
+        return _open_json(text)
+    if kind in (".jsonl", ".ndjson"):
+        return JsonRows(lambda: _json_lines(text), "no line is a JSON object")
+    return _Csv(text, _DELIMITERS[kind], kind in LISTS)
 
 
 class _Csv:
@@ -178,33 +180,6 @@ def _names_files(cells: Sequence[str]) -> bool:
     return len(cells) > 1 and (match_column(cells, FILE_NAMES) is not None or is_image_name(cells[0]))
 
 
-class JsonLines:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        records = islice((record for _, record in self._lines() if isinstance(record, dict)), _ROWS_FOR_COLUMNS)
-        self.columns = list(dict.fromkeys(key for record in records for key in record))
-        if not self.columns:
-            raise ValueError("no line is a JSON object")
-
-    def read(self, columns: Sequence[str]) -> Iterator[Row]:
-        for number, record in self._lines():
-            if isinstance(record, dict):
-                yield Row(number, {name: record[name] for name in columns if name in record})
-            else:
-                yield Row(number, {}, record if isinstance(record, str) else "not a JSON object")
-
-    def _lines(self) -> Iterator[tuple[int, object]]:
-        for number, line in enumerate(io.StringIO(self.text, newline=None), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, f"not JSON: {error}"
-            else:
-                yield number, record if isinstance(record, dict) else None
-
-
 class _Parquet:
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -275,7 +250,42 @@ Record = dict[str, Any] | str  # or why it is unusable
 
 
 class JsonRows:
-    """A JSON file as rows, one of:
+    """Records of JSON as rows.
+
+    Args:
+        records: gives (number, record) of all, each time that it is called.
+        empty: the error if there are none.
+    """
+
+    def __init__(self, records: Callable[[], Iterable[tuple[int, Record]]], empty: str, is_coco: bool = False) -> None:
+        self._records, self.is_coco = records, is_coco
+        known = islice((record for _, record in records() if isinstance(record, dict)), _ROWS_FOR_COLUMNS)
+        self.columns = list(dict.fromkeys(key for record in known for key in record))
+        if not self.columns:
+            raise ValueError(empty)
+
+    def read(self, columns: Sequence[str]) -> Iterator[Row]:
+        for number, record in self._records():
+            if isinstance(record, dict):
+                yield Row(number, {name: record[name] for name in columns if name in record})
+            else:
+                yield Row(number, {}, record)
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, Record]]:
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON: {error}"
+        else:
+            yield number, record if isinstance(record, dict) else "not a JSON object"
+
+
+def _open_json(text: str) -> JsonRows:
+    """A JSON file, one of:
 
     - COCO: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; without "images", and in
       COCO results, the id is the file name
@@ -286,38 +296,19 @@ class JsonRows:
     Raises:
         ValueError: with the reason, if it is none of these.
     """
-
-    def __init__(self, text: str) -> None:
-        try:
-            value = json.loads(text, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            self.is_coco, self._records = False, _lines(text)
-            if not self._records:
-                raise ValueError(f"not JSON: {error}") from error
-        else:
-            self.is_coco = isinstance(value, dict) and _is_coco(value)
-            if isinstance(value, dict) and not self.is_coco and _is_boxes(value):
-                raise ValueError("its annotations have no captions")
-            self._records = list(_coco(value) if self.is_coco else _records(value))
-        known = [record for record in self._records if isinstance(record, dict)]
-        self.columns = list(dict.fromkeys(key for record in known[:_ROWS_FOR_COLUMNS] for key in record))
-        if not self.columns:
-            raise ValueError("no list or object of captions")
-
-    def read(self, columns: Sequence[str]) -> Iterator[Row]:
-        for number, record in enumerate(self._records, start=1):
-            if isinstance(record, dict):
-                yield Row(number, {name: record[name] for name in columns if name in record})
-            else:
-                yield Row(number, {}, record)
-
-
-def _lines(text: str) -> list[Record]:
+    is_coco = False
     try:
-        lines = JsonLines(text)
-    except ValueError:
-        return []
-    return [row.fault or row.cells for row in lines.read(lines.columns)]
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        records = [record for _, record in _json_lines(text)]
+        if not any(isinstance(record, dict) and record for record in records):
+            raise ValueError(f"not JSON: {error}") from error
+    else:
+        is_coco = isinstance(value, dict) and _is_coco(value)
+        if isinstance(value, dict) and not is_coco and _is_boxes(value):
+            raise ValueError("its annotations have no captions")
+        records = list(_coco(value) if is_coco else _records(value))
+    return JsonRows(lambda: enumerate(records, start=1), "no list or object of captions", is_coco)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm import disk
-from ldm.data.color import to_srgb
+from ldm.data.images import to_srgb
 from ldm.diffusion import State
 
 

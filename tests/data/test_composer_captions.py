@@ -4,7 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ldm.data.composer_captions import Wording, brief, grounded, is_phrase, joined, names_ground
+from ldm.data.composer import Wording, brief, grounded, is_phrase, joined, names_ground
 
 PHRASES = ("red apple", "A dog", "flag of Germany", "a cup with a spoon")
 OTHERS = (

@@ -18,9 +18,8 @@ from PIL import Image
 
 from ldm.data import DataConfig, Sample, Skipped, Source, split
 from ldm.data import inspection as module
-from ldm.data.image_info import ImageInfoCache
 from ldm.data.images import FORMATS, decode
-from ldm.data.inspection import Inspection, inspect, natural_order
+from ldm.data.inspection import Inspection, info_cache, inspect, natural_order
 from ldm.data.layouts import open_source
 from ldm.data.rng import content_hash
 from ldm.data.sources import Decoded
@@ -164,7 +163,7 @@ def test_damaged_cache_is_computed_again(damage: str, tmp_path: Path) -> None:
     for number in range(5):
         save(folder / f"{number}.png", number)
     before = looked(folder)
-    [file] = ImageInfoCache(config(folder)).folder.iterdir()
+    [file] = info_cache(config(folder)).folder.iterdir()
     content = file.read_bytes()
     at = len(content) - 400  # in the thumbnail of the last record
     changed = {
@@ -199,7 +198,7 @@ def test_two_runs_may_look_at_one_data_set_at_the_same_time(tmp_path: Path, monk
     source, decoded = count_decodes(folder_source(folder))
     assert inspect(source, config(folder)) == results[0]
     assert len(decoded) == 3
-    assert not [path for path in ImageInfoCache(config(folder)).folder.iterdir() if path.suffix != ".safetensors"]
+    assert not [path for path in info_cache(config(folder)).folder.iterdir() if path.suffix != ".safetensors"]
 
 
 def test_unwritable_cache_is_no_error(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_a_cache_within_the_data_is_not_taken_for_data(tmp_path: Path) -> None:
     for _ in range(2):
         source = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
         assert (len(source.samples), source.skipped) == (3, ())
-    assert sorted(path.suffix for path in (tmp_path / "cache" / "tables").iterdir()) == [".json", ".rows"]
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "tables").iterdir()) == [".rows"]
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"data\.cache_dir"):
         opened(tmp_path, cache_dir=str(tmp_path / "file"))

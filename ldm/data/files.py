@@ -1,12 +1,17 @@
-"""File types by suffix and by first bytes: which images are read, and why other files are not."""
+"""The files of a folder, and file types by suffix and first bytes: which images are read, and why others are not."""
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from PIL import features
+
+from ldm.data.sources import Skipped
 
 # Not every build of Pillow has libavif.
 AVIF = bool(features.check("avif"))
@@ -83,6 +88,11 @@ def stem(path: str) -> str:
     return path[:dot] if path.rfind("/") + 1 < dot < len(path) - 1 else path
 
 
+def last_part(path: str) -> str:
+    """ "b.png" of "a/b.png"."""
+    return path[path.rfind("/") + 1 :]
+
+
 def parent_prefix(path: str) -> str:
     """ "a/" of "a/b.png", "" of "b.png"."""
     return path[: path.rfind("/") + 1]
@@ -127,3 +137,74 @@ def unsupported_type(data: bytes) -> str | None:
         if signature.match(data[:1024]):
             return f"{kind}, which is not read; {_ADVICE.get(kind.split()[-1], 'convert it to PNG or JPEG')}"
     return None
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a folder and its sub-folders, as sorted posix paths below `root`, and unreadable entries.
+
+    Hidden files and folders (`.name`) and `__MACOSX` are left out.
+    """
+
+    root: Path
+    files: list[str]
+    skipped: list[Skipped]
+
+    def ending(self, *suffixes: str) -> list[str]:
+        """The files with one of these suffixes, in any case."""
+        return [path for path in self.files if path.lower().endswith(suffixes)]
+
+    @cached_property
+    def images(self) -> list[str]:
+        """The files with the suffix of an image."""
+        return [path for path in self.files if suffix(path) in IMAGES]
+
+    @cached_property
+    def image_stems(self) -> set[str]:
+        """The images with and without suffix, in NFC: a file with one of these stems is a sidecar."""
+        return {nfc(name) for path in self.images for name in (path, stem(path))}
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file."""
+    return Path(path).read_bytes()
+
+
+def list_files(folder: Path) -> FolderFiles:
+    """Lists a folder recursively. Links to files are followed, links to folders are not.
+
+    Raises:
+        ValueError: if the folder itself cannot be read.
+    """
+    files: list[str] = []
+    skipped: list[Skipped] = []
+    pending = [""]
+
+    def add(entry: os.DirEntry[str], path: str) -> None:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            return
+        if entry.is_dir(follow_symlinks=False):
+            pending.append(path + "/")
+        elif entry.is_file():
+            files.append(path)
+        elif entry.is_dir():
+            skipped.append(Skipped(path, "a link to a folder, which is not followed; give that folder itself"))
+        elif suffix(path) in IMAGES:  # reading a pipe would block forever
+            skipped.append(Skipped(path, "a broken link" if entry.is_symlink() else "not a regular file"))
+
+    while pending:
+        below = pending.pop()
+        try:
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    try:
+                        add(entry, below + entry.name)
+                    except OSError as error:  # such as a link to itself
+                        skipped.append(Skipped(below + entry.name, f"cannot be read: {error.strerror}"))
+        except OSError as error:
+            if not below:
+                raise ValueError(
+                    f"the folder {folder} cannot be read: {error.strerror}; fix its permissions"
+                ) from error
+            skipped.append(Skipped(below, f"the folder cannot be read: {error.strerror}"))
+    return FolderFiles(folder, sorted(files), skipped)
