@@ -76,6 +76,8 @@ def check_data(
 
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
-        print(report.to_text(full=full))
+        from ldm.cli.data_text import report_text
+
+        print(report_text(report, full=full))
     if report.needs_attention:
         raise typer.Exit(1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -103,7 +104,7 @@ def _open(config: DataConfig, captioned: bool) -> Source:
         dataset = read_saved(path, config.split)
         return _source(str(path), _read_dataset(dataset, str(path), path, config, captioned), captioned)
     if path.is_dir():
-        return _open_folder(path, config, captioned)
+        return _Folder(path, config, captioned).open()
     if path.exists():
         return _open_file(path, config, captioned)
     check_path(config.path)
@@ -143,210 +144,203 @@ def check_path(name: str) -> None:
         raise ValueError(f"data.path {name} does not exist; {hint}")
 
 
-def _open_folder(folder: Path, config: DataConfig, captioned: bool) -> Source:
-    found, columns, decoder = list_files(folder), _columns(config), _decoder(config)
-    schemas, broken = _image_tables(found)
-    # `image_column` asks for a table.
-    shards = list(schemas) if columns.image is not None else found.ending(".tar") or list(schemas)
-    listings, reasons = _listings(found, list(schemas), config)
-    classes = read_classes(found, decoder) if columns.image is None else None
-    in_shards = _shard_images(found, shards, config) if shards and (listings or classes) else 0
-    chosen = _choose_source(found, listings, reasons, shards, in_shards, classes, config, captioned)
-    name, listing = str(folder), Listing()
-    if chosen == SHARDS:
-        paths, split = choose_split(str(folder), shards, config.subset, config.split)
-        listing = _read_shards(folder, paths, schemas, config, captioned)
-        listing.covered.update(shards)  # of other splits too
-        name += f" (split {split})" if split else ""
-    else:
-        for key, value in (("subset", config.subset), ("split", config.split)):
-            if value not in (None, "train"):
-                raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
-        listing = next((one for one in listings if one.name == chosen), listing)
-    if chosen == FOLDERS and classes is not None:
-        listing = classes
-    with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
-    sources = list(_describe(listings, chosen, len(listing.samples), with_captions))
-    read = {path for one in listings for path in (*one.covered, *one.files)}
-    sources.sort(key=lambda source: source.reason != "")  # the used one first
-    sources += find_unread_captions(found, {*read, *schemas}, reasons, with_captions)
-    if config.caption_source is not None:  # the choice is deliberate
-        why = f"data.caption_source is {config.caption_source}"
-        sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
-    if shards and chosen != SHARDS:
-        sources.append(CaptionSource(SHARDS, in_shards, 0, f"{chosen} is read"))
-    if classes is not None:
-        listing = _with_classes(folder, listing, classes, chosen, sources, config, captioned)
-    reported = {source.name for source in sources}
-    listing.skipped = [entry for entry in [*listing.skipped, *found.skipped] if entry.path not in reported]
-    if not captioned:
-        _add_uncaptioned(found, listing, config, by_path=chosen not in (None, SIDECARS, SHARDS, FOLDERS))
-    _skip_the_rest(found, {*found.ending(".tar"), *schemas}, broken, listing)
-    nothing = f"no captioned image in {folder}, which holds {summary(found)}"
-    return _source(name, listing, captioned, nothing, tuple(sources))
+class _Folder:
+    """A folder of images, and what may caption them.
 
+    Attributes:
+        schemas: of parquet and Arrow files with images; `broken` are those that cannot be read.
+        shards: the tars or tables that are read if shards are chosen.
+        in_shards: how many images these have, if there is a choice.
+        listings: metadata, tables and sidecars, in order of preference.
+        reasons: why other tables are not used.
+        classes: images captioned by sub-folders.
+    """
 
-def _listings(found: FolderFiles, with_images: list[str], config: DataConfig) -> tuple[list[Listing], dict[str, str]]:
-    """(metadata, tables and sidecars, in order of preference; why other tables are not used)."""
-    given, columns, decoder = config.caption_source, _columns(config), _decoder(config)
-    if given in found.files:
-        return read_named_tables(found, columns, decoder, [given])
-    metadata = read_metadata(found, with_images, columns, decoder)
-    named, reasons = read_named_tables(found, columns, decoder)
-    # At a tie, the shorter name: Flickr8k.token.txt, not Flickr8k.lemma.token.txt.
-    named.sort(key=lambda one: (len(one.name), one.name))
-    sidecars = read_sidecars(found, columns.caption, decoder) if columns.image is None else None
-    strong, weak = ([one for one in named if one.weak == which] for which in (False, True))
-    return [one for one in (metadata, *strong, sidecars, *weak) if one is not None], reasons
-
-
-def _choose_source(
-    found: FolderFiles,
-    listings: Sequence[Listing],
-    reasons: Mapping[str, str],
-    shards: Sequence[str],
-    in_shards: int,
-    classes: Listing | None,
-    config: DataConfig,
-    captioned: bool,
-) -> str | None:
-    """The name of the source that captions most images, of equals the first; None if there is none."""
-    given = config.caption_source
-    if given is not None:
-        has = [*(one.name for one in listings), *([SHARDS] if shards else []), *([FOLDERS] if classes else [])]
-        if given not in has:
-            why = (
-                f"no captions can be read from it ({reasons[given]})"
-                if given in reasons
-                else "there are no such captions"
-            )
-            ways = f"give one of {'; '.join(map(printable, has))}, or leave it out" if has else "leave it out"
-            raise ValueError(f'data.caption_source is "{given}", but in {found.root} {why}; {ways}')
-        error = next((one.error for one in listings if one.name == given and one.error is not None), None)
-        if error is not None:
-            raise error
-        return given
-    sound = [one for one in listings if one.error is None]
-    # Numbers are unlikely captions.
-    worded = [one for one in sound if not one.numbers] or ([] if classes and classes.samples else sound)
-    best = max(worded, key=lambda one: len(one.samples), default=None)
-    if shards and (best is None or in_shards > len(best.samples)):
-        return SHARDS
-    if best is None:
-        error = next((one.error for one in listings if one.error is not None), None)
-        if error is not None and captioned:
-            raise error
-        if config.image_column is not None:
-            raise ValueError(
-                f'data.image_column is "{config.image_column}", but {found.root} holds no table; leave it out'
-            )
-        return None
-    same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
-    if captioned and best in same and any(one.images != best.images for one in same):
-        names = "; ".join(one.name for one in same)
-        raise ValueError(
-            f"{found.root} has several tables that name images, as many each but not the same: {names}; set "
-            "data.caption_source to one of them, or call those that count metadata.csv or metadata.jsonl"
-        )
-    return best.name
-
-
-def _shard_images(found: FolderFiles, shards: Sequence[str], config: DataConfig) -> int:
-    """The number of images in the shards that would be read, by the metadata of tables."""
-    try:
-        paths, _ = choose_split("", shards, config.subset, config.split)
-    except ValueError:
-        return 0
-    return sum(
-        len(read_tar(found.root / path, path, config.caption_column, _decoder(config))[0])
-        if suffix(path) == ".tar"
-        else row_count(found.root / path)
-        for path in paths
-    )
-
-
-def _describe(
-    listings: Sequence[Listing], chosen: str | None, count: int, with_captions: Collection[str]
-) -> Iterator[CaptionSource]:
-    for one in listings:
-        more = len(one.images.difference(with_captions))
-        if one.name == chosen:
-            reason = ""
-        elif one.error is not None:
-            reason = str(one.error)
-        elif not one.images and one.skipped:
-            reason = f"{printable(one.skipped[0].path)}: {one.skipped[0].reason}"
-        elif chosen is None:
-            reason = "it has numbers, not words"
+    def __init__(self, folder: Path, config: DataConfig, captioned: bool) -> None:
+        self.found, self.config, self.captioned = list_files(folder), config, captioned
+        self.schemas, self.broken = _image_tables(self.found)
+        # `image_column` asks for a table.
+        by_table = config.image_column is not None
+        self.shards = list(self.schemas) if by_table else self.found.ending(".tar") or list(self.schemas)
+        found, columns, decoder = self.found, _columns(config), _decoder(config)
+        if config.caption_source in found.files:
+            self.listings, self.reasons = read_named_tables(found, columns, decoder, [config.caption_source])
         else:
-            reason = f"{count} have captions from {chosen}"
-        yield CaptionSource(one.name, len(one.images), more, reason, doubtful=one.name != chosen and not one.numbers)
+            metadata = read_metadata(found, list(self.schemas), columns, decoder)
+            named, self.reasons = read_named_tables(found, columns, decoder)
+            # At a tie, the shorter name: Flickr8k.token.txt, not Flickr8k.lemma.token.txt.
+            named.sort(key=lambda one: (len(one.name), one.name))
+            sidecars = None if by_table else read_sidecars(found, columns.caption, decoder)
+            strong, weak = ([one for one in named if one.weak == which] for which in (False, True))
+            self.listings = [one for one in (metadata, *strong, sidecars, *weak) if one is not None]
+        self.classes = None if by_table else read_classes(found, decoder)
+        self.in_shards = 0
+        if self.shards and (self.listings or self.classes):
+            with suppress(ValueError):
+                for path in choose_split("", self.shards, config.subset, config.split)[0]:
+                    file = found.root / path
+                    is_tar = suffix(path) == ".tar"
+                    self.in_shards += (
+                        len(read_tar(file, path, columns.caption, decoder)[0]) if is_tar else row_count(file)
+                    )
 
+    def open(self) -> Source:
+        """The source of the captions that are chosen."""
+        config, found, folder, chosen = self.config, self.found, self.found.root, self._choose()
+        name, listing = str(folder), Listing()
+        if chosen == SHARDS:
+            paths, split = choose_split(str(folder), self.shards, config.subset, config.split)
+            listing = _read_shards(folder, paths, self.schemas, config, self.captioned)
+            listing.covered.update(self.shards)  # of other splits too
+            name += f" (split {split})" if split else ""
+        else:
+            for key, value in (("subset", config.subset), ("split", config.split)):
+                if value not in (None, "train"):
+                    raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
+            listing = next((one for one in self.listings if one.name == chosen), listing)
+        if chosen == FOLDERS and self.classes is not None:
+            listing = self.classes
+        with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
+        sources = list(self._describe(chosen, len(listing.samples), with_captions))
+        read = {path for one in self.listings for path in (*one.covered, *one.files)}
+        sources.sort(key=lambda source: source.reason != "")  # the used one first
+        sources += find_unread_captions(found, {*read, *self.schemas}, self.reasons, with_captions)
+        if config.caption_source is not None:  # the choice is deliberate
+            why = f"data.caption_source is {config.caption_source}"
+            sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
+        if self.shards and chosen != SHARDS:
+            sources.append(CaptionSource(SHARDS, self.in_shards, 0, f"{chosen} is read"))
+        if self.classes is not None:
+            listing = self._with_classes(self.classes, listing, chosen, sources)
+        reported = {source.name for source in sources}
+        listing.skipped = [entry for entry in [*listing.skipped, *found.skipped] if entry.path not in reported]
+        if not self.captioned:
+            self._add_uncaptioned(listing, by_path=chosen not in (None, SIDECARS, SHARDS, FOLDERS))
+        named = {entry.path for entry in listing.skipped}
+        listing.skipped += [entry for entry in self.broken if entry.path not in named]
+        shards = {*found.ending(".tar"), *self.schemas}
+        for path in found.files:
+            reason = None if path in listing.covered else unsupported_reason(path)
+            if reason is None and path not in listing.covered:
+                if suffix(path) in IMAGES:
+                    reason = listing.uncovered
+                elif path in shards:
+                    reason = f"ignored: the folder is read by {_KINDS.get(listing.name, listing.name)}"
+                else:
+                    reason = misnamed_image(found.root / path)
+            if reason is not None:
+                listing.skipped.append(Skipped(path, reason))
+        nothing = f"no captioned image in {folder}, which holds {summary(found)}"
+        return _source(name, listing, self.captioned, nothing, tuple(sources))
 
-def _with_classes(
-    folder: Path,
-    listing: Listing,
-    classes: Listing,
-    chosen: str | None,
-    sources: list[CaptionSource],
-    config: DataConfig,
-    captioned: bool,
-) -> Listing:
-    """The listing to use, if the names of sub-folders may be captions too: they are, if there are no others.
+    def _choose(self) -> str | None:
+        """The name of the source that captions most images, of equals the first; None if there is none."""
+        given, root, classes = self.config.caption_source, self.found.root, self.classes
+        if given is not None:
+            has = [one.name for one in self.listings] + [SHARDS] * bool(self.shards) + [FOLDERS] * bool(classes)
+            if given not in has:
+                why = "there are no such captions"
+                if given in self.reasons:
+                    why = f"no captions can be read from it ({self.reasons[given]})"
+                ways = f"give one of {'; '.join(map(printable, has))}, or leave it out" if has else "leave it out"
+                raise ValueError(f'data.caption_source is "{given}", but in {root} {why}; {ways}')
+            for one in self.listings:
+                if one.name == given and one.error is not None:
+                    raise one.error
+            return given
+        sound = [one for one in self.listings if one.error is None]
+        # Numbers are unlikely captions.
+        worded = [one for one in sound if not one.numbers] or ([] if classes and classes.samples else sound)
+        best = max(worded, key=lambda one: len(one.samples), default=None)
+        if self.shards and (best is None or self.in_shards > len(best.samples)):
+            return SHARDS
+        if best is None:
+            error = next((one.error for one in self.listings if one.error is not None), None)
+            if error is not None and self.captioned:
+                raise error
+            if self.config.image_column is not None:
+                raise ValueError(
+                    f'data.image_column is "{self.config.image_column}", but {root} holds no table; leave it out'
+                )
+            return None
+        same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
+        if self.captioned and best in same and any(one.images != best.images for one in same):
+            names = "; ".join(one.name for one in same)
+            raise ValueError(
+                f"{root} has several tables that name images, as many each but not the same: {names}; set "
+                "data.caption_source to one of them, or call those that count metadata.csv or metadata.jsonl"
+            )
+        return best.name
 
-    Raises:
-        NoCaptionsError: if unreadable files may have captions, or written captions cover less than half as many images.
-    """
-    count, captioned_count = len(classes.samples), len(listing.samples)
-    more = len({sample.id for sample in classes.samples}.difference(sample.id for sample in listing.samples))
-    if chosen == FOLDERS:
-        sources.append(CaptionSource(FOLDERS, count))
-        return classes
-    doubtful = [source for source in sources if source.doubtful]
-    cause = None
-    if chosen is None and doubtful and count:
-        first = doubtful[0]
-        about = plural(first.images, "image") if first.images else "missing images"
-        cause = f"{first.name} names {about} and is not read ({first.reason}); fix it, or"
-    elif chosen is not None and config.caption_source is None and count > 2 * captioned_count:
-        what = "text beside images captions" if chosen == SIDECARS else f"{chosen} captions"
-        cause = f"{what} {plural(captioned_count, 'image')}, the names of sub-folders would caption {count}; "
-        cause += f"set data.caption_source to {chosen}, or"
-    if chosen is None and cause is None:
-        sources.append(CaptionSource(FOLDERS, count))
-        return classes
-    if more:
-        sources.append(CaptionSource(FOLDERS, count, more, "folder names are not used beside written captions"))
-    if cause is not None and captioned:
-        why = f"{cause} set data.caption_source to {FOLDERS}, which takes the names of sub-folders"
-        skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
-        skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
-        unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
-        raise NoCaptionsError(
-            f"{folder} may have captions that would be lost: {printable(why)}",
-            Source(str(folder), (), tuple(skipped), caption_sources=tuple(unused)),
-        )
-    return listing
+    def _describe(self, chosen: str | None, count: int, with_captions: Collection[str]) -> Iterator[CaptionSource]:
+        for one in self.listings:
+            if one.name == chosen:
+                reason = ""
+            elif one.error is not None:
+                reason = str(one.error)
+            elif not one.images and one.skipped:
+                reason = f"{printable(one.skipped[0].path)}: {one.skipped[0].reason}"
+            else:
+                reason = "it has numbers, not words" if chosen is None else f"{count} have captions from {chosen}"
+            more = len(one.images.difference(with_captions))
+            yield CaptionSource(one.name, len(one.images), more, reason, one.name != chosen and not one.numbers)
 
+    def _with_classes(
+        self, classes: Listing, listing: Listing, chosen: str | None, sources: list[CaptionSource]
+    ) -> Listing:
+        """The listing to use, if the names of sub-folders may be captions too: they are, if there are no others.
 
-def _add_uncaptioned(found: FolderFiles, listing: Listing, config: DataConfig, by_path: bool) -> None:
-    """Adds the images without captions, and removes the reasons why they were skipped.
+        Raises:
+            NoCaptionsError: if unreadable files may have captions, or written captions cover less than half as many
+                images.
+        """
+        count, captioned_count = len(classes.samples), len(listing.samples)
+        more = len({sample.id for sample in classes.samples}.difference(sample.id for sample in listing.samples))
+        doubtful = [source for source in sources if source.doubtful]
+        cause = None
+        if chosen is None and doubtful and count:
+            first = doubtful[0]
+            about = plural(first.images, "image") if first.images else "missing images"
+            cause = f"{first.name} names {about} and is not read ({first.reason}); fix it, or"
+        elif chosen not in (None, FOLDERS) and self.config.caption_source is None and count > 2 * captioned_count:
+            what = "text beside images captions" if chosen == SIDECARS else f"{chosen} captions"
+            cause = f"{what} {plural(captioned_count, 'image')}, the names of sub-folders would caption {count}; "
+            cause += f"set data.caption_source to {chosen}, or"
+        if chosen == FOLDERS or (chosen is None and cause is None):
+            sources.append(CaptionSource(FOLDERS, count))
+            return classes
+        if more:
+            sources.append(CaptionSource(FOLDERS, count, more, "folder names are not used beside written captions"))
+        if cause is not None and self.captioned:
+            folder = self.found.root
+            why = f"{cause} set data.caption_source to {FOLDERS}, which takes the names of sub-folders"
+            skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
+            skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
+            unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
+            raise NoCaptionsError(
+                f"{folder} may have captions that would be lost: {printable(why)}",
+                Source(str(folder), (), tuple(skipped), caption_sources=tuple(unused)),
+            )
+        return listing
 
-    Args:
-        by_path: whether the layout names groups by whole paths, not stems.
-    """
-    taken = {sample.id for sample in listing.samples}
-    images = [path for path in found.files if suffix(path) in IMAGES and path not in taken]
-    groups = images if by_path else map(stem, images)
-    decoder = _decoder(config)
-    listing.samples += [
-        file_sample(found, path, [], group, decoder) for path, group in zip(images, groups, strict=True)
-    ]
-    if listing.name != SHARDS:
-        listing.samples.sort(key=lambda sample: sample.id)
-    read = listing.covered if listing.name != SHARDS else set()  # skipped entries of shards remain
-    listing.skipped = [entry for entry in listing.skipped if entry.path not in read.union(images)]
-    listing.covered.update(images)
+    def _add_uncaptioned(self, listing: Listing, by_path: bool) -> None:
+        """Adds the images without captions, and removes the reasons why they were skipped.
+
+        Args:
+            by_path: whether the layout names groups by whole paths, not stems.
+        """
+        taken = {sample.id for sample in listing.samples}
+        images = [path for path in self.found.images if path not in taken]
+        decoder = _decoder(self.config)
+        listing.samples += [
+            file_sample(self.found, path, [], path if by_path else stem(path), decoder) for path in images
+        ]
+        read: set[str] = set()
+        if listing.name != SHARDS:  # skipped entries of shards remain
+            listing.samples.sort(key=lambda sample: sample.id)
+            read = listing.covered
+        listing.skipped = [entry for entry in listing.skipped if entry.path not in read.union(images)]
+        listing.covered.update(images)
 
 
 def _read_shards(
@@ -393,24 +387,6 @@ def _image_tables(found: FolderFiles) -> tuple[dict[str, Any], list[Skipped]]:
             if image_columns(schema):
                 schemas[path] = schema
     return schemas, broken
-
-
-def _skip_the_rest(found: FolderFiles, shards: set[str], broken: Sequence[Skipped], listing: Listing) -> None:
-    named = {entry.path for entry in listing.skipped}
-    listing.skipped += [entry for entry in broken if entry.path not in named]
-    for path in found.files:
-        if path in listing.covered:
-            continue
-        unread = unsupported_reason(path)
-        if unread is not None:
-            listing.skipped.append(Skipped(path, unread))
-        elif suffix(path) in IMAGES:
-            listing.skipped.append(Skipped(path, listing.uncovered))
-        elif path in shards:
-            kind = _KINDS.get(listing.name, listing.name)
-            listing.skipped.append(Skipped(path, f"ignored: the folder is read by {kind}"))
-        elif (reason := misnamed_image(found.root / path)) is not None:
-            listing.skipped.append(Skipped(path, reason))
 
 
 def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:

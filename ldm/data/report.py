@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,8 +32,6 @@ _UNCERTAIN = {
     GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
     ADOBE: "Adobe RGB in EXIF, and no color profile",
 }
-_SHOWN = 10  # entries per list in `to_text`
-_LABEL_WIDTH = 12
 
 Size = tuple[int, int]
 
@@ -143,33 +141,22 @@ class DatasetReport:
 
     def unused_captions(self, *, harmless: bool = False) -> tuple[str, ...]:
         """One line per unused source of captions that may be missed; with `harmless`, per other one."""
-        return tuple(
-            printable(
-                f"{_about(source)} and is not used: {source.reason}"
-                + ("; data.caption_source chooses what is" if self.used else "")
-            )
-            for source in self.caption_sources
-            if source.reason and source.is_missed != harmless
-        )
+        what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
+        lines = []
+        for one in self.caption_sources:
+            if not one.reason or one.is_missed == harmless:
+                continue
+            about = f"{what.get(one.name, one.name)} {'captions' if one.name in what else 'names'}"
+            about += f" {plural(one.images, 'image')}" if one.images else " no existing image"
+            about += f" ({one.more} of them without a caption)" if one.images and one.more else ""
+            choice = "; data.caption_source chooses what is" if self.used else ""
+            lines.append(printable(f"{about} and is not used: {one.reason}{choice}"))
+        return tuple(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; the keys are the field names. No number is NaN or infinite."""
         plain: dict[str, Any] = asdict(self)
         return plain
-
-    def to_text(self, *, full: bool = False) -> str:
-        """The report as printable text; lists are cut at ten entries unless `full`."""
-        shown = None if full else _SHOWN
-        lines = [self.summary(), ""]
-        for label, texts in _paragraphs(self, shown):
-            lines += [f"{label if not number else '':<{_LABEL_WIDTH}}{text}" for number, text in enumerate(texts)]
-        if self.notes:
-            lines += ["", "Good to know", *(f"  - {line}" for line in self.notes)]
-        if self.needs_attention:
-            lines += ["", "Needs attention", *(f"  - {line}" for line in self.needs_attention)]
-        else:
-            lines += ["", "Nothing needs attention."]
-        return "\n".join(lines)
 
 
 def dataset_report(
@@ -233,15 +220,6 @@ def dataset_report(
 def quoted(caption: str) -> str:
     """A caption in quotation marks, cut at 60 characters."""
     return f'"{printable(caption)}"' if len(caption) <= 60 else f'"{printable(caption[:60].rstrip())}…"'
-
-
-def _about(source: CaptionSource) -> str:
-    what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
-    name = what.get(source.name, source.name)
-    if not source.images:
-        return f"{name} names no existing image"
-    rest = f" ({source.more} of them without a caption)" if source.more else ""
-    return f"{name} {'captions' if source.name in what else 'names'} {plural(source.images, 'image')}{rest}"
 
 
 def _captions(
@@ -392,78 +370,3 @@ def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Insp
             f"{plural(sizes.much_enlarged, 'image')} below half of {report.resolution} pixels would be blurred; "
             f"{choice} larger images"
         )
-
-
-# ---- text
-
-
-def _paragraphs(report: DatasetReport, shown: int | None) -> Iterator[tuple[str, list[str]]]:
-    def counts(of: dict[str, int]) -> list[str]:
-        return [", ".join(f"{count} {printable(name)}" for name, count in of.items())] if of else []
-
-    yield "sizes", list(_size_lines(report))
-    yield "shapes", counts(report.sizes.shapes)
-    yield "formats", counts(report.formats)
-    yield "modes", counts(report.modes)
-    yield "treated", [f"{count} {printable(name)}: {report.treatment[name]}" for name, count in report.traits.items()]
-    yield "captions", list(_caption_lines(report, shown))
-    if any(source.reason for source in report.caption_sources):
-        sources = [
-            f"{printable(source.name)}: {plural(source.images, 'image')}, {'not used' if source.reason else 'used'}"
-            for source in report.caption_sources
-        ]
-        yield "sources", _cut(sources, shown)
-    yield "alike", _cut([_names(names, shown) for names in report.near_duplicates], shown)
-    yield "copies", _cut([f"{printable(copy.path)} = {printable(copy.of)}" for copy in report.duplicate_files], shown)
-    yield "skipped", list(_skipped_lines(report, shown))
-
-
-def _size_lines(report: DatasetReport) -> Iterator[str]:
-    sizes = report.sizes
-    if sizes.smallest and sizes.median and sizes.largest:
-        smallest, median, largest = (f"{w}x{h}" for w, h in (sizes.smallest, sizes.median, sizes.largest))
-        yield f"all {smallest}" if smallest == largest else f"{smallest} to {largest}, median {median}"
-    if sizes.enlarged:
-        yield f"{plural(sizes.enlarged, 'image')} smaller than {report.resolution} pixels: enlarged"
-
-
-def _caption_lines(report: DatasetReport, shown: int | None) -> Iterator[str]:
-    captions = report.captions
-    if captions.words:
-        minimum, median, maximum = captions.words
-        yield (
-            f"{captions.total} on {plural(report.used, 'image')}, {captions.distinct} different, "
-            f"{minimum} to {maximum} words, median {median:g}"
-            + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
-        )
-    if captions.missing or captions.empty:
-        yield f"{captions.missing} missing, {captions.empty} empty"
-    if captions.repeated:
-        shared = [f"{quoted(text)} on {count}" for text, count in captions.repeated[: None if shown is None else 3]]
-        yield f"shared by images: {', '.join(shared)}"
-    if captions.too_long:
-        yield f"{len(captions.too_long)} too long for the text encoder:"
-        lines = [f"  {printable(entry.image)} loses {quoted(entry.lost)}" for entry in captions.too_long]
-        yield from _cut(lines, shown, "  ")
-    elif captions.too_long is not None:
-        yield "all fit into the text encoder"
-
-
-def _skipped_lines(report: DatasetReport, shown: int | None) -> Iterator[str]:
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for entry in report.skipped_files:
-        by_reason[entry.reason].append(entry.path)
-    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        yield f"{len(paths)} × {printable(reason)}"
-        yield from _cut([f"  {printable(path)}" for path in paths], shown, "  ")
-
-
-def _names(names: Sequence[str], shown: int | None) -> str:
-    text = ", ".join(printable(name) for name in names[:shown])
-    return text if shown is None or len(names) <= shown else f"{text}, … and {len(names) - shown} more"
-
-
-def _cut(lines: list[str], shown: int | None, indent: str = "") -> list[str]:
-    if shown is None or len(lines) <= shown:
-        return lines
-    return [*lines[:shown], f"{indent}… and {len(lines) - shown} more (--all shows them)"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ldm.cli.data_text import report_text
 from ldm.data import DataConfig, NoCaptionsError
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
@@ -334,7 +335,7 @@ def test_a_table_of_two_rows_does_not_hide_39_captions(tmp_path: Path) -> None:
         ("sidecars", 39),
         ("labels.csv", 2),
     ]
-    assert "labels.csv: 2 images, not used" in account.to_text()
+    assert "labels.csv: 2 images, not used" in report_text(account)
     assert captions(opened(tmp_path, caption_source="labels.csv")) == {"0.png": ("zero",), "1.png": ("one",)}
     with pytest.raises(ValueError, match=r'caption_source is "x".* labels\.csv; sidecars'):
         opened(tmp_path, caption_source="x")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.cli.data_text import report_text
 from ldm.data import DataConfig
 from ldm.data.images import decode
 from ldm.data.inspection import inspect
@@ -181,7 +182,7 @@ def test_the_account_counts_and_names_them(tmp_path: Path) -> None:
         account = dataset_report(inspect(open_source(config), config), config)
         assert account.traits == {"color-profile": 2, "bad-profile": 1}
         assert account.treatment["color-profile"] == "converted from their color profiles to sRGB"
-        assert "2 color-profile: converted" in account.to_text()
+        assert "2 color-profile: converted" in report_text(account)
         assert any(
             line.startswith("1 image has a color profile") and "c.png" in line for line in account.needs_attention
         )

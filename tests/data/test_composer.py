@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.cli.data_text import report_text
 from ldm.data import CaptionedImages, DataConfig, Sample, collate, split
 from ldm.data.composer import Composer, Composition
 from ldm.data.images import decode
@@ -260,7 +261,7 @@ def test_report_counts_compositions(folder: Path, tmp_path: Path) -> None:
         assert account.summary().endswith("; 30 % of the samples of an epoch are composed")
         assert any("10 of 20 images" in line for line in account.notes)
     plain = replace(config, compose=0.0)
-    assert "composed" not in dataset_report(inspect(open_source(plain), plain), plain).to_text()
+    assert "composed" not in report_text(dataset_report(inspect(open_source(plain), plain), plain))
 
 
 def test_openmoji_stand_on_colored_grounds() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from ldm.cli.data_text import report_text
 from ldm.data import DataConfig, Sample, Skipped
 from ldm.data.captions import plural
 from ldm.data.inspection import Duplicate, ImageFormat, Inspection
@@ -117,9 +118,9 @@ def test_what_needs_attention_says_what_to_do() -> None:
 def test_clean_data_needs_no_attention() -> None:
     report = dataset_report(clean(), CONFIG, truncated_words=cut)
     assert report.needs_attention == () == report.notes
-    assert report.to_text().endswith("Nothing needs attention.")
+    assert report_text(report).endswith("Nothing needs attention.")
     assert report.captions.too_long == ()
-    assert "all fit into the text encoder" in report.to_text()
+    assert "all fit into the text encoder" in report_text(report)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_uncounted_captions_are_said_to_be() -> None:
     report = dataset_report(clean(), CONFIG, uncounted="the encoder is not installed")
     assert report.captions.too_long is None
     assert report.notes == ("the lengths of captions were not checked: the encoder is not installed",)
-    assert "fit into" not in report.to_text()
+    assert "fit into" not in report_text(report)
 
 
 @pytest.mark.parametrize("found", [whole(), clean(), inspection([]), Inspection("passed through", (sample(1),), ())])
@@ -195,7 +196,7 @@ def test_long_lists_are_cut_unless_full() -> None:
     skipped = tuple(Skipped(f"s{number:03}.png", "broken" if number % 2 else "empty") for number in range(100))
     near = tuple((f"{number}a", f"{number}b") for number in range(30))
     found = replace(clean(), skipped=skipped)
-    short, long = dataset_report(found, CONFIG).to_text(), dataset_report(found, CONFIG).to_text(full=True)
+    short, long = report_text(dataset_report(found, CONFIG)), report_text(dataset_report(found, CONFIG), full=True)
     assert short.count(".png") == 20
     assert short.count("… and 40 more (--all shows them)") == 2
     assert "50 × broken" in short
@@ -203,7 +204,7 @@ def test_long_lists_are_cut_unless_full() -> None:
     assert "more" not in long
     assert plural(1, "copy", "copies") == "1 copy"
     samples = {name: replace(sample(1), id=name) for names in near for name in names}
-    alike = dataset_report(inspection(list(samples.values()), near_duplicates=near), CONFIG).to_text()
+    alike = report_text(dataset_report(inspection(list(samples.values()), near_duplicates=near), CONFIG))
     assert alike.count("a, ") == 10
 
 
@@ -223,7 +224,7 @@ def test_report_is_printable() -> None:
     for text in (*report.needs_attention, *report.notes, report.summary(), quoted(ESCAPES * 9)):
         assert text.isprintable(), ascii(text)
     for everything in (True, False):
-        lines = report.to_text(full=everything).split("\n")
+        lines = report_text(report, full=everything).split("\n")
         assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
     json.dumps(report.to_dict(), allow_nan=False).encode("ascii")
 
