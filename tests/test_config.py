@@ -387,7 +387,7 @@ def test_lists_of_texts_are_split_at_commas_alone(written, expected):
             "data.path=~no-such-user/pics",
             "data.path is '~no-such-user/pics'",
         ),
-        ("output_dir=~no-such-user/run", "output_dir is '~no-such-user/run'"),
+        ("output_dir=~no-such-user/run", "output_dir: ~no-such-user/run"),
     ],
 )
 def test_values_of_set_that_cannot_be_meant_are_explained(override, part):

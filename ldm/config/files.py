@@ -18,9 +18,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ldm.config.reading import from_text, members_of, read_yaml, section_in, typed
+from ldm.config.reading import from_text, read_yaml, section_of, typed
 from ldm.config.schema import AutoencoderTrainingConfig, LDMConfig
 
+_MEASURED = "the statistics of the latents, which training measures"
+_FOLDED = "the statistics of the latents, which training folds into quant_conv"
+# Keys that a config leaves out, and what they follow from.
 DERIVED = {
     "unet": {
         "in_channels": "the codec",
@@ -28,49 +31,29 @@ DERIVED = {
         "sample_size": "data.resolution and the codec",
         "cross_attention_dim": "the text encoder",
     },
-    "autoencoder": {
-        "sample_size": "data.resolution",
-        "scaling_factor": "the statistics of the latents, which training folds into quant_conv",
-        "shift_factor": "the statistics of the latents, which training folds into quant_conv",
-    },
-    "vq": {
-        "sample_size": "data.resolution",
-        "scaling_factor": "the statistics of the latents, which training measures",
-        "latents_mean": "the statistics of the latents, which training measures",
-        "latents_std": "the statistics of the latents, which training measures",
-    },
+    "autoencoder": {"sample_size": "data.resolution", "scaling_factor": _FOLDED, "shift_factor": _FOLDED},
+    "vq": {"sample_size": "data.resolution"}
+    | dict.fromkeys(("scaling_factor", "latents_mean", "latents_std"), _MEASURED),
 }
-
-
 # What a model that training starts from brings with it.
 FROM_START = {"space", "first_stage", "unet", "text", "schedule"}
-
-
 SCRIPTS: dict[type, str] = {
     LDMConfig: "train/train_ldm.py",
     AutoencoderTrainingConfig: "train/train_autoencoder.py",
 }
-# Dotted keys → the tool. None of them is a key of ours.
+# Tool → dotted keys of its configs. None of them is a key of ours.
 FOREIGN_KEYS = {
-    "model.target": "CompVis's latent-diffusion and what came of it",
-    "model.base_learning_rate": "CompVis's latent-diffusion and what came of it",
-    "network_module": "kohya's sd-scripts",
-    "network_dim": "kohya's sd-scripts",
-    "pretrained_model_name_or_path": "the scripts of diffusers and kohya",
-    "instance_data_dir": "the scripts of diffusers and kohya",
-    "train_data_dir": "the scripts of diffusers and kohya",
-    "model_arguments": "kohya's sd-scripts",
-    "datasets": "kohya's sd-scripts",
-    "job": "ai-toolkit",
-    "--model_type": "SimpleTuner",
-    "training_method": "OneTrainer",
-    "_class_name": "a part of a model of diffusers",
-    "model_type": "a model of transformers",
-    "architectures": "a model of transformers",
-    "compute_environment": "accelerate (accelerate launch --config_file takes it)",
-    "trainer": "Lightning",
-    "_target_": "Hydra",
-    "defaults": "Hydra",
+    "CompVis's latent-diffusion and what came of it": ("model.target", "model.base_learning_rate"),
+    "kohya's sd-scripts": ("network_module", "network_dim", "model_arguments", "datasets"),
+    "the scripts of diffusers and kohya": ("pretrained_model_name_or_path", "instance_data_dir", "train_data_dir"),
+    "ai-toolkit": ("job",),
+    "SimpleTuner": ("--model_type",),
+    "OneTrainer": ("training_method",),
+    "a part of a model of diffusers": ("_class_name",),
+    "a model of transformers": ("model_type", "architectures"),
+    "accelerate (accelerate launch --config_file takes it)": ("compute_environment",),
+    "Lightning": ("trainer",),
+    "Hydra": ("_target_", "defaults"),
 }
 
 NEAR = 0.7  # of difflib: max_step and max_steps have 0.94, model and method 0.55
@@ -79,7 +62,6 @@ NEAR = 0.7  # of difflib: max_step and max_steps have 0.94, model and method 0.5
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlevel, _short.maxlist, _short.maxdict = 2, 4, 4
-
 
 ConfigT = TypeVar("ConfigT", LDMConfig, AutoencoderTrainingConfig)
 
@@ -136,9 +118,17 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
     """Refuses a config of another tool, and one of the other script.
 
     Raises:
-        ValueError: naming the keys that say so.
+        ValueError: naming the keys, and the tool or script.
     """
-    refuse_other_tools(content, where)
+    for tool, keys in FOREIGN_KEYS.items():
+        for key in keys:
+            section, _, last = key.rpartition(".")
+            inside = content.get(section) if section else content
+            if isinstance(inside, Mapping) and last in inside:
+                raise ValueError(
+                    f"{where} has {key}, a key of {tool}; ldm does not read such configs: start from one of the files "
+                    "in configs/, and name a model to go on from in start_from"
+                )
     other = next(one for one in SCRIPTS if one is not kind)
     known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
     foreign = sorted(map(str, content.keys() - known))
@@ -147,22 +137,6 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
             f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {' and no '.join(foreign)}; run "
             "it with that script"
         )
-
-
-def refuse_other_tools(content: Mapping[str, Any], where: str) -> None:
-    """Refuses a config that was written for another tool.
-
-    Raises:
-        ValueError: naming the key and the tool.
-    """
-    for key, tool in FOREIGN_KEYS.items():
-        section, _, last = key.rpartition(".")
-        inside = content.get(section) if section else content
-        if isinstance(inside, Mapping) and last in inside:
-            raise ValueError(
-                f"{where} has {key}, a key of {tool}; ldm does not read such configs: start from one of the files in "
-                "configs/, and name a model to go on from in start_from"
-            )
 
 
 def parse_config(content: Mapping[str, Any], kind: type[ConfigT], where: str) -> ConfigT:
@@ -200,7 +174,7 @@ def _apply(content: dict[str, Any], override: str, kind: type) -> None:
         if target.get(parent) is None:
             target[parent] = {}
         target = target[parent]
-        if not isinstance(target, dict) or (hint is not None and section_in(members_of(hint)) is None):
+        if not isinstance(target, dict) or (hint is not None and section_of(hint) is None):
             raise ValueError(f"--set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
     hint = _type_of(last, hint)
     try:  # what is no key is refused with all others
@@ -211,7 +185,7 @@ def _apply(content: dict[str, Any], override: str, kind: type) -> None:
 
 def _type_of(key: str, section: Any) -> Any:
     """The type of a key of a section; None if there is no such key, or section."""
-    kind = None if section is None else section_in(members_of(section))
+    kind = None if section is None else section_of(section)
     return None if kind is None else typing.get_type_hints(kind).get(key)
 
 
@@ -257,7 +231,7 @@ def _dotted_keys(kind: type, prefix: str = "") -> list[str]:
         if name not in {item.name for item in dataclasses.fields(kind)}:
             continue
         keys.append(prefix + name)
-        section = section_in(members_of(hint))
+        section = section_of(hint)
         keys += [] if section is None else _dotted_keys(section, f"{prefix}{name}.")
     return keys
 

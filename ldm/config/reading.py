@@ -75,7 +75,7 @@ def typed(value: Any, hint: Any, path: str) -> Any:
         ValueError: naming the key and the value.
     """
     members = members_of(hint)
-    section, listed = section_in(members), list_in(members)
+    section, listed = section_of(hint), list_in(members)
     if isinstance(value, dict) and section is not None:
         hints = typing.get_type_hints(section)
         return {
@@ -100,7 +100,7 @@ def from_text(text: str, hint: Any, path: str) -> Any:
         ValueError: naming the key and the value.
     """
     members = members_of(hint)
-    section, listed, bare = section_in(members), list_in(members), text.strip()
+    section, listed, bare = section_of(hint), list_in(members), text.strip()
     if types.NoneType in members:
         if text == "null" or (bare in NULLS and not takes_text(members)):
             return None
@@ -129,9 +129,9 @@ def members_of(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def section_in(members: Sequence[Any]) -> Any:
-    """The dataclass among them, or None."""
-    return next((member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)), None)
+def section_of(hint: Any) -> Any:
+    """The dataclass that a key may hold, or None."""
+    return next((one for one in members_of(hint) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
 def list_in(members: Sequence[Any]) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ldm import disk
 from ldm.data import DataConfig
 from ldm.data.sources import BUILT_IN
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
@@ -21,8 +22,9 @@ from ldm.models.similarity import MIN_IMAGE_SIZE
 
 def _positive(config: object, *keys: str) -> None:
     for key in keys:
-        if not 0 < getattr(config, key) < math.inf:
-            raise ValueError(f"{key} is {getattr(config, key)}; it must be a number greater than 0")
+        value = getattr(config, key)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value}; it must be a number greater than 0")
 
 
 def _not_negative(config: object, *keys: str) -> None:
@@ -41,13 +43,10 @@ def _outside(output_dir: str, key: str, path: str | None) -> None:
 def _check_homes(**paths: str | None) -> None:
     """Refuses `~name/…` of a user that does not exist."""
     for key, path in paths.items():
-        if path is not None and path.startswith("~"):
-            try:
-                Path(path).expanduser()
-            except RuntimeError:
-                raise ValueError(
-                    f"{key} is {path!r}, in the home of a user that does not exist; write ./{path} for a folder"
-                ) from None
+        try:
+            disk.expand_user(path or "")
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
 
 
 def _check_output(output_dir: str, data: DataConfig) -> None:
@@ -55,13 +54,9 @@ def _check_output(output_dir: str, data: DataConfig) -> None:
         raise ValueError("output_dir is empty; name a folder for the run")
     _check_homes(output_dir=output_dir)
     _outside(output_dir, "data.path", data.path)
-    folder = Path(data.path).expanduser()
+    folder, run = Path(data.path).expanduser(), Path(output_dir).expanduser().resolve()
     # The pictures of a run would be data of the next.
-    if (
-        data.path not in BUILT_IN
-        and folder.is_dir()
-        and folder.resolve() in Path(output_dir).expanduser().resolve().parents
-    ):
+    if data.path not in BUILT_IN and folder.is_dir() and folder.resolve() in run.parents:
         raise ValueError(f"output_dir {output_dir!r} is inside data.path {data.path!r}; choose another output_dir")
 
 
@@ -82,8 +77,7 @@ class TextConfig:
     max_length: int | None = 32
 
     def __post_init__(self) -> None:
-        if self.max_length is not None:
-            _positive(self, "max_length")
+        _positive(self, "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +85,21 @@ class TrainConfig:
     """The optimisation, common to both scripts.
 
     Args:
-        max_steps: optimizer steps in all.
-        batch_size: images a step, over all processes and accumulated micro-batches.
-        lr_schedule: after `warmup_steps` of linear rise, "constant" or "cosine" down to 0 at `max_steps`.
-        cooldown_steps: the last of `max_steps`, in which a constant rate falls linearly to 0 (arXiv:2405.18392). Until
-            it begins a run can be made longer and loses nothing.
+        max_steps: number of optimizer steps.
+        batch_size: images per step, over all processes and accumulated micro-batches.
+        lr_schedule: after `warmup_steps` of linear rise, "constant", or "cosine" down to 0 at `max_steps`.
+        cooldown_steps: the last steps, in which a constant rate falls linearly to 0 (arXiv:2405.18392). Before them, a
+            run can be made longer.
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
-        cpu_threads: threads of a process that computes on the CPU. None takes the number of OMP_NUM_THREADS or
-            MKL_NUM_THREADS; without them that of the run that is resumed; for a new one the number that is measured to
-            be the fastest.
-        checkpoint_every: steps between checkpoints, besides the one at the end.
-        checkpoint_minutes: minutes between them at most; None counts steps alone.
-        keep_checkpoints: how many of the newest checkpoints stay.
-        keep_every: checkpoints of the steps that this divides stay too.
-        max_nonfinite_steps: so many steps in a row may be skipped since a loss or gradient was not finite.
-        validation_samples: how many held-out images the held-out loss looks at, at most.
+        cpu_threads: threads of a process on the CPU. None: OMP_NUM_THREADS or MKL_NUM_THREADS, else as before when
+            resumed, else the number that is measured to be the fastest.
+        checkpoint_every: steps between checkpoints, besides the last one.
+        checkpoint_minutes: maximum minutes between checkpoints; None counts steps only.
+        keep_checkpoints: number of newest checkpoints to keep; multiples of `keep_every` are kept too.
+        max_nonfinite_steps: maximum number of steps in a row that are skipped because of a non-finite loss or gradient.
+        validation_samples: maximum number of held-out images for the held-out loss.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -143,7 +135,7 @@ class TrainConfig:
             self,
             *("max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
             *("log_every", "validate_every", "validation_samples", "sample_every", "checkpoint_every"),
-            *("keep_checkpoints", "max_nonfinite_steps"),
+            *("keep_checkpoints", "max_nonfinite_steps", "cpu_threads", "checkpoint_minutes", "keep_every"),
         )
         _not_negative(self, "warmup_steps", "cooldown_steps", "weight_decay", "num_workers")
         if self.cooldown_steps and self.lr_schedule != "constant":
@@ -155,9 +147,6 @@ class TrainConfig:
                 f"warmup_steps {self.warmup_steps} and cooldown_steps {self.cooldown_steps} are more than max_steps "
                 f"{self.max_steps}; make them fewer (train.cooldown_steps=0), or the run longer"
             )
-        for key in ("cpu_threads", "checkpoint_minutes", "keep_every"):
-            if getattr(self, key) is not None:
-                _positive(self, key)
         for key in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0 and less than 1")
@@ -168,17 +157,16 @@ class DiffusionTrainConfig(TrainConfig):
     """What training of the UNet adds.
 
     Args:
-        caption_dropout: share of samples, drawn one by one, that are trained with the empty caption, 0 to 1.
-        attention: "sdpa", or "xformers" where that is installed, on CUDA.
-        loss: what is minimised. With `weighting: hybrid` the network learns variances and gives twice as many channels.
-        timesteps: drawn "uniform", each by itself, or "stratified": one from each of B equal parts of the schedule,
-            B the batch size.
+        caption_dropout: probability of the empty caption, 0 to 1.
+        attention: "sdpa", or "xformers" if installed, on CUDA.
+        loss: with `weighting: hybrid` the network learns variances and has twice as many output channels.
+        timesteps: "uniform", independent, or "stratified": one from each of B equal parts of the schedule, B the batch
+            size.
         timestep_density: "uniform", or "logit_normal" (arXiv:2403.03206): t / T = sigmoid(z), z normal with
             `logit_mean` and `logit_std`. A mean above 0 trains more on noisy latents, where the text decides most.
-        evaluate_every: steps between evaluations of pictures that the moving average draws (quality, faithfulness to
-            the text, copies of training images), besides the one at the end; None makes none.
-        evaluation_samples: pictures that an evaluation draws.
-        evaluation_features: the network whose features compare pictures: see `ldm.evaluation.features`.
+        evaluate_every: steps between evaluations of generated images, besides the last one; None evaluates never.
+        evaluation_samples: number of images to generate for them.
+        evaluation_features: the network whose features compare images: see `ldm.evaluation.features`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -196,9 +184,7 @@ class DiffusionTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "evaluation_samples")
-        if self.evaluate_every is not None:
-            _positive(self, "evaluate_every")
+        _positive(self, "evaluation_samples", "evaluate_every")
         for key, weighting in (("gamma", "min_snr"), ("vlb_weight", "hybrid"), ("variance", "vlb")):
             if self.loss.weighting != weighting and getattr(self.loss, key) != getattr(LossConfig(), key):
                 raise ValueError(
@@ -246,9 +232,7 @@ class FinetuneConfig:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __post_init__(self) -> None:
-        _positive(self, "rank")
-        if self.alpha is not None:
-            _positive(self, "alpha")
+        _positive(self, "rank", "alpha")
         if not self.target_modules or not all(self.target_modules):
             raise ValueError("target_modules is empty or names nothing; name at least one layer, such as to_q")
         for item in dataclasses.fields(self):
@@ -394,16 +378,14 @@ class AutoencoderLossConfig:
     Args:
         reconstruction: "l1" or "l2": mean absolute or squared error of an image's values. Its weight is 1.
         kl_weight: of KL(q(z|x) ‖ N(0, I)), summed over the latents of an image and divided by its number of values.
-        codebook_weight: with a codebook, of |sg(z) − e|², the mean squared distance of latents to their codes, which
-            moves the codes (VQ-VAE, arXiv:1711.00937, Eq. 3).
+        codebook_weight: with a codebook, of |sg(z) − e|², which moves the codes (VQ-VAE, arXiv:1711.00937, Eq. 3).
         commitment_weight: of |z − sg(e)|², which moves the encoder: β there.
-        perceptual_weight: of the distance in the maps of EfficientNet-Lite0, which is about 1 between different images.
-        adversarial_weight: of what a patch discriminator says of the reconstructions, times the adaptive weight.
+        perceptual_weight: of the distance of features of EfficientNet-Lite0, about 1 between different images.
+        adversarial_weight: of the loss of a patch discriminator, times the adaptive weight.
         adversarial: "hinge" or "non_saturating".
-        adversarial_start: steps without it.
-        adaptive_weight_limit: what the ratio of gradients at the last layer of the decoder is bounded by. It is 0.5 to
-            1 while the discriminator tells images from reconstructions, and grows where it does not: its gradient
-            then says little, and unbounded would count as much as that of the distance.
+        adversarial_start: first step with that loss.
+        adaptive_weight_limit: maximum ratio of the gradients of both losses at the last layer of the decoder. The ratio
+            is 0.5 to 1 while the discriminator works, and grows when its gradient vanishes.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -470,8 +452,7 @@ class AutoencoderTrainingConfig:
                 raise ValueError(
                     "trained is decoder, but a new network has no encoder to leave as it is; name a model in start_from"
                 )
-        if self.revive_codes_after is not None:
-            _positive(self, "revive_codes_after")
+        _positive(self, "revive_codes_after")
         if self.network is not None:
             check_autoencoder(self.network, self.trained)
             self.check_regularizer(self.network)
