@@ -18,6 +18,7 @@ from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.images import generate_images
 from ldm.evaluation.prompt_alignment import RetrievalGallery, retrieval
+from ldm.report.text import retrieval_lines
 
 PHRASINGS = {
     "dog face": "a happy canine",
@@ -142,7 +143,7 @@ def main() -> None:
     for kind, images in pictures.items():
         features = space.compute(to_signed(chunk) for chunk in images.split(20))
         found[kind] = retrieval(features, gallery.features, matches, seed=arguments.seed)
-        print("\n".join([kind, *found[kind].lines(space.label())]))
+        print("\n".join([kind, *retrieval_lines(found[kind], space.label())]))
     if arguments.output is not None:
         hub.write_json(arguments.output, {kind: ranks.to_dict() for kind, ranks in found.items()})
 

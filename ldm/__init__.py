@@ -1,6 +1,6 @@
 """Turn captioned images into a text-to-image model that its owner can run, share and trust.
 
-    from ldm import Pipeline
+    from ldm import Pipeline, evaluate, train
 
     Pipeline.from_pretrained("runs/digits/pipeline")("a handwritten three").images[0].save("three.png")
 
@@ -13,10 +13,29 @@ from __future__ import annotations
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "TrainingResult", "__version__", "train"]
+__all__ = [
+    "AutoencoderOptions",
+    "DataConfig",
+    "EvaluationOptions",
+    "LikelihoodOptions",
+    "Pipeline",
+    "SamplingParams",
+    "SweepOptions",
+    "TrainingResult",
+    "__version__",
+    "check_data",
+    "evaluate",
+    "evaluate_autoencoder",
+    "evaluate_axes",
+    "likelihood",
+    "train",
+]
 
 _HOME_OF = {  # __init__.pyi says the same to type checkers
+    **dict.fromkeys(__all__, "ldm.api"),
+    "DataConfig": "ldm.data",
     "Pipeline": "ldm.pipelines",
+    "SamplingParams": "ldm.pipelines",
     "TrainingResult": "ldm.training.launch",
     "train": "ldm.training.launch",
 }

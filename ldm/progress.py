@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """(title, total) → a context that gives a function, which is called with the number of items done since."""
@@ -12,6 +13,15 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 def no_progress(title: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
     """Shows nothing."""
     return nullcontext(lambda done: None)
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar of tqdm, in a terminal or a notebook, once two seconds have passed."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=title, delay=2, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+        yield bar.update
 
 
 def format_duration(seconds: float) -> str:

@@ -343,9 +343,9 @@ def test_the_held_out_side_is_that_of_training(model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["digits", "--split", "training"], "--split is training"),
+        (["digits", "--split", "training"], "split is training"),
         (["digits", "--seed", "-1"], "seed is -1"),
-        (["digits", "--variance", "learned"], "--variance is learned"),
+        (["digits", "--variance", "learned"], "variance is learned"),
         (["digits", "-o", "terms.pdf"], "--output is terms.pdf"),
         (["digits", "--samples", "0"], "samples is 0"),
         (["digits", "--steps-per-image", "7"], "steps per image is 7"),
@@ -454,8 +454,8 @@ BEFORE_LOADING = {
         (["digits", "--held-out", "1.5"], "data.held_out is 1.5"),
         (["digits", "--samples", "3"], "samples is 3"),
         (["~no-such-user/x"], "data.path is '~no-such-user/x'"),
-        (["digits", "--reference", "-1"], "--reference is -1"),
-        (["digits", "--sweep", "--sweep-samples", "0"], "--sweep-samples is 0"),
+        (["digits", "--reference", "-1"], "reference is -1"),
+        (["digits", "--sweep", "--sweep-samples", "0"], "samples of a sweep are 0"),
         (["digits", "--sweep", "--sweep-steps", "0"], "steps of a sweep hold 0"),
         (["digits", "-o", "file"], "--output is file, a file"),
         (["digits", "-o", "/proc/none"], "nothing can be written in /proc"),

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 import ldm
-from ldm.cli import autoencoder, data
+from ldm.cli import data
 from ldm.cli.arguments import RepeatedOptionsCommand
-from ldm.cli.evaluate import evaluate_command
+from ldm.cli.evaluate import autoencoder_app, evaluate_command, nll
 from ldm.cli.generate import generate
-from ldm.cli.nll import nll
 from ldm.cli.train import train_command
 
 app = typer.Typer(
@@ -27,7 +26,7 @@ app.command("train", cls=RepeatedOptionsCommand)(train_command)
 app.command()(nll)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data.app, name="data")
-app.add_typer(autoencoder.app, name="autoencoder")
+app.add_typer(autoencoder_app, name="autoencoder")
 
 
 def _show_version(wanted: bool) -> None:

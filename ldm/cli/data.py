@@ -10,7 +10,7 @@ app = typer.Typer(help="Check data before training.", no_args_is_help=True)
 
 
 @app.command("check")
-def check_data(
+def check_data_command(
     path: Annotated[str, typer.Argument(help="A folder, a file, or the id of a data set on the hub.")],
     resolution: Annotated[int, typer.Option(help="Resolution of the training, in pixels.")] = 64,
     encoder: Annotated[
@@ -33,11 +33,8 @@ def check_data(
     full: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
     """Print the contents and problems of a data set. Exit code 1 if something needs attention."""
-    from ldm.data import DataConfig, NoCaptionsError
-    from ldm.data.inspection import inspect
-    from ldm.data.layouts import open_source
-    from ldm.data.report import dataset_report
-    from ldm.text import load_text_encoder
+    from ldm.api import check_data
+    from ldm.data import DataConfig
 
     config = DataConfig(
         path=path,
@@ -51,26 +48,7 @@ def check_data(
         held_out=held_out,
         compose=compose,
     )
-    truncated_words, uncounted = None, ""
-    try:
-        length = 48 if path == "scenes" else 32
-        truncated_words = load_text_encoder(
-            encoder or "minilm", length if max_length is None else max_length
-        ).truncated_words
-    except ValueError as error:
-        if encoder is not None or max_length is not None:
-            raise
-        uncounted = str(error)  # images can be checked without the default encoder
-    try:
-        source = open_source(config)
-    except NoCaptionsError as error:  # the report lists the skipped entries
-        source = error.source
-    report = dataset_report(
-        inspect(source, config, progress=True, include_curated=True),
-        config,
-        truncated_words=truncated_words,
-        uncounted=uncounted,
-    )
+    report = check_data(config, encoder=encoder, max_length=max_length)
     if as_json:
         import json
 

@@ -105,9 +105,6 @@ class Advice:
     action: Action
     why: str
 
-    def line(self) -> str:
-        return f"advice: {ACTIONS[self.action]}, because {self.why}"
-
 
 def advise(found: ReconstructionQuality) -> Advice:
     """The cheapest option that suffices."""
@@ -269,15 +266,6 @@ class LatentStatistics:
     std: tuple[float, ...]
     kl: float | None
 
-    def off(self) -> str:
-        """The channels far from mean 0 and std 1, in words; "" for none."""
-        far = [
-            f"{channel} (mean {mean:.2f}, std {std:.2f})"
-            for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True))
-            if abs(mean) > MAX_MEAN or not STD_RANGE[0] <= std <= STD_RANGE[1]
-        ]
-        return ", ".join(far)
-
 
 @dataclass(frozen=True)
 class ReconstructionFrechet:
@@ -297,10 +285,6 @@ class ReconstructionFrechet:
     references: int
     against: str
     features: str
-
-    def line(self) -> str:
-        over = f"{self.samples:,} reconstructions" + (" over their originals, each" if self.is_ratio else "")
-        return f"{_metric_text(self.name, self.interval)}  {over} against {self.against}, {self.features}"
 
 
 @dataclass(frozen=True)
@@ -331,36 +315,13 @@ class AutoencoderReport:
     worst: tuple[tuple[str, float], ...]
     left_out: tuple[str, ...]
 
-    def lines(self) -> list[str]:
-        """As text; the advice is last."""
-        n = f"{self.images:,} images"
-        lines = [_metric_text("PSNR, dB", self.psnr) + f"  {n}"]
-        if self.ssim is not None:
-            lines.append(f"{_metric_text('SSIM', self.ssim)}  {n}, Gaussian window of {WINDOW} pixels")
-        perceptual = _metric_text("perceptual", self.perceptual)
-        lines.append(f"{perceptual}  {n}, EfficientNet-Lite0 maps; 1 is between different images")
-        if self.frechet is not None:
-            lines.append(self.frechet.line())
-        for name, values in (("latent means", self.latents.mean), ("latent stds", self.latents.std)):
-            lines.append(f"{name:<26} {' '.join(f'{value:.3f}' for value in values)}")
-        if self.latents.kl is not None:
-            lines.append(f"{'KL, nats per latent':<26} {self.latents.kl:9.4g}")
-        if self.readout is not None:
-            lines.append(f"{'linear probe, dB':<26} {self.readout:9.4g}  of latents and reconstruction, cross-fitted")
-        if self.latents.off():
-            lines.append(
-                f"Channels of the latents that are far from mean 0 and std 1: {self.latents.off()}. Noise schedules "
-                "assume 0 and 1: see scaling_factor in config.json."
-            )
-        return [*lines, *self.left_out, self.advice.line()]
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
 @torch.no_grad()
-def evaluate_autoencoder(
+def measure_autoencoder(
     codec: LatentCodec,
     name: str,
     images: CaptionedImages,
@@ -538,7 +499,3 @@ def _chunks(images: CaptionedImages) -> Iterator[list[int]]:
 
 def _pixels(images: CaptionedImages, indices: list[int], device: torch.device) -> Tensor:
     return to_signed(torch.stack([images.image_at(index) for index in indices])).to(device)  # [B, 3, h, w]
-
-
-def _metric_text(name: str, interval: Interval) -> str:
-    return f"{name:<26} {interval.mean:9.4g}  ({interval.low:.4g} to {interval.high:.4g})"

@@ -95,7 +95,7 @@ class Evaluation:
         }
 
 
-def evaluate(
+def evaluate_pipeline(
     pipeline: Pipeline,
     reference: Reference,
     *,

@@ -445,15 +445,6 @@ class Metric:
     reference_samples: int
     features: str
 
-    def line(self) -> str:
-        measured = f"{self.samples:,} {self.images}"
-        if self.yardstick:
-            measured += f" over {self.yardstick:,} held-out"
-        return (
-            f"{self.name:<17} {self.value:9.4g}  ({self.low:.4g} to {self.high:.4g})  {measured} against "
-            f"{self.reference_samples:,} training images, {self.features}"
-        )
-
 
 @dataclass(frozen=True)
 class FidelityMetrics:
@@ -493,10 +484,6 @@ class Fidelity:
         found = [self.frechet_ratio]
         found += [getattr(side, field.name) for field in fields(FidelityMetrics) for side in sides]
         return [metric for metric in found if metric is not None]
-
-    def lines(self) -> list[str]:
-        """One line per metric, then one for each that is left out."""
-        return [metric.line() for metric in self.metrics()] + list(self.left_out)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

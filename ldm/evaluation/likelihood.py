@@ -64,7 +64,7 @@ class Likelihood:
 
 
 @torch.inference_mode()
-def likelihood(
+def measure_likelihood(
     pipeline: Pipeline,
     images: CaptionedImages,
     *,

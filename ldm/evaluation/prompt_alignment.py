@@ -118,21 +118,6 @@ class Retrieval:
             "median_rank": {**vars(self.median), "chance": self.median_by_chance},
         }
 
-    def lines(self, label: str) -> list[str]:
-        """As text; `label` names the features."""
-        head = (
-            f"retrieval: the rank of the caption's own image among all {self.gallery}, by the cosine of {label}; "
-            f"{len(self.ranks)} captions, 95 % intervals"
-        )
-        table = [
-            f"  among the {k:2d} nearest  {100 * recall.mean:5.1f} %  ({100 * recall.low:.1f} to "
-            f"{100 * recall.high:.1f}; by chance {100 * self.chance[k]:.2g} %)"
-            for k, recall in self.within.items()
-        ]
-        low, high = self.median.low, self.median.high
-        middle = f"  median rank {self.median.mean:11g}    ({low:g} to {high:g}; by chance {self.median_by_chance})"
-        return [head, *table, middle]
-
 
 def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int]], *, seed: int = 0) -> Retrieval:
     """Ranks the gallery by its cosine to each generated image (why the cosine: docs/evaluation.md).
@@ -253,15 +238,6 @@ class ClipScore:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return vars(self) | {"hundred": vars(self.hundred)}
-
-    def lines(self) -> list[str]:
-        """As text."""
-        found = self.hundred
-        return [
-            f"CLIP score {found.mean:.2f} ({found.low:.2f} to {found.high:.2f}, 95 %): 100 x cosine, {self.model}, "
-            f"{self.pictures} images; with the captions of others {self.others:.2f}; as CLIPScore (w = "
-            f"{CLIPSCORE_W}) {self.score:.3f}"
-        ]
 
 
 def clip_score(clip: Clip, images: Tensor, captions: Sequence[str]) -> ClipScore:

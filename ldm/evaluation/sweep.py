@@ -114,9 +114,6 @@ class Cell:
         """(weights, guidance scale, steps)."""
         return self.weights, self.guidance_scale, self.num_inference_steps
 
-    def describe(self) -> str:
-        return f"guidance {self.guidance_scale:g}, {self.num_inference_steps} steps"
-
     def to_dict(self) -> dict[str, Any]:
         """For a report, without the leave-one-out values."""
         content = {key: value for key, value in asdict(self).items() if not key.endswith("_without")}
@@ -240,38 +237,6 @@ class Sweep:
             },
             "stored": None if self.stored is None else str(self.stored),
         }
-
-    def lines(self) -> list[str]:
-        """As text."""
-        front = {cell.setting for cell in pareto_front(self.cells)}
-        lines = [
-            f"sweep: {self.captions} captions of {self.images} held-out images, the same noise in all cells (seed "
-            f"{self.seed}); KID to these images and the caption's own image among all {self.gallery}, {self.features}",
-            f"  weights  guidance  steps  evaluations  KID ± standard error  own image among {RECALL_K}  typical rank",
-        ]
-        for cell in sorted(self.cells, key=lambda cell: (cell.evaluations, cell.kid)):
-            weights, scale, steps = cell.setting
-            row = f"  {weights:7s}  {scale:8g}  {steps:5d}  {cell.evaluations:11g}  "
-            row += f"{cell.kid:9.5f} ± {cell.kid_error:.5f}  {100 * cell.near:18.1f} %  {cell.typical_rank:12.1f}"
-            lines.append(row + ("  *" if cell.setting in front else ""))
-        lines.append("  * no cell is as cheap and better")
-        mine = self.chosen
-        if not mine.decided:
-            lines.append("chosen: nothing. These captions do not distinguish the cells: use more")
-        else:
-            why = "no other is within one standard error of it, in KID and then in rank"
-            if mine.equal > 1:
-                why = f"the cheapest of {mine.equal} within one standard error of the best, in KID and then in rank"
-            stored = "" if self.stored is None else f"; stored as the defaults of {self.stored}"
-            evaluations = f"{mine.cell.evaluations:g} evaluations per image"
-            lines.append(f"chosen: {mine.cell.describe()} ({evaluations}): {why}{stored}")
-        for name, other in list(self.choices.items())[1:]:
-            kid, error = paired_difference(other.cell, mine.cell, "kid")
-            lines.append(
-                f"with {name} weights: {other.cell.describe()}, KID {kid:+.5f} ± {error:.5f} relative to that. A sweep "
-                "does not change the weights: the defaults are for those that the model has"
-            )
-        return lines
 
 
 # ---- measuring

@@ -8,7 +8,6 @@ FOLDER/nearest.png       generated images beside their nearest training images, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,91 +19,18 @@ from ldm import disk, hub
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Evaluation, GeneratedImages
 from ldm.evaluation.images import Reference
-from ldm.evaluation.memorization import Copying, LossGap, nearest_sheet
+from ldm.evaluation.memorization import LossGap, nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
 from ldm.report.charts import Line, line_chart
 from ldm.report.html import chart_figure, embedded, image_figure, tiles, write_page
 from ldm.report.markup import Document, escaped, format_number, shortened
+from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
 
 PAGE_PAIRS = 24  # of each side
 SHEET_PAIRS, SHEET_COLUMNS = 48, 4
 MAX_IMAGE_BYTES, MAX_SHEET_BYTES = 60_000, 2_000_000
 MIN_SIDE, MAX_SIDE = 96, 256
-INDENT = "  "
-
-
-# ---- as text
-
-
-def evaluation_lines(evaluation: Evaluation) -> list[str]:
-    """The settings, the verdict, and each metric."""
-    lines = [describe_settings(evaluation), "", "Verdict", INDENT + evaluation.verdict.sentence]
-    if evaluation.copying is not None:
-        lines.append(INDENT + describe_closer(evaluation.copying))
-    if evaluation.gap is not None:
-        lines += [INDENT + line for line in gap_lines(evaluation.gap)]
-    if evaluation.fidelity is not None:
-        lines += ["", "Fidelity to real images (in brackets: 95 % intervals)"]
-        lines += [INDENT + line for line in evaluation.fidelity.lines()]
-    lines += ["", "Prompt alignment"]
-    for side in evaluation.retrieval:
-        lines += [f"{INDENT}{side} captions", *(2 * INDENT + line for line in alignment_lines(evaluation, side))]
-    if evaluation.left_out:
-        lines += ["", *evaluation.left_out]
-    return lines
-
-
-def describe_settings(evaluation: Evaluation) -> str:
-    """Number of images, and how they were generated."""
-    settings = evaluation.settings
-    counts = " and ".join(f"{count:,} for {side} captions" for side, count in settings["samples"].items())
-    width, height = settings["size"]
-    return (
-        f"{sum(settings['samples'].values()):,} images of {width}x{height} pixels ({counts}): "
-        f"{settings['num_inference_steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}, "
-        f"seed {settings['seed']}"
-    )
-
-
-def alignment_lines(evaluation: Evaluation, side: str) -> list[str]:
-    """Prompt alignment of the images for one side's captions."""
-    lines = evaluation.retrieval[side].lines(evaluation.settings["features"])
-    if (accuracy := evaluation.digit_accuracy.get(side)) is not None:
-        lines.append(
-            f"classified as the prompted digit {100 * accuracy.mean:5.1f} %  ({100 * accuracy.low:.1f} to "
-            f"{100 * accuracy.high:.1f}; by chance 10 %)"
-        )
-    if (score := evaluation.clip_scores.get(side)) is not None:
-        lines += score.lines()
-    return lines
-
-
-def describe_closer(copying: Copying) -> str:
-    """How often images are closer to a training image than that is to the others."""
-    held_out = ""
-    if copying.held_out_closer is not None:
-        real = copying.held_out_closer
-        held_out = f"; of {real.total} held-out images {100 * real.fraction:.1f} %"
-    closer = copying.closer
-    return (
-        f"closer to a training image than that is to any other: {100 * closer.fraction:.1f} % of {closer.total} images "
-        f"for training captions ({100 * closer.low:.1f} to {100 * closer.high:.1f}){held_out}"
-    )
-
-
-def gap_lines(gap: LossGap) -> list[str]:
-    """The loss of both sides, one line per band of noise."""
-    lines = [
-        f"loss by noise (t), {gap.training_images} training and {gap.held_out_images} held-out images, {gap.draws} "
-        "evaluations each:",
-        f"{INDENT}{'t':>9}  {'training':>9}  {'held-out':>9}  {'gap':>9}",
-    ]
-    for band in gap.bands:
-        half_width = "" if math.isnan(band.interval) else f" ± {band.interval:.4f}"
-        span = f"{band.first}-{band.last}"
-        lines.append(f"{INDENT}{span:>9}  {band.training:9.4f}  {band.held_out:9.4f}  {band.gap:+9.4f}{half_width}")
-    return lines
 
 
 # ---- as a page
@@ -262,7 +188,7 @@ class EvaluationReport:
     def _metrics(self) -> Iterator[str]:
         evaluation = self.evaluation
         yield "<h2>All numbers</h2>"
-        lines = [] if evaluation.fidelity is None else [*evaluation.fidelity.lines(), ""]
+        lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
         for side in evaluation.retrieval:
             lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
         lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
@@ -276,7 +202,7 @@ class EvaluationReport:
         lines = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in self.sweep.curves().items()]
         title = "KID to held-out images (lower is better) against evaluations of the network per image"
         yield chart_figure(title, line_chart(lines, title=title, axis="evaluations of the network"))
-        yield f"<pre dir='ltr'>{escaped(chr(10).join(self.sweep.lines()))}</pre>"
+        yield f"<pre dir='ltr'>{escaped(chr(10).join(sweep_lines(self.sweep)))}</pre>"
 
     def _about(self) -> Iterator[str]:
         yield "<h2>Model, data and settings</h2>"

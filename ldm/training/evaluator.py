@@ -12,7 +12,7 @@ from ldm.evaluation.evaluate import (
     Evaluation,
     GeneratedImages,
     check_samples,
-    evaluate,
+    evaluate_pipeline,
     measure_generated,
     select_captions,
 )
@@ -64,7 +64,7 @@ class Evaluator:
 
     def __call__(self, pipeline: Pipeline) -> dict[str, float]:
         """Values to log. Prints the verdict and logs it as JSON."""
-        found = evaluate(pipeline, self.reference, samples=self.samples, seed=self.seed, with_loss_gap=False)
+        found = evaluate_pipeline(pipeline, self.reference, samples=self.samples, seed=self.seed, with_loss_gap=False)
         self._run.print(f"step {self._run.step}: {found.verdict.sentence}")
         self._run.log_json({VERDICT: vars(found.verdict)})
         return log_values(found, self._space.name)

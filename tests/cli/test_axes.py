@@ -5,11 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from ldm.cli.axes import scenes_seen
 from ldm.config import LDMConfig, load_config, to_yaml
 from ldm.evaluation.composition import AXES
 from ldm.evaluation.scene_classifier import FOLDER
-from ldm.training.run_info import find_run
+from ldm.training.run_info import find_run, scenes_after
 from tests import tiny
 from tests.test_cli import call
 from tests.training.runs import ROOT
@@ -43,7 +42,8 @@ def test_the_axes_are_a_table_json_and_a_sheet(run, monkeypatch, capsys):
 
 def test_the_scenes_that_a_run_saw_are_counted(run):
     # 80 samples are 5 epochs of 16 scenes, which others replace after 2 of them.
-    assert scenes_seen(find_run(str(run))) == 10 + 3 * 16
+    config = find_run(str(run)).config
+    assert scenes_after(config, config.train.max_steps) == 10 + 3 * 16
 
 
 def test_models_of_other_data_are_refused(tmp_path, monkeypatch, capsys):

@@ -142,11 +142,11 @@ def test_without_held_out_images_it_says_what_cannot_be_known(model, data, here,
         (["--held-out", "1"], "data.held_out is 1"),
         (["--steps", "0"], "num_inference_steps is 0"),
         (["--guidance", "nan"], "guidance_scale is nan"),
-        (["--reference", "0"], "--reference is 0"),
-        (["--sweep", "--steps", "4"], "--sweep chooses steps and guidance"),
+        (["--reference", "0"], "reference is 0"),
+        (["--sweep", "--steps", "4"], "a sweep chooses num_inference_steps"),
         (["--sweep", "--sweep-steps", "4;5"], "--sweep-steps is '4;5'"),
         (["--sweep", "--sweep-guidance", "1,1"], "guidance_scales of a sweep are [1.0, 1.0]"),
-        (["--sweep", "--held-out", "0", "--features", "pixel"], "--sweep measures on held-out images"),
+        (["--sweep", "--held-out", "0", "--features", "pixel"], "a sweep measures on held-out images"),
         (["-o", "file"], "--output is file, a file"),
         (["-o", "file/inside"], "file/inside"),
         (["--device", "abacus"], "abacus"),
@@ -198,7 +198,7 @@ def test_an_interrupt_before_anything_was_drawn_promises_nothing(model, data, he
     def stop(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldm.evaluation.evaluate.estimate_duration", stop)
+    monkeypatch.setattr("ldm.api.estimate_duration", stop)
     assert call(monkeypatch, "evaluate", model, data, *QUICK) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped"
 

@@ -12,7 +12,7 @@ from ldm.data import CaptionedImages, DataConfig
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.evaluation.features import feature_space
-from ldm.evaluation.likelihood import likelihood
+from ldm.evaluation.likelihood import measure_likelihood
 from ldm.pipelines import SAMPLERS
 from tests import tiny
 
@@ -167,5 +167,5 @@ def test_likelihood(pixels, device):
     for place in ("cpu", device):
         pipeline = Pipeline.from_pretrained(pixels, device=place)
         images = CaptionedImages(samples, config, seed=0)
-        totals.append(likelihood(pipeline, images, samples=4, steps_per_image=4).total)
+        totals.append(measure_likelihood(pipeline, images, samples=4, steps_per_image=4).total)
     assert totals[1] == pytest.approx(totals[0], rel=1e-4)

@@ -16,8 +16,8 @@ from ldm.evaluation import autoencoder as module
 from ldm.evaluation.autoencoder import (
     ReconstructionQuality,
     advise,
-    evaluate_autoencoder,
     linear_probe_psnr,
+    measure_autoencoder,
     measure_reconstruction,
     worst_sheet,
 )
@@ -26,6 +26,7 @@ from ldm.evaluation.fidelity import frechet_interval
 from ldm.models import kl_divergence
 from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr, ssim
+from ldm.report.text import advice_line, autoencoder_lines
 from ldm.training.components import load_first_stage
 from tests import tiny
 from tests.test_cli import call
@@ -186,7 +187,7 @@ GOOD = ReconstructionQuality("it", 64, 500, psnr=25.0, perceptual=0.1, readout=N
 def test_the_rule(changes, action, part):
     advice = advise(dataclasses.replace(GOOD, **changes))
     assert advice.action == action and part in advice.why
-    assert advice.line().startswith("advice: ") and "\n" not in advice.line()
+    assert advice_line(advice).startswith("advice: ") and "\n" not in advice_line(advice)
 
 
 def test_the_rule_holds_for_first_stages_that_were_broken_on_purpose(perceptual):
@@ -201,7 +202,7 @@ def test_the_rule_holds_for_first_stages_that_were_broken_on_purpose(perceptual)
 
 
 def report_of(codec, images, training, space, perceptual, **more):
-    return evaluate_autoencoder(
+    return measure_autoencoder(
         codec, "it", images, training, space=space, perceptual=perceptual, device=CPU,
         training_images=500, **more,
     )  # fmt: skip
@@ -246,9 +247,9 @@ def test_latents_that_are_not_standard_are_named(pixel, perceptual):
     for std, other in zip(plain.latents.std, scaled.latents.std, strict=True):
         assert other == pytest.approx(3 * std, rel=1e-4)
     assert scaled.psnr.mean == pytest.approx(plain.psnr.mean, abs=1e-3) and scaled.latents.kl == plain.latents.kl
-    assert scaled.latents.off().startswith("0 (mean -") and "3 (mean" in scaled.latents.off()
-    assert any("Channels of the latents" in line for line in scaled.lines())
-    text = "\n".join(scaled.lines())
+    off = next(line for line in autoencoder_lines(scaled) if line.startswith("Channels of the latents"))
+    assert ": 0 (mean -" in off and "3 (mean" in off
+    text = "\n".join(autoencoder_lines(scaled))
     assert "Left out: the Fréchet ratio, for there are 2 images on a side; at least 22" in text
     assert "Left out: the linear probe" in text
 
@@ -269,11 +270,11 @@ def test_few_images_get_a_ratio_that_knows_better_from_worse(pixel, perceptual):
     good, held_out, training = load_first_stage(BUILT_IN), emoji(24, 32), emoji(40, 32, start=7)
     ratio = report_of(good, held_out, training, pixel, perceptual).frechet
     assert ratio.is_ratio and (ratio.samples, ratio.references) == (24, 40)
-    assert 0.9 < ratio.interval.mean < 1.5 and "40 training images" in ratio.line()
+    assert 0.9 < ratio.interval.mean < 1.5 and ratio.against == "40 training images"
     poor = report_of(changed(mirrored), held_out, training, pixel, perceptual).frechet
     assert poor.interval.low > 2 * ratio.interval.high
     halves = report_of(good, emoji(44, 32), None, pixel, perceptual).frechet
-    assert (halves.samples, halves.references) == (22, 22) and "22 other originals" in halves.line()
+    assert (halves.samples, halves.references) == (22, 22) and halves.against == "22 other originals"
 
 
 def test_images_of_several_sizes(tmp_path, pixel, perceptual):
@@ -343,12 +344,12 @@ def test_the_command_takes_an_autoencoder_a_pipeline_and_all_images(tmp_path, mo
     [
         (["./nothing", "digits"], "there is no model folder ./nothing"),
         ([BUILT_IN, "nowhere"], "nowhere"),
-        ([BUILT_IN, "digits", "--split", "training"], "--split is training"),
-        ([BUILT_IN, "digits", "--samples", "1"], "--samples is 1"),
-        ([BUILT_IN, "digits", "--samples", "100000"], "--samples is 100000; there are 176 images (held-out)"),
+        ([BUILT_IN, "digits", "--split", "training"], "split is training"),
+        ([BUILT_IN, "digits", "--samples", "1"], "samples is 1"),
+        ([BUILT_IN, "digits", "--samples", "100000"], "samples is 100000; there are 176 images (held-out)"),
         ([BUILT_IN, "digits", "--held-out", "0"], "use --split all"),
         ([BUILT_IN, "digits", "--resolution", "30"], "image size 30x30 is not divisible by the codec's factor 4"),
-        ([BUILT_IN, "digits", "--resolution", "4"], "--resolution is 4; reconstructions need"),
+        ([BUILT_IN, "digits", "--resolution", "4"], "resolution is 4; reconstructions need"),
         ([BUILT_IN, "digits", "--features", "fid"], 'there are no features "fid"'),
         ([BUILT_IN, "digits", "--features", "inception"], "inception"),
         ([BUILT_IN, "digits", "-o", "worst.jpg"], "--output is worst.jpg"),

@@ -11,12 +11,12 @@ from PIL import Image
 from ldm.data import CaptionedImages, DataConfig, split, to_uint8
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
-from ldm.evaluation.evaluate import GeneratedImages, evaluate, measure_generated, select_captions
+from ldm.evaluation.evaluate import GeneratedImages, evaluate_pipeline, measure_generated, select_captions
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.images import Reference, subset
 from ldm.evaluation.verdict import baselines_of, compare_with_baselines
 from ldm.pipelines import Pipeline
-from ldm.report.evaluation_report import evaluation_lines
+from ldm.report.text import evaluation_lines
 from tests import tiny
 from tests.training.runs import captioned_folder
 
@@ -182,7 +182,7 @@ def test_figures_of_different_pictures_are_those_of_the_quality(digits):
 
 def test_an_untrained_model_is_no_model_of_the_data(digits, tmp_path):
     pipeline = tiny.pipeline(tmp_path, num_inference_steps=1, guidance_scale=1.0)
-    assert evaluate(pipeline, digits[0], samples=60, with_loss_gap=False).verdict.kind == FAR
+    assert evaluate_pipeline(pipeline, digits[0], samples=60, with_loss_gap=False).verdict.kind == FAR
 
 
 def test_unseen_pictures_that_repeat_are_still_learning_and_few_are_undecided(digits):

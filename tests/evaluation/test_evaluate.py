@@ -9,13 +9,19 @@ import torch
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
-from ldm.evaluation.evaluate import GeneratedImages, estimate_duration, evaluate, measure_generated, select_captions
+from ldm.evaluation.evaluate import (
+    GeneratedImages,
+    estimate_duration,
+    evaluate_pipeline,
+    measure_generated,
+    select_captions,
+)
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.fidelity import measure_fidelity
 from ldm.evaluation.images import Reference, SampleCache, generate_images, subset
 from ldm.evaluation.prompt_alignment import retrieval
 from ldm.progress import no_progress
-from ldm.report.evaluation_report import alignment_lines, evaluation_lines
+from ldm.report.text import alignment_lines, evaluation_lines
 from tests import tiny
 from tests.training.runs import captioned_folder
 
@@ -42,7 +48,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(pipeline, noise):
-    return evaluate(pipeline, noise, samples=60, seed=3)
+    return evaluate_pipeline(pipeline, noise, samples=60, seed=3)
 
 
 def real(images, indices):
@@ -132,7 +138,7 @@ def test_digits_are_read(tmp_path):
 def test_what_cannot_be_said_of_few_images_is_named(tmp_path, pipeline):
     few = Reference.from_data(*opened(captioned_folder(tmp_path / "data", 8, side=8), tmp_path / "cache", 0.0), PIXELS)
     assert few.held_out is None
-    found = evaluate(pipeline, few, samples=50)
+    found = evaluate_pipeline(pipeline, few, samples=50)
     assert [side.side for side in found.generated] == ["training"] and len(found.images) == 50
     assert found.fidelity is None and found.copying is None and found.baselines is None and found.gap is None
     assert found.verdict.kind == "undecided" and "50 images and 8 training images" in found.verdict.sentence
@@ -145,11 +151,11 @@ def test_what_cannot_be_said_of_few_images_is_named(tmp_path, pipeline):
 
 def test_too_few_pictures_and_other_sizes_are_refused(pipeline, noise, tmp_path):
     with pytest.raises(ValueError, match="samples is 49; at least 50"):
-        evaluate(pipeline, noise, samples=49)
+        evaluate_pipeline(pipeline, noise, samples=49)
     config = dataclasses.replace(noise.training.config, resolution=16)
     larger = CaptionedImages(noise.training.samples, config, 0)
     with pytest.raises(ValueError, match=r"16x16 pixels but the model .* 8x8"):
-        evaluate(pipeline, dataclasses.replace(noise, training=larger), samples=50)
+        evaluate_pipeline(pipeline, dataclasses.replace(noise, training=larger), samples=50)
 
 
 def test_what_is_done_is_told(pipeline, noise):
@@ -159,7 +165,7 @@ def test_what_is_done_is_told(pipeline, noise):
         told.append((what, total))
         return no_progress(what, total)
 
-    evaluate(pipeline, noise, samples=50, with_loss_gap=False, progress=bar)
+    evaluate_pipeline(pipeline, noise, samples=50, with_loss_gap=False, progress=bar)
     assert told == [
         ("images for training captions", 25),
         ("images for held-out captions", 25),

@@ -15,6 +15,7 @@ from ldm.evaluation.fidelity import (
     measure_fidelity,
     precision_recall,
 )
+from ldm.report.text import fidelity_lines
 
 
 def drawn(count, dimensions, seed, scale=1.0, shift=0.0):
@@ -34,7 +35,7 @@ def test_below_the_feature_dimension_only_the_ratio_is_printed():
     assert (ratio.value, ratio.low, ratio.high) == (expected.mean, expected.low, expected.high)
     assert (ratio.samples, ratio.yardstick, ratio.reference_samples) == (60, 60, 150)
     assert found.generated.frechet is found.held_out.frechet is None
-    assert not any(line.startswith(("Fréchet distance", "FID")) for line in found.lines())
+    assert not any(line.startswith(("Fréchet distance", "FID")) for line in fidelity_lines(found))
     assert [line.split(";")[0] for line in found.left_out] == [
         "Left out: the Fréchet distance of 60 generated images to 150 training images",
         "Left out: the Fréchet distance of 80 held-out images to 150 training images",
@@ -77,7 +78,7 @@ def test_a_reference_of_too_few_images_leaves_no_distance_either():
 
 def test_every_line_says_what_it_stands_on():
     found = measure_fidelity(drawn(60, 8, 0), drawn(150, 8, 1), drawn(70, 8, 2), space(8))
-    lines = found.lines()
+    lines = fidelity_lines(found)
     assert len(lines) == len(found.metrics()) == 9
     label = "Some features (8, images resized to 128 bicubic)"
     assert all(line.endswith(f"against 150 training images, {label}") for line in lines)
@@ -98,7 +99,7 @@ def test_without_held_out_images_it_says_what_is_missing():
         assert found.generated.frechet is not None and found.generated.recall.samples == 60
         (said,) = found.left_out
         assert said.startswith("Left out: the Fréchet ratio") and f"of which there are {count}; at least 50" in said
-        assert found.lines()[-1] == said and len(found.lines()) == 5
+        assert fidelity_lines(found)[-1] == said and len(fidelity_lines(found)) == 5
     assert json.loads(json.dumps(found.to_dict()))["held_out"] is None
 
 

@@ -13,7 +13,7 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss
 from ldm.diffusion.likelihood import log_variance_tables, prior_term
-from ldm.evaluation.likelihood import likelihood
+from ldm.evaluation.likelihood import measure_likelihood
 from ldm.models import UNet
 from tests import tiny
 
@@ -59,7 +59,7 @@ def silent(pipeline):
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_a_network_that_says_there_is_no_noise_has_the_bound_of_theory(variance, pipeline, data):
-    found = likelihood(silent(pipeline), data, variance=variance)
+    found = measure_likelihood(silent(pipeline), data, variance=variance)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     beta, posterior = schedule.betas, schedule.posterior_variance
     # DDPM, Eq. 12 with ε_θ = 0: ‖ε‖² is 1 a dimension, and where σ² is β there is KL(β̃ ‖ β) besides.
@@ -84,26 +84,26 @@ def test_a_network_that_says_there_is_no_noise_has_the_bound_of_theory(variance,
 
 
 def test_the_figures_are_those_of_the_images(pipeline, data):
-    whole = likelihood(pipeline, data)
+    whole = measure_likelihood(pipeline, data)
     assert whole.per_image.shape == (12,)
     assert whole.total == pytest.approx(float(whole.per_image.mean()))
     assert whole.interval == pytest.approx(2.201 * float(whole.per_image.std()) / math.sqrt(12), rel=1e-4)  # Student
     assert whole.timesteps_interval == 0
     # Each image is measured as it would be alone, whatever else is looked at, by its own noise and caption.
-    few = likelihood(pipeline, data, samples=3, seed=0)
+    few = measure_likelihood(pipeline, data, samples=3, seed=0)
     assert len(set(few.ids)) == 3
     known = dict(zip(whole.ids, whole.per_image.tolist(), strict=True))
     np.testing.assert_allclose(few.per_image, [known[name] for name in few.ids], rtol=1e-4)
-    other = likelihood(pipeline, data, samples=3, seed=1)
+    other = measure_likelihood(pipeline, data, samples=3, seed=1)
     assert set(other.ids) != set(few.ids)
-    assert likelihood(pipeline, data, seed=1).total != whole.total
-    assert math.isnan(likelihood(pipeline, data, samples=1).interval)
+    assert measure_likelihood(pipeline, data, seed=1).total != whole.total
+    assert math.isnan(measure_likelihood(pipeline, data, samples=1).interval)
 
 
 def test_captions_are_conditions_of_their_own_image(pipeline, data, tmp_path):
     renamed = grey(tmp_path / "renamed")
     (renamed / "7.txt").write_text("zzz")
-    before, after = likelihood(pipeline, data), likelihood(pipeline, images_of(renamed))
+    before, after = measure_likelihood(pipeline, data), measure_likelihood(pipeline, images_of(renamed))
     assert before.ids == after.ids
     moved = (before.per_image - after.per_image).abs().tolist()
     assert before.ids[int(np.argmax(moved))] == "7.png"
@@ -113,7 +113,7 @@ def test_captions_are_conditions_of_their_own_image(pipeline, data, tmp_path):
 def test_a_predicted_image_is_bounded_as_in_sampling(pipeline, data):
     pipeline.schedule = ScheduleConfig(num_train_timesteps=STEPS, beta_schedule="cosine")
     schedule = NoiseSchedule.from_config(pipeline.schedule)
-    found = likelihood(silent(pipeline), data)
+    found = measure_likelihood(silent(pipeline), data)
     # At the end x̂_0 = x_t/α is far outside; it is brought to ±1 of the pixels, about 10 deviations from these greys.
     farthest = max((1 + abs(m)) / s for m, s in zip(*(pipeline.codec.config[k] for k in ("mean", "std")), strict=True))
     weight = schedule.posterior_mean_coefficients[0][-1] ** 2 / (2 * schedule.posterior_variance[-1]) / math.log(2)
@@ -123,13 +123,13 @@ def test_a_predicted_image_is_bounded_as_in_sampling(pipeline, data):
 
 
 def test_an_estimate_is_as_near_to_the_sum_as_it_says(pipeline, data):
-    exact = likelihood(pipeline, data)
-    wide = likelihood(pipeline, data, steps_per_image=4)
+    exact = measure_likelihood(pipeline, data)
+    wide = measure_likelihood(pipeline, data, steps_per_image=4)
     assert wide.evaluations == 12 * 5
     off = []
     for images in range(8):  # with other timesteps, about the same noise: each is off by its own error alone
-        estimate = likelihood(pipeline, data, steps_per_image=8, seed=images)
-        reference = exact if images == 0 else likelihood(pipeline, data, seed=images)
+        estimate = measure_likelihood(pipeline, data, steps_per_image=8, seed=images)
+        reference = exact if images == 0 else measure_likelihood(pipeline, data, seed=images)
         assert (estimate.prior, estimate.decoder) == pytest.approx((reference.prior, reference.decoder), rel=1e-5)
         assert estimate.timesteps_interval > 0
         off.append((estimate.total - reference.total) / (estimate.timesteps_interval / 1.96))
@@ -137,7 +137,7 @@ def test_an_estimate_is_as_near_to_the_sum_as_it_says(pipeline, data):
     assert 0.4 < math.sqrt(sum(x * x for x in off) / len(off)) < 1.8  # of 1, the error that it says
     assert estimate.timesteps_interval < 0.8 * wide.timesteps_interval
     # With 19 strata of 39 timesteps all but one stratum are looked at whole.
-    full = likelihood(pipeline, data, steps_per_image=STEPS - 2)
+    full = measure_likelihood(pipeline, data, steps_per_image=STEPS - 2)
     assert full.total == pytest.approx(exact.total, abs=4 * full.timesteps_interval / 1.96)
     assert full.timesteps_interval < 0.2 * estimate.timesteps_interval
 
@@ -149,7 +149,7 @@ def test_fewer_bits_once_something_is_learned(kind, pipeline):
     mean, std = image_statistics(digits)
     pipeline.codec = PixelCodec(tuple(mean.tolist()), tuple(std.tolist()))
     pipeline.schedule = ScheduleConfig(num_train_timesteps=STEPS, beta_schedule="cosine", prediction_type=kind)
-    before = likelihood(silent(pipeline), digits, steps_per_image=20)
+    before = measure_likelihood(silent(pipeline), digits, steps_per_image=20)
     schedule = NoiseSchedule.from_config(pipeline.schedule)
     x_0 = pipeline.codec.sample_latents(to_signed(torch.stack([digits.image_at(i) for i in range(24)])))
     states = pipeline.text_encoder([sample.captions[0] for sample in digits.samples])
@@ -165,7 +165,7 @@ def test_fewer_bits_once_something_is_learned(kind, pipeline):
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = likelihood(pipeline, digits, steps_per_image=20)
+    after = measure_likelihood(pipeline, digits, steps_per_image=20)
     saved = before.per_image - after.per_image  # the same images, noise and timesteps
     assert float(saved.mean()) > 0.1 and float(saved.min()) > -0.5, saved
     assert after.prior == before.prior
@@ -178,12 +178,12 @@ def test_a_learned_variance_is_used(pipeline, data):
         torch.nn.init.zeros_(pipeline.unet.conv_out.weight)
         with torch.no_grad():
             pipeline.unet.conv_out.bias[:3], pipeline.unet.conv_out.bias[3:] = 0, nu
-        return likelihood(pipeline, data).total
+        return measure_likelihood(pipeline, data).total
 
     learned = {nu: bits(nu) for nu in (-1.0, 1.0)}
     pipeline.unet = UNet(type(pipeline.unet.config).from_dict(pipeline.unet.config.to_dict() | {"out_channels": 3}))
     for nu, variance in ((-1.0, "small"), (1.0, "large")):
-        expected = likelihood(silent(pipeline), data, variance=variance).total
+        expected = measure_likelihood(silent(pipeline), data, variance=variance).total
         assert learned[nu] == pytest.approx(expected, rel=1e-4)
     assert learned[-1.0] != pytest.approx(learned[1.0], rel=0.01)
 
@@ -200,14 +200,14 @@ def test_a_learned_variance_is_used(pipeline, data):
 )
 def test_wrong_numbers_are_named(arguments, message, pipeline, data):
     with pytest.raises(ValueError, match=message):
-        likelihood(pipeline, data, **arguments)
+        measure_likelihood(pipeline, data, **arguments)
 
 
 def test_latents_and_other_sizes_are_refused(tmp_path, pipeline, data):
     with pytest.raises(ValueError, match="this model diffuses latents"):
-        likelihood(tiny.pipeline(tmp_path / "latent", "latent"), data)
+        measure_likelihood(tiny.pipeline(tmp_path / "latent", "latent"), data)
     with pytest.raises(ValueError, match="resolution is 16 but the model was trained on 8x8 pixels"):
-        likelihood(pipeline, images_of(data.config.path, 16))
+        measure_likelihood(pipeline, images_of(data.config.path, 16))
 
 
 def test_buckets_are_measured_shape_by_shape(tmp_path, pipeline):
@@ -218,5 +218,5 @@ def test_buckets_are_measured_shape_by_shape(tmp_path, pipeline):
         (folder / f"wide{i}.txt").write_text("wide")
     images = images_of(folder, buckets=True)
     assert len({images.shape_of(i) for i in range(len(images))}) > 1
-    found = likelihood(pipeline, images, steps_per_image=4)
+    found = measure_likelihood(pipeline, images, steps_per_image=4)
     assert len(set(found.ids)) == 7 and bool(found.per_image.isfinite().all())

@@ -25,6 +25,7 @@ from ldm.evaluation.prompt_alignment import (
     retrieval,
 )
 from ldm.evaluation.stats import fraction_interval
+from ldm.report.text import clip_line, retrieval_lines
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -224,7 +225,7 @@ def test_real_pictures_lead_back_and_others_do_not(emoji):
     assert content["captions"] == 60
     assert content["gallery"] == len(training) + len(held_out)
     assert content["within"]["10"]["chance"] == found.chance[10]
-    said = "\n".join(found.lines(space.label()))
+    said = "\n".join(retrieval_lines(found, space.label()))
     assert space.label() in said
     assert f"among all {content['gallery']}" in said
     assert f"among the 10 nearest  {100 * found.within[10].mean:.1f} %".replace("  ", " ") in said.replace("  ", " ")
@@ -310,7 +311,7 @@ def test_clip_score_by_hand():
     opposite = clip_score(colour_clip(), pictures, ["no red", "green", "blue"])
     assert opposite.hundred.mean == pytest.approx(100 * (-1 + 1 + 0.8) / 3, abs=0.1)
     assert opposite.score == pytest.approx(2.5 * 1.8 / 3, abs=3e-3)
-    said = " ".join(found.lines())
+    said = clip_line(found)
     assert "100 x cosine" in said
     assert "colours" in said
     assert json.loads(json.dumps(found.to_dict()))["pictures"] == 3

@@ -34,6 +34,7 @@ from ldm.evaluation.sweep import (
     sweep,
 )
 from ldm.pipelines import Pipeline
+from ldm.report.text import sweep_lines
 from tests import tiny
 
 GRID = SweepGrid((1.0, 3.0), (1, 3))
@@ -237,8 +238,8 @@ def test_a_sweep_measures_all_cells_and_stores_the_winner(run, emoji, gallery, s
     assert (opened.guidance_scale, opened.num_inference_steps) == winner.setting[1:]
     assert torch.equal(opened.unet.conv_in.weight, pipeline.unet.conv_in.weight)
 
-    said = "\n".join(found.lines())
-    assert f"chosen: {winner.describe()}" in said
+    said = "\n".join(sweep_lines(found))
+    assert f"chosen: guidance {winner.guidance_scale:g}, {winner.num_inference_steps} steps" in said
     assert "with raw weights: " in said
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert len(content["cells"]) == 8
@@ -317,7 +318,7 @@ def test_what_cannot_be_told_apart_stores_nothing(run, emoji, gallery, space):
     )
     assert not found.chosen.decided
     assert found.stored is None
-    assert "chosen: nothing" in "\n".join(found.lines())
+    assert "chosen: nothing" in "\n".join(sweep_lines(found))
     assert tiny_defaults(run) == (2.0, 4)
 
 

@@ -12,7 +12,7 @@ from ldm.config import LDMConfig, load_config
 from ldm.data import CaptionedImages, split
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
-from ldm.evaluation.evaluate import evaluate
+from ldm.evaluation.evaluate import evaluate_pipeline
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.images import Reference
 from ldm.pipelines import NotFinite, Pipeline
@@ -75,7 +75,7 @@ def test_the_figures_are_those_of_the_exported_weights(run):
     sides = CaptionedImages(training, config.data, 0), CaptionedImages(held_out, config.data, 0)
     reference = Reference.from_data(*sides, feature_space("pixel", device=torch.device("cpu")))
     assert reference.mirrored_layouts is not None  # training flips, so that a mirrored copy is one
-    found = evaluate(Pipeline.from_pretrained(folder / "pipeline", device="cpu"), reference, samples=N)
+    found = evaluate_pipeline(Pipeline.from_pretrained(folder / "pipeline", device="cpu"), reference, samples=N)
     (_, last) = evaluations(folder)[-1]
     assert log_values(found, "pixel") == pytest.approx(last)
     assert [line["verdict"] for line in metrics(folder) if "verdict" in line][-1] == vars(found.verdict)
@@ -164,7 +164,7 @@ def test_samples_that_are_not_finite_do_not_stop_a_run_nor_keep_it_from_going_on
         raise NotFinite("picture 0 left the finite numbers")
 
     monkeypatch.setattr("ldm.training.setup.sample_grid", overflows)
-    monkeypatch.setattr("ldm.training.evaluator.evaluate", overflows)
+    monkeypatch.setattr("ldm.training.evaluator.evaluate_pipeline", overflows)
     data = captioned_folder(tmp_path / "data", 80, side=8)
     arguments = [*settings(tmp_path / "run", encoder_folder), f"data.path={data}", "data.resolution=8", *EVALUATED]
     run_ldm(arguments, "train.max_steps=2", "data.held_out=0.3")  # the plan draws too, when it goes on as well
