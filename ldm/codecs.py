@@ -26,12 +26,10 @@ LatentsSampler = Callable[[Tensor, Tensor | None], Tensor]
 Compute = Callable[[FirstStage, Tensor], Tensor]
 Tile = int | Literal["auto", "off"]
 
-# An autoencoder computes an image as a whole up to this many bytes, by an estimate: Stable Diffusion's does so at the
-# 512 and 768 pixels that it was trained at, in float32; at 1024 it would need 4 GiB, and at 2048 16.
+# Up to this many bytes, by an estimate, an image is computed as a whole: 512 and 768 pixels of Stable Diffusion are.
 WHOLE_BYTES = 3 * 2**30
 STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which is larger where strips set in
-# Measured on the CPU: bytes a pixel at the peak were 3.8 and 4.1 times the second level's channels in decoders, and
-# 5.1 and 6.0 times the first level's in encoders (those of OpenMoji, and of half of Stable Diffusion's width).
+# Bytes a pixel at the peak, measured on the CPU, in multiples of the second level's channels, and of the first's.
 DECODER_MAPS, ENCODER_MAPS = 4, 6
 PIXEL_MAPS = 6  # decoding, clamping and rounding, each into a new one
 MIN_TILE = 16  # pixels; below, most of a strip is its neighbours' rows
@@ -110,11 +108,7 @@ def _nearest(size: int, factor: int) -> int:
 
 
 class PixelCodec(nn.Module):
-    """The identity chart: images, normalised.
-
-    Args:
-        mean, std: per channel, of the training images in [−1, 1].
-    """
+    """Normalized images: (pixel − mean) / std, with mean and std of each channel of the training images in [−1, 1]."""
 
     factor = 1
     bounded = True
@@ -165,11 +159,10 @@ class PixelCodec(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """The chart of a first stage (LDM, arXiv:2112.10752, section 3.1), with a normal posterior or a codebook.
+    """The latents of a first stage (LDM, arXiv:2112.10752, section 3.1), with a normal posterior or a codebook.
 
-    The statistics of the latents stand in the autoencoder itself: folded into its `quant_conv` pair by our own
-    training, or in its config: `scaling_factor` and `shift_factor` of a foreign one, `latents_mean` and `latents_std`
-    of one with a codebook, whose latents are diffused as the encoder gives them and quantised when they are decoded.
+    Their statistics are the autoencoder's: folded into `quant_conv` and `post_quant_conv` by our own training, or in
+    its config. Latents of a codebook are diffused as the encoder gives them and quantized when they are decoded.
 
     Args:
         source: the folder that the autoencoder was read from, which is copied byte for byte when it is saved.
@@ -187,12 +180,12 @@ class LatentCodec(nn.Module):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel of the latents that the autoencoder gives."""
+        """Of each channel of the autoencoder's latents."""
         return self.autoencoder.statistics[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Of each channel of the latents that the autoencoder gives."""
+        """Of each channel of the autoencoder's latents."""
         return self.autoencoder.statistics[1]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -209,9 +202,7 @@ class LatentCodec(nn.Module):
         return partial(_whitened, sample=self.autoencoder.sample_latents, mean=self.mean, std=self.std)
 
     def fingerprint(self) -> str | None:
-        """Covers the encoder and `quant_conv`, weights and config. Decoder and scaling factors do not change moments,
-        so that first stages which differ in them alone share what is kept.
-        """
+        """Of weights and config of the encoder and `quant_conv`; decoder and scaling factors do not change moments."""
         config = {key: value for key, value in self.autoencoder.config.to_dict().items() if key not in _NOT_IN_MOMENTS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         weights = self.autoencoder.state_dict().items()
@@ -234,22 +225,14 @@ class LatentCodec(nn.Module):
         return x_0
 
     def tile(self, size: Tile) -> None:
-        """Says how much of a large image is encoded or decoded at a time; the result is the same up to rounding.
+        """About size² pixels at a time, in strips: less memory, up to twice the time, the same result up to rounding.
 
-        Args:
-            size: about size² pixels of an image that has more, so many strips of its width; less memory and up to
-                twice the time. "auto", as a codec begins, does so from `WHOLE_BYTES` on; "off" never.
-
-        Raises:
-            ValueError: for anything else, and a size below 16.
+        "auto", the default, does so from `WHOLE_BYTES` on; "off" never. ValueError for anything else or below 16.
         """
         self._tile = check_tile(size)
 
     def _strips(self, network: FirstStage, x: Tensor, height: int, width: int) -> int | None:
-        """How many pixels of an image of `height` × `width` are computed at a time; None for all, with gradients too.
-
-        A function of the size of one image, so that it does not matter which others are in the batch.
-        """
+        """How many pixels of an image of this size are computed at a time, whatever the batch; None for all."""
         weight = network.encoder.conv_in.weight
         if self._tile == "off" or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return None
@@ -273,7 +256,7 @@ class LatentCodec(nn.Module):
         result = compute(self.autoencoder, x)
         if result.dtype not in (torch.float16, torch.bfloat16):
             return result
-        # What is broken already is not mended by better arithmetic.
+        # Images that were finite before.
         lost = x.isfinite().flatten(1).all(dim=1) & ~result.isfinite().flatten(1).all(dim=1)  # [B]
         if bool(lost.any()):
             _warn_of_overflow(result.dtype)
@@ -287,8 +270,7 @@ class LatentCodec(nn.Module):
 
 
 @cache
-def _warn_of_overflow(dtype: torch.dtype) -> None:
-    """Once a process."""
+def _warn_of_overflow(dtype: torch.dtype) -> None:  # once a process
     warnings.warn(
         f"the autoencoder left the range of {str(dtype).removeprefix('torch.')}; what it lost is computed again in "
         "float32, which takes longer and is said once; a model opened in torch.bfloat16 or torch.float32 spares it",

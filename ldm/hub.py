@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm import disk
@@ -31,14 +30,16 @@ from ldm.disk import read_json as read_json
 from ldm.disk import write_json as write_json
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
+from ldm.progress import error_reason
 from ldm.untrusted import refuse_untrusted
 from ldm.weights import (
     check_dtype,
-    check_weights,
     converted,
+    copy_weights,
     find_weights,
-    plain_name,
     plain_names,
+    read_tensors,
+    shard_names,
 )
 from ldm.weights import load_tensors as load_tensors
 from ldm.weights import save_tensors as save_tensors
@@ -94,9 +95,8 @@ _COMPANIONS |= {"LICENSE.txt", *OS_FILES}
 def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Iterator[Path]:
     """A temporary sibling to fill, synced and put in the place of `folder` at the end.
 
-    Of an older model in `folder`, the files that its format names make way: configs, weights, shards and variants of
-    them, the files of the tokenizer. All else stays where it is: a README, `.git`, notes beside the weights. A link to
-    a folder stays too, and what it points to is written.
+    Of an older model in `folder`, the files that the format names make way; all else stays: a README, `.git`, notes. A
+    link to a folder stays, and what it points to is written.
 
     Args:
         kind: what is written, a key of `FORMATS`.
@@ -160,76 +160,43 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config.to_dict())
     weights = {name: value.to(dtype) for name, value in plain_names(model.state_dict()).items()}
-    shards = _shards(weights, shard_bytes)
+    size = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
+    most = sum(size.values()) if shard_bytes is None else shard_bytes
+    shards: list[dict[str, Tensor]] = [{}]
+    room = most
+    for name, tensor in weights.items():
+        if size[name] > most:
+            raise ValueError(f"{name} alone takes {size[name]:,} bytes, more than the {most:,} of a file; allow more")
+        if size[name] > room:
+            shards.append({})
+            room = most
+        shards[-1][name] = tensor
+        room -= size[name]
     if len(shards) == 1:
         save_tensors(folder / f"{WEIGHTS}.safetensors", weights)
         return
-    names = _shard_names(len(shards))
+    names = shard_names(WEIGHTS, len(shards))
     for file, shard in zip(names, shards, strict=True):
         save_tensors(folder / file, shard)
-    places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    size = sum(map(_bytes_of, weights.values()))
-    write_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _shards(weights: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
-    """The tensors in their order, in as many parts as are needed for none to take more than `most` bytes."""
-    if max_bytes is None:
-        return [dict(weights)]
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_bytes
-    for name, tensor in weights.items():
-        size = _bytes_of(tensor)
-        if size > max_bytes:
-            raise ValueError(f"{name} alone takes {size:,} bytes, more than the {max_bytes:,} of a file; allow more")
-        if size > room:
-            shards.append({})
-            room = max_bytes
-        shards[-1][name] = tensor
-        room -= size
-    return shards
+    index = {
+        "metadata": {"total_size": sum(size.values())},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    write_json(folder / f"{WEIGHTS}.safetensors.index.json", index)
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies the config and the weights that `read_weights` reads, byte for byte.
-
-    Files of a variant lose its name; tensors of a network that was wrapped lose the prefix, in files that are new then.
-    """
+    """Copies a component folder: its config, and its weights as `copy_weights` does."""
     source, target = disk.expand_user(source), disk.expand_user(target)
     target.mkdir(parents=True)
     shutil.copyfile(source / "config.json", target / "config.json")
-    files = find_weights(source, WEIGHTS)
-    if files.index is None:
-        _copy_weights(files.shards[0], target / f"{WEIGHTS}.safetensors")
-        return
-    names = {path.name: name for path, name in zip(files.shards, _shard_names(len(files.shards)), strict=True)}
-    for path in files.shards:
-        _copy_weights(path, target / names[path.name])
-    content = read_json(files.index)
-    places = {plain_name(tensor): names[file] for tensor, file in content["weight_map"].items()}
-    write_json(target / f"{WEIGHTS}.safetensors.index.json", content | {"weight_map": places})
-
-
-def _copy_weights(source: Path, target: Path) -> None:
-    with safe_open(source, framework="pt") as stream:
-        wrapped = any(plain_name(name) != name for name in stream.keys())  # noqa: SIM118  (it is no dict)
-    if wrapped:
-        save_tensors(target, plain_names(load_tensors(source), source))
-    else:
-        shutil.copyfile(source, target)
+    copy_weights(find_weights(source, WEIGHTS), target, WEIGHTS)
 
 
 def has_weights(folder: Path, model: nn.Module) -> bool:
-    """Whether a folder has the weights of a first stage, as they are in its dtype.
-
-    They may have changed since it was read: those in the folder, where another model was saved into it, or its own.
-    """
+    """Whether a folder has the weights of a first stage, as they are in its dtype: either may have changed."""
     try:
-        stored = upgrade_state_dict(plain_names(read_weights(folder), folder))
+        stored = upgrade_state_dict(read_tensors(find_weights(folder, WEIGHTS)))
     except ValueError:
         return False
     own = plain_names(model.state_dict())
@@ -237,10 +204,6 @@ def has_weights(folder: Path, model: nn.Module) -> bool:
         value.shape == own[name].shape and torch.equal(value.to(own[name].dtype), own[name].cpu())
         for name, value in stored.items()
     )
-
-
-def _shard_names(count: int) -> list[str]:
-    return [f"{WEIGHTS}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) -> UNet | FirstStage:
@@ -269,7 +232,7 @@ def load_model(folder: Path, expected: str, dtype: torch.dtype = torch.float32) 
             model: UNet | FirstStage = network(built)
     except RuntimeError as error:  # more numbers than can be counted
         raise ValueError(f"{folder / 'config.json'}: no such network can be built ({error})") from None
-    weights = plain_names(read_weights(folder), folder)
+    weights = read_tensors(find_weights(folder, WEIGHTS))
     if expected in FIRST_STAGES:
         weights = upgrade_state_dict(weights)
     assign_weights(model, weights, folder, dtype)
@@ -325,16 +288,6 @@ def assign_weights(
         weights = converted(weights, dtype, where)
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(True)
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a component folder, from all files that hold them; `check_weights` has looked at each."""
-    found: dict[str, Tensor] = {}
-    for path in find_weights(folder, WEIGHTS).shards:
-        tensors = load_tensors(path)
-        check_weights(tensors, path)
-        found |= tensors
-    return found
 
 
 def load_schedule(folder: Path, class_name: str | None = None) -> ScheduleConfig:
@@ -403,8 +356,15 @@ def find_autoencoder(name: str) -> Path:
 def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
     """The folder `name` if it holds the file `wanted`; None if there is no such folder but `name` may be a hub id."""
     folder, text = disk.expand_user(name), os.fspath(name)
-    if not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in SINGLE_FILES):
-        raise ValueError(_is_single_file(folder, text, wanted))
+    if not folder.is_dir() and folder.suffix.lower() in SINGLE_FILES:
+        theirs = "StableDiffusionPipeline" if wanted == "model_index.json" else "AutoencoderKL"
+        raise ValueError(
+            f"{text} is a single file, and a model here is a folder in the layout of diffusers; convert it once with "
+            f"diffusers.{theirs}.from_single_file(...).save_pretrained(FOLDER) and name that folder (a LoRA is loaded "
+            "onto a model, with load_lora or --lora)"
+        )
+    if folder.is_file():
+        raise ValueError(f"{text} is a file; name the folder of a model, which holds {wanted}")
     if folder.is_dir():
         if (folder / wanted).is_file():
             return folder
@@ -419,29 +379,16 @@ def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
     return None
 
 
-def _is_single_file(path: Path, text: str, wanted: str) -> str:
-    """Why a file is not opened where a folder is needed, and what to do with it."""
-    if path.suffix.lower() not in SINGLE_FILES:
-        return f"{text} is a file; name the folder of a model, which holds {wanted}"
-    theirs = "StableDiffusionPipeline" if wanted == "model_index.json" else "AutoencoderKL"
-    return (
-        f"{text} is a single file, and a model here is a folder in the layout of diffusers; convert it once with "
-        f"diffusers.{theirs}.from_single_file(...).save_pretrained(FOLDER) and name that folder (a LoRA is loaded "
-        "onto a model, with load_lora or --lora)"
-    )
-
-
 def _download(hub_id: str, patterns: list[str], *places: str) -> Path:
-    """The first of `places` inside the hub snapshot of an id that holds a model."""
+    """The first of `places` in the hub snapshot of an id that holds a model."""
     from huggingface_hub import snapshot_download
 
     never = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*non_ema*"]
     try:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=never))
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"there is no model folder {hub_id}, and the hub did not give a model of that id ({reason})"
+            f"there is no model folder {hub_id}, and the hub did not give a model of that id ({error_reason(error)})"
         ) from None
     for place in places:
         if any((snapshot / place / name).is_file() for name in ("model_index.json", "config.json")):

@@ -35,6 +35,7 @@ from ldm.lora import (
     lora_shapes,
     peft_settings,
 )
+from ldm.progress import error_reason
 from ldm.weights import check_weights, converted, plain_names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -402,8 +403,9 @@ def _find(source: str | os.PathLike[str]) -> Path:
     except ValueError as error:
         raise ValueError(f"hub model {text}: {error}") from None
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"there is no file or folder {text}, and the hub did not give it ({reason})") from None
+        raise ValueError(
+            f"there is no file or folder {text}, and the hub did not give it ({error_reason(error)})"
+        ) from None
 
 
 def _choice(names: list[str], where: str) -> str:
@@ -423,9 +425,7 @@ def _choice(names: list[str], where: str) -> str:
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata in the order of the keys: the library writes them in any, so that two equal
-    adapters had different bytes.
-    """
+    """A safetensors file with its metadata sorted by key: the library writes them in any order."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,4 +1,4 @@
-"""Progress bars, and durations in words."""
+"""Progress bars; durations and errors in words."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def format_duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def error_reason(error: BaseException) -> str:
+    """The reason of an error of a library: the first line of its message, two after a colon, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

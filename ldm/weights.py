@@ -24,6 +24,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 # Wrappers of torch: compile, data parallelism, FSDP, checkpointing. They can be nested, and wrap any layer.
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+STEM = "model"  # of the files of transformers
+WEIGHTS_NAME = f"{STEM}.safetensors"
+_COUNTERS = ("position_ids", "token_type_ids")  # that old files of transformers hold beside the weights
 # Variants of weights (`NAME.VARIANT.safetensors`), best first; "" has no name.
 _PREFERRED = ("", "fp32", "fp16", "bf16")
 
@@ -83,11 +86,7 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file atomically.
-
-    Raises:
-        OSError: if the disk fails.
-    """
+    """Writes a safetensors file atomically; `OSError` if the disk fails."""
     with disk.new_file(path) as aside:
         try:
             save_file(
@@ -117,13 +116,9 @@ def check_dtype(dtype: object) -> None:
 
 
 def check_weights(weights: Mapping[str, Tensor], where: str | Path) -> None:
-    """Checks every number; 0.1 s for the UNet of Stable Diffusion 1.5.
+    """`ValueError`, naming `where`, for the first tensor that is no float or quantized, or holds nan or inf.
 
-    Args:
-        where: the file or folder, for errors.
-
-    Raises:
-        ValueError: for the first tensor that is quantized or not floating-point, or holds nan or inf.
+    Checks every number: 0.1 s for the UNet of Stable Diffusion 1.5.
     """
     for name, tensor in weights.items():
         if tensor.dtype not in DTYPES:
@@ -184,13 +179,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-STEM = "model"
-WEIGHTS_NAME = f"{STEM}.safetensors"
-# Counters that old files hold beside the weights.
-_COUNTERS = ("position_ids", "token_type_ids")
-
-
-def read_tensors(files: WeightFiles, other_towers: tuple[str, ...]) -> dict[str, Tensor]:
+def read_tensors(files: WeightFiles, other_towers: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The tensors of a model under plain names, without those whose names start with one of `other_towers`.
 
     Raises:
@@ -220,7 +209,7 @@ def tensor_names(path: Path) -> list[str]:
         raise ValueError(f"{path} is damaged or cut off ({error}): save or download it again") from None
 
 
-def write_weights(files: WeightFiles, folder: Path, other_towers: tuple[str, ...]) -> None:
+def copy_weights(files: WeightFiles, folder: Path, stem: str, other_towers: tuple[str, ...] = ()) -> None:
     """Copies weights into `folder` byte for byte, under names without a variant.
 
     A new file is written only if the source also holds other towers (the image half of a CLIP, the decoder of a T5),
@@ -228,10 +217,18 @@ def write_weights(files: WeightFiles, folder: Path, other_towers: tuple[str, ...
     """
     names = [name for shard in files.shards for name in tensor_names(shard)]
     if any(plain_name(name) != name or name.startswith(other_towers) for name in names):
-        save_tensors(folder / WEIGHTS_NAME, read_tensors(files, other_towers))
+        save_tensors(folder / f"{stem}.safetensors", read_tensors(files, other_towers))
     elif files.index is None:
-        shutil.copyfile(files.shards[0], folder / WEIGHTS_NAME)
+        shutil.copyfile(files.shards[0], folder / f"{stem}.safetensors")  # follows links, as in the hub's cache
     else:
-        for shard in files.shards:  # follows links, as in the hub's cache
-            shutil.copyfile(shard, folder / shard.name)
-        shutil.copyfile(files.index, folder / f"{WEIGHTS_NAME}.index.json")
+        renamed = dict(zip((shard.name for shard in files.shards), shard_names(stem, len(files.shards)), strict=True))
+        for shard in files.shards:
+            shutil.copyfile(shard, folder / renamed[shard.name])
+        content = disk.read_json(files.index)
+        content["weight_map"] = {name: renamed[file] for name, file in content["weight_map"].items()}
+        disk.write_json(folder / f"{stem}.safetensors.index.json", content)
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """The files of weights that are split into `count` parts."""
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

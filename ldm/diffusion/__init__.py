@@ -2,7 +2,6 @@
 
 from ldm.diffusion.guidance import (
     LogLikelihood,
-    Rescale,
     alpha_sigma_at,
     classifier_free_guidance,
     classifier_guidance,
@@ -12,15 +11,7 @@ from ldm.diffusion.guidance import (
     rescale_guidance,
     with_condition,
 )
-from ldm.diffusion.likelihood import (
-    Decoder,
-    VariationalBound,
-    discretized_decoder,
-    gaussian_decoder,
-    interpolated_log_variance,
-    variational_bound,
-    variational_terms,
-)
+from ldm.diffusion.likelihood import Decoder, discretized_decoder, gaussian_decoder, variational_terms
 from ldm.diffusion.losses import (
     NOISE_BANDS,
     LossConfig,
@@ -35,13 +26,9 @@ from ldm.diffusion.prediction import (
     Denoise,
     Denoiser,
     add_noise,
-    convert,
-    posterior_mean,
-    score_from_epsilon,
     split_variance,
     to_epsilon_model,
     training_target,
-    velocity,
     x0_and_epsilon,
 )
 from ldm.diffusion.samplers import (
@@ -55,57 +42,4 @@ from ldm.diffusion.samplers import (
     langevin_corrector,
     slerp,
 )
-from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step, TimestepSpacing
-
-__all__ = [
-    "NOISE_BANDS",
-    "Decoder",
-    "Denoise",
-    "Denoiser",
-    "LogLikelihood",
-    "LossConfig",
-    "NoiseSchedule",
-    "PredictionType",
-    "Rescale",
-    "ScheduleConfig",
-    "State",
-    "Step",
-    "TimestepSpacing",
-    "VariationalBound",
-    "add_noise",
-    "alpha_sigma_at",
-    "annealed_langevin",
-    "classifier_free_guidance",
-    "classifier_guidance",
-    "convert",
-    "ddim",
-    "ddim_inversion",
-    "ddpm",
-    "diffusion_loss",
-    "discretized_decoder",
-    "dpm_solver_pp_2m",
-    "drop_conditioning",
-    "dynamic_threshold",
-    "euler_maruyama",
-    "gaussian_decoder",
-    "guide_within",
-    "interpolated_log_variance",
-    "langevin_corrector",
-    "logit_normal_timesteps",
-    "loss_weights",
-    "noise_bands",
-    "posterior_mean",
-    "rescale_guidance",
-    "score_from_epsilon",
-    "slerp",
-    "split_variance",
-    "stratified_timestep",
-    "to_epsilon_model",
-    "training_target",
-    "variational_bound",
-    "variational_terms",
-    "velocity",
-    "with_condition",
-    "without_variance",
-    "x0_and_epsilon",
-]
+from ldm.diffusion.schedule import NoiseSchedule, PredictionType, ScheduleConfig, Step

@@ -124,7 +124,10 @@ def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             continue
         # A switch of a later release that is off changes nothing.
         if value is not None and value is not LEGACY_DEFAULTS.get(key, False):
-            raise ValueError(f"scheduler {name} has {key} {value!r}, a key that is not known here; {_unknown(key)}")
+            advice = "take it out of the file if the samples are right without it"
+            if key == "predict_epsilon":
+                advice = 'set "prediction_type" to "sample" in its place'
+            raise ValueError(f"scheduler {name} has {key} {value!r}, a key that is not known here; {advice}")
     found = {key: config.get(key, default) for key, default in known.items()}
     for key, value in found.items():
         if key in REFUSED and not _same(value, known[key]):
@@ -156,12 +159,6 @@ def _same(value: Any, default: Any) -> bool:
     return value is None or value is False if default is False else value == default
 
 
-def _unknown(key: str) -> str:
-    if key == "predict_epsilon":
-        return 'set "prediction_type" to "sample" in its place'
-    return "take it out of the file if the samples are right without it"
-
-
 def _way_out(name: str, key: str, known: Mapping[str, Any]) -> str:
     neutral = "-Infinity" if key == "lambda_min_clipped" else repr(known[key]).lower().replace("'", '"')
     if key in (*FLOW, "timestep_type"):
@@ -188,18 +185,16 @@ def _other_kind(name: str) -> str:
 
 
 def config_from_diffusers(config: dict[str, Any], class_name: str | None = None) -> ScheduleConfig:
-    """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid; DDIM runs.
+    """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid.
 
-    Every scheduler of `diffusers_schedulers.SCHEDULERS` solves the equation of one DDPM schedule, so that DDIM on the
-    same schedule and spacing draws from the same model. A key that is absent has the default of its class, and one
-    that its class does not have is ignored, both as in diffusers.
+    Each of `SCHEDULERS` solves the equation of one DDPM schedule, so that our samplers on the same schedule and spacing
+    sample the same model. Absent keys have the default of the class.
 
     Args:
-        class_name: the class that `model_index.json` names, which is the one that diffusers makes; the `_class_name`
-            of the file where None.
+        class_name: that of `model_index.json`, which diffusers makes; None for the `_class_name` of the file.
 
     Raises:
-        ValueError: if the file asks for what DDIM on a DDPM schedule does not draw, naming class, key and value.
+        ValueError: if the file asks for another process, naming class, key and value.
     """
     name = class_name or str(config.get("_class_name", "DDIMScheduler"))
     keys = read_keys(config, name)
@@ -244,12 +239,9 @@ def scheduler_class(learned_variance: bool) -> str:
 def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = False) -> dict[str, Any]:
     """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
 
-    Where the network gives 2C channels it is that of a DDPMScheduler with `variance_type` "learned_range", which is
-    Improved DDPM, Eq. 15; a DDIMScheduler would fail on the channels.
-
-    A schedule that it has no name for is written as the table of its betas, and its name into the key `_ldm`, so that
-    `config_from_diffusers` gives back this very config. The prediction "posterior_mean" is written as it is, and
-    diffusers refuses to sample with it.
+    Learned variances need a DDPMScheduler with `variance_type` "learned_range" (Improved DDPM, Eq. 15). A schedule that
+    diffusers has no name for is written as the table of its betas, with its name in `_ldm`, so that
+    `config_from_diffusers` gives back this very config. diffusers refuses to sample with "posterior_mean".
     """
     names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
     named = config.beta_schedule in names

@@ -27,13 +27,7 @@ LogLikelihood = Callable[[Tensor, int], Tensor]
 
 
 def drop_conditioning(condition: Tensor, null: Tensor, dropped: Tensor) -> Tensor:
-    """Replaces the condition of the samples marked in `dropped` by the null one. Algorithm 1, line 3.
-
-    Args:
-        condition: [B, L, D].
-        null: [1, L, D], the states of the empty caption.
-        dropped: [B] bool, drawn a sample.
-    """
+    """The null condition [1, L, D] where `dropped` [B], else `condition` [B, L, D]. Algorithm 1, line 3."""
     return torch.where(dropped.to(condition.device).view(-1, 1, 1), null, condition)  # [B, L, D]
 
 
@@ -54,15 +48,14 @@ def classifier_free_guidance(
 ) -> Denoise:
     """ε_∅ + w (ε_c − ε_∅): Eq. 6 with the w of Imagen and diffusers, where w = 1 is no guidance.
 
-    Both halves go through the network as one batch. At w = 1 the unconditional half cancels and is not
-    computed; at w = 0 the conditional one is not. ε, v and x_0 are affine in one another at a given x_t, so one
-    formula serves whichever is predicted. Variances are those of the conditional half (at w = 0, of the other).
+    Both halves are one batch; at w = 1 and w = 0 only the half that is left is computed. ε, v and x_0 are affine in
+    one another at a given x_t, so one formula serves them all. Variances are those of the conditional half.
 
     Args:
         condition: [B, L, D], states of the prompts.
         null: [B, L, D], states of the empty caption or of the negative prompts.
         guidance_scale: w, any finite number.
-        rescale: brings the guided prediction back to the deviation of the conditional one: `rescale_guidance`.
+        rescale: see `rescale_guidance`.
     """
     if guidance_scale == 1:
         return with_condition(denoiser, condition)
@@ -84,14 +77,10 @@ def classifier_free_guidance(
 
 
 def rescale_guidance(phi: float) -> Rescale:
-    """Against over-exposure: the guided output gets the deviation of the conditional one in each sample, for a share φ.
+    """Against over-exposure: brings the std of each guided output to that of the conditional one, by a fraction φ.
 
-    arXiv:2305.08891, Eq. 14 to 16, on the output of the network whatever it predicts, as diffusers does. The paper's
-    network predicts v, and there it works best: v scaled by k scales x̂_0 by k where there is only noise, while ε
-    scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
-
-    Args:
-        phi: φ, 0 (as it was) to 1; 0.7 in the paper.
+    arXiv:2305.08891, Eq. 14 to 16, on whatever the network predicts, as in diffusers. It works best for v, as in the
+    paper (φ = 0.7): ε scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
 
     Raises:
         ValueError: if φ is outside [0, 1].
@@ -108,17 +97,13 @@ def rescale_guidance(phi: float) -> Rescale:
 
 
 def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided: Denoise, unguided: Denoise) -> Denoise:
-    """`guided` where the noise level is in (low, high], `unguided` elsewhere, where `guided` is not called at all.
-
-    arXiv:2404.07724: a weight of 1 outside the interval.
+    """`guided` where the noise level is in (low, high], `unguided` elsewhere: arXiv:2404.07724.
 
     Args:
-        interval: low and high as the paper has them, in σ/α: the noise level of x_t/α, so that an interval means
-            the same whatever schedule and number of steps. 0 <= low < high; high may be inf.
-        unguided: the conditional denoiser for classifier-free guidance; the one without classifier for that.
+        interval: noise levels σ/α of x_t/α as in the paper, the same for any schedule; 0 <= low < high <= inf.
 
     Raises:
-        ValueError: if the interval is turned round, empty, or no interval of noise levels.
+        ValueError: for any other interval.
     """
     low, high = check_interval(interval)
 
@@ -140,22 +125,17 @@ def classifier_guidance(
 ) -> Denoise:
     """ε̂ = ε − s σ ∇ log p(y | x_t): arXiv:2105.05233, Algorithm 2, for any differentiable p.
 
-    Scale 1 makes the score of p(x_t) that of p(x_t | y), by Bayes. The gradient is taken even where the caller
-    has turned gradients off (`no_grad`, `inference_mode`). Composes with classifier-free guidance inside it.
-
-    Args:
-        denoise: of p(x_t), or of p(x_t | prompt).
-        log_likelihood: log p(y | x_t) of each image, [B].
-        scale: s, any finite number.
+    Scale 1 makes the score of p(x_t) that of p(x_t | y), by Bayes. The gradient is taken under `no_grad` and
+    `inference_mode` too. `denoise` may be classifier-free guidance.
 
     Raises:
         ValueError: if the classifier gives anything but [B], does not depend on x_t, or has a gradient that is not
-            finite; where v or x_0 is
-            predicted and α is 0, because its shift divides by α.
+            finite; where v or x_0 is predicted and α is 0, because its shift divides by α.
     """
     if not math.isfinite(scale):
         raise ValueError(f"classifier scale is {scale}; it must be a finite number (1 samples p(x | y))")
-    _check_direct(prediction_type)
+    if prediction_type not in DIRECT:
+        raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)}; see to_epsilon_model")
 
     def guided(x_t: Tensor, t: int) -> Tensor:
         prediction, variance = split_variance(denoise(x_t, t), x_t)
@@ -164,11 +144,6 @@ def classifier_guidance(
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
     return guided
-
-
-def _check_direct(prediction_type: PredictionType) -> None:
-    if prediction_type not in DIRECT:
-        raise ValueError(f"prediction_type is {prediction_type!r}; choose {', '.join(DIRECT)}; see to_epsilon_model")
 
 
 def _shift_of_score(alpha: float, sigma: float, prediction_type: PredictionType, t: float) -> float:
@@ -248,16 +223,13 @@ def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
-    """A `clip_x0` for samplers: x̂_0 is clamped to [−s, s] and divided by s, where s is a percentile of |x̂_0|.
+    """A `clip_x0` for samplers: x̂_0 clamped to [−s, s] and divided by s, a percentile of |x̂_0|. Imagen
+    (arXiv:2205.11487), section 2.3.
 
-    s is that of each sample, and never less than 1: an image that keeps to its range is only clamped to it. Where a
-    static clamp would saturate what guidance pushes past the range, this pulls all pixels inwards.
+    s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is.
 
     Args:
-        percentile: p, in (0, 1]; 0.995 is usual. 1 divides by the largest and clamps nothing else.
-
-    Returns:
-        x̂_0 [B, …] on the scale of images, [−1, 1] → the same shape, inside [−1, 1].
+        percentile: p, in (0, 1]; 0.995 is usual.
 
     Raises:
         ValueError: if p is outside (0, 1].

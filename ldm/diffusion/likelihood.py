@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import Denoise, add_noise, convert, posterior_mean, split_variance
+from ldm.diffusion.prediction import convert, posterior_mean, split_variance
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, extract
 
 Variance = Literal["small", "large", "learned"]
@@ -32,72 +31,10 @@ Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 LEVELS = 256  # of a pixel; they lie 2/255 apart over [−1, 1]
 
 
-@dataclass(frozen=True)
-class VariationalBound:
-    """The variational bound of B samples, bits per dimension.
-
-    Attributes:
-        terms: [B, T]; column t is L_t, the term seen from timestep t. Column 0 is the decoder's.
-        prior: [B], L_T: what the last state still tells of x_0.
-    """
-
-    terms: Tensor
-    prior: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """[B], the bound on −log₂ p(x_0) per dimension. DDPM, Eq. 5."""
-        return self.prior + self.terms.sum(dim=1)
-
-
-def variational_bound(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
-    x_0: Tensor,
-    *,
-    noise: Callable[[], Tensor],
-    decoder: Decoder,
-    prediction_type: PredictionType = "epsilon",
-    variance: Variance = "small",
-    clip_x0: Callable[[Tensor], Tensor] | None = None,
-) -> VariationalBound:
-    """All terms of the bound of each sample, each from one draw of x_t: T calls of `denoise`, without gradients.
-
-    Args:
-        original: x_0, [B, C, H, W].
-        noise: fresh ε of the shape of `x_0` at every call, one call a timestep from T − 1 down to 0.
-        decoder: `gaussian_decoder` for continuous data, `discretized_decoder(mean, std)` for pixels.
-        variance: "small", "large", or "learned" where the denoiser gives 2C channels. For data with a density, "small"
-            stays about 0.64 bits above its likelihood however large T is; "large" approaches it as 1/T.
-        clip_x0: bounds x̂_0, as in sampling; None where nothing is known of its range.
-
-    Raises:
-        ValueError: if the denoiser's channels do not fit `variance`, or the schedule says nothing of its prediction.
-    """
-    _check(schedule, prediction_type, variance)
-    terms = torch.empty(len(x_0), schedule.num_train_timesteps, dtype=_precise(x_0), device=x_0.device)
-    with torch.no_grad():
-        for t in reversed(range(schedule.num_train_timesteps)):
-            timesteps = torch.full((len(x_0),), t, dtype=torch.int64)
-            noisy = add_noise(x_0, noise(), *schedule.coefficients(timesteps, x_0))
-            terms[:, t] = variational_terms(
-                denoise(noisy, t),
-                noisy,
-                x_0,
-                schedule,
-                timesteps,
-                decoder=decoder,
-                prediction_type=prediction_type,
-                variance=variance,
-                clip_x0=clip_x0,
-            )
-    return VariationalBound(terms, prior_term(schedule, x_0))
-
-
 def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of x_0 [B, …], [B] bits per dimension. DDPM, Eq. 5; 0 at zero terminal SNR."""
     remaining = float(schedule.alphas_cumprod[-1])  # ᾱ_T
-    squares = x_0.to(_precise(x_0)).square()
+    squares = x_0.to(torch.float64 if x_0.dtype == torch.float64 else torch.float32).square()
     return _bits(0.5 * (remaining * squares - remaining - math.log1p(-remaining)))
 
 
@@ -116,15 +53,29 @@ def variational_terms(
     """L_t of each sample at its own timestep, as the KL between two Gaussians; at timestep 0 the decoder's L_0.
 
     Args:
-        output: what the network says of `x_t`: [B, C, …], or [B, 2C, …] with "learned".
-        x_t, original: [B, C, …].
+        output: of the network at `x_t`: [B, C, …], or [B, 2C, …] with "learned".
+        x_t, x_0: [B, C, …].
         timesteps: [B] int64 on the CPU, 0 to T − 1.
+        decoder: `gaussian_decoder` for continuous data, `discretized_decoder(mean, std)` for pixels.
+        variance: for data with a density, "small" stays about 0.64 bits above its likelihood however large T is;
+            "large" approaches it as 1/T.
+        clip_x0: bounds x̂_0, as in sampling; None where nothing is known of its range.
 
     Returns:
         [B], bits per dimension; gradients flow to `output`.
+
+    Raises:
+        ValueError: if the channels of `output` do not fit `variance`, or the schedule does not fit the prediction.
     """
-    _check(schedule, prediction_type, variance)
-    prediction, fraction = _split(output, x_t, variance)
+    schedule.check_prediction(prediction_type)
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance is {variance!r}; choose {', '.join(get_args(Variance))}")
+    prediction, fraction = split_variance(output, x_t)
+    if (fraction is not None) != (variance == "learned"):
+        raise ValueError(
+            f"variance is {variance!r} but the denoiser gives {output.shape[1]} channels for {x_t.shape[1]}; "
+            "learned takes twice as many, small and large take as many"
+        )
     a, b = (extract(table, timesteps, x_0) for table in schedule.posterior_mean_coefficients)
     small, large = log_variances(schedule, timesteps, x_0)
     if fraction is not None:
@@ -180,9 +131,7 @@ def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 def interpolated_log_variance(fraction: Tensor, small: Tensor | float, large: Tensor | float) -> Tensor:
     """log Σ = v log β + (1 − v) log β̃ with v = (ν + 1) / 2. Improved DDPM, Eq. 15.
 
-    Args:
-        fraction: ν, [B, C, H, W]; −1 is β̃ and 1 is β. Not clamped, so that the network is free to leave the two.
-        small, large: log β̃ and log β, [B, 1, 1, 1] or a float each.
+    ν is `fraction`, [B, C, H, W]: −1 is β̃, 1 is β. It is not clamped, so that the network may leave the two.
     """
     share = (fraction + 1) / 2
     return share * large + (1 - share) * small
@@ -243,26 +192,6 @@ def _levels(pixels: Tensor) -> Tensor:
             "values k / 127.5 - 1, k = 0 to 255; for continuous data take gaussian_decoder"
         )
     return nearest / ((LEVELS - 1) / 2) - 1
-
-
-def _check(schedule: NoiseSchedule, prediction_type: PredictionType, variance: Variance) -> None:
-    schedule.check_prediction(prediction_type)
-    if variance not in get_args(Variance):
-        raise ValueError(f"variance is {variance!r}; choose {', '.join(get_args(Variance))}")
-
-
-def _split(output: Tensor, x_t: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
-    prediction, fraction = split_variance(output, x_t)
-    if (fraction is not None) != (variance == "learned"):
-        raise ValueError(
-            f"variance is {variance!r} but the denoiser gives {output.shape[1]} channels for {x_t.shape[1]}; "
-            "learned takes twice as many, small and large take as many"
-        )
-    return prediction, fraction
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _bits(nats: Tensor) -> Tensor:

@@ -120,11 +120,10 @@ def diffusion_loss(
 def loss_weights(schedule: NoiseSchedule, prediction_type: PredictionType, loss: LossConfig) -> Tensor:
     """What the mean square of (prediction − target) is multiplied by, [T] float64; not for "hybrid".
 
-    A weight stands in terms of x_0 and is carried over by how an error of the prediction grows in x̂_0, squared. So
-    "min_snr" is min(SNR, γ) for x_0, min(1, γ / SNR) for ε and min(SNR, γ) / (SNR + 1) for v. (It is 0 where SNR is
-    0: with zero terminal SNR the last timestep is then not trained.)
-    "vlb" is β_t² / (2 σ_t² α_t (1 − ᾱ_t)) for ε, times T / log 2. At timestep 0 the decoder is taken as a Gaussian
-    density, and where σ² is β̃, which is 0 there, the next one stands in, as in `likelihood`.
+    A weight is that of x_0 times the squared gain of an error in x̂_0. So "min_snr" is min(SNR, γ) for x_0,
+    min(1, γ / SNR) for ε and min(SNR, γ) / (SNR + 1) for v; 0 where SNR is 0, so that this timestep is not trained.
+    "vlb" is β_t² / (2 σ_t² α_t (1 − ᾱ_t)) for ε, times T / log 2; at timestep 0 the decoder is a Gaussian density, and
+    the next β̃ replaces that of 0, as in `likelihood`.
     """
     gain = x0_error_gain(schedule, prediction_type)
     if loss.weighting == "simple":
@@ -156,14 +155,12 @@ def x0_error_gain(schedule: NoiseSchedule, prediction_type: PredictionType) -> T
 def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_timesteps: int) -> int:
     """The timestep of sample `index` of a global batch: ⌊T (index + u) / B⌋, one of the B strata of 0 … T − 1.
 
-    Over a batch the timesteps are spread evenly; over index and u together each is equally likely, exactly, whether
-    or not B divides T (a timestep that two strata share is drawn in each by its share). The low-discrepancy
-    sampler of VDM (arXiv:2107.00630) shifts all strata by one u; here each sample has its own, so that what it draws
-    depends on no other.
+    Evenly spread over a batch, and over index and u each timestep is exactly equally likely, whether or not B divides
+    T. VDM (arXiv:2107.00630) shifts all strata by one u; here each sample has its own and depends on no other.
 
     Args:
         index: place in the global batch, 0 to B − 1.
-        batch_size: B, the global one, however it is spread over processes.
+        batch_size: B, the global one.
         uniform: u, in [0, 1).
         num_train_timesteps: T.
 
@@ -180,13 +177,9 @@ def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_t
 
 
 def logit_normal_timesteps(timesteps: Tensor, num_train_timesteps: int, *, mean: float, std: float) -> Tensor:
-    """Evenly distributed timesteps → timesteps with a logit-normal density (SD3, arXiv:2403.03206, Eq. 19):
-    t / T = sigmoid(z) with z normal. The map is monotone, so strata stay strata.
+    """Evenly distributed timesteps [B] → timesteps with a logit-normal density (SD3, arXiv:2403.03206, Eq. 19).
 
-    Args:
-        timesteps: [B] int64, 0 … T − 1.
-        num_train_timesteps: T.
-        mean, std: of z; a mean above 0 favors noisier timesteps, whose median is T · sigmoid(mean).
+    t / T = sigmoid(z) with z of this normal mean and std; the median is T · sigmoid(mean). Strata stay strata.
     """
     normal = torch.special.ndtri((timesteps.double() + 0.5) / num_train_timesteps)
     return (num_train_timesteps * torch.sigmoid(mean + std * normal)).long().clamp(max=num_train_timesteps - 1)

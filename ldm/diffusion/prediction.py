@@ -117,14 +117,11 @@ def x0_and_epsilon(
     Raises:
         ValueError: for ε where α is 0, for x_0 where σ is 0, and for μ̃, which needs t − 1 too: see `to_epsilon_model`.
     """
-    if prediction_type == "epsilon":
-        return x0_from_epsilon(x_t, prediction, alpha, sigma), prediction
-    if prediction_type == "sample":
-        return prediction, epsilon_from_x0(x_t, prediction, alpha, sigma)
-    if prediction_type == "v_prediction":
-        return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
-    way_out = "; to_epsilon_model converts it" if prediction_type == "posterior_mean" else ""
-    raise ValueError(f"prediction_type is {prediction_type!r}; choose {' or '.join(DIRECT)}{way_out}")
+    if prediction_type not in DIRECT:
+        way_out = "; to_epsilon_model converts it" if prediction_type == "posterior_mean" else ""
+        raise ValueError(f"prediction_type is {prediction_type!r}; choose {' or '.join(DIRECT)}{way_out}")
+    x_0 = convert(prediction, x_t, prediction_type, "sample", alpha=alpha, sigma=sigma)
+    return x_0, convert(prediction, x_t, prediction_type, "epsilon", alpha=alpha, sigma=sigma)
 
 
 def convert(
@@ -182,13 +179,10 @@ def convert(
 
 
 def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type: PredictionType) -> Denoise:
-    """A denoiser that predicts ε, made from one of any prediction type: a function from denoiser to denoiser.
+    """A denoiser that predicts ε, made from one of any prediction type; learned variances are passed on.
 
-    μ̃ is that of one step of the schedule, t to t − 1, whatever the stride of the sampler. Learned variances, where
-    the denoiser gives 2C channels, are passed on as they are.
-
-    Raises:
-        ValueError: when it is called where x_t, the prediction and the schedule do not say what ε is.
+    μ̃ is that of one step of the schedule, t to t − 1, whatever the stride of the sampler. `ValueError` when it is
+    called where x_t, the prediction and the schedule do not say what ε is.
     """
     a, b = schedule.posterior_mean_coefficients
 

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,10 @@ from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 # log β̃ is −∞ where the step ends without noise; diffusers and the code of Improved DDPM clip it too.
 MIN_VARIANCE = 1e-20
 
-
 SAMPLER_NAMES = (
     *("ddim", "ddim-sigma-hat", "ddpm", "ddpm-large", "dpm++2m", "euler-maruyama", "langevin", "predictor-corrector"),
 )
-"""What users call the samplers of this package; `ldm.pipelines.SAMPLERS` says what each stands for."""
+"""Names of the samplers for users; `ldm.pipelines.SAMPLERS` says what each stands for."""
 
 
 def check_sampler(name: str, *, others: str = "") -> None:
@@ -104,11 +103,8 @@ def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transitio
 def predict(
     output: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, clip_x0: ClipX0
 ) -> tuple[Tensor, Tensor]:
-    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `clip_x0` moves x̂_0, ε̂ follows.
-
-    So the two still add up to x_t. (On digits in pixels at guidance scale 3, 99.8 % of the pictures were right with
-    this and 68 % with the ε̂ that was predicted.)
-    """
+    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `clip_x0` moves x̂_0, ε̂ follows, so that
+    the two still add up to x_t (CONTRIBUTING.md says what that is worth)."""
     prediction, _ = split_variance(output, latents)
     x_0, epsilon = x0_and_epsilon(prediction, latents, alpha, sigma, kind)
     projected = clip_x0(x_0)
@@ -133,11 +129,9 @@ def ddim(
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
-        eta: η, 0 to 1.
-        variance: "ddim" adds noise of variance σ_t(η)²; "sigma_hat" is the row σ̂ of Table 1: the direction of
-            η = 1 but noise of variance σ̂² = 1 − ᾱ_t / ᾱ_prev. That is `ddpm` with variance β, and as there the step
-            to the end adds none.
-        noise: where the noise of η > 0 comes from.
+        variance: of the noise: "ddim" is σ_t(η)²; "sigma_hat" is the row σ̂ of Table 1: the direction of η = 1, the
+            variance σ̂² = 1 − ᾱ_t / ᾱ_prev, and as in `ddpm` with variance β none in the step to the end.
+        noise: needed for η > 0.
 
     Raises:
         ValueError: if η is outside [0, 1], or not 1 with "sigma_hat", or `variance` is unknown; see `transitions`.
@@ -175,14 +169,13 @@ def ddim_inversion(
 ) -> Iterator[State]:
     """DDIM run forwards, from x_0 to x_T: the ODE of DDIM, Eq. 14, by Euler's method with growing noise (section 4.3).
 
-    Each step asks the network about x_{t_prev} under its own label, as Euler's method does; an image without noise has
-    none, and is asked about under that of the end it goes to. diffusers' DDIMInverseScheduler asks under t at every
-    step, which is of first order too. On digits that comes back closer up to S = 20, and less close from 50 on
-    (docs/ddim_tables.md). x̂_0 is never projected: sampling could not undo that.
+    Each step evaluates the network at x_{t_prev} with the timestep t_prev, as Euler's method does; an image without
+    noise has none, and takes t. (diffusers' DDIMInverseScheduler always takes t; compared in docs/ddim_tables.md.)
+    x̂_0 is never projected: sampling could not undo that.
 
     Args:
         latents: x_0, [B, C, H, W]: the state at the last t_prev of `grid`.
-        grid: the grid of sampling; it is walked from its last step to its first.
+        grid: that of sampling, which is followed backwards.
 
     Yields:
         States whose `latents` are at t; the last is x_T.
@@ -218,9 +211,8 @@ def ddpm(
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
-        variance: σ_t² = β̃_t ("small") or β_t ("large"), the two choices of DDPM, section 3.2, or between them, as
-            the network says ("learned": Improved DDPM, arXiv:2102.09672, Eq. 15). `denoise` then gives
-            [B, 2C, H, W]: the prediction, and ν in [−1, 1] with (ν + 1) / 2 the weight of log β_t.
+        variance: σ_t² = β̃_t ("small") or β_t ("large"), the two choices of DDPM, section 3.2, or "learned" between
+            them (Improved DDPM, arXiv:2102.09672, Eq. 15), where `denoise` gives [B, 2C, H, W]: the prediction and ν.
 
     Raises:
         ValueError: if `variance` is unknown, or learned and the network gives no ν; see `transitions`.
@@ -254,13 +246,6 @@ def ddpm(
         yield State(index, t, latents, x_0)
 
 
-def half_log_snr(alpha: float, sigma: float) -> float:
-    """λ = log(α/σ), with its limits −∞ without signal and +∞ without noise."""
-    if alpha == 0:
-        return -math.inf
-    return math.inf if sigma == 0 else math.log(alpha / sigma)
-
-
 def dpm_solver_pp_2m(
     denoise: Denoise,
     latents: Tensor,
@@ -272,10 +257,9 @@ def dpm_solver_pp_2m(
 ) -> Iterator[State]:
     """DPM-Solver++(2M) (arXiv:2211.01095), Algorithm 2: second order, one evaluation a step.
 
-    The first step is of first order, as the algorithm says. So are two more where a step in λ = log(α/σ) has no
-    finite length and there is nothing to extrapolate along: the one that ends at ᾱ = 1 (it ends in x̂_0, as in
-    diffusers with `final_sigmas_type="zero"`), and the one after a start at ᾱ = 0. All others are of second order
-    (diffusers' `lower_order_final` drops to the first below 15 steps also where the end still has noise; we do not).
+    The first step is of first order. So are those without a finite step in λ = log(α/σ) to extrapolate along: the one
+    that ends at ᾱ = 1 (in x̂_0, as in diffusers with `final_sigmas_type="zero"`), and the one after a start at ᾱ = 0.
+    (diffusers' `lower_order_final` also makes the last of fewer than 15 steps one of first order.)
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
@@ -283,6 +267,12 @@ def dpm_solver_pp_2m(
     Raises:
         ValueError: see `transitions`.
     """
+
+    def half_log_snr(alpha: float, sigma: float) -> float:  # λ, and its limits without signal and without noise
+        if alpha == 0:
+            return -math.inf
+        return math.inf if sigma == 0 else math.log(alpha / sigma)
+
     earlier, h_last = None, math.inf
     for index, (t, _, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
         prediction, _ = split_variance(denoise(latents, t), latents)
@@ -315,8 +305,8 @@ def euler_maruyama(
     Its time is τ = ∫ β dt = −log ᾱ, read from the table: in it the forward SDE dx = −½ β x dt + √β dw is
     dx = −½ x dτ + dw_τ whatever the schedule, and the length of a step is log(ᾱ_prev / ᾱ_t).
 
-    A start at ᾱ = 0 (zero terminal SNR) stands at τ = ∞, where no step is finite: the first step then is the limit that
-    ancestral sampling has there, x_prev = α_prev x̂_0 + σ_prev z.
+    At ᾱ = 0 (zero terminal SNR) τ = ∞ and no step is finite: the step from there is the limit that ancestral sampling
+    has, x_prev = α_prev x̂_0 + σ_prev z.
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
@@ -338,23 +328,6 @@ def euler_maruyama(
         yield State(index, t, latents, x_0)
 
 
-class Predictor(Protocol):
-    """A sampler that can take one step at a time: `ddpm`, `euler_maruyama`, `ddim`, or a `partial` of these."""
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        latents: Tensor,
-        schedule: NoiseSchedule,
-        grid: Sequence[Step],
-        /,
-        *,
-        noise: Noise,
-        clip_x0: ClipX0,
-        prediction_type: PredictionType,
-    ) -> Iterator[State]: ...
-
-
 def annealed_langevin(
     denoise: Denoise,
     latents: Tensor,
@@ -374,12 +347,12 @@ def annealed_langevin(
     it is x ← x − (k/2) σ ε̂ + √k σ z. From level to level x̃ stays, so x is scaled by α_prev/α.
 
     As in the paper the sample keeps the noise of the last level, σ/α at the last t: take a grid that ends near 0, or
-    the last `pred_original_sample`. The network is called `num_langevin_steps` times for each step of the grid.
+    the last `pred_original_sample`.
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
         step_size: k = ε/σ_L², in (0, 4); 0.2 in NCSN (ε = 2e-5, σ_L = 0.01).
-        num_langevin_steps: T of the algorithm, at least 1; 100 in NCSN.
+        num_langevin_steps: T of the algorithm, at least 1; 100 in NCSN. Each is one call of the network.
 
     Raises:
         ValueError: if an argument is outside its range, or the grid starts at ᾱ = 0, where x/α does not exist; see
@@ -411,7 +384,7 @@ def langevin_corrector(
     grid: Sequence[Step],
     *,
     noise: Noise,
-    predictor: Predictor = ddpm,
+    predictor: Callable[..., Iterator[State]] = ddpm,
     snr: float = 0.01,
     num_corrector_steps: int = 1,
     clip_x0: ClipX0 = identity,
@@ -420,14 +393,13 @@ def langevin_corrector(
     """Predictor–corrector sampling, Song et al. (arXiv:2011.13456) Algorithms 1, 3 and 5.
 
     After each step of the predictor, Langevin steps at the level t_prev that it reached:
-    x ← x + ε s + √(2ε) z with ε = 2 (1 − β_i) (r ‖z‖ / ‖s‖)², β_i that of the table at t_prev. The norms are those of
-    each sample alone, so that it does not depend on its batch. At the end (t_prev = −1) there is no score, and no
-    corrector. The steps are biased, as all unadjusted Langevin dynamics is: at rest on Gaussian data their variance
-    is 1 + r² (1 − β_i) times the right one.
+    x ← x + ε s + √(2ε) z with ε = 2 (1 − β_i) (r ‖z‖ / ‖s‖)², β_i that of the table at t_prev, and norms of each sample
+    alone. At the end (t_prev = −1) there is no score, and no corrector. As unadjusted Langevin dynamics the steps are
+    biased: on Gaussian data their variance is 1 + r² (1 − β_i) times the right one.
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
-        predictor: takes one step at a time, so that a multistep solver would be of first order.
+        predictor: `ddpm`, `euler_maruyama` or `ddim`, called for one step at a time.
         snr: r, above 0; 0.01 for VP, the process here, and 0.16 for VE (Table 5).
         num_corrector_steps: M, at least 1, each one call of the network.
 
@@ -440,10 +412,9 @@ def langevin_corrector(
         raise ValueError(f"num_corrector_steps is {num_corrector_steps}; it must be at least 1")
     betas = schedule.betas.tolist()
     for index, (t, t_prev, _, _, alpha, sigma) in enumerate(transitions(schedule, grid)):
-        step = predictor(
+        (state,) = predictor(
             denoise, latents, schedule, [Step(t, t_prev)], noise=noise, clip_x0=clip_x0, prediction_type=prediction_type
         )
-        (state,) = step
         latents = state.latents
         if t_prev >= 0:
             for _ in range(num_corrector_steps):
@@ -468,11 +439,11 @@ def sample_norm(x: Tensor) -> Tensor:
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """Spherical linear interpolation: on the arc between two points instead of the chord.
 
-    Noise of many dimensions lies near a sphere of radius √N. Halfway along the chord it is 1/√2 as long, which
-    no network was trained on; on the arc it keeps its length.
+    Noise of N dimensions lies near a sphere of radius √N; halfway along the chord it would be 1/√2 as long, which no
+    network was trained on.
 
     Args:
-        start, end: of one shape; each is one point, whatever its shape.
+        start, end: two points of one shape.
         fraction: 0 (exactly `start`) to 1 (exactly `end`).
 
     Raises:

@@ -21,10 +21,10 @@ BetaSchedule = Literal["linear", "scaled_linear", "cosine", "plain_cosine", "sig
 PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
 
-# ε-prediction multiplies its error by σ/α in x̂_0. Past this gain the first step of a sampler is noise unless
-# x̂_0 is bounded (measured on digits in latents: a cosine schedule, gain 2e4, ruins the picture; the linear
-# schedule of DDPM, gain 157, does not).
+# ε-prediction multiplies its error by σ/α in x̂_0. Past this gain the first step of a sampler is noise unless x̂_0 is
+# bounded: digits in latents survive 157, that of DDPM's linear schedule, and not the 2e4 of a cosine.
 MAX_ERROR_GAIN = 200.0
+MAX_TIMESTEPS = 1_000_000
 
 
 class Step(NamedTuple):
@@ -99,15 +99,11 @@ class ScheduleConfig:
             check_no_signal(self.prediction_type, self.num_train_timesteps - 1)
 
 
-MAX_TIMESTEPS = 1_000_000
-
-
 class NoiseSchedule:
     """ᾱ_t for t = 0 … T − 1, and what is derived from it. A value: nothing in it ever changes.
 
     Args:
-        alphas_cumprod: [T], strictly falling inside [0, 1]; kept as float64 on the CPU. The last is 0 with zero
-            terminal SNR.
+        alphas_cumprod: [T], strictly falling inside [0, 1]; kept in float64. The last is 0 with zero terminal SNR.
         final_alpha_cumprod: ᾱ at t_prev = −1, the end of sampling.
 
     Raises:
@@ -272,15 +268,12 @@ def make_betas(config: ScheduleConfig) -> Tensor:
     steps, ends = config.num_train_timesteps, (config.beta_start, config.beta_end)
     if config.trained_betas is not None:
         return torch.tensor(config.trained_betas, dtype=torch.float64)
-    if config.beta_schedule == "linear":
-        return linear_betas(steps, *ends)
-    if config.beta_schedule == "scaled_linear":
-        return scaled_linear_betas(steps, *ends)
-    if config.beta_schedule == "sigmoid":
-        return sigmoid_betas(steps, *ends)
+    if config.beta_schedule == "cosine":
+        return cosine_betas(steps)
     if config.beta_schedule == "plain_cosine":
         return plain_cosine_betas(steps)
-    return cosine_betas(steps)
+    between = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "sigmoid": sigmoid_betas}
+    return between[config.beta_schedule](steps, *ends)
 
 
 def check_no_signal(prediction_type: str, t: int) -> None:
@@ -296,8 +289,8 @@ def check_no_signal(prediction_type: str, t: int) -> None:
 def check_precision(prediction_type: str, dtype: str) -> None:
     """Raises `ValueError` where a prediction or its weights have too few digits, "bf16" or "float16" for example.
 
-    μ̃ is x_t but for a share of about β_t / σ_t: the error of rounding it is some hundred times as large in ε. On
-    standard normal data and the default schedule it is 0.06 to 0.38 of ε in bfloat16, 0.01 to 0.05 in float16.
+    μ̃ differs from x_t by a fraction of about β_t / σ_t, so that rounding it is some hundred times as large in ε: 0.06
+    to 0.38 of ε in bfloat16, 0.01 to 0.05 in float16, for normal data and the default schedule.
     """
     if prediction_type == "posterior_mean" and dtype in ("bf16", "fp16", "bfloat16", "float16"):
         raise ValueError(
@@ -309,13 +302,9 @@ def check_precision(prediction_type: str, dtype: str) -> None:
 def check_first_step(
     schedule: NoiseSchedule, grid: Sequence[Step], prediction_type: PredictionType, *, bounded: bool
 ) -> None:
-    """Refuses a start of sampling at which an ε-prediction says nothing about x_0.
+    """`ValueError` where the first step of sampling has (almost) no signal for an ε-prediction.
 
-    Args:
-        bounded: whether the codec bounds x̂_0 (pixels do, latents do not).
-
-    Raises:
-        ValueError: with the reason and what to choose.
+    `bounded` says whether the codec bounds x̂_0 (pixels do, latents do not).
     """
     first = grid[0].t
     if schedule.alpha_cumprod_at(first) == 0:
@@ -332,8 +321,7 @@ def check_first_step(
 COSINE_OFFSET = 0.008  # s of Improved DDPM, section 3.2
 MAX_BETA = 0.999  # Improved DDPM, section 3.2: no singularity at the end
 
-# ε of `plain_cosine`. At the end σ/α = 100, so that a predicted ε still says something about x_0 (below
-# `MAX_ERROR_GAIN` of the schedule); at the start σ = 0.01, as with DDPM's β_1 = 1e-4, about one grey level of 256.
+# ε of `plain_cosine`: σ/α = 100 at the end, below `MAX_ERROR_GAIN`; σ = 0.01 at the start, as with DDPM's β_1 = 1e-4.
 PLAIN_COSINE_MARGIN = 1e-4
 
 
@@ -364,8 +352,7 @@ def cosine_betas(steps: int) -> Tensor:
 def plain_cosine_betas(steps: int) -> Tensor:
     """The betas of ᾱ = (cos(πt/T) + 1) / 2, t = 1 … T, brought into [ε, 1 − ε] by ᾱ ↦ ε + (1 − 2ε) ᾱ.
 
-    Clipping would hold ᾱ still for about (2/π) √ε T steps at each end, where β would be 0; the affine map moves ᾱ by
-    at most ε and leaves it falling strictly.
+    Clipping would hold ᾱ still at each end, where β would be 0; the affine map leaves it falling strictly.
     """
     time = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     bare = torch.cos(time * (math.pi / 2)).square()  # (cos(πt/T) + 1) / 2, without cancellation near 0

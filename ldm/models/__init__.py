@@ -16,27 +16,3 @@ from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, V
 FirstStage = AutoencoderKL | VQModel
 """Networks between images and latents. Both have `config`, `factor`, `channels`, `statistics`, `encode`, `draw`,
 `expectations`, `decode` and `fold_statistics`, so that nobody has to ask which one it is."""
-
-__all__ = [
-    "AutoencoderConfig",
-    "AutoencoderKL",
-    "CodebookUsage",
-    "DiscriminatorConfig",
-    "FirstStage",
-    "PatchDiscriminator",
-    "PerceptualDistance",
-    "Quantized",
-    "UNet",
-    "UNetConfig",
-    "VQConfig",
-    "VQModel",
-    "VectorQuantizer",
-    "codebook_usage",
-    "discriminator_loss",
-    "enable_gradient_checkpointing",
-    "generator_loss",
-    "kl_divergence",
-    "sample_posterior",
-    "set_attention_backend",
-    "upgrade_state_dict",
-]

@@ -96,11 +96,8 @@ class AutoencoderKL(nn.Module):
         return mean, mean.square() + log_variance.exp()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What first-stage training needs, in one call: images and noise → reconstructions and moments.
-
-        Shapes and errors as in `encode`, `sample_posterior` and `decode`. Wrappers such as
-        DistributedDataParallel only see calls of the module itself.
-        """
+        """Images and noise → reconstructions and moments: in one call, because wrappers such as
+        DistributedDataParallel only see calls of the module itself."""
         moments = self.encode(images)
         return self.decode(sample_posterior(moments, noise)), moments
 

@@ -43,9 +43,8 @@ def enable_gradient_checkpointing(module: nn.Module, enabled: bool = True) -> No
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around a residual connection, conditioned on time if `time_channels` is given.
 
-    DDPM (Ho et al. 2020), appendix B; `scale_shift` is the adaptive group normalisation of ADM (Dhariwal and
-    Nichol 2021), section 3: the time embedding gives a factor and an offset after the second normalisation
-    instead of an offset before it.
+    DDPM (Ho et al. 2020), appendix B. With `scale_shift`, the adaptive group normalization of ADM (Dhariwal and Nichol
+    2021), section 3, time gives a factor and an offset after the second normalization, not an offset before it.
     """
 
     def __init__(
@@ -145,13 +144,6 @@ def timestep_sinusoids(timesteps: Tensor, channels: int, *, cosine_first: bool, 
     return torch.cat(parts, dim=1)  # [B, channels]
 
 
-def zero_(layer: nn.Conv2d | nn.Linear) -> None:
-    """Sets the weights and the bias of a layer to zero."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
 # Query [B, N, heads, d], key and value [B, L, heads, d] → [B, N, heads, d].
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Up to so many weights a head, the backward pass of torch's kernel for bfloat16 on CPUs takes several times as long as
@@ -174,11 +166,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of image positions to themselves or to a context.
-
-    `context_channels` is the width of the context, None for self-attention; `heads` divides `channels`;
-    `bias` is that of the three input projections.
-    """
+    """Multi-head attention of image positions to themselves, or to a context of `context_channels`."""
 
     def __init__(self, channels: int, *, heads: int, context_channels: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -319,22 +307,20 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
     """
     if backend not in ("sdpa", "xformers"):
         raise ValueError(f"unknown attention backend {backend!r}; choose 'sdpa' or 'xformers'")
-    kernel = sdpa if backend == "sdpa" else _xformers_kernel(next(module.parameters()).device)
+    kernel: AttentionKernel = sdpa
+    if backend == "xformers":
+        device = next(module.parameters()).device
+        if device.type != "cuda":
+            raise ValueError(
+                f"attention backend 'xformers' needs a CUDA device, but the network is on {device}; use 'sdpa'"
+            )
+        try:
+            import xformers.ops
+        except ImportError as error:
+            raise ValueError(
+                f"attention backend 'xformers' cannot be loaded ({error}); pip install xformers, or use 'sdpa'"
+            ) from error
+        kernel = xformers.ops.memory_efficient_attention  # of the same layout
     for layer in module.modules():
         if isinstance(layer, Attention):
             layer.kernel = kernel
-
-
-def _xformers_kernel(device: torch.device) -> AttentionKernel:
-    if device.type != "cuda":
-        raise ValueError(
-            f"attention backend 'xformers' needs a CUDA device, but the network is on {device}; use 'sdpa'"
-        )
-    try:
-        import xformers.ops
-    except ImportError as error:
-        raise ValueError(
-            f"attention backend 'xformers' cannot be loaded ({error}); pip install xformers, or use 'sdpa'"
-        ) from error
-    # Its layout is that of `sdpa` above.
-    return xformers.ops.memory_efficient_attention

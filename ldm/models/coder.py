@@ -48,18 +48,10 @@ class CoderConfig(ComponentConfig):
         for key in ("down_block_types", "up_block_types"):
             names = getattr(self, key)
             if len(names) != levels:
-                refuse(
-                    key,
-                    names,
-                    f"needs {levels} names, one for each of block_out_channels, but has {len(names)}",
-                )
+                refuse(key, names, f"needs {levels} names, one for each of block_out_channels, but has {len(names)}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                refuse(
-                    "norm_num_groups",
-                    self.norm_num_groups,
-                    f"must divide the {channels} channels of every level",
-                )
+                refuse("norm_num_groups", self.norm_num_groups, f"must divide the {channels} channels of every level")
 
     @property
     def factor(self) -> int:

@@ -44,43 +44,33 @@ def _given(x: Tensor) -> _Map:
     return _Map(x.shape[2], x.shape[3], lambda top, bottom: x[:, :, top:bottom])
 
 
+@torch.no_grad()
 def encode_in_strips(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
-    """What `encoder(images)` gives, computed about `pixels` pixels of the images at a time.
+    """`encoder(images)`, [B, 3, H, W] → [B, 2 C, h, w], computed about `pixels` pixels of the images at a time."""
 
-    [B, 3, H, W] → [B, 2 C, h, w], up to rounding; H and W are divisible by the factor.
-    """
-    return _one_by_one(lambda image: _encoded(encoder, image, pixels), images)
+    def encode(image: Tensor) -> Tensor:
+        x = _convolution(encoder.conv_in, _given(image))
+        for block in encoder.down_blocks:
+            x = _block(block, x, pixels)  # type: ignore[arg-type]
+        x = _block(encoder.mid_block, x, pixels)
+        x = _convolution(encoder.conv_out, x, _normalization(encoder.conv_norm_out, x, pixels))
+        return _stored(x, x.read, pixels).read(0, x.height)
+
+    return torch.cat([encode(image[None]) for image in images])
 
 
+@torch.no_grad()
 def decode_in_strips(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
-    """What `decoder(latents)` gives, computed about `pixels` pixels of the images at a time.
+    """`decoder(latents)`, [B, C, h, w] → [B, 3, H, W], computed about `pixels` pixels of the images at a time."""
 
-    [B, C, h, w] → [B, 3, H, W], up to rounding.
-    """
-    return _one_by_one(lambda latent: _decoded(decoder, latent, pixels), latents)
+    def decode(latent: Tensor) -> Tensor:
+        x = _block(decoder.mid_block, _convolution(decoder.conv_in, _given(latent)), pixels)
+        for block in decoder.up_blocks:
+            x = _block(block, x, pixels)  # type: ignore[arg-type]
+        x = _convolution(decoder.conv_out, x, _normalization(decoder.conv_norm_out, x, pixels))
+        return _stored(x, x.read, pixels).read(0, x.height)
 
-
-def _one_by_one(function: Function, batch: Tensor) -> Tensor:
-    return torch.cat([function(sample[None]) for sample in batch])
-
-
-@torch.no_grad()
-def _encoded(encoder: Encoder, image: Tensor, pixels: int) -> Tensor:
-    x = _convolution(encoder.conv_in, _given(image))
-    for block in encoder.down_blocks:
-        x = _block(block, x, pixels)  # type: ignore[arg-type]
-    x = _block(encoder.mid_block, x, pixels)
-    x = _convolution(encoder.conv_out, x, _normalisation(encoder.conv_norm_out, x, pixels))
-    return _stored(x, x.read, pixels).read(0, x.height)
-
-
-@torch.no_grad()
-def _decoded(decoder: Decoder, latent: Tensor, pixels: int) -> Tensor:
-    x = _block(decoder.mid_block, _convolution(decoder.conv_in, _given(latent)), pixels)
-    for block in decoder.up_blocks:
-        x = _block(block, x, pixels)  # type: ignore[arg-type]
-    x = _convolution(decoder.conv_out, x, _normalisation(decoder.conv_norm_out, x, pixels))
-    return _stored(x, x.read, pixels).read(0, x.height)
+    return torch.cat([decode(latent[None]) for latent in latents])
 
 
 def _block(block: CoderBlock, x: _Map, pixels: int) -> _Map:
@@ -98,8 +88,8 @@ def _block(block: CoderBlock, x: _Map, pixels: int) -> _Map:
 
 def _resnet(block: ResnetBlock, x: _Map, pixels: int) -> _Map:
     """`ResnetBlock.forward` without time."""
-    first = _normalisation(block.norm1, x, pixels)
-    second = _normalisation(block.norm2, _convolution(block.conv1, x, first), pixels)
+    first = _normalization(block.norm1, x, pixels)
+    second = _normalization(block.norm2, _convolution(block.conv1, x, first), pixels)
 
     def rows(top: int, bottom: int) -> Tensor:
         around = _part(x, max(top - 2, 0), min(bottom + 2, x.height))
@@ -112,10 +102,10 @@ def _resnet(block: ResnetBlock, x: _Map, pixels: int) -> _Map:
 
 def _attention(layer: ImageAttention, x: _Map, pixels: int) -> _Map:
     """`ImageAttention.forward`: queries a strip at a time, to the keys and values of all places."""
-    normalise = _normalisation(layer.group_norm, x, pixels, silu=False)
+    normalize = _normalization(layer.group_norm, x, pixels, silu=False)
 
     def tokens(top: int, bottom: int) -> Tensor:
-        return normalise(x.read(top, bottom)).flatten(2).transpose(1, 2)  # [1, n, C]
+        return normalize(x.read(top, bottom)).flatten(2).transpose(1, 2)  # [1, n, C]
 
     parts = [tokens(top, bottom) for top, bottom in _strips(x, pixels)]
     key = torch.cat([layer.to_k(part) for part in parts], dim=1).unflatten(2, (layer.heads, -1))  # [1, N, heads, d]
@@ -136,7 +126,7 @@ def _convolution(layer: nn.Conv2d, x: _Map, before: Function | None = None) -> _
     def rows(top: int, bottom: int) -> Tensor:
         first, last = max(top - 1, 0), min(bottom + 1, x.height)
         values = x.read(first, last) if before is None else before(x.read(first, last))
-        # Zeros stand beside the image, after the normalisation; not where a strip ends.
+        # Zeros stand beside the image, after the normalization; not where a strip ends.
         padded = F.pad(values, (1, 1, first - (top - 1), bottom + 1 - last))
         return F.conv2d(padded, layer.weight, layer.bias)
 
@@ -166,7 +156,7 @@ def _upsampled(layer: Upsample, x: _Map) -> _Map:
     return _convolution(layer.conv, _Map(2 * x.height, 2 * x.width, doubled))
 
 
-def _normalisation(norm: nn.GroupNorm, x: _Map, pixels: int, *, silu: bool = True) -> Function:
+def _normalization(norm: nn.GroupNorm, x: _Map, pixels: int, *, silu: bool = True) -> Function:
     """`norm` with the statistics of the whole of `x`, and SiLU behind it: a function of any rows."""
     count, mean, variance = 0, torch.zeros(()), torch.zeros(())
     for top, bottom in _strips(x, pixels):
@@ -187,9 +177,9 @@ def _normalisation(norm: nn.GroupNorm, x: _Map, pixels: int, *, silu: bool = Tru
     scale, shift = scale[:, None, None], shift[:, None, None]
 
     def apply(rows: Tensor) -> Tensor:
-        # In half precision torch's own normalisation computes in float32, too.
-        normalised = torch.addcmul(shift, rows.to(scale.dtype), scale).to(rows.dtype)
-        return F.silu(normalised, inplace=True) if silu else normalised
+        # In half precision torch's own normalization computes in float32, too.
+        normalized = torch.addcmul(shift, rows.to(scale.dtype), scale).to(rows.dtype)
+        return F.silu(normalized, inplace=True) if silu else normalized
 
     return apply
 

@@ -18,7 +18,6 @@ from ldm.models.blocks import (
     TimestepEmbedding,
     Upsample,
     timestep_sinusoids,
-    zero_,
 )
 from ldm.models.component_config import ComponentConfig, refuse
 
@@ -30,9 +29,8 @@ UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 class UNetConfig(ComponentConfig):
     """Shape of a UNet: keys, meanings and defaults of diffusers' `UNet2DConditionModel`.
 
-    A tuple has one value a level, from the largest image to the smallest (`up_block_types`: from the
-    smallest to the largest). Where an int or a bool may stand for a tuple, it holds for all levels.
-    Under its historical name, `attention_head_dim` is the *number* of heads, as diffusers reads it.
+    A tuple has one value a level, from the largest image to the smallest (`up_block_types`: the other way round); an
+    int or a bool in its place holds for all. `attention_head_dim` is the *number* of heads, as diffusers reads it.
     `upcast_attention` changes nothing: all kernels accumulate the scores in float32.
     """
 
@@ -135,11 +133,7 @@ class UNetConfig(ComponentConfig):
         ):  # fmt: skip
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != levels:
-                refuse(
-                    key,
-                    value,
-                    f"needs {levels} values, one for each of block_out_channels, but has {len(value)}",
-                )
+                refuse(key, value, f"needs {levels} values, one for each of block_out_channels, but has {len(value)}")
 
     def _check_channels(self) -> None:
         """Groups and attention heads divide the channels, and the sinusoids fill the first level's."""
@@ -158,11 +152,7 @@ class UNetConfig(ComponentConfig):
             self.block_out_channels, self.per_level(self.attention_head_dim), attention, strict=True
         ):
             if channels % self.norm_num_groups:
-                refuse(
-                    "norm_num_groups",
-                    self.norm_num_groups,
-                    f"must divide the {channels} channels of every level",
-                )
+                refuse("norm_num_groups", self.norm_num_groups, f"must divide the {channels} channels of every level")
             if has_attention and channels % heads:
                 refuse(
                     "attention_head_dim",
@@ -178,9 +168,9 @@ class UNetConfig(ComponentConfig):
 class UNetBlock(CheckpointedBlock):
     """One level of the way down or up, or the middle: residual blocks, and attention to the text after them.
 
-    `resnets` pairs the input and output channels of the residual blocks; the first `attentions` of them are
-    followed by attention. On the way down ("push") each result goes onto the stack of skip connections; on
-    the way up ("pop") each residual block also reads the one on top of it.
+    `resnets` are the input and output channels of the residual blocks; the first `attentions` of them are followed by
+    attention. On the way down ("push") each result goes onto the stack of skip connections; on the way up ("pop") each
+    residual block also reads the one on top.
     """
 
     def __init__(
@@ -269,16 +259,12 @@ class UNet(nn.Module):
         self.up_blocks = _up_blocks(config, skip_widths)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, kernel_out, padding=kernel_out // 2)
-        self._zero_last_layers()
-
-    def _zero_last_layers(self) -> None:
-        # As in the code of DDPM (init_scale=0), ADM and LDM (zero_module).
-        zero_(self.conv_out)
-        for module in self.modules():
-            if isinstance(module, ResnetBlock):
-                zero_(module.conv2)
-            elif isinstance(module, SpatialTransformer):
-                zero_(module.proj_out)
+        # The last layer of each branch begins at zero, as in the code of DDPM (init_scale=0) and LDM (zero_module).
+        branches = [module.conv2 for module in self.modules() if isinstance(module, ResnetBlock)]
+        transformers = [module.proj_out for module in self.modules() if isinstance(module, SpatialTransformer)]
+        for layer in (self.conv_out, *branches, *transformers):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Predicts noise, or what else the network was trained for, at timesteps of the training schedule.
@@ -287,14 +273,23 @@ class UNet(nn.Module):
         [B, L, D] with D = cross_attention_dim → [B, out_channels, H, W]. sample and encoder_hidden_states
         have the dtype of the weights. Raises `ValueError` for wrong channels.
         """
-        self._check_shapes(sample, encoder_hidden_states)
-        if self.config.center_input_sample:
+        config, width = self.config, encoder_hidden_states.shape[-1]
+        if sample.shape[1] != config.in_channels:
+            raise ValueError(
+                f"latents have {sample.shape[1]} channels, but in_channels of the UNet is {config.in_channels}"
+            )
+        if width != config.cross_attention_dim:
+            raise ValueError(
+                f"text states have width {width}, but cross_attention_dim of the UNet is "
+                f"{config.cross_attention_dim}; use the text encoder that it was made for"
+            )
+        if config.center_input_sample:
             sample = 2 * sample - 1
         sinusoids = timestep_sinusoids(
             timestep.to(sample.device).expand(sample.shape[0]),
-            self.config.block_out_channels[0],
-            cosine_first=self.config.flip_sin_to_cos,
-            freq_shift=self.config.freq_shift,
+            config.block_out_channels[0],
+            cosine_first=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
         )  # [B, C_0]
         time = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype))  # [B, T]
         time = F.silu(time)  # once here; diffusers does it in each residual block
@@ -308,18 +303,6 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, time, encoder_hidden_states, stack)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, out_channels, H, W]
-
-    def _check_shapes(self, sample: Tensor, encoder_hidden_states: Tensor) -> None:
-        config = self.config
-        channels = sample.shape[1]
-        if channels != config.in_channels:
-            raise ValueError(f"latents have {channels} channels, but in_channels of the UNet is {config.in_channels}")
-        text_channels = encoder_hidden_states.shape[-1]
-        if text_channels != config.cross_attention_dim:
-            raise ValueError(
-                f"text states have width {text_channels}, but cross_attention_dim of the UNet is "
-                f"{config.cross_attention_dim}; use the text encoder that it was made for"
-            )
 
 
 def _down_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:

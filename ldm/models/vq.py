@@ -22,12 +22,9 @@ MAX_DISTANCES = 2**22
 class VQConfig(CoderConfig):
     """Shape of an autoencoder with a codebook: keys, meanings and defaults of diffusers' `VQModel`.
 
-    `vq_embed_dim` is C, the channels of codes and latents; null is that of `latent_channels`, which stand on the other
-    side of the 1x1 convolutions.
-
-    `latents_mean` and `latents_std` are keys of our own, one number for each of the C channels, or null. As with
-    other autoencoders of diffusers, what is diffused is (z - mean) · scaling_factor / std of the latents z. diffusers'
-    `VQModel` does not know them: it says so when it opens the folder, and gives and takes z.
+    `vq_embed_dim` is C, the channels of codes and latents, by default `latent_channels`, those on the other side of the
+    1x1 convolutions. `latents_mean` and `latents_std`, C numbers or null, are keys of our own: what is diffused is
+    (z - mean) · scaling_factor / std, as with other autoencoders of diffusers; its `VQModel` ignores them, and warns.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -104,10 +101,9 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The code with the smallest Euclidean distance to each latent: [B, C, h, w] → [B, h, w] int64.
+        """The code with the smallest Euclidean distance to each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64.
 
-        Eq. 1. The first one where several are equally near. In float32 at least, and in as many parts as
-        the table of distances needs to stay small.
+        The first one where several are equally near; in float32 at least, in parts of bounded size.
         """
         channels = latents.shape[1]
         with torch.autocast(latents.device.type, enabled=False):
@@ -202,11 +198,8 @@ class VQModel(nn.Module):
         return moments, moments.square()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """What first-stage training needs, in one call: images → reconstructions, and the latents with their codes.
-
-        Shapes and errors as in `encode` and `decode`; `noise` is not used. Wrappers such as DistributedDataParallel
-        only see calls of the module itself.
-        """
+        """Images → reconstructions, and the latents with their codes; `noise` is not used. In one call, because
+        wrappers such as DistributedDataParallel only see calls of the module itself."""
         quantized = self.quantize(self.encode(images))
         return self.decode_codes(quantized.latents), quantized
 

@@ -5,17 +5,3 @@ from ldm.pipelines.images import ProgressStrip, contact_sheet, from_pil, save_pn
 from ldm.pipelines.pipeline import Pipeline, PipelineOutput
 from ldm.pipelines.sampling import SAMPLERS, SamplingParams
 from ldm.text import CutPromptWarning
-
-__all__ = [
-    "SAMPLERS",
-    "CutPromptWarning",
-    "NotFinite",
-    "Pipeline",
-    "PipelineOutput",
-    "ProgressStrip",
-    "SamplingParams",
-    "contact_sheet",
-    "from_pil",
-    "save_png",
-    "to_pil",
-]

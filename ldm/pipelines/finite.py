@@ -27,14 +27,10 @@ class _CheckedStep(NamedTuple):
 
 
 class FiniteCheck:
-    """Looks at what a sampler computes for a batch of images, at every step.
+    """Checks what a sampler computes for a batch of images, at every step.
 
-    Where looking makes the CPU wait for a GPU it is done at the end, for all steps together; with `on_step`, which is
-    to see finite states alone, at every step.
-
-    Args:
-        guidance_scale: for the error.
-        first: the number of the first of these images in the call, for the error.
+    On an accelerator, where that makes the CPU wait, all steps are checked at the end, unless there is an `on_step`,
+    which is to see finite states alone. The guidance scale and the number of the first image are for the error.
     """
 
     def __init__(self, guidance_scale: float = 1.0, first: int = 0) -> None:
@@ -43,9 +39,7 @@ class FiniteCheck:
         self._seen: list[_CheckedStep] = []
 
     def wrap(self, denoise: Denoise) -> Denoise:
-        """The same function, whose predictions are looked at: where pixels bound x̂_0, an infinite one leaves no trace
-        in the states.
-        """
+        """The same function, its predictions checked: where pixels bound x̂_0, states do not show an infinite one."""
 
         def watched(x_t: Tensor, t: int) -> Tensor:
             prediction = denoise(x_t, t)
@@ -97,7 +91,7 @@ def is_finite(values: Tensor) -> Tensor:
 
 
 def image_names(sound: Sequence[bool], first: int) -> str:
-    """ "picture 3", "pictures 0, 1, …": those that are not finite, numbered as in the call."""
+    """ "picture 3", "pictures 0, 1, …": those that are not finite, counted from `first`."""
     wrong = [str(first + place) for place, good in enumerate(sound) if not good]
     more = ", …" if len(wrong) > _MAX_NAMED else ""
     return f"picture{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:_MAX_NAMED])}{more}"

@@ -63,20 +63,16 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str
 
 
 class ProgressStrip:
-    """x̂_0 at some steps of a run, a row of pictures for each image: what `ldm generate --progress-strip` writes.
-
-    Give it to `on_step`; it keeps a few states of the run, evenly spaced, the last one included; of every chunk, where
-    a call is cut into several.
+    """x̂_0 at up to eight evenly spaced steps, a row of pictures for each image; give it to `on_step`.
 
     Args:
-        preview: from a state to pictures: `Pipeline.preview`.
+        preview: `Pipeline.preview`.
         steps: states of the run: S, but `len(scheduler.timesteps)` with a scheduler of diffusers that evaluates more
             often than that (Heun's, PNDM).
-        columns: how many of them are shown, at most.
     """
 
-    def __init__(self, preview: Callable[[State], list[Image.Image]], steps: int, columns: int = 8) -> None:
-        columns = min(columns, steps)
+    def __init__(self, preview: Callable[[State], list[Image.Image]], steps: int) -> None:
+        columns = min(8, steps)
         self._shown = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
         self._preview = preview
         self._columns: dict[int, list[Image.Image]] = {}  # by the index of the step

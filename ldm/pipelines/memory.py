@@ -1,8 +1,7 @@
-"""How many pictures are computed at a time, and whether one fits into memory: estimated before, and said in one line.
+"""How many pictures are computed at a time, and whether one fits into memory, estimated before anything is computed.
 
-The rule: as many pictures go through a network together as need no more than `CHUNK_BYTES` by the estimate, at least
-one. That is a function of the model and the size of the pictures, so that a call computes the same wherever it runs;
-only where less memory is free there are fewer.
+As many pictures go through a network together as need `CHUNK_BYTES` by the estimate, at least one: a function of the
+model and the size, so that a call computes the same wherever it runs. Only where less memory is free there are fewer.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from pathlib import Path
 import torch
 
 from ldm.models import UNetConfig
+from ldm.progress import error_reason
 
-# Five pictures of Stable Diffusion 1.5 with guidance in float32, or 760 of openmoji-64. On a CPU more take longer
-# (600 of openmoji-64: 18 s at 2^27 bytes, 29 s at 2^32, for memory that is asked of the system).
+# Five pictures of Stable Diffusion 1.5 with guidance in float32, or 760 of openmoji-64; more are slower on CPUs.
 CHUNK_BYTES = 2 * 2**30
-# Where nobody can say what is free; more than that is no machine's, and overflows the sizes of torch.
-_ENDLESS = 2**48
+_ENDLESS = 2**48  # where free memory is unknown; larger numbers overflow the sizes of torch
 
 # Measured on the CPU for four shapes of networks, 64 to 192 positions a side: at its widest a level holds 6 times its
-# input with the skip connection, or 32 times its channels where it has attention (the gated layer alone is 16 of them).
+# input with the skip connection, or 32 times its channels where it has attention.
 _MAPS_OF_RESNET, _MAPS_OF_ATTENTION = 6, 32
 
 
@@ -50,10 +48,9 @@ def chunk_sizes(
     """Divides `count` pictures of `size` (height, width) into chunks that fit.
 
     Args:
-        each: bytes that a picture needs on its way through the UNet.
-        decoding: those of its decoding (or encoding).
-        beside: bytes that are held all the while, on the device.
-        together: whether the pictures must not be divided.
+        sample_bytes, image_bytes: what a picture needs in the UNet, and in the first stage.
+        held_bytes: what stays on the device all the while.
+        in_one_batch: whether the pictures must not be divided.
 
     Raises:
         ValueError: where one of them does not fit, or not all of them as finished pictures.
@@ -80,11 +77,7 @@ def chunk_sizes(
 
 
 def unet_bytes(config: UNetConfig, height: int, width: int, element: int) -> int:
-    """About how much a UNet needs for one image of height x width positions, beside its weights.
-
-    Args:
-        element: bytes of a number.
-    """
+    """About how much a UNet needs for one image of height x width positions of `element` bytes, beside its weights."""
     widths, layers = config.block_out_channels, config.per_level(config.layers_per_block)
     skips, widest = widths[0], 0.0
     for level, channels in enumerate(widths):
@@ -161,8 +154,7 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold on to the tensors that filled the memory
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{what} did not fit into memory ({reason}); {remedy}") from None
+        raise ValueError(f"{what} did not fit into memory ({error_reason(error)}); {remedy}") from None
 
 
 def _size(count: int) -> str:

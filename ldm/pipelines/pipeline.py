@@ -39,6 +39,7 @@ from ldm.pipelines.sampling import (
     with_guidance,
     x0_bounds,
 )
+from ldm.progress import error_reason
 from ldm.text import REFERENCE, CutPromptWarning, TextEncoder, load_text_encoder_folders, reference_to
 from ldm.untrusted import refuse_untrusted
 from ldm.weights import check_dtype, check_weights, converted
@@ -51,6 +52,7 @@ PIXEL_CLASS = "PixelDiffusionPipeline"
 CLASSES = {"AutoencoderKL": LATENT_CLASS, "VQModel": CODEBOOK_CLASS, None: PIXEL_CLASS}  # by the first stage
 SKIPPED = {"safety_checker", "feature_extractor", "image_encoder"}
 READ = set(hub.PARTS)
+DEFAULTS = ("guidance_scale", "num_inference_steps", "sampler")  # of sampling; they are stored with a model
 LIBRARIES = ("diffusers", "transformers", "ldm")  # of components; any other name is a module in the folder
 
 
@@ -135,18 +137,15 @@ class Pipeline:
         else:
             codec = LatentCodec(hub.load_autoencoder(folder / "vae", dtype), source=folder / "vae")
         schedule = hub.load_schedule(folder / "scheduler", str(index["scheduler"][-1]))
-        if not index.get("_ldm"):
-            # diffusers' StableDiffusionPipeline sets this whatever the file says.
-            schedule = dataclasses.replace(schedule, steps_offset=1)
         defaults = index.get("_ldm") or {}
+        if not defaults:  # diffusers' StableDiffusionPipeline sets this whatever the file says
+            schedule = dataclasses.replace(schedule, steps_offset=1)
         pipeline = cls(
             unet=unet,
             codec=codec,
             text_encoder=load_text_encoder_folders(folder / "text_encoder", folder / "tokenizer"),
             schedule=schedule,
-            guidance_scale=defaults.get("guidance_scale", 7.5),
-            num_inference_steps=defaults.get("num_inference_steps", 50),
-            sampler=defaults.get("sampler", "ddim"),
+            **{key: value for key, value in defaults.items() if key in DEFAULTS},
         )
         pipeline.to(place, dtype)
         set_attention_backend(pipeline.unet, attention)
@@ -168,8 +167,8 @@ class Pipeline:
     ) -> PipelineOutput:
         """Generates images from text.
 
-        More images than fit into memory are generated in chunks (`ldm.pipelines.memory`), with the same result up to
-        rounding. Prompts are encoded once.
+        Prompts are encoded once. More images than fit into memory are generated in chunks (`ldm.pipelines.memory`),
+        with the same result up to rounding.
 
         Args:
             prompt: one text, or a list; images come in its order, `num_images_per_prompt` of each.
@@ -309,8 +308,7 @@ class Pipeline:
     ) -> PipelineOutput:
         """Several images that share their noise down to a timestep. DDPM, section 4.3 and Figure 7.
 
-        They have in common what x_t determines, coarse structure first. Image i depends on `shared_seed` and its own
-        seed only.
+        They have in common what x_t determines, coarse structure first.
 
         Args:
             shared_until: t, a training timestep; x at the first step of the grid at or below t is common to all.
@@ -473,13 +471,10 @@ class Pipeline:
         if dtype is not None:
             check_dtype(dtype)
         with explain_out_of_memory(f"the model on {device}", "take a dtype of half the size, or another device"):
-            self._move(device, dtype)
+            self.unet.to(device=device, dtype=dtype)
+            self.codec.to(device=device, dtype=dtype)
+            self.text_encoder.to(device, dtype)
         return self
-
-    def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        self.unet.to(device=device, dtype=dtype)
-        self.codec.to(device=device, dtype=dtype)
-        self.text_encoder.to(device, dtype)
 
     def save_pretrained(
         self,
@@ -494,19 +489,17 @@ class Pipeline:
         Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
-            folder: where. An older model there is replaced when the new one is complete: the files that the format
-                names (see `hub.atomic_folder`). Whatever else lies there stays, such as README.md and .git of a
-                clone. Where the folder is a link, what it points to is written.
+            folder: where. Once the new model is complete it replaces an older one: the files that the format names
+                (`hub.atomic_folder`). All else stays, such as README.md and .git of a clone; links are followed.
             dtype: of the stored weights of the UNet.
             shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
             text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
                 for a small folder; diffusers cannot open that.
 
         Raises:
-            ValueError: for a folder that holds other things and no model, a file, a link to nothing, a text encoder
-                that no package holds where it is to be named, for weights of the UNet that are not finite in `dtype`,
-                for half precision where they predict the posterior mean, and while LoRAs are loaded that are not
-                merged.
+            ValueError: for a folder that holds other things and no model, a file, a link to nothing; a text encoder
+                that no package holds where it is to be named; weights of the UNet that are not finite in `dtype`, or
+                predict the posterior mean in half precision; and while LoRAs are loaded that are not merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -616,11 +609,7 @@ class Pipeline:
         stage = codec.autoencoder.config.diffusers_class if isinstance(codec, LatentCodec) else None
         index: dict[str, Any] = {"_class_name": CLASSES[stage]}
         # Keys with an underscore are ours; diffusers leaves them alone.
-        index["_ldm"] = {
-            "guidance_scale": self.guidance_scale,
-            "num_inference_steps": self.num_inference_steps,
-            "sampler": self.sampler,
-        }
+        index["_ldm"] = {name: getattr(self, name) for name in DEFAULTS}
         index |= {name: list(classes) for name, classes in self.text_encoder.library_classes.items()}
         scheduler = scheduler_class(self.unet.config.learned_variance)
         index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", scheduler]}
@@ -631,12 +620,7 @@ class Pipeline:
 
     def sampling_params(self, **sampling: Unpack[SamplingKwargs]) -> SamplingParams:
         """Sampling parameters with this model's defaults, checked against it as far as possible before sampling."""
-        params = SamplingParams.resolve(
-            sampling,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            sampler=self.sampler,
-        )
+        params = SamplingParams.resolve(sampling, **{name: getattr(self, name) for name in DEFAULTS})
         self._grid(params)
         x0_bounds(self.codec, params.dynamic_threshold)
         weight = self.unet.conv_in.weight
@@ -670,11 +654,7 @@ class Pipeline:
     def _chunk_sizes(
         self, count: int, height: int | None, width: int | None, params: SamplingParams, *, texts: int = 2
     ) -> ChunkSizes:
-        """How many of `count` images are computed at a time, beside `texts` encoded texts.
-
-        Raises:
-            ValueError: if one image, or all of them together, do not fit into memory.
-        """
+        """How many of `count` images are computed at a time, beside `texts` encoded texts; ValueError if none fits."""
         size = self._size(height, width)
         weight, length = self.unet.conv_in.weight, self.text_encoder.max_length * self.text_encoder.hidden_size
         _, h, w = self.codec.latent_shape(*size)
@@ -749,10 +729,9 @@ class Pipeline:
         first: int = 0,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Samples from `latents` at the first step of the grid (by default the whole one) to its end; [B, C, h, w].
+        """Samples from `latents` at the first step of the grid (by default the whole one) to its end: [B, C, h, w].
 
-        Args:
-            first: the index of the first of these images in the call, for errors.
+        `first` is the index of the first of these images in the call, for errors.
         """
         schedule = NoiseSchedule.from_config(self.schedule)
         network, prediction_type = as_epsilon_model(self.unet, schedule, self.schedule.prediction_type)
@@ -809,8 +788,9 @@ def usable_device(name: str | torch.device | None) -> torch.device:
         probe.item()  # the device "meta" gives no numbers back
         return probe.device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # the second without CUDA in torch
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device is {str(name)!r}, which cannot be used here ({reason}); cpu always can") from None
+        raise ValueError(
+            f"device is {str(name)!r}, which cannot be used here ({error_reason(error)}); cpu always can"
+        ) from None
 
 
 def _check_index(index: dict[str, Any], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""One adapter: any scheduler of diffusers, run on our denoiser."""
+"""Sampling with a scheduler object of diffusers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ldm.diffusion import (
 )
 from ldm.diffusion.prediction import epsilon_from_x0
 from ldm.diffusion.samplers import ClipX0
+from ldm.progress import error_reason
 
 
 class Scheduler(Protocol):
@@ -107,14 +108,12 @@ def run_scheduler(
     prediction_type: PredictionType,
     learned_variance: bool,
 ) -> Iterator[State]:
-    """The loop that the pipelines of diffusers run around a scheduler, as a generator of states.
+    """The loop that diffusers' pipelines run around a scheduler, as a generator of states.
 
-    The scheduler is copied first, because it keeps the state of a run. `scale_model_input` gives what the network
-    was trained on, x_t = α x_0 + σ ε, so x̂_0 is computed here for every scheduler alike, and where `clip_x0` moves
-    it, the prediction is made to agree. The states' `latents` are as the scheduler keeps them: Euler and its kin hold
-    x_t/α. Each image draws from its own generator.
-
-    A prediction of x_0, which some schedulers do not take, is given to all of them as v, which all take.
+    The scheduler is copied, because it keeps the state of a run. `scale_model_input` gives x_t = α x_0 + σ ε, so that
+    x̂_0 follows for every scheduler alike; where `clip_x0` moves it, the prediction is made to agree. States hold
+    `latents` as the scheduler does: x_t/α for Euler and its kin. A prediction of x_0, which some schedulers do not
+    take, is passed to all of them as v.
 
     Args:
         latents: standard normal, [B, C, H, W].
@@ -123,10 +122,9 @@ def run_scheduler(
         learned_variance: whether the network gives 2C channels.
 
     Raises:
-        ValueError: naming the scheduler, for one that walks from pictures to noise, asks outside the timesteps of
-            training, or under another timestep than that of its noise level; one that draws noise which is not of
-            `generators`; one that does not take so many steps; and one of learned variances where the network gives
-            none, or not as diffusers' "learned_range" has them.
+        ValueError: naming the scheduler: it goes from pictures to noise, leaves the timesteps or the noise levels of
+            training, draws noise that is not of `generators`, does not take so many steps, or needs variances that
+            the network does not give as "learned_range".
     """
     scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
     _set_timesteps(scheduler, num_inference_steps, latents.device)
@@ -181,10 +179,8 @@ def _failing_as(what: str) -> Iterator[None]:
     except _ForeignNoiseError:
         raise
     except FAILURES as error:
-        reason = str(error).strip().splitlines()
         raise ValueError(
-            f"{what} ({reason[0] if reason else type(error).__name__}); take another number of steps, "
-            "spacing or scheduler"
+            f"{what} ({error_reason(error)}); take another number of steps, spacing or scheduler"
         ) from error
 
 
@@ -222,8 +218,8 @@ class _Strided(int):
 def _set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device) -> None:
     """Lays the grid of a scheduler, without the timestep −1 that numpy appends to some "trailing" ones.
 
-    There diffusers takes `np.arange(T, 0, -T / S)`, which has S + 1 entries where T / S was rounded down. With the next
-    larger stride the timesteps are the same and end in time.
+    diffusers' `np.arange(T, 0, -T / S)` has S + 1 entries where T / S was rounded down; with the next larger stride
+    the timesteps are the same and end in time.
     """
     with _failing_as(f"{type(scheduler).__name__} has no grid of {num_inference_steps} steps"):
         scheduler.set_timesteps(num_inference_steps, device)
@@ -245,8 +241,7 @@ def _check_timesteps(scheduler: Scheduler, schedule: NoiseSchedule, num_inferenc
 def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -> tuple[float, float]:
     """(α, σ) of x_t at a step, as the scheduler itself has them: it may have rounded the timestep after that.
 
-    Raises:
-        ValueError: where they are not those of the timestep, up to rounding: that is no schedule of DDPM.
+    `ValueError` where they are not those of the timestep, up to rounding: that is no schedule of DDPM.
     """
     t, last = float(timestep), schedule.num_train_timesteps - 1
     expected = alpha_sigma_at(schedule, t)

@@ -2,13 +2,3 @@
 
 from ldm.text.encoder import CutPromptWarning, TextEncoder, ignore_cut_prompts
 from ldm.text.loading import REFERENCE, load_text_encoder, load_text_encoder_folders, reference_to
-
-__all__ = [
-    "REFERENCE",
-    "CutPromptWarning",
-    "TextEncoder",
-    "ignore_cut_prompts",
-    "load_text_encoder",
-    "load_text_encoder_folders",
-    "reference_to",
-]

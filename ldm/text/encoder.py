@@ -17,19 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm import disk
-from ldm.weights import STEM, WeightFiles, find_weights, plain_names, update_hash, write_weights
+from ldm.weights import STEM, WeightFiles, copy_weights, find_weights, plain_names, update_hash
 
-# Captions that go through the language model at once; more would only cost memory.
-_CHUNK = 64
+_CHUNK = 64  # captions that go through the language model at once; more would only cost memory
+_COUNTED = 4096  # captions whose tokens are held at once where they are only counted
+_QUOTED, _LETTERS = 10, 300  # of texts that lose words, so many are quoted, and so much of each
 # Entries of a config.json that say who wrote it, and how.
 _NOTES = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"})
-
-# Captions whose tokens are held at once where they are only counted.
-_COUNTED = 4096
-
-
-# Of texts that lose words, so many are quoted, and so much of each.
-_QUOTED, _LETTERS = 10, 300
 
 
 class CutPromptWarning(UserWarning):
@@ -48,10 +42,9 @@ def ignore_cut_prompts() -> Iterator[None]:
 class EncoderFiles:
     """Where an encoder came from, so that saving it copies files instead of writing tensors anew.
 
-    `config` is what the saved `config.json` says; `other_towers` are the prefixes of tensors in `weights`
-    that do not belong to the text encoder; `tokenizer` are all files of the tokenizer except
-    `tokenizer_config.json`, whose content is `tokenizer_config`; `scratch` keeps alive a temporary folder
-    that holds them.
+    `config` is what the saved `config.json` says; `other_towers` are prefixes of tensors in `weights` that are not of
+    the text encoder; `tokenizer` are its files but `tokenizer_config.json`, whose content is `tokenizer_config`;
+    `scratch` keeps a temporary folder alive.
     """
 
     config: dict[str, Any]
@@ -76,12 +69,10 @@ class Fits:
 class TextEncoder:
     """A frozen text encoder: `encoder(captions)` gives the states that cross-attention sees.
 
-    Made by `load_text_encoder` and `load_text_encoder_folders`. Every caption is padded, or cut, to
-    `max_length` tokens and the states of all positions are returned, padding included, as in Stable
-    Diffusion. The model is given the attention mask exactly when its config says `use_attention_mask: true`.
-    What comes out equals `StableDiffusionPipeline.encode_prompt` of diffusers on the saved folders.
-
-    Threads may share one: a call changes nothing that another sees.
+    Made by `load_text_encoder` and `load_text_encoder_folders`. Captions are padded or cut to `max_length` tokens, and
+    the states of all positions are returned, padding included, as by `StableDiffusionPipeline.encode_prompt` on the
+    saved folders. The model is given the attention mask exactly when its config says `use_attention_mask: true`.
+    Threads may share one encoder.
 
     Attributes: `hidden_size` is D, the width of the states; `max_length` is L, the padded length;
     `uses_attention_mask` says whether the model sees the mask.
@@ -138,11 +129,8 @@ class TextEncoder:
         return self._tokenizer_with(padding=False, truncation=False, verbose=False)
 
     def _tokenizer_with(self, **settings: Any) -> Callable[..., Any]:
-        """A copy of the tokenizer that is always called with these settings.
-
-        A fast tokenizer stores padding and truncation, and changes them where a call wants others: threads that share
-        it get each other's, or an error.
-        """
+        """A copy of the tokenizer that is always called with these settings: a fast one stores padding and truncation,
+        so that threads that share it would get each other's."""
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer([""], **settings)
         return partial(tokenizer, **settings)
@@ -161,10 +149,7 @@ class TextEncoder:
         return self.model(tokens.input_ids.to(self.device), attention_mask=mask)[0]  # [b, L, D]
 
     def truncated_tokens(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens of each caption are lost because it does not fit in `max_length`: 0 where it fits.
-
-        `ValueError` as in `__call__`.
-        """
+        """How many tokens of each caption do not fit in `max_length`; `ValueError` as in `__call__`."""
         tokens = self._whole(_checked(captions))
         return [max(0, len(ids) - self.max_length) for ids in tokens["input_ids"]]
 
@@ -195,10 +180,7 @@ class TextEncoder:
         return digest.hexdigest()[:32]
 
     def truncated_words(self, captions: Sequence[str]) -> list[str]:
-        """The words of each caption that do not fit in `max_length`: "" where all do. A word that is cut is lost.
-
-        `ValueError` as in `__call__`.
-        """
+        """The words of each caption that do not fit in `max_length`, "" where all do; `ValueError` as in `__call__`."""
         captions = _checked(captions)
         lost = []
         for start in range(0, len(captions), _COUNTED):
@@ -208,10 +190,7 @@ class TextEncoder:
         return lost
 
     def truncation_message(self, texts: Iterable[str]) -> str:
-        """One line that names the words which `truncated_words` finds, text by text; "" where all of them fit.
-
-        `ValueError` as in `__call__`.
-        """
+        """One line that names the words which `truncated_words` finds, text by text; "" where all of them fit."""
         unique = list(dict.fromkeys(texts))
         pairs = [(text, gone) for text, gone in zip(unique, self.truncated_words(unique), strict=True) if gone]
         if not pairs:
@@ -241,10 +220,9 @@ class TextEncoder:
     def save(self, folder: Path | str, *, changed: bool = False) -> None:
         """Write `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them.
 
-        Files of weights and vocabulary are copied byte for byte from where the encoder was loaded; only
-        `config.json` and `tokenizer_config.json` are written. With `changed`, the weights are those of the model
-        as it is now (an adapter was merged into them). Each of the two folders appears complete or not at all.
-        `ValueError` where one exists already, and where a file that is to be copied has changed since it was read.
+        Weights and vocabulary are copied byte for byte from where the encoder was loaded; with `changed`, the weights
+        are those of the model as it is now (an adapter was merged into them). Each of the two folders appears complete
+        or not at all. `ValueError` where one exists, and where a file to copy has changed since it was read.
         """
         for path in self._files.tokenizer if changed else self._stamps:
             if disk.file_stamp(path) != self._stamps[path]:
@@ -261,7 +239,7 @@ class TextEncoder:
                     weights = plain_names(self.model.state_dict())
                     self.model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
             else:
-                write_weights(files.weights, target, files.other_towers)
+                copy_weights(files.weights, target, STEM, files.other_towers)
             disk.write_json(target / "config.json", files.config)
         with disk.new_folder(folder / "tokenizer") as target:
             for path in files.tokenizer:

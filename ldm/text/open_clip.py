@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm import disk
+from ldm.progress import error_reason
 from ldm.requirements import pip_install
 from ldm.weights import WEIGHTS_NAME, check_weights, plain_name, save_tensors, tensor_names
 
@@ -97,8 +98,7 @@ def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> P
         try:
             path = Path(open_clip.pretrained.download_pretrained(tag))
         except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"weights {source} of {model} cannot be downloaded: {reason}") from None
+            raise ValueError(f"weights {source} of {model} cannot be downloaded: {error_reason(error)}") from None
     elif source and disk.expand_user(source).is_file():
         path = disk.expand_user(source)
     else:

@@ -10,15 +10,15 @@ from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
     add_noise,
-    convert,
     diffusion_loss,
     discretized_decoder,
     gaussian_decoder,
-    variational_bound,
     variational_terms,
 )
 from ldm.diffusion.likelihood import log_normal_between, log_variance_tables
 from ldm.diffusion.losses import LossConfig
+from ldm.diffusion.prediction import convert
+from tests.diffusion.bound import variational_bound
 
 MEAN, DEVIATION = 0.1, 0.7
 TRUE_BITS = 0.5 * math.log2(2 * math.pi * math.e * DEVIATION**2)  # of N(MEAN, DEVIATION²), per dimension

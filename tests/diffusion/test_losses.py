@@ -12,17 +12,16 @@ from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
     classifier_free_guidance,
-    convert,
     diffusion_loss,
     discretized_decoder,
     drop_conditioning,
     logit_normal_timesteps,
     loss_weights,
-    score_from_epsilon,
     stratified_timestep,
     training_target,
     variational_terms,
 )
+from ldm.diffusion.prediction import convert, score_from_epsilon
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
 KINDS = ["epsilon", "sample", "v_prediction", "posterior_mean"]

@@ -9,14 +9,12 @@ from ldm.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
     add_noise,
-    convert,
-    score_from_epsilon,
     split_variance,
     to_epsilon_model,
     training_target,
     x0_and_epsilon,
 )
-from ldm.diffusion.prediction import Quantity
+from ldm.diffusion.prediction import Quantity, convert, score_from_epsilon
 from ldm.diffusion.schedule import BetaSchedule
 
 QUANTITIES = get_args(Quantity)

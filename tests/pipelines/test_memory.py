@@ -87,11 +87,11 @@ def test_each_prompt_is_encoded_once_and_states_come_chunk_by_chunk(pipeline, mo
     encoded, seen = [], []
     encode = pipeline.text_encoder._encode
     monkeypatch.setattr(pipeline.text_encoder, "_encode", lambda texts: encoded.extend(texts) or encode(texts))
-    strip = ProgressStrip(pipeline.preview, 4, columns=2)
+    strip = ProgressStrip(pipeline.preview, 4)
     pipeline(["a", "b"], num_images_per_prompt=3, seed=1, on_step=lambda state: (seen.append(state), strip(state)))
     assert sorted(encoded) == ["", "a", "b"]
     assert [(state.index, len(state.latents)) for state in seen] == [(i, 2) for _ in range(3) for i in range(4)]
-    assert len(strip.timesteps) == 2 and [len(column) for column in strip._columns.values()] == [6, 6]
+    assert len(strip.timesteps) == 4 and [len(column) for column in strip._columns.values()] == [6] * 4
     assert strip.sheet([str(i) for i in range(6)]).height > 6 * 96
 
 

@@ -22,9 +22,9 @@ from ldm.diffusion import (
     logit_normal_timesteps,
     stratified_timestep,
     variational_terms,
-    velocity,
 )
 from ldm.diffusion.likelihood import log_variance_tables
+from ldm.diffusion.prediction import velocity
 from ldm.diffusion.samplers import SAMPLER_NAMES
 from ldm.pipelines import SAMPLERS, contact_sheet
 from ldm.training.noise import step_noise
