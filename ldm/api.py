@@ -583,7 +583,7 @@ def evaluate_autoencoder(
     from ldm.evaluation.autoencoder import measure_autoencoder, worst_sheet
     from ldm.models.efficientnet import perceptual_distance
     from ldm.models.similarity import MIN_IMAGE_SIZE
-    from ldm.training.components import load_first_stage
+    from ldm.training.setup import load_first_stage
 
     options, name = options or AutoencoderOptions(), str(model)
     device = usable_device(options.device)

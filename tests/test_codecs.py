@@ -12,7 +12,7 @@ from ldm.data import CaptionedImages, DataConfig, image_statistics, to_signed
 from ldm.data.layouts import open_source
 from ldm.models import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
 from ldm.models.blocks import ResnetBlock
-from ldm.training.components import load_first_stage
+from ldm.training.setup import load_first_stage
 from tests import tiny
 
 

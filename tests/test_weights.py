@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm import Pipeline, hub, lora, lora_files
+from ldm.training.checkpoints import TrainingState
 from ldm.training.trainable import make_ema
-from ldm.training.training_state import TrainingState
 from ldm.weights import find_weights, plain_name, plain_names
 from tests import tiny
 

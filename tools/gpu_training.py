@@ -30,7 +30,7 @@ from ldm.codecs import LatentCodec
 from ldm.cores import usable_cores
 from ldm.text import load_text_encoder
 from ldm.training import run_info
-from ldm.training.interruption import EXIT_CODE as STOPPED
+from ldm.training.distributed import EXIT_CODE as STOPPED
 from tools import gpu_bundle
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from ldm.data.report import dataset_report
 from ldm.hub import find_pipeline
 from ldm.pipelines.pipeline import default_device
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
-from ldm.training.auto_config import FIRST_STAGE_SUFFIX, TrainOptions, choose_config
+from ldm.training.auto_config import DEFAULT_FIRST_STAGE, FIRST_STAGE_SUFFIX, TrainOptions, choose_config
 from ldm.training.checkpoints import list_checkpoints, resume_command
 from ldm.training.run_folder import (
     PATH_KEYS,
@@ -43,7 +43,6 @@ from ldm.training.run_folder import (
     remove_empty_run,
     working_directory,
 )
-from ldm.training.space import DEFAULT_FIRST_STAGE
 from ldm.training.threads import THREAD_VARIABLES
 
 PACKAGE_ROOT = Path(__file__).parents[2]

@@ -28,13 +28,12 @@ from ldm.models import (
 from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr
 from ldm.pipelines import contact_sheet, to_pil
-from ldm.training.autoencoder_loss import AdversarialLoss
-from ldm.training.codebook import Codebook
-from ldm.training.components import load_first_stage
+from ldm.training.autoencoder_losses import AdversarialLoss, Codebook
+from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.hooks import Workload
 from ldm.training.run import Run
-from ldm.training.training_state import TrainingState
+from ldm.training.setup import load_first_stage
 
 BATCH_SIZE = 32
 GRID_IMAGES = 12

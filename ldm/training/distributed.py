@@ -1,13 +1,19 @@
-"""The processes of a run: joining them, and the one reduction of a training step."""
+"""The processes of a run: joining them, the one reduction of a step, steps that are skipped, and signals."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +21,10 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm import disk
 from ldm.config import TrainConfig
+from ldm.data import CaptionedImages
+from ldm.data.captions import printable
 from ldm.training.threads import Threads, available_threads, resolve_threads
 
 # The other processes wait while the main one validates, samples and saves. The launcher notices a process that dies.
@@ -177,3 +186,116 @@ def gather_in_order(accelerator: Accelerator, losses: Sequence[StepLosses]) -> T
     # Micro-batch m of process p is slice m·P + p of the batch.
     by_process = gathered.unflatten(0, (accelerator.num_processes, len(losses), -1))  # [P, M, b, 2]
     return by_process.transpose(0, 1).flatten(0, 2)
+
+
+MAX_NAMES = 4
+
+
+def nonfinite_samples(
+    images: CaptionedImages, positions: Sequence[tuple[int, int]], losses: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
+    """The samples of a step with a non-finite loss; all samples if only the gradient was not finite.
+
+    Args:
+        positions: (epoch, index) of each sample of the global batch.
+        losses: (loss, timestep or −1) of each, in the same order.
+    """
+    nonfinite: list[dict[str, Any]] = []
+    finite: list[dict[str, Any]] = []
+    for (epoch, index), (loss, timestep) in zip(positions, losses, strict=True):
+        entry: dict[str, Any] = {"id": images.sample_at(epoch, index).id, "epoch": epoch}
+        entry["caption"] = images.caption_at(epoch, index)
+        if timestep >= 0:
+            entry["timestep"] = int(timestep)
+        (finite if math.isfinite(loss) else nonfinite).append(entry | {"loss": str(loss)})
+    return nonfinite or finite
+
+
+def log_skipped_step(path: Path, step: int, result: StepResult, samples: Sequence[dict[str, Any]]) -> str:
+    """Append a skipped step to `path` as a line of JSON; returns a message about it."""
+    figures = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
+    figures |= {name: str(value) for name, value in result.figures.items()}
+    wrong = [f", {name} {value}" for name, value in result.figures.items() if not math.isfinite(value)]
+    disk.append_line(path, json.dumps({"step": step} | figures | {"samples": list(samples)}))
+    names = [
+        f"{entry['id']}" + (f" at t = {entry['timestep']}" if "timestep" in entry else "")
+        for entry in samples[:MAX_NAMES]
+    ]
+    more = f" and {len(samples) - MAX_NAMES} more" if len(samples) > MAX_NAMES else ""
+    return printable(
+        f"step {step} was skipped: its loss is {result.loss} and its gradient norm {result.gradient_norm}"
+        f"{''.join(wrong)} ({', '.join(names)}{more}); weights, optimizer and EMA are unchanged"
+    )
+
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later.
+EXIT_CODE = 75
+# A launcher may repeat a signal that the terminal has already sent to all of its processes.
+SAME_SIGNAL_SECONDS = 1.0
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run, and nothing is unsaved."""
+
+
+class Interruption:
+    """Whether this process received a signal, and whether the present work may be aborted.
+
+    If it `may_abort`, a signal raises `Stopped` at once; otherwise it is only recorded. A second SIGINT exits at once:
+    files on disk are always complete.
+
+    Attributes:
+        requested: name of the received signal, or None.
+        may_abort: True before training has started and while a model is validated or sampled.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self.may_abort = True
+        self._since = 0.0
+        self._process = 0
+
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Handle both signals inside the block; main thread only."""
+        self.requested, self.may_abort, self._process = None, True, os.getpid()
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.requested = None
+
+    @contextmanager
+    def abortable(self, allowed: bool) -> Iterator[None]:
+        """A block that may be aborted, or may not."""
+        before, self.may_abort = self.may_abort, allowed
+        try:
+            if allowed and self.requested is not None:
+                raise Stopped
+            yield
+        finally:
+            self.may_abort = before
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker: its parent ends it
+            return
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number).name, now
+            action = "stopping" if self.may_abort else "finishing the step and saving it"
+            _write(f"{self.requested}: {action} (Ctrl-C again exits at once)")
+            if self.may_abort:
+                raise Stopped
+        elif number == signal.SIGINT and now - self._since > SAME_SIGNAL_SECONDS:
+            _write("exiting at once; the newest checkpoint is valid")
+            os._exit(128 + number)
+
+
+def _write(text: str) -> None:
+    with suppress(OSError, ValueError):  # stderr may be closed
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())  # the signal may have interrupted a print
+
+
+interruption = Interruption()

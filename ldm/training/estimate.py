@@ -26,13 +26,13 @@ from ldm.data import Batch, CaptionedImages, collate
 from ldm.models import FirstStage, UNet
 from ldm.pipelines import NotFinite
 from ldm.progress import format_duration
+from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.hooks import Workload
 from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES, write_report
 from ldm.training.run import Run
 from ldm.training.threads import timed_call, unet_pass
 from ldm.training.trainable import adamw, weight_precision
-from ldm.training.training_state import TrainingState
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 MIN_SECONDS = 1.0

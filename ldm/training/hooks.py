@@ -14,9 +14,9 @@ from torch import nn
 from ldm.config import LDMConfig
 from ldm.data import Batch, CaptionedImages
 from ldm.pipelines import Pipeline
+from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.run import Run
-from ldm.training.training_state import TrainingState
 
 LossesOf = Callable[[nn.Module, Batch], StepLosses]
 

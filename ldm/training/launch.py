@@ -28,16 +28,15 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.training import train_autoencoder, train_ldm
+from ldm.training.auto_config import choose_space
 from ldm.training.checkpoints import resume_command
-from ldm.training.distributed import Processes, join_processes
+from ldm.training.distributed import EXIT_CODE, Processes, Stopped, interruption, join_processes
 from ldm.training.estimate import estimate_run
 from ldm.training.evaluator import Evaluator
 from ldm.training.hooks import Hooks
-from ldm.training.interruption import EXIT_CODE, Stopped, interruption
 from ldm.training.metrics import read_metrics
 from ldm.training.report import write_report
 from ldm.training.run import Run, TrainingData
-from ldm.training.space import choose_space
 
 HOOKS = Hooks(resolve=choose_space, estimate=estimate_run, evaluate=Evaluator, on_checkpoint=write_report)
 CONFIGS = Path(__file__).parents[2] / "configs"  # of a checkout

@@ -41,18 +41,21 @@ from ldm.data import Batch, CaptionedImages, collate, generator, ignore_signals,
 from ldm.data.captions import plural
 from ldm.pipelines import NotFinite, save_png
 from ldm.progress import format_duration
-from ldm.training import checkpoints, nonfinite, threads
-from ldm.training.checkpoints import resume_command
-from ldm.training.codebook import Codebook
+from ldm.training import checkpoints, threads
+from ldm.training.autoencoder_losses import Codebook
+from ldm.training.checkpoints import TrainingState, resume_command
 from ldm.training.distributed import (
     Processes,
     StepLosses,
     StepResult,
+    Stopped,
     gather_in_order,
+    interruption,
+    log_skipped_step,
+    nonfinite_samples,
     sum_over_processes,
     sync_step,
 )
-from ldm.training.interruption import Stopped, interruption
 from ldm.training.resume import (
     EVALUATION_PREFIX,
     VERDICT,
@@ -69,7 +72,6 @@ from ldm.training.resume import (
 from ldm.training.run_folder import open_folder, write_once
 from ldm.training.threads import Threads, measure_threads, timed_call
 from ldm.training.trainable import learning_rate
-from ldm.training.training_state import TrainingState
 
 PACE_STEPS = 20
 MAX_SLOWDOWN = 2.0
@@ -352,8 +354,8 @@ class Run:
         if self.is_main:
             self._truncate_logs()
             positions = self.data.train.order(self.config.train.batch_size).batch(self.step)
-            samples = nonfinite.nonfinite_samples(self.data.train, positions, losses.tolist())
-            self.print(nonfinite.log_skipped_step(log, self.step + 1, result, samples))
+            samples = nonfinite_samples(self.data.train, positions, losses.tolist())
+            self.print(log_skipped_step(log, self.step + 1, result, samples))
         if self._skipped["in_a_row"] >= self.config.train.max_nonfinite_steps:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row; {log} lists their "

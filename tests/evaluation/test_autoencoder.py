@@ -27,7 +27,7 @@ from ldm.models import kl_divergence
 from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr, ssim
 from ldm.report.text import advice_line, autoencoder_lines
-from ldm.training.components import load_first_stage
+from ldm.training.setup import load_first_stage
 from tests import tiny
 from tests.test_cli import call
 

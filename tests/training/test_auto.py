@@ -22,9 +22,9 @@ from ldm.data.layouts import open_source
 from ldm.evaluation import autoencoder
 from ldm.training import auto, auto_config
 from ldm.training.checkpoints import resume_command
-from ldm.training.components import load_first_stage
 from ldm.training.launch import run_training
 from ldm.training.run_folder import open_folder
+from ldm.training.setup import load_first_stage
 from tests.training.runs import ROOT, captioned_folder, fresh_processes, losses, run_config
 
 SMALL = [

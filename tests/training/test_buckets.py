@@ -14,8 +14,8 @@ from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.hub import load_model
 from ldm.training.autoencoder_setup import held_out_metrics
-from ldm.training.components import load_first_stage
 from ldm.training.launch import run_training
+from ldm.training.setup import load_first_stage
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ((60, 30), (30, 60), (40, 40))

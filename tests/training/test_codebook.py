@@ -13,10 +13,10 @@ from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.layouts import open_source
 from ldm.models import VectorQuantizer, VQModel
-from ldm.training.codebook import Codebook
-from ldm.training.components import load_first_stage
+from ldm.training.autoencoder_losses import Codebook
 from ldm.training.hooks import Hooks
 from ldm.training.launch import run_training
+from ldm.training.setup import load_first_stage
 from tests import tiny
 from tests.training.runs import (
     ROOT,

@@ -4,7 +4,7 @@ import pytest
 
 from ldm import Pipeline
 from ldm.config import SampleConfig
-from ldm.training.components import FrozenComponents
+from ldm.training.setup import FrozenComponents
 from tests import tiny
 
 

@@ -26,14 +26,12 @@ from PIL import Image
 from ldm import disk, hub, weights
 from ldm.config import LDMConfig, load_config
 from ldm.training import checkpoints, launch, resume, train_ldm
-from ldm.training.checkpoints import find_damage
-from ldm.training.distributed import join_processes
-from ldm.training.interruption import EXIT_CODE, Stopped, interruption
+from ldm.training.checkpoints import TrainingState, find_damage
+from ldm.training.distributed import EXIT_CODE, Stopped, interruption, join_processes
 from ldm.training.launch import load_data
 from ldm.training.run import Run
 from ldm.training.run_folder import open_folder
 from ldm.training.trainable import make_ema
-from ldm.training.training_state import TrainingState
 from tests.training.runs import ROOT, digests, fresh_processes, losses, metrics, run_ldm, settings
 
 OPERATIONS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "link"), (os, "mkdir"), (shutil, "copyfile"))
@@ -264,7 +262,7 @@ def test_a_signal_stops_a_run_that_resumes_exactly(
 def test_a_second_interrupt_exits_at_once():
     program = """
 import os, signal, sys, time
-from ldm.training.interruption import interruption
+from ldm.training.distributed import interruption
 with interruption.handle_signals():
     interruption.may_abort = False
     os.kill(os.getpid(), signal.SIGINT)

@@ -18,10 +18,10 @@ from ldm.data import CaptionedImages, split
 from ldm.data.layouts import open_source
 from ldm.progress import format_duration
 from ldm.training import estimate as timing
+from ldm.training.checkpoints import TrainingState
 from ldm.training.estimate import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan
 from ldm.training.hooks import Hooks
 from ldm.training.trainable import make_optimizer
-from ldm.training.training_state import TrainingState
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
 
 DIGITS = ROOT / "configs" / "digits.yaml"

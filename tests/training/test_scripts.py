@@ -15,8 +15,8 @@ from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.hub import load_tensors
-from ldm.training.components import load_first_stage
 from ldm.training.launch import main, run_training
+from ldm.training.setup import load_first_stage
 from tests import tiny
 from tests.training.runs import (
     ROOT,

@@ -13,9 +13,9 @@ from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.autoencoder import GOOD_PSNR, advise, measure_reconstruction
 from ldm.models.efficientnet import perceptual_distance
-from ldm.training import space
-from ldm.training.components import load_first_stage
-from ldm.training.space import choose_space, decide_space
+from ldm.training import auto_config as space
+from ldm.training.auto_config import choose_space, decide_space
+from ldm.training.setup import load_first_stage
 from tests.training.runs import ROOT, captioned_folder, digests, losses, run_ldm, settings
 
 CPU = torch.device("cpu")

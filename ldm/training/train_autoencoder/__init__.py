@@ -10,13 +10,13 @@ from torch import nn
 from ldm.config import AutoencoderTrainingConfig
 from ldm.data import Batch, to_signed
 from ldm.training import autoencoder_setup
-from ldm.training.autoencoder_loss import AdversarialLoss, autoencoder_loss
+from ldm.training.autoencoder_losses import AdversarialLoss, autoencoder_loss
+from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.hooks import Hooks
 from ldm.training.noise import step_noise
 from ldm.training.run import Run
 from ldm.training.trainable import make_ema, make_optimizer
-from ldm.training.training_state import TrainingState
 
 
 def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks) -> None:

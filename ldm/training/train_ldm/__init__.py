@@ -12,13 +12,13 @@ from ldm.config import LDMConfig
 from ldm.data import Batch
 from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
 from ldm.training import setup
+from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.hooks import Hooks
 from ldm.training.latents import LatentCache
 from ldm.training.noise import GlobalBatchIndex, step_noise
 from ldm.training.run import Run
 from ldm.training.trainable import make_ema, make_optimizer, select_trainable
-from ldm.training.training_state import TrainingState
 
 
 def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
