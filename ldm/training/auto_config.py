@@ -50,14 +50,6 @@ class SpaceChoice:
     psnr: float | None = None
     advice: Action | None = None
 
-    @property
-    def train_first_stage(self) -> bool:
-        return self.advice == "train"
-
-    @property
-    def tune_decoder(self) -> bool:
-        return self.advice == "tune"
-
 
 def choose_space(config: LDMConfig, images: CaptionedImages, device: torch.device) -> tuple[LDMConfig, str | None]:
     """(the config with `space: auto` resolved, the reason); any other config unchanged, and None."""
@@ -297,18 +289,13 @@ def _choose_space(
         chosen.reasons.append(f"space: {options.space}, as given")
         return SpaceChoice("latent" if options.space == "latent" else "pixel", name, "as given")
     choice = decide_space(images, options.first_stage, device)
-    trains = choice.tune_decoder or choice.train_first_stage
+    trains = choice.advice in ("tune", "train")
     chosen.reasons.append(f"space: {'latent' if trains else choice.space}, because {choice.reason}")
-    base: str | None = None
-    if choice.tune_decoder:
-        base = options.first_stage or DEFAULT_FIRST_STAGE
-        chosen.first_stage = _decoder_config(chosen.config["data"], base, options, len(images), device)
-        what = f"the decoder of {base} is fine-tuned"
-    elif choice.train_first_stage:
-        chosen.first_stage = _first_stage_config(chosen.config["data"], options, len(images), device)
-        what = "a new one is trained"
-    else:
+    if not trains:
         return choice
+    base = (options.first_stage or DEFAULT_FIRST_STAGE) if choice.advice == "tune" else None
+    chosen.first_stage = _first_stage_config(chosen.config["data"], options, len(images), device, base)
+    what = "a new one is trained" if base is None else f"the decoder of {base} is fine-tuned"
     chosen.reasons.append(
         f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
         f"up to {FIRST_STAGE_FRACTION:.0%} of the time"
@@ -428,56 +415,40 @@ def unet_keys(size: int, base: int) -> dict[str, Any]:
 
 
 def _first_stage_config(
-    data: dict[str, Any], options: TrainOptions, count: int, device: torch.device
+    data: dict[str, Any], options: TrainOptions, count: int, device: torch.device, base: str | None
 ) -> dict[str, Any]:
-    """A first stage like configs/openmoji-first-stage.yaml, trained as long as its part of the time allows."""
-    autoencoder = {
-        "block_out_channels": [16, 32, 64],
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 8,
-    }
-    content = _first_stage_keys(data, options, count) | {"autoencoder": autoencoder}
-    config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
-    assert config is not None
-    network = AutoencoderKL(config).to(device)
-    seconds = autoencoder_seconds(network, data["resolution"], content["train"]["batch_size"], device)
-    content["train"] |= _first_stage_steps(options, seconds, MAX_FIRST_STAGE_STEPS)
-    return content
+    """A first stage that is trained as long as its part of the time allows.
 
-
-def _decoder_config(
-    data: dict[str, Any], first_stage: str, options: TrainOptions, count: int, device: torch.device
-) -> dict[str, Any]:
-    """Fine-tuning of a first stage's decoder, as long as its part of the time allows."""
-    content = _first_stage_keys(data, options, count) | {"start_from": first_stage, "trained": "decoder"}
-    network = load_first_stage(first_stage).autoencoder.requires_grad_(True).to(device)
-    # An upper bound: the encoder is timed too.
-    seconds = autoencoder_seconds(network, data["resolution"], content["train"]["batch_size"], device)
-    content["train"] |= _first_stage_steps(options, seconds, MAX_DECODER_STEPS)
-    return content
-
-
-def _first_stage_keys(data: dict[str, Any], options: TrainOptions, count: int) -> dict[str, Any]:
-    return {
+    Args:
+        base: a first stage whose decoder is fine-tuned; None trains a new one like configs/openmoji-first-stage.yaml.
+    """
+    batch = _batch_size(count, 16)
+    content: dict[str, Any] = {
         "output_dir": options.output_dir.rstrip("/") + FIRST_STAGE_SUFFIX,
         "seed": 0,
         "data": dict(data),
-        "train": {
-            "max_steps": 1,
-            "batch_size": _batch_size(count, 16),
-            "learning_rate": 1e-3,
-            "lr_schedule": "cosine",
-        },
+        "train": {"max_steps": 1, "batch_size": batch, "learning_rate": 1e-3, "lr_schedule": "cosine"},
     }
-
-
-def _first_stage_steps(options: TrainOptions, seconds: float, max_steps: int) -> dict[str, Any]:
-    """Steps and EMA decay of a first stage at `seconds` per step."""
+    if base is not None:
+        content |= {"start_from": base, "trained": "decoder"}
+        network = load_first_stage(base).autoencoder.requires_grad_(True)  # an upper bound: its encoder is timed too
+    else:
+        content["autoencoder"] = {
+            "block_out_channels": [16, 32, 64],
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,
+        }
+        config = parse_config(content, AutoencoderTrainingConfig, "the chosen config").autoencoder
+        assert config is not None
+        network = AutoencoderKL(config)
+    seconds = autoencoder_seconds(network.to(device), data["resolution"], batch, device)
     steps = int(options.minutes * 60 * FIRST_STAGE_FRACTION / seconds)
-    return {"max_steps": max(MIN_STEPS, _round_steps(min(steps, max_steps))), "ema_decay": 0.995}
+    steps = min(steps, MAX_FIRST_STAGE_STEPS if base is None else MAX_DECODER_STEPS)
+    content["train"] |= {"max_steps": max(MIN_STEPS, _round_steps(steps)), "ema_decay": 0.995}
+    return content
 
 
 def _batch_size(count: int, max_size: int) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, TrainConfig
+from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig
 from ldm.data import Batch, CaptionedImages, collate
 from ldm.models import FirstStage, UNet
 from ldm.pipelines import NotFinite
@@ -146,6 +146,19 @@ def make_plan(
     if config.data.bucketed:
         shape = f"about {shape}, in buckets of one aspect ratio"
     epoch = len(images) / train.batch_size
+    evaluate_every = train.evaluate_every if isinstance(train, DiffusionTrainConfig) else None
+    seconds = (train.max_steps - step) * costs.step
+    for every, cost in (
+        (train.validate_every, costs.validation),
+        (train.sample_every, costs.grid),
+        (train.checkpoint_every, costs.checkpoint),
+        (evaluate_every, costs.evaluation),
+    ):
+        seconds += count_due(step, train.max_steps, every) * cost
+    kept = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
+    grid_bytes = count_due(0, train.max_steps, train.sample_every) * costs.grid_bytes
+    # A grid is a file, a TensorBoard event, and a part of the report, whose base64 adds a third.
+    in_report = min(grid_bytes, MAX_SHEETS_BYTES, MAX_SHEETS * costs.grid_bytes)
     return Plan(
         data=f"{len(images)} images to train on, {len(held_out) if held_out else 0} held out, {shape}",
         space=space,
@@ -158,13 +171,13 @@ def make_plan(
         f"{train.max_steps / epoch:.3g} epochs or {train.max_steps * train.batch_size} samples",
         epochs=train.max_steps / epoch,
         seconds_per_step=costs.step,
-        expected_seconds=_total_seconds(train, step, costs),
+        expected_seconds=seconds,
         memory_bytes=costs.memory,
         fixed_bytes=fixed_bytes(model) + 16 * extra,  # a discriminator has no EMA
         memory_of=_total_memory(device),
-        disk_bytes=_disk_bytes(train, costs),
+        disk_bytes=kept * costs.checkpoint_bytes + costs.once_bytes + 2 * grid_bytes + in_report * 4 // 3,
         quality=expected_result(config, images),
-        evaluation_seconds=count_due(step, train.max_steps, _evaluate_every(train)) * costs.evaluation,
+        evaluation_seconds=count_due(step, train.max_steps, evaluate_every) * costs.evaluation,
         threads=threads,
     )
 
@@ -187,30 +200,6 @@ def fixed_bytes(model: nn.Module) -> int:
     """Bytes of the weights, plus gradient, two moments and EMA of the trainable ones in float32."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return weights + 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _total_seconds(train: TrainConfig, step: int, costs: Costs) -> float:
-    seconds = (train.max_steps - step) * costs.step
-    for every, cost in (
-        (train.validate_every, costs.validation),
-        (train.sample_every, costs.grid),
-        (train.checkpoint_every, costs.checkpoint),
-        (_evaluate_every(train), costs.evaluation),
-    ):
-        seconds += count_due(step, train.max_steps, every) * cost
-    return seconds
-
-
-def _evaluate_every(train: TrainConfig) -> int | None:
-    return train.evaluate_every if isinstance(train, DiffusionTrainConfig) else None
-
-
-def _disk_bytes(train: TrainConfig, costs: Costs) -> int:
-    checkpoints = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
-    grids = count_due(0, train.max_steps, train.sample_every)
-    # A grid is a file, a TensorBoard event, and a part of the report, whose base64 adds a third.
-    in_report = min(grids * costs.grid_bytes, MAX_SHEETS_BYTES, MAX_SHEETS * costs.grid_bytes)
-    return checkpoints * costs.checkpoint_bytes + costs.once_bytes + 2 * grids * costs.grid_bytes + in_report * 4 // 3
 
 
 def count_due(first: int, last: int, every: int | None) -> int:

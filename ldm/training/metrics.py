@@ -144,46 +144,30 @@ class Trend:
 def find_trend(points: Sequence[Point]) -> Trend | None:
     """The trend of positive values; None with too few of them.
 
-    A change counts if it exceeds `MIN_CHANGE` and what the scatter of the values explains (about 1 in 20 flat curves
-    is misclassified).
+    A change counts if it exceeds `MIN_CHANGE` and three standard errors.
     """
     if len(points) < MIN_POINTS or min(value for _, value in points) <= 0:
         return None
     values = [value for _, value in points]
     lowest = min(range(len(values)), key=values.__getitem__)
-    scatter = _scatter(values)
+    # A robust standard deviation around the curve: third differences remove its slope and curvature, and their variance
+    # is 20 σ².
+    fours = zip(values, values[1:], values[2:], values[3:], strict=False)
+    noise = 1.4826 * statistics.median(abs(d - 3 * c + 3 * b - a) for a, b, c, d in fours) / math.sqrt(20)
     recent = max(3, len(values) // 10)
     if len(values) - 1 - lowest >= recent:
-        rise = math.fsum(values[-recent:]) / recent - values[lowest]
+        rise = statistics.fmean(values[-recent:]) - values[lowest]
         # The lowest of n values is expected √(2 ln n) standard deviations below the mean.
-        chance = scatter * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(recent))
+        chance = noise * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(recent))
         if rise > max(MIN_CHANGE * values[lowest], chance):
             return Trend("rising", rise / values[lowest], points[lowest][0], points[lowest][0])
     window = points[-max(3, math.ceil(len(points) / 3)) :]
-    slope, spread = _line(window)
-    mean = math.fsum(value for _, value in window) / len(window)
-    difference = slope * (window[-1][0] - window[0][0])
-    change = difference / max(mean, mean - difference / 2)  # a falling line is relative to its start
-    clear = change < -MIN_CHANGE and slope < -3 * scatter / math.sqrt(spread)
-    return Trend("falling" if clear else "flat", change, points[lowest][0], window[0][0])
-
-
-def _scatter(values: Sequence[float]) -> float:
-    """A robust standard deviation of single values around their trend.
-
-    From third differences, which remove level, slope and curvature: Var[d − 3c + 3b − a] = 20 σ², and the median of the
-    absolute value of a Gaussian is σ / 1.4826.
-    """
-    fours = zip(values, values[1:], values[2:], values[3:], strict=False)
-    off = sorted(abs(d - 3 * c + 3 * b - a) for a, b, c, d in fours)
-    return 1.4826 * statistics.median(off) / math.sqrt(20)
-
-
-def _line(points: Sequence[Point]) -> tuple[float, float]:
-    """Slope per step of the least-squares line, and Σ (step − mean)²: the slope's variance is σ² over it."""
-    middle = math.fsum(step for step, _ in points) / len(points)
-    spread = math.fsum((step - middle) ** 2 for step, _ in points)
-    return math.fsum((step - middle) * value for step, value in points) / spread, spread
+    steps, losses = zip(*window, strict=True)
+    slope, start = statistics.linear_regression(steps, losses)
+    change = slope * (steps[-1] - steps[0]) / max(statistics.fmean(losses), start + slope * steps[0])
+    error = noise / (statistics.pstdev(steps) * math.sqrt(len(steps)))  # of the slope
+    clear = change < -MIN_CHANGE and slope < -3 * error
+    return Trend("falling" if clear else "flat", change, points[lowest][0], steps[0])
 
 
 def training_change(points: Sequence[Point], since: int) -> float | None:
@@ -197,12 +181,9 @@ def training_change(points: Sequence[Point], since: int) -> float | None:
     if count < MIN_POINTS:
         return None
     first, last = before[-count:], after[-count:]
-    means = [math.fsum(part) / count for part in (first, last)]
-    variances = [
-        math.fsum((v - m) ** 2 for v in part) / (count - 1) for part, m in zip((first, last), means, strict=True)
-    ]
-    change, error = means[1] - means[0], math.sqrt(sum(variances) / count)
-    return change / means[0] if means[0] > 0 and abs(change) > 3 * error else 0.0
+    change = statistics.fmean(last) - (start := statistics.fmean(first))
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / count)
+    return change / start if start > 0 and abs(change) > 3 * error else 0.0
 
 
 def describe_trend(metrics: Metrics) -> str:

@@ -54,7 +54,7 @@ def noise(tmp_path_factory):
 
 def test_small_images_are_diffused_as_they_are(plain):
     choice = decide_space(images(plain, 32), "./no first stage is opened", CPU)
-    assert (choice.space, choice.first_stage, choice.train_first_stage) == ("pixel", None, False)
+    assert (choice.space, choice.first_stage, choice.advice == "train") == ("pixel", None, False)
     assert "32 pixels a side are few enough" in choice.reason
 
 
@@ -95,18 +95,18 @@ def test_latents_that_lose_the_picture_are_taken_only_where_pixels_are_too_many(
     assert "below 24" in small.reason and "10 images" in small.reason
     assert large.space == "latent" and large.first_stage == BUILT_IN
     assert "68 pixels a side are too many to diffuse directly" in large.reason
-    assert not small.train_first_stage and not large.train_first_stage
+    assert "train" not in (small.advice, large.advice)
 
 
 @pytest.mark.slow
 def test_many_images_deserve_a_first_stage_of_their_own(noise):
     choice = decide_space(images(noise, 36, times=100), None, CPU)
-    assert choice.train_first_stage
+    assert choice.advice == "train"
     assert "1000 images suffice to train a first stage" in choice.reason
-    assert not decide_space(images(noise, 36, times=99), None, CPU).train_first_stage
+    assert decide_space(images(noise, 36, times=99), None, CPU).advice != "train"
     # One that cannot divide the images would be of no use.
     odd = decide_space(images(noise, 38, times=100), None, CPU)
-    assert (odd.space, odd.train_first_stage) == ("pixel", False)
+    assert (odd.space, odd.advice == "train") == ("pixel", False)
 
 
 def test_latents_that_hold_more_than_their_decoder_shows_deserve_a_better_one(tmp_path):
@@ -114,12 +114,12 @@ def test_latents_that_hold_more_than_their_decoder_shows_deserve_a_better_one(tm
     config = DataConfig(path="digits", resolution=64)
     few = CaptionedImages(open_source(config).samples[:40], config, 0)
     choice = decide_space(few, None, CPU)
-    assert (choice.space, choice.first_stage, choice.tune_decoder) == ("pixel", None, True)
+    assert (choice.space, choice.first_stage, choice.advice) == ("pixel", None, "tune")
     assert "but its latents hold more" in choice.reason and "trained: decoder" in choice.reason
     # Too large for pixels, its latents are used, and the decoder can be exchanged later: they stay as they are.
     config = dataclasses.replace(config, resolution=80, buckets=False)
     large = decide_space(CaptionedImages(few.samples[:12], config, 0), None, CPU)
-    assert (large.space, large.first_stage, large.tune_decoder) == ("latent", BUILT_IN, True)
+    assert (large.space, large.first_stage, large.advice) == ("latent", BUILT_IN, "tune")
 
 
 def test_a_first_stage_that_does_not_divide_the_images(plain):
