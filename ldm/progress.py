@@ -1,4 +1,4 @@
-"""Progress bars; durations and errors in words."""
+"""Progress bars; durations, counts, errors and any text in words for a terminal."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def error_reason(error: BaseException) -> str:
     """The reason of an error of a library: the first line of its message, two after a colon, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def printable(text: str) -> str:
+    """A text as one printable line; other characters are escaped as in Python."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -403,7 +403,7 @@ WORDS = {
 }
 # Sizes of ldm/ and train/. A change that needs more raises the number in a commit of its own, and says what for.
 MAX_LINES, MAX_FILES = 32_600, 147
-MAX_REACHED_LINES = 16_500  # what the training loop imports, itself included
+MAX_REACHED_LINES = 15_500  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
 PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "metrics", "report", "run_info"}
 MAX_SINGLE_USE = 0.125  # fraction of the lines that are private functions named at one place

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from ldm.data.captions import plural, printable
 from ldm.data.report import DatasetReport, quoted
+from ldm.progress import plural, printable
 
 _SHOWN = 10  # entries per list
 _LABEL_WIDTH = 12

@@ -23,6 +23,7 @@ from ldm.data.files import (
     suffix,
 )
 from ldm.data.sources import CaptionSource
+from ldm.progress import printable
 
 # In order of preference; case is ignored, "-" and " " count as "_".
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
@@ -55,18 +56,6 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-
-
-def printable(text: str) -> str:
-    """A text as one printable line; other characters are escaped as in Python."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
-
-
-def plural(count: int, one: str, many: str = "") -> str:
-    """ "1 image", "2 images"."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def caption(text: object) -> str:

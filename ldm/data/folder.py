@@ -22,8 +22,6 @@ from ldm.data.captions import (
     class_caption,
     match_column,
     parse_list,
-    plural,
-    printable,
     sidecar_captions,
 )
 from ldm.data.files import (
@@ -41,6 +39,7 @@ from ldm.data.files import (
 )
 from ldm.data.rows import LISTS, SUFFIXES, JsonRows, RowReader, open_rows
 from ldm.data.sources import Decoded, Sample, Skipped
+from ldm.progress import plural, printable
 
 METADATA, SIDECARS, FOLDERS = "metadata", "sidecars", "folders"
 # Names of folders that do not describe their images.

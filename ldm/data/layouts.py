@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm.data.captions import Columns, find_unread_captions, plural, printable
+from ldm.data.captions import Columns, find_unread_captions
 from ldm.data.files import IMAGES, FolderFiles, list_files, misnamed_image, stem, suffix, unsupported_reason
 from ldm.data.folder import (
     FOLDERS,
@@ -56,6 +56,7 @@ from ldm.data.shards import (
     table_columns,
 )
 from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Sample, Skipped, Source
+from ldm.progress import plural, printable
 
 SHARDS = "shards"
 # How messages call what a folder is read by.

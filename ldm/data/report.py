@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ldm.data.captions import plural, printable
 from ldm.data.dataset import split
 from ldm.data.images import ADOBE, CONVERTED, GAMMA, UNUSABLE
 from ldm.data.inspection import Duplicate, Inspection
 from ldm.data.sources import WAYS_OUT, CaptionSource, DataConfig, Sample, Skipped
+from ldm.progress import plural, printable
 
 _MAX_REPEATED = 10  # captions shared by most images
 _FEW_IMAGES = 100

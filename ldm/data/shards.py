@@ -22,13 +22,13 @@ from ldm.data.captions import (
     captions,
     choose_column,
     match_column,
-    printable,
     sidecar_captions,
 )
 from ldm.data.files import CAPTION_FILES, IMAGES, nfc, read_file, suffix, unsupported_reason
 from ldm.data.rng import content_hash
 from ldm.data.rows import first_line, is_text, is_texts, to_python
 from ldm.data.sources import Decoded, Sample, Skipped
+from ldm.progress import printable
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 # Columns that name rows whose images have no name.

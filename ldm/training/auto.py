@@ -25,12 +25,12 @@ from ldm.config import (
     to_yaml,
     with_overrides,
 )
-from ldm.data.captions import printable
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.hub import find_pipeline
 from ldm.pipelines.pipeline import default_device
+from ldm.progress import printable
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.training.auto_config import DEFAULT_FIRST_STAGE, FIRST_STAGE_SUFFIX, TrainOptions, choose_config
 from ldm.training.checkpoints import list_checkpoints, resume_command

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.data import CaptionedImages, DataConfig, Sample, split
-from ldm.data.captions import plural
 from ldm.evaluation.autoencoder import (
     MAX_PIXEL_RESOLUTION,
     MAX_SLOW_PIXEL_RESOLUTION,
@@ -25,7 +24,7 @@ from ldm.evaluation.autoencoder import (
 from ldm.models import AutoencoderKL, UNet, UNetConfig
 from ldm.models.efficientnet import is_installed, perceptual_distance
 from ldm.pipelines import Pipeline
-from ldm.progress import format_duration
+from ldm.progress import format_duration, plural
 from ldm.text import load_text_encoder
 from ldm.training import threads
 from ldm.training.estimate import autoencoder_seconds, format_millions, unet_seconds

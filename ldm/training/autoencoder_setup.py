@@ -211,6 +211,7 @@ def autoencoder_workload(
     state: TrainingState,
     run: Run,
     perceptual: PerceptualDistance | None,
+    adversary: AdversarialLoss | None,
     losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
 ) -> Workload:
     """The parts of a run, for an estimate of its cost."""
@@ -222,13 +223,13 @@ def autoencoder_workload(
         module.encode(_pixels(batch, run.device))
 
     remaining = config.train.max_steps - run.step
-    alone = min(max(0, config.loss.adversarial_start - run.step), remaining) if state.adversary else remaining
+    alone = min(max(0, config.loss.adversarial_start - run.step), remaining) if adversary else remaining
     return Workload(
         task=_describe_task(config),
         network=network,
         phases=[
             (alone, dataclasses.replace(state, adversary=None), lambda net, batch: losses_of(net, batch, None)),
-            (remaining - alone, state, lambda net, batch: losses_of(net, batch, state.adversary)),
+            (remaining - alone, state, lambda net, batch: losses_of(net, batch, adversary)),
         ],
         validate=lambda net, batch: reconstruction_metrics(net, _pixels(batch, run.device), perceptual),
         validated=min(len(held_out), config.train.validation_samples) if held_out else 0,

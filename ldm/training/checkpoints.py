@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,30 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldm import disk, hub
-from ldm.training.autoencoder_losses import AdversarialLoss, Codebook
 from ldm.training.distributed import sum_over_processes
 from ldm.training.trainable import optimizer_tensors, restore_optimizer, trainable_names
 from ldm.weights import plain_name, plain_names, tensors_hash
+
+
+class Adversary(Protocol):
+    """A discriminator and the weight of its loss: `AdversarialLoss`."""
+
+    weight: float
+
+    @property
+    def discriminator(self) -> nn.Module: ...
+
+    def discard_gradients(self) -> None: ...
+
+
+class CodebookTracker(Protocol):
+    """The usage of a codebook: `Codebook`."""
+
+    def discard_step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -35,8 +55,8 @@ class TrainingState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
-    adversary: AdversarialLoss | None = None
-    codebook: Codebook | None = None
+    adversary: Adversary | None = None
+    codebook: CodebookTracker | None = None
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ldm import disk
 from ldm.config import TrainConfig
 from ldm.data import CaptionedImages
-from ldm.data.captions import printable
+from ldm.progress import printable
 from ldm.training.threads import Threads, available_threads, resolve_threads
 
 # The other processes wait while the main one validates, samples and saves. The launcher notices a process that dies.

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, read_config
 from ldm.data import CaptionedImages, DataConfig, split
-from ldm.data.captions import printable
 from ldm.data.composer import Composer
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
+from ldm.progress import printable
 from ldm.training import train_autoencoder, train_ldm
 from ldm.training.auto_config import choose_space
 from ldm.training.checkpoints import resume_command

@@ -19,7 +19,7 @@ import yaml
 from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
 from ldm.data import CaptionedImages
-from ldm.data.captions import printable
+from ldm.progress import printable
 
 # Config keys that may change on resume: they do not change which samples and noise a step sees. Whether the data is the
 # same follows from the hashes of its samples, not from its path.

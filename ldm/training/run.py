@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,11 +38,9 @@ from tqdm import tqdm
 from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
-from ldm.data.captions import plural
 from ldm.pipelines import NotFinite, save_png
-from ldm.progress import format_duration
+from ldm.progress import format_duration, plural
 from ldm.training import checkpoints, threads
-from ldm.training.autoencoder_losses import Codebook
 from ldm.training.checkpoints import TrainingState, resume_command
 from ldm.training.distributed import (
     Processes,
@@ -97,6 +95,14 @@ class TrainingData:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint stores to recognize the data."""
         return {"samples": len(self.train), "sha256": data_fingerprint(self.train, self.held_out)}
+
+
+class UsageFigures(Protocol):
+    """What else a log line holds: the usage of a `Codebook`."""
+
+    def figures(self) -> dict[str, float]: ...
+
+    def reset_counts(self) -> None: ...
 
 
 class Run:
@@ -365,8 +371,8 @@ class Run:
                 "weights of that checkpoint are already bad, move it away first, and the one before is used)"
             )
 
-    def advance(self, codebook: Codebook | None = None) -> None:
-        """Count a step. Every `log_every` steps, log means since the last line, and the usage of a codebook."""
+    def advance(self, usage: UsageFigures | None = None) -> None:
+        """Count a step. Every `log_every` steps, log means since the last line."""
         train = self.config.train
         self.step += 1
         self._samples_seen += train.batch_size
@@ -385,16 +391,16 @@ class Run:
             values = {"loss": loss, **figures, "gradient_norm": self._gradient_norm} | values
             if self._progress is not None:
                 self._progress.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s", refresh=False)
-        if codebook is not None:
-            values = codebook.figures() | values
+        if usage is not None:
+            values = usage.figures() | values
         if self._skipped["in_all"]:
             values["skipped_steps"] = self._skipped["in_all"]
         self.log(values)
         self._samples_seen, self._since = 0, time.perf_counter()
         if self.step % train.log_every == 0:  # not at the last step alone: a prolonged run continues its means
             self._losses, self._figures = [], {}
-            if codebook is not None:
-                codebook.reset_counts()
+            if usage is not None:
+                usage.reset_counts()
 
     def is_due(self, every: int | None) -> bool:
         """Whether an event of every `every` steps, and of the last, is due. None is never.
