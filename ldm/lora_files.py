@@ -296,9 +296,12 @@ def _lora(
     file: _File, written: str, tensors: Mapping[str, Tensor], layer: Adaptable, settings: Mapping[str, Any]
 ) -> Lora:
     """The adapter of one layer, checked and in the shapes of the layer."""
+    from peft.utils.other import get_pattern_key
+
     down, up = tensors["down"], tensors["up"]
     rank = down.shape[0] if down.ndim else 0
-    for tensor, wanted in zip((down, up), lora_shapes(layer, rank), strict=True):
+    shapes = lora_shapes(layer, rank)
+    for tensor, wanted in zip((down, up), shapes, strict=True):
         # A 1x1 convolution and a linear layer are one function; files have either shape for either.
         flat = wanted[:2] if math.prod(wanted[2:]) == 1 else wanted
         given = tuple(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tuple(tensor.shape)
@@ -312,22 +315,14 @@ def _lora(
     if "alpha" in tensors:
         given_alpha = tensors["alpha"]
         alpha = float(given_alpha) if given_alpha.numel() == 1 and not given_alpha.is_complex() else math.nan
-    else:
-        alpha = _alpha(written, rank, settings)
+    else:  # as peft's settings say; without any the scale is 1
+        pattern = settings.get("alpha_pattern") or {}
+        alpha = float(pattern.get(get_pattern_key(list(pattern), written), settings.get("lora_alpha", rank)))
+        if settings.get("use_rslora"):  # rank-stabilized LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r
+            alpha *= math.sqrt(rank)
     if not math.isfinite(alpha):
         raise ValueError(f"{file.path}: alpha of {written} is {alpha}; train or download it again")
-    shape_down, shape_up = lora_shapes(layer, rank)
-    return Lora(down.reshape(shape_down), up.reshape(shape_up), alpha)
-
-
-def _alpha(written: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """α as peft's settings say it; without any the scale is 1."""
-    from peft.utils.other import get_pattern_key
-
-    pattern = settings.get("alpha_pattern") or {}
-    alpha = float(pattern.get(get_pattern_key(list(pattern), written), settings.get("lora_alpha", rank)))
-    # Rank-stabilised LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r.
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    return Lora(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
 
 
 def _settings_of(file: _File, part: str) -> dict[str, Any]:
@@ -362,24 +357,18 @@ def _read(source: str | os.PathLike[str]) -> _File:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save or download it again") from None
     if not found:
         raise ValueError(f"{path} holds no weights; save or download it again")
-    tensors = plain_names(found, path)
-    if METADATA in header:
-        return _File(path, tensors, _settings(path, header[METADATA]))
+    settings: Any = {}
     beside = path.parent / PEFT_CONFIG
-    if path.name == PEFT_WEIGHTS and beside.is_file():
-        return _File(path, tensors, _settings(beside, beside.read_text(encoding="utf-8", errors="replace")))
-    return _File(path, tensors, {})
-
-
-def _settings(path: Path, text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        disk.check_not_pointer(path)
-        raise ValueError(f"{path} has settings that are no JSON ({error}); save or download it again") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} has settings that are no JSON object; save or download it again")
-    return settings
+    if METADATA in header:
+        try:
+            settings = json.loads(header[METADATA])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} has settings that are no JSON ({error}); save or download it again") from None
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} has settings that are no JSON object; save or download it again")
+    elif path.name == PEFT_WEIGHTS and beside.is_file():
+        settings = disk.read_json(beside)
+    return _File(path, plain_names(found, path), settings)
 
 
 def _find(source: str | os.PathLike[str]) -> Path:

@@ -130,7 +130,8 @@ def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             raise ValueError(f"scheduler {name} has {key} {value!r}, a key that is not known here; {advice}")
     found = {key: config.get(key, default) for key, default in known.items()}
     for key, value in found.items():
-        if key in REFUSED and not _same(value, known[key]):
+        off = value is None or value is False  # both are off to diffusers
+        if key in REFUSED and not (off if known[key] is False else value == known[key]):
             raise ValueError(f"scheduler {name} has {key} {value!r}, {REFUSED[key]}; {_way_out(name, key, known)}")
         if key not in REFUSED:
             _check_type(name, key, value, known[key])
@@ -152,11 +153,6 @@ def _check_type(name: str, key: str, value: Any, default: Any) -> None:
     }["trained_betas" if key == "trained_betas" else type(default)]
     if not fits:
         raise ValueError(f"scheduler {name} has {key} {value!r}; it must be {wanted}")
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Whether diffusers takes both alike: of a switch, it asks for its truth alone."""
-    return value is None or value is False if default is False else value == default
 
 
 def _way_out(name: str, key: str, known: Mapping[str, Any]) -> str:

@@ -161,7 +161,16 @@ def discretized_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (
     def decode(x_0: Tensor, predicted: Tensor, log_variance: Tensor) -> Tensor:
         shift, scale = (torch.tensor(v, dtype=predicted.dtype).view(1, -1, 1, 1) for v in (mean, std))
         shift, scale = shift.to(predicted.device), scale.to(predicted.device)
-        pixels = _levels(x_0 * scale + shift)  # [B, C, H, W]
+        pixels = x_0 * scale + shift  # [B, C, H, W]
+        places = (pixels + 1) * ((LEVELS - 1) / 2)  # 0 … 255
+        nearest = places.round().clamp(0, LEVELS - 1)  # so that neighboring bins share their edge
+        wrong = (places - nearest).abs() > 0.01
+        if bool(wrong.any()):
+            raise ValueError(
+                f"x_0 holds the pixel value {float(pixels[wrong][0]):.6g}; the discretized decoder knows only the "
+                f"{LEVELS} values k / 127.5 - 1, k = 0 to 255; for continuous data take gaussian_decoder"
+            )
+        pixels = nearest / ((LEVELS - 1) / 2) - 1
         predicted_std = torch.exp(0.5 * log_variance) * scale
         center = pixels - (predicted * scale + shift)
         upper, lower = (center + half) / predicted_std, (center - half) / predicted_std
@@ -179,19 +188,6 @@ def log_normal_between(lower: Tensor, upper: Tensor) -> Tensor:
     low, high = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     return log_high + torch.log(-torch.expm1(log_low - log_high))
-
-
-def _levels(pixels: Tensor) -> Tensor:
-    """The pixel values less the rounding of whitening, so that neighbouring bins share their edge."""
-    places = (pixels + 1) * ((LEVELS - 1) / 2)  # 0 … 255
-    nearest = places.round().clamp(0, LEVELS - 1)
-    wrong = (places - nearest).abs() > 0.01
-    if bool(wrong.any()):
-        raise ValueError(
-            f"x_0 holds the pixel value {float(pixels[wrong][0]):.6g}; the discretised decoder knows only the {LEVELS} "
-            "values k / 127.5 - 1, k = 0 to 255; for continuous data take gaussian_decoder"
-        )
-    return nearest / ((LEVELS - 1) / 2) - 1
 
 
 def _bits(nats: Tensor) -> Tensor:

@@ -50,7 +50,11 @@ class ComponentConfig:
                 supported[key] = _tuples(value)
                 _check_type(key, supported[key], hints[key])
             elif key in cls.neutral_values:
-                _refuse_unless_neutral(key, value, cls.neutral_values[key])
+                # True == 1 in Python, but not in a config; JSON may write 1.0 as 1.
+                neutral = cls.neutral_values[key]
+                if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
+                    accepted = " or ".join(map(repr, neutral))
+                    refuse(key, value, f"this option of diffusers is not supported and must be {accepted}")
             elif key in _NOTES_IF_NULL:
                 refuse(key, value, "weights must be stored as they are used; take the model in full or half precision")
             else:
@@ -110,13 +114,6 @@ def _adapter(hint: Any) -> Any:
     import pydantic
 
     return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True))
-
-
-def _refuse_unless_neutral(key: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    # True == 1 in Python, but not in a config; JSON may write 1.0 as 1.
-    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in neutral):
-        accepted = " or ".join(repr(choice) for choice in neutral)
-        refuse(key, value, f"this option of diffusers is not supported and must be {accepted}")
 
 
 def _tuples(value: Any) -> Any:

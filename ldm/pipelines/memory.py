@@ -97,23 +97,20 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":
         return _ENDLESS
-    with suppress(OSError, KeyError, ValueError):  # Linux
+    with suppress(OSError, KeyError, ValueError, ImportError):  # Linux
+        import resource
+
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
-        return min(free, _left_to_process(), *_left_to_containers())
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of `ulimit -v`
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free = min(free, max(0, limit - pages * resource.getpagesize()))
+        return min(free, *_left_to_containers())
     with suppress(AttributeError, OSError, ValueError):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return free if free > 0 else _ENDLESS
     return _ENDLESS
-
-
-def _left_to_process() -> int:
-    """What `ulimit -v` still allows."""
-    import resource  # Linux has it
-
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return _ENDLESS if most == resource.RLIM_INFINITY else max(0, most - pages * resource.getpagesize())
 
 
 def _left_to_containers(root: Path = Path("/sys/fs/cgroup"), listing: Path = Path("/proc/self/cgroup")) -> list[int]:

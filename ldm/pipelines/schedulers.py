@@ -130,7 +130,13 @@ def run_scheduler(
     _set_timesteps(scheduler, num_inference_steps, latents.device)
     if "Inverse" in name or scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(f"{name} goes from a picture to noise, which pipeline.invert does; take one that draws")
-    _check_timesteps(scheduler, schedule, num_inference_steps)
+    last = schedule.num_train_timesteps - 1
+    for t in scheduler.timesteps.tolist():
+        if not 0 <= t <= last:
+            raise ValueError(
+                f"{name} asks at timestep {t:g} with {num_inference_steps} steps, outside 0 to {last}; take another "
+                "number of steps, or another timestep_spacing"
+            )
     draws_learned = _draws_learned(scheduler, learned_variance)
     given_as: PredictionType = "v_prediction" if prediction_type == "sample" else prediction_type
     if given_as != prediction_type:
@@ -225,17 +231,6 @@ def _set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch
         scheduler.set_timesteps(num_inference_steps, device)
         if scheduler.timesteps[-1] == -1:
             scheduler.set_timesteps(_Strided(num_inference_steps), device)
-
-
-def _check_timesteps(scheduler: Scheduler, schedule: NoiseSchedule, num_inference_steps: int) -> None:
-    """Refuses a grid that leaves the timesteps of training."""
-    last = schedule.num_train_timesteps - 1
-    for t in scheduler.timesteps.tolist():
-        if not 0 <= t <= last:
-            raise ValueError(
-                f"{type(scheduler).__name__} asks at timestep {t:g} with {num_inference_steps} steps, outside 0 to "
-                f"{last}; take another number of steps, or another timestep_spacing"
-            )
 
 
 def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -> tuple[float, float]:

@@ -226,7 +226,10 @@ def _load(
         tokenizer_config=_tokenizer_config(tokenizer_folder),
         scratch=scratch,
     )
-    length = _padded_length(tokenizer, _positions(model.config, family), max_length, tokenizer_folder)
+    limit = getattr(model.config, "max_position_embeddings", None)  # none for the relative positions of a T5
+    if limit is not None and family.positions_after_padding:
+        limit = int(limit) - model.config.pad_token_id - 1
+    length = _padded_length(tokenizer, limit, max_length, tokenizer_folder)
     return TextEncoder(model=model, tokenizer=tokenizer, max_length=length, files=files)
 
 
@@ -361,14 +364,6 @@ def _tokenizer_files(folder: Path, tokenizer_class: Any) -> tuple[Path, ...]:
         if not _is_special_token(key, value) and key not in ("additional_special_tokens", "extra_special_tokens"):
             raise ValueError(f"{tokens} has the key {key!r}, which is no special token: remove it")
     return paths
-
-
-def _positions(config: Any, family: _Family) -> int | None:
-    """The longest sequence a model has positions for; None for the relative positions of a T5."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or not family.positions_after_padding:
-        return limit
-    return int(limit) - config.pad_token_id - 1
 
 
 def _padded_length(tokenizer: Any, limit: int | None, requested: int | None, folder: Path) -> int:
