@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from ldm import disk, hub
@@ -23,8 +24,8 @@ from ldm.evaluation.memorization import LossGap, nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
 from ldm.report.charts import Line, line_chart
-from ldm.report.html import chart_figure, embedded, image_figure, tiles, write_page
-from ldm.report.markup import Document, escaped, format_number, shortened
+from ldm.report.html import Figure, embedded, read_picture, write_page
+from ldm.report.markup import Document, format_number, shortened
 from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
 
 PAGE_PAIRS = 24  # of each side
@@ -68,8 +69,7 @@ class EvaluationReport:
             generated = to_pil(to_signed(self.evaluation.generated[0].images))
             sheet = nearest_sheet(generated, _LazyImages(self.reference.training), self.evaluation.copying)
             save_png(sheet, folder / "nearest.png", settings)
-        parts = (self._head(), self._copies(folder), self._pairs(), self._metrics(), self._sweep(), self._about())
-        write_page(folder / "evaluation.html", self.title, "\n".join(line for part in parts for line in part))
+        self._write_page(folder)
         return folder / "evaluation.html"
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,16 +110,48 @@ class EvaluationReport:
                 rows.append([image for _, *both in pairs[start : start + SHEET_COLUMNS] for image in both])
         return contact_sheet(rows, size=_shown_size(rows[0][0]))
 
-    # ---- the parts of the page, each yielding its lines
-
-    def _head(self) -> Iterator[str]:
+    def _write_page(self, folder: Path) -> None:
         evaluation = self.evaluation
-        yield f"<h1 dir='auto'>{escaped(self.title)}</h1>"
-        yield f"<p class='note'>{escaped(describe_settings(evaluation))}.</p>"
-        if self.notes:
-            yield f"<div class='attention'>{''.join(f'<p>Note: {escaped(note)}.</p>' for note in self.notes)}</div>"
-        yield f"<p class='say'>{escaped(evaluation.verdict.sentence)}</p>"
-        yield tiles(self._tiles())
+        closer = nearest = None
+        if evaluation.copying is not None:
+            closer = describe_closer(evaluation.copying).capitalize()
+            nearest = read_picture(
+                folder / "nearest.png",
+                name="nearest.png",
+                alt="generated images beside their nearest training images",
+                caption="Images generated for training captions, each beside its nearest training image; the likeliest "
+                "copies first",
+                max_bytes=MAX_SHEET_BYTES,
+            )
+        lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
+        for side in evaluation.retrieval:
+            lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
+        lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
+        lines += evaluation.left_out
+        write_page(
+            folder / "evaluation.html",
+            "evaluation.html",
+            self.title,
+            settings=describe_settings(evaluation),
+            notes=self.notes,
+            verdict=evaluation.verdict.sentence,
+            numbers=list(self._tiles()),
+            closer=closer,
+            nearest=nearest,
+            gap=None if evaluation.gap is None else _gap_chart(evaluation.gap),
+            sides=[self._side(side) for side in reversed(evaluation.generated)],
+            lines="\n".join(lines),
+            sweep=None if self.sweep is None else _sweep_chart(self.sweep),
+            sweep_lines="" if self.sweep is None else "\n".join(sweep_lines(self.sweep)),
+            about=Document("evaluation.json").render({**self.about, **evaluation.settings}),
+        )
+
+    def _side(self, side: GeneratedImages) -> dict[str, Any]:
+        pairs = [
+            (shortened(caption, 120), embedded(contact_sheet([[real, made]], size=_shown_size(real)), MAX_IMAGE_BYTES))
+            for caption, real, made in self._first_pairs(side, PAGE_PAIRS)
+        ]
+        return {"name": side.side, "count": len(side.captions), "pairs": pairs}
 
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         """Headline numbers: name, value, text below it."""
@@ -154,60 +186,6 @@ class EvaluationReport:
             below += f"{100 * evaluation.copying.expected:.0f} % would be"
             yield "Possible copies", f"{100 * flagged.fraction:.0f} %", below
 
-    def _copies(self, folder: Path) -> Iterator[str]:
-        evaluation = self.evaluation
-        if evaluation.copying is None and evaluation.gap is None:
-            return
-        yield "<h2>Learning or memorizing</h2>"
-        if evaluation.copying is not None:
-            yield f"<p>{escaped(describe_closer(evaluation.copying).capitalize())}.</p>"
-            yield image_figure(
-                folder / "nearest.png",
-                name="nearest.png",
-                alt="generated images beside their nearest training images",
-                caption="Images generated for training captions, each beside its nearest training image; the likeliest "
-                "copies first",
-                max_bytes=MAX_SHEET_BYTES,
-            )
-        if evaluation.gap is not None:
-            yield _gap_chart(evaluation.gap)
-
-    def _pairs(self) -> Iterator[str]:
-        for side in reversed(self.evaluation.generated):
-            pairs = self._first_pairs(side, PAGE_PAIRS)
-            yield f"<h2>Generated for {side.side} captions</h2>"
-            yield f"<p class='note'>Left real, right generated; {len(pairs)} of {len(side.captions)}.</p>"
-            figures = []
-            for caption, real, generated in pairs:
-                source = embedded(contact_sheet([[real, generated]], size=_shown_size(real)), MAX_IMAGE_BYTES)
-                text = escaped(shortened(caption, 120))
-                image = f"<img src='{source}' alt='real image and generated image'/>"
-                figures.append(f"<figure>{image}<figcaption dir='auto'>{text}</figcaption></figure>")
-            yield f"<div class='pairs'>{''.join(figures)}</div>"
-
-    def _metrics(self) -> Iterator[str]:
-        evaluation = self.evaluation
-        yield "<h2>All numbers</h2>"
-        lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
-        for side in evaluation.retrieval:
-            lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
-        lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
-        lines += evaluation.left_out
-        yield f"<pre dir='ltr'>{escaped(chr(10).join(lines))}</pre>"
-
-    def _sweep(self) -> Iterator[str]:
-        if self.sweep is None:
-            return
-        yield "<h2>Guidance and steps</h2>"
-        lines = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in self.sweep.curves().items()]
-        title = "KID to held-out images (lower is better) against evaluations of the network per image"
-        yield chart_figure(title, line_chart(lines, title=title, axis="evaluations of the network"))
-        yield f"<pre dir='ltr'>{escaped(chr(10).join(sweep_lines(self.sweep)))}</pre>"
-
-    def _about(self) -> Iterator[str]:
-        yield "<h2>Model, data and settings</h2>"
-        yield Document("evaluation.json").render({**self.about, **self.evaluation.settings})
-
 
 class _LazyImages(Sequence[Image.Image]):
     """Images of a data set, each opened on access: all of them may not fit into memory."""
@@ -226,7 +204,7 @@ def _shown_size(image: Image.Image) -> int:
     return max(MIN_SIDE, min(MAX_SIDE, *image.size))
 
 
-def _gap_chart(gap: LossGap) -> str:
+def _gap_chart(gap: LossGap) -> Figure:
     """The loss of both sides over the noise, at the middle of each band."""
     middles = [(band.first + band.last + 1) // 2 for band in gap.bands]
     lines = [
@@ -238,6 +216,11 @@ def _gap_chart(gap: LossGap) -> str:
         "loss on held-out images is a sign of memorization"
     )
     last = gap.bands[-1].last
-    return chart_figure(
-        title, line_chart(lines, title=title, logarithmic=True, axis="timestep t (0 is no noise)", last_step=last)
-    )
+    svg = line_chart(lines, title=title, logarithmic=True, axis="timestep t (0 is no noise)", last_step=last)
+    return Figure(title, Markup(svg))
+
+
+def _sweep_chart(sweep: Sweep) -> Figure:
+    lines = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in sweep.curves().items()]
+    title = "KID to held-out images (lower is better) against evaluations of the network per image"
+    return Figure(title, Markup(line_chart(lines, title=title, axis="evaluations of the network")))

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ldm.progress import format_duration
 
 MAX_CHARACTERS = 300  # of one text in a table
@@ -33,9 +35,14 @@ def _visible(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def visible(text: object) -> str:
+    """`str(text)` with invisible characters as escapes."""
+    return _SUSPICIOUS.sub(lambda match: _visible(match[0]), str(text))
+
+
 def escaped(text: object) -> str:
-    """`str(text)` for element content and quoted attributes; invisible characters become escapes."""
-    return html.escape(_SUSPICIOUS.sub(lambda match: _visible(match[0]), str(text)), quote=True)
+    """`visible` text for element content and quoted attributes."""
+    return html.escape(visible(text), quote=True)
 
 
 def shortened(text: str, max_characters: int = MAX_CHARACTERS) -> str:
@@ -77,8 +84,11 @@ class Document:
         self.name = name
         self._left = MAX_ROWS
 
-    def render(self, content: Mapping[str, Any], depth: int = 0) -> str:
+    def render(self, content: Mapping[str, Any]) -> Markup:
         """One table of the scalars, then each list and object below its name."""
+        return Markup(self._object(content, 0))
+
+    def _object(self, content: Mapping[str, Any], depth: int) -> str:
         plain = {key: value for key, value in content.items() if not _nested(value)}
         parts = [self._table([(key, _scalar(value, key)) for key, value in plain.items()])] if plain else []
         nested = [(key, value) for key, value in content.items() if _nested(value)]
@@ -95,7 +105,7 @@ class Document:
         if depth >= MAX_DEPTH:
             return f"<p dir='auto'>{_scalar(value)}</p>"
         if isinstance(value, Mapping):
-            return self.render(value, depth)
+            return self._object(value, depth)
         if value and all(isinstance(entry, Mapping) for entry in value):
             return self._records(value)
         return self._items(value)

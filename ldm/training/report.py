@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from ldm import disk
 from ldm.evaluation.verdict import Verdict
 from ldm.progress import format_duration
 from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, line_chart, smooth
-from ldm.report.html import chart_figure, image_figure, tiles, write_page
-from ldm.report.markup import Document, escaped, format_number, read_object, shortened
+from ldm.report.html import Figure, read_picture, write_page
+from ldm.report.markup import Document, format_number, read_object, shortened
 from ldm.training.checkpoints import resume_command
 from ldm.training.metrics import Metrics, describe_trend, metric_title, read_metrics
 
@@ -44,9 +45,10 @@ def write_report(run_folder: Path) -> Path:
     if not run_folder.is_dir():
         raise ValueError(f"{run_folder} is no folder; give a run folder, such as runs/openmoji")
     run = _Folder.read(run_folder)
-    body = "\n".join((*_head(run), *_curves(run), *_sheets(run), *_data(run), *_plan(run), *_use(run), *_config(run)))
     path = run_folder / "report.html"
-    write_page(path, run.name, body)
+    plan = Document("plan.json").render(run.plan) if run.plan else ""
+    content = _head(run) | _curves(run) | _sheets(run) | _data(run) | _use(run)
+    write_page(path, "run.html", run.name, **content, plan=plan, config=run.config_text)
     return path
 
 
@@ -145,10 +147,10 @@ def _problems(measured: Metrics) -> Iterator[str]:
         yield f"Non-finite values of {shortened(name, 60)} that are left out: {count:,}, the first at step {step:,}."
 
 
-# ---- the parts of the page, each yielding its lines
+# ---- the parts of the page: what the template fills in
 
 
-def _head(run: _Folder) -> Iterator[str]:
+def _head(run: _Folder) -> dict[str, Any]:
     planned = run.count("train", "max_steps")
     if planned is None:
         status = f"Step {run.step:,}."
@@ -157,13 +159,14 @@ def _head(run: _Folder) -> Iterator[str]:
     else:
         status = f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): unfinished when this was written."
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    yield f"<h1 dir='auto'>{escaped(run.name)}</h1>"
-    yield f"<p class='note'>{status} Written {written}.</p>"
-    yield tiles(_tiles(run))
-    yield f"<p class='say'>{escaped(describe_trend(run.metrics))}</p>"
-    for where, verdict in run.verdicts:
-        yield f"<p class='say'>{escaped(where)}: {escaped(shortened(verdict.sentence, MAX_SENTENCE))}</p>"
-    yield "".join(f"<p class='note'>{escaped(problem)}</p>" for problem in run.problems)
+    return {
+        "status": status,
+        "written": written,
+        "numbers": list(_tiles(run)),
+        "trend": describe_trend(run.metrics),
+        "verdicts": [(where, shortened(verdict.sentence, MAX_SENTENCE)) for where, verdict in run.verdicts],
+        "problems": run.problems,
+    }
 
 
 def _tiles(run: _Folder) -> Iterator[tuple[str, str, str]]:
@@ -201,25 +204,23 @@ def _times(run: _Folder, rates: list[Point], rate: float) -> Iterator[tuple[str,
         yield "Remaining", left, "at the last speed, without samples and validation"
 
 
-def _curves(run: _Folder) -> Iterator[str]:
+def _curves(run: _Folder) -> dict[str, Any]:
     found = run.metrics
-    if not found.values:
-        return
-    yield "<h2>Curves</h2>"
+    shown: list[Figure] = []
     losses = [Line("training loss (pale: not smoothed)", smooth(loss), loss)] if (loss := found.points("loss")) else []
     losses += [Line("held-out loss", points)] if (points := found.points("held_out_loss")) else []
+    main: list[Figure] = []
     if losses:
         best = run.best[0] if run.best else min(points, key=lambda point: point[1])[0] if points else None
         mark = (best, f"best held-out: step {best:,}") if best is not None and 0 <= best <= found.last_step else None
-        yield _chart(run, "Loss", losses, logarithmic=True, mark=mark, size=(640, 320))
-    yield "<div class='curves'>"
+        main.append(_chart(run, "Loss", losses, logarithmic=True, mark=mark, size=(640, 320)))
     bands = sorted((int(m[1]), int(m[2]), name) for name in found.values if (m := BAND.fullmatch(name)))
     if bands:
         lines = [Line(f"t {low}–{high}", found.points(name)) for low, high, name in bands]
         caption = (
             "Held-out loss by band of noise; a small t is little noise (fine detail), a large t mostly noise (layout)"
         )
-        yield _chart(run, caption, lines, logarithmic=True)
+        shown.append(_chart(run, caption, lines, logarithmic=True))
     for key, title, options in (
         ("held_out_psnr", "Held-out PSNR in dB", {}),
         ("learning_rate", "Learning rate", {"from_zero": True}),
@@ -228,19 +229,18 @@ def _curves(run: _Folder) -> Iterator[str]:
     ):
         if points := found.points(key):
             exact = key == "learning_rate"  # a function of the step, without any scatter to smooth
-            yield _chart(run, title, [Line("", points) if exact else _smoothed(points)], **options)
+            shown.append(_chart(run, title, [Line("", points) if exact else _smoothed(points)], **options))
     known = {"loss", "held_out_loss", "held_out_psnr", "learning_rate", "gradient_norm", "samples_per_second"}
     for name in found.values:
         if (in_words := metric_title(name)) is not None:
-            yield _chart(run, in_words, [Line("", found.points(name))])
+            shown.append(_chart(run, in_words, [Line("", found.points(name))]))
             known.add(name)
     others = [name for name in found.values if name not in known and not BAND.fullmatch(name)]
     for name in others[:MAX_OTHER_CURVES]:
         title = shortened(name, 60)
-        yield _chart(run, title, [_smoothed(found.points(name))])
-    yield "</div>"
-    if len(others) > MAX_OTHER_CURVES:
-        yield f"<p class='note'>… and {len(others) - MAX_OTHER_CURVES} more metrics in metrics.jsonl.</p>"
+        shown.append(_chart(run, title, [_smoothed(found.points(name))]))
+    more = len(others) - MAX_OTHER_CURVES
+    return {"has_curves": bool(found.values), "losses": main, "curves": shown, "more_curves": more}
 
 
 def _smoothed(points: list[Point]) -> Line:
@@ -249,39 +249,29 @@ def _smoothed(points: list[Point]) -> Line:
     return Line("", points) if few else Line("running mean (pale: measured values)", smooth(points), points)
 
 
-def _chart(run: _Folder, caption: str, lines: list[Line], **options: Any) -> str:
+def _chart(run: _Folder, caption: str, lines: list[Line], **options: Any) -> Figure:
     size = options.pop("size", (480, 280))
     svg = line_chart(lines, title=caption, last_step=run.metrics.last_step, size=size, **options)
-    return chart_figure(caption, svg)
+    return Figure(caption, Markup(svg))
 
 
-def _sheets(run: _Folder) -> Iterator[str]:
+def _sheets(run: _Folder) -> dict[str, Any]:
     found = find_sheets(run.path / "samples")
-    if not found:
-        return
     shown = spread(found)
-    yield "<h2>Samples, newest first</h2>"
     prompts = run.setting("sample", "prompts")
-    if isinstance(prompts, list) and prompts:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)][:50]
-        rows = "".join(f"<li dir='auto'>{escaped(shortened(text))}</li>" for text in texts)
-        yield f"<details><summary>Prompts of the current config</summary><ol>{rows}</ol></details>"
-    max_bytes = MAX_SHEETS_BYTES // len(shown)
-    figures = [
-        image_figure(
+    texts = [text for text in prompts if isinstance(text, str)] if isinstance(prompts, list) else []
+    pictures = [
+        read_picture(
             path,
             name=f"samples/{path.name}",
             alt=f"sample sheet of step {step:,}",
             caption=f"step {step:,}",
-            max_bytes=max_bytes,
+            max_bytes=MAX_SHEETS_BYTES // len(shown),
         )
         for step, path in reversed(shown)
     ]
-    yield f"<div class='sheets'>{''.join(figures)}</div>"
-    if len(shown) < len(found):
-        left_out = [f"{step:,}" for step, path in found if (step, path) not in shown]
-        listed = ", ".join(left_out[:30]) + (", …" if len(left_out) > 30 else "")
-        yield f"<p class='note'>Not on this page but in samples/: {len(left_out):,} sheets, of step {listed}.</p>"
+    others = [f"{step:,}" for step, path in found if (step, path) not in shown]
+    return {"sheets": pictures, "prompts": [shortened(text) for text in texts[:50]], "other_sheets": others}
 
 
 def find_sheets(folder: Path) -> list[tuple[int, Path]]:
@@ -297,27 +287,17 @@ def spread(sheets: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
     return [sheets[round(i * (len(sheets) - 1) / (MAX_SHEETS - 1))] for i in range(MAX_SHEETS)]
 
 
-def _data(run: _Folder) -> Iterator[str]:
-    if not run.data:
-        return
-    yield "<h2>Data</h2>"
-    rest = dict(run.data)
+def _data(run: _Folder) -> dict[str, Any]:
+    """What needs attention first; None where the file does not say."""
+    rest, document = dict(run.data), Document("data.json")
     attention = rest.pop("needs_attention", None)
-    if isinstance(attention, list) and attention:
-        document = Document("data.json")
-        yield f"<div class='attention'>{document.render({'needs_attention': attention})}</div>"
-    elif attention is not None:
-        yield "<p>Nothing needs attention.</p>"
-    yield Document("data.json").render(rest)
+    if attention is not None:
+        is_list = isinstance(attention, list) and attention
+        attention = document.render({"needs_attention": attention}) if is_list else ""
+    return {"attention": attention, "data": document.render(rest) if run.data else ""}
 
 
-def _plan(run: _Folder) -> Iterator[str]:
-    if run.plan:
-        yield "<h2>Plan</h2>"
-        yield Document("plan.json").render(run.plan)
-
-
-def _use(run: _Folder) -> Iterator[str]:
+def _use(run: _Folder) -> dict[str, Any]:
     """Commands that use the results of the run."""
     commands: list[tuple[str, str]] = []
     for inside, which in (("best", "with the lowest held-out loss"), ("", "newest weights")):
@@ -335,17 +315,4 @@ def _use(run: _Folder) -> Iterator[str]:
             source = repr(str(folder / "lora"))
             commands.append((f"Load the adapter in diffusers ({which}):", f"pipeline.load_lora_weights({source})"))
     saved = sorted(path.name for path in run.path.glob("checkpoints/step_*"))
-    if not commands and not saved:
-        return
-    yield "<h2>Use</h2>"
-    yield "".join(f"<p>{label}</p><pre dir='ltr'>{escaped(command)}</pre>" for label, command in commands)
-    if saved:
-        listed = ", ".join(saved[-20:])
-        resumed = f"<code>{escaped(resume_command(run.path))}</code> goes on from the newest"
-        yield f"<p class='note'>Checkpoints ({resumed}): {escaped(listed)}.</p>"
-
-
-def _config(run: _Folder) -> Iterator[str]:
-    if run.config_text:
-        yield "<h2>Config</h2>"
-        yield f"<pre dir='ltr'>{escaped(run.config_text)}</pre>"
+    return {"commands": commands, "checkpoints": saved[-20:], "resume": resume_command(run.path)}
