@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ from ldm.training.run_folder import (
     is_relative_path,
     open_folder,
     remove_empty_run,
-    working_directory,
 )
 from ldm.training.threads import THREAD_VARIABLES
 
@@ -181,7 +181,7 @@ def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = (
     print(f"the run was started in {base}, and its relative paths are read from there", flush=True)
     settings = [_with_absolute_path(override) for override in overrides]
     folder = folder.absolute()
-    with working_directory(base):
+    with chdir(base):
         return _resume(folder, content, accept, settings)
 
 

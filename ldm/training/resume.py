@@ -177,16 +177,15 @@ def commit() -> str | None:
     """The checked-out commit, with a plus if files differ from it; None outside a repository."""
     if not (PACKAGE.parent / ".git").exists():
         return None
+    outputs = []
     try:
-        head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+        for arguments in ("rev-parse HEAD", "status --porcelain --untracked-files=no"):
+            command = ["git", "-C", str(PACKAGE.parent), *arguments.split()]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            outputs.append(done.stdout.strip())
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+" if changes else "")
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PACKAGE.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return outputs[0] + ("+" if outputs[1] else "")
 
 
 def _device_name(device: torch.device) -> str:
@@ -239,14 +238,13 @@ def data_differences(
             "new": [name for name in after if name not in before],
             "gone": [name for name in before if name not in after],
         }
-        now += "".join(f", {len(names)} {kind} ({_first_names(names)})" for kind, names in groups.items() if names)
+        for kind, names in groups.items():
+            if names:
+                first = ", ".join([*map(printable, names[:MAX_NAMES]), *(["…"] if len(names) > MAX_NAMES else [])])
+                now += f", {len(names)} {kind} ({first})"
         if not any(groups.values()):
             now += ", in another order or with other aspect ratios"
     return {"data": (then, now)}
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(printable(name) for name in names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
 
 
 def _sha256(text: str) -> str:
