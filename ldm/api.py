@@ -10,26 +10,24 @@ checked before a model is loaded.
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
 from ldm import __version__, disk, hub
 from ldm.codecs import check_tile
-from ldm.data import CaptionedImages, DataConfig, NoCaptionsError, generator
+from ldm.data import CaptionedImages, DataConfig, NoCaptionsError, Sample, generator
 from ldm.data import split as split_images
 from ldm.data.inspection import inspect
 from ldm.data.layouts import check_path, open_source
 from ldm.data.report import DatasetReport, dataset_report
 from ldm.evaluation.evaluate import (
-    Evaluation,
     check_samples,
     estimate_duration,
     evaluate_pipeline,
@@ -43,6 +41,7 @@ from ldm.pipelines.pipeline import usable_device
 from ldm.pipelines.sampling import image_seeds
 from ldm.progress import progress_bar
 from ldm.report.charts import Line, line_chart, save_chart
+from ldm.report.evaluation_report import EvaluationResult
 from ldm.training.resume import data_fingerprint
 from ldm.training.run_info import RunInfo, data_config, find_run, open_model, scenes_after, uses_same_data
 
@@ -164,46 +163,6 @@ class EvaluationOptions:
         return DataConfig(path=path, resolution=resolution, held_out=held_out, **self.columns)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, repr=False)
-class EvaluationResult:
-    """An evaluation and its context.
-
-    Attributes:
-        title: the model and its data.
-        about: model, run, data and their fingerprints.
-        notes: sentences to read before any number.
-        folder: `evaluation.html`, `evaluation.json`, `samples.png` and, where copies were searched, `nearest.png`.
-    """
-
-    title: str
-    about: dict[str, Any]
-    notes: tuple[str, ...]
-    evaluation: Evaluation
-    reference: Reference
-    sweep: Sweep | None
-    folder: Path
-
-    @property
-    def page(self) -> Path:
-        return self.folder / "evaluation.html"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `evaluation.json`."""
-        return disk.read_json(self.folder / "evaluation.json")
-
-    def __repr__(self) -> str:
-        found = self.evaluation
-        fidelity = found.fidelity.generated if found.fidelity else None
-        numbers = (
-            "" if fidelity is None else f"KID {fidelity.kid.value:.4g}, precision {fidelity.precision.value:.2f}, "
-        )
-        return f"EvaluationResult({self.title}: {found.verdict.kind}, {numbers}page {self.page})"
-
-    def _repr_html_(self) -> str:
-        page = html.escape(self.page.read_text(encoding="utf-8"))
-        return f'<iframe srcdoc="{page}" style="width:100%;height:40rem;border:0"></iframe>'
-
-
 def evaluation_folder(model: str | Path, output: str | Path | None = None) -> Path:
     """Where `evaluate` writes: `output`; else `evaluation` in a run folder, or in the working directory."""
     if output is not None:
@@ -293,11 +252,9 @@ def evaluate(
         cache=SampleCache(folder / "pictures", about["model_digest"]),
         progress=progress_bar,
     )
-    from ldm.report.evaluation_report import EvaluationReport
-
-    title = f"{model} on {training.config.path}"
-    EvaluationReport(title, about, notes, found, reference, swept).write(folder)
-    return EvaluationResult(title, about, tuple(notes), found, reference, swept, folder)
+    result = EvaluationResult(f"{model} on {training.config.path}", about, notes, found, reference, swept, folder)
+    result.write()
+    return result
 
 
 def _data_of(
@@ -490,55 +447,80 @@ def evaluate_axes(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderOptions:
-    """How `evaluate_autoencoder` measures.
+class ImageOptions:
+    """Which images `evaluate_autoencoder` and `likelihood` measure.
 
     Args:
-        split: "held-out" (not seen in training) or "all", for an autoencoder of other data.
+        split: "held-out" (not seen in training) or "all", for a model of other data.
         held_out: the fraction that training held out.
         samples: number of images, chosen by `seed`; None takes all.
-        resolution: in pixels; None takes that of the autoencoder.
-        buckets: images of several shapes; None: above 128 pixels.
-        features, weights: of the Fréchet distance, as `ldm.evaluation.features.feature_space`.
-        background: the color behind transparent images.
-        tile: "auto", "off" or pixels a side that are decoded at a time.
         device: None takes an accelerator if there is one.
-
-    Raises:
-        ValueError: for values out of range.
     """
 
     split: Split = "held-out"
     held_out: float = 0.1
     samples: int | None = None
+    seed: int = 0
+    image_column: str | None = None
+    caption_column: str | None = None
+    caption_source: str | None = None
+    device: str | None = None
+    min_samples: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.split not in get_args(Split):
+            raise ValueError(f"split is {self.split}; it is held-out or all")
+        if self.samples is not None and self.samples < self.min_samples:
+            raise ValueError(f"samples is {self.samples}; it must be at least {self.min_samples}")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be an integer from 0")
+        self.data_config("any", 1)
+
+    def data_config(self, path: str, resolution: int, **more: Any) -> DataConfig:
+        names = ("held_out", "image_column", "caption_column", "caption_source")
+        return DataConfig(path=path, resolution=resolution, **{key: getattr(self, key) for key in names}, **more)
+
+    def read(self, config: DataConfig, *, captioned: bool = True) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+        """(other samples, which may be of the training; those to measure)."""
+        everything = inspect(open_source(config, captioned=captioned), config, progress=True).used
+        others, used = split_images(everything, self.held_out)
+        if self.split == "all":
+            others, used = (), everything
+        if not used:
+            raise ValueError(f"nothing of {config.path} is held out at a fraction of {self.held_out}; use --split all")
+        return others, used
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderOptions(ImageOptions):
+    """How `evaluate_autoencoder` measures.
+
+    Args:
+        resolution: in pixels; None takes that of the autoencoder.
+        buckets: images of several shapes; None: above 128 pixels.
+        features, weights: of the Fréchet distance, as `ldm.evaluation.features.feature_space`.
+        background: the color behind transparent images.
+        tile: "auto", "off" or pixels a side that are decoded at a time.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
     resolution: int | None = None
     buckets: bool | None = None
     features: str = "efficientnet"
     weights: str | None = None
-    seed: int = 0
     background: str = "white"
-    image_column: str | None = None
-    caption_column: str | None = None
     tile: Any = "auto"
-    device: str | None = None
+    min_samples: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _check_split(self.split)
-        if self.samples is not None and self.samples < 2:
-            raise ValueError(f"samples is {self.samples}; it must be at least 2")
+        super().__post_init__()
         check_tile(self.tile)
-        self.data_config("any", 1)
 
-    def data_config(self, path: str, resolution: int) -> DataConfig:
-        return DataConfig(
-            path=path,
-            resolution=resolution if self.resolution is None else self.resolution,
-            buckets=self.buckets,
-            held_out=self.held_out,
-            background=self.background,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-        )
+    def data_config(self, path: str, resolution: int, **more: Any) -> DataConfig:
+        side = resolution if self.resolution is None else self.resolution
+        return super().data_config(path, side, buckets=self.buckets, background=self.background)
 
 
 @dataclass(frozen=True, repr=False)
@@ -597,14 +579,10 @@ def evaluate_autoencoder(
         raise ValueError(
             f"resolution is {config.resolution}; reconstructions need at least {MIN_IMAGE_SIZE} pixels a side"
         )
-    everything = inspect(open_source(config, captioned=False), config, progress=True).used
-    learned, used = split_images(everything, options.held_out)
-    if options.split == "all":
-        learned, used = (), everything
-    if not used:
-        raise ValueError(f"nothing of {data} is held out at a fraction of {options.held_out}; use --split all")
+    learned, used = options.read(config, captioned=False)
     if options.samples is not None and options.samples > len(used):
         raise ValueError(f"samples is {options.samples}; there are {len(used)} images ({options.split})")
+    count = len(learned or used)
     if options.samples is not None:
         chosen = generator(options.seed, "autoencoder", "images").permutation(len(used))[: options.samples]
         used = tuple(used[index] for index in sorted(chosen.tolist()))
@@ -618,7 +596,7 @@ def evaluate_autoencoder(
             space=space,
             perceptual=perceptual_distance(device),
             device=device,
-            training_images=len(everything) if options.split == "all" else len(learned),
+            training_images=count if options.split == "all" else len(learned),
             seed=options.seed,
             progress=update,
         )
@@ -630,53 +608,26 @@ def evaluate_autoencoder(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodOptions:
+class LikelihoodOptions(ImageOptions):
     """How `likelihood` measures.
 
     Args:
-        split: "held-out" (not seen in training) or "all".
-        held_out: the fraction that training held out.
-        samples: number of images, chosen by `seed`; None takes all.
         steps_per_image: number of timesteps per image to estimate from, even; None takes all.
         variance: "small" or "large"; None for a model with learned variances, and else "small".
-        device: None takes an accelerator if there is one.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    split: Split = "held-out"
-    held_out: float = 0.1
-    samples: int | None = None
     steps_per_image: int | None = None
     variance: Literal["small", "large"] | None = None
-    seed: int = 0
-    image_column: str | None = None
-    caption_column: str | None = None
-    caption_source: str | None = None
-    device: str | None = None
 
     def __post_init__(self) -> None:
-        _check_split(self.split)
+        super().__post_init__()
         if self.variance not in (None, "small", "large"):
             raise ValueError(f"variance is {self.variance}; it is small or large")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples is {self.samples}; it must be at least 1")
         if self.steps_per_image is not None and (self.steps_per_image < 2 or self.steps_per_image % 2):
             raise ValueError(f"steps per image is {self.steps_per_image}; it must be an even number, at least 2")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be an integer from 0")
-        self.data_config("any", 1)
-
-    def data_config(self, path: str, resolution: int) -> DataConfig:
-        return DataConfig(
-            path=path,
-            resolution=resolution,
-            held_out=self.held_out,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            caption_source=self.caption_source,
-        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -747,12 +698,7 @@ def likelihood(model: str | Path, data: str, *, options: LikelihoodOptions | Non
     if learned and options.variance is not None:
         raise ValueError(f"variance is {options.variance}, but {model} has learned its variances; leave it out")
     config = options.data_config(data, pipeline.default_size[0])
-    used = inspect(open_source(config), config, progress=True).used
-    if options.split == "held-out":
-        _, used = split_images(used, options.held_out)
-    if not used:
-        raise ValueError(f"nothing of {data} is held out at a fraction of {options.held_out}; use --split all")
-    images = CaptionedImages(used, config, options.seed)
+    images = CaptionedImages(options.read(config)[1], config, options.seed)
     count = len(images) if options.samples is None else options.samples
     total = pipeline.schedule.num_train_timesteps
     steps = total if options.steps_per_image is None else options.steps_per_image + 1
@@ -786,11 +732,6 @@ def likelihood(model: str | Path, data: str, *, options: LikelihoodOptions | Non
 def _expanded(model: str | Path) -> str:
     """The user's home for `~`; a hub id stays as it is."""
     return str(disk.expand_user(model)) if str(model).startswith("~") else str(model)
-
-
-def _check_split(split: str) -> None:
-    if split not in get_args(Split):
-        raise ValueError(f"split is {split}; it is held-out or all")
 
 
 def _truncation(pipeline: Pipeline, captions: Iterable[str]) -> str | None:

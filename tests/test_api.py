@@ -26,7 +26,7 @@ def test_an_evaluation_is_a_record_with_its_page(model, data, tmp_path):
     lines = []
     options = ldm.EvaluationOptions(samples=50, features="pixel", held_out=0.2)
     found = ldm.evaluate(model, data, output=tmp_path / "out", options=options, log=lines.append)
-    assert found.to_dict() == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert json.loads(json.dumps(found.to_dict())) == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found.to_dict()["verdict"]["kind"] == found.evaluation.verdict.kind
     assert found.page.is_file() and str(found.page) in repr(found) and "\n" not in repr(found)
     assert found._repr_html_().startswith("<iframe srcdoc=") and "&lt;h1" in found._repr_html_()

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from ldm import disk, hub
+from ldm import disk
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Evaluation, GeneratedImages
 from ldm.evaluation.images import Reference
@@ -25,7 +25,7 @@ from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
 from ldm.report.charts import Line, line_chart
 from ldm.report.html import Figure, embedded, read_picture, write_page
-from ldm.report.markup import Document, format_number, shortened
+from ldm.report.markup import Document, escaped, format_number, shortened
 from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
 
 PAGE_PAIRS = 24  # of each side
@@ -37,14 +37,15 @@ MIN_SIDE, MAX_SIDE = 96, 256
 # ---- as a page
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
+@dataclass(frozen=True, repr=False)
+class EvaluationResult:
     """An evaluation and its context.
 
     Attributes:
-        title: of the page: the model.
-        about: model, data, fingerprints.
-        notes: sentences that a reader must know before any number.
+        title: of the page: the model and its data.
+        about: model, run, data and their fingerprints.
+        notes: sentences to read before any number.
+        folder: of the files above.
     """
 
     title: str
@@ -52,25 +53,40 @@ class EvaluationReport:
     notes: Sequence[str]
     evaluation: Evaluation
     reference: Reference
-    sweep: Sweep | None = None
+    sweep: Sweep | None
+    folder: Path
 
-    def write(self, folder: Path) -> Path:
-        """Writes all four files, each atomically; returns the path of the page.
+    @property
+    def page(self) -> Path:
+        return self.folder / "evaluation.html"
+
+    def __repr__(self) -> str:
+        fidelity, numbers = self.evaluation.fidelity, ""
+        if fidelity is not None:
+            found = fidelity.generated
+            numbers = f"KID {found.kid.value:.4g}, precision {found.precision.value:.2f}, "
+        return f"EvaluationResult({self.title}: {self.evaluation.verdict.kind}, {numbers}page {self.page})"
+
+    def _repr_html_(self) -> str:
+        page = escaped(self.page.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width:100%;height:40rem;border:0"></iframe>'
+
+    def write(self) -> None:
+        """Writes all four files, each atomically.
 
         Raises:
             OSError: if they cannot be written.
         """
-        folder = disk.expand_user(folder)
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        hub.write_json(folder / "evaluation.json", self.to_dict())
+        disk.write_json(folder / "evaluation.json", self.to_dict())
         settings = {"settings": self.evaluation.settings}
         save_png(self._samples_sheet(), folder / "samples.png", settings)
         if self.evaluation.copying is not None:
             generated = to_pil(to_signed(self.evaluation.generated[0].images))
             sheet = nearest_sheet(generated, _LazyImages(self.reference.training), self.evaluation.copying)
             save_png(sheet, folder / "nearest.png", settings)
-        self._write_page(folder)
-        return folder / "evaluation.html"
+        self._write_page()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -110,13 +126,13 @@ class EvaluationReport:
                 rows.append([image for _, *both in pairs[start : start + SHEET_COLUMNS] for image in both])
         return contact_sheet(rows, size=_shown_size(rows[0][0]))
 
-    def _write_page(self, folder: Path) -> None:
+    def _write_page(self) -> None:
         evaluation = self.evaluation
         closer = nearest = None
         if evaluation.copying is not None:
             closer = describe_closer(evaluation.copying).capitalize()
             nearest = read_picture(
-                folder / "nearest.png",
+                self.folder / "nearest.png",
                 name="nearest.png",
                 alt="generated images beside their nearest training images",
                 caption="Images generated for training captions, each beside its nearest training image; the likeliest "
@@ -129,7 +145,7 @@ class EvaluationReport:
         lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
         lines += evaluation.left_out
         write_page(
-            folder / "evaluation.html",
+            self.page,
             "evaluation.html",
             self.title,
             settings=describe_settings(evaluation),
