@@ -10,7 +10,6 @@ checked before a model is loaded.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -37,6 +36,7 @@ from ldm.evaluation.features import FeatureSpace, feature_space, load_clip
 from ldm.evaluation.images import Reference, SampleCache, default_batch_size, subset
 from ldm.evaluation.sweep import Sweep, SweepGrid, model_digest, raw_model, sweep
 from ldm.pipelines import Pipeline, SamplingParams, save_png
+from ldm.pipelines.images import png_bytes
 from ldm.pipelines.pipeline import usable_device
 from ldm.pipelines.sampling import image_seeds
 from ldm.progress import progress_bar
@@ -545,9 +545,7 @@ class AutoencoderResult:
         return f"AutoencoderResult({self.settings['model']}: {numbers}, {found.images} images, {found.advice.action})"
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.worst.save(buffer, format="PNG")
-        return buffer.getvalue()
+        return png_bytes(self.worst)
 
 
 def evaluate_autoencoder(

@@ -1,8 +1,10 @@
 """The calls of `ldm`: what they return, show and refuse."""
 
+import io
 import json
 
 import pytest
+from PIL import Image
 
 import ldm
 from tests import tiny
@@ -48,6 +50,12 @@ def test_a_first_stage_is_measured(data):
     found = ldm.evaluate_autoencoder("openmoji-first-stage", data, options=options)
     assert found.to_dict()["images"] == 4 and found.report.advice.action in repr(found)
     assert found._repr_png_().startswith(b"\x89PNG")
+
+
+def test_generated_images_show_in_a_notebook(model):
+    found = ldm.Pipeline.from_pretrained(model)("a", seed=0, num_images_per_prompt=9)
+    with Image.open(io.BytesIO(found._repr_png_())) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 8 * 96 and sheet.height > 2 * 96
 
 
 def test_data_is_checked(data):

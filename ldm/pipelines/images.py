@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,13 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk.new_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 class ProgressStrip:

@@ -21,7 +21,7 @@ from ldm.diffusion.diffusers_schedulers import scheduler_class
 from ldm.diffusion.schedule import check_precision
 from ldm.models import UNet, set_attention_backend
 from ldm.pipelines.finite import FiniteCheck, NotFinite, image_names, is_finite, remedy
-from ldm.pipelines.images import check_images, from_pil, to_pil
+from ldm.pipelines.images import check_images, contact_sheet, from_pil, png_bytes, to_pil
 from ldm.pipelines.memory import CHUNK_BYTES, ChunkSizes, chunk_sizes, explain_out_of_memory, unet_bytes
 from ldm.pipelines.sampling import (
     SAMPLERS,
@@ -62,6 +62,11 @@ class PipelineOutput:
 
     images: list[Image.Image]
     seeds: list[int]
+
+    def _repr_png_(self) -> bytes:
+        """In a notebook: all images, eight a row."""
+        rows = [self.images[start : start + 8] for start in range(0, len(self.images), 8)]
+        return png_bytes(contact_sheet(rows, size=max(self.images[0].width, 96)))
 
 
 class Pipeline:
