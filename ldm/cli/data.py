@@ -54,7 +54,7 @@ def check_data_command(
 
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
-        from ldm.cli.data_text import report_text
+        from ldm.report.data_text import report_text
 
         print(report_text(report, full=full))
     if report.needs_attention:

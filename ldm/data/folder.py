@@ -6,8 +6,8 @@ import mmap
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import PurePosixPath
@@ -38,7 +38,7 @@ from ldm.data.files import (
     unsupported_reason,
 )
 from ldm.data.rows import LISTS, SUFFIXES, JsonRows, RowReader, open_rows
-from ldm.data.sources import Decoded, Sample, Skipped
+from ldm.data.sources import Decode, Listing, Sample, Skipped
 from ldm.progress import plural, printable
 
 METADATA, SIDECARS, FOLDERS = "metadata", "sidecars", "folders"
@@ -57,38 +57,6 @@ _FOLDERS_TO_TRY = 50
 _LARGE = 2**26
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 Key = TypeVar("Key")
-Decode = Callable[[bytes], Decoded]
-
-
-@dataclass
-class Listing:
-    """The samples of one source of captions.
-
-    Args:
-        name: as in data.caption_source: "metadata", "sidecars", "folders", "shards", or the path of a table.
-        covered: files that became a sample, or are in `skipped`.
-        uncovered: why other images are skipped.
-        error: why it has no captions, although it names images, which are in `named`.
-        files: its tables.
-        weak: images are named in an unusual column, so that others are preferred at a tie.
-        numbers: its captions have no letters and are in a column without a caption name.
-    """
-
-    name: str = ""
-    samples: list[Sample] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    covered: set[str] = field(default_factory=set)
-    uncovered: str = "no caption"
-    error: ValueError | None = None
-    named: set[str] = field(default_factory=set)
-    files: tuple[str, ...] = ()
-    weak: bool = False
-    numbers: bool = False
-
-    @cached_property
-    def images(self) -> set[str]:
-        """The images that it captions, or names."""
-        return {sample.id for sample in self.samples} or self.named
 
 
 def file_sample(found: FolderFiles, path: str, captions: list[str], group: str, decode: Decode) -> Sample:

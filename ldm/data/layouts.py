@@ -30,8 +30,6 @@ from ldm.data.folder import (
     FOLDERS,
     METADATA,
     SIDECARS,
-    Decode,
-    Listing,
     file_sample,
     read_classes,
     read_metadata,
@@ -55,7 +53,17 @@ from ldm.data.shards import (
     row_count,
     table_columns,
 )
-from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, NoCaptionsError, Sample, Skipped, Source
+from ldm.data.sources import (
+    BUILT_IN,
+    WAYS_OUT,
+    CaptionSource,
+    DataConfig,
+    Decode,
+    Listing,
+    NoCaptionsError,
+    Skipped,
+    Source,
+)
 from ldm.progress import plural, printable
 
 SHARDS = "shards"
@@ -82,7 +90,12 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
     source = _open(config, captioned)
     if not config.caption_templates:
         return source
-    return replace(source, samples=tuple(_with_templates(one, config.caption_templates) for one in source.samples))
+    samples = []
+    for sample in source.samples:  # append each caption in each template, without repetitions
+        filled = (template.replace("{}", text) for template in config.caption_templates for text in sample.captions)
+        new = tuple(text for text in dict.fromkeys(filled) if text not in sample.captions)
+        samples.append(replace(sample, captions=(*sample.captions, *new), templated=len(new)))
+    return replace(source, samples=tuple(samples))
 
 
 def _open(config: DataConfig, captioned: bool) -> Source:
@@ -124,15 +137,7 @@ def _decoder(config: DataConfig) -> Decode:
 
 def _read_dataset(dataset: Any, name: str, folder: Path | None, config: DataConfig, captioned: bool) -> Listing:
     columns = table_columns(name, dataset.features.arrow_schema, _columns(config), captioned)
-    samples, skipped = read_tables([ImageTable(name, dataset, columns)], folder, _decoder(config), captioned)
-    return Listing(SHARDS, samples, skipped)
-
-
-def _with_templates(sample: Sample, templates: tuple[str, ...]) -> Sample:
-    """Appends each caption in each template, without repetitions."""
-    filled = dict.fromkeys(template.replace("{}", caption) for template in templates for caption in sample.captions)
-    new = tuple(text for text in filled if text not in sample.captions)
-    return replace(sample, captions=(*sample.captions, *new), templated=len(new))
+    return Listing(SHARDS, *read_tables([ImageTable(name, dataset, columns)], folder, _decoder(config), captioned))
 
 
 def check_path(name: str) -> None:
@@ -353,9 +358,7 @@ def _read_shards(
     for name in paths:
         path = folder / name
         if suffix(name) == ".tar":
-            samples, skipped = read_tar(path, name, given.caption, decoder, captioned)
-            listing.samples += samples
-            listing.skipped += skipped
+            listing.add(*read_tar(path, name, given.caption, decoder, captioned))
         elif suffix(name) == ".parquet":
             columns = table_columns(printable(name), schemas[name], given, captioned)
             opened.append(
@@ -369,9 +372,7 @@ def _read_shards(
                 continue
             columns = table_columns(printable(name), dataset.features.arrow_schema, given, captioned)
             opened.append(ImageTable(name, dataset, columns))
-    samples, skipped = read_tables(opened, folder, decoder, captioned)
-    listing.samples += samples
-    listing.skipped += skipped
+    listing.add(*read_tables(opened, folder, decoder, captioned))
     return listing
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ from ldm.data.captions import (
 from ldm.data.files import CAPTION_FILES, IMAGES, nfc, read_file, suffix, unsupported_reason
 from ldm.data.rng import content_hash
 from ldm.data.rows import first_line, is_text, is_texts, to_python
-from ldm.data.sources import Decoded, Sample, Skipped
+from ldm.data.sources import Decode, Sample, Skipped
 from ldm.progress import printable
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
@@ -38,7 +38,6 @@ _ROW, _FAULT = "__row__", "__fault__"
 _COPY_VERSION = 2
 _CHUNK = 32  # rows, of a few MB each; reading one image of a copy reads one chunk
 _TAIL = 1024
-Decode = Callable[[bytes], Decoded]
 
 
 @dataclass(frozen=True)

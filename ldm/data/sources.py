@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -84,13 +85,13 @@ class DataConfig:
             raise ValueError(f"data.resolution is {self.resolution}; it is a number of pixels, at least 1")
         if self.crop not in ("center", "random"):
             raise ValueError(f'data.crop is "{self.crop}"; choose "center" or "random"')
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out is {self.held_out}; it is a fraction, at least 0 and below 1")
-        if self.skin_tones and self.path != "openmoji":
-            raise ValueError(f'data.skin_tones is for data.path "openmoji" only, not for "{self.path}"; leave it out')
-        for key, default in (("scenes", 4096), ("first_scene", 0), ("things", "common")):
-            if self.path != "scenes" and getattr(self, key) != default:
-                raise ValueError(f'data.{key} is for data.path "scenes" only, not for "{self.path}"; leave it out')
+        for key in ("held_out", "compose"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"data.{key} is {getattr(self, key)}; it is a fraction, at least 0 and below 1")
+        for path, keys in (("openmoji", ("skin_tones",)), ("scenes", ("scenes", "first_scene", "things"))):
+            for key in keys:
+                if self.path != path and getattr(self, key) != getattr(type(self), key):
+                    raise ValueError(f'data.{key} is for data.path "{path}" only, not for "{self.path}"; leave it out')
         self._check_compose()
         for key, minimum in (("scenes", 1), ("renew_every", 1), ("first_scene", 0)):
             if getattr(self, key) < minimum:
@@ -111,8 +112,6 @@ class DataConfig:
         _rgb(self.background)
 
     def _check_compose(self) -> None:
-        if not 0 <= self.compose < 1:
-            raise ValueError(f"data.compose is {self.compose}; it is a fraction, at least 0 and below 1")
         if self.compose > 0 and self.path == "scenes":
             raise ValueError('data.compose is not for data.path "scenes", which are composed already; leave it out')
         if self.compose > 0 and self.resolution < MIN_COMPOSED_RESOLUTION:
@@ -168,6 +167,9 @@ class Decoded:
     mode: str
     traits: tuple[str, ...] = ()
     alpha: Image.Image | None = field(default=None, compare=False, repr=False)
+
+
+Decode = Callable[[bytes], Decoded]
 
 
 class UnreadableError(ValueError):
@@ -274,6 +276,42 @@ class Source:
     curated: bool = False
     caption_sources: tuple[CaptionSource, ...] = ()
     captioned: bool = True
+
+
+@dataclass
+class Listing:
+    """The samples of one source of captions.
+
+    Args:
+        name: as in data.caption_source: "metadata", "sidecars", "folders", "shards", or the path of a table.
+        covered: files that became a sample, or are in `skipped`.
+        uncovered: why other images are skipped.
+        error: why it has no captions, although it names images, which are in `named`.
+        files: its tables.
+        weak: images are named in an unusual column, so that others are preferred at a tie.
+        numbers: its captions have no letters and are in a column without a caption name.
+    """
+
+    name: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    covered: set[str] = field(default_factory=set)
+    uncovered: str = "no caption"
+    error: ValueError | None = None
+    named: set[str] = field(default_factory=set)
+    files: tuple[str, ...] = ()
+    weak: bool = False
+    numbers: bool = False
+
+    @cached_property
+    def images(self) -> set[str]:
+        """The images that it captions, or names."""
+        return {sample.id for sample in self.samples} or self.named
+
+    def add(self, samples: list[Sample], skipped: list[Skipped]) -> None:
+        """Appends samples and skipped entries."""
+        self.samples += samples
+        self.skipped += skipped
 
 
 # The advice for a data set without captions.

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.cli.data_text import report_text
 from ldm.data import DataConfig
 from ldm.data.images import decode
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.pipelines.images import from_pil
+from ldm.report.data_text import report_text
 from tests.data import profiles
 
 WHITE = (255, 255, 255)

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.cli.data_text import report_text
 from ldm.data import CaptionedImages, DataConfig, Sample, collate, split
 from ldm.data.composer import Composer, Composition
 from ldm.data.images import decode
@@ -18,6 +17,7 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.data.scenes.render import RGB
+from ldm.report.data_text import report_text
 
 WORDS = (
     "ant",

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from ldm.cli.data_text import report_text
 from ldm.data import DataConfig, Sample, Skipped
 from ldm.data.inspection import Duplicate, ImageFormat, Inspection
 from ldm.data.report import DatasetReport, dataset_report, quoted
 from ldm.data.sources import Decoded
 from ldm.progress import plural
+from ldm.report.data_text import report_text
 
 
 def refuse(_: bytes) -> Decoded:
