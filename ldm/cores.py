@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -32,19 +33,13 @@ def _granted(root: Path) -> float:
         mount = root / "sys/fs/cgroup" / controllers  # of version 2, which names no controllers, the root itself
         innermost = mount / group.lstrip("/")
         for folder in (innermost, *innermost.parents):
-            granted = min(granted, _quota(folder))
+            for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, and 1
+                with suppress(OSError, ValueError):  # not there, or "max"
+                    texts = " ".join((folder / name).read_text(encoding="utf-8") for name in names)
+                    quota, period = map(int, texts.split())
+                    if quota > 0:
+                        granted = min(granted, quota / period)
+                        break
             if folder == mount:
                 break
     return granted
-
-
-def _quota(folder: Path) -> float:
-    """Microseconds of work a period over those of the period; infinite where nothing is limited."""
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, and 1
-        try:
-            quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
-            if int(quota) > 0:
-                return int(quota) / int(period)
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return math.inf

@@ -69,7 +69,9 @@ def _check_config(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return  # whoever needs this file says what is wrong with it
     for place, key, value in _entries(content):
-        if key in _KEYS and _says_something(key, value):
+        # Libraries take an empty quantization_config for one; of the other keys, an empty value is as good as none.
+        is_set = value is not None if key == "quantization_config" else bool(value)
+        if key in _KEYS and is_set:
             raise ValueError(f"{path} has the key {place}: {_KEYS[key]}")
         if _IMPLEMENTATION.fullmatch(key) and not _is_own(value):
             raise ValueError(
@@ -89,11 +91,6 @@ def _entries(content: Any) -> Iterator[tuple[str, str, Any]]:
                 stack.append((f"{place}{key}.", inner))
         elif isinstance(value, list):
             stack += [(place, inner) for inner in value]
-
-
-def _says_something(key: str, value: Any) -> bool:
-    # Libraries take an empty quantization_config for one; of the other keys, an empty value is as good as none.
-    return value is not None if key == "quantization_config" else bool(value)
 
 
 def _is_own(value: Any) -> bool:

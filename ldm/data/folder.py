@@ -220,7 +220,13 @@ def read_named_tables(
             continue
         based = names.base_folder(path, _names(rows, column))
         if based is None:
-            reasons[path] = _first_fault(names, path, rows, column)
+            reasons[path] = "it names no image"
+            for name in islice(_names(rows, column), _ROWS_TO_TRY):
+                try:
+                    names.resolve(parent_prefix(path), name)
+                except ValueError as error:
+                    reasons[path] = str(error)
+                    break
             continue
         table = NamingTable(path, rows, column, *based)
         if isinstance(rows, JsonRows) and rows.is_coco:
@@ -330,15 +336,6 @@ def _file_column(rows: RowReader, columns: Columns, others: tuple[str, ...] = ()
 
 def _names(rows: RowReader, column: str) -> Iterator[str]:
     return (name for row in rows.read([column]) if isinstance(name := row.cells.get(column), str) and name)
-
-
-def _first_fault(names: FileNames, path: str, rows: RowReader, column: str) -> str:
-    for name in islice(_names(rows, column), _ROWS_TO_TRY):
-        try:
-            names.resolve(parent_prefix(path), name)
-        except ValueError as error:
-            return str(error)
-    return "it names no image"
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,7 @@ from ldm.data.cache import RowCache
 from ldm.data.duplicates import THUMBNAIL, Bytes, near_duplicate_clusters, thumbnail
 from ldm.data.images import FORMATS, cutout_color
 from ldm.data.rng import content_hash
-from ldm.data.sources import CaptionSource, DataConfig, Decoded, Sample, Skipped, Source
+from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source
 
 # Images between two writes of the cache, which an interruption loses.
 _BLOCK = 256
@@ -195,14 +195,6 @@ class _Found(NamedTuple):
     cutout: tuple[int, int, int] | None
 
 
-def _info(decoded: Decoded) -> _Info:
-    image = decoded.image
-    hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
-    hashed.update(image.tobytes())
-    stored = ImageFormat(decoded.format, decoded.mode, decoded.traits)
-    return _Info(hashed.digest(), image.size, stored, cutout_color(decoded.alpha, image), thumbnail(image))
-
-
 def info_cache(config: DataConfig) -> RowCache:
     """The cache of image info by the hash of the file, in a folder named after everything else it depends on."""
     depends = (_VERSION, PIL.__version__, features.version("littlecms2"), FORMATS, config.background_rgb, _RECORD.descr)
@@ -297,7 +289,15 @@ def _examine(sample: Sample, known: Collection[str], captioned: bool) -> tuple[s
     try:
         data = sample.read()
         digest = content_hash(data)
-        return digest, None if digest in known else _info(sample.decode(data))
+        if digest in known:
+            return digest, None
+        decoded = sample.decode(data)
+        image = decoded.image
+        hashed = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+        hashed.update(image.tobytes())
+        stored = ImageFormat(decoded.format, decoded.mode, decoded.traits)
+        cutout = cutout_color(decoded.alpha, image)
+        return digest, _Info(hashed.digest(), image.size, stored, cutout, thumbnail(image))
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     except (ValueError, MemoryError) as error:

@@ -457,19 +457,12 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         paths = chosen
     splits: dict[str, list[str]] = {}
     for path in paths:
-        splits.setdefault(_split_of(path), []).append(path)
+        # The file name takes precedence over the folders.
+        words = (word for part in reversed(PurePosixPath(path).parts) for word in re.split(r"[-._ \d]+", part.lower()))
+        splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), "train"), []).append(path)
     wanted = _SPLITS.get(split, split)
     if wanted not in splits:
         raise ValueError(
             f'{where} has no split "{split}"; it has {", ".join(sorted(splits))}; set data.split to one of these'
         )
     return splits[wanted], wanted if len(splits) > 1 else None
-
-
-def _split_of(path: str) -> str:
-    # The file name takes precedence over the folders.
-    for part in reversed(PurePosixPath(path).parts):
-        for word in re.split(r"[-._ \d]+", part.lower()):
-            if word in _SPLITS:
-                return _SPLITS[word]
-    return "train"

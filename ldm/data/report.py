@@ -253,7 +253,13 @@ def _captions(
 
 def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
     sizes = sorted((sample.size for sample in used if sample.size), key=lambda size: (size[0] * size[1], size))
-    shapes = Counter(map(_shape, sizes))
+    shapes: Counter[str] = Counter()
+    for width, height in sizes:
+        if max(width, height) > _EXTREME * min(width, height):
+            shapes[_WIDER if width > height else _NARROWER] += 1
+        else:
+            w, h = min(_SHAPES, key=lambda shape: abs(math.log2(width * shape[1] / (height * shape[0]))))
+            shapes[f"{w}:{h}"] += 1
     sides = [_side(size, config) for size in sizes]
     ratios = (_NARROWER, *(f"{width}:{height}" for width, height in _SHAPES), _WIDER)
     return Sizes(
@@ -264,14 +270,6 @@ def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
         much_enlarged=sum(side < config.resolution / 2 for side in sides),
         shapes={name: shapes[name] for name in ratios if shapes[name]},
     )
-
-
-def _shape(size: Size) -> str:
-    width, height = size
-    if max(size) > _EXTREME * min(size):
-        return _WIDER if width > height else _NARROWER
-    w, h = min(_SHAPES, key=lambda shape: abs(math.log2(width * shape[1] / (height * shape[0]))))
-    return f"{w}:{h}"
 
 
 def _side(size: Size, config: DataConfig) -> float:

@@ -92,7 +92,11 @@ class _Csv:
             heads = {mark: next(self._reader(self.start, mark)) for mark in delimiters}
         except csv.Error as error:  # such as an endless line
             raise ValueError(f"not CSV: {error}") from error
-        self.delimiter = max(heads, key=lambda mark: (_names_files(heads[mark]), len(heads[mark])))
+
+        def names_files(head: list[str]) -> bool:  # a column of files, or an image in the first cell
+            return len(head) > 1 and (match_column(head, FILE_NAMES) is not None or is_image_name(head[0]))
+
+        self.delimiter = max(heads, key=lambda mark: (names_files(heads[mark]), len(heads[mark])))
         self.columns = [cell.strip() for cell in heads[self.delimiter]]
         # Flickr's lists number the captions: img.jpg| 0| a caption.
         counted = len(self.columns) > 2 and self.columns[1].isdigit()
@@ -173,11 +177,6 @@ def is_image_name(cell: str) -> bool:
     """Whether a cell is the name of an image, with or without Flickr's number."""
     name = re.sub(r"#\d+$", "", cell.strip())
     return suffix(name) in IMAGES and "\n" not in name
-
-
-def _names_files(cells: Sequence[str]) -> bool:
-    """Whether the first row has the name of a file column, or an image in its first cell."""
-    return len(cells) > 1 and (match_column(cells, FILE_NAMES) is not None or is_image_name(cells[0]))
 
 
 class _Parquet:
