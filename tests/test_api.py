@@ -62,6 +62,7 @@ def test_data_is_checked(data):
     report = ldm.check_data(data)
     assert (report.total, report.resolution) == (80, 64)
     assert ldm.check_data(ldm.DataConfig(path=data, resolution=8)).resolution == 8
+    assert f"{report.used} used" in repr(report) and len(repr(report)) < 300
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,10 @@ class DatasetReport:
     caption_sources: tuple[CaptionSource, ...] = ()
     composed: float = 0.0
 
+    def __repr__(self) -> str:
+        problems = plural(len(self.needs_attention), "problem") if self.needs_attention else "no problems"
+        return f"DatasetReport({self.summary()}; {problems})"
+
     def summary(self) -> str:
         """One line for the start of a training."""
         # A skipped entry may also be a table row or a caption.
