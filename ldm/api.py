@@ -411,13 +411,13 @@ def evaluate_axes(
     run = find_run(model)
     if run is None:
         raise ValueError(
-            f"{model} is not in a run folder, so its data is unknown; --axes is for models of scenes "
+            f"{model} is not in a run folder, so its data is unknown; the axes are for models of scenes "
             "(data.path: scenes)"
         )
     data = run.config.data
     if data.path != "scenes":
         raise ValueError(
-            f"{model} was trained on {data.path}, and --axes is for models of scenes (data.path: scenes); leave it out"
+            f"{model} was trained on {data.path}, and the axes are for models of scenes (data.path: scenes)"
         )
     classifier = load_scene_classifier()
     pipeline, opened = open_model(model, run, device)
@@ -487,7 +487,9 @@ class ImageOptions:
         if self.split == "all":
             others, used = (), everything
         if not used:
-            raise ValueError(f"nothing of {config.path} is held out at a fraction of {self.held_out}; use --split all")
+            raise ValueError(
+                f"nothing of {config.path} is held out at a fraction of {self.held_out}; measure all images (split all)"
+            )
         return others, used
 
 

@@ -347,7 +347,7 @@ def test_the_command_takes_an_autoencoder_a_pipeline_and_all_images(tmp_path, mo
         ([BUILT_IN, "digits", "--split", "training"], "split is training"),
         ([BUILT_IN, "digits", "--samples", "1"], "samples is 1"),
         ([BUILT_IN, "digits", "--samples", "100000"], "samples is 100000; there are 176 images (held-out)"),
-        ([BUILT_IN, "digits", "--held-out", "0"], "use --split all"),
+        ([BUILT_IN, "digits", "--held-out", "0"], "split all"),
         ([BUILT_IN, "digits", "--resolution", "30"], "image size 30x30 is not divisible by the codec's factor 4"),
         ([BUILT_IN, "digits", "--resolution", "4"], "resolution is 4; reconstructions need"),
         ([BUILT_IN, "digits", "--features", "fid"], 'there are no features "fid"'),
