@@ -97,11 +97,16 @@ def train(
         ValueError: if config, data or options are wrong, or another process failed and printed why.
         Stopped: if a signal stopped the run; it is saved.
     """
-    if isinstance(source, Config):
-        return run_training(source, resume=resume, accept=accept)
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
-        return run_training(load_any_config(path, overrides), resume=resume, accept=accept)
+    if accept and not resume:
+        raise ValueError(f"accept is {list(accept)}, keys that may differ from a resumed run; it needs resume=True")
+    path = None if isinstance(source, Config) else Path(source).expanduser()
+    if path is None or path.suffix in (".yaml", ".yml"):
+        if options:
+            raise ValueError(f"{', '.join(options)} choose a config for data; change a given config by its keys")
+        if path is None and overrides:
+            raise ValueError("overrides are for the path of a config or for data; change the config object")
+        config = source if isinstance(source, Config) else load_any_config(Path(source).expanduser(), overrides)
+        return run_training(config, resume=resume, accept=accept)
     from ldm.training.auto import auto_train, resume_run
     from ldm.training.auto_config import TrainOptions
 

@@ -65,3 +65,19 @@ def test_type_checkers_see_the_lazy_names():
     stub = ast.parse((ROOT / "ldm" / "__init__.pyi").read_text())
     names = {alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert names | {"__version__"} == set(ldm.__all__)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "named"),
+    [
+        ("nosuch.yaml", {}, "nosuch.yaml"),
+        (ROOT / "configs" / "digits.yaml", {"minutes": 3}, "minutes"),
+        ("folder", {"accept": ["code"]}, "resume=True"),
+        (load_config(ROOT / "configs" / "digits.yaml", [], LDMConfig), {"overrides": ["seed=1"]}, "overrides"),
+    ],
+)
+def test_arguments_that_do_not_apply_are_refused(source, arguments, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        ldm.train(source, **arguments)
+    assert list(tmp_path.iterdir()) == []
