@@ -56,7 +56,9 @@ NEEDED = {
     "diffusers": """
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
     StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler, VQModel)
+from diffusers.loaders import lora_conversion_utils
 from diffusers.training_utils import EMAModel
+from diffusers.utils import state_dict_utils
 """,
     "peft": """
 import peft.tuners.lora
