@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -151,6 +152,11 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 SHORT = 128 * 128
 
 
+# Without cuDNN, whose backward pass gives NaN for finite losses on Hopper cards (pytorch/pytorch#196678); it ended a
+# training of ours on an H200 after 888 steps.
+TRAINING_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v by torch: query [B, N, heads, d], key, value [B, L, heads, d] → [B, N, heads, d].
 
@@ -162,6 +168,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # scores in float32, as the kernel has them
             scores = query.float() @ key.float().transpose(2, 3) * query.shape[3] ** -0.5  # [B, heads, N, L]
             return (scores.softmax(dim=3).to(value.dtype) @ value).transpose(1, 2)
+    if query.is_cuda and torch.is_grad_enabled():
+        with sdpa_kernel(TRAINING_BACKENDS):
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 

@@ -23,6 +23,7 @@ from ldm.models import (
     enable_gradient_checkpointing,
     set_attention_backend,
 )
+from ldm.models.blocks import sdpa
 from ldm.text import load_text_encoder
 from tests import tiny
 from tests.text.conftest import model_and_tokenizer
@@ -195,6 +196,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(device: torch.device) -
         network(*inputs).square().mean().backward()
     for (name, one), two in zip(plain.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 64, 192])
+def test_attention_has_finite_gradients(tokens: int, device: torch.device) -> None:
+    """Where every score is so low that cuDNN's backward pass gives NaN (pytorch/pytorch#196678)."""
+    key = torch.randn(2, tokens, 4, 32, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    query = (-100 * key.mean(dim=1, keepdim=True)).expand(-1, 64, -1, -1).clone()
+    query, key = query.requires_grad_(), (key + 4 * key.mean(dim=1, keepdim=True)).requires_grad_()
+    value = key.detach().clone().requires_grad_()
+    sdpa(query, key, value).square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (query, key, value))
+
+
+def test_training_never_uses_cudnn_attention(device: torch.device) -> None:
+    inputs = [torch.randn(1, 64, 2, 32, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    functions, waiting = set(), [sdpa(*inputs).grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in functions:
+            functions.add(function)
+            waiting += [following for following, _ in function.next_functions]
+    assert not any("Cudnn" in function.name() for function in functions)
 
 
 def test_compiled(device: torch.device) -> None:
