@@ -1,4 +1,4 @@
-"""Arguments of the command line: paths with `~`, files that can be written, several values after one option."""
+"""Arguments of the command line: shared options, output paths, several values after one option."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from ldm import disk
+
+# Options of several commands.
+Steps = Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")]
+ImageColumn = Annotated[str | None, typer.Option(help="The column with images; detected by default.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="The column with captions; detected by default.")]
+CaptionSource = Annotated[
+    str | None, typer.Option(help="Which source of captions to use, if there are several: see docs/data.md.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")]
+HeldOut = Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")]
+Samples = Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")]
 
 # KEY=VALUE; a folder of such a name is written ./KEY=VALUE.
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
@@ -45,10 +59,10 @@ def repeat_options(args: Sequence[str]) -> list[str]:
 
 
 def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Path:
-    """The file to write, once sure that it can be: nothing is computed for a picture that cannot be kept.
+    """The file to write; checks that it can be written, before anything is computed.
 
     Args:
-        kinds: the endings that it may have.
+        kinds: allowed suffixes.
         what: what is written, and as what.
 
     Raises:
@@ -64,7 +78,7 @@ def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Pat
 
 
 def output_folder(option: str, path: Path) -> Path:
-    """The folder to write into, once sure that it can be made.
+    """The folder to write into; checks that it can be written.
 
     Raises:
         ValueError: naming the option.

@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ldm.cli.arguments import output_file, output_folder
+from ldm.cli.arguments import (
+    AsJson,
+    CaptionColumn,
+    CaptionSource,
+    Device,
+    Guidance,
+    HeldOut,
+    ImageColumn,
+    Samples,
+    Steps,
+    output_file,
+    output_folder,
+)
 
 autoencoder_app = typer.Typer(help="First stages: autoencoders between images and latents.", no_args_is_help=True)
 
@@ -40,8 +52,8 @@ def evaluate_command(
     held_out: Annotated[
         float | None, typer.Option(help="The fraction that training held out; read from a run, else 0.1.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Random seed for captions, noise and intervals.")] = 0,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try guidance scales and steps first, and use the best as defaults.")
@@ -56,18 +68,14 @@ def evaluate_command(
     prompts: Annotated[
         int | None, typer.Option(help="With --axes: maximum prompts per axis; 100 by default, and all single things.")
     ] = None,
-    image_column: Annotated[str | None, typer.Option(help="The column with images; detected by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The column with captions; detected by default.")] = None,
-    caption_source: Annotated[
-        str | None, typer.Option(help="Which source of captions to use, if there are several: see docs/data.md.")
-    ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    caption_source: CaptionSource = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the page, JSON and sheets; evaluation by default.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")
-    ] = None,
+    as_json: AsJson = False,
+    device: Device = None,
 ) -> None:
     """Generate images for captions of the data, and measure them against its images. Writes a page with the results.
 
@@ -150,8 +158,8 @@ def evaluate_autoencoder_command(
     split: Annotated[
         str, typer.Option(help="held-out (not seen in training), or all for one of other data.")
     ] = "held-out",
-    held_out: Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")] = 0.1,
-    samples: Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")] = None,
+    held_out: HeldOut = 0.1,
+    samples: Samples = None,
     resolution: Annotated[int | None, typer.Option(help="In pixels; that of the autoencoder by default.")] = None,
     buckets: Annotated[
         bool | None, typer.Option("--buckets/--squares", help="Images of several shapes: above 128 pixels by default.")
@@ -164,16 +172,14 @@ def evaluate_autoencoder_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for the choice of images.")] = 0,
     background: Annotated[str, typer.Option(help="The color behind transparent images.")] = "white",
-    image_column: Annotated[str | None, typer.Option(help="The column with images; detected by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The column with captions; detected by default.")] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A PNG with the twelve worst reconstructions.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    as_json: AsJson = False,
     tile: Annotated[str, typer.Option(help="As in ldm generate.", metavar="PIXELS")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Measure a first stage, and advise to use it, fine-tune its decoder, train one, or do without."""
     if output is not None:
@@ -218,8 +224,8 @@ def nll(
     model: Annotated[str, typer.Argument(help="A pipeline folder of a model of pixels, or a hub id.")],
     path: Annotated[str, typer.Argument(help="Captioned images: a folder, a file, or the id of a data set.")],
     split: Annotated[str, typer.Option(help="held-out (not seen in training) or all.")] = "held-out",
-    held_out: Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")] = 0.1,
-    samples: Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")] = None,
+    held_out: HeldOut = 0.1,
+    samples: Samples = None,
     steps_per_image: Annotated[
         int | None, typer.Option(help="Number of timesteps per image to estimate from, even; all by default.")
     ] = None,
@@ -227,18 +233,14 @@ def nll(
         str | None, typer.Option(help="small (the default) or large; not for a model with learned variances.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for noise, images and timesteps.")] = 0,
-    image_column: Annotated[str | None, typer.Option(help="The column with images; detected by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The column with captions; detected by default.")] = None,
-    caption_source: Annotated[
-        str | None, typer.Option(help="Which source of captions to use, if there are several: see docs/data.md.")
-    ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    caption_source: CaptionSource = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A plot of the terms over t: a .svg or .png file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")
-    ] = None,
+    as_json: AsJson = False,
+    device: Device = None,
 ) -> None:
     """Measure the variational bound of images under a model of pixels, in bits per dimension."""
     if output is not None:

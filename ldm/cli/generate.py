@@ -11,7 +11,7 @@ import typer
 
 import ldm
 from ldm import disk
-from ldm.cli.arguments import output_file
+from ldm.cli.arguments import Guidance, Steps, output_file
 
 if TYPE_CHECKING:
     from ldm.pipelines import PipelineOutput
@@ -34,8 +34,8 @@ def generate(
     ] = 1,
     seed: Annotated[int | None, typer.Option(help="Picture i has seed + i; a fresh one by default.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="ddim, ddpm, dpm++2m, …; a wrong name lists them all. The model's default otherwise."),
