@@ -82,7 +82,7 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimisation, common to both scripts.
+    """The optimization, common to both scripts.
 
     Args:
         max_steps: number of optimizer steps.
@@ -373,7 +373,7 @@ class LDMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLossConfig:
-    """What a first stage minimises: LDM (arXiv:2112.10752), Eq. 25.
+    """What a first stage minimizes: LDM (arXiv:2112.10752), Eq. 25.
 
     Args:
         reconstruction: "l1" or "l2": mean absolute or squared error of an image's values. Its weight is 1.

@@ -20,7 +20,7 @@ NOISE_BANDS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised. The square of (prediction − target) is averaged over a sample and weighted by its timestep.
+    """What is minimized. The square of (prediction − target) is averaged over a sample and weighted by its timestep.
 
     Args:
         weighting: "simple": no weight (DDPM, Eq. 14, for whatever is predicted). "vlb": the term L_t of the
@@ -78,7 +78,7 @@ def diffusion_loss(
         decoder: log p(x_0 | x_1), the term of "hybrid" at timestep 0.
 
     Returns:
-        [B] in the precision of `latents`; its mean is what is minimised. With "vlb" that mean, over timesteps drawn
+        [B] in the precision of `latents`; its mean is what is minimized. With "vlb" that mean, over timesteps drawn
         uniformly, is an estimate of the bound in bits per dimension, less what no network can change.
 
     Raises:

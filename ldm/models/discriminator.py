@@ -22,7 +22,7 @@ class DiscriminatorConfig:
         channels: of the first level; each level has twice as many as the one before, eight times these at most.
         levels: how often height and width are halved. The patch that a logit judges is about 54 pixels wide with 3
             levels, 26 with 2, 12 with 1.
-        norm_num_groups: of the group normalisation, which divides `channels`.
+        norm_num_groups: of the group normalization, which divides `channels`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -47,7 +47,7 @@ class DiscriminatorConfig:
 class PatchDiscriminator(nn.Module):
     """Images to logits, one a patch: positive where the patch is taken for a real one.
 
-    PatchGAN (arXiv:1611.07004), with two changes: group instead of batch normalisation, so that a logit depends on its
+    PatchGAN (arXiv:1611.07004), with two changes: group instead of batch normalization, so that a logit depends on its
     own image alone, and 3x3 instead of 4x4 in the layers that do not halve, so that 8 pixels a side are enough.
     """
 
@@ -75,7 +75,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Tensor:
-    """What the discriminator minimises: logits of images and of reconstructions, [B, 1, h, w] each → [B] float32.
+    """What the discriminator minimizes: logits of images and of reconstructions, [B, 1, h, w] each → [B] float32.
 
     Half the sum of both sides, each a mean over patches; 1 (hinge) or log 2 (non-saturating) for logits of 0.
     """
@@ -88,7 +88,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Ten
 
 
 def generator_loss(fake: Tensor, kind: AdversarialLoss) -> Tensor:
-    """What the autoencoder minimises: logits of its reconstructions [B, 1, h, w] → [B] float32, a mean over patches."""
+    """What the autoencoder minimizes: logits of its reconstructions [B, 1, h, w] → [B] float32, a mean over patches."""
     fake = fake.float()
     # The hinge has none on this side; GAN (arXiv:1406.2661), section 3: −log D(x̂), whose gradient does not vanish
     # where the discriminator is sure.

@@ -60,7 +60,7 @@ MIN_MAP_SIZE = 2
 class PerceptualDistance:
     """LPIPS (arXiv:1801.03924, Eq. 1) with a weight a map instead of one a channel.
 
-    Maps are normalised to length 1 over their channels at each place; the squared difference is averaged over places.
+    Maps are normalized to length 1 over their channels at each place; the squared difference is averaged over places.
     The distance is the mean over maps of these averages, each divided by what it is between two different images: 0 for
     the same image, about 1 for two that have nothing to do with each other.
 
