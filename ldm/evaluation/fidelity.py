@@ -51,8 +51,7 @@ class Gaussian:
         """From features [N, D] of any floating dtype.
 
         Raises:
-            ValueError: for another shape, non-finite values, and N <= D: the covariance would be singular, and most of
-                a distance would come from the missing samples.
+            ValueError: for another shape, non-finite values, and N <= D, where the covariance is singular.
         """
         values = _finite(features)
         count, dimensions = values.shape
@@ -80,7 +79,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
     It is FID (arXiv:1706.08500) only on the features of one Inception network (`FeatureSpace.is_fid`).
     """
-    return distance_between(Gaussian.fit(features), Gaussian.fit(reference))
+    one, other = check_features(features, reference, min_samples=1)
+    return distance_between(Gaussian.fit(one), Gaussian.fit(other))
 
 
 def distance_between(one: Gaussian, other: Gaussian) -> float:
@@ -88,8 +88,6 @@ def distance_between(one: Gaussian, other: Gaussian) -> float:
 
     Σ₁ Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed.
     """
-    if one.mean.shape != other.mean.shape:
-        raise ValueError(_different_features(len(one.mean), len(other.mean)))
     product = one.root @ other.covariance @ one.root
     # Negative eigenvalues, and a negative sum, are rounding.
     shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
@@ -109,7 +107,7 @@ def frechet_interval(features: Tensor, reference: Tensor) -> Interval:
     """
     one, other = check_features(features, reference, min_samples=MIN_FRECHET_IMAGES)
     Gaussian.fit(one)
-    return _exp_interval(_log_distance(one, Gaussian.fit(other)))
+    return _exp_interval(*_log_distance(one, Gaussian.fit(other)))
 
 
 def frechet_ratio(features: Tensor, held_out: Tensor, reference: Tensor, *, seed: int = 0) -> Interval:
@@ -117,8 +115,7 @@ def frechet_ratio(features: Tensor, held_out: Tensor, reference: Tensor, *, seed
 
     1 means: as far from the reference images as other real images are. Unlike the distance, the ratio is meaningful for
     N <= D: both sides miss as many directions. Both distances use min(N, H) samples, of the larger side 8 subsets,
-    whose distances are averaged. Its variance is that of one subset times (s + (1 − s) / 8), where s is the fraction
-    of the samples in a subset.
+    whose distances are averaged.
 
     Args:
         seed: for the subsets.
@@ -130,88 +127,59 @@ def frechet_ratio(features: Tensor, held_out: Tensor, reference: Tensor, *, seed
     real, _ = check_features(held_out, reference, min_samples=MIN_FRECHET_IMAGES)
     target = Gaussian.from_samples(other)
     count = min(len(one), len(real))
-    above = _subset_log_distance(one, count, target, seed, "generated")
-    below = _subset_log_distance(real, count, target, seed, "held out")
-    return _exp_interval(_Estimate(above.value - below.value, above.variance + below.variance))
+    above, variance_above = _subset_log_distance(one, count, target, seed, "generated")
+    below, variance_below = _subset_log_distance(real, count, target, seed, "held out")
+    return _exp_interval(above - below, variance_above + variance_below)
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """The logarithm of a distance, and its variance."""
+def _subset_log_distance(
+    features: Tensor, count: int, reference: Gaussian, seed: int, name: str
+) -> tuple[float, float]:
+    """The logarithm of the mean distance of `count` samples out of all, and its variance.
 
-    value: float
-    variance: float
-
-
-def _subset_log_distance(features: Tensor, count: int, reference: Gaussian, seed: int, name: str) -> _Estimate:
-    """Of the mean distance of `count` samples out of all."""
+    That is the variance of one subset times s + (1 − s) / 8, where s is the fraction of the samples in a subset.
+    """
     if count == len(features):
         return _log_distance(features, reference)
     rng = generator(seed, "frechet", name)
     subsets = [features[torch.from_numpy(rng.permutation(len(features))[:count])] for _ in range(RATIO_SUBSETS)]
-    first = _log_distance(subsets[0], reference)
-    distances = [math.exp(first.value)] + [_SubsetDistance(subset, reference)() for subset in subsets[1:]]
+    first, variance = _log_distance(subsets[0], reference)
+    distances = [math.exp(first), *(_distances(subset, reference, 0)[0] for subset in subsets[1:])]
     shared = count / len(features)
-    variance = first.variance * (shared + (1 - shared) / RATIO_SUBSETS)
-    return _Estimate(math.log(math.fsum(distances) / RATIO_SUBSETS), variance)
+    return math.log(math.fsum(distances) / RATIO_SUBSETS), variance * (shared + (1 - shared) / RATIO_SUBSETS)
 
 
-def _log_distance(features: Tensor, reference: Gaussian) -> _Estimate:
-    distance = _SubsetDistance(features, reference)
-    # Groups take every 20th sample: features may be sorted by caption or class.
-    without = [distance(left_out=group) for group in range(JACKKNIFE_GROUPS)]
-    return _Estimate(math.log(distance()), jackknife_variance(torch.tensor(without, dtype=torch.float64).log()))
+def _log_distance(features: Tensor, reference: Gaussian) -> tuple[float, float]:
+    """The logarithm of the distance of samples [n, D], and its variance."""
+    distance, *without = _distances(features, reference, JACKKNIFE_GROUPS)
+    return math.log(distance), jackknife_variance(torch.tensor(without, dtype=torch.float64).log())
 
 
-def _exp_interval(estimate: _Estimate) -> Interval:
-    half_width = student_quantile(0.95, JACKKNIFE_GROUPS - 1) * math.sqrt(estimate.variance)
-    return Interval(*(math.exp(estimate.value + sign * half_width) for sign in (0, -1, 1)))
+def _exp_interval(value: float, variance: float) -> Interval:
+    half_width = student_quantile(0.95, JACKKNIFE_GROUPS - 1) * math.sqrt(variance)
+    return Interval(*(math.exp(value + sign * half_width) for sign in (0, -1, 1)))
 
 
-class _SubsetDistance:
-    """The distance of samples [n, D] to a reference: of all, or without one group of the jackknife.
+def _distances(features: Tensor, reference: Gaussian, groups: int) -> list[float]:
+    """1 + groups distances of samples [n, D] to a reference: of all, and without each group of the jackknife.
 
-    For n <= D no [D, D] matrix is decomposed: with rows X the centered samples, Σ₁ Σ₂ has the eigenvalues of the [n, n]
-    matrix X Σ₂ Xᵀ / (n − 1), and zeros.
+    With rows X the centered samples, Σ₁ Σ₂ has the eigenvalues of YᵀY / (n − 1) and of YYᵀ / (n − 1), Y = X Σ₂^½.
     """
-
-    def __init__(self, features: Tensor, reference: Gaussian) -> None:
-        self.x = features - reference.mean  # [n, D]
-        self.reference = reference
-        self.use_gram = len(features) <= features.shape[1]
-        if self.use_gram:
-            self.gram = self.x @ self.x.T  # [n, n]
-            self.weighted = self.x @ reference.covariance @ self.x.T  # [n, n]
-        else:
-            self.total = self.x.T @ self.x  # [D, D]
-
-    def __call__(self, left_out: int | None = None) -> float:
-        rows = torch.ones(len(self.x), dtype=torch.bool)
-        if left_out is not None:
-            rows[left_out::JACKKNIFE_GROUPS] = False
-        squares, own_trace, eigenvalues = self._from_gram(rows) if self.use_gram else self._from_covariance(rows)
-        shared = eigenvalues.clamp(min=0).sqrt().sum()  # below 0 is rounding
-        trace = self.reference.covariance.trace()
-        distance = float(squares + own_trace + trace - 2 * shared)
+    x, trace = features - reference.mean, reference.covariance.trace()  # [n, D]
+    y, rows, found = x @ reference.root, torch.arange(len(x)), []
+    for group in range(-1, groups):
+        # Groups take every 20th sample: features may be sorted by caption or class.
+        some = x if group < 0 else x[rows % groups != group]
+        product = y if group < 0 else y[rows % groups != group]
+        product = product - product.mean(dim=0)
+        product = product @ product.T if len(x) <= x.shape[1] else product.T @ product  # the smaller one
+        eigenvalues = torch.linalg.eigvalsh(product).clamp(min=0) / (len(some) - 1)  # below 0 is rounding
+        own = some.mean(dim=0).square().sum() + some.var(dim=0).sum()
+        distance = float(own + trace - 2 * eigenvalues.sqrt().sum())
         if distance <= MIN_RELATIVE_DISTANCE * float(trace):
             raise ValueError("the features equal those of the reference; give other images than the reference")
-        return distance
-
-    def _from_gram(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """‖μ₁ − μ₂‖², tr Σ₁, and the eigenvalues of Σ₁ Σ₂ that may be nonzero."""
-        gram, weighted = self.gram[rows][:, rows], self.weighted[rows][:, rows]
-        count, squares = len(gram), gram.mean()
-        weighted = weighted - weighted.mean(dim=0)
-        weighted = weighted - weighted.mean(dim=1, keepdim=True)
-        values = torch.linalg.eigvalsh((weighted + weighted.T) / (2 * (count - 1)))
-        return squares, (gram.trace() - count * squares) / (count - 1), values
-
-    def _from_covariance(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        left_out, count = self.x[~rows], int(rows.sum())
-        mean = self.x[rows].mean(dim=0)
-        covariance = (self.total - left_out.T @ left_out - count * torch.outer(mean, mean)) / (count - 1)
-        product = self.reference.root @ covariance @ self.reference.root
-        return mean.square().sum(), covariance.trace(), torch.linalg.eigvalsh((product + product.T) / 2)
+        found.append(distance)
+    return found
 
 
 # ---- kernel distance
@@ -245,9 +213,8 @@ def _mmd2(x: Tensor, y: Tensor) -> tuple[float, float]:
     n, m = len(x), len(y)
     within_x, within_y = (_kernel_sums(z, z)[0] - (z.square().mean(dim=1) + 1).pow(3) for z in (x, y))  # [n], [m]
     across_x, across_y = _kernel_sums(x, y)  # [n], [m]
-    mean_x, mean_y = within_x.sum() / (n * (n - 1)), within_y.sum() / (m * (m - 1))
     across = across_x.sum()
-    value = mean_x + mean_y - 2 * across / (n * m)
+    value = within_x.sum() / (n * (n - 1)) + within_y.sum() / (m * (m - 1)) - 2 * across / (n * m)
     # MMD² without the i-th x, and without the j-th y.
     without_x = (within_x.sum() - 2 * within_x) / ((n - 1) * (n - 2)) - 2 * (across - across_x) / ((n - 1) * m)  # [n]
     without_y = (within_y.sum() - 2 * within_y) / ((m - 1) * (m - 2)) - 2 * (across - across_y) / (n * (m - 1))  # [m]
@@ -319,9 +286,8 @@ class PrecisionRecall:
 def precision_recall(features: Tensor, reference: Tensor) -> PrecisionRecall:
     """Improved precision and recall (arXiv:1904.06991) of features [N, D] against reference [M, D].
 
-    A set is represented by balls around its points that reach to their third nearest neighbor. Precision is the
-    fraction of generated points inside the balls of the real ones (Eqs. 1 and 2), recall the fraction of real points
-    inside the balls of the generated ones. Recall grows with N: compare it at equal N.
+    Each point has a ball that reaches to its third nearest neighbor. Precision is the fraction of generated points
+    inside the balls of the real ones (Eqs. 1 and 2), recall the reverse. Recall grows with N: compare it at equal N.
 
     The intervals are for other N images of the same model. Wilson's, for precision with count N, for recall with the
     count that would give the jackknife's variance over 20 groups of generated images, and min(N, M) at most.
@@ -395,7 +361,9 @@ def check_features(features: Tensor, reference: Tensor, min_samples: int) -> tup
     """
     one, other = _finite(features), _finite(reference)
     if one.shape[1] != other.shape[1]:
-        raise ValueError(_different_features(one.shape[1], other.shape[1]))
+        raise ValueError(
+            f"the two sets have {one.shape[1]} and {other.shape[1]} features a sample; they must be the same features"
+        )
     if min(len(one), len(other)) < min_samples:
         raise ValueError(f"there are {len(one)} samples against {len(other)}; give at least {min_samples} on each side")
     return one, other
@@ -411,10 +379,6 @@ def _finite(features: Tensor) -> Tensor:
             "are not finite; check their images"
         )
     return values
-
-
-def _different_features(one: int, other: int) -> str:
-    return f"the two sets have {one} and {other} features a sample; they must be the same features"
 
 
 # ---- all metrics of generated and held-out images
@@ -448,7 +412,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class FidelityMetrics:
-    """Metrics of one kind of images against the training images.
+    """Of one kind of images against the training images.
 
     Attributes:
         frechet: None where either side has no more images than features.
@@ -503,7 +467,16 @@ def measure_fidelity(
     Raises:
         ValueError: for fewer than 50 generated or training images, features of another space, and non-finite features.
     """
-    _check_space(generated, training, held_out, space)
+    for name, features in (("generated", generated), ("training", training), ("held-out", held_out)):
+        if features is not None and (features.ndim != 2 or features.shape[1] != space.dimensions):
+            raise ValueError(
+                f"features of the {name} images have shape {list(features.shape)}; {space.name} features are "
+                f"[images, {space.dimensions}]"
+            )
+        if features is not None and name != "held-out" and len(features) < MIN_IMAGES:
+            raise ValueError(
+                f"there are {len(features)} {name} images; at least {MIN_IMAGES} are needed for useful intervals"
+            )
     found = 0 if held_out is None else len(held_out)
     left_out: list[str] = []
     if held_out is None or found < MIN_IMAGES:
@@ -515,17 +488,8 @@ def measure_fidelity(
     equal_count = len(generated) if held_out is None else min(len(generated), found)
 
     def metric(name: str, value: Interval, images: ImageKind, samples: int, yardstick: int | None = None) -> Metric:
-        return Metric(
-            name=name,
-            value=value.mean,
-            low=value.low,
-            high=value.high,
-            images=images,
-            samples=samples,
-            yardstick=yardstick,
-            reference_samples=len(training),
-            features=space.label(),
-        )
+        ends = value.mean, value.low, value.high
+        return Metric(name, *ends, images, samples, yardstick, len(training), space.label())
 
     def metrics(features: Tensor, images: ImageKind) -> FidelityMetrics:
         count, found = len(features), precision_recall(features, training)
@@ -535,7 +499,8 @@ def measure_fidelity(
             recall = precision_recall(features[torch.from_numpy(order)], training).recall
         frechet = None
         if min(count, len(training)) > space.dimensions:
-            frechet = metric(frechet_name(space), frechet_interval(features, training), images, count)
+            name = "FID" if space.is_fid else "Fréchet distance"
+            frechet = metric(name, frechet_interval(features, training), images, count)
         else:
             left_out.append(
                 f"Left out: the Fréchet distance of {count:,} {images} images to {len(training):,} training images; "
@@ -555,23 +520,3 @@ def measure_fidelity(
     of_generated = metrics(generated, "generated")
     of_held_out = None if held_out is None else metrics(held_out, "held-out")
     return Fidelity(space.label(), ratio, of_generated, of_held_out, tuple(left_out))
-
-
-def frechet_name(space: FeatureSpace) -> str:
-    """What the Fréchet distance in a space is called."""
-    return "FID" if space.is_fid else "Fréchet distance"
-
-
-def _check_space(generated: Tensor, training: Tensor, held_out: Tensor | None, space: FeatureSpace) -> None:
-    for name, features in (("generated", generated), ("training", training), ("held-out", held_out)):
-        if features is None:
-            continue
-        if features.ndim != 2 or features.shape[1] != space.dimensions:
-            raise ValueError(
-                f"features of the {name} images have shape {list(features.shape)}; {space.name} features are "
-                f"[images, {space.dimensions}]"
-            )
-        if name != "held-out" and len(features) < MIN_IMAGES:
-            raise ValueError(
-                f"there are {len(features)} {name} images; at least {MIN_IMAGES} are needed for useful intervals"
-            )

@@ -1,17 +1,17 @@
 """Does a model memorize: are generated images closer to single training images than unseen real images are?
 
-The score of an image is the distance to its nearest training image, over that to the nearest other one (not a variant
-of the first): near 0 for a copy, however noisy, near 1 for an image that resembles many. (Ratio of distances:
-arXiv:2301.13188; comparison with unseen data: arXiv:2004.05675.) The threshold is a quantile of the scores of unseen
-real images: held-out ones or, if these are few, training images left out in turn. An unseen image is exchangeable with
-them, so the number of scores below the threshold has a known distribution.
+The score of an image is the distance to its nearest training image over that to the nearest other one that is no
+variant of it (arXiv:2301.13188): near 0 for a copy, near 1 for an image that resembles many. The threshold is a
+quantile of the scores of unseen real images (arXiv:2004.05675): held-out ones or, if these are few, training images
+left out in turn. The number of unseen images below it has a known distribution.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ _ROWS = 256
 def color_layout(images: Tensor) -> Tensor:
     """Colors averaged to 8×8 cells: images [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64.
 
-    Copies are searched in these and not in features of a network, which see noise and would call a noisy copy new;
-    average colors hardly change under noise, blur or an autoencoder.
+    They hardly change under noise, blur or an autoencoder; in features of a network a noisy copy would be new.
 
     Raises:
         ValueError: for images below 8×8.
@@ -73,9 +72,8 @@ class TrainingFeatures:
     """Features of the training images, and which of them are variants of one another.
 
     Attributes:
-        variants: [N, D] features as they are and, if training flips, mirrored.
-        groups: int64 [N].
-        has_groups: whether groups were given; otherwise each image is its own.
+        variants: [N, D] features and, if training flips, those of mirrored images.
+        groups: int64 [N]; each image is its own unless `has_groups`.
         radius: images closer than this are variants of one another.
     """
 
@@ -121,33 +119,24 @@ class TrainingFeatures:
         return torch.stack([torch.cdist(features, one, compute_mode=mode) for one in self.variants]).amin(dim=0)
 
     def nearest(self, features: Tensor, leave_out: Tensor | None = None) -> NearestNeighbors:
-        """Of features [n, D].
-
-        Args:
-            leave_out: int64 [n]: indices of the training images that the features are of; each is compared with images
-                of other groups.
-        """
+        """Of features [n, D]; with `leave_out`, int64 [n], of these training images, each among other groups."""
         parts = []
-        for start in range(0, len(features), _ROWS):
-            own = None if leave_out is None else leave_out[start : start + _ROWS]
-            parts.append(self._nearest(features[start : start + _ROWS].double(), own))
-        return NearestNeighbors(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
-
-    def _nearest(self, features: Tensor, own: Tensor | None) -> NearestNeighbors:
-        distances = self.distances(features)  # [n, N]
-        if own is not None:
-            # Groups define what is held out together; without them, the distance does.
-            excluded = self.groups[own][:, None] == self.groups
-            if not self.has_groups:
-                excluded = excluded | (distances < self.radius)
-            distances = distances.masked_fill(excluded, math.inf)
-        distance, index = distances.min(dim=1)
-        between = self.distances(self.variants[0][index])  # [n, N]
-        variants = (self.groups[index][:, None] == self.groups) | (between < self.radius)
-        others = distances.masked_fill(variants, math.inf).amin(dim=1)
-        apart = between.masked_fill(variants, math.inf).amin(dim=1)
-        ratio = distance / others
-        return NearestNeighbors(index, distance, ratio.masked_fill(others.isinf(), 1.0), distance < apart)
+        for rows in torch.arange(len(features)).split(_ROWS):
+            distances = self.distances(features[rows].double())  # [b, N]
+            if leave_out is not None:
+                # Groups define what is held out together; without them, the distance does.
+                excluded = self.groups[leave_out[rows]][:, None] == self.groups
+                if not self.has_groups:
+                    excluded = excluded | (distances < self.radius)
+                distances = distances.masked_fill(excluded, math.inf)
+            distance, index = distances.min(dim=1)
+            between = self.distances(self.variants[0][index])  # [b, N]
+            variants = (self.groups[index][:, None] == self.groups) | (between < self.radius)
+            others = distances.masked_fill(variants, math.inf).amin(dim=1)
+            apart = between.masked_fill(variants, math.inf).amin(dim=1)
+            ratio = (distance / others).masked_fill(others.isinf(), 1.0)
+            parts.append((index, distance, ratio, distance < apart))
+        return NearestNeighbors(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def distinct(features: Tensor, radius: float) -> Tensor:
@@ -206,9 +195,7 @@ class Copying:
     """How close M generated images are to training images.
 
     Attributes:
-        nearest: int64 [M], index of the nearest training image.
-        distance: float64 [M], in units of the features.
-        ratio: float64 [M], from 0, a copy, to 1.
+        nearest, distance, ratio: of `NearestNeighbors`, [M] each.
         threshold: images with a ratio below it are `flagged`, a bool [M].
         flagged_fraction: of all images; `expected` is that of unseen real images.
         distinct: images that neither are near-duplicates of an earlier one nor have the same nearest training image;
@@ -235,16 +222,28 @@ class Copying:
     held_out_closer: CountedFraction | None
     calibrated_on: tuple[int, int]
 
+    def describe(self) -> str:
+        """The flagged images and the calibration, as a part of a sentence."""
+        flagged = self.flagged_fraction
+        numbers = flagged.fraction, flagged.low, flagged.high, 1 - self.expected
+        percent, low, high, unseen = (f"{100 * number:.0f} %" for number in numbers)
+        own = f"; of held-out images {100 * self.held_out.fraction:.0f} % are" if self.held_out else ""
+        kinds = zip(self.calibrated_on, ("held-out images", "training images left out in turn"), strict=True)
+        return (
+            f"{flagged.count} of {flagged.total} images ({percent}, 95 % interval {low} to {high}) are closer to one "
+            f"training image than {unseen} of unseen images{own} (calibrated on "
+            f"{' and '.join(f'{count} {kind}' for count, kind in kinds if count)})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        keys = {"flagged": "suspect", "flagged_fraction": "suspects"}
         plain: dict[str, Any] = {}
         for name, value in vars(self).items():
-            if isinstance(value, Tensor | tuple):
-                value = list(value) if isinstance(value, tuple) else value.tolist()
             if isinstance(value, CountedFraction):
                 value = vars(value) | {"share": value.fraction}
-            plain[keys.get(name, name)] = value
+            elif isinstance(value, Tensor):
+                value = value.tolist()
+            plain[{"flagged": "suspect", "flagged_fraction": "suspects"}.get(name, name)] = value
         return plain
 
 
@@ -259,13 +258,12 @@ def find_copies(
 ) -> Copying:
     """Compares generated images with all training images, and with unseen real images.
 
-    The threshold is the `QUANTILE` of the ratios of held-out images, if there are `MIN_HELD_OUT`; otherwise also of
+    The threshold is the `QUANTILE` of the ratios of held-out images and, if these are fewer than `MIN_HELD_OUT`, of
     training images, each compared with those of other groups.
 
     Args:
         generated, training, held_out: features [M, D], [N, D], [H, D], such as `color_layout`.
-        groups: `Sample.group` of the training images: variants of one image share it. Held-out images must be of other
-            groups, as after `ldm.data.split`. None: each image is its own group.
+        groups: `Sample.group` of the training images, None if each is its own; held-out images are of other groups.
         mirrored: [N, D], the training images flipped; give them if training flips.
         seed: for the subset of training images to leave out, if there are more than 2,048.
 
@@ -290,7 +288,18 @@ def find_copies(
     threshold = float(ratios[rank - 1])
     found = known.nearest(generated)
     flagged = found.ratio < threshold
-    evidence = CountedFraction.from_mask(flagged[_evidence(generated, known.groups[found.index], known.radius)])
+    # One image per set of near-duplicates and per nearest group: a repeated image would be flagged each time, and
+    # images of other data (digits for a model of photographs) may all have the same dark photograph as their nearest.
+    first_of = {int(known.groups[found.index[i]]): i for i in reversed(distinct(generated, known.radius).tolist())}
+    evidence = flagged[sorted(first_of.values())]
+    count, total, above = int(evidence.sum()), len(evidence), len(ratios) + 1 - rank
+    # If all images have one distribution, the number of `total` new ones below the threshold, which is itself a
+    # sample, is beta-binomial: P(X >= count) is the sum of C(total, x) B(x + rank, total - x + above) / B(rank, above).
+    logs = [
+        _log_beta(x + rank, total - x + above) - _log_beta(x + 1, total - x + 1) - math.log(total + 1)
+        for x in range(count, total + 1)
+    ]
+    chance = min(math.fsum(math.exp(log - _log_beta(rank, above)) for log in logs), 1.0)
     return Copying(
         nearest=found.index,
         distance=found.distance,
@@ -299,8 +308,8 @@ def find_copies(
         flagged=flagged,
         flagged_fraction=CountedFraction.from_mask(flagged),
         expected=rank / (len(ratios) + 1),
-        distinct=evidence.total,
-        chance=_p_value(evidence.count, evidence.total, rank, len(ratios) + 1 - rank),
+        distinct=total,
+        chance=chance,
         variants=CountedFraction.from_mask(flagged & (found.distance < known.radius)),
         held_out=None if unseen is None else CountedFraction.from_mask(unseen.ratio < threshold),
         closer=CountedFraction.from_mask(found.closer),
@@ -309,49 +318,14 @@ def find_copies(
     )
 
 
-def _evidence(generated: Tensor, nearest_groups: Tensor, radius: float) -> list[int]:
-    """Indices of the first of each set of near-duplicates, and of these the first for each nearest group.
-
-    A repeated image is flagged each time. And images of other data, such as digits for a model of photographs, may all
-    have the same dark photograph as their nearest.
-    """
-    seen: set[int] = set()
-    chosen = []
-    for index in distinct(generated, radius).tolist():
-        if int(nearest_groups[index]) not in seen:
-            seen.add(int(nearest_groups[index]))
-            chosen.append(index)
-    return chosen
-
-
-def _p_value(count: int, total: int, below: int, above: int) -> float:
-    """P(X >= count), for X of `total` new values below the `below`-th of below + above − 1 old ones.
-
-    If all have one distribution, X is beta-binomial: this accounts for the threshold being a sample itself.
-    """
-
-    def log_beta(a: float, b: float) -> float:
-        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-    terms = [
-        math.exp(
-            math.lgamma(total + 1)
-            - math.lgamma(x + 1)
-            - math.lgamma(total - x + 1)
-            + log_beta(x + below, total - x + above)
-            - log_beta(below, above)
-        )
-        for x in range(count, total + 1)
-    ]
-    return min(math.fsum(terms), 1.0)
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
 def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Image], copying: Copying) -> Image.Image:
     """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first.
 
-    Args:
-        generated, training: in the order of the features given to `find_copies`; only the training images that are
-            shown are read.
+    Images are in the order of the features given to `find_copies`; only training images that are shown are read.
 
     Raises:
         ValueError: for another number of images than `copying` has.
@@ -396,6 +370,14 @@ class BandGap:
         """Lower end of the 95 % interval of the gap over the loss on training images; −∞ without an interval."""
         return -math.inf if math.isnan(self.interval) else (self.gap - self.interval) / max(self.training, 1e-12)
 
+    def describe(self) -> str:
+        """The losses, as a part of a sentence."""
+        half_width = "" if math.isnan(self.interval) else f" ± {self.interval:.2g}"
+        return (
+            f"at timesteps {self.first} to {self.last} the loss is {self.training:.3g} on training and "
+            f"{self.held_out:.3g} on held-out images (gap {self.gap:.2g}{half_width})"
+        )
+
 
 @dataclass(frozen=True)
 class LossGap:
@@ -412,11 +394,9 @@ class LossGap:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; an unknown interval is None."""
-        plain: dict[str, Any] = asdict(self)
-        for band in plain["bands"]:
-            band["interval"] = None if math.isnan(band["interval"]) else band["interval"]
-        plain["bands"] = list(plain["bands"])
-        return plain
+        intervals = (None if math.isnan(band.interval) else band.interval for band in self.bands)
+        bands = [vars(band) | {"interval": interval} for band, interval in zip(self.bands, intervals, strict=True)]
+        return vars(self) | {"bands": bands}
 
 
 @torch.inference_mode()
@@ -447,75 +427,47 @@ def loss_gap(
     for name, value in (("images", images), ("draws", draws)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    losses = _BandLosses(pipeline, draws, seed, progress)
-    ours, theirs = losses(training, images), losses(held_out, images)  # [N, bands], [M, bands]
-    bands = []
-    for number, band in enumerate(noise_bands(losses.schedule.num_train_timesteps)):
-        a, b = ours[:, number], theirs[:, number]
-        means = float(a.mean()), float(b.mean())
-        bands.append(BandGap(band[0], band[-1], *means, means[1] - means[0], _half_width(a, b)))
-    return LossGap(tuple(bands), len(ours), len(theirs), draws)
+    schedule, like = NoiseSchedule.from_config(pipeline.schedule), pipeline.unet.conv_in.weight
+    steps, denoiser = schedule.num_train_timesteps, without_variance(pipeline.unet)
 
-
-class _BandLosses:
-    """The loss of images, by band."""
-
-    def __init__(self, pipeline: Pipeline, draws: int, seed: int, progress: Callable[[int], object]) -> None:
-        self.pipeline, self.draws, self.seed, self.progress = pipeline, draws, seed, progress
-        self.schedule = NoiseSchedule.from_config(pipeline.schedule)
-        self.like = pipeline.unet.conv_in.weight
-
-    def __call__(self, data: CaptionedImages, max_images: int) -> Tensor:
+    def losses_of(data: CaptionedImages) -> Tensor:
         """[N, bands] float64: the mean of each image over its draws."""
-        order = generator(self.seed, "loss gap", "images").permutation(len(data))[:max_images].tolist()
+        order = generator(seed, "loss gap", "images").permutation(len(data))[:images].tolist()
         positions = {index: position for position, index in enumerate(order)}
-        losses = torch.empty(len(order), NOISE_BANDS, dtype=torch.float64)
-        for chunk in data.chunks(len(data)):
-            selected = [index for index in chunk if index in positions]
-            for start in range(0, len(selected), BATCH_SIZE):
-                batch = selected[start : start + BATCH_SIZE]
-                rows = [positions[index] for index in batch]
-                losses[rows] = self._losses(data, batch, rows)
-        return losses
-
-    def _losses(self, data: CaptionedImages, indices: list[int], positions: list[int]) -> Tensor:
-        codec = self.pipeline.codec
-        pixels = to_signed(torch.stack([data.image_at(index) for index in indices])).to(self.like)
-        latents = codec.sample_latents(codec.moments(pixels))  # [b, C, h, w]
-        states = self.pipeline.text_encoder([data.samples[index].captions[0] for index in indices]).to(self.like)
-        losses = torch.zeros(len(indices), NOISE_BANDS, dtype=torch.float64)
-        for band in range(NOISE_BANDS):
-            for draw in range(self.draws):
-                timesteps, noise = self._noise(positions, band, draw, latents)
+        losses = torch.zeros(len(order), NOISE_BANDS, dtype=torch.float64)
+        chosen = ([index for index in chunk if index in positions] for chunk in data.chunks(len(data)))
+        for batch in (chunk[at : at + BATCH_SIZE] for chunk in chosen for at in range(0, len(chunk), BATCH_SIZE)):
+            rows = [positions[index] for index in batch]
+            pixels = to_signed(torch.stack([data.image_at(index) for index in batch])).to(like)
+            latents = pipeline.codec.sample_latents(pipeline.codec.moments(pixels))  # [b, C, h, w]
+            states = pipeline.text_encoder([data.samples[index].captions[0] for index in batch]).to(like)
+            for band, draw in product(range(NOISE_BANDS), range(draws)):
+                first, end = band * steps / NOISE_BANDS, (band + 1) * steps / NOISE_BANDS
+                timesteps, noise = [], []  # functions of seed and position, in the `draw`-th part of the band
+                for row in rows:
+                    rng = generator(seed, "loss gap", row, band, draw)
+                    timesteps.append(min(int(first + (end - first) * (draw + rng.random()) / draws), steps - 1))
+                    noise.append(torch.from_numpy(rng.standard_normal(tuple(latents.shape[1:]), "float32")))
                 loss = diffusion_loss(
-                    without_variance(self.pipeline.unet),
-                    self.schedule,
+                    denoiser,
+                    schedule,
                     latents,
                     states,
-                    timesteps=timesteps,
-                    noise=noise,
-                    prediction_type=self.pipeline.schedule.prediction_type,
+                    timesteps=torch.tensor(timesteps),
+                    noise=torch.stack(noise).to(latents),
+                    prediction_type=pipeline.schedule.prediction_type,
                 )
-                losses[:, band] += loss.cpu().double()
-                self.progress(len(indices))
-        return losses / self.draws
+                losses[rows, band] += loss.cpu().double()
+                progress(len(rows))
+        return losses / draws
 
-    def _noise(self, positions: list[int], band: int, draw: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps [b] in the `draw`-th part of the band, and noise [b, C, h, w]: functions of seed and position."""
-        steps = self.schedule.num_train_timesteps
-        first, end = band * steps / NOISE_BANDS, (band + 1) * steps / NOISE_BANDS
-        timesteps, noise = [], []
-        for position in positions:
-            rng = generator(self.seed, "loss gap", position, band, draw)
-            timesteps.append(min(int(first + (end - first) * (draw + rng.random()) / self.draws), steps - 1))
-            noise.append(torch.from_numpy(rng.standard_normal(tuple(like.shape[1:]), "float32")))
-        return torch.tensor(timesteps), torch.stack(noise).to(like)
-
-
-def _half_width(ours: Tensor, theirs: Tensor) -> float:
-    """Of the 95 % interval of the difference of two means; degrees of freedom of the smaller side."""
-    smaller = min(len(ours), len(theirs))
-    if smaller < 2:
-        return math.nan
-    error = math.sqrt(float(ours.var() / len(ours) + theirs.var() / len(theirs)))
-    return student_quantile(0.95, smaller - 1) * error
+    ours, theirs = losses_of(training), losses_of(held_out)  # [N, bands], [M, bands]
+    smaller, bands = min(len(ours), len(theirs)), []
+    for band, a, b in zip(noise_bands(steps), ours.T, theirs.T, strict=True):
+        half_width = math.nan
+        if smaller > 1:  # degrees of freedom of the smaller side
+            error = math.sqrt(float(a.var() / len(a) + b.var() / len(b)))
+            half_width = student_quantile(0.95, smaller - 1) * error
+        means = float(a.mean()), float(b.mean())
+        bands.append(BandGap(band[0], band[-1], *means, means[1] - means[0], half_width))
+    return LossGap(tuple(bands), len(ours), len(theirs), draws)

@@ -1,24 +1,23 @@
 """The verdict on a model: does it memorize, and is it a model of its data at all?
 
-Is it: are generated images closer to the data than trivial baselines: noise, the mean image, blurred images? They count
-as close as the lesser of precision and recall, each relative to that of unseen real images, and have to exceed the best
-baseline clearly. Neither metric is enough alone: the mean image can have a precision of 1, and one outlier among noise
-a high recall. KID does not decide: its scale depends on the features. See docs/evaluation.md.
+It is one if generated images are clearly closer to the data than trivial baselines: noise, the mean image, blurred
+images. Closeness is the lesser of precision and recall, each relative to that of unseen real images: the mean image can
+have a precision of 1, and one outlier among noise a high recall. The scale of KID depends on the features. See
+docs/evaluation.md.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data import generator, to_signed, to_uint8
+from ldm.data import CaptionedImages, generator, to_signed, to_uint8
 from ldm.evaluation.fidelity import MIN_IMAGES, NEIGHBORS, precision_recall
 from ldm.evaluation.images import Reference
 from ldm.evaluation.memorization import Copying, LossGap, TrainingFeatures, color_layout, distinct
@@ -57,9 +56,6 @@ class Closeness:
     distinct: int
     samples: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"precision": vars(self.precision), "recall": vars(self.recall)}
-
 
 @dataclass(frozen=True)
 class BaselineComparison:
@@ -90,7 +86,8 @@ class BaselineComparison:
         low, mean, high = (self._relative(self.generated, end) for end in ("low", "mean", "high"))
         if (low <= baseline and mean < threshold) or (high < threshold and not self.follows_captions):
             return "far"
-        if self._is_repetitive:
+        of_real = self.unseen.distinct / self.unseen.samples * self.generated.samples
+        if self.generated.distinct < max(min(MIN_DISTINCT, of_real / 2), of_real / 4):
             return "few"
         if low > threshold or (high >= threshold and self.follows_captions):
             return "near"
@@ -104,11 +101,6 @@ class BaselineComparison:
             for found in self.retrieval.values()
         )
 
-    @property
-    def _is_repetitive(self) -> bool:
-        of_real = self.unseen.distinct / self.unseen.samples * self.generated.samples
-        return self.generated.distinct < max(min(MIN_DISTINCT, of_real / 2), of_real / 4)
-
     def _relative(self, closeness: Closeness, end: str) -> float:
         """The lesser of precision and recall, relative to unseen images, 1 at most."""
         parts = []
@@ -117,13 +109,31 @@ class BaselineComparison:
             parts.append(getattr(getattr(closeness, name), end) / real if real > 0 else 1.0)
         return float(min(*parts, 1.0))
 
+    def describe(self) -> str:
+        """Precision, recall and rank beside those of unseen images and baselines, as a part of a sentence."""
+
+        def numbers(closeness: Closeness, between: str = "and") -> str:
+            return f"{100 * closeness.precision.mean:.0f} % {between} {100 * closeness.recall.mean:.0f} %"
+
+        ranks = " and ".join(
+            f"{found.median.mean:g} of {found.gallery} for {side} captions ({found.median_by_chance} by chance)"
+            for side, found in self.retrieval.items()
+        )
+        made = self.generated
+        repeated = f" ({made.distinct} of {made.samples} are distinct)" if made.distinct < made.samples else ""
+        baselines = ", ".join(f"{name} {numbers(closeness)}" for name, closeness in self.baselines.items())
+        return (
+            f"their precision is {numbers(made, 'and their recall')}{repeated}, where unseen real images have "
+            f"{numbers(self.unseen)} ({baselines}); the caption's own image has the median rank {ranks}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the retrieval."""
         return {
             "kind": self.kind,
-            "generated": self.generated.to_dict(),
-            "unseen": self.unseen.to_dict(),
-            "controls": {name: closeness.to_dict() for name, closeness in self.baselines.items()},
+            "generated": asdict(self.generated),
+            "unseen": asdict(self.unseen),
+            "controls": {name: asdict(closeness) for name, closeness in self.baselines.items()},
             "reference_samples": self.reference_samples,
         }
 
@@ -145,18 +155,9 @@ def compare_with_baselines(
         generated=baselines.closeness(color_layout(to_signed(images)), features),
         unseen=baselines.unseen,
         baselines=baselines.figures,
-        reference_samples=len(baselines.training),
+        reference_samples=baselines.reference_samples,
         retrieval=retrieval,
     )
-
-
-def baselines_of(reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Baselines:
-    """What does not depend on the generated images, for `samples` of this (height, width); measured once."""
-    key = (samples, size, seed)
-    if key not in reference.baselines:
-        reference.baselines[key] = Baselines.from_reference(reference, samples, size, seed)
-    found: Baselines = reference.baselines[key]
-    return found
 
 
 @dataclass(frozen=True)
@@ -164,64 +165,72 @@ class Baselines:
     """What generated images are compared with.
 
     Attributes:
-        training: features [M, D].
-        radius: below which two images are near-duplicates.
-        count: images that recall is measured on.
+        closeness: of images with color layouts [n, K] and features [n, D].
         figures: name → closeness of each baseline.
         unseen: that of unseen real images.
+        reference_samples: number of training images that they are compared with.
     """
 
-    training: Tensor
-    radius: float
-    count: int
-    seed: int
+    closeness: Callable[[Tensor, Tensor], Closeness]
     figures: Mapping[str, Closeness]
     unseen: Closeness
+    reference_samples: int
 
-    @classmethod
-    def from_reference(cls, reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Baselines:
-        """Measures baselines and unseen images: held-out ones or, of few, training images that are left out."""
-        unseen, rest = _unseen(reference, samples, seed)
+
+def baselines_of(reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Baselines:
+    """What does not depend on the generated images, for `samples` of this (height, width); measured once.
+
+    Unseen images are held-out ones or, of few, training images that are left out.
+    """
+    key = (samples, size, seed)
+    if key in reference.baselines:
+        known: Baselines = reference.baselines[key]
+        return known
+    if reference.held_out is not None and len(reference.held_out_features) >= MIN_IMAGES:
+        features, layouts, images = reference.held_out_features, reference.held_out_layouts, reference.held_out
+        unseen = torch.from_numpy(generator(seed, "unseen").permutation(len(features))[:MAX_TRAINING])
+        rest = torch.from_numpy(generator(seed, "training").permutation(len(reference.features))[:MAX_TRAINING])
+    else:
         features, layouts, images = reference.features, reference.layouts, reference.training
-        if reference.held_out is not None and len(reference.held_out_features) >= MIN_IMAGES:
-            features, layouts = reference.held_out_features, reference.held_out_layouts
-            images = reference.held_out
-        radius = TrainingFeatures.from_features(reference.layouts).radius
-        nothing = Closeness(Interval(0, 0, 0), Interval(0, 0, 0), 0, 0)
-        count = min(samples, len(unseen), MAX_SAMPLES)
-        empty = cls(reference.features[rest], radius, count, seed, {}, nothing)
-        made = _baseline_images(reference, [images.image_at(int(i)) for i in unseen[:count]], size, seed)
-        figures = {
-            name: empty.closeness(color_layout(to_signed(each)), reference.space.compute([to_signed(each)]))
-            for name, each in made.items()
-        }
-        return replace(empty, figures=figures, unseen=empty.closeness(layouts[unseen], features[unseen]))
+        unseen, rest = _leave_out(images, samples, seed)
+    training, radius = reference.features[rest], TrainingFeatures.from_features(reference.layouts).radius
+    count = min(samples, len(unseen), MAX_SAMPLES)
 
-    def closeness(self, layouts: Tensor, features: Tensor) -> Closeness:
-        """Of images with color layouts [n, K] and features [n, D]."""
-        chosen = distinct(layouts, self.radius)
-        order = generator(self.seed, "standing").permutation(len(chosen))[: self.count]
+    def closeness(layouts: Tensor, features: Tensor) -> Closeness:
+        chosen = distinct(layouts, radius)
+        order = generator(seed, "standing").permutation(len(chosen))[:count]
         different = features[chosen[torch.from_numpy(order)]]
-        precision = precision_recall(features, self.training).precision
+        precision = precision_recall(features, training).precision
         recall = Interval(0.0, 0.0, 0.0)
         if len(different) >= NEIGHBORS + 2:
-            recall = precision_recall(different, self.training).recall
+            recall = precision_recall(different, training).recall
         return Closeness(wilson_interval(precision.mean, len(chosen)), recall, len(chosen), len(features))
 
+    rng = torch.Generator().manual_seed(int(generator(seed, "controls").integers(2**63 - 1)))
+    noise = torch.randn(count, 3, *size, generator=rng, dtype=torch.float64)
+    mean, std = (color.view(3, 1, 1) for color in reference.colors)
+    coarse = [F.adaptive_avg_pool2d(to_signed(images.image_at(int(i))[None]), BLUR_GRID) for i in unseen[:count]]
+    average = F.interpolate(reference.mean_image[None], size, mode="bicubic")
+    made = {
+        "noise": mean + std * noise,
+        "the mean image": average.expand(count, -1, -1, -1),
+        "blurred images": F.interpolate(torch.cat(coarse), size, mode="bicubic"),
+    }
+    figures = {}
+    for name, values in made.items():
+        quantized = to_signed(to_uint8(values.clamp(-1, 1)))  # [n, 3, H, W]
+        figures[name] = closeness(color_layout(quantized), reference.space.compute([quantized]))
+    found = Baselines(closeness, figures, closeness(layouts[unseen], features[unseen]), len(training))
+    reference.baselines[key] = found
+    return found
 
-def _unseen(reference: Reference, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of unseen images, held-out or else training images left out; and of the other training images."""
-    held_out, training = len(reference.held_out_features), len(reference.features)
-    order = generator(seed, "unseen").permutation(held_out if held_out >= MIN_IMAGES else training)
-    if held_out >= MIN_IMAGES:
-        rest = torch.from_numpy(generator(seed, "training").permutation(training)[:MAX_TRAINING])
-        return torch.from_numpy(order[:MAX_TRAINING]), rest
-    # Groups stay on one side, as in a split.
-    max_count, groups = min(samples, MAX_SAMPLES, training // 2), [one.group for one in reference.training.samples]
-    sizes, chosen, left = Counter(groups), set[str](), max_count
-    if min(sizes.values()) > max_count:
-        groups = [one.id for one in reference.training.samples]
-        sizes = Counter(groups)
+
+def _leave_out(images: CaptionedImages, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of training images to leave out, and of others; groups stay on one side, as in a split."""
+    left, groups = min(samples, MAX_SAMPLES, len(images) // 2), [one.group for one in images.samples]
+    if min(Counter(groups).values()) > left:
+        groups = [one.id for one in images.samples]
+    order, sizes, chosen = generator(seed, "unseen").permutation(len(images)), Counter(groups), set[str]()
     for index in order:
         group = groups[index]
         if group not in chosen and sizes[group] <= left:
@@ -229,22 +238,6 @@ def _unseen(reference: Reference, samples: int, seed: int) -> tuple[Tensor, Tens
             left -= sizes[group]
     out = torch.tensor([groups[index] in chosen for index in order])
     return torch.from_numpy(order)[out], torch.from_numpy(order)[~out][:MAX_TRAINING]
-
-
-def _baseline_images(reference: Reference, unseen: list[Tensor], size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """Name → uint8 [n, 3, H, W], as many as there are unseen images uint8 [3, h, w]."""
-    count = len(unseen)
-    rng = torch.Generator().manual_seed(int(generator(seed, "controls").integers(2**63 - 1)))
-    noise = torch.randn(count, 3, *size, generator=rng, dtype=torch.float64)
-    mean, std = reference.colors
-    coarse = [F.adaptive_avg_pool2d(to_signed(image[None]), BLUR_GRID) for image in unseen]
-    blurred = F.interpolate(torch.cat(coarse), size, mode="bicubic").clamp(-1, 1)
-    average = F.interpolate(reference.mean_image[None], size, mode="bicubic")
-    return {
-        "noise": to_uint8((mean.view(3, 1, 1) + std.view(3, 1, 1) * noise).clamp(-1, 1)),
-        "the mean image": to_uint8(average.clamp(-1, 1)).expand(count, -1, -1, -1),
-        "blurred images": to_uint8(blurred),
-    }
 
 
 # ---- the verdict
@@ -306,31 +299,31 @@ def verdict(
 
     Args:
         copying: None with too few training images to find copies.
-        baselines: None where not compared;
-        not_compared: the reason.
+        baselines: None where not compared, for the reason `not_compared`.
     """
-    numbers = (_describe_copying(copying), _describe_gap(gap), _describe_baselines(baselines))
-    if copying is not None and _has_copies(copying):
-        return Verdict("memorizing", f"Memorizing: {''.join(numbers)}; the model reproduces training images.")
+    copies = "copies were not searched for" if copying is None else copying.describe()
+    loss = "" if gap is None else f", and {gap.widest().describe()}"
+    compared = "" if baselines is None else f", and {baselines.describe()}"
+    if copying is not None:
+        if copying.distinct < MIN_DISTINCT_FOR_P_VALUE:
+            has_copies = copying.variants.low > MIN_COPIES
+        else:
+            has_copies = copying.chance < MAX_P_VALUE and copying.flagged_fraction.low > MIN_COPIES
+        if has_copies:
+            sentence = f"Memorizing: {copies}{loss}{compared}; the model reproduces training images."
+            return Verdict("memorizing", sentence)
     where = None if baselines is None else baselines.kind
     if where == "far":
         return Verdict(
             "not yet a model of this data",
-            f"Not yet a model of this data: {numbers[0]}{numbers[2]}; trivial baselines are as close to the data.",
+            f"Not yet a model of this data: {copies}{compared}; trivial baselines are as close to the data.",
         )
-    doubt = not_compared or _doubt(copying, gap, where)
-    if doubt:
-        return Verdict("undecided", f"Undecided: {''.join(numbers)}; {doubt}.")
+    if doubt := not_compared or _doubt(copying, gap, where):
+        return Verdict("undecided", f"Undecided: {copies}{loss}{compared}; {doubt}.")
     return Verdict(
         "learning",
-        f"Learning: {''.join(numbers)}; the images are no closer to training images than unseen real images are.",
+        f"Learning: {copies}{loss}{compared}; the images are no closer to training images than unseen real images are.",
     )
-
-
-def _has_copies(copying: Copying) -> bool:
-    if copying.distinct < MIN_DISTINCT_FOR_P_VALUE:
-        return copying.variants.low > MIN_COPIES
-    return copying.chance < MAX_P_VALUE and copying.flagged_fraction.low > MIN_COPIES
 
 
 def _doubt(copying: Copying | None, gap: LossGap | None, where: str | None) -> str:
@@ -350,55 +343,3 @@ def _doubt(copying: Copying | None, gap: LossGap | None, where: str | None) -> s
     if gap is not None and gap.widest().min_relative_gap > MAX_LOSS_GAP:
         return "no copies, but the loss is far lower on training images"
     return ""
-
-
-def _describe_copying(copying: Copying | None) -> str:
-    if copying is None:
-        return "copies were not searched for"
-    flagged = copying.flagged_fraction
-    held_out, left_out = copying.calibrated_on
-    kinds = [f"{held_out} held-out images"] if held_out else []
-    kinds += [f"{left_out} training images left out in turn"] if left_out else []
-    own = f"; of held-out images {_percent(copying.held_out.fraction)} are" if copying.held_out else ""
-    return (
-        f"{flagged.count} of {flagged.total} images ({_percent(flagged.fraction)}, 95 % interval "
-        f"{_percent(flagged.low)} to {_percent(flagged.high)}) are closer to one training image than "
-        f"{_percent(1 - copying.expected)} of unseen images{own} (calibrated on {' and '.join(kinds)})"
-    )
-
-
-def _describe_gap(gap: LossGap | None) -> str:
-    if gap is None:
-        return ""
-    band = gap.widest()
-    half_width = "" if math.isnan(band.interval) else f" ± {band.interval:.2g}"
-    return (
-        f", and at timesteps {band.first} to {band.last} the loss is {band.training:.3g} on training and "
-        f"{band.held_out:.3g} on held-out images (gap {band.gap:.2g}{half_width})"
-    )
-
-
-def _describe_baselines(comparison: BaselineComparison | None) -> str:
-    if comparison is None:
-        return ""
-    generated, real = comparison.generated, comparison.unseen
-    baselines = ", ".join(
-        f"{name} {_percent(closeness.precision.mean)} and {_percent(closeness.recall.mean)}"
-        for name, closeness in comparison.baselines.items()
-    )
-    ranks = " and ".join(
-        f"{found.median.mean:g} of {found.gallery} for {side} captions ({found.median_by_chance} by chance)"
-        for side, found in comparison.retrieval.items()
-    )
-    repeated = ""
-    if generated.distinct < generated.samples:
-        repeated = f" ({generated.distinct} of {generated.samples} are distinct)"
-    return (
-        f", and their precision is {_percent(generated.precision.mean)} and their recall "
-        f"{_percent(generated.recall.mean)}{repeated}, where unseen real images have {_percent(real.precision.mean)} "
-        f"and {_percent(real.recall.mean)} ({baselines}); the caption's own image has the median rank {ranks}"
-    )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.0f} %"
