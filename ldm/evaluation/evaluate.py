@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.data import CaptionedImages, generator, to_signed
+from ldm.data import generator, to_signed
 from ldm.diffusion import NOISE_BANDS
 from ldm.evaluation.features import Clip
 from ldm.evaluation.fidelity import MIN_IMAGES, Fidelity, measure_fidelity
@@ -122,7 +122,12 @@ def evaluate_pipeline(
         ValueError: for too few samples, a model of another image size than the data, and settings out of range.
     """
     check_samples(samples)
-    _check_size(pipeline, reference.training)
+    (height, width), data = pipeline.default_size, reference.training.config
+    if not data.bucketed and (height, width) != (data.resolution, data.resolution):
+        raise ValueError(
+            f"the data has {data.resolution}x{data.resolution} pixels but the model generates {width}x{height}; "
+            "resizing alone would make them differ: set data.resolution to the size of training"
+        )
     settings: dict[str, Any] = _settings(pipeline, num_inference_steps, guidance_scale)
     make = generate_images if cache is None else cache.generate
     generated = []
@@ -132,7 +137,7 @@ def evaluate_pipeline(
                 pipeline,
                 captions,
                 seed=_side_seed(seed, side),
-                batch_size=default_batch_size(*pipeline.default_size),
+                batch_size=default_batch_size(height, width),
                 progress=update,
                 **settings,
             )
@@ -174,23 +179,45 @@ def measure_generated(
                 update(len(chunk))
             by_side[side.side] = torch.cat(parts)  # [n, D]
     left_out: list[str] = []
-    copying = _find_copies(generated[0], reference, seed, left_out)
-    features = torch.cat(list(by_side.values()))
-    fidelity = _fidelity(features, reference, seed, left_out)
-    gallery = reference.gallery
+    copying = None
+    try:
+        copying = find_copies(
+            color_layout(to_signed(generated[0].images)),
+            reference.layouts,
+            reference.held_out_layouts if len(reference.held_out_layouts) else None,
+            groups=[sample.group for sample in reference.training.samples],
+            mirrored=reference.mirrored_layouts,
+            seed=seed,
+        )
+    except ValueError as error:  # too few training images
+        left_out.append(f"Left out: whether images are copies of training images, for {error}.")
+    features, gallery = torch.cat(list(by_side.values())), reference.gallery
     found = {
         side.side: retrieval(by_side[side.side], gallery.features, gallery.matches(side.captions), seed=seed)
         for side in generated
     }
-    baselines, not_compared = None, ""
-    if fidelity is None:
+    fidelity, baselines, not_compared = None, None, ""
+    counts = {"training images": len(reference.features), "generated images": len(features)}
+    if few := next((f"{count} {what}" for what, count in counts.items() if count < MIN_IMAGES), None):
+        left_out.append(
+            f"Left out: all metrics of fidelity, for there are {few}; at least {MIN_IMAGES} are needed for useful "
+            "intervals."
+        )
         not_compared = (
             f"{len(features)} images and {len(reference.features)} training images are too few to compare them with "
             f"baselines, which needs {MIN_IMAGES} of both"
         )
     else:
+        held_out = reference.held_out_features if len(reference.held_out_features) else None
+        fidelity = measure_fidelity(features, reference.features, held_out, reference.space, seed=seed)
         images = torch.cat([side.images for side in generated])
         baselines = compare_with_baselines(images, features, found, reference, seed=seed)
+    accuracy = {}
+    for side in generated if reference.digit_classifier is not None else ():
+        real = reference.training if side.side == "training" else reference.held_out
+        assert reference.digit_classifier is not None and real is not None
+        digits = [digit_of(real.samples[index]) for index in side.indices]
+        accuracy[side.side] = digit_accuracy(reference.digit_classifier, side.images, digits)
     height, width = generated[0].images.shape[-2:]
     settings = {
         "samples": {side.side: len(side.captions) for side in generated},
@@ -204,7 +231,7 @@ def measure_generated(
         generated=generated,
         fidelity=fidelity,
         retrieval=found,
-        digit_accuracy=_digit_accuracy(generated, reference),
+        digit_accuracy=accuracy,
         clip_scores={
             side.side: clip_score(clip, side.images, side.captions)
             for side in generated
@@ -257,16 +284,6 @@ def check_samples(samples: int) -> None:
         raise ValueError(f"samples is {samples}; at least {MIN_IMAGES} images are needed for useful intervals")
 
 
-def _check_size(pipeline: Pipeline, images: CaptionedImages) -> None:
-    height, width = pipeline.default_size
-    side = images.config.resolution
-    if not images.config.bucketed and (height, width) != (side, side):
-        raise ValueError(
-            f"the data has {side}x{side} pixels but the model generates {width}x{height}; resizing alone would make "
-            "them differ: set data.resolution to the size of training"
-        )
-
-
 def select_captions(reference: Reference, samples: int, seed: int) -> dict[str, tuple[list[str], list[int]]]:
     """Side → captions and indices of their images: half are of held-out images, each of these at most once."""
     held_out = 0 if reference.held_out is None else min(samples // 2, len(reference.held_out))
@@ -280,42 +297,3 @@ def select_captions(reference: Reference, samples: int, seed: int) -> dict[str, 
 def _side_seed(seed: int, side: str) -> int:
     """Sides differ in their noise, and from a sweep that chose the settings."""
     return int(generator(seed, "evaluation", side).integers(2**31))
-
-
-def _fidelity(features: Tensor, reference: Reference, seed: int, left_out: list[str]) -> Fidelity | None:
-    for count, what in ((len(reference.features), "training images"), (len(features), "generated images")):
-        if count < MIN_IMAGES:
-            left_out.append(
-                f"Left out: all metrics of fidelity, for there are {count} {what}; at least {MIN_IMAGES} are needed "
-                "for useful intervals."
-            )
-            return None
-    held_out = reference.held_out_features if len(reference.held_out_features) else None
-    return measure_fidelity(features, reference.features, held_out, reference.space, seed=seed)
-
-
-def _digit_accuracy(generated: tuple[GeneratedImages, ...], reference: Reference) -> dict[str, Interval]:
-    if reference.digit_classifier is None:
-        return {}
-    found = {}
-    for side in generated:
-        images = reference.training if side.side == "training" else reference.held_out
-        assert images is not None
-        digits = [digit_of(images.samples[index]) for index in side.indices]
-        found[side.side] = digit_accuracy(reference.digit_classifier, side.images, digits)
-    return found
-
-
-def _find_copies(generated: GeneratedImages, reference: Reference, seed: int, left_out: list[str]) -> Copying | None:
-    try:
-        return find_copies(
-            color_layout(to_signed(generated.images)),
-            reference.layouts,
-            reference.held_out_layouts if len(reference.held_out_layouts) else None,
-            groups=[sample.group for sample in reference.training.samples],
-            mirrored=reference.mirrored_layouts,
-            seed=seed,
-        )
-    except ValueError as error:  # too few training images
-        left_out.append(f"Left out: whether images are copies of training images, for {error}.")
-        return None

@@ -1,8 +1,7 @@
 """Sampling settings of a model: guidance × steps × EMA, measured on captions of held-out images.
 
-All cells use the same captions and noise, so they are compared by paired differences: in fidelity (KID to the held-out
-images), prompt alignment (rank of the caption's own image) and cost (evaluations of the network per image). Measured
-cells are recorded in a file, from which an interrupted sweep continues.
+All cells use the same captions and noise, so that paired differences compare them: in fidelity (KID to the held-out
+images), prompt alignment (rank of the caption's own image) and cost (evaluations of the network per image).
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +81,8 @@ class Cell:
         evaluations: of the network per image, as counted.
         seconds: per image.
         kid: to the held-out images whose captions were used; `kid_without` its values without each of them.
-        log_rank: mean of ln(rank of the caption's own image), and `log_rank_without`. It distinguishes settings with
-            far fewer captions than a median or a recall does.
+        log_rank: mean of ln(rank of the caption's own image), and `log_rank_without`; it distinguishes settings with
+            fewer captions than a median or recall does.
         near: recall at 10.
     """
 
@@ -160,10 +158,14 @@ def choose_cell(cells: Sequence[Cell]) -> CellChoice:
 
     One standard error is the usual rule for a simpler model (Breiman et al., 1984).
     """
+
+    def equal_to_best(cells: Sequence[Cell], metric: str) -> list[Cell]:
+        best = min(cells, key=lambda cell: float(getattr(cell, metric)))
+        differences = (paired_difference(cell, best, metric) for cell in cells)
+        return [cell for cell, (above, error) in zip(cells, differences, strict=True) if not above > error]
+
+    equal = equal_to_best(equal_to_best(cells, "kid"), "log_rank")
     best = min(cells, key=lambda cell: cell.kid)
-    good = [cell for cell in cells if not _is_above(cell, best, "kid")]
-    nearest = min(good, key=lambda cell: cell.log_rank)
-    equal = [cell for cell in good if not _is_above(cell, nearest, "log_rank")]
     chosen = min(equal, key=lambda cell: (cell.evaluations, cell.kid))
     return CellChoice(chosen, best, len(equal), decided=len(equal) < len(cells) or len(cells) == 1)
 
@@ -172,11 +174,6 @@ def paired_difference(one: Cell, other: Cell, metric: str) -> tuple[float, float
     """`metric` ("kid" or "log_rank") of one cell minus that of another, and its standard error."""
     without = [torch.tensor(getattr(cell, f"{metric}_without"), dtype=torch.float64) for cell in (one, other)]
     return getattr(one, metric) - getattr(other, metric), standard_error(without[0] - without[1])
-
-
-def _is_above(one: Cell, other: Cell, metric: str) -> bool:
-    above, error = paired_difference(one, other, metric)
-    return above > error
 
 
 def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
@@ -261,14 +258,12 @@ def sweep(
     The choice uses the captions that it is measured on, so the metrics of the chosen cell are slightly optimistic.
 
     Args:
-        models: by the name of their weights. The first is that of the folder ("EMA", as a run exports it), others are
-            alternatives ("raw": `raw_model`).
+        models: by the name of their weights: "EMA", as a run exports the model, is first, then "raw" (`raw_model`).
         held_out: samples that training never saw.
         gallery: all images, training and held-out, in the features of `space`.
         count: captions, at least two, of at least 16 images.
         seed: for captions and noise.
-        record: a JSON file that cells are saved to, and read from in a sweep of the same models, captions, seed and
-            features.
+        record: a JSON file of measured cells, from which an interrupted sweep continues.
         store_in: the pipeline folder of the first model, whose defaults are set to the choice; None stores nothing.
         progress: called with the number of evaluations of the network done since, of `SweepGrid.evaluations`.
 
@@ -289,18 +284,61 @@ def sweep(
             raise ValueError(f"steps of a sweep hold {max(grid.steps)}; the model has {timesteps} timesteps")
     if store_in is not None:
         check_storable(store_in)
-    images = torch.tensor([used.index(index) for index in sources])
-    task = _Task(captions, images, seed, batch_size, gallery, space)
-    rows = gallery.indices([held_out[index] for index in used])
-    digests = {name: model_digest(model) for name, model in models.items()}
-    recorded = _Record(record, task.identity() | {"models": digests})
-    cells = []
+    images = torch.tensor([used.index(index) for index in sources])  # the image of each caption
+    reference = gallery.features[gallery.indices([held_out[index] for index in used])]
+    digest = hashlib.blake2b(digest_size=16)
+    ids = [sample.id for sample in gallery.samples]
+    for text in (*captions, "", *ids, "", *gallery.pixel_hashes):
+        digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+    digest.update(images.numpy().tobytes())
+    # What cells must have in common to be compared.
+    identity = {"seed": seed, "features": space.label(), "captions_and_images": digest.hexdigest()}
+    identity["models"] = {name: model_digest(model) for name, model in models.items()}
+
+    def measure(name: str, pipeline: Pipeline, scale: float, steps: int) -> Cell:
+        evaluations = 0  # counted, since samplers differ in their evaluations per step
+
+        def count_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal evaluations
+            evaluations += len(arguments[0])
+            progress(len(arguments[0]))
+
+        started = time.perf_counter()
+        with pipeline.unet.register_forward_pre_hook(count_inputs):
+            generated = generate_images(
+                pipeline,
+                captions,
+                seed=seed,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                batch_size=batch_size,
+            )
+        seconds = time.perf_counter() - started
+        features = space.compute(to_signed(chunk) for chunk in generated.split(EXTRACT_BATCH))
+        ranks = retrieval(features, gallery.features, gallery.matches(captions)).ranks
+        kid, kid_without = kid_leave_one_out(features, reference, images)
+        log_rank, log_rank_without = mean_leave_one_out(ranks.log(), images, len(reference))
+        return Cell(
+            weights=name,
+            guidance_scale=scale,
+            num_inference_steps=steps,
+            evaluations=evaluations / count,
+            seconds=seconds / count,
+            kid=kid,
+            log_rank=log_rank,
+            near=float((ranks <= RECALL_K).double().mean()),
+            kid_without=tuple(kid_without.tolist()),
+            log_rank_without=tuple(log_rank_without.tolist()),
+        )
+
+    recorded, cells = _recorded_cells(record, identity), []
     for name, pipeline in models.items():
         for scale, steps in grid.pairs():
-            cell = recorded.cells.get((name, scale, steps))
+            cell = recorded.get((name, scale, steps))
             if cell is None:
-                cell = task.measure(name, pipeline, scale, steps, gallery.features[rows], progress)
-                recorded.add(cell)
+                cell = recorded[name, scale, steps] = measure(name, pipeline, scale, steps)
+                record.parent.mkdir(parents=True, exist_ok=True)
+                hub.write_json(record, {"of": identity, "cells": [asdict(each) for each in recorded.values()]})
             else:
                 progress(round(cell.evaluations * count))
             cells.append(cell)
@@ -310,6 +348,23 @@ def sweep(
     if stored is not None:
         store_defaults(stored, chosen.cell.guidance_scale, chosen.cell.num_inference_steps)
     return Sweep(tuple(cells), choices, count, len(used), len(gallery.samples), space.label(), seed, stored)
+
+
+def _recorded_cells(record: Path, identity: dict[str, Any]) -> dict[tuple[str, float, int], Cell]:
+    if not record.exists():
+        return {}
+    content = hub.read_json(record)
+    if content.get("of") != identity:
+        raise ValueError(
+            f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
+            "another output folder"
+        )
+    try:
+        lists = ("kid_without", "log_rank_without")
+        cells = [Cell(**(one | {key: tuple(one[key]) for key in lists})) for one in content["cells"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is no record of a sweep ({error}); remove it") from None
+    return {cell.setting: cell for cell in cells}
 
 
 def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
@@ -335,108 +390,6 @@ def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
     return other
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is common to all cells; `images` int64 [N] numbers the image of each caption."""
-
-    captions: list[str]
-    images: Tensor
-    seed: int
-    batch_size: int
-    gallery: RetrievalGallery
-    space: FeatureSpace
-
-    def identity(self) -> dict[str, Any]:
-        """What cells must have in common to be compared."""
-        digest = hashlib.blake2b(digest_size=16)
-        ids = [sample.id for sample in self.gallery.samples]
-        for text in (*self.captions, "", *ids, "", *self.gallery.pixel_hashes):
-            digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-        digest.update(self.images.numpy().tobytes())
-        return {"seed": self.seed, "features": self.space.label(), "captions_and_images": digest.hexdigest()}
-
-    def measure(
-        self,
-        name: str,
-        pipeline: Pipeline,
-        scale: float,
-        steps: int,
-        reference: Tensor,
-        progress: Callable[[int], object],
-    ) -> Cell:
-        started = time.perf_counter()
-        with _counting(pipeline.unet, progress) as counted:
-            generated = generate_images(
-                pipeline,
-                self.captions,
-                seed=self.seed,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                batch_size=self.batch_size,
-            )
-        seconds = time.perf_counter() - started
-        features = self.space.compute(to_signed(chunk) for chunk in generated.split(EXTRACT_BATCH))
-        ranks = retrieval(features, self.gallery.features, self.gallery.matches(self.captions)).ranks
-        kid, kid_without = kid_leave_one_out(features, reference, self.images)
-        log_rank, log_rank_without = mean_leave_one_out(ranks.log(), self.images, len(reference))
-        return Cell(
-            weights=name,
-            guidance_scale=scale,
-            num_inference_steps=steps,
-            evaluations=counted[0] / len(self.captions),
-            seconds=seconds / len(self.captions),
-            kid=kid,
-            log_rank=log_rank,
-            near=float((ranks <= RECALL_K).double().mean()),
-            kid_without=tuple(kid_without.tolist()),
-            log_rank_without=tuple(log_rank_without.tolist()),
-        )
-
-
-@contextmanager
-def _counting(network: nn.Module, progress: Callable[[int], object]) -> Iterator[list[int]]:
-    """Counts the inputs of a network: samplers differ in their evaluations per step."""
-    counted = [0]
-
-    def count(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        counted[0] += len(arguments[0])
-        progress(len(arguments[0]))
-
-    hook = network.register_forward_pre_hook(count)
-    try:
-        yield counted
-    finally:
-        hook.remove()
-
-
-class _Record:
-    """Cells in a JSON file, which is replaced atomically with each new cell."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, identity
-        self.cells: dict[tuple[str, float, int], Cell] = {}
-        if not path.exists():
-            return
-        content = hub.read_json(path)
-        if content.get("of") != identity:
-            raise ValueError(
-                f"{path} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
-                "another output folder"
-            )
-        try:
-            for fields in content["cells"]:
-                lists = {key: tuple(value) for key, value in fields.items() if key.endswith("_without")}
-                cell = Cell(**(fields | lists))
-                self.cells[cell.setting] = cell
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no record of a sweep ({error}); remove it") from None
-
-    def add(self, cell: Cell) -> None:
-        self.cells[cell.setting] = cell
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        hub.write_json(self.path, {"of": self.identity, "cells": [asdict(c) for c in self.cells.values()]})
-
-
 def model_digest(pipeline: Pipeline) -> str:
     """32 hexadecimal digits of everything that an image depends on, except its settings."""
     digest = hashlib.blake2b(f"{pipeline.sampler} {pipeline.schedule}".encode(), digest_size=16)
@@ -450,38 +403,13 @@ def model_digest(pipeline: Pipeline) -> str:
 # ---- the defaults stored with a model
 
 
-def check_storable(folder: Path) -> None:
-    """Checks that the defaults of a model can be changed.
+def check_storable(folder: Path) -> dict[str, Any]:
+    """The content of a pipeline's `model_index.json`, whose defaults can be changed.
 
     Raises:
         ValueError: if it is no local pipeline folder written by `ldm`, or one that must not change.
     """
     folder = disk.expand_user(folder)
-    _read_index(folder)
-    if (folder.parent / "manifest.json").exists():
-        raise ValueError(
-            f"{folder} is part of the checkpoint {folder.parent}, which must match its manifest; store the defaults in "
-            "the exported pipeline of the run"
-        )
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} cannot be written; copy the model to a folder of your own")
-
-
-def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int) -> None:
-    """Changes the two numbers in `model_index.json`, atomically.
-
-    Raises:
-        ValueError: as `check_storable`.
-        OSError: if the file cannot be written; it is then unchanged.
-    """
-    folder = disk.expand_user(folder)
-    check_storable(folder)
-    index = _read_index(folder)
-    changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    hub.write_json(folder / INDEX, index | {"_ldm": changed})
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} is no local pipeline folder; save the model with save_pretrained(), and give that")
     index = hub.read_json(folder / INDEX)
@@ -491,4 +419,23 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder / INDEX} has no defaults of ldm, as models of diffusers; open it with Pipeline.from_pretrained, "
             "save_pretrained() it to a new folder, and store them there"
         )
+    if (folder.parent / "manifest.json").exists():
+        raise ValueError(
+            f"{folder} is part of the checkpoint {folder.parent}, which must match its manifest; store the defaults in "
+            "the exported pipeline of the run"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written; copy the model to a folder of your own")
     return index
+
+
+def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int) -> None:
+    """Changes the two numbers in `model_index.json`, atomically.
+
+    Raises:
+        ValueError: as `check_storable`.
+        OSError: if the file cannot be written; it is then unchanged.
+    """
+    index = check_storable(folder)
+    changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    hub.write_json(disk.expand_user(folder) / INDEX, index | {"_ldm": changed})
