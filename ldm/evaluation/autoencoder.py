@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -196,58 +196,40 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
     Returns:
         PSNR [N] in dB; None for too few images.
     """
-    parts = [_ProbeBlocks(codec, image) for image in images]
-    halves = [parts[::2], parts[1::2]]
+    parts = [_probe_blocks(codec, image) for image in images]
     found = torch.empty(len(parts), dtype=torch.float32)
-    for own, other in ((0, 1), (1, 0)):
-        fitted = [part.subset(index) for index, part in enumerate(halves[other])]
-        if not fitted or sum(len(inputs) for inputs, _ in fitted) < MIN_BLOCKS_PER_INPUT * fitted[0][0].shape[1]:
+    for own in (0, 1):
+        inputs, blocks = [], []  # of the other half
+        for index, (x, y) in enumerate(parts[1 - own :: 2]):
+            rows = torch.arange(len(y))
+            if len(y) > MAX_PROBE_BLOCKS:
+                rows = torch.from_numpy(generator(0, "readout", index).permutation(len(y))[:MAX_PROBE_BLOCKS])
+            inputs.append(x[rows])
+            blocks.append(y[rows])
+        if not inputs or sum(map(len, inputs)) < MIN_BLOCKS_PER_INPUT * inputs[0].shape[1]:
             return None
-        ridge = _Ridge(torch.cat([inputs for inputs, _ in fitted]), torch.cat([blocks for _, blocks in fitted]))
-        found[own::2] = torch.stack([part.psnr(ridge) for part in halves[own]])
+        x, y = torch.cat(inputs), torch.cat(blocks)
+        center, middle = x.mean(dim=0), y.mean(dim=0)
+        x, y = (x - center).double(), (y - middle).double()
+        gram = x.T @ x / len(x)
+        # Never 0, so that constant inputs can be solved for too.
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        weight = torch.linalg.solve(gram, x.T @ y / len(x)).float()  # [D, E]
+        for index in range(own, len(parts), 2):
+            x, y = parts[index]
+            found[index] = psnr(((x - center) @ weight + middle).clamp(-1, 1)[None], y[None])[0]
     return found
 
 
-class _ProbeBlocks:
-    """The blocks of f² · 3 values of an image, one per latent, and the inputs they are predicted from."""
-
-    def __init__(self, codec: LatentCodec, image: Tensor) -> None:
-        factor = codec.factor
-        latents = codec.sample_latents(codec.moments(image))  # [1, C, h, w]
-        decoded = codec.decode(latents).clamp(-1, 1)
-        around = F.pad(latents.float(), (PROBE_LATENTS,) * 4, mode="replicate")
-        near = F.pad(decoded.float(), (PROBE_PIXELS,) * 4, mode="replicate")
-        inputs = [F.unfold(around, 2 * PROBE_LATENTS + 1), F.unfold(near, factor + 2 * PROBE_PIXELS, stride=factor)]
-        self.inputs = torch.cat(inputs, dim=1)[0].T.cpu()  # [h·w, C · 25 + 3 (f + 2)²]
-        self.blocks = F.unfold(image, factor, stride=factor)[0].T.cpu()  # [h·w, 3 f²]
-
-    def subset(self, index: int) -> tuple[Tensor, Tensor]:
-        """Inputs and blocks, at most `MAX_PROBE_BLOCKS`."""
-        count = len(self.blocks)
-        if count <= MAX_PROBE_BLOCKS:
-            return self.inputs, self.blocks
-        rows = torch.from_numpy(generator(0, "readout", index).permutation(count)[:MAX_PROBE_BLOCKS])
-        return self.inputs[rows], self.blocks[rows]
-
-    def psnr(self, ridge: _Ridge) -> Tensor:
-        """Of the predicted image, a scalar."""
-        return psnr(ridge(self.inputs).clamp(-1, 1)[None], self.blocks[None])[0]
-
-
-class _Ridge:
-    """Ridge regression from inputs [N, D] to targets [N, E]."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs.mean(dim=0), targets.mean(dim=0)
-        x, y = (inputs - self.inputs).double(), (targets - self.targets).double()
-        gram = x.T @ x / len(x)
-        # Never 0, so that constant inputs can be solved for too.
-        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
-        gram.diagonal().add_(ridge)
-        self.weight = torch.linalg.solve(gram, x.T @ y / len(x)).float()  # [D, E]
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return (inputs - self.inputs) @ self.weight + self.targets
+def _probe_blocks(codec: LatentCodec, image: Tensor) -> tuple[Tensor, Tensor]:
+    """What the blocks are predicted from [h·w, C · 25 + 3 (f + 2)²], and the blocks [h·w, 3 f²], one per latent."""
+    factor = codec.factor
+    latents = codec.sample_latents(codec.moments(image))  # [1, C, h, w]
+    decoded = codec.decode(latents).clamp(-1, 1)
+    around = F.pad(latents.float(), (PROBE_LATENTS,) * 4, mode="replicate")
+    near = F.pad(decoded.float(), (PROBE_PIXELS,) * 4, mode="replicate")
+    inputs = [F.unfold(around, 2 * PROBE_LATENTS + 1), F.unfold(near, factor + 2 * PROBE_PIXELS, stride=factor)]
+    return torch.cat(inputs, dim=1)[0].T.cpu(), F.unfold(image, factor, stride=factor)[0].T.cpu()
 
 
 # ---- the report
@@ -351,12 +333,32 @@ def measure_autoencoder(
     if len(images) < MIN_IMAGES_OF_INTERVAL:
         raise ValueError(f"there is {len(images)} image to measure; an interval needs {MIN_IMAGES_OF_INTERVAL}")
     images.check_factor(codec.factor)
-    measured = _Measurement(codec, images, space, perceptual, device)
+    has_ssim = all(min(size) >= WINDOW for size in images.buckets.sizes)
+    left_out = [] if has_ssim else [f"Left out: SSIM, which needs {WINDOW} pixels a side."]
+    psnrs, ssims, kl = list[float](), list[float](), list[float]()
+    distances: dict[int, float] = {}
+    features = []  # of originals and of reconstructions
+    sums = torch.zeros(3, codec.channels, dtype=torch.float64)  # E[z], E[z²], positions
+    _, scale = codec.autoencoder.statistics
     for chunk in _chunks(images):
-        measured.add(chunk)
+        pixels = _pixels(images, chunk, device)  # [B, 3, H, W]
+        moments = codec.moments(pixels)
+        latents = codec.sample_latents(moments)  # [B, C, h, w]
+        decoded = codec.decode(latents).clamp(-1, 1)
+        psnrs += psnr(pixels, decoded).tolist()
+        ssims += ssim(pixels, decoded).tolist() if has_ssim else []
+        distances |= dict(zip(chunk, perceptual(pixels, decoded).tolist(), strict=True))
+        features.append((space.compute([pixels]), space.compute([decoded])))
+        raw, squares = (values.cpu().double() for values in codec.autoencoder.expectations(moments))
+        variance = (squares - raw.square()) / torch.tensor(scale, dtype=torch.float64).view(1, -1, 1, 1).square()
+        mean = latents.cpu().double()
+        positions = torch.full((codec.channels,), mean[:, 0].numel(), dtype=torch.float64)
+        sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3)), positions])
+        if moments.shape[1] == 2 * latents.shape[1]:  # a posterior: means and log-variances
+            kl += (kl_divergence(moments) / latents[0].numel()).tolist()
         progress(len(chunk))
-    left_out = [] if measured.ssim else [f"Left out: SSIM, which needs {WINDOW} pixels a side."]
-    frechet = measured.frechet(training, seed)
+    originals, reconstructions = (torch.cat(side) for side in zip(*features, strict=True))  # [N, D]
+    frechet = _frechet(originals, reconstructions, training, space, device, seed)
     if isinstance(frechet, str):
         left_out.append(frechet)
     # A probe fitted to fewer images would be worse, so training images make up for missing ones.
@@ -365,25 +367,64 @@ def measure_autoencoder(
     readout = _mean_probe_psnr(codec, own, extra)
     if readout is None:
         left_out.append("Left out: the linear probe of the latents, for there are too few images to fit it.")
-    psnr_of, perceptual_of = student_interval(measured.psnr), student_interval(list(measured.perceptual.values()))
+    psnr_of, perceptual_of = student_interval(psnrs), student_interval(list(distances.values()))
     quality = ReconstructionQuality(
         name, images.config.resolution, training_images, psnr_of.mean, perceptual_of.mean, readout, factor=codec.factor
     )
-    worst = heapq.nlargest(WORST_IMAGES, measured.perceptual, key=measured.perceptual.__getitem__)
+    mean, squares = sums[0] / sums[2], sums[1] / sums[2]
+    std = (squares - mean.square()).clamp(min=0).sqrt()
     return AutoencoderReport(
         name=name,
         images=len(images),
         sizes=tuple(images.buckets.sizes),
         psnr=psnr_of,
-        ssim=student_interval(measured.ssim) if measured.ssim else None,
+        ssim=student_interval(ssims) if has_ssim else None,
         perceptual=perceptual_of,
         frechet=None if isinstance(frechet, str) else frechet,
-        latents=measured.latents(),
+        latents=LatentStatistics(tuple(mean.tolist()), tuple(std.tolist()), sum(kl) / len(kl) if kl else None),
         readout=readout,
         advice=advise(quality),
-        worst=tuple((images.samples[index].id, measured.perceptual[index]) for index in worst),
+        worst=tuple(
+            (images.samples[index].id, distances[index])
+            for index in heapq.nlargest(WORST_IMAGES, distances, key=distances.__getitem__)
+        ),
         left_out=tuple(left_out),
     )
+
+
+def _frechet(
+    originals: Tensor,
+    decoded: Tensor,
+    training: CaptionedImages | None,
+    space: FeatureSpace,
+    device: torch.device,
+    seed: int,
+) -> ReconstructionFrechet | str:
+    """The distance, or a ratio of distances, or the reason that there is neither; from features [N, D]."""
+    count, label = len(originals), space.label()
+    if count > space.dimensions:
+        name = "reconstruction FID" if space.is_fid else "reconstruction Fréchet"
+        interval = frechet_interval(decoded, originals)
+        return ReconstructionFrechet(name, interval, False, count, count, f"their {count:,} originals", label)
+    if training is not None:
+        order = generator(seed, "references").permutation(len(training))
+        chosen = set(order[:MAX_REFERENCE_IMAGES].tolist())
+        chunks = ([index for index in chunk if index in chosen] for chunk in _chunks(training))
+        reference = space.compute(_pixels(training, chunk, device) for chunk in chunks if chunk)
+        against = f"{len(reference):,} training images"
+    else:
+        halves = torch.from_numpy(generator(seed, "halves").permutation(count)).tensor_split([count // 2])
+        originals, decoded, reference = originals[halves[0]], decoded[halves[0]], originals[halves[1]]
+        against = f"{len(reference):,} other originals"
+    count = min(len(originals), len(reference))
+    if count < MIN_FRECHET_IMAGES:
+        return (
+            f"Left out: the Fréchet ratio, for there are {count} images on a side; at least {MIN_FRECHET_IMAGES} "
+            "are needed (and as many other images to compare with)."
+        )
+    interval = frechet_ratio(decoded, originals, reference, seed=seed)
+    name = "reconstruction FID ratio" if space.is_fid else "Fréchet ratio"
+    return ReconstructionFrechet(name, interval, True, len(originals), len(reference), against, label)
 
 
 @torch.no_grad()
@@ -406,95 +447,9 @@ def worst_sheet(
     return contact_sheet([originals, reconstructions], captions, size=min(SHEET_SIDE, max(side, 96)))
 
 
-class _Measurement:
-    """Sums over the images."""
-
-    def __init__(
-        self,
-        codec: LatentCodec,
-        images: CaptionedImages,
-        space: FeatureSpace,
-        perceptual: PerceptualDistance,
-        device: torch.device,
-    ) -> None:
-        self.codec, self.images, self.space, self.device = codec, images, space, device
-        self.distance = perceptual
-        self.psnr: list[float] = []
-        self.ssim: list[float] = []
-        self.perceptual: dict[int, float] = {}
-        self.has_ssim = all(min(size) >= WINDOW for size in images.buckets.sizes)
-        self.features: list[tuple[Tensor, Tensor]] = []
-        self.sums = torch.zeros(3, codec.channels, dtype=torch.float64)  # E[z], E[z²], positions
-        self.kl: list[float] = []
-
-    def add(self, chunk: list[int]) -> None:
-        pixels = _pixels(self.images, chunk, self.device)  # [B, 3, H, W]
-        moments = self.codec.moments(pixels)
-        latents = self.codec.sample_latents(moments)  # [B, C, h, w]
-        decoded = self.codec.decode(latents).clamp(-1, 1)
-        self.psnr += psnr(pixels, decoded).tolist()
-        if self.has_ssim:
-            self.ssim += ssim(pixels, decoded).tolist()
-        self.perceptual |= dict(zip(chunk, self.distance(pixels, decoded).tolist(), strict=True))
-        self.features.append((self.space.compute([pixels]), self.space.compute([decoded])))
-        self._add_latents(moments, latents)
-
-    def _add_latents(self, moments: Tensor, latents: Tensor) -> None:
-        raw, squares = (values.cpu().double() for values in self.codec.autoencoder.expectations(moments))
-        variance = squares - raw.square()  # of the posterior, before scaling
-        _, std = self.codec.autoencoder.statistics
-        variance = variance / torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1).square()
-        mean = latents.cpu().double()
-        positions = torch.full((self.codec.channels,), mean[:, 0].numel(), dtype=torch.float64)
-        self.sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3)), positions])
-        if moments.shape[1] == 2 * latents.shape[1]:  # a posterior: means and log-variances
-            self.kl += (kl_divergence(moments) / latents[0].numel()).tolist()
-
-    def latents(self) -> LatentStatistics:
-        mean, squares = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2]
-        std = (squares - mean.square()).clamp(min=0).sqrt()
-        kl = sum(self.kl) / len(self.kl) if self.kl else None
-        return LatentStatistics(tuple(mean.tolist()), tuple(std.tolist()), kl)
-
-    def frechet(self, training: CaptionedImages | None, seed: int) -> ReconstructionFrechet | str:
-        """The distance, or a ratio of distances, or the reason that there is neither."""
-        originals, decoded = (torch.cat(side) for side in zip(*self.features, strict=True))  # [N, D]
-        count, label = len(originals), self.space.label()
-        kind = "reconstruction FID" if self.space.is_fid else "reconstruction Fréchet"
-        if count > self.space.dimensions:
-            interval = frechet_interval(decoded, originals)
-            against = f"their {count:,} originals"
-            return ReconstructionFrechet(kind, interval, False, count, count, against, label)
-        if training is not None:
-            reference = self._reference(training, seed)
-            against = f"{len(reference):,} training images"
-        else:
-            order = torch.from_numpy(generator(seed, "halves").permutation(count))
-            reference = originals[order[count // 2 :]]
-            originals, decoded = originals[order[: count // 2]], decoded[order[: count // 2]]
-            against = f"{len(reference):,} other originals"
-        count = min(len(originals), len(reference))
-        if count < MIN_FRECHET_IMAGES:
-            return (
-                f"Left out: the Fréchet ratio, for there are {count} images on a side; at least {MIN_FRECHET_IMAGES} "
-                "are needed (and as many other images to compare with)."
-            )
-        interval = frechet_ratio(decoded, originals, reference, seed=seed)
-        name = "reconstruction FID ratio" if self.space.is_fid else "Fréchet ratio"
-        return ReconstructionFrechet(name, interval, True, len(originals), len(reference), against, label)
-
-    def _reference(self, training: CaptionedImages, seed: int) -> Tensor:
-        chosen = set(generator(seed, "references").permutation(len(training))[:MAX_REFERENCE_IMAGES].tolist())
-        chunks = ([index for index in chunk if index in chosen] for chunk in _chunks(training))
-        return self.space.compute(_pixels(training, chunk, self.device) for chunk in chunks if chunk)
-
-
-def _chunks(images: CaptionedImages) -> Iterator[list[int]]:
+def _chunks(images: CaptionedImages) -> list[list[int]]:
     """Batches of indices of images of one size."""
-    for members, (height, width) in zip(images.buckets.members(), images.buckets.sizes, strict=True):
-        size = max(1, BATCH_PIXELS // (height * width))
-        for start in range(0, len(members), size):
-            yield list(members[start : start + size])
+    return images.chunks(max(1, BATCH_PIXELS // max(height * width for height, width in images.buckets.sizes)))
 
 
 def _pixels(images: CaptionedImages, indices: list[int], device: torch.device) -> Tensor:

@@ -81,7 +81,13 @@ class FeatureSpace:
         parts: list[Tensor] = []
         with torch.no_grad():
             for batch in images:
-                _check_images(batch)
+                if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
+                    raise ValueError(
+                        f"images are {batch.dtype} {list(batch.shape)}; they must be floats [B, 3, H, W] in [-1, 1]"
+                    )
+                largest = float(batch.abs().max()) if batch.numel() else 0.0
+                if not largest <= 1 + 1e-3:  # also for nan
+                    raise ValueError(f"images reach {largest:g}; they must be finite and in [-1, 1]")
                 parts += [self.extract(chunk).to("cpu", torch.float64) for chunk in batch.split(EXTRACT_BATCH)]
         if not parts:
             raise ValueError("there are no images to compute features of; give at least one batch")
@@ -105,49 +111,34 @@ def feature_space(
     Raises:
         ValueError: for another name, weights that are missing, not needed or unknown, and missing packages.
     """
-    if name not in _SPACES:
-        raise ValueError(f'there are no features "{name}"; choose one of {", ".join(_SPACES)}')
+    known = ("efficientnet", "pixel", "inception", "clip")
+    if name not in known:
+        raise ValueError(f'there are no features "{name}"; choose one of {", ".join(known)}')
     if weights is not None and name in ("efficientnet", "pixel"):
         raise ValueError(f'features "{name}" take no weights, but {weights} is given; leave it out')
-    return _SPACES[name](device, "" if weights is None else str(weights))
-
-
-def _efficientnet(device: torch.device, _: str) -> FeatureSpace:
+    source = "" if weights is None else str(weights)
+    if name == "pixel":  # on the CPU, since some devices have no float64; the work is small
+        return FeatureSpace("pixel", PIXEL_DIMENSIONS, "none", lambda images: pixel_features(images.cpu()))
+    if name == "clip":
+        clip = load_clip(source, device)
+        return FeatureSpace("clip", clip.dimensions, clip.resize, clip.embed_images, f"CLIP {clip.name}")
+    if name == "inception":
+        inception, resize = load_inception(source).to(device), f"{INCEPTION_SIZE} bilinear as TensorFlow 1"
+        return FeatureSpace(
+            "inception",
+            INCEPTION_DIMENSIONS,
+            resize,
+            lambda images: inception(to_uint8(images.to(device, torch.float32))),
+            "Inception v3",
+        )
     network = EfficientNetLite0().to(device)
-
-    def extract(images: Tensor) -> Tensor:
-        return network(resized(images.to(device, torch.float32), EFFICIENTNET_SIZE))
-
-    resize = f"{EFFICIENTNET_SIZE} bicubic"
-    return FeatureSpace("efficientnet", EFFICIENTNET_DIMENSIONS, resize, extract, "EfficientNet-Lite0")
-
-
-def _pixel(device: torch.device, _: str) -> FeatureSpace:
-    # On the CPU, since some devices have no float64; the work is small.
-    return FeatureSpace("pixel", PIXEL_DIMENSIONS, "none", lambda images: pixel_features(images.cpu()))
-
-
-def _inception(device: torch.device, weights: str) -> FeatureSpace:
-    network: nn.Module = load_inception(weights).to(device)
-
-    def extract(images: Tensor) -> Tensor:
-        return network(to_uint8(images.to(device, torch.float32)))
-
-    resize = f"{INCEPTION_SIZE} bilinear as TensorFlow 1"
-    return FeatureSpace("inception", INCEPTION_DIMENSIONS, resize, extract, "Inception v3")
-
-
-def _clip(device: torch.device, weights: str) -> FeatureSpace:
-    clip = load_clip(weights, device)
-    return FeatureSpace("clip", clip.dimensions, clip.resize, clip.embed_images, f"CLIP {clip.name}")
-
-
-_SPACES: dict[str, Callable[[torch.device, str], FeatureSpace]] = {
-    "efficientnet": _efficientnet,
-    "pixel": _pixel,
-    "inception": _inception,
-    "clip": _clip,
-}
+    return FeatureSpace(
+        "efficientnet",
+        EFFICIENTNET_DIMENSIONS,
+        f"{EFFICIENTNET_SIZE} bicubic",
+        lambda images: network(resized(images.to(device, torch.float32), EFFICIENTNET_SIZE)),
+        "EfficientNet-Lite0",
+    )
 
 
 def resized(images: Tensor, side: int) -> Tensor:
@@ -157,20 +148,12 @@ def resized(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be floats [B, 3, H, W] in [-1, 1]")
-    largest = float(images.abs().max()) if images.numel() else 0.0
-    if not largest <= 1 + 1e-3:  # also for nan
-        raise ValueError(f"images reach {largest:g}; they must be finite and in [-1, 1]")
-
-
 def pixel_features(images: Tensor) -> Tensor:
     """Colors and edges without a network, projected to 64 random directions: [B, 1 or 3, H, W] → [B, 64].
 
-    Colors are averaged to 8×8 cells, absolute vertical and horizontal differences of gray to 4×4; fixed orthonormal
-    directions reduce these 224 numbers to 64, so that a few hundred images suffice for a covariance. They show noise,
-    blur, wrong colors and missing variety, but not content.
+    Colors are averaged to 8×8 cells, absolute differences of gray along each axis to 4×4; fixed orthonormal directions
+    reduce these 224 numbers, so that a few hundred images suffice for a covariance. They show noise, blur, wrong colors
+    and missing variety, but not content.
 
     Raises:
         ValueError: for images below 8×8.
@@ -258,16 +241,19 @@ def cached_features(
             found[chunk] = space.compute(_batches(images, chunk, progress))
         return found
     key = content_hash(f"{CACHE_VERSION} {space.label()}".encode())
-    store = RowCache(images.config.cache_folder / "features" / key, log)
-    keys = [_row_key(images, index) for index in range(len(images))]
+    store, keys = RowCache(images.config.cache_folder / "features" / key, log), []
+    for index, sample in enumerate(images.samples):
+        transform = (TRANSFORM_VERSION, images.config.background_rgb, images.shape_of(index))
+        digest = sample.digest or content_hash(sample.read())
+        keys.append(content_hash(repr((*transform, digest)).encode()))
     missing = set(store.missing(keys))
-    progress(len(images) - len(missing))
-    chunks = [[i for i in chunk if i in missing] for chunk in images.chunks(SHARD_ROWS)]
     left = len(missing)
-    for chunk in filter(None, chunks):
-        rows = space.compute(_batches(images, chunk, progress))  # [n, D]
-        left -= len(chunk)
-        store.add([keys[i] for i in chunk], rows.to(torch.float32), left)
+    progress(len(images) - left)
+    for chunk in images.chunks(SHARD_ROWS):
+        if chunk := [i for i in chunk if i in missing]:
+            rows = space.compute(_batches(images, chunk, progress))  # [n, D]
+            left -= len(chunk)
+            store.add([keys[i] for i in chunk], rows.to(torch.float32), left)
     return store.open(keys)[range(len(keys))].to(torch.float64)
 
 
@@ -277,13 +263,6 @@ def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable
         part = indices[start : start + READ_BATCH]
         yield to_signed(torch.stack([images.image_at(index) for index in part]))
         progress(len(part))
-
-
-def _row_key(images: CaptionedImages, index: int) -> str:
-    sample, config = images.samples[index], images.config
-    digest = sample.digest or content_hash(sample.read())
-    transform = (TRANSFORM_VERSION, config.background_rgb, images.shape_of(index), digest)
-    return content_hash(repr(transform).encode())
 
 
 # ---- CLIP (arXiv:2103.00020) through open_clip: joint embeddings of images and captions

@@ -195,10 +195,10 @@ class Reference:
         with progress("features of the data", sum(map(len, parts))) as update:
             features = [cached_features(images, space, progress=update, log=log) for images in parts]
         with progress("reading the data", sum(map(len, parts))) as update:
-            average = _Average(training.config.resolution)
-            read = [_read(training, update, average)] + [_read(images, update) for images in parts[1:]]
+            read, means = zip(*(_read(images, update) for images in parts), strict=True)
         layouts = [torch.stack([layout for layout, _, _ in part]) for part in read]
         hashes = tuple(pixels for part in read for _, _, pixels in part)
+        mean, squares = means[0].mean(dim=(-2, -1))  # of each channel
         samples = tuple(sample for images in parts for sample in images.samples)
         return cls(
             training=training,
@@ -211,8 +211,8 @@ class Reference:
             mirrored_layouts=torch.stack([flipped for _, flipped, _ in read[0]]) if training.config.flip else None,
             gallery=RetrievalGallery(samples, torch.cat(features), hashes),
             digit_classifier=DigitClassifier.fit(training.samples) if training.config.path == "digits" else None,
-            mean_image=average.sums[0] / average.count,
-            colors=average.colors(),
+            mean_image=means[0][0],
+            colors=(mean, (squares - mean.square()).clamp(min=0).sqrt()),
         )
 
 
@@ -231,41 +231,27 @@ def subset(images: CaptionedImages, max_count: int, seed: int) -> CaptionedImage
     return CaptionedImages(samples, images.config, images.seed, cache_bytes=0, sizes=images.buckets.sizes)
 
 
-class _Average:
-    """Sums of values and of their squares over images resized to one size, [3, R, R] each."""
-
-    def __init__(self, resolution: int) -> None:
-        self.size = (resolution, resolution)
-        self.sums = torch.zeros(2, 3, *self.size, dtype=torch.float64)
-        self.count = 0
-
-    def add(self, images: Tensor) -> None:
-        values = images.double()  # [b, 3, h, w] in [-1, 1]
-        if values.shape[-2:] != self.size:
-            values = F.interpolate(values, self.size, mode="area")
-        self.sums += torch.stack([values.sum(dim=0), values.square().sum(dim=0)])
-        self.count += len(values)
-
-    def colors(self) -> tuple[Tensor, Tensor]:
-        """Mean and std of each channel."""
-        mean, squares = self.sums.mean(dim=(-2, -1)) / self.count  # [3], [3]
-        return mean, (squares - mean.square()).clamp(min=0).sqrt()
-
-
 def _read(
-    images: CaptionedImages, progress: Callable[[int], object], average: _Average | None = None
-) -> list[tuple[Tensor, Tensor, str]]:
-    """For each image its color layout, as it is and flipped, and the hash of its pixels."""
+    images: CaptionedImages, progress: Callable[[int], object]
+) -> tuple[list[tuple[Tensor, Tensor, str]], Tensor]:
+    """For each image its color layout, as it is and flipped, and the hash of its pixels.
+
+    And the means of values and of their squares over all images resized to the resolution: [2, 3, R, R] float64.
+    """
     found: list[tuple[Tensor, Tensor, str]] = [(torch.empty(0), torch.empty(0), "")] * len(images)
+    size = (images.config.resolution, images.config.resolution)
+    sums = torch.zeros(2, 3, *size, dtype=torch.float64)
     for chunk in images.chunks(READ_BATCH):
         pixels = torch.stack([images.image_at(index) for index in chunk])  # uint8 [b, 3, h, w]
-        layouts, flipped = color_layout(to_signed(pixels)), color_layout(to_signed(pixels.flip(-1)))
-        if average is not None:
-            average.add(to_signed(pixels))
-        for row, index in enumerate(chunk):
-            found[index] = layouts[row], flipped[row], pixel_hash(pixels[row])
+        signed = to_signed(pixels)
+        for row, index, layout, flipped in zip(
+            pixels, chunk, color_layout(signed), color_layout(signed.flip(-1)), strict=True
+        ):
+            found[index] = layout, flipped, pixel_hash(row)
+        values = signed.double() if signed.shape[-2:] == size else F.interpolate(signed.double(), size, mode="area")
+        sums += torch.stack([values.sum(dim=0), values.square().sum(dim=0)])
         progress(len(chunk))
-    return found
+    return found, sums / len(images)
 
 
 def default_batch_size(height: int, width: int) -> int:

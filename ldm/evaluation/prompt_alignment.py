@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,19 @@ def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int
     Raises:
         ValueError: for shapes that do not match, non-finite features, and indices outside the gallery.
     """
-    _check_retrieval(generated, gallery, matches)
+    if generated.ndim != 2 or gallery.ndim != 2 or generated.shape[1] != gallery.shape[1] or not len(generated):
+        raise ValueError(
+            f"generated features have shape {list(generated.shape)} and those of the gallery {list(gallery.shape)}; "
+            "they must be [N, D] and [M, D], of the same features"
+        )
+    if len(matches) != len(generated):
+        raise ValueError(f"there are {len(matches)} captions for {len(generated)} images; give one per image")
+    for indices in matches:
+        if not indices or not all(0 <= index < len(gallery) for index in indices):
+            raise ValueError(f"a caption matches {list(indices)}; give at least one index of 0 to {len(gallery) - 1}")
+    for name, features in (("generated", generated), ("gallery", gallery)):
+        if not bool(features.isfinite().all()):
+            raise ValueError(f"{name} features are not all finite; check their images")
     directions = F.normalize(gallery.double(), dim=1)
     ranks = torch.empty(len(matches), dtype=torch.float64)
     for start in range(0, len(matches), BATCH_ROWS):
@@ -154,24 +167,11 @@ def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int
         within={k: fraction_interval((ranks <= k).double(), groups) for k in RECALL_AT},
         median=_median_interval(ranks, groups, seed),
         chance={k: float(_chance(counts, len(gallery), k).mean()) for k in RECALL_AT},
-        median_by_chance=_chance_median(counts, len(gallery)),
+        # The smallest rank that at least half of the captions reach by chance.
+        median_by_chance=bisect_left(
+            range(len(gallery)), 0.5 - 1e-12, 1, key=lambda k: float(_chance(counts, len(gallery), k).mean())
+        ),
     )
-
-
-def _check_retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int]]) -> None:
-    if generated.ndim != 2 or gallery.ndim != 2 or generated.shape[1] != gallery.shape[1] or not len(generated):
-        raise ValueError(
-            f"generated features have shape {list(generated.shape)} and those of the gallery {list(gallery.shape)}; "
-            "they must be [N, D] and [M, D], of the same features"
-        )
-    if len(matches) != len(generated):
-        raise ValueError(f"there are {len(matches)} captions for {len(generated)} images; give one per image")
-    for indices in matches:
-        if not indices or not all(0 <= index < len(gallery) for index in indices):
-            raise ValueError(f"a caption matches {list(indices)}; give at least one index of 0 to {len(gallery) - 1}")
-    for name, features in (("generated", generated), ("gallery", gallery)):
-        if not bool(features.isfinite().all()):
-            raise ValueError(f"{name} features are not all finite; check their images")
 
 
 def _chance(counts: Tensor, gallery: int, k: int) -> Tensor:
@@ -182,36 +182,20 @@ def _chance(counts: Tensor, gallery: int, k: int) -> Tensor:
     return 1 - missed
 
 
-def _chance_median(counts: Tensor, gallery: int) -> int:
-    """The smallest rank that at least half of the captions reach by chance."""
-    low, high = 1, gallery
-    while low < high:
-        middle = (low + high) // 2
-        if float(_chance(counts, gallery, middle).mean()) >= 0.5 - 1e-12:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def _median_interval(ranks: Tensor, groups: Tensor, seed: int) -> Interval:
     """A bootstrap over groups."""
     number = int(groups.max()) + 1
     resampled = torch.from_numpy(generator(seed, "median rank").integers(number, size=(RESAMPLES, number)))
-    ones = torch.ones(resampled.shape).double()
+    ones = torch.ones_like(resampled, dtype=torch.float64)
     times = torch.zeros(RESAMPLES, number, dtype=torch.float64).scatter_add_(1, resampled, ones)
     order = ranks.argsort()
     weights = torch.cat([torch.ones(1, len(ranks), dtype=torch.float64), times[:, groups[order]]])  # [1 + resamples, N]
-    medians = _weighted_medians(ranks[order], weights)
-    return bootstrap_interval(float(medians[0]), medians[1:])
-
-
-def _weighted_medians(ascending: Tensor, weights: Tensor) -> Tensor:
-    """Of values [N] repeated `weights` [B, N] times: [B], the mean of the two in the middle."""
+    # Ranks repeated so many times: the mean of the two in the middle.
     reached = weights.cumsum(dim=1)
     half = reached[:, -1:] / 2
     lower, upper = (reached < half).sum(dim=1), (reached <= half).sum(dim=1)
-    return (ascending[lower] + ascending[upper]) / 2
+    medians = (ranks[order][lower] + ranks[order][upper]) / 2
+    return bootstrap_interval(float(medians[0]), medians[1:])
 
 
 # ---- CLIP score
