@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.data import CaptionedImages, generator, to_signed
 from ldm.diffusion import NOISE_BANDS, NoiseSchedule, diffusion_loss, noise_bands, without_variance
-from ldm.evaluation.stats import student_quantile, wilson_interval
+from ldm.evaluation.stats import beta_binomial_tail, student_quantile, wilson_interval
 from ldm.pipelines import Pipeline, contact_sheet
 
 # ---- nearest training images, where some of these are variants of one another
@@ -292,14 +292,6 @@ def find_copies(
     # images of other data (digits for a model of photographs) may all have the same dark photograph as their nearest.
     first_of = {int(known.groups[found.index[i]]): i for i in reversed(distinct(generated, known.radius).tolist())}
     evidence = flagged[sorted(first_of.values())]
-    count, total, above = int(evidence.sum()), len(evidence), len(ratios) + 1 - rank
-    # If all images have one distribution, the number of `total` new ones below the threshold, which is itself a
-    # sample, is beta-binomial: P(X >= count) is the sum of C(total, x) B(x + rank, total - x + above) / B(rank, above).
-    logs = [
-        _log_beta(x + rank, total - x + above) - _log_beta(x + 1, total - x + 1) - math.log(total + 1)
-        for x in range(count, total + 1)
-    ]
-    chance = min(math.fsum(math.exp(log - _log_beta(rank, above)) for log in logs), 1.0)
     return Copying(
         nearest=found.index,
         distance=found.distance,
@@ -308,18 +300,14 @@ def find_copies(
         flagged=flagged,
         flagged_fraction=CountedFraction.from_mask(flagged),
         expected=rank / (len(ratios) + 1),
-        distinct=total,
-        chance=chance,
+        distinct=len(evidence),
+        chance=beta_binomial_tail(int(evidence.sum()), len(evidence), rank, len(ratios) + 1 - rank),
         variants=CountedFraction.from_mask(flagged & (found.distance < known.radius)),
         held_out=None if unseen is None else CountedFraction.from_mask(unseen.ratio < threshold),
         closer=CountedFraction.from_mask(found.closer),
         held_out_closer=None if unseen is None else CountedFraction.from_mask(unseen.closer),
         calibrated_on=(0 if unseen is None else len(unseen.ratio), left_out),
     )
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
 def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Image], copying: Copying) -> Image.Image:

@@ -91,6 +91,22 @@ def fraction_interval(hits: Tensor, groups: Tensor | None = None) -> Interval:
     return wilson_interval(fraction, round(effective))
 
 
+def beta_binomial_tail(count: int, total: int, below: int, above: int) -> float:
+    """P(X >= count), for X of `total` new values below the `below`-th of below + above − 1 old ones.
+
+    If all have one distribution, X is beta-binomial: this accounts for the threshold being a sample itself.
+    """
+
+    def log_beta(a: float, b: float) -> float:
+        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+    logs = (
+        log_beta(x + below, total - x + above) - log_beta(x + 1, total - x + 1) for x in range(count, total + 1)
+    )  # C(n, k) = 1 / ((n + 1) B(k + 1, n − k + 1))
+    constant = math.log(total + 1) + log_beta(below, above)
+    return min(math.fsum(math.exp(log - constant) for log in logs), 1.0)
+
+
 def jackknife_variance(leave_one_out: Tensor) -> float:
     """The variance of an estimate from its values without each sample, or without each group: float64 [n]."""
     return (len(leave_one_out) - 1) * float(leave_one_out.var(unbiased=False))

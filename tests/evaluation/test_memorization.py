@@ -15,11 +15,11 @@ from ldm.evaluation.memorization import (
     BandGap,
     CountedFraction,
     LossGap,
-    _p_value,
     color_layout,
     find_copies,
     nearest_sheet,
 )
+from ldm.evaluation.stats import beta_binomial_tail
 from ldm.evaluation.verdict import Verdict, verdict
 from ldm.pipelines.images import from_pil
 
@@ -156,7 +156,7 @@ def test_ratio_and_closer_are_those_of_a_line():
 def test_chance_is_beta_binomial():
     for count, total, below, above in ((0, 20, 3, 50), (4, 20, 3, 50), (97, 128, 1, 20), (256, 256, 8, 170)):
         expected = stats.betabinom(total, below, above).sf(count - 1)
-        assert _p_value(count, total, below, above) == pytest.approx(expected, rel=1e-6)
+        assert beta_binomial_tail(count, total, below, above) == pytest.approx(expected, rel=1e-6)
 
 
 def test_share_has_the_interval_of_wilson():
