@@ -1,13 +1,15 @@
-"""Line charts over steps as SVG, or as PNG, without a plotting library."""
+"""Line charts over steps as SVG, which resvg turns into PNG."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
 from ldm import disk
 from ldm.pipelines import save_png
@@ -15,9 +17,8 @@ from ldm.report.markup import escaped, shortened
 
 Point = tuple[int, float]
 Size = tuple[int, int]
-Position = Callable[[float, float], tuple[float, float]]
 
-LEFT, RIGHT, BOTTOM, LEGEND_ROW, PNG_TOP = 60, 10, 40, 20, 30
+LEFT, RIGHT, BOTTOM, LEGEND_ROW = 60, 10, 40, 20
 MAX_POINTS = 500
 MAX_MARKED_POINTS = 60  # up to so many points get a dot each
 PNG_SCALE = 2  # pixels of a PNG per pixel of an SVG
@@ -158,20 +159,52 @@ def line_chart(
     """
     assert lines and all(line.points for line in lines)
     width, height = size
+    right, bottom = width - RIGHT, height - BOTTOM
     points = [point for line in lines for point in (*line.points, *line.raw)]
     steps = Axis(0, max(1, last_step, *(step for step, _ in points)), False)
     values = Axis.from_values([value for _, value in points], logarithmic=logarithmic, from_zero=from_zero)
-    legend, top = _legend(lines, width - LEFT - RIGHT)
-    position = _position(steps, values, (LEFT, top, width - RIGHT, height - BOTTOM))
+    legend, top = _legend(lines, right - LEFT)
+
+    def positions(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        """(x, y) of each (step, value)."""
+        return [
+            (LEFT + (right - LEFT) * steps.fraction(step), top + (bottom - top) * (1 - values.fraction(value)))
+            for step, value in points
+        ]
+
+    def path(points: Sequence[Point]) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in positions(thinned(points)))
+
     attributes = f'class="curve" role="img" aria-label="{escaped(title)}" viewBox="0 0 {width} {height}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>']
     if standalone:
         parts += [f"<style>{style(LIGHT)}</style>", f'<rect class="paper" width="{width}" height="{height}"/>']
-    parts += _grid(steps, values, position, size, axis)
+    ticks = values.ticks()
+    for value, (_, y) in zip(ticks, positions([(0, value) for value in ticks]), strict=True):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value_label(value)}</text>')
+    for step in dict.fromkeys(int(tick) for tick in round_ticks(0, steps.high)):
+        ((x, _),) = positions([(step, values.low)])
+        anchor = "end" if x > right - 20 else "middle"
+        # Whole thousands are short, so that neighbors do not touch.
+        label = f"{step // 1000:,}k" if step >= 10_000 and step % 1000 == 0 else f"{step:,}"
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="{anchor}">{label}</text>')
+    label = escaped(axis) + ("; values on a logarithmic scale" if values.logarithmic else "")
+    parts.append(f'<text x="{width / 2}" y="{height - 5}" text-anchor="middle">{label}</text>')
     for number, line in enumerate(lines):
-        parts += _polylines(line, number % len(DASHES), position)
+        kind = number % len(DASHES)
+        if line.raw:
+            parts.append(f'<polyline class="raw c{kind}" points="{path(line.raw)}"/>')
+        parts.append(f'<polyline class="c{kind}" stroke-dasharray="{DASHES[kind]}" points="{path(line.points)}"/>')
+        if len(line.points) <= MAX_MARKED_POINTS:
+            dots = (f'cx="{x:.1f}" cy="{y:.1f}"' for x, y in positions(line.points))
+            parts += [f'<circle class="d{kind}" {dot} r="2.6"/>' for dot in dots]
     if mark is not None:
-        parts += _mark(mark, position(mark[0], values.low)[0], top, height - BOTTOM, width)
+        ((x, _),) = positions([(mark[0], values.low)])
+        anchor, offset = ("end", -6) if x > width / 2 else ("start", 6)
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        place = f'x="{x + offset:.1f}" y="{top + 14}" text-anchor="{anchor}"'
+        parts.append(f'<text class="halo" {place}>{escaped(mark[1])}</text>')
     return "\n".join([*parts, *legend, "</svg>"]) + "\n"
 
 
@@ -185,93 +218,27 @@ def save_chart(path: Path, line: Line, *, axis: str) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    path = disk.expand_user(path)
-    if path.suffix.lower() == ".png":
-        save_png(rasterized(line, axis=axis), path, {"title": line.name})
+    path, size = disk.expand_user(path), (640, 320)
+    svg = line_chart([line], title=line.name, logarithmic=True, size=size, axis=axis, standalone=True)
+    if path.suffix.lower() != ".png":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_text(path, svg)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    disk.write_text(path, line_chart([line], title=line.name, logarithmic=True, axis=axis, standalone=True))
+    from resvg_py import svg_to_bytes
 
-
-def rasterized(line: Line, *, axis: str) -> Image.Image:
-    """The chart of `save_chart` in pixels."""
-    width, height = 640 * PNG_SCALE, 320 * PNG_SCALE
-    left, right, bottom, top = (PNG_SCALE * margin for margin in (LEFT, RIGHT, BOTTOM, PNG_TOP))
-    steps = Axis(0, max(1, *(step for step, _ in line.points)), False)
-    values = Axis.from_values([value for _, value in line.points], logarithmic=True)
-    position = _position(steps, values, (left, top, width - right, height - bottom))
-    image = Image.new("RGB", (width, height), LIGHT.background)
-    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(size=14 * PNG_SCALE)
-    for value in values.ticks():
-        _, y = position(0, value)
-        canvas.line([(left, y), (width - right, y)], fill=LIGHT.grid, width=PNG_SCALE)
-        canvas.text((left - 6 * PNG_SCALE, y), value_label(value), fill=LIGHT.ink, font=font, anchor="rm")
-    for step in dict.fromkeys(int(tick) for tick in round_ticks(0, steps.high)):
-        x, _ = position(step, values.low)
-        anchor = "ra" if x > width - right - 20 * PNG_SCALE else "ma"
-        canvas.text((x, height - bottom + 4 * PNG_SCALE), f"{step:,}", fill=LIGHT.ink, font=font, anchor=anchor)
-    label = axis + _scale_note(values)
-    canvas.text((width / 2, height - 2 * PNG_SCALE), label, fill=LIGHT.ink, font=font, anchor="md")
-    canvas.text((left, 5 * PNG_SCALE), line.name, fill=LIGHT.ink, font=font, anchor="la")
-    points = [position(*point) for point in thinned(line.points)]
-    canvas.line(points, fill=LIGHT.lines[0], width=2 * PNG_SCALE, joint="curve")
-    for point in points if len(points) <= MAX_MARKED_POINTS else ():
-        canvas.circle(point, 2.6 * PNG_SCALE, fill=LIGHT.lines[0])
-    return image
-
-
-def _position(steps: Axis, values: Axis, box: tuple[int, int, int, int]) -> Position:
-    """(step, value) → (x, y) in a box: left, top, right, bottom."""
-    left, top, right, bottom = box
-
-    def position(step: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * steps.fraction(step), top + (bottom - top) * (1 - values.fraction(value))
-
-    return position
-
-
-def _grid(steps: Axis, values: Axis, position: Position, size: Size, axis: str) -> list[str]:
-    """A line at each round value, and the numbers on both axes."""
-    width, height = size
-    parts = []
-    for value in values.ticks():
-        _, y = position(0, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value_label(value)}</text>')
-    for step in dict.fromkeys(int(tick) for tick in round_ticks(0, steps.high)):
-        x, _ = position(step, values.low)
-        anchor = "end" if x > width - RIGHT - 20 else "middle"
-        # Whole thousands are short, so that neighbors do not touch.
-        label = f"{step // 1000:,}k" if step >= 10_000 and step % 1000 == 0 else f"{step:,}"
-        parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="{anchor}">{label}</text>')
-    label = escaped(axis) + _scale_note(values)
-    parts.append(f'<text x="{width / 2}" y="{height - 5}" text-anchor="middle">{label}</text>')
-    return parts
-
-
-def _scale_note(values: Axis) -> str:
-    return "; values on a logarithmic scale" if values.logarithmic else ""
-
-
-def _polylines(line: Line, number: int, position: Position) -> list[str]:
-    def path(points: Sequence[Point]) -> str:
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in (position(*point) for point in thinned(points)))
-
-    parts = [f'<polyline class="raw c{number}" points="{path(line.raw)}"/>'] if line.raw else []
-    dashes = f'stroke-dasharray="{DASHES[number]}"'
-    parts.append(f'<polyline class="c{number}" {dashes} points="{path(line.points)}"/>')
-    if len(line.points) <= MAX_MARKED_POINTS:
-        dots = (position(*point) for point in line.points)
-        parts += [f'<circle class="d{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in dots]
-    return parts
-
-
-def _mark(mark: tuple[int, str], x: float, top: float, bottom: float, width: float) -> list[str]:
-    anchor, offset = ("end", -6) if x > width / 2 else ("start", 6)
-    return [
-        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>',
-        f'<text class="halo" x="{x + offset:.1f}" y="{top + 14}" text-anchor="{anchor}">{escaped(mark[1])}</text>',
-    ]
+    font = ImageFont.load_default(size=14)  # the one in Pillow: a machine may have none
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "font.ttf"
+        file.write_bytes(font.font_bytes)
+        png = svg_to_bytes(
+            svg_string=svg,
+            width=size[0] * PNG_SCALE,
+            skip_system_fonts=True,
+            font_files=[str(file)],
+            sans_serif_family=font.getname()[0],
+        )
+    save_png(Image.open(io.BytesIO(bytes(png))).convert("RGB"), path, {"title": line.name})
 
 
 def _legend(lines: Sequence[Line], width: float) -> tuple[list[str], int]:
