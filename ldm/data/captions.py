@@ -8,21 +8,12 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.data.files import (
-    CAPTION_FILES,
-    DOCUMENTS,
-    IMAGES,
-    FolderFiles,
-    last_part,
-    nfc,
-    parent_prefix,
-    stem,
-    suffix,
-)
-from ldm.data.sources import CaptionSource
+from ldm.data.files import CAPTION_FILES, DOCUMENTS, IMAGES, FolderFiles, last_part, nfc, parent_prefix, stem, suffix
+from ldm.data.sources import CaptionSource, Decode
 from ldm.progress import printable
 
 # In order of preference; case is ignored, "-" and " " count as "_".
@@ -39,14 +30,7 @@ MAX_TEXT_BYTES = 2**20
 # YOLO: a class number, and a box or a polygon.
 _BOX = re.compile(r"\d+( [01]?\.\d+(e-?\d+)?){4,}")
 
-_KINDS: dict[type, str] = {
-    bool: "a truth value",
-    int: "a number",
-    float: "a number",
-    dict: "an object",
-    list: "a list",
-    bytes: "bytes",
-}
+_KINDS: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
@@ -59,11 +43,7 @@ _MARKS = (
 
 
 def caption(text: object) -> str:
-    """A caption without surrounding white space.
-
-    Raises:
-        ValueError: with the reason, if it is not a non-empty text.
-    """
+    """A caption without surrounding white space. Raises ValueError, with the reason, if it is not a non-empty text."""
     if text is None or text != text:  # pandas writes a missing one as NaN
         raise ValueError("no caption")
     if not isinstance(text, str):
@@ -112,11 +92,7 @@ def parse_list(cell: object) -> object:
 
 
 def decode_text(data: bytes, errors: str = "strict") -> str:
-    """Bytes → text, in UTF-8 or the encoding of the byte order mark.
-
-    Raises:
-        ValueError: with the reason.
-    """
+    """Bytes → text, in UTF-8 or the encoding of the byte order mark. Raises ValueError with the reason."""
     name = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
         # Errors in UTF-16 and UTF-32 are not repaired.
@@ -126,14 +102,11 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
 
 
 def caption_lines(data: bytes) -> list[str]:
-    """The non-empty lines of a caption file.
+    """The non-empty lines of a caption file; none if all are boxes of YOLO.
 
     Raises:
-        KeyError: if all lines are YOLO boxes.
         ValueError: with the reason as a predicate ("is not UTF-8 text"), or "empty caption".
     """
-    if len(data) > MAX_TEXT_BYTES:
-        raise ValueError(f"holds {len(data) / 2**20:.1f} MiB; a caption file has at most {MAX_TEXT_BYTES >> 20} MiB")
     try:
         text = decode_text(data)
     except ValueError as error:
@@ -143,42 +116,21 @@ def caption_lines(data: bytes) -> list[str]:
         raise ValueError("is not UTF-8 text")
     lines = []
     for line in re.split(r"[\r\n]+", text):
-        try:
+        with suppress(ValueError):  # an empty line: UTF-8 has no surrogates
             lines.append(caption(line))
-        except ValueError:
-            continue  # an empty line: UTF-8 has no surrogates
     if not lines:
         raise ValueError("empty caption")
-    if all(map(_BOX.fullmatch, lines)):
-        raise KeyError("boxes, which are no captions")
-    return lines
-
-
-def json_captions(data: bytes, column: str | None) -> tuple[list[str], list[str]]:
-    """A JSON object → (captions, reasons), from its key `column`, or a usual one if that is None.
-
-    Raises:
-        KeyError: if it has no such key, or is not an object.
-        ValueError: with the reason as a predicate, if it is not JSON.
-    """
-    try:
-        if len(data) > MAX_TEXT_BYTES:
-            raise ValueError(f"{len(data) / 2**20:.1f} MiB are more than a caption needs")
-        record = json.loads(decode_text(data))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON that holds a caption: {error}") from error
-    if not isinstance(record, dict):
-        raise KeyError("text")
-    key = column if column is not None else match_column(record, CAPTION_NAMES)
-    if key is None or key not in record:
-        raise KeyError(column or "text")
-    return captions(record[key])
+    return [] if all(map(_BOX.fullmatch, lines)) else lines
 
 
 def sidecar_captions(
     paths: Sequence[str], read: Callable[[str], bytes], column: str | None
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Files beside one image → (captions, [(path, reason)]). JSON files are used only if there are no text files."""
+    """Files beside one image → (captions, [(path, reason)]).
+
+    JSON files are used only if there are no text files: their key `column`, or a usual one if that is None. Files that
+    are not about captions give neither.
+    """
     texts = [path for path in paths if path.lower().endswith(CAPTION_FILES)]
     good: list[str] = []
     faults: list[tuple[str, str]] = []
@@ -186,28 +138,26 @@ def sidecar_captions(
         name = printable(last_part(path))
         try:
             data = read(path)
-            found, reasons = (caption_lines(data), []) if texts else json_captions(data, column)
-        except KeyError:
-            continue  # no captions, such as bounding boxes
+            if len(data) > MAX_TEXT_BYTES:
+                size, most = f"{len(data) / 2**20:.1f} MiB", f"{MAX_TEXT_BYTES >> 20} MiB"
+                raise ValueError(f"holds {size}; a caption file has at most {most}")
+            if texts:
+                good += caption_lines(data)
+                continue
+            record = json.loads(decode_text(data))
         except OSError as error:
             faults.append((path, f"{name} cannot be read: {error.strerror}"))
-        except ValueError as error:
-            faults.append((path, str(error) if str(error) == "empty caption" else f"{name} {error}"))
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if texts else f"is not JSON that holds a caption: {error}"
+            faults.append((path, reason if reason == "empty caption" else f"{name} {reason}"))
         else:
-            good += found
-            faults += [(path, reason) for reason in reasons]
+            names = record if isinstance(record, dict) else {}
+            usual = match_column(names, CAPTION_NAMES) if column is None else column
+            if usual in names:
+                found, reasons = captions(names[usual])
+                good += found
+                faults += [(path, reason) for reason in reasons]
     return good, faults
-
-
-def class_caption(folder: str) -> str:
-    """The name of a folder as a caption: "10_golden-retriever" → "golden retriever".
-
-    Raises:
-        ValueError: if no words are left.
-    """
-    name = re.sub(r"^\d+_(?=.)", "", folder)  # kohya's number of repeats
-    words = " ".join(re.split(r"[_\-\s]+", name)).strip()
-    return caption(words)
 
 
 def match_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
@@ -217,24 +167,25 @@ def match_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns that the data config names: of images or their files, and of captions; None to find them."""
+class ReadOptions:
+    """The columns that the data config names, of images or their files and of captions (None finds them), what decodes
+    the images, and whether those without a caption are left out.
+    """
 
-    image: str | None = None
-    caption: str | None = None
+    image: str | None
+    caption: str | None
+    decode: Decode
+    captioned: bool
 
 
 def choose_column(
     where: str, columns: list[str], possible: list[str], names: tuple[str, ...], what: str, given: str | None
 ) -> str:
-    """The given column, else the one with the first of `names`, else the only possible one.
+    """The `given` column, else the one with the first of the usual `names`, else the only `possible` one.
 
     Args:
-        where: name of the table, for messages.
+        where, what: for messages: the name of the table, and "image" or "caption".
         columns, possible: all columns, and those of a suitable type.
-        names: usual names, in order of preference.
-        what: "image" or "caption".
-        given: of `Columns`.
 
     Raises:
         ValueError: listing the columns.
@@ -297,43 +248,51 @@ def find_unread_captions(
             by_name.setdefault(word, set()).add(path)
     named_after: dict[tuple[str, str], list[tuple[str, str]]] = {}  # (folder, suffix) → (file, its image)
     sources: list[CaptionSource] = []
+
+    def add(name: str, images: set[str], text: str, reason: str) -> None:
+        lines = (_CELL.sub("", line) for line in text.splitlines() if _CELL.search(line))
+        # A list of files is no source of captions: there are words besides names of images.
+        has_words = suffix(name) in _SHEETS or _WORDS.search(_CELL.sub("", text)) is not None
+        if not has_words and suffix(name) not in (".xml", ".json"):
+            has_words = any(re.search(r"[^\W\d_]{2,}", line) for line in lines)
+        sources.append(CaptionSource(name, len(images), len(images.difference(captioned)), reason, has_words))
+
     for path in found.files:
-        if path in read or suffix(path) not in _CANDIDATES or last_part(path).lower().startswith(DOCUMENTS):
+        kind = suffix(path)
+        if path in read or kind not in _CANDIDATES or last_part(path).lower().startswith(DOCUMENTS):
             continue
-        if nfc(stem(path)).casefold() in folded and suffix(path) in CAPTION_FILES:
+        if kind in CAPTION_FILES and nfc(stem(path)).casefold() in folded:
             continue  # sidecars
         bare = stem(last_part(nfc(path))).casefold()
-        if suffix(path) and bare in by_stem:
-            named_after.setdefault((parent_prefix(path), suffix(path)), []).append((path, bare))
+        key = parent_prefix(path), kind
+        if kind and bare in by_stem:
+            named_after.setdefault(key, []).append((path, bare))
             continue
         text = _text(found.root / path)
         images = {image for name in _image_names(nfc(text)) for image in by_name.get(name, ())}
-        if not text and suffix(path) in _SHEETS:
-            sources.append(CaptionSource(path, 0, reason=f"it cannot be opened; {_advice(path)}", doubtful=True))
+        advice = f"{kind} of this kind" if kind else "a file without a suffix"
+        advice += " is not read; save it as CSV with the columns file_name and text"
+        # "1_caption" and "caption-1" are of image 1.
+        owners = (re.sub(r"[._ -]+[^\W\d_]+$", "", bare), re.sub(r"^[^\W\d_]+[._ -]+", "", bare))
+        if not text and kind in _SHEETS:
+            add(path, set(), "", f"it cannot be opened; {advice}")
         # A table may also name images that were moved or renamed.
         elif images or (path in reasons and _IMAGE_NAME.search(text)):
-            sources.append(_source(path, images, captioned, text, reasons.get(path, _advice(path))))
-        elif suffix(path) and (image := _image_part(bare, by_stem)) is not None:
-            named_after.setdefault((parent_prefix(path), suffix(path)), []).append((path, image))
+            add(path, images, text, reasons.get(path, advice))
+        elif kind and (image := next((one for one in owners if one in by_stem), None)) is not None:
+            named_after.setdefault(key, []).append((path, image))
     for (folder, kind), named in named_after.items():
         images = {image for _, owner in named for image in by_stem[owner]}
         paths = [path for path, _ in named]
         text = "\n".join(_text(found.root / path) for path in paths[:_MAX_FILES])
-        name = paths[0] if len(paths) == 1 else f"{folder}*{kind}"
-        beside = all(nfc(stem(path)) in found.image_stems for path in paths)
-        reason = f"{kind} beside images is not read" if beside else "named after images that it does not lie beside"
+        is_beside = all(nfc(stem(path)) in found.image_stems for path in paths)
+        reason = f"{kind} beside images is not read" if is_beside else "named after images in other folders"
         if any(stem(last_part(nfc(path))).casefold() != owner for path, owner in named):
             reason = f"its name is longer than that of the image; rename it, such as a{kind} of a.png"
-        if kind == ".json" and beside:
+        if kind == ".json" and is_beside:
             reason = "no caption under a usual name; set data.caption_column"
-        sources.append(_source(name, images, captioned, text, reason))
+        add(paths[0] if len(paths) == 1 else f"{folder}*{kind}", images, text, reason)
     return sources
-
-
-def _image_part(name: str, by_stem: Mapping[str, object]) -> str | None:
-    """The image in a name such as "1_caption" or "caption-1"; None for other names."""
-    parts = (re.sub(r"[._ -]+[^\W\d_]+$", "", name), re.sub(r"^[^\W\d_]+[._ -]+", "", name))
-    return next((part for part in parts if part in by_stem), None)
 
 
 def _image_names(text: str) -> list[str]:
@@ -341,29 +300,18 @@ def _image_names(text: str) -> list[str]:
     return [word.lstrip("([{=&").casefold() for word in _IMAGE_NAME.findall(text)]
 
 
-def _source(name: str, images: set[str], captioned: Collection[str], text: str, reason: str) -> CaptionSource:
-    return CaptionSource(name, len(images), len(images.difference(captioned)), reason, _has_words(name, text))
-
-
-def _has_words(path: str, text: str) -> bool:
-    """Whether a text has words besides names of images; a list of files is no source of captions."""
-    if suffix(path) in _SHEETS:
-        return True
-    lines = (_CELL.sub("", line) for line in text.splitlines() if _CELL.search(line)) if suffix(path) != ".xml" else ()
-    beside_names = suffix(path) != ".json" and any(re.search(r"[^\W\d_]{2,}", line) for line in lines)
-    return beside_names or _WORDS.search(_CELL.sub("", text)) is not None
-
-
-def _advice(path: str) -> str:
-    kind = f"{suffix(path)} of this kind" if suffix(path) else "a file without a suffix"
-    return f"{kind} is not read; save it as CSV with the columns file_name and text"
-
-
 def _text(path: Path) -> str:
     """The readable text of a file of any format; most store file names as plain letters."""
     try:
         if path.suffix.lower() in _SHEETS:
-            return _sheet_text(path)
+            data = b""
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    content = last_part(name) in ("sharedStrings.xml", "content.xml")
+                    if content or name.startswith("xl/worksheets/sheet"):
+                        with archive.open(name) as part:
+                            data += part.read(_MAX_BYTES - len(data))
+            return data.decode("utf-8", "replace")
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES)
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -372,14 +320,3 @@ def _text(path: Path) -> str:
         return ""
     # UTF-16 without a mark has a NUL beside each letter.
     return data.replace(b"\0", b"").decode("utf-8", "replace")
-
-
-def _sheet_text(path: Path) -> str:
-    text = b""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            content = last_part(name) in ("sharedStrings.xml", "content.xml")
-            if content or name.startswith("xl/worksheets/sheet"):
-                with archive.open(name) as part:
-                    text += part.read(_MAX_BYTES - len(text))
-    return text.decode("utf-8", "replace")

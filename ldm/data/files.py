@@ -130,8 +130,8 @@ def misnamed_image(path: Path) -> str | None:
 
 
 def unsupported_type(data: bytes) -> str | None:
-    """The type and the advice for bytes that are not read, such as "a HEIC image, which is not read; convert it to
-    PNG or JPEG"; None if unknown.
+    """The type and the advice for bytes that are not read ("a HEIC image, which is not read; convert it to PNG or
+    JPEG"); None if unknown.
     """
     for signature, kind in _UNSUPPORTED_SIGNATURES:
         if signature.match(data[:1024]):
@@ -141,9 +141,8 @@ def unsupported_type(data: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """The files of a folder and its sub-folders, as sorted posix paths below `root`, and unreadable entries.
-
-    Hidden files and folders (`.name`) and `__MACOSX` are left out.
+    """The files of a folder and its sub-folders, as sorted posix paths below `root`, and unreadable entries, without
+    hidden files and folders (`.name`) and `__MACOSX`.
     """
 
     root: Path
@@ -171,10 +170,8 @@ def read_file(path: str) -> bytes:
 
 
 def list_files(folder: Path) -> FolderFiles:
-    """Lists a folder recursively. Links to files are followed, links to folders are not.
-
-    Raises:
-        ValueError: if the folder itself cannot be read.
+    """Lists a folder recursively. Links to files are followed, links to folders are not. Raises ValueError if the
+    folder itself cannot be read.
     """
     files: list[str] = []
     skipped: list[Skipped] = []

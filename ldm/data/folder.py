@@ -7,7 +7,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import PurePosixPath
@@ -16,10 +17,10 @@ from typing import TypeVar
 from ldm.data.captions import (
     FILE_NAMES,
     TABLE_CAPTION_NAMES,
-    Columns,
+    ReadOptions,
+    caption,
     captions,
     choose_column,
-    class_caption,
     match_column,
     parse_list,
     sidecar_captions,
@@ -37,7 +38,7 @@ from ldm.data.files import (
     suffix,
     unsupported_reason,
 )
-from ldm.data.rows import LISTS, SUFFIXES, JsonRows, RowReader, open_rows
+from ldm.data.rows import LISTS, SUFFIXES, Table, open_table
 from ldm.data.sources import Decode, Listing, Sample, Skipped
 from ldm.progress import plural, printable
 
@@ -65,11 +66,10 @@ def file_sample(found: FolderFiles, path: str, captions: list[str], group: str, 
     return Sample(path, tuple(dict.fromkeys(captions)), group, read, decode)
 
 
-def read_sidecars(found: FolderFiles, column: str | None, decode: Decode) -> Listing | None:
+def read_sidecars(found: FolderFiles, options: ReadOptions) -> Listing | None:
     """Captions in `a.txt`, `a.caption` or `a.png.txt` beside `a.png`, one per line; None if there are none.
 
-    An image has the captions of all its text files. If it has none, those in `a.json` under `column` or a usual name
-    are used. Images with the same stem share a group.
+    An image has the captions of all its text files, or else those in `a.json`. Images with the same stem share a group.
     """
     texts: dict[str, list[str]] = {}
     for kind in (*CAPTION_FILES, ".json"):
@@ -80,9 +80,9 @@ def read_sidecars(found: FolderFiles, column: str | None, decode: Decode) -> Lis
         beside = [*texts.get(nfc(image), ()), *texts.get(nfc(stem(image)), ())]
         # Two images may have names that differ in their code points only, each with its own captions.
         beside = [path for path in beside if stem(path) in (image, stem(image))] or beside
-        good, faults = sidecar_captions(beside, lambda path: (found.root / path).read_bytes(), column)
+        good, faults = sidecar_captions(beside, lambda path: (found.root / path).read_bytes(), options.caption)
         if good:
-            listing.samples.append(file_sample(found, image, good, stem(image), decode))
+            listing.samples.append(file_sample(found, image, good, stem(image), options.decode))
             listing.covered.update(beside)
             rest = f"the other captions of {printable(image)} count"
             listing.skipped += [Skipped(path, f"{reason}; {rest}") for path, reason in faults]
@@ -106,28 +106,27 @@ def read_sidecars(found: FolderFiles, column: str | None, decode: Decode) -> Lis
     return listing
 
 
-def read_classes(found: FolderFiles, decode: Decode) -> Listing | None:
+def read_classes(found: FolderFiles, options: ReadOptions) -> Listing | None:
     """Images in sub-folders, captioned with the name of their folder; None if there are none.
 
     `_` and `-` become spaces, and the `10_` of "10_my dog" is dropped.
     """
     listing = Listing(
         FOLDERS,
-        uncovered="no caption: it lies in no sub-folder that names its class; put it into one, "
+        uncovered="no caption: it is in no sub-folder that names its class; put it into one, "
         "or a .txt with its caption beside it",
     )
     for image in [path for path in found.images if "/" in path]:
         folder = PurePosixPath(image).parent.name
         listing.covered.add(image)
+        words = " ".join(re.split(r"[_\-\s]+", re.sub(r"^\d+_(?=.)", "", folder))).strip()
         try:
-            words = class_caption(folder)
+            text = caption("" if words.lower() in _CONTAINERS else words)
         except ValueError:
-            words = ""
-        if not words or words.lower() in _CONTAINERS:
             reason = f'no caption: the name of its folder, "{printable(folder)}", does not describe the image'
             listing.skipped.append(Skipped(image, reason))
         else:
-            listing.samples.append(file_sample(found, image, [words], stem(image), decode))
+            listing.samples.append(file_sample(found, image, [text], stem(image), options.decode))
     return listing if listing.covered else None
 
 
@@ -145,10 +144,18 @@ class NamingTable:
     """A table in a folder: its path, rows, column of files, and what these are relative to (`FileNames.resolve`)."""
 
     path: str
-    rows: RowReader
+    rows: Table
     column: str | None
     base: str
     anywhere: bool = False
+
+    def names(self) -> Iterator[str]:
+        """The names in the column of files."""
+        column = self.column
+        if column is not None:
+            yield from (
+                name for row in self.rows.read([column]) if isinstance(name := row.cells.get(column), str) and name
+            )
 
 
 def is_metadata(path: str) -> bool:
@@ -156,33 +163,28 @@ def is_metadata(path: str) -> bool:
     return PurePosixPath(path).stem.lower() == METADATA and suffix(path) in SUFFIXES and suffix(path) not in LISTS
 
 
-def read_metadata(found: FolderFiles, with_images: Collection[str], columns: Columns, decode: Decode) -> Listing | None:
-    """metadata.csv, .tsv, .jsonl, .json and .parquet, each for the folder it lies in; None if there are none.
+def read_metadata(found: FolderFiles, with_images: Collection[str], options: ReadOptions) -> Listing | None:
+    """metadata.csv, .tsv, .jsonl, .json and .parquet, each for its folder; None if there are none.
 
-    An image that several rows name has all their captions.
-
-    Args:
-        with_images: tables that contain images, which need not name files.
+    An image that several rows name has all their captions. Tables `with_images` need not name files.
     """
-    tables, skipped, names = [], [], FileNames(found)
-    for path in found.ending(*SUFFIXES):
-        if not is_metadata(path):
-            continue
+    tables, skipped, files = [], [], FileNames(found)
+    for path in filter(is_metadata, found.ending(*SUFFIXES)):
         try:
-            rows = open_rows(found.root / path)
+            rows = open_table(found.root / path)
         except (OSError, ValueError) as error:
             # A metadata.json may be anything.
             if suffix(path) != ".json":
                 skipped.append(Skipped(path, _reason(error)))
             continue
-        column = _file_column(rows, columns)
-        if suffix(path) == ".json" and (column is None or names.base_folder(path, _names(rows, column)) is None):
+        table = NamingTable(path, rows, _file_column(rows, options), parent_prefix(path))
+        if suffix(path) == ".json" and files.base_folder(path, table.names()) is None:
             continue
-        if path not in with_images or column is not None:
-            tables.append(NamingTable(path, rows, column, parent_prefix(path)))
+        if path not in with_images or table.column is not None:
+            tables.append(table)
     if not tables and not skipped:
         return None
-    listing = _read_tables(names, METADATA, "no metadata file names it", tables, columns, decode)
+    listing = _read_tables(files, METADATA, "no metadata file names it", tables, options)
     listing.files += tuple(entry.path for entry in skipped)
     listing.numbers = False
     if listing.error is None:
@@ -191,86 +193,91 @@ def read_metadata(found: FolderFiles, with_images: Collection[str], columns: Col
 
 
 def read_named_tables(
-    found: FolderFiles, columns: Columns, decode: Decode, paths: Sequence[str] | None = None
+    found: FolderFiles, options: ReadOptions, paths: Sequence[str] | None = None
 ) -> tuple[list[Listing], dict[str, str]]:
-    """Other tables whose rows name images, such as captions.csv beside Images/; all COCO annotations are one listing.
+    """Other tables whose rows name images, such as captions.csv beside Images/, and the reasons why readable ones are
+    not used.
 
-    Args:
-        paths: the tables to try; None tries all of the folder that are neither sidecars nor documents.
-
-    Returns:
-        The listings, and the reasons why other readable tables are none.
+    All COCO annotations are one listing. `paths` are the tables to try; None tries all of the folder that are neither
+    sidecars nor documents.
     """
-    names = FileNames(found)
+    if paths is None:
+        paths = [path for path in found.ending(*SUFFIXES) if not is_metadata(path)]
+        is_other = {path for path in paths if nfc(stem(path)) in found.image_stems}
+        is_other.update(path for path in paths if last_part(path).lower().startswith(DOCUMENTS))
+        paths = [path for path in paths if path not in is_other or suffix(path) not in (*LISTS, ".json")]
+    files = FileNames(found)
     groups: list[list[NamingTable]] = []
     coco: list[NamingTable] = []
     reasons: dict[str, str] = {}
-    for path in _table_paths(found) if paths is None else paths:
+    for path in paths:
         try:
-            if _is_large_without_captions(found, path):
-                continue
-            rows = open_rows(found.root / path)
+            with open(found.root / path, "rb") as file:
+                if suffix(path) == ".json" and os.fstat(file.fileno()).st_size > _LARGE:
+                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                        if data.find(b'"annotations"') >= 0 and data.find(b'"caption"') < 0:
+                            continue
+            rows = open_table(found.root / path)
         except (OSError, ValueError) as error:
             reasons[path] = _reason(error)
             continue
-        column = _file_column(rows, columns, () if is_metadata(path) else _ID_NAMES)
+        column = _file_column(rows, options, () if is_metadata(path) else _ID_NAMES)
         if column is None:
             shown = ", ".join(printable(name)[:40] for name in rows.columns[:8])
             reasons[path] = f"no column names image files, such as file_name; its columns are {shown}"
             continue
-        based = names.base_folder(path, _names(rows, column))
-        if based is None:
-            reasons[path] = "it names no image"
-            for name in islice(_names(rows, column), _ROWS_TO_TRY):
-                try:
-                    names.resolve(parent_prefix(path), name)
-                except ValueError as error:
-                    reasons[path] = str(error)
-                    break
+        table = NamingTable(path, rows, column, parent_prefix(path))
+        based = files.base_folder(path, table.names())
+        if based is not None:
+            table = NamingTable(path, rows, column, *based)
+            if rows.is_coco:
+                coco.append(table)
+            else:
+                groups.append([table])
             continue
-        table = NamingTable(path, rows, column, *based)
-        if isinstance(rows, JsonRows) and rows.is_coco:
-            coco.append(table)
-        else:
-            groups.append([table])
+        reasons[path] = "it names no image"
+        for name in islice(table.names(), _ROWS_TO_TRY):
+            try:
+                files.resolve(table.base, name)
+            except ValueError as error:
+                reasons[path] = str(error)
+                break
     listings = []
     for tables in [*groups, *([coco] if coco else [])]:
         where = ", ".join(printable(table.path) for table in tables)
-        listing = _read_tables(names, where, f"{where} does not name it", tables, columns, decode)
+        listing = _read_tables(files, where, f"{where} does not name it", tables, options)
         unusual = any(match_column(table.rows.columns, FILE_NAMES) is None for table in tables)
-        listing.weak = listing.error is None and columns.image is None and unusual
+        listing.weak = listing.error is None and options.image is None and unusual
         listings.append(listing)
     return listings, reasons
 
 
-def _table_paths(found: FolderFiles) -> Iterator[str]:
-    for path in found.ending(*SUFFIXES):
-        is_other = nfc(stem(path)) in found.image_stems or last_part(path).lower().startswith(DOCUMENTS)
-        if not is_metadata(path) and not (is_other and suffix(path) in (*LISTS, ".json")):
-            yield path
-
-
-def _is_large_without_captions(found: FolderFiles, path: str) -> bool:
-    with open(found.root / path, "rb") as file:
-        if suffix(path) != ".json" or os.fstat(file.fileno()).st_size <= _LARGE:
-            return False
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return data.find(b'"annotations"') >= 0 and data.find(b'"caption"') < 0
-
-
 def _read_tables(
-    names: FileNames, name: str, uncovered: str, tables: list[NamingTable], columns: Columns, decode: Decode
+    files: FileNames, name: str, uncovered: str, tables: list[NamingTable], options: ReadOptions
 ) -> Listing:
     listing = Listing(name, uncovered=f"no caption: {uncovered}", files=tuple(table.path for table in tables))
     texts: dict[str, list[str]] = {}
     words = False  # whether a column has a caption name, or a caption has letters
     try:
-        if columns.image is not None and tables and not any(table.column for table in tables):
+        if options.image is not None and tables and not any(table.column for table in tables):
             every = tables[0].rows.columns
-            choose_column(printable(tables[0].path), every, every, FILE_NAMES, "image", columns.image)
+            choose_column(printable(tables[0].path), every, every, FILE_NAMES, "image", options.image)
         for table in tables:
-            file_column, text_column, by_name = _choose_columns(names.found, table, columns)
-            words = words or by_name
+            columns, where, file_column = table.rows.columns, printable(table.path), table.column
+            if options.image is None and file_column is None:
+                raise ValueError(
+                    f"{files.found.root / where} has no column that names image files, such as file_name; its columns "
+                    f"are {', '.join(map(printable, columns))}; rename one, or set data.image_column"
+                )
+            if file_column is None:
+                file_column = choose_column(where, columns, columns, FILE_NAMES, "image", options.image)
+            # pandas writes its index as a column without a name.
+            rest = [column for column in columns if column != file_column and column.strip()]
+            text_column = choose_column(where, columns, rest, TABLE_CAPTION_NAMES, "caption", options.caption)
+            if columns.count(text_column) > 1:
+                count, shown = columns.count(text_column), printable(text_column)
+                raise ValueError(f'{where} has {count} columns "{shown}"; rename all but one of them')
+            words = words or text_column in (options.caption, match_column(rest, TABLE_CAPTION_NAMES))
             for row in table.rows.read([file_column, text_column]):
                 place = f"{table.path}:{row.number}"
                 try:
@@ -281,7 +288,7 @@ def _read_tables(
                         raise ValueError(f"{file_column} is missing")
                     if not isinstance(file, str):
                         raise ValueError(f"{file_column} is not a text")
-                    path = names.resolve(table.base, file, anywhere=table.anywhere)
+                    path = files.resolve(table.base, file, anywhere=table.anywhere)
                 except ValueError as error:
                     listing.skipped.append(Skipped(place, str(error)))
                     continue
@@ -294,48 +301,23 @@ def _read_tables(
                 if good:
                     texts.setdefault(path, []).extend(good)
     except ValueError as error:
-        named = set()
+        listing = Listing(name, error=error, files=listing.files)
         for table in tables:
-            column = _file_column(table.rows, columns, _ID_NAMES)
-            for file in _names(table.rows, column) if column is not None else ():
-                try:
-                    named.add(names.resolve(table.base, file, anywhere=table.anywhere))
-                except ValueError:
-                    continue
-        named = {path for path in named if suffix(path) in IMAGES}
-        return Listing(name, error=error, named=named, files=listing.files)
-    listing.samples = [file_sample(names.found, path, texts[path], path, decode) for path in sorted(texts)]
+            table = replace(table, column=_file_column(table.rows, options, _ID_NAMES))
+            for file in table.names():
+                with suppress(ValueError):
+                    listing.named.add(files.resolve(table.base, file, anywhere=table.anywhere))
+        listing.named = {path for path in listing.named if suffix(path) in IMAGES}
+        return listing
+    listing.samples = [file_sample(files.found, path, texts[path], path, options.decode) for path in sorted(texts)]
     listing.numbers = bool(texts) and not words
     return listing
 
 
-def _choose_columns(found: FolderFiles, table: NamingTable, given: Columns) -> tuple[str, str, bool]:
-    """(column of files, column of captions, whether the latter has a caption name)."""
-    columns, files = table.rows.columns, table.column
-    where = printable(table.path)
-    if given.image is None and files is None:
-        raise ValueError(
-            f"{found.root / where} has no column that names image files, such as file_name; its columns are "
-            f"{', '.join(map(printable, columns))}; rename one, or set data.image_column"
-        )
-    if files is None:
-        files = choose_column(where, columns, columns, FILE_NAMES, "image", given.image)
-    # pandas writes its index as a column without a name.
-    rest = [column for column in columns if column != files and column.strip()]
-    texts = choose_column(where, columns, rest, TABLE_CAPTION_NAMES, "caption", given.caption)
-    if columns.count(texts) > 1:
-        raise ValueError(f'{where} has {columns.count(texts)} columns "{printable(texts)}"; rename all but one of them')
-    return files, texts, texts in (given.caption, match_column(rest, TABLE_CAPTION_NAMES))
-
-
-def _file_column(rows: RowReader, columns: Columns, others: tuple[str, ...] = ()) -> str | None:
-    if columns.image is not None:
-        return columns.image if columns.image in rows.columns else None
+def _file_column(rows: Table, options: ReadOptions, others: tuple[str, ...] = ()) -> str | None:
+    if options.image is not None:
+        return options.image if options.image in rows.columns else None
     return match_column(rows.columns, FILE_NAMES) or match_column(rows.columns, others)
-
-
-def _names(rows: RowReader, column: str) -> Iterator[str]:
-    return (name for row in rows.read([column]) if isinstance(name := row.cells.get(column), str) and name)
 
 
 def _reason(error: Exception) -> str:
@@ -356,29 +338,31 @@ class FileNames:
         self.found = found
 
     def resolve(self, base: str, name: str, *, anywhere: bool = False) -> str:
-        """The path within the folder.
+        """The path within the folder; ValueError, with the reason, if there is no such file.
 
         Args:
             base: the folder that names are relative to, "" or ending in "/".
             anywhere: `name` is the end of a path, which must be unique.
-
-        Raises:
-            ValueError: with the reason, if there is no such file.
         """
         shown = printable(name)[:200]
         if re.match(r"[a-z][a-z0-9+.-]+://|data:", name, re.IGNORECASE):
             raise ValueError(f"{shown[:80]} is a URL; URLs are not downloaded, give the name of a file")
         # A backslash is a letter on Linux, and the separator on Windows, where many tables are made.
-        spelled = [self._within(base, name), self._within(base, name.replace("\\", "/"))]
-        for path in spelled:
-            if path is not None and self._is_file(path):
-                return path
-        meant = spelled[-1]
+        slashed = name.replace("\\", "/")
+        meant = None
+        for meant in (self._within(base, name), self._within(base, slashed)):
+            if meant is not None and self._is_file(meant):
+                return meant
         if meant is None:
-            moved = self._moved(name)
+            moved: Sequence[str] = ()
+            if (os.path.isabs(name) or _DRIVE.match(name)) and not os.path.exists(name):
+                # The images with the longest common end of a path of another machine.
+                parts = slashed.split("/")
+                tails = ("/".join(parts[first:]) for first in range(1, len(parts)))
+                moved = next((paths for tail in tails if tail and (paths := self._ending(tail))), ())
             if len(moved) == 1:
                 return moved[0]
-            raise ValueError(f"{shown} lies outside the folder")
+            raise ValueError(f"{shown} is outside the folder")
         meant = without_number(meant)
         if self._is_file(meant):
             return meant
@@ -387,7 +371,15 @@ class FileNames:
             return alike[0]
         if alike:
             raise ValueError(f"{shown} may be {' or '.join(map(printable, alike[:2]))}; give the whole name")
-        raise ValueError(f"there is no file {shown}{self._hint(meant)}")
+        # A similar name that is not accepted as the same: other case, another suffix.
+        folded = nfc(meant).casefold()
+        names = (_last(folded), stem(_last(folded)))
+        near = min(
+            (path for name in names for path in self._last_parts.get(name, ())),
+            key=lambda path: nfc(stem(path)).casefold() != stem(folded),
+            default="",
+        )
+        raise ValueError(f"there is no file {shown}" + (f"; did you mean {printable(near)}?" if near else ""))
 
     def base_folder(self, table: str, names: Iterable[str]) -> tuple[str, bool] | None:
         """The `base` and `anywhere` for `resolve` with which most of the first hundred names in `table` are images.
@@ -396,28 +388,39 @@ class FileNames:
         val2017/), folders below, above, and all others. `anywhere` is used if it finds more names, or as many in
         another folder than the table's. None if no name leads to an image.
         """
+
+        def is_image(base: str, name: str, anywhere: bool = False) -> bool:
+            try:
+                return suffix(self.resolve(base, name, anywhere=anywhere)) in IMAGES
+            except ValueError:
+                return False
+
         found = ((name, self._ending(_last(without_number(name)))) for name in dict.fromkeys(names))
         ends = dict(islice(((name, paths) for name, paths in found if paths), _ROWS_TO_TRY))
         tried, own = list(ends), parent_prefix(table)
         holding = Counter(parent_prefix(path) for paths in ends.values() for path in paths)
+        folders = sorted(folder for folder, _ in holding.most_common(_FOLDERS_TO_TRY))
+        words = [word for word in re.split(r"[\W_]+", stem(_last(table)).casefold()) if len(word) > 2]
+        of_last = {folder: _last(folder.rstrip("/")).casefold() for folder in folders}
+        eponyms = [
+            folder
+            for folder, last in of_last.items()
+            if len(last) > 2 and any(word.startswith(last) or last.startswith(word) for word in words)
+        ]
+        below = [folder for folder in folders if folder.startswith(own)]
+        above = [own[: match.end()] for match in reversed(list(re.finditer("/", own.removesuffix("/"))))]
         best, best_count = own, 0
-        for base in _bases(table, [folder for folder, _ in holding.most_common(_FOLDERS_TO_TRY)]):
-            count = sum(self._is_image(base, name) for name in tried)
+        for base in dict.fromkeys((own, *eponyms, *below, *above, "", *folders)):
+            count = sum(is_image(base, name) for name in tried)
             if count > best_count:
                 best, best_count = base, count
             if best_count == len(tried):
                 break
         if best_count < len(tried):
-            count = sum(self._is_image("", name, anywhere=True) for name in tried)
+            count = sum(is_image("", name, anywhere=True) for name in tried)
             if count > best_count or (count == best_count > 0 and best != own):
                 return "", True
         return (best, False) if best_count else None
-
-    def _is_image(self, base: str, name: str, anywhere: bool = False) -> bool:
-        try:
-            return suffix(self.resolve(base, name, anywhere=anywhere)) in IMAGES
-        except ValueError:
-            return False
 
     def _within(self, base: str, name: str) -> str | None:
         root = self.found.root
@@ -428,14 +431,6 @@ class FileNames:
             return None
         path = os.path.normpath(base + name)
         return None if path.split(os.sep)[0] == ".." or _DRIVE.match(name) else path
-
-    def _moved(self, name: str) -> Sequence[str]:
-        """The images with the longest common end of an absolute path that does not exist on this machine."""
-        if not (os.path.isabs(name) or _DRIVE.match(name)) or os.path.exists(name):
-            return ()
-        parts = name.replace("\\", "/").split("/")
-        tails = ("/".join(parts[first:]) for first in range(1, len(parts)))
-        return next((paths for tail in tails if tail and (paths := self._ending(tail))), ())
 
     def _is_file(self, path: str) -> bool:
         try:
@@ -491,32 +486,6 @@ class FileNames:
             for path in self.found.images
             if (match := re.fullmatch(r"(?:COCO_[a-z]+\d+_)?([0-9]{1,18})", _last(stem(path))))
         )
-
-    @cached_property
-    def _folded(self) -> dict[str, str]:
-        folded = {nfc(stem(path)).casefold(): path for path in self.found.images}
-        return folded | {nfc(path).casefold(): path for path in self.found.images}
-
-    def _hint(self, path: str) -> str:
-        """A similar name that is not accepted as the same: other case, another suffix."""
-        folded = nfc(path).casefold()
-        ends = self._last_parts.get(folded, [""])
-        near = self._folded.get(folded) or self._folded.get(stem(folded)) or ends[0]
-        return f"; did you mean {printable(near)}?" if near else ""
-
-
-def _bases(table: str, folders: Sequence[str]) -> Iterable[str]:
-    """Folders that names in a table may be relative to, in the order of `FileNames.base_folder`."""
-    own, words = parent_prefix(table), [w for w in re.split(r"[\W_]+", stem(_last(table)).casefold()) if len(w) > 2]
-
-    def is_eponym(folder: str) -> bool:
-        name = _last(folder.rstrip("/")).casefold()
-        return len(name) > 2 and any(word.startswith(name) or name.startswith(word) for word in words)
-
-    eponyms = [folder for folder in sorted(folders) if is_eponym(folder)]
-    above = [own[: match.end()] for match in reversed(list(re.finditer("/", own.removesuffix("/"))))]
-    below = [folder for folder in sorted(folders) if folder.startswith(own)]
-    return dict.fromkeys((own, *eponyms, *below, *above, "", *sorted(folders)))
 
 
 def without_number(name: str) -> str:

@@ -3,7 +3,7 @@
 `save_to_disk` folders of `datasets` are read as such. Any other folder, with the folders below it, is read from the
 source of captions that captions most images, of equals the first of:
 
-1. metadata: `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, each for the folder it lies in;
+1. metadata: `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, each for its folder;
 2. another table whose rows name image files: CSV, JSON lines, kohya JSON, Flickr lists, and all COCO annotations;
 3. sidecars: `a.txt`, `a.caption` (each line a caption), or `a.json` beside `a.png`;
 4. shards: webdataset `.tar` files, else `.parquet` and `.arrow` tables with images (`split` and `subset` apply);
@@ -17,53 +17,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from ldm.data.captions import Columns, find_unread_captions
+from ldm.data import folder, shards
+from ldm.data.captions import ReadOptions, find_unread_captions
 from ldm.data.files import IMAGES, FolderFiles, list_files, misnamed_image, stem, suffix, unsupported_reason
-from ldm.data.folder import (
-    FOLDERS,
-    METADATA,
-    SIDECARS,
-    file_sample,
-    read_classes,
-    read_metadata,
-    read_named_tables,
-    read_sidecars,
-    summary,
-)
+from ldm.data.folder import FOLDERS, METADATA, SIDECARS
 from ldm.data.images import decode
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
-from ldm.data.shards import (
-    ImageTable,
-    copy_parquet,
-    image_columns,
-    is_saved,
-    read_arrow,
-    read_hub,
-    read_saved,
-    read_schema,
-    read_tables,
-    read_tar,
-    row_count,
-    table_columns,
-)
-from ldm.data.sources import (
-    BUILT_IN,
-    WAYS_OUT,
-    CaptionSource,
-    DataConfig,
-    Decode,
-    Listing,
-    NoCaptionsError,
-    Skipped,
-    Source,
-)
+from ldm.data.shards import TableFile
+from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, Listing, NoCaptionsError, Skipped, Source
 from ldm.progress import plural, printable
 
 SHARDS = "shards"
@@ -87,7 +54,22 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
         NoCaptionsError: a ValueError, if there is no captioned image, or no image at all.
         ValueError: if there is no such data set, a package is missing, or the columns, split or subset do not exist.
     """
-    source = _open(config, captioned)
+    if config.path == "digits":
+        from ldm.data.builtin import open_digits
+
+        source = open_digits()
+    elif config.path == "openmoji":
+        from ldm.data.builtin import open_openmoji
+
+        source = open_openmoji(
+            config.resolution, config.background_rgb, skin_tones=config.skin_tones, cutouts=config.compose > 0
+        )
+    elif config.path == "scenes":
+        from ldm.data.scenes.source import open_scenes
+
+        source = open_scenes(config)
+    else:
+        source = _open_path(config, captioned)
     if not config.caption_templates:
         return source
     samples = []
@@ -98,46 +80,45 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
     return replace(source, samples=tuple(samples))
 
 
-def _open(config: DataConfig, captioned: bool) -> Source:
-    if config.path == "digits":
-        from ldm.data.builtin import open_digits
-
-        return open_digits()
-    if config.path == "openmoji":
-        from ldm.data.builtin import open_openmoji
-
-        return open_openmoji(
-            config.resolution, config.background_rgb, skin_tones=config.skin_tones, cutouts=config.compose > 0
-        )
-    if config.path == "scenes":
-        from ldm.data.scenes.source import open_scenes
-
-        return open_scenes(config)
+def _open_path(config: DataConfig, captioned: bool) -> Source:
+    options = ReadOptions(
+        config.image_column, config.caption_column, partial(decode, background=config.background_rgb), captioned
+    )
     path = Path(config.path).expanduser().absolute()  # samples stay readable when the working directory changes
-    if path.is_dir() and is_saved(path):
-        dataset = read_saved(path, config.split)
-        return _source(str(path), _read_dataset(dataset, str(path), path, config, captioned), captioned)
+    if path.is_dir() and not shards.is_saved(path):
+        return _Folder(path, config, options).open()
+    listing, name = Listing(SHARDS), str(path)
     if path.is_dir():
-        return _Folder(path, config, captioned).open()
-    if path.exists():
-        return _open_file(path, config, captioned)
-    check_path(config.path)
-    dataset = read_hub(config.path, config.subset, config.split)
-    listing = _read_dataset(dataset, config.path, None, config, captioned)
-    return _source(config.path, listing, captioned, f"data set {config.path} has no captioned image")
-
-
-def _columns(config: DataConfig) -> Columns:
-    return Columns(config.image_column, config.caption_column)
-
-
-def _decoder(config: DataConfig) -> Decode:
-    return partial(decode, background=config.background_rgb)
-
-
-def _read_dataset(dataset: Any, name: str, folder: Path | None, config: DataConfig, captioned: bool) -> Listing:
-    columns = table_columns(name, dataset.features.arrow_schema, _columns(config), captioned)
-    return Listing(SHARDS, *read_tables([ImageTable(name, dataset, columns)], folder, _decoder(config), captioned))
+        table = shards.open_dataset(name, shards.read_saved(path, config.split), options)
+        shards.read_tables([table], path, options, listing)
+    elif not path.exists():
+        check_path(config.path)
+        name = config.path
+        table = shards.open_dataset(name, shards.read_hub(name, config.subset, config.split), options)
+        shards.read_tables([table], None, options, listing)
+        return _source(name, listing, options, f"data set {name} has no captioned image")
+    elif suffix(path.name) == ".tar":
+        listing = _read_shards(path.parent, [path.name], {}, config, options)
+    else:
+        tables, broken = _image_tables(FolderFiles(path.parent, [path.name], []))
+        if broken:
+            raise ValueError(f"{path}: {broken[0].reason}; write or download it again")
+        if tables:
+            listing = _read_shards(path.parent, [path.name], tables, config, options)
+        elif suffix(path.name) in TEXT_TABLES:
+            named, _ = folder.read_named_tables(list_files(path.parent), options, [path.name])
+            if not named:
+                raise ValueError(
+                    f"no row of {path} names an image beside or below it; look at its column of file names, or give "
+                    f"the folder that holds both, and data.caption_source {path.name}"
+                )
+            listing = named[0]
+            if listing.error is not None:
+                raise listing.error
+        else:
+            reason = unsupported_reason(path.name) or "give the folder that holds the captioned images"
+            raise ValueError(f"data.path {config.path} is a file; {reason}")
+    return _source(name, listing, options)
 
 
 def check_path(name: str) -> None:
@@ -154,7 +135,7 @@ class _Folder:
     """A folder of images, and what may caption them.
 
     Attributes:
-        schemas: of parquet and Arrow files with images; `broken` are those that cannot be read.
+        tables: parquet and Arrow files with images; `broken` are those that cannot be read.
         shards: the tars or tables that are read if shards are chosen.
         in_shards: how many images these have, if there is a choice.
         listings: metadata, tables and sidecars, in order of preference.
@@ -162,47 +143,48 @@ class _Folder:
         classes: images captioned by sub-folders.
     """
 
-    def __init__(self, folder: Path, config: DataConfig, captioned: bool) -> None:
-        self.found, self.config, self.captioned = list_files(folder), config, captioned
-        self.schemas, self.broken = _image_tables(self.found)
+    def __init__(self, path: Path, config: DataConfig, options: ReadOptions) -> None:
+        self.found, self.config, self.options = list_files(path), config, options
+        found, given = self.found, config.caption_source
+        self.tables, self.broken = _image_tables(found)
         # `image_column` asks for a table.
         by_table = config.image_column is not None
-        self.shards = list(self.schemas) if by_table else self.found.ending(".tar") or list(self.schemas)
-        found, columns, decoder = self.found, _columns(config), _decoder(config)
-        if config.caption_source in found.files:
-            self.listings, self.reasons = read_named_tables(found, columns, decoder, [config.caption_source])
+        self.shards = list(self.tables) if by_table else found.ending(".tar") or list(self.tables)
+        if given in found.files:
+            self.listings, self.reasons = folder.read_named_tables(found, options, [given])
         else:
-            metadata = read_metadata(found, list(self.schemas), columns, decoder)
-            named, self.reasons = read_named_tables(found, columns, decoder)
+            metadata = folder.read_metadata(found, list(self.tables), options)
+            named, self.reasons = folder.read_named_tables(found, options)
             # At a tie, the shorter name: Flickr8k.token.txt, not Flickr8k.lemma.token.txt.
             named.sort(key=lambda one: (len(one.name), one.name))
-            sidecars = None if by_table else read_sidecars(found, columns.caption, decoder)
+            sidecars = None if by_table else folder.read_sidecars(found, options)
             strong, weak = ([one for one in named if one.weak == which] for which in (False, True))
             self.listings = [one for one in (metadata, *strong, sidecars, *weak) if one is not None]
-        self.classes = None if by_table else read_classes(found, decoder)
+        self.classes = None if by_table else folder.read_classes(found, options)
         self.in_shards = 0
         if self.shards and (self.listings or self.classes):
             with suppress(ValueError):
-                for path in choose_split("", self.shards, config.subset, config.split)[0]:
-                    file = found.root / path
-                    is_tar = suffix(path) == ".tar"
-                    self.in_shards += (
-                        len(read_tar(file, path, columns.caption, decoder)[0]) if is_tar else row_count(file)
-                    )
+                listing = Listing()
+                for name in choose_split("", self.shards, config.subset, config.split)[0]:
+                    if suffix(name) == ".tar":
+                        shards.read_tar(path / name, name, replace(options, captioned=True), listing)
+                    else:
+                        self.in_shards += self.tables[name].row_count
+                self.in_shards += len(listing.samples)
 
     def open(self) -> Source:
         """The source of the captions that are chosen."""
-        config, found, folder, chosen = self.config, self.found, self.found.root, self._choose()
-        name, listing = str(folder), Listing()
+        config, found, root, chosen = self.config, self.found, self.found.root, self._choose()
+        name, listing = str(root), Listing()
         if chosen == SHARDS:
-            paths, split = choose_split(str(folder), self.shards, config.subset, config.split)
-            listing = _read_shards(folder, paths, self.schemas, config, self.captioned)
+            paths, split = choose_split(name, self.shards, config.subset, config.split)
+            listing = _read_shards(root, paths, self.tables, config, self.options)
             listing.covered.update(self.shards)  # of other splits too
             name += f" (split {split})" if split else ""
         else:
             for key, value in (("subset", config.subset), ("split", config.split)):
                 if value not in (None, "train"):
-                    raise ValueError(f'data.{key} is "{value}", but {folder} is a folder of image files; leave it out')
+                    raise ValueError(f'data.{key} is "{value}", but {root} is a folder of image files; leave it out')
             listing = next((one for one in self.listings if one.name == chosen), listing)
         if chosen == FOLDERS and self.classes is not None:
             listing = self.classes
@@ -210,7 +192,7 @@ class _Folder:
         sources = list(self._describe(chosen, len(listing.samples), with_captions))
         read = {path for one in self.listings for path in (*one.covered, *one.files)}
         sources.sort(key=lambda source: source.reason != "")  # the used one first
-        sources += find_unread_captions(found, {*read, *self.schemas}, self.reasons, with_captions)
+        sources += find_unread_captions(found, {*read, *self.tables}, self.reasons, with_captions)
         if config.caption_source is not None:  # the choice is deliberate
             why = f"data.caption_source is {config.caption_source}"
             sources = [replace(one, doubtful=False, reason=why if one.reason else "") for one in sources]
@@ -220,24 +202,36 @@ class _Folder:
             listing = self._with_classes(self.classes, listing, chosen, sources)
         reported = {source.name for source in sources}
         listing.skipped = [entry for entry in [*listing.skipped, *found.skipped] if entry.path not in reported]
-        if not self.captioned:
-            self._add_uncaptioned(listing, by_path=chosen not in (None, SIDECARS, SHARDS, FOLDERS))
+        if not self.options.captioned:  # add the images without captions, which were skipped
+            by_stem = chosen in (None, SIDECARS, SHARDS, FOLDERS)  # how the layout names groups
+            taken = {sample.id for sample in listing.samples}
+            images = [path for path in found.images if path not in taken]
+            listing.samples += [
+                folder.file_sample(found, path, [], stem(path) if by_stem else path, self.options.decode)
+                for path in images
+            ]
+            known = set(images)
+            if listing.name != SHARDS:  # skipped entries of shards remain
+                listing.samples.sort(key=lambda sample: sample.id)
+                known |= listing.covered
+            listing.skipped = [entry for entry in listing.skipped if entry.path not in known]
+            listing.covered.update(images)
         named = {entry.path for entry in listing.skipped}
         listing.skipped += [entry for entry in self.broken if entry.path not in named]
-        shards = {*found.ending(".tar"), *self.schemas}
+        all_shards = {*found.ending(".tar"), *self.tables}
         for path in found.files:
             reason = None if path in listing.covered else unsupported_reason(path)
             if reason is None and path not in listing.covered:
                 if suffix(path) in IMAGES:
                     reason = listing.uncovered
-                elif path in shards:
+                elif path in all_shards:
                     reason = f"ignored: the folder is read by {_KINDS.get(listing.name, listing.name)}"
                 else:
-                    reason = misnamed_image(found.root / path)
+                    reason = misnamed_image(root / path)
             if reason is not None:
                 listing.skipped.append(Skipped(path, reason))
-        nothing = f"no captioned image in {folder}, which holds {summary(found)}"
-        return _source(name, listing, self.captioned, nothing, tuple(sources))
+        nothing = f"no captioned image in {root}, which holds {folder.summary(found)}"
+        return _source(name, listing, self.options, nothing, tuple(sources))
 
     def _choose(self) -> str | None:
         """The name of the source that captions most images, of equals the first; None if there is none."""
@@ -262,7 +256,7 @@ class _Folder:
             return SHARDS
         if best is None:
             error = next((one.error for one in self.listings if one.error is not None), None)
-            if error is not None and self.captioned:
+            if error is not None and self.options.captioned:
                 raise error
             if self.config.image_column is not None:
                 raise ValueError(
@@ -270,7 +264,7 @@ class _Folder:
                 )
             return None
         same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
-        if self.captioned and best in same and any(one.images != best.images for one in same):
+        if self.options.captioned and best in same and any(one.images != best.images for one in same):
             names = "; ".join(one.name for one in same)
             raise ValueError(
                 f"{root} has several tables that name images, as many each but not the same: {names}; set "
@@ -317,114 +311,64 @@ class _Folder:
             return classes
         if more:
             sources.append(CaptionSource(FOLDERS, count, more, "folder names are not used beside written captions"))
-        if cause is not None and self.captioned:
-            folder = self.found.root
+        if cause is not None and self.options.captioned:
+            root = self.found.root
             why = f"{cause} set data.caption_source to {FOLDERS}, which takes the names of sub-folders"
             skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
             skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
             unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
             raise NoCaptionsError(
-                f"{folder} may have captions that would be lost: {printable(why)}",
-                Source(str(folder), (), tuple(skipped), caption_sources=tuple(unused)),
+                f"{root} may have captions that would be lost: {printable(why)}",
+                Source(str(root), (), tuple(skipped), caption_sources=tuple(unused)),
             )
         return listing
 
-    def _add_uncaptioned(self, listing: Listing, by_path: bool) -> None:
-        """Adds the images without captions, and removes the reasons why they were skipped.
-
-        Args:
-            by_path: whether the layout names groups by whole paths, not stems.
-        """
-        taken = {sample.id for sample in listing.samples}
-        images = [path for path in self.found.images if path not in taken]
-        decoder = _decoder(self.config)
-        listing.samples += [
-            file_sample(self.found, path, [], path if by_path else stem(path), decoder) for path in images
-        ]
-        read: set[str] = set()
-        if listing.name != SHARDS:  # skipped entries of shards remain
-            listing.samples.sort(key=lambda sample: sample.id)
-            read = listing.covered
-        listing.skipped = [entry for entry in listing.skipped if entry.path not in read.union(images)]
-        listing.covered.update(images)
-
 
 def _read_shards(
-    folder: Path, paths: Sequence[str], schemas: Mapping[str, Any], config: DataConfig, captioned: bool
+    root: Path, names: Sequence[str], files: dict[str, TableFile], config: DataConfig, options: ReadOptions
 ) -> Listing:
     listing = Listing(SHARDS, uncovered="no caption: the shards beside it count alone")
-    given, decoder = _columns(config), _decoder(config)
-    opened: list[ImageTable] = []
-    for name in paths:
-        path = folder / name
+    tables = []
+    for name in names:
+        path = root / name
         if suffix(name) == ".tar":
-            listing.add(*read_tar(path, name, given.caption, decoder, captioned))
-        elif suffix(name) == ".parquet":
-            columns = table_columns(printable(name), schemas[name], given, captioned)
-            opened.append(
-                ImageTable(name, copy_parquet(path, schemas[name], columns, config.cache_folder / "tables"), columns)
-            )
+            shards.read_tar(path, name, options, listing)
+        elif files[name].dataset is None:
+            copies = config.cache_folder / "tables"
+            tables.append(shards.open_parquet(path, name, files[name].schema, options, copies))
         else:
-            try:
-                dataset = read_arrow(path)
-            except ValueError as error:
-                listing.skipped.append(Skipped(name, str(error)))
-                continue
-            columns = table_columns(printable(name), dataset.features.arrow_schema, given, captioned)
-            opened.append(ImageTable(name, dataset, columns))
-    listing.add(*read_tables(opened, folder, decoder, captioned))
+            tables.append(shards.open_dataset(name, files[name].dataset, options))
+    shards.read_tables(tables, root, options, listing)
     return listing
 
 
-def _image_tables(found: FolderFiles) -> tuple[dict[str, Any], list[Skipped]]:
-    """(the schemas of parquet and Arrow files with images, broken files)."""
-    schemas: dict[str, Any] = {}
+def _image_tables(found: FolderFiles) -> tuple[dict[str, TableFile], list[Skipped]]:
+    """(parquet and Arrow files with images, broken files)."""
+    tables: dict[str, TableFile] = {}
     broken: list[Skipped] = []
     for path in found.ending(".parquet", ".arrow"):
         try:
-            schema = read_schema(found.root / path)
+            table = TableFile.open(found.root / path)
         except ValueError as error:
             broken.append(Skipped(path, str(error)))
         else:
-            if image_columns(schema):
-                schemas[path] = schema
-    return schemas, broken
-
-
-def _open_file(path: Path, config: DataConfig, captioned: bool) -> Source:
-    if suffix(path.name) == ".tar":
-        return _source(str(path), _read_shards(path.parent, [path.name], {}, config, captioned), captioned)
-    schemas, broken = _image_tables(FolderFiles(path.parent, [path.name], []))
-    if broken:
-        raise ValueError(f"{path}: {broken[0].reason}; write or download it again")
-    if schemas:
-        return _source(str(path), _read_shards(path.parent, [path.name], schemas, config, captioned), captioned)
-    if suffix(path.name) in TEXT_TABLES:
-        named, _ = read_named_tables(list_files(path.parent), _columns(config), _decoder(config), [path.name])
-        if not named:
-            raise ValueError(
-                f"no row of {path} names an image beside or below it; look at its column of file names, or give the "
-                f"folder that holds both, and data.caption_source {path.name}"
-            )
-        if named[0].error is not None:
-            raise named[0].error
-        return _source(str(path), named[0], captioned)
-    reason = unsupported_reason(path.name) or "give the folder that holds the captioned images"
-    raise ValueError(f"data.path {config.path} is a file; {reason}")
+            if shards.image_columns(table.schema):
+                tables[path] = table
+    return tables, broken
 
 
 def _source(
-    name: str, listing: Listing, captioned: bool, nothing: str = "", sources: tuple[CaptionSource, ...] = ()
+    name: str, listing: Listing, options: ReadOptions, nothing: str = "", sources: tuple[CaptionSource, ...] = ()
 ) -> Source:
     """The listing as a source; `nothing` is the error if it has no samples."""
     skipped = tuple(sorted(listing.skipped, key=lambda entry: entry.path))
-    source = Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=captioned)
+    source = Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=options.captioned)
     if not listing.samples:
         telling = [entry for entry in skipped if not entry.reason.startswith("no caption")] or skipped
         telling = [*(Skipped(one.name, one.reason) for one in sources if one.doubtful), *telling]
         cause = f" ({printable(telling[0].path)}: {telling[0].reason})" if telling else ""
         nothing = nothing or f"no captioned image in {name}"
-        if not captioned:
+        if not options.captioned:
             raise NoCaptionsError(f"{nothing.replace('captioned ', '')}{cause}; add images", source)
         raise NoCaptionsError(f"{nothing}{cause}; {WAYS_OUT}", source)
     assert len({sample.id for sample in listing.samples}) == len(listing.samples)
@@ -432,16 +376,13 @@ def _source(
 
 
 def choose_split(where: str, paths: Sequence[str], subset: str | None, split: str) -> tuple[list[str], str | None]:
-    """The files of a subset (a folder or file of that name) and a split.
+    """The files of a subset (a folder or file of that name) and a split, in order, and the split if there are several.
 
     The split is in the name of the file or a folder, as in `data/test-00000-of-00003.parquet`; "train" otherwise.
 
     Args:
         where: the folder, for messages.
         paths: posix paths in it.
-
-    Returns:
-        The files in order, and the split if there are several.
 
     Raises:
         ValueError: listing the subsets or splits, if there are no such files.
@@ -451,7 +392,7 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         if not chosen:
             folders = sorted({PurePosixPath(path).parent.as_posix() for path in paths})
             raise ValueError(
-                f'{where} has no files of the subset "{subset}"; its files lie in '
+                f'{where} has no files of the subset "{subset}"; its files are in '
                 f"{', '.join(map(printable, folders))}; set data.subset to one of these, or leave it out"
             )
         paths = chosen

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, decode_text, match_column
 from ldm.data.files import IMAGES, suffix
+from ldm.progress import error_reason
 
 # Plain lists of file names and captions: img.jpg#0, a tab and the caption.
 LISTS = (".txt", ".token")
@@ -35,17 +36,18 @@ class Row:
     fault: str | None = None
 
 
-class RowReader(Protocol):
-    """An open table."""
+@dataclass(frozen=True)
+class Table:
+    """An open table: its columns (of parquet, texts and lists of texts), and `read`, which takes some of them and gives
+    all rows in order with these cells, including unusable rows.
+    """
 
-    columns: list[str]  # of parquet, only texts and lists of texts
-
-    def read(self, columns: Sequence[str]) -> Iterator[Row]:
-        """All rows in order, with the cells of these columns, including unusable rows."""
-        ...
+    columns: list[str]
+    read: Callable[[Sequence[str]], Iterator[Row]]
+    is_coco: bool = False
 
 
-def open_rows(path: Path) -> RowReader:
+def open_table(path: Path) -> Table:
     """Opens a table by its suffix.
 
     Raises:
@@ -56,14 +58,15 @@ def open_rows(path: Path) -> RowReader:
     if kind not in SUFFIXES:
         raise ValueError(f"tables end in {', '.join(SUFFIXES)}")
     if kind == ".parquet":
-        return _Parquet(path)
+        return _open_parquet(path)
     # Invalid UTF-8 makes one row unusable, not the table; in file names it matches the names on disk.
     text = decode_text(path.read_bytes(), "surrogateescape")
     if kind == ".json":
         return _open_json(text)
     if kind in (".jsonl", ".ndjson"):
-        return JsonRows(lambda: _json_lines(text), "no line is a JSON object")
-    return _Csv(text, _DELIMITERS[kind], kind in LISTS)
+        return _json_table(lambda: _json_lines(text), "no line is a JSON object")
+    lines = _Csv(text, _DELIMITERS[kind], kind in LISTS)
+    return Table(lines.columns, lines.read)
 
 
 class _Csv:
@@ -110,31 +113,31 @@ class _Csv:
 
     def read(self, columns: Sequence[str]) -> Iterator[Row]:
         places = {column: self.columns.index(column) for column in columns}
-        records = self._records()
-        if not self.headless:
-            next(records, None)  # the names of the columns
-        for number, cells, fault in records:
-            if fault is None and len(cells) > len(self.columns):
+        width = len(self.columns)
+        for number, cells, fault in islice(self._records(), 0 if self.headless else 1, None):
+            if fault is None and len(cells) > width:
                 if self.plain and '"' not in self.lines[number - 1]:
-                    last = len(self.columns) - 1
-                    cells = [*cells[:last], self.delimiter.join(cells[last:])]
+                    cells = [*cells[: width - 1], self.delimiter.join(cells[width - 1 :])]
                 else:
-                    fault = (
-                        f"{len(cells)} cells for {len(self.columns)} columns; put quotes around a text with delimiters"
-                    )
+                    fault = f"{len(cells)} cells for {width} columns; put quotes around a text with delimiters"
             picked = {name: cells[place] for name, place in places.items() if place < len(cells)}
             known = {name: cell for name, cell in picked.items() if cell.strip().casefold() not in _NO_VALUE}
             yield Row(number, known, fault)
 
     def _reader(self, start: int, delimiter: str, strict: bool = False) -> Any:
         quoting: Any = csv.QUOTE_NONE if self.plain and delimiter in "\t|" else csv.QUOTE_MINIMAL
-        lines = (self.lines[index] for index in range(start, len(self.lines)))
-        return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
+        return csv.reader(islice(self.lines, start, None), delimiter=delimiter, quoting=quoting, strict=strict)
 
     def _records(self) -> Iterator[tuple[int, list[str], str | None]]:
         """(first line, cells, fault). An unclosed quote costs its own line only, or two lines if the quote of another
         row closes it.
         """
+
+        def is_row(line: int) -> bool:  # inside a quoted cell: it names an image in the column of files
+            cells = next(csv.reader([self.lines[line]], delimiter=self.delimiter), [])
+            named = cells if self.files is None else cells[self.files : self.files + 1]
+            return len(cells) > 1 and any(map(is_image_name, named))
+
         start = self.start
         closing: dict[int, int] = {}  # line with an extra quote → the line without it
         while start < len(self.lines):
@@ -143,14 +146,11 @@ class _Csv:
             try:
                 for cells in reader:
                     first, last = start + begun, start + reader.line_num - 1
-                    swallowed = next((line for line in range(first + 1, last + 1) if self._is_row(line)), None)
+                    swallowed = next((line for line in range(first + 1, last + 1) if is_row(line)), None)
                     if swallowed is not None:
                         closing[last] = first
-                        yield (
-                            first + 1,
-                            [],
-                            f"a quote that opens here is not closed before line {swallowed + 1}; close it",
-                        )
+                        why = f"a quote that opens here is not closed before line {swallowed + 1}; close it"
+                        yield first + 1, [], why
                         start = first + 1
                         break
                     if cells:
@@ -165,13 +165,6 @@ class _Csv:
                 yield start + begun + 1, [], f"not CSV: {error}"
                 start += begun + 1
 
-    def _is_row(self, line: int) -> bool:
-        """Whether a line inside a quoted cell is a row itself: it names an image in the column of files."""
-        cells = next(csv.reader([self.lines[line]], delimiter=self.delimiter), [])
-        if len(cells) < 2:
-            return False
-        return any(map(is_image_name, cells if self.files is None else cells[self.files : self.files + 1]))
-
 
 def is_image_name(cell: str) -> bool:
     """Whether a cell is the name of an image, with or without Flickr's number."""
@@ -179,48 +172,44 @@ def is_image_name(cell: str) -> bool:
     return suffix(name) in IMAGES and "\n" not in name
 
 
-class _Parquet:
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
+def _open_parquet(path: Path) -> Table:
+    import pyarrow as pa
+    from pyarrow import parquet
 
-        try:
-            schema = parquet.read_schema(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"not parquet: {first_line(error)}") from error
-        self.path = path
-        self.columns = [field.name for field in schema if is_text(field.type) or is_texts(field.type)]
+    try:
+        schema = parquet.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not parquet: {error_reason(error)}") from error
 
-    def read(self, columns: Sequence[str]) -> Iterator[Row]:
-        import pyarrow as pa
-        from pyarrow import parquet
-
+    def read(columns: Sequence[str]) -> Iterator[Row]:
         number = 0
-        with parquet.ParquetFile(self.path) as file:
+        with parquet.ParquetFile(path) as file:
             try:
                 for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
                     for values in zip(*(to_python(batch.column(name)) for name in columns), strict=True):
                         number += 1
                         yield Row(number, dict(zip(columns, values, strict=True)))
             except (pa.ArrowException, OSError) as error:
-                yield Row(number + 1, {}, f"this row and those after it cannot be read: {first_line(error)}")
+                yield Row(number + 1, {}, f"this row and those after it cannot be read: {error_reason(error)}")
+
+    return Table([field.name for field in schema if is_text(field.type) or is_texts(field.type)], read)
 
 
 def to_python(array: Any) -> list[Any]:
     """An Arrow array as Python values; invalid UTF-8 becomes lone surrogates."""
+
+    def value(scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:
+            if is_text(scalar.type):
+                return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+            return [value(entry) for entry in scalar.values]
+
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
-        return [_value(scalar) for scalar in array]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        if is_text(scalar.type):
-            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
-        return [_value(entry) for entry in scalar.values]
+        return [value(scalar) for scalar in array]
 
 
 def is_text(kind: Any) -> bool:
@@ -239,36 +228,24 @@ def is_texts(kind: Any) -> bool:
     return listed and is_text(kind.value_type)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error message."""
-    lines = str(error).strip().splitlines()
-    return " ".join(lines[0].split()) if lines else type(error).__name__
-
-
 Record = dict[str, Any] | str  # or why it is unusable
 
 
-class JsonRows:
-    """Records of JSON as rows.
+def _json_table(records: Callable[[], Iterable[tuple[int, Record]]], empty: str, is_coco: bool = False) -> Table:
+    """A table of what `records` gives, (number, record); `empty` is the error if there are none."""
+    known = islice((record for _, record in records() if isinstance(record, dict)), _ROWS_FOR_COLUMNS)
+    found = list(dict.fromkeys(key for record in known for key in record))
+    if not found:
+        raise ValueError(empty)
 
-    Args:
-        records: gives (number, record) of all, each time that it is called.
-        empty: the error if there are none.
-    """
-
-    def __init__(self, records: Callable[[], Iterable[tuple[int, Record]]], empty: str, is_coco: bool = False) -> None:
-        self._records, self.is_coco = records, is_coco
-        known = islice((record for _, record in records() if isinstance(record, dict)), _ROWS_FOR_COLUMNS)
-        self.columns = list(dict.fromkeys(key for record in known for key in record))
-        if not self.columns:
-            raise ValueError(empty)
-
-    def read(self, columns: Sequence[str]) -> Iterator[Row]:
-        for number, record in self._records():
+    def read(columns: Sequence[str]) -> Iterator[Row]:
+        for number, record in records():
             if isinstance(record, dict):
                 yield Row(number, {name: record[name] for name in columns if name in record})
             else:
                 yield Row(number, {}, record)
+
+    return Table(found, read, is_coco)
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Record]]:
@@ -283,7 +260,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Record]]:
             yield number, record if isinstance(record, dict) else "not a JSON object"
 
 
-def _open_json(text: str) -> JsonRows:
+def _open_json(text: str) -> Table:
     """A JSON file, one of:
 
     - COCO: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; without "images", and in
@@ -295,6 +272,7 @@ def _open_json(text: str) -> JsonRows:
     Raises:
         ValueError: with the reason, if it is none of these.
     """
+    records: list[Record]
     is_coco = False
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -303,11 +281,23 @@ def _open_json(text: str) -> JsonRows:
         if not any(isinstance(record, dict) and record for record in records):
             raise ValueError(f"not JSON: {error}") from error
     else:
-        is_coco = isinstance(value, dict) and _is_coco(value)
-        if isinstance(value, dict) and not is_coco and _is_boxes(value):
+        parts = value if isinstance(value, dict) else {}
+        images, annotations = (
+            [] if not isinstance(parts.get(k), list) else parts[k] for k in ("images", "annotations")
+        )
+        entries = [entry for entry in annotations if isinstance(entry, dict)]
+        is_coco = any({"image_id", "caption"} <= entry.keys() for entry in entries)
+        if is_coco:
+            records = list(_coco(images, annotations))
+        elif (
+            _is_list_of_named(images)
+            and any("image_id" in entry for entry in entries)
+            and not any(isinstance(image, dict) and match_column(image, CAPTION_NAMES) is not None for image in images)
+        ):  # boxes or keypoints
             raise ValueError("its annotations have no captions")
-        records = list(_coco(value) if is_coco else _records(value))
-    return JsonRows(lambda: enumerate(records, start=1), "no list or object of captions", is_coco)
+        else:
+            records = list(_records(value))
+    return _json_table(lambda: enumerate(records, start=1), "no list or object of captions", is_coco)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -321,33 +311,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value if len(value) > 1 else value[0] for key, value in several.items()}
 
 
-def _is_coco(value: dict[str, Any]) -> bool:
-    annotations = value.get("annotations")
-    return isinstance(annotations, list) and any(
-        isinstance(entry, dict) and {"image_id", "caption"} <= entry.keys() for entry in annotations
-    )
-
-
-def _is_boxes(value: dict[str, Any]) -> bool:
-    """Whether this is COCO's format without captions, such as boxes or keypoints."""
-    annotations, images = value.get("annotations"), value.get("images")
-    return (
-        isinstance(annotations, list)
-        and isinstance(images, list)
-        and _is_list_of_named(images)
-        and any(isinstance(entry, dict) and "image_id" in entry for entry in annotations)
-        and not any(isinstance(entry, dict) and match_column(entry, CAPTION_NAMES) is not None for entry in images)
-    )
-
-
-def _coco(value: dict[str, Any]) -> Iterator[Record]:
+def _coco(images: list[Any], annotations: list[Any]) -> Iterator[Record]:
     names: dict[Any, Any] = {}
-    images = value.get("images")
-    for image in images if isinstance(images, list) else []:
+    for image in images:
         if isinstance(image, dict) and isinstance(image.get("id"), int | str):
             key = match_column(image, FILE_NAMES)
             names[image["id"]] = image[key] if key else _numbered(image["id"])
-    for entry in value["annotations"]:
+    for entry in annotations:
         if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
             yield "no image_id"
         elif names and entry["image_id"] not in names:
@@ -362,46 +332,35 @@ def _numbered(number: int | str) -> str:
 
 
 def _records(value: Any) -> Iterator[Record]:
-    if isinstance(value, list):
-        yield from map(_entry, value)
+    if isinstance(value, dict):
+        lists = [entries for entries in value.values() if _is_list_of_named(entries)]
+        if len(lists) > 1:  # such as images with captions, and boxes
+            lists = [entries for entries in lists if match_column(entries[0], CAPTION_NAMES) is not None]
+        if len(lists) != 1:
+            for name, entry in value.items():
+                yield {"file_name": name, **(_with_tags(entry) if isinstance(entry, dict) else {"caption": entry})}
+            return
+        (value,) = lists
+    if not isinstance(value, list):
         return
-    if not isinstance(value, dict):
-        return
-    lists = [entries for entries in value.values() if _is_list_of_named(entries)]
-    if len(lists) > 1:  # such as images with captions, and boxes
-        lists = [entries for entries in lists if match_column(entries[0], CAPTION_NAMES) is not None]
-    if len(lists) == 1:
-        yield from map(_entry, lists[0])
-        return
-    for name, entry in value.items():
-        if isinstance(entry, dict):
-            yield {"file_name": name, **_with_tags(entry)}
+    for entry in value:
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+            yield {"file_name": entry[0], "caption": entry[1]}
+        elif not isinstance(entry, dict):
+            yield "not a JSON object"
         else:
-            yield {"file_name": name, "caption": entry}
+            if match_column(entry, FILE_NAMES) is None and isinstance(entry.get("image_id"), int | str):
+                entry = {"file_name": _numbered(entry["image_id"]), **entry}
+            if isinstance(entry.get("sentences"), list) and match_column(entry, CAPTION_NAMES) is None:
+                texts = [text.get("raw") if isinstance(text, dict) else text for text in entry["sentences"]]
+                entry = {**entry, "caption": texts}
+            yield _with_tags(entry)
 
 
 def _is_list_of_named(entries: Any) -> bool:
-    return (
-        isinstance(entries, list)
-        and bool(entries)
-        and isinstance(entries[0], dict)
-        and (match_column(entries[0], FILE_NAMES) is not None or "image_id" in entries[0])
-    )
-
-
-def _entry(entry: Any) -> Record:
-    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
-        return {"file_name": entry[0], "caption": entry[1]}
-    if not isinstance(entry, dict):
-        return "not a JSON object"
-    if match_column(entry, FILE_NAMES) is None and isinstance(entry.get("image_id"), int | str):
-        entry = {"file_name": _numbered(entry["image_id"]), **entry}
-    if isinstance(entry.get("sentences"), list) and match_column(entry, CAPTION_NAMES) is None:
-        entry = {
-            **entry,
-            "caption": [text.get("raw") if isinstance(text, dict) else text for text in entry["sentences"]],
-        }
-    return _with_tags(entry)
+    if not (isinstance(entries, list) and entries and isinstance(entries[0], dict)):
+        return False
+    return match_column(entries[0], FILE_NAMES) is not None or "image_id" in entries[0]
 
 
 def _with_tags(entry: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ldm import disk
 from ldm.data.captions import (
     CAPTION_NAMES,
     MAX_TEXT_BYTES,
-    Columns,
+    ReadOptions,
     captions,
     choose_column,
     match_column,
@@ -26,9 +26,9 @@ from ldm.data.captions import (
 )
 from ldm.data.files import CAPTION_FILES, IMAGES, nfc, read_file, suffix, unsupported_reason
 from ldm.data.rng import content_hash
-from ldm.data.rows import first_line, is_text, is_texts, to_python
-from ldm.data.sources import Decode, Sample, Skipped
-from ldm.progress import printable
+from ldm.data.rows import is_text, is_texts, to_python
+from ldm.data.sources import Listing, Sample, Skipped
+from ldm.progress import error_reason, printable
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 # Columns that name rows whose images have no name.
@@ -41,68 +41,57 @@ _TAIL = 1024
 
 
 @dataclass(frozen=True)
-class TableColumns:
-    """The columns of a table of images: `key` names the rows, `classes` are the texts for class numbers as captions;
-    `caption` is None if there is none and none is required.
+class ImageTable:
+    """An open table of images: its name in messages, a `datasets.Dataset` on disk, and its columns.
+
+    `key` names the rows, `caption` is None if there is none and none is required, `classes` are texts for class numbers
+    as captions.
     """
 
+    name: str
+    dataset: Any
     image: str
     caption: str | None
     key: str | None
     classes: tuple[str, ...] | None
 
-    @property
-    def names(self) -> list[str]:
-        """All columns, without repetitions."""
-        return list(dict.fromkeys(name for name in (self.image, self.caption, self.key) if name is not None))
 
+class TableFile(NamedTuple):
+    """A .parquet or .arrow file: its Arrow schema and number of rows; an Arrow stream also as a `datasets.Dataset`."""
 
-@dataclass(frozen=True)
-class ImageTable:
-    """An open table: its name in messages, a `datasets.Dataset` on disk, and its columns."""
-
-    name: str
+    schema: Any
+    row_count: int
     dataset: Any
-    columns: TableColumns
 
+    @classmethod
+    def open(cls, path: Path) -> TableFile:
+        """Raises ValueError with the reason."""
+        import pyarrow as pa
+        from pyarrow import parquet
 
-def read_schema(path: Path) -> Any:
-    """The Arrow schema of a .parquet or .arrow file. Raises ValueError with the reason."""
-    import pyarrow as pa
-    from pyarrow import parquet
+        try:
+            if suffix(path.name) == ".parquet":
+                metadata = parquet.read_metadata(path)
+                return cls(metadata.schema.to_arrow_schema(), metadata.num_rows, None)
+            from datasets import Dataset
 
-    try:
-        if suffix(path.name) == ".parquet":
-            return parquet.read_schema(path)
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_stream(source).schema
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"not a {suffix(path.name)} file that can be read: {first_line(error)}") from error
-
-
-def row_count(path: Path) -> int:
-    """The number of rows of a .parquet or .arrow file, by its metadata."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    if suffix(path.name) == ".parquet":
-        return int(parquet.read_metadata(path).num_rows)
-    with pa.memory_map(str(path)) as source:
-        return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+            dataset = Dataset.from_file(str(path))
+            return cls(dataset.data.schema, len(dataset), dataset)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"not a {suffix(path.name)} file that can be read: {error_reason(error)}") from error
 
 
 def image_columns(schema: Any) -> list[str]:
     """The columns of an Arrow schema that have images, as bytes or as an Image of `datasets`."""
     import pyarrow as pa
 
-    def is_bytes(kind: Any) -> bool:
+    def has_bytes(kind: Any) -> bool:
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
         return str(kind) in ("binary", "large_binary", "binary_view")
 
-    def has_bytes(kind: Any) -> bool:
-        return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
-
     marked = [name for name, feature in _features(schema).items() if feature.get("_type") == "Image"]
-    return marked or [field.name for field in schema if is_bytes(field.type) or has_bytes(field.type)]
+    return marked or [field.name for field in schema if has_bytes(field.type)]
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -114,30 +103,35 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def table_columns(where: str, schema: Any, given: Columns, captioned: bool = True) -> TableColumns:
-    """The given columns, or those found by type and name.
+def open_dataset(where: str, dataset: Any, options: ReadOptions) -> ImageTable:
+    """A `datasets.Dataset` as a table; `where` is its name. Raises ValueError like `find_columns`."""
+    return ImageTable(where, dataset, *find_columns(printable(where), dataset.features.arrow_schema, options))
+
+
+def find_columns(
+    where: str, schema: Any, options: ReadOptions
+) -> tuple[str, str | None, str | None, tuple[str, ...] | None]:
+    """The columns of images, captions and keys, and the texts of class numbers: as given, or by type and name.
 
     Args:
         where: the name of the table, for messages.
         schema: an Arrow schema; `datasets` writes its features into the metadata.
-        captioned: require a column of captions.
 
     Raises:
         ValueError: listing the columns, if one is missing, ambiguous or of another type.
     """
     import pyarrow as pa
 
-    def check(name: str, possible: list[str], what: str) -> None:
+    def check(name: str, possible: list[str], key: str, what: str) -> None:
         if name not in possible:
             raise ValueError(
-                f'{where}: column "{name}" holds {schema.field(name).type}, not {what}s; set '
-                f"data.{'image' if what == 'image' else 'caption'}_column to one of "
-                f"{', '.join(possible) or 'another table'}"
+                f'{where}: column "{name}" holds {schema.field(name).type}, not {what}; set data.{key}_column to one '
+                f"of {', '.join(possible) or 'another table'}"
             )
 
     columns, images = list(schema.names), image_columns(schema)
-    image = choose_column(where, columns, images, IMAGE_NAMES, "image", given.image)
-    check(image, images, "image")
+    image = choose_column(where, columns, images, IMAGE_NAMES, "image", options.image)
+    check(image, images, "image", "images")
     classes = {
         name: tuple(feature["names"])
         for name, feature in _features(schema).items()
@@ -148,101 +142,71 @@ def table_columns(where: str, schema: Any, given: Columns, captioned: bool = Tru
         for field in schema
         if field.name != image and (is_text(field.type) or is_texts(field.type) or field.name in classes)
     ]
-    key = match_column(
-        [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)], KEY_NAMES
-    )
+    keys = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
+    caption = None
     try:
-        caption = choose_column(where, columns, texts, CAPTION_NAMES, "caption", given.caption)
+        caption = choose_column(where, columns, texts, CAPTION_NAMES, "caption", options.caption)
     except ValueError:
-        if captioned or given.caption is not None:
+        if options.captioned or options.caption is not None:
             raise
-        return TableColumns(image, None, key, None)
-    check(caption, texts, "text")
-    return TableColumns(image, caption, key, classes.get(caption))
+    else:
+        check(caption, texts, "caption", "texts")
+    return image, caption, match_column(keys, KEY_NAMES), None if caption is None else classes.get(caption)
 
 
-def copy_parquet(path: Path, schema: Any, columns: TableColumns, cache: Path) -> Any:
-    """A parquet file as a `datasets.Dataset`.
+def open_parquet(path: Path, name: str, schema: Any, options: ReadOptions, cache: Path) -> ImageTable:
+    """A parquet file with this schema as a table.
 
     Parquet has no fast access to single rows, so the needed columns are copied into the folder `cache` as Arrow, once.
-    The name of the copy depends on the path, size and times of the file.
-
-    Raises:
-        ValueError: if the copy cannot be written.
+    The name of the copy depends on the path, size and times of the file. Raises ValueError like `find_columns`, or if
+    the copy cannot be written.
     """
     import pyarrow as pa
     from datasets import Dataset
+    from pyarrow import parquet
 
+    image, caption, key, classes = find_columns(printable(name), schema, options)
+    columns = list(dict.fromkeys(column for column in (image, caption, key) if column is not None))
     stat = path.stat()
     # Unlike mtime, ctime cannot be set by users.
     times = stat.st_mtime_ns, stat.st_ctime_ns
-    state = repr((_COPY_VERSION, os.path.realpath(path), stat.st_size, *times, columns.names))
+    state = repr((_COPY_VERSION, os.path.realpath(path), stat.st_size, *times, columns))
     copy = cache / f"{content_hash(state.encode('utf-8', 'surrogatepass'))}.rows"
-    fields = [(name, _plain(schema.field(name).type)) for name in columns.names]
-    plain = pa.schema([*fields, (_ROW, pa.int64()), (_FAULT, pa.string())])
+    kinds = {column: schema.field(column).type for column in columns}
+    # Without dictionaries and views, which not every reader of Arrow knows.
+    plain = {column: pa.large_string() if is_text(kind) else kind for column, kind in kinds.items()}
+    plain = {column: pa.large_binary() if str(kind) == "binary_view" else kind for column, kind in plain.items()}
+    into = pa.schema([*plain.items(), (_ROW, pa.int64()), (_FAULT, pa.string())])
     try:
         if not copy.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with (
+                parquet.ParquetFile(path, memory_map=True) as file,
                 disk.new_file(copy) as aside,
                 pa.OSFile(str(aside), "wb") as sink,
-                pa.ipc.new_stream(sink, plain) as writer,
+                pa.ipc.new_stream(sink, into) as writer,
             ):
-                for first, batch, fault in _row_batches(path, columns):
-                    count = 1 if batch is None else batch.num_rows
-                    cells = [
-                        pa.nulls(count, kind) if batch is None else batch.column(name).cast(kind)
-                        for name, kind in fields
-                    ]
-                    rows = pa.array(range(first, first + count), pa.int64())
-                    faults = pa.array([fault] * count, pa.string())
-                    writer.write_batch(pa.record_batch([*cells, rows, faults], schema=plain))
-        return Dataset.from_file(str(copy))
+                end = 0
+                for group in range(file.num_row_groups):
+                    row, end = end, end + file.metadata.row_group(group).num_rows
+                    batches = file.iter_batches(_CHUNK, row_groups=[group], columns=columns)
+                    while row < end:
+                        try:
+                            batch, fault = next(batches), None
+                            cells = [batch.column(column).cast(kind) for column, kind in plain.items()]
+                            last = row + batch.num_rows
+                        except (pa.ArrowException, OSError, StopIteration) as error:
+                            fault, last = f"{end}: {error_reason(error)}", row + 1
+                            cells = [pa.nulls(1, kind) for kind in plain.values()]
+                        numbers = pa.array(range(row + 1, last + 1), pa.int64())
+                        faults = pa.array([fault] * (last - row), pa.string())
+                        writer.write_batch(pa.record_batch([*cells, numbers, faults], schema=into))
+                        row = last if fault is None else end
+        return ImageTable(name, Dataset.from_file(str(copy)), image, caption, key, classes)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be copied into {cache}: {error}; set data.cache_dir to a disk with room"
         ) from error
-
-
-def _row_batches(path: Path, columns: TableColumns) -> Iterator[tuple[int, Any, str | None]]:
-    """(number of the first row from 1, batch, None), or (…, None, "LAST: why rows up to LAST cannot be read")."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path, memory_map=True) as file:
-        row = 1
-        for group in range(file.num_row_groups):
-            end = row + file.metadata.row_group(group).num_rows
-            batches = file.iter_batches(_CHUNK, row_groups=[group], columns=columns.names)
-            while row < end:
-                try:
-                    batch = next(batches)
-                except (pa.ArrowException, OSError, StopIteration) as error:
-                    yield row, None, f"{end - 1}: {first_line(error)}"
-                    break
-                yield row, batch, None
-                row += batch.num_rows
-            row = end
-
-
-def _plain(kind: Any) -> Any:
-    """The type without dictionaries and views, which not every reader of Arrow knows."""
-    import pyarrow as pa
-
-    if is_text(kind):
-        return pa.large_string()
-    return pa.large_binary() if str(kind) == "binary_view" else kind
-
-
-def read_arrow(path: Path) -> Any:
-    """An Arrow stream, as `datasets` writes them, as a `datasets.Dataset`. Raises ValueError with the reason."""
-    import pyarrow as pa
-    from datasets import Dataset
-
-    try:
-        return Dataset.from_file(str(path))
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"not an Arrow stream that can be read: {first_line(error)}") from error
 
 
 def is_saved(folder: Path) -> bool:
@@ -252,10 +216,8 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(folder: Path, split: str) -> Any:
-    """A `save_to_disk` folder as a `datasets.Dataset`; of several splits, `split`.
-
-    Raises:
-        ValueError: if it cannot be read, or has no such split.
+    """A `save_to_disk` folder as a `datasets.Dataset`; of several splits, `split`. Raises ValueError if it cannot be
+    read, or has no such split.
     """
     from datasets import Dataset, load_from_disk
 
@@ -271,10 +233,8 @@ def read_saved(folder: Path, split: str) -> Any:
 
 
 def read_hub(name: str, subset: str | None, split: str) -> Any:
-    """A data set of the hub as a `datasets.Dataset`, downloaded by `datasets`. Its code is never run.
-
-    Raises:
-        ValueError: if it does not exist or cannot be downloaded.
+    """A data set of the hub as a `datasets.Dataset`, downloaded by `datasets`. Its code is never run. Raises ValueError
+    if it does not exist or cannot be downloaded.
     """
     from datasets import load_dataset
 
@@ -297,58 +257,12 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def read_tables(
-    tables: Sequence[ImageTable], folder: Path | None, decode: Decode, captioned: bool = True
-) -> tuple[list[Sample], list[Skipped]]:
-    """The rows of tables as samples.
-
-    Ids must not change when other rows do, so they are not row numbers but the name stored with the image, or the key.
-    If there is none or it is not unique, a hash of the length and the last kilobyte of the image is added, and a count
-    for copies.
-
-    Args:
-        folder: what paths of images without bytes are relative to.
-        captioned: leave out images without a caption.
-    """
-    rows = [(table, row) for table in tables for row in _rows(table)]
-    names = Counter(row.name for _, row in rows)
-    seen: Counter[str] = Counter()
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
-    images = {id(table): table.dataset.select_columns([table.columns.image]).with_format("arrow") for table in tables}
-    for table, row in rows:
-        place = f"{table.name}:{row.number}"
-        if row.fault is not None:
-            last, _, reason = row.fault.partition(": ")
-            skipped.append(Skipped(f"{place}-{last}", f"these rows cannot be read: {reason}"))
-            continue
-        file = None if row.path is None else os.path.join(folder or "", row.path)
-        good, reasons = captions(row.caption)
-        if row.fingerprint is None and (file is None or not os.path.isfile(file)):
-            missing = "no image" if file is None else f"no image bytes, and no file {printable(file)[:200]}"
-            skipped.append(Skipped(place, missing))
-            continue
-        if good or captioned:
-            skipped += [Skipped(place, reason) for reason in reasons]
-        if not good and captioned:
-            continue
-        group = row.name if row.name and names[row.name] == 1 else f"{row.name or 'row'}@{row.fingerprint or row.path}"
-        seen[group] += 1
-        name = group if seen[group] == 1 else f"{group}#{seen[group]}"
-        read = partial(_read_row, images[id(table)], row.position)
-        if row.fingerprint is None:
-            assert file is not None
-            read = partial(read_file, file)
-        shown = "" if name == row.path else place
-        samples.append(Sample(name, tuple(dict.fromkeys(good)), group, read, decode, place=shown))
-    return samples, skipped
-
-
 class _Row(NamedTuple):
-    """A row without its image; `fingerprint` is None if it has no bytes."""
+    """A row without its image, for which `images` has a table; `fingerprint` is None if it has no bytes."""
 
+    images: Any
     position: int
-    number: int
+    place: str
     name: str
     caption: object
     path: str | None
@@ -356,37 +270,73 @@ class _Row(NamedTuple):
     fault: str | None
 
 
+def read_tables(tables: Sequence[ImageTable], folder: Path | None, options: ReadOptions, listing: Listing) -> None:
+    """Adds the rows of tables to a listing; paths of images without bytes are relative to `folder`.
+
+    Ids must not change when other rows do, so they are not row numbers but the name stored with the image, or the key.
+    If there is none or it is not unique, a hash of the length and the last kilobyte of the image is added, and a count
+    for copies.
+    """
+    rows = [row for table in tables for row in _rows(table)]
+    names = Counter(row.name for row in rows)
+    seen: Counter[str] = Counter()
+    for row in rows:
+        if row.fault is not None:
+            last, _, reason = row.fault.partition(": ")
+            listing.skipped.append(Skipped(f"{row.place}-{last}", f"these rows cannot be read: {reason}"))
+            continue
+        file = None if row.path is None else os.path.join(folder or "", row.path)
+        good, reasons = captions(row.caption)
+        if row.fingerprint is None and (file is None or not os.path.isfile(file)):
+            missing = "no image" if file is None else f"no image bytes, and no file {printable(file)[:200]}"
+            listing.skipped.append(Skipped(row.place, missing))
+            continue
+        if good or options.captioned:
+            listing.skipped += [Skipped(row.place, reason) for reason in reasons]
+        if not good and options.captioned:
+            continue
+        group = row.name if row.name and names[row.name] == 1 else f"{row.name or 'row'}@{row.fingerprint or row.path}"
+        seen[group] += 1
+        name = group if seen[group] == 1 else f"{group}#{seen[group]}"
+        read = partial(_read_row, row.images, row.position)
+        if row.fingerprint is None:
+            assert file is not None
+            read = partial(read_file, file)
+        shown = "" if name == row.path else row.place
+        texts = tuple(dict.fromkeys(good))
+        listing.samples.append(Sample(name, texts, group, read, options.decode, place=shown))
+
+
 def _rows(table: ImageTable) -> Iterator[_Row]:
     import pyarrow as pa
     from pyarrow import compute
 
-    columns, index = table.columns, 0
+    images = table.dataset.select_columns([table.image]).with_format("arrow")
+    index = 0
     # Stored batches; joining them would read all images.
     for batch in table.dataset.data.to_batches():
         nothing = [None] * batch.num_rows
-        stored, paths = batch.column(columns.image), nothing
+        stored, paths = batch.column(table.image), nothing
         if pa.types.is_struct(stored.type):
             if stored.type.get_field_index("path") >= 0:
                 paths = to_python(compute.struct_field(stored, "path"))
             stored = compute.struct_field(stored, "bytes")
-        keys = to_python(batch.column(columns.key)) if columns.key else nothing
-        texts = to_python(batch.column(columns.caption)) if columns.caption else nothing
+        keys = to_python(batch.column(table.key)) if table.key else nothing
+        texts = to_python(batch.column(table.caption)) if table.caption else nothing
         is_copy = _ROW in batch.schema.names
         numbers = batch.column(_ROW).to_pylist() if is_copy else range(index + 1, index + 1 + batch.num_rows)
         faults = batch.column(_FAULT).to_pylist() if is_copy else nothing
-        for place, (path, key, text) in enumerate(zip(paths, keys, texts, strict=True)):
-            if columns.classes is not None and isinstance(text, int):  # -1 is no class
-                text = columns.classes[text].replace("_", " ") if 0 <= text < len(columns.classes) else None
+        for image, number, path, key, text, fault in zip(stored, numbers, paths, keys, texts, faults, strict=True):
+            if table.classes is not None and isinstance(text, int):  # -1 is no class
+                text = table.classes[text].replace("_", " ") if 0 <= text < len(table.classes) else None
+            fingerprint = None
+            if image.is_valid:
+                data = memoryview(image.as_buffer())
+                length = len(data).to_bytes(8, "little")
+                fingerprint = hashlib.blake2b(data[-_TAIL:], digest_size=8, salt=length).hexdigest()
             name = path or ("" if key is None else str(key))
-            yield _Row(index, numbers[place], name, text, path, _fingerprint(stored[place]), faults[place])
+            yield _Row(images, index, f"{table.name}:{number}", name, text, path, fingerprint, fault)
             index += 1
-
-
-def _fingerprint(stored: Any) -> str | None:
-    if not stored.is_valid:
-        return None
-    data = memoryview(stored.as_buffer())
-    return hashlib.blake2b(data[-_TAIL:], digest_size=8, salt=len(data).to_bytes(8, "little")).hexdigest()
 
 
 def _read_row(images: Any, index: int) -> bytes:
@@ -400,25 +350,16 @@ def _read_row(images: Any, index: int) -> bytes:
 
 _KNOWN = IMAGES | {*CAPTION_FILES, ".json"}
 _TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".xlsx"})
-_Groups = dict[str, dict[str, tarfile.TarInfo]]  # by key and suffix
 
 
-def read_tar(
-    path: Path, name: str, column: str | None, decode: Decode, captioned: bool = True
-) -> tuple[list[Sample], list[Skipped]]:
-    """The samples of one shard: images with the .txt, .caption or .json of the same key.
+def read_tar(path: Path, name: str, options: ReadOptions, listing: Listing) -> None:
+    """Adds the samples of one shard to a listing: images with the .txt, .caption or .json of the same key.
 
     The key is the path up to the first dot of its last part, as in webdataset, or up to the last dot if the rest is no
-    known suffix. Members of one key need not be neighbors. Only headers and captions are read; images are later read
-    by their offset, so no file stays open.
-
-    Args:
-        name: of the shard, the prefix of ids: "00000.tar/000000012.jpg".
-        column: the key of captions in JSON; None takes a usual one.
-        captioned: leave out images without a caption.
+    known suffix. Members of one key need not be neighbors. Ids begin with `name`: "00000.tar/000000012.jpg". Only
+    headers and captions are read; images are later read by their offset, so no file stays open.
     """
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
+    skipped = listing.skipped
     with open(path, "rb") as file:
         for key, members in _tar_groups(file, name, skipped).items():
             images = [kind for kind in members if kind in IMAGES]
@@ -433,29 +374,30 @@ def read_tar(
                 return file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))
 
             sidecars = [kind for kind in (*CAPTION_FILES, ".json") if kind in members]
-            good, faults = sidecar_captions(sidecars, read_sidecar, column)
+            good, faults = sidecar_captions(sidecars, read_sidecar, options.caption)
             for kind in images:
                 id = f"{name}/{key}{kind}"
-                if not good and captioned:
+                if not good and options.captioned:
                     skipped.append(Skipped(id, faults[0][1] if faults else "no caption"))
                     continue
                 read = partial(read_span, str(path), members[kind].offset_data, members[kind].size)
-                samples.append(Sample(id, tuple(dict.fromkeys(good)), f"{name}/{key}", read, decode))
+                texts = tuple(dict.fromkeys(good))
+                listing.samples.append(Sample(id, texts, f"{name}/{key}", read, options.decode))
             if good:
                 skipped += [Skipped(f"{name}/{key}", f"{reason}; its other captions count") for _, reason in faults]
-    return samples, skipped
 
 
-def _tar_groups(file: BinaryIO, name: str, skipped: list[Skipped]) -> _Groups:
-    """The usable members by key; keys whose image was skipped are left out."""
+def _tar_groups(file: BinaryIO, name: str, skipped: list[Skipped]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """The usable members by key and suffix; keys whose image was skipped are left out."""
     size = os.fstat(file.fileno()).st_size
-    groups: _Groups = {}
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     lost: set[str] = set()
-    for member in _members(file, name, skipped):
+
+    def add(member: tarfile.TarInfo) -> None:
         path = member.name.removeprefix("./")
         parts = PurePosixPath(path).parts
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            continue
+            return
         folder, slash, base = path.rpartition("/")
         first, dot, rest = base.partition(".")
         if f".{rest.lower()}" not in _KNOWN:
@@ -463,11 +405,9 @@ def _tar_groups(file: BinaryIO, name: str, skipped: list[Skipped]) -> _Groups:
         key, kind = f"{folder}{slash}{first}", f"{dot}{rest.lower()}"
         fault = unsupported_reason(parts[-1] if parts else "")
         if fault is None and kind in _TABLES:
-            fault = (
-                "a table within a tar, which is not read; unpack the tar, or give each image a .txt with its caption"
-            )
+            fault = "a table within a tar, which is not read; unpack the tar, or put captions into .txt files"
         if fault is None and kind not in _KNOWN:
-            continue
+            return
         if fault is None and (not member.isfile() or member.issparse()):
             fault = "a link or a sparse file within the tar; pack it as a plain file"
         if fault is None and member.offset_data + member.size > size:
@@ -476,20 +416,11 @@ def _tar_groups(file: BinaryIO, name: str, skipped: list[Skipped]) -> _Groups:
             skipped.append(Skipped(f"{name}/{path}", fault))
             if kind not in (*CAPTION_FILES, ".json", *_TABLES):
                 lost.add(key)
-            continue
+            return
         if kind in groups.setdefault(key, {}):
             skipped.append(Skipped(f"{name}/{path}", "twice in the tar; the last one is used"))
         groups[key][kind] = member
-    # Join captions and images whose keys differ in the Unicode normal form only.
-    bare = {nfc(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
-    for key, members in list(groups.items()):
-        image = bare.get(nfc(key))
-        if image is not None and image != key and IMAGES.isdisjoint(members):
-            groups[image] |= groups.pop(key)
-    return {key: of for key, of in groups.items() if key not in lost or not IMAGES.isdisjoint(of)}
 
-
-def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarfile.TarInfo]:
     count = 0
     try:
         # "r:" rejects compression, which has no random access.
@@ -497,14 +428,20 @@ def _members(file: BinaryIO, name: str, skipped: list[Skipped]) -> Iterator[tarf
             for member in tar:
                 if not member.isdir():
                     count += 1
-                    yield member
+                    add(member)
+        if not count:
+            skipped.append(Skipped(name, "no files in it"))
     # Broken headers raise many types.
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
         cause = f"cut off or broken after {count} members" if count else "not an uncompressed tar file"
         skipped.append(Skipped(name, f"{cause}: {error}"))
-        return
-    if not count:
-        skipped.append(Skipped(name, "no files in it"))
+    # Join captions and images whose keys differ in the Unicode normal form only.
+    bare = {nfc(key): key for key, members in groups.items() if IMAGES.issuperset(members)}
+    for key, members in list(groups.items()):
+        image = bare.get(nfc(key))
+        if image is not None and image != key and IMAGES.isdisjoint(members):
+            groups[image] |= groups.pop(key)
+    return {key: of for key, of in groups.items() if key not in lost or not IMAGES.isdisjoint(of)}
 
 
 def read_span(path: str, offset: int, size: int) -> bytes:

@@ -23,28 +23,25 @@ class DataConfig:
     """The data set, and how an image becomes a tensor.
 
     Args:
-        path: "digits", "openmoji", "scenes", a folder or file, or the id of a data set on the hub. Write "./digits"
-            for a folder with the name of a built-in data set.
+        path: "digits", "openmoji", "scenes", a folder or file, or the id of a data set on the hub. Write "./digits" for
+            a folder with the name of a built-in data set.
         resolution: side R of square images in pixels. With buckets, images of any shape have about R² pixels.
         flip: mirror half of the images horizontally, at random in each epoch.
         crop: "center", or "random" in each epoch.
         buckets: batches of one aspect ratio instead of squares; None enables them above 128 pixels.
-        image_column, caption_column: columns of tables and data sets; None guesses them.
-        split: the split of a data set that has several.
-        subset: its configuration, if it has several.
+        image_column, caption_column, split, subset: of tables and data sets; None guesses a column.
         cache_dir: folder of the caches; None is $LDM_CACHE or ~/.cache/ldm.
         held_out: fraction of the groups, in [0, 1), that is not trained on.
         background: CSS color behind transparent images ("white", "#f0f0f0").
         skin_tones: openmoji only: also use the variants in five skin tones.
-        caption_source: which captions of a folder to use: the path of a table in it, or "metadata", "sidecars" (text
-            files beside images), "shards", or "folders" (names of sub-folders). None takes the source that captions
-            most images.
+        caption_source: which captions of a folder to use: the path of a table in it, "metadata", "sidecars" (text files
+            beside images), "shards" or "folders" (names of sub-folders). None takes the source that captions most
+            images.
         caption_templates: each caption is also used inside each of these, such as "a photo of {}".
         compose: fraction of the samples of an epoch, in [0, 1), composed of several images (`ldm.data.composer`).
         renew_every: number of epochs, at least 1, after which compositions or scenes are replaced by new ones.
-        scenes: scenes only: number in use at a time, at least 1.
-        first_scene: scenes only: the first scene number, at least 0.
-        things: scenes only: show the "common" third of all things, or "all".
+        scenes, first_scene, things: scenes only: number in use at a time, the first scene number, and whether the
+            "common" third of all things or "all" are shown.
 
     Raises:
         ValueError: naming the key and its value.
@@ -75,29 +72,39 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
+        def refuse(key: str, why: str) -> None:
+            raise ValueError(f"data.{key} is {getattr(self, key)!r}{why}")
+
         if not self.path.strip():
             raise ValueError(f"data.path is empty; give a folder, or one of {', '.join(BUILT_IN)}")
         for key in ("path", "cache_dir"):
             path = getattr(self, key) or ""
             if path.startswith("~") and os.path.expanduser(path) == path:
-                raise ValueError(f"data.{key} is {path!r}, but that user does not exist; write ./{path} for a folder")
-        if self.resolution < 1:
-            raise ValueError(f"data.resolution is {self.resolution}; it is a number of pixels, at least 1")
+                refuse(key, f", but that user does not exist; write ./{path} for a folder")
+        for key, minimum in (("resolution", 1), ("scenes", 1), ("renew_every", 1), ("first_scene", 0)):
+            if getattr(self, key) < minimum:
+                refuse(key, f"; it is at least {minimum}")
         if self.crop not in ("center", "random"):
-            raise ValueError(f'data.crop is "{self.crop}"; choose "center" or "random"')
+            refuse("crop", '; choose "center" or "random"')
         for key in ("held_out", "compose"):
             if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"data.{key} is {getattr(self, key)}; it is a fraction, at least 0 and below 1")
+                refuse(key, "; it is a fraction, at least 0 and below 1")
         for path, keys in (("openmoji", ("skin_tones",)), ("scenes", ("scenes", "first_scene", "things"))):
             for key in keys:
                 if self.path != path and getattr(self, key) != getattr(type(self), key):
-                    raise ValueError(f'data.{key} is for data.path "{path}" only, not for "{self.path}"; leave it out')
-        self._check_compose()
-        for key, minimum in (("scenes", 1), ("renew_every", 1), ("first_scene", 0)):
-            if getattr(self, key) < minimum:
-                raise ValueError(f"data.{key} is {getattr(self, key)}; it is at least {minimum}")
+                    refuse(key, f', which is for data.path "{path}" only, not for "{self.path}"; leave it out')
+        if self.compose > 0 and self.path == "scenes":
+            refuse("compose", ', which is not for data.path "scenes": they are composed already; leave it out')
+        if self.compose > 0 and self.resolution < MIN_COMPOSED_RESOLUTION:
+            refuse(
+                "compose",
+                f", which needs data.resolution {MIN_COMPOSED_RESOLUTION} or more, not {self.resolution}: two images "
+                "in one would be too small; raise it, or leave data.compose out",
+            )
+        if self.compose == 0 and self.path != "scenes" and self.renew_every != type(self).renew_every:
+            refuse("renew_every", f', which is for scenes or data.compose above 0, not for "{self.path}"; leave it out')
         if self.path == "scenes" and self.flip:
-            raise ValueError('data.flip would turn "left of" into "right of"; leave it out for data.path "scenes"')
+            refuse("flip", ', but would turn "left of" into "right of"; leave it out for data.path "scenes"')
         for template in self.caption_templates:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(
@@ -105,25 +112,9 @@ class DataConfig:
                 )
         for key in ("image_column", "caption_column", "caption_source", "subset"):
             if getattr(self, key) is not None and self.path in BUILT_IN:
-                raise ValueError(
-                    f"data.{key} is for {'folders' if key == 'caption_source' else 'tables and data sets of the hub'}, "
-                    f'not for "{self.path}"; leave it out'
-                )
+                kind = "folders" if key == "caption_source" else "tables and data sets of the hub"
+                refuse(key, f', which is for {kind}, not for "{self.path}"; leave it out')
         _rgb(self.background)
-
-    def _check_compose(self) -> None:
-        if self.compose > 0 and self.path == "scenes":
-            raise ValueError('data.compose is not for data.path "scenes", which are composed already; leave it out')
-        if self.compose > 0 and self.resolution < MIN_COMPOSED_RESOLUTION:
-            raise ValueError(
-                f"data.compose needs data.resolution {MIN_COMPOSED_RESOLUTION} or more, not {self.resolution}: two "
-                "images in one would be too small; raise it, or leave data.compose out"
-            )
-        if self.compose == 0 and self.path != "scenes" and self.renew_every != 6:
-            raise ValueError(
-                f'data.renew_every is for data.path "scenes" or data.compose above 0, not for "{self.path}"; leave it '
-                "out"
-            )
 
     @property
     def bucketed(self) -> bool:
@@ -153,10 +144,9 @@ def _rgb(background: str) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image.
+    """A decoded image, RGB, native size, upright, transparent parts on the background.
 
     Args:
-        image: mode RGB, native size, upright, transparent parts on the background.
         format, mode: as stored, in Pillow's words ("JPEG", "CMYK").
         traits: the conversions that were needed: "rotated", "cmyk", "16-bit", "palette", "transparent", "animated".
         alpha: opacity before blending, mode L; None for opaque images, or if not computed.
@@ -182,12 +172,11 @@ class Sample:
 
     Args:
         id: unique in its source, and independent of other samples.
-        captions: texts that describe the image, the plainest first. Empty only in a source without captions.
+        captions: the plainest first. Empty only in a source without captions.
         group: samples of one group are on the same side of the split.
         read: returns the stored bytes, which are the key of caches. Raises OSError or ValueError.
         decode: bytes → image. Raises ValueError with the reason, without the name. Both can be pickled.
-        digest: `content_hash` of the bytes, if known.
-        size: (width, height) of the upright image in pixels, if known.
+        digest, size: `content_hash` of the bytes, and (width, height) of the upright image in pixels, if known.
         place: file:row for messages, if the id does not say it.
         templated: how many of the last captions come from `data.caption_templates`.
         held_out: the side of the split; None lets the group decide.
@@ -244,8 +233,7 @@ class CaptionSource:
 
     Args:
         name: as in `data.caption_source`, or the path of a file that is not read.
-        images: how many images it captions or names.
-        more: how many of them have no other caption.
+        images, more: how many images it captions or names, and how many of them have no other caption.
         reason: why it is not used; "" if it is.
         doubtful: it may hold captions that are not read.
     """
@@ -256,18 +244,13 @@ class CaptionSource:
     reason: str = ""
     doubtful: bool = False
 
-    @property
-    def is_missed(self) -> bool:
-        """Whether unused captions may be lost: no other source has them, or the images are unknown."""
-        return bool(self.reason) and self.doubtful and (self.more > 0 or not self.images)
-
 
 @dataclass(frozen=True)
 class Source:
-    """All samples of a data set in a fixed order, and all entries that were skipped.
+    """All samples of a data set in a fixed order, not decoded yet, and all entries that were skipped.
 
-    Images are not decoded yet. In a `curated` source all of them are known to be valid and distinct. Samples have
-    captions unless `captioned` is False.
+    In a `curated` source all images are known to be valid and distinct. Samples have captions unless `captioned` is
+    False.
     """
 
     name: str
@@ -307,11 +290,6 @@ class Listing:
     def images(self) -> set[str]:
         """The images that it captions, or names."""
         return {sample.id for sample in self.samples} or self.named
-
-    def add(self, samples: list[Sample], skipped: list[Skipped]) -> None:
-        """Appends samples and skipped entries."""
-        self.samples += samples
-        self.skipped += skipped
 
 
 # The advice for a data set without captions.

@@ -53,7 +53,7 @@ def test_each_bad_line_is_named(tmp_path: Path) -> None:
         4: ({"text": "no name"}, "file_name is missing"),
         5: ({"file_name": "a.png", "text": 3}, "the caption is not a text but a number"),
         6: ({"file_name": "mute.png", "text": " "}, "empty caption"),
-        7: ({"file_name": "../outside.png", "text": "x"}, "../outside.png lies outside the folder"),
+        7: ({"file_name": "../outside.png", "text": "x"}, "../outside.png is outside the folder"),
         8: ({"file_name": str(tmp_path / "outside.png"), "text": "x"}, "outside the folder"),
         9: ({"file_name": "sub/../../outside.png", "text": "x"}, "outside the folder"),
         10: ({"file_name": "gone.png", "text": "x"}, "there is no file gone.png"),
