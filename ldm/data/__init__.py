@@ -4,11 +4,10 @@ What finds the samples of a path is not imported here: `layouts.open_source`, `i
 `report.dataset_report`.
 """
 
-from ldm.data.batching import BatchOrder, Buckets, SampleOrder, bucket_sizes, micro_batches
+from ldm.data.batching import SampleOrder, micro_batches
 from ldm.data.dataset import (
     Batch,
     CaptionedImages,
-    Item,
     collate,
     ignore_signals,
     image_statistics,
@@ -17,21 +16,15 @@ from ldm.data.dataset import (
     to_uint8,
 )
 from ldm.data.rng import generator
-from ldm.data.sources import DataConfig, NoCaptionsError, Sample, Skipped, Source
+from ldm.data.sources import DataConfig, NoCaptionsError, Sample
 
 __all__ = [
     "Batch",
-    "BatchOrder",
-    "Buckets",
     "CaptionedImages",
     "DataConfig",
-    "Item",
     "NoCaptionsError",
     "Sample",
     "SampleOrder",
-    "Skipped",
-    "Source",
-    "bucket_sizes",
     "collate",
     "generator",
     "ignore_signals",

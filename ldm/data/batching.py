@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -13,12 +14,8 @@ from ldm.data.rng import generator
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """An endless stream of (epoch, index): each epoch is a permutation of `range(length)` by (seed, key, epoch).
-
-    Args:
-        length: number of samples, at least 1.
-        seed: any integer.
-        key: distinguishes streams of one seed.
+    """An endless stream of (epoch, index): each epoch is a permutation of `range(length)` by (seed, key, epoch), where
+    `length` is at least 1 and `key` distinguishes streams of one seed.
     """
 
     length: int
@@ -37,21 +34,16 @@ class SampleOrder:
             if position < 0:
                 raise ValueError(f"positions start at 0, not {position}")
             epoch, offset = divmod(position, self.length)
-            found.append((epoch, int(self._permutation(epoch)[offset])))
+            if epoch not in self._permutations:
+                if len(self._permutations) > 1:  # a batch touches two neighboring epochs as a rule
+                    del self._permutations[next(iter(self._permutations))]
+                self._permutations[epoch] = generator(self.seed, "order", *self.key, epoch).permutation(self.length)
+            found.append((epoch, int(self._permutations[epoch][offset])))
         return found
 
     def batch(self, number: int, batch_size: int) -> list[tuple[int, int]]:
         """Batch `number` of the stream: positions number·batch_size up to (number + 1)·batch_size."""
         return self.at(range(number * batch_size, (number + 1) * batch_size))
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        cache = self._permutations
-        if epoch not in cache:
-            # A batch touches two neighboring epochs as a rule.
-            if len(cache) > 1:
-                del cache[next(iter(cache))]
-            cache[epoch] = generator(self.seed, "order", *self.key, epoch).permutation(self.length)
-        return cache[epoch]
 
 
 @dataclass(frozen=True)
@@ -66,21 +58,19 @@ class BatchOrder:
         members: the indices of the images of each bucket; none is empty.
         sizes: the (height, width) of each bucket, which are keys of the streams if there are several.
         batch_size: B, the samples in one optimizer step over all processes.
-        seed: any integer.
     """
 
     members: tuple[Sequence[int], ...]
     sizes: tuple[tuple[int, int], ...]
     batch_size: int
     seed: int
-    _streams: tuple[SampleOrder, ...] = field(init=False, repr=False, compare=False)
     _rounds: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _streams(self) -> list[SampleOrder]:
         # A single bucket has the order of squares, whatever its size.
         keys = self.sizes if len(self.sizes) > 1 else [()]
-        streams = [SampleOrder(len(of), self.seed, key) for of, key in zip(self.members, keys, strict=True)]
-        object.__setattr__(self, "_streams", tuple(streams))
+        return [SampleOrder(len(of), self.seed, key) for of, key in zip(self.members, keys, strict=True)]
 
     @property
     def length(self) -> int:
@@ -91,65 +81,41 @@ class BatchOrder:
         """The (epoch, index) of the global batch `step`, from 0; epochs are those of the bucket."""
         if step < 0:
             raise ValueError(f"steps start at 0, not {step}")
-        number_of_round = self._round_of(step)
-        offset = step - self._steps_before(number_of_round)
-        buckets = self._round(number_of_round)
-        bucket = int(buckets[offset])
-        number = self._batches_before(number_of_round, bucket) + int(np.count_nonzero(buckets[:offset] == bucket))
-        members = self.members[bucket]
-        return [(epoch, members[place]) for epoch, place in self._streams[bucket].batch(number, self.batch_size)]
-
-    def _round_of(self, step: int) -> int:
         # r rounds have at most r·N/B steps, and at most one less per bucket.
         number = step * self.batch_size // self.length
-        while self._steps_before(number + 1) <= step:
+        while self._batches_before(number + 1).sum() <= step:
             number += 1
-        return number
-
-    def _steps_before(self, number_of_round: int) -> int:
-        return sum(self._batches_before(number_of_round, bucket) for bucket in range(len(self.members)))
-
-    def _batches_before(self, number_of_round: int, bucket: int) -> int:
-        return number_of_round * len(self.members[bucket]) // self.batch_size
-
-    def _round(self, number: int) -> np.ndarray:
-        """The bucket of each batch of a round, in order."""
+        before = self._batches_before(number)
         if number not in self._rounds:
-            buckets = range(len(self.members))
-            counts = [self._batches_before(number + 1, k) - self._batches_before(number, k) for k in buckets]
+            counts = self._batches_before(number + 1) - before
             ordered = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
             self._rounds.clear()
             self._rounds[number] = generator(self.seed, "buckets", number).permutation(ordered)
-        return self._rounds[number]
+        buckets, offset = self._rounds[number], step - int(before.sum())  # the bucket of each batch of the round
+        bucket = int(buckets[offset])
+        batch = int(before[bucket]) + int(np.count_nonzero(buckets[:offset] == bucket))
+        members = self.members[bucket]
+        return [(epoch, members[place]) for epoch, place in self._streams[bucket].batch(batch, self.batch_size)]
+
+    def _batches_before(self, number_of_round: int) -> np.ndarray:
+        """Of each bucket."""
+        return np.array([number_of_round * len(of) // self.batch_size for of in self.members], dtype=np.int64)
 
 
 def micro_batches(
-    order: BatchOrder,
-    *,
-    first_step: int,
-    last_step: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world: int = 1,
+    order: BatchOrder, *, first_step: int, last_step: int, accumulation: int = 1, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
     """The micro-batches of one process: the `batch_sampler` of a DataLoader of `CaptionedImages`.
 
     Each global batch from `first_step` up to, not including, `last_step` is cut into accumulation·world equal slices;
-    micro-batch m of process `rank` is slice m·world + rank. So the samples of a step do not depend on them.
-
-    Args:
-        accumulation: micro-batches per step.
-        rank: this process, from 0 to world - 1.
-        world: number of processes.
-
-    Returns:
-        An iterator over lists of (epoch, index), each of length batch_size / (accumulation·world).
+    micro-batch m of process `rank` (below `world`) is slice m·world + rank, a list of (epoch, index). So the samples of
+    a step do not depend on them.
 
     Raises:
         ValueError: immediately, if the batch does not split evenly or is larger than the data.
     """
     if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} is not one of {world} processes; it lies between 0 and {world - 1}")
+        raise ValueError(f"rank {rank} is not one of {world} processes; it is between 0 and {world - 1}")
     slices = accumulation * world
     batch_size = order.batch_size
     if slices < 1 or batch_size < 1 or batch_size % slices:
@@ -178,10 +144,8 @@ class Buckets:
 
     Attributes:
         sizes: distinct (height, width) in pixels, from the tallest to the widest, all in use.
-        assignment: index into `sizes` per image.
-        moved: how many images are not at their nearest size, as too few others are there.
-        cropped: mean fraction of the pixels that cropping removes; None for squares.
-        cropped_as_squares: the same for squares.
+        assignment: index into `sizes` per image; `moved` images are not at their nearest size, as too few others are.
+        cropped, cropped_as_squares: mean fraction of the pixels that cropping removes; None for squares.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -210,12 +174,9 @@ class Buckets:
 
 
 def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of about R² pixels with aspect ratios up to about 2, tallest first.
+    """(height, width) of about R² pixels with aspect ratios up to about 2, tallest first, for the square side R.
 
     Sides are multiples of `bucket_step`; each size occurs in both orientations.
-
-    Args:
-        resolution: R, the side of the square bucket.
     """
     step = bucket_step(resolution)
     exponents = range(-_STEPS_TO_TWO, _STEPS_TO_TWO + 1)
@@ -233,21 +194,16 @@ def bucket_step(resolution: int) -> int:
     return max(step for step in (1, 2, 4, 8, 16, 32, 64) if step <= largest and resolution % step == 0)
 
 
-def square_bucket(count: int, resolution: int) -> Buckets:
-    """One bucket of squares for all images."""
-    return Buckets(((resolution, resolution),), (0,) * count)
-
-
 def assign_buckets(shapes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]], batch_size: int) -> Buckets:
     """Assigns each image to the size with the nearest log aspect ratio, which crops least.
 
     While a size has fewer images than a batch, the one with the fewest is given up, and its images go to the nearest
-    remaining size. The order of the shapes does not matter.
+    remaining size. The order of the images does not matter.
 
     Args:
         shapes: (width, height) of the images.
         sizes: possible (height, width), tallest first.
-        batch_size: images per batch; 1 keeps every nearest size.
+        batch_size: 1 keeps every nearest size.
     """
     # Differences of logarithms are exactly symmetric in the orientation.
     aspects = -np.diff(np.log(shapes))[:, 0]  # [N], log(width / height)

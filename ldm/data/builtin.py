@@ -22,24 +22,17 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 SIZE = (8, 8)
 
 _PHRASINGS = (
-    "a handwritten {word}",
-    "a handwritten {numeral}",
-    "{word}",
-    "{numeral}",
-    "the digit {word}",
-    "the digit {numeral}",
-    "the number {word}",
-    "the number {numeral}",
-    "a scan of the number {word}",
+    *("a handwritten {word}", "a handwritten {numeral}", "{word}", "{numeral}", "the digit {word}"),
+    *("the digit {numeral}", "the number {word}", "the number {numeral}", "a scan of the number {word}"),
     "a scan of the digit {numeral}",
 )
 
 
 def open_digits() -> Source:
-    """1,797 scans of handwritten digits, 8×8, white on black, 17 grays spread over 0..255.
+    """1,797 scans of handwritten digits, 8×8, white on black, 17 grays spread over 0..255, each with ten captions and
+    its own group.
 
-    Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), the test part, as in scikit-learn. Each
-    scan has ten captions and its own group.
+    Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), the test part, as in scikit-learn.
     """
     require("digits", "sklearn")
     from sklearn.datasets import load_digits
@@ -133,26 +126,31 @@ def open_openmoji(
         if codes in names and (skin_tones or not _SKIN_TONES.intersection(codes)):
             # OpenMoji 16 has one emoji twice, once with U+FE0F.
             drawings.setdefault(codes, path)
-    name_counts = Counter(text for entry in names.values() for text in {_words(name) for name in _names(entry)})
-    samples = tuple(
-        Sample(
-            id=f"openmoji/{path.stem}",
-            captions=_captions(codes, names[codes], name_counts),
-            group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
-            read=path.read_bytes,
-            decode=partial(render, resolution=resolution, background=background, with_alpha=cutouts),
-            digest=content_hash(path.read_bytes()),
-            size=(resolution, resolution),
-            cutout=_cutout(path.read_bytes()) if cutouts else None,
+    name_counts = Counter(name for entry in names.values() for name in set(_names(entry)))
+    samples = []
+    for codes, path in drawings.items():
+        svg, cutout = path.read_bytes(), None
+        if cutouts:
+            icon = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
+            cutout = cutout_color(icon.getchannel("A"), icon.convert("RGB"))
+        samples.append(
+            Sample(
+                id=f"openmoji/{path.stem}",
+                captions=_captions(codes, names[codes], name_counts),
+                group="openmoji/" + "-".join(f"{code:04X}" for code in variant_group(codes)),
+                read=path.read_bytes,
+                decode=partial(render, resolution=resolution, background=background, with_alpha=cutouts),
+                digest=content_hash(svg),
+                size=(resolution, resolution),
+                cutout=cutout,
+            )
         )
-        for codes, path in drawings.items()
-    )
-    return Source("openmoji", samples, curated=True)
+    return Source("openmoji", tuple(samples), curated=True)
 
 
 def variant_group(codes: tuple[int, ...]) -> tuple[int, ...]:
-    """The code points (without U+FE0F) of an emoji → the same code points for all its variants in skin tone, gender
-    and direction: without joiners and tones, and neutral.
+    """The code points (without U+FE0F) of an emoji → those that all its variants in skin tone, gender and direction
+    share: neutral, without joiners and tones.
     """
     if len(codes) == 1 and codes[0] not in _NEUTRAL_ALONE:
         return codes
@@ -173,19 +171,10 @@ def render(svg: bytes, resolution: int, background: tuple[int, int, int], with_a
 def _rendered(svg: bytes, resolution: int, background: tuple[int, int, int] | None) -> Image.Image:
     from resvg_py import svg_to_bytes
 
-    png = svg_to_bytes(
-        svg_string=svg.decode("utf-8"),
-        width=resolution,
-        height=resolution,
-        background=None if background is None else "#{:02x}{:02x}{:02x}".format(*background),
-        skip_system_fonts=True,
-    )
+    color = None if background is None else "#{:02x}{:02x}{:02x}".format(*background)
+    text, side = svg.decode("utf-8"), resolution
+    png = svg_to_bytes(svg_string=text, width=side, height=side, background=color, skip_system_fonts=True)
     return Image.open(io.BytesIO(png))
-
-
-def _cutout(svg: bytes) -> tuple[int, int, int] | None:
-    icon = _rendered(svg, CUTOUT_PIXELS, None).convert("RGBA")
-    return cutout_color(icon.getchannel("A"), icon.convert("RGB"))
 
 
 def _codes(emoji: str) -> tuple[int, ...]:
@@ -193,15 +182,11 @@ def _codes(emoji: str) -> tuple[int, ...]:
 
 
 def _names(entry: dict[str, Any]) -> list[str]:
-    return [entry["en"], *entry.get("alias", [])]
-
-
-def _words(name: str) -> str:
-    return name.strip(":").replace("_", " ")
+    return [name.strip(":").replace("_", " ") for name in (entry["en"], *entry.get("alias", []))]
 
 
 def _captions(codes: tuple[int, ...], entry: dict[str, Any], name_counts: Counter[str]) -> tuple[str, ...]:
-    name, *aliases = (_words(name) for name in _names(entry))
+    name, *aliases = _names(entry)
     if codes[0] in _REGIONAL_INDICATORS or codes[-1] == _TAG_END:
         return f"flag of {name}", f"{name} flag"
     # Aliases may be codes: "+1", "m", "u5272".

@@ -1,6 +1,6 @@
 """Tensors on disk by key, in immutable shards.
 
-A shard is a safetensors file of `keys` and `rows`, named by the hash of its bytes. So damage is detected, and processes
+A shard is a safetensors file of `keys` and `rows`, named by the hash of its bytes: damage is detected, and processes
 write without locks. Rows are read with plain reads: a memory map would count as memory of the process, and a truncated
 file would kill it.
 """
@@ -50,9 +50,7 @@ class _Shard:
 
 
 class RowCache:
-    """Tensors (rows) by key, of 32 hexadecimal digits, in one folder.
-
-    The rows of one `add` have the same shape. Reading needs no write permission.
+    """Tensors (rows) by key, of 32 hexadecimal digits, in one folder. Reading needs no write permission.
 
     Args:
         folder: ends in KIND/KEY, what the rows have in common; shards of other folders are rejected.
@@ -67,7 +65,8 @@ class RowCache:
         self._verified: set[str] = set()
         self._refused: set[str] = set()
         # Shards, their first positions in the order of all rows, and the order of these by key, with the keys.
-        self._index: tuple[list[_Shard], np.ndarray, np.ndarray, np.ndarray] | None = None
+        nothing = np.empty(0, np.int64)
+        self._index: tuple[list[_Shard], np.ndarray, np.ndarray, np.ndarray] = [], nothing, nothing, nothing
 
     def keys(self) -> set[str]:
         """The keys of all shards, which are not verified."""
@@ -75,8 +74,8 @@ class RowCache:
         return {key.ljust(KEY_BYTES, b"\0").hex() for shard in self._shards.values() for key in shard.keys.tolist()}
 
     def missing(self, keys: Sequence[str]) -> list[int]:
-        """Positions of the keys without a row, without repetitions. Shards with the other rows are verified; damaged
-        ones are reported and renamed.
+        """Positions of the keys without a row, without repetitions. The shards of the others are verified; damaged ones
+        are reported and renamed.
         """
         wanted = _packed(keys)
         absent = np.flatnonzero(self._find(wanted)[1] < 0)
@@ -88,19 +87,14 @@ class RowCache:
         shards, number, row = self._find(_packed(keys))
         lost = int((number < 0).sum())
         if lost:
-            raise ValueError(
-                f"{lost} of {len(keys)} rows are missing in the cache {self.folder}; start again to compute them"
-            )
+            raise ValueError(f"{lost} of {len(keys)} rows are missing in {self.folder}; start again to compute them")
         return CachedRows(shards, number, row)
 
     def add(self, keys: Sequence[str], rows: Tensor, to_come: int = 0) -> None:
-        """Atomically writes rows [N, …] under N keys as one shard.
+        """Atomically writes rows [N, …] of one shape under N keys as one shard.
 
-        Args:
-            to_come: number of such rows that will follow, to check the free disk space.
-
-        Raises:
-            ValueError: if the folder cannot be written, or the disk is too full.
+        `to_come` such rows will follow. Raises ValueError if the folder cannot be written, or the disk has no room for
+        them.
         """
         assert len(keys) == len(rows) > 0, (len(keys), len(rows))
         packed = np.frombuffer(_packed(keys).tobytes(), np.uint8).reshape(-1, KEY_BYTES)
@@ -129,14 +123,23 @@ class RowCache:
 
     def _find(self, wanted: np.ndarray) -> tuple[list[_Shard], np.ndarray, np.ndarray]:
         """(shards, and of each key the number of its shard, −1 if missing, and its row); the shards are verified."""
-        self._list()
+
+        def fault_of(path: Path) -> Exception | None:  # None if its bytes match its name
+            try:
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+            except OSError as error:
+                return error
+            return None if path.stem == _hash_name(digest) else ValueError("has changed since it was written")
+
         while True:
-            if self._index is None:
-                shards = list(self._shards.values())
+            self._list()
+            shards = list(self._shards.values())
+            if shards != self._index[0]:
                 keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in shards)])
                 order = np.argsort(keys, kind="stable")
                 self._index = shards, np.cumsum([0, *(len(one.keys) for one in shards)]), order, keys[order]
-            shards, starts, order, ordered = self._index
+            _, starts, order, ordered = self._index
             number, row = np.full(len(wanted), -1, np.int32), np.zeros(len(wanted), np.int32)
             if len(ordered):
                 place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
@@ -147,7 +150,7 @@ class RowCache:
             used = [shards[n].path for n in np.unique(number) if n >= 0]
             unverified = [path for path in used if path.name not in self._verified]
             with ThreadPoolExecutor(VERIFIERS) as pool:  # hashing releases the interpreter lock
-                faults = list(pool.map(_fault, unverified))
+                faults = list(pool.map(fault_of, unverified))
             for path, fault in zip(unverified, faults, strict=True):
                 if fault is None:
                     self._verified.add(path.name)
@@ -164,13 +167,11 @@ class RowCache:
             names = set()
         for name in self._shards.keys() - names:
             del self._shards[name]
-            self._index = None
         for name in sorted(names - self._shards.keys() - self._refused):
             path = self.folder / name
             if name.endswith(SUFFIX) and not name.startswith("."):
                 try:
                     self._shards[name] = _read_header(path, self._name)
-                    self._index = None
                 except Exception as error:  # foreign files raise many types
                     self._refuse(path, error)
             elif name.startswith(".") and SUFFIX in name:
@@ -182,7 +183,6 @@ class RowCache:
         """Reports an unusable shard, and renames it if it is damaged, not just unreadable."""
         self._shards.pop(path.name, None)
         self._refused.add(path.name)
-        self._index = None
         if isinstance(fault, FileNotFoundError):  # another process renamed it
             return
         action = "is ignored"
@@ -194,11 +194,8 @@ class RowCache:
 
 
 class CachedRows:
-    """Rows of a cache by position: `rows[indices]` copies them into memory, and keeps nothing there.
-
-    Args:
-        shards: all shards.
-        number, row: of each row its shard and the place in it.
+    """Rows of a cache by position: `rows[indices]` copies them into memory, and keeps nothing there. Each has the
+    `number` of its shard and its place `row` there.
     """
 
     def __init__(self, shards: list[_Shard], number: np.ndarray, row: np.ndarray) -> None:
@@ -208,10 +205,8 @@ class CachedRows:
         return len(self._row)
 
     def __getitem__(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """[N, …] for N ≥ 1 positions of rows of one shape and dtype.
-
-        Raises:
-            ValueError: if a file was truncated or removed since it was verified.
+        """[N, …] for N ≥ 1 positions of rows of one shape and dtype. Raises ValueError if a file was truncated or
+        removed since it was verified.
         """
         positions = np.asarray(indices, dtype=np.int64)
         numbers, rows = self._number[positions], self._row[positions]
@@ -261,16 +256,6 @@ def _read_header(path: Path, store: str) -> _Shard:
         keys = np.frombuffer(file.read(KEY_BYTES * count), f"S{KEY_BYTES}")
     dtype = DTYPES[header["rows"]["dtype"]]
     return _Shard(path, keys, 8 + length + start, (end - start) // count, dtype, tuple(shape))
-
-
-def _fault(path: Path) -> Exception | None:
-    """Why a shard cannot be used; None if its bytes match its name."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    except OSError as error:
-        return error
-    return None if path.stem == _hash_name(digest) else ValueError("has changed since it was written")
 
 
 def _hash_name(digest: Any) -> str:

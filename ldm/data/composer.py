@@ -1,7 +1,7 @@
 """Compositions of training images with captions that name their layout, after arXiv:2502.21318.
 
-Two images side by side, one above the other, one small in a corner of the other; or a cutout on a plain color. What is
-composed is a function of (seed, epoch // renew_every, sample id).
+Two images side by side, one above the other, one small in a corner of the other; or a cutout on a plain color. They are
+functions of (seed, epoch // renew_every, sample id).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -42,16 +42,9 @@ Box = tuple[int, int, int, int]
 
 
 class Composer:
-    """Decides which samples are composed, and of what.
+    """Decides which of the training samples are composed, and of what.
 
-    Args:
-        samples: the training samples; all parts come from here.
-        config: `compose` is the fraction of composed samples.
-        seed: any integer.
-
-    Attributes:
-        fits: whether a text encoder reads a caption completely. Compositions without such a caption are not made. None
-            accepts all captions.
+    `fits` tells whether a text encoder reads a caption completely; None accepts all. Compositions need such a caption.
     """
 
     def __init__(self, samples: Sequence[Sample], config: DataConfig, seed: int) -> None:
@@ -64,14 +57,34 @@ class Composer:
         rng = generator(self.seed, "compose", epoch // self.config.renew_every, sample.id)
         if rng.random() >= self.config.compose:
             return None
-        tries = (self._try(sample, rng, size) for _ in range(MAX_TRIES))
-        return next((composition for composition in tries if composition is not None), None)
+        for _ in range(MAX_TRIES):
+            partner = self.samples[int(rng.integers(len(self.samples)))]
+            wording, place, swapped = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
+            is_alike = sample.group == partner.group or not set(_own_captions(sample)).isdisjoint(
+                _own_captions(partner)
+            )
+            layout = _layout(rng.random(), sample, None if is_alike else partner, size)
+            if layout is None:
+                continue
+            parts = (sample,) if layout == "ground" else (sample, partner)
+            if swapped and layout in ("beside", "above"):
+                parts = parts[::-1]
+            color = None
+            if layout == "ground" or place[3] < COLORED:
+                # An inset covers a part of the ground and needs none.
+                color = _ground(parts[:1] if layout == "inset" else parts, float(rng.random()))
+            if layout == "ground" and color is None:
+                continue
+            composition = Composition(layout, parts, color, self.config.background_rgb, tuple(place[:3].tolist()))
+            texts = composition.captions(wording)
+            text = next((text for text in texts if self.fits is None or self.fits(text)), None)
+            if text is not None:
+                return composition.sample(text, size)
+        return None
 
     def summary(self, size_of: Callable[[int], Size]) -> str:
-        """The fraction of composed samples, counted on a part of the first epoch, with advice if it is small.
-
-        Args:
-            size_of: (height, width) by index.
+        """The fraction of composed samples, counted on a part of the first epoch, with advice if it is small; `size_of`
+        gives (height, width) by index.
         """
         indices = range(0, len(self.samples), max(1, len(self.samples) // COUNTED))
         made = sum(self.compose(0, index, size_of(index)) is not None for index in indices)
@@ -84,40 +97,6 @@ class Composer:
             "text.max_length, or most images have the same caption"
         )
 
-    def _try(self, sample: Sample, rng: np.random.Generator, size: Size) -> Sample | None:
-        partner = self.samples[int(rng.integers(len(self.samples)))]
-        wording, place, swapped = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
-        layout = _layout(rng.random(), sample, None if _alike(sample, partner) else partner, size)
-        if layout is None:
-            return None
-        parts = (sample,) if layout == "ground" else (sample, partner)
-        if swapped and layout in ("beside", "above"):
-            parts = parts[::-1]
-        # An inset covers a part of the ground and needs none.
-        on_ground = parts[:1] if layout == "inset" else parts
-        color = None
-        if layout == "ground" or place[3] < COLORED:
-            color = _ground(on_ground, float(rng.random()))
-        if layout == "ground" and color is None:
-            return None
-        composition = Composition(layout, parts, color, self.config.background_rgb, tuple(place[:3].tolist()))
-        text = self._caption(composition, wording)
-        return None if text is None else composition.sample(text, size)
-
-    def _caption(self, composition: Composition, wording: Wording) -> str | None:
-        """The first caption that fits; "" if a part has none; None if none fits."""
-        captions = [_own_captions(part) for part in composition.parts]
-        if not all(captions):
-            return ""
-        texts: Iterator[str]
-        if composition.layout == "ground":
-            assert composition.color is not None
-            texts = grounded(captions[0], wording, composition.color)
-        else:
-            corner, color = composition.corner, composition.color
-            texts = joined(composition.layout, captions[0], captions[1], wording, corner=corner, color=color)
-        return next((text for text in texts if self.fits is None or self.fits(text)), None)
-
 
 @dataclass(frozen=True)
 class Composition:
@@ -126,7 +105,6 @@ class Composition:
     Args:
         parts: left and right, above and below, or the large one and the inset.
         color: name of the ground color; None keeps the ground of each part, and `background` behind cutouts.
-        background: of the data config.
         places: three numbers in [0, 1) that vary the positions.
     """
 
@@ -136,10 +114,16 @@ class Composition:
     background: tuple[int, int, int]
     places: tuple[float, ...]
 
-    @property
-    def corner(self) -> str:
-        """The corner of an inset."""
-        return f"{'bottom' if self.places[0] >= 0.5 else 'top'} {'right' if self.places[1] >= 0.5 else 'left'}"
+    def captions(self, wording: Wording) -> Iterator[str]:
+        """Possible captions in descending length; "" alone if a part has none."""
+        first, *others = (_own_captions(part) for part in self.parts)
+        if not all((first, *others)):
+            return iter([""])
+        if self.layout == "ground":
+            assert self.color is not None
+            return grounded(first, wording, self.color)
+        corner = f"{'bottom' if self.places[0] >= 0.5 else 'top'} {'right' if self.places[1] >= 0.5 else 'left'}"
+        return joined(self.layout, first, others[0], wording, corner=corner, color=self.color)
 
     def sample(self, caption: str, size: Size) -> Sample:
         """The composition as a sample. Its bytes are a key only, and it has no digest."""
@@ -163,19 +147,22 @@ def _own_captions(sample: Sample) -> tuple[str, ...]:
     return sample.captions[: len(sample.captions) - sample.templated]
 
 
-def _alike(sample: Sample, partner: Sample) -> bool:
-    """Whether two samples share the group or a caption."""
-    return sample.group == partner.group or not set(_own_captions(sample)).isdisjoint(_own_captions(partner))
-
-
 def _layout(chance: float, sample: Sample, partner: Sample | None, size: Size) -> Layout | None:
     """A random possible layout."""
+
+    def is_visible(part: Sample | None, height: float, width: float) -> bool:  # enough of an image that fills a cell
+        if part is None or part.cutout is not None or part.size is None:
+            return part is not None
+        ratio = part.size[0] / part.size[1] * height / width
+        return min(ratio, 1 / ratio) >= MIN_VISIBLE
+
     height, width = size
     possible: list[Layout] = []
+    if all(is_visible(part, height, width / 2) for part in (sample, partner)):
+        possible.append("beside")
+    if all(is_visible(part, height / 2, width) for part in (sample, partner)):
+        possible.append("above")
     if partner is not None:
-        for layout, cell in (("beside", (height, width / 2)), ("above", (height / 2, width))):
-            if all(_visible(part, cell) >= MIN_VISIBLE for part in (sample, partner)):
-                possible.append(layout)  # type: ignore[arg-type]
         possible.append("inset")
     if sample.cutout is not None:
         possible.append("ground")
@@ -185,15 +172,6 @@ def _layout(chance: float, sample: Sample, partner: Sample | None, size: Size) -
         if left < 0:
             return layout
     return possible[-1] if possible else None
-
-
-def _visible(part: Sample, cell: tuple[float, float]) -> float:
-    """The fraction of an image that is visible if it fills a cell (height, width); 1 for a cutout."""
-    if part.cutout is not None or part.size is None:
-        return 1.0
-    width, height = part.size
-    ratio = width / height * cell[0] / cell[1]
-    return min(ratio, 1 / ratio)
 
 
 def _ground(parts: Sequence[Sample], chance: float) -> str | None:
@@ -211,12 +189,8 @@ def _ground(parts: Sequence[Sample], chance: float) -> str | None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part to be pasted.
-
-    Args:
-        pixels: RGB on `behind`.
-        alpha: mode L, of a cutout.
-        behind: the color around the motif; None if it fills its image.
+    """A part to be pasted: RGB `pixels` on the color `behind`, None if the motif fills its image; `alpha`, mode L, of a
+    cutout.
     """
 
     pixels: Image.Image
@@ -237,7 +211,13 @@ def _render(key: bytes, composition: Composition, size: Size) -> Decoded:
     if composition.layout == "inset":
         if composition.color is not None:
             _paste(canvas, pieces[0], (0, 0, width, height), color, (0.5, 0.5), 0.92)
-        _paste_inset(canvas, pieces[1], right=y >= 0.5, bottom=x >= 0.5, fraction=0.3 + 0.15 * z)
+        inset = pieces[1]
+        # The root of its area is a fraction of the canvas's shorter side.
+        ratio = min(2.0, max(0.5, inset.pixels.width / inset.pixels.height))
+        side = (0.3 + 0.15 * z) * min(width, height)
+        w, h = max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))
+        left, top = width - w if y >= 0.5 else 0, height - h if x >= 0.5 else 0
+        _paste(canvas, inset, (left, top, left + w, top + h), None, (0.5, 0.5), 0.96)
     elif composition.layout == "ground":
         _paste(canvas, pieces[0], (0, 0, width, height), color, (x, y), 0.6 + 0.36 * z)
     else:
@@ -267,16 +247,6 @@ def _piece(decoded: Decoded, background: tuple[int, int, int]) -> _Piece:
     if len(rows):
         image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
     return _Piece(image, None, (red, green, blue))
-
-
-def _paste_inset(canvas: Image.Image, piece: _Piece, *, right: bool, bottom: bool, fraction: float) -> None:
-    """Pastes an image into a corner; the root of its area is `fraction` of the canvas's shorter side."""
-    ratio = min(2.0, max(0.5, piece.pixels.width / piece.pixels.height))
-    side = fraction * min(canvas.size)
-    width, height = max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))
-    left = canvas.width - width if right else 0
-    top = canvas.height - height if bottom else 0
-    _paste(canvas, piece, (left, top, left + width, top + height), None, (0.5, 0.5), 0.96)
 
 
 def _paste(
@@ -361,8 +331,7 @@ _COMMON = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Wording:
+class Wording(NamedTuple):
     """Random numbers for the choice of templates, sampled once for all lengths of a caption."""
 
     caption: tuple[float, float]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.cores import usable_cores
-from ldm.data.batching import BatchOrder, Buckets, assign_buckets, bucket_sizes, square_bucket
+from ldm.data.batching import BatchOrder, Buckets, assign_buckets, bucket_sizes
 from ldm.data.images import resize_and_crop
 from ldm.data.rng import generator
 from ldm.data.sources import DataConfig, Sample
@@ -28,9 +28,8 @@ MIN_STD = 1 / 127.5
 
 @dataclass(frozen=True)
 class Item:
-    """One sample in one epoch; `image` is uint8 [3, *size], or None if it is not loaded.
-
-    `renewed`: it is used for `data.renew_every` epochs only, as a composition or a replacement.
+    """One sample in one epoch; `image` is uint8 [3, *size], or None if it is not loaded. A `renewed` one is used for
+    `data.renew_every` epochs only, as a composition or a replacement.
     """
 
     id: str
@@ -60,19 +59,13 @@ class Batch(NamedTuple):
 
 
 class ItemComposer(Protocol):
-    """Composes items of several images: `ldm.data.composer.Composer`.
-
-    Attributes:
-        fits: whether a caption fits into the text encoder; None does not ask.
-    """
+    """What is known here of `ldm.data.composer.Composer`."""
 
     fits: Callable[[str], bool] | None
 
-    def compose(self, epoch: int, index: int, size: tuple[int, int]) -> Sample | None:
-        """The composition at a position, of a (height, width); None leaves the sample as it is."""
+    def compose(self, epoch: int, index: int, size: tuple[int, int]) -> Sample | None: ...
 
-    def summary(self, size_of: Callable[[int], tuple[int, int]]) -> str:
-        """A line about how many items are composed, and how."""
+    def summary(self, size_of: Callable[[int], tuple[int, int]]) -> str: ...
 
 
 class CaptionedImages(Dataset[Item]):
@@ -82,20 +75,16 @@ class CaptionedImages(Dataset[Item]):
 
     Args:
         samples: at least one, with distinct ids. With buckets, images of unknown size are loaded here once.
-        config: the data config.
-        seed: any integer.
         cache_bytes: memory for resized images, with `crop: center`. Forked workers share it.
         batch_size: with buckets, sizes with fewer images are given up, see `assign_buckets`.
         sizes: with buckets, the possible (height, width); None takes `bucket_sizes`.
-        composer: composes a fraction `config.compose` of the items, for training; see `ldm.data.composer`. `samples`
-            and `image_at` are never composed.
+        composer: composes a fraction `config.compose` of the items, but not `samples` and `image_at`.
 
     Attributes:
         buckets: the size of each image.
         with_images: if False, nothing is loaded and `Item.image` is None, for users who cache encoded images.
         renewed_cached: renewed items of the samples below this index are loaded in their first epoch only, as users
-            cache them encoded; 0 at first.
-        reload_epochs: epochs in which they are loaded nevertheless, as the memory of a resumed run is empty.
+            cache them encoded, and in `reload_epochs`, as the memory of a resumed run is empty.
 
     Raises:
         ValueError: if there are no samples, or an image has become unreadable.
@@ -114,13 +103,10 @@ class CaptionedImages(Dataset[Item]):
     ) -> None:
         if not samples:
             raise ValueError(f"no images in {config.path}; add captioned images")
-        self.samples = tuple(samples)
-        self.config = config
-        self.seed = seed
+        self.samples, self.config, self.seed, self.composer = tuple(samples), config, seed, composer
         self.with_images = True
         self.renewed_cached = 0
         self.reload_epochs: Collection[int] = ()
-        self.composer = composer
         self.cache_bytes = cache_bytes if config.crop == "center" else 0
         if config.bucketed:
             choice = sizes or bucket_sizes(config.resolution)
@@ -128,7 +114,7 @@ class CaptionedImages(Dataset[Item]):
                 shapes = list(pool.map(lambda sample: sample.size or sample.load().size, self.samples))
             self.buckets = assign_buckets(shapes, choice, batch_size)
         else:
-            self.buckets = square_bucket(len(self.samples), config.resolution)
+            self.buckets = Buckets(((config.resolution, config.resolution),), (0,) * len(self.samples))
         self._cache = _Cache(self.buckets, self.cache_bytes)
 
     def __len__(self) -> int:
@@ -137,18 +123,21 @@ class CaptionedImages(Dataset[Item]):
     def __getitem__(self, position: tuple[int, int]) -> Item:
         """The item at `position` (epoch, index)."""
         epoch, index = position
-        sample = self.sample_at(epoch, index)
-        if sample is not self.samples[index]:
-            return self._renewed(epoch, index, sample)
-        flipped = self.config.flip and bool(self._rng("flip", epoch, sample).integers(2))
-        image = None
-        if self.with_images and self.config.crop == "random":
-            place = float(self._rng("crop", epoch, sample).random())
-            image = resize_and_crop(sample.load(), self.shape_of(index), place)  # [3, h, w]
-            image = image.flip(-1) if flipped else image
-        elif self.with_images:
-            image = self.image_at(index, flipped)
-        return Item(sample.id, epoch, index, self._caption(epoch, sample), flipped, self.shape_of(index), image)
+        sample, shape, flipped, image = self.sample_at(epoch, index), self.shape_of(index), False, None
+        renewed = sample is not self.samples[index]
+        if renewed:  # never mirrored, as captions name left and right
+            is_new = epoch % self.config.renew_every == 0 or epoch in self.reload_epochs
+            if self.with_images or index >= self.renewed_cached or is_new:
+                image = resize_and_crop(sample.load(), shape)  # [3, h, w]
+        else:
+            flipped = self.config.flip and bool(self._rng("flip", epoch, sample).integers(2))
+            if self.with_images and self.config.crop == "random":
+                place = float(self._rng("crop", epoch, sample).random())
+                image = resize_and_crop(sample.load(), shape, place)  # [3, h, w]
+                image = image.flip(-1) if flipped else image
+            elif self.with_images:
+                image = self.image_at(index, flipped)
+        return Item(sample.id, epoch, index, self._caption(epoch, sample), flipped, shape, image, renewed)
 
     def sample_at(self, epoch: int, index: int) -> Sample:
         """The sample, its replacement in this epoch, or a composition."""
@@ -164,14 +153,6 @@ class CaptionedImages(Dataset[Item]):
         if any(sample.renew is not None for sample in self.samples):
             return 1.0
         return 0.0 if self.composer is None else self.config.compose
-
-    def _renewed(self, epoch: int, index: int, sample: Sample) -> Item:
-        """A renewed item. It is never mirrored, as captions name left and right."""
-        shape, image = self.shape_of(index), None
-        is_new = epoch % self.config.renew_every == 0 or epoch in self.reload_epochs
-        if self.with_images or index >= self.renewed_cached or is_new:
-            image = resize_and_crop(sample.load(), shape)  # [3, h, w]
-        return Item(sample.id, epoch, index, self._caption(epoch, sample), False, shape, image, renewed=True)
 
     def caption_at(self, epoch: int, index: int) -> str:
         """The caption of a sample in an epoch; "" if it has none."""
@@ -191,7 +172,7 @@ class CaptionedImages(Dataset[Item]):
         return BatchOrder(self.buckets.members(), self.buckets.sizes, batch_size, self.seed)
 
     def chunks(self, size: int, limit: int | None = None) -> list[list[int]]:
-        """The first `limit` indices (None: all), in lists of at most `size` indices of one image shape, ordered by
+        """The first `limit` indices (None: all), in lists of at most `size` of one image shape, ordered by
         `buckets.sizes`, then by index.
         """
         chunks = []
@@ -216,8 +197,7 @@ class CaptionedImages(Dataset[Item]):
     def image_at(self, index: int, flipped: bool = False) -> Tensor:
         """The center crop of an image, without random augmentation; uint8 [3, *shape_of(index)].
 
-        Raises:
-            ValueError: naming the file, if it has become unreadable.
+        Raises ValueError, naming the file, if it has become unreadable.
         """
         image = self._cache.get(index)
         if image is None:
@@ -248,12 +228,10 @@ class _Cache:
         bytes_of = np.array([3 * height * width for height, width in buckets.sizes], dtype=np.int64)
         ends = np.cumsum(bytes_of[np.array(buckets.assignment)])  # [N]
         self.capacity = int(np.searchsorted(ends + np.arange(1, len(ends) + 1), budget, side="right"))
+        self.starts = np.concatenate([[0], ends[: self.capacity]])  # [N + 1], the last is the end
         if self.capacity:
-            self.starts = np.concatenate([[0], ends[: self.capacity]])  # [N + 1], the last is the end
-            total = int(self.starts[-1])
-            memory = np.frombuffer(mmap.mmap(-1, total + self.capacity), dtype=np.uint8)
-            self.images = memory[:total]
-            self.filled = memory[total:]  # [N]
+            memory = np.frombuffer(mmap.mmap(-1, int(self.starts[-1]) + self.capacity), dtype=np.uint8)
+            self.images, self.filled = np.split(memory, [int(self.starts[-1])])
 
     def get(self, index: int) -> Tensor | None:
         if index >= self.capacity or not self.filled[index]:
@@ -307,13 +285,10 @@ def to_uint8(images: Tensor) -> Tensor:
 def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Samples → (training, held out), whole groups, both in the order given.
 
-    The hash of a group's name decides, so it keeps its side when other data change: it is held out below `held_out`.
-    If one side would be empty, the group with the nearest hash moves there; at `held_out` 0.1 this concerns 12 % of
-    data sets of 20 groups, and 0.5 % of 50. A single group is trained on. If all samples have `held_out` set, that
-    decides.
-
-    Raises:
-        ValueError: if there are no samples.
+    The hash of a group's name decides, so it keeps its side when other data change: it is held out below `held_out`. If
+    one side would be empty, the group with the nearest hash moves there (at `held_out` 0.1: in 12 % of data sets of 20
+    groups, and 0.5 % of 50). A single group is trained on. If all samples have `held_out` set, that decides. Raises
+    ValueError without samples.
     """
     if not samples:
         raise ValueError("no images are left for training; add captioned images")
@@ -337,20 +312,20 @@ def split(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...
 
 
 def image_statistics(dataset: CaptionedImages) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel over all pixels of all images (`image_at`), in [-1, 1].
+    """Mean and standard deviation per channel over all pixels of all images (`image_at`), in [-1, 1]: two float64
+    tensors [3].
 
-    Returns:
-        Two float64 tensors [3]. Integer sums make them independent of the order. The minimum std is one gray level.
+    Integer sums make them independent of the order. The minimum std is one gray level.
     """
-    count, total = 0, [0, 0, 0]
-    of_squares = [0, 0, 0]
+    count = 0
+    total, of_squares = torch.zeros(2, 3, dtype=torch.int64)
     for index in range(len(dataset)):
         flat = dataset.image_at(index).flatten(1).to(torch.int64)  # [3, h·w]
         count += flat.shape[1]
-        total = [a + b for a, b in zip(total, flat.sum(1).tolist(), strict=True)]
-        of_squares = [a + b for a, b in zip(of_squares, (flat * flat).sum(1).tolist(), strict=True)]
-    means = [value / count / 127.5 - 1 for value in total]
+        total += flat.sum(1)
+        of_squares += (flat * flat).sum(1)
+    means = [value / count / 127.5 - 1 for value in total.tolist()]
     # Var = E[x²] - E[x]², as one fraction of integers: no cancellation.
-    variances = [(count * s - t * t) / count**2 for s, t in zip(of_squares, total, strict=True)]
+    variances = [(count * s - t * t) / count**2 for s, t in zip(of_squares.tolist(), total.tolist(), strict=True)]
     stds = [max(math.sqrt(variance) / 127.5, MIN_STD) for variance in variances]
     return torch.tensor(means, dtype=torch.float64), torch.tensor(stds, dtype=torch.float64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,15 +36,10 @@ _SAME = 2
 _GRAYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 _SRGB_WHITE_AND_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 
-# uint8 RGB [256, 3] of each gray
-Grays = NDArray[np.uint8]
-
 
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
-    """Decodes the first frame of an image file: upright, sRGB, mode RGB, on `background`.
-
-    Raises:
-        ValueError: with the reason, if the bytes cannot be read as an image.
+    """Decodes the first frame of an image file: upright, sRGB, mode RGB, on `background`. Raises ValueError with the
+    reason.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -56,9 +51,22 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
             # Pillow converts 16-bit colors to 8 bits on loading.
             deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)
             upright, found = to_srgb(ImageOps.exif_transpose(image))
-            traits = tuple(_traits(image, deep, found or ignored_color_space(image)))
+            colors = found or ignored_color_space(image)
+            traits = {
+                "rotated": image.getexif().get(ExifTags.Base.Orientation) in range(2, 9),  # others are upright
+                colors or "": colors is not None,
+                "cmyk": image.mode == "CMYK" and colors != CONVERTED,
+                "16-bit": deep,
+                "palette": image.mode in ("P", "PA"),
+                "transparent": image.has_transparency_data,
+                "animated": getattr(image, "n_frames", 1) > 1,
+            }
+            found_traits = tuple(trait for trait, applies in traits.items() if applies)
             rgb = to_rgb(upright, background)
-            return Decoded(rgb, image.format or "", image.mode, traits, _alpha(upright))
+            alpha = upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
+            if alpha is not None and alpha.getextrema()[0] == 255:
+                alpha = None
+            return Decoded(rgb, image.format or "", image.mode, found_traits, alpha)
     except UnidentifiedImageError as error:
         reason = unsupported_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})"
         raise ValueError(reason) from error
@@ -71,55 +79,30 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
         raise ValueError(reason or type(error).__name__) from error
 
 
-def _traits(image: Image.Image, deep: bool, colors: str | None) -> Iterator[str]:
-    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):  # others are upright
-        yield "rotated"
-    if colors is not None:
-        yield colors
-    if image.mode == "CMYK" and colors != CONVERTED:
-        yield "cmyk"
-    if deep:
-        yield "16-bit"
-    if image.mode in ("P", "PA"):
-        yield "palette"
-    if image.has_transparency_data:
-        yield "transparent"
-    if getattr(image, "n_frames", 1) > 1:
-        yield "animated"
-
-
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode → RGB: 16-bit grays scaled to 8 bits, transparent pixels blended with `background`.
 
-    Raises:
-        ValueError: for 32-bit grays, whose white is not defined, and modes that Pillow cannot convert.
+    Raises ValueError for 32-bit grays, whose white is not defined, and modes that Pillow cannot convert.
     """
     if image.mode.startswith("I;16"):
         gray = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))  # 65535 = 255 · 257, rounded
     if image.mode in ("I", "F"):
         raise ValueError(f"32-bit grays (mode {image.mode}) have no defined white; save it with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if _has_alpha(image):
         canvas = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def _alpha(image: Image.Image) -> Image.Image | None:
-    """The alpha channel, mode L; None for opaque images."""
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return None
-    alpha = image.convert("RGBA").getchannel("A")
-    lowest, _ = alpha.getextrema()
-    return None if lowest == 255 else alpha
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.5) -> Tensor:
-    """Resizes an RGB image to cover `size` (antialiased bicubic) and crops it, in one pass; uint8 [3, h, w].
+    """Resizes an RGB image to cover `size` (h, w) and crops it, in one pass of antialiased bicubic; uint8 [3, h, w].
 
-    Args:
-        size: (h, w) in pixels.
-        place: position of the crop in [0, 1), 0.5 for the center.
+    The crop is at `place` in [0, 1), 0.5 for the center.
     """
     (height, width), (native_width, native_height) = size, image.size
     # Crop at whole pixels of the resized image, so that nothing is blurred at scale 1.
@@ -138,11 +121,8 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.
 
 
 def cutout_color(alpha: Image.Image | None, image: Image.Image) -> tuple[int, int, int] | None:
-    """The mean color of the motif of an image with a transparent border (`is_clear`); None for others.
-
-    Args:
-        alpha: mode L, of the size of `image`; None for opaque images.
-        image: mode RGB.
+    """The mean color of the motif of an RGB image with a transparent border (`is_clear`) by its `alpha`, mode L; None
+    for others.
     """
     if alpha is None or not is_clear(alpha):
         return None
@@ -172,8 +152,8 @@ _MAX_PROFILE = 2**24
 
 
 def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG → (the file without text chunks, the color profile if it is too large for Pillow). Pillow rejects valid
-    images with long texts. Other files are unchanged. Profiles are cut at 16 MiB.
+    """A PNG → (the file without text chunks, the color profile if it is too large for Pillow, cut at 16 MiB). Pillow
+    rejects valid images with long texts. Other files are unchanged.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data, None
@@ -255,21 +235,34 @@ def _conversion(profile: bytes | None, lab: bool) -> Callable[[Image.Image], Ima
         raise ValueError("damaged")
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+
+    def is_same(image: Image.Image, converted: Image.Image) -> bool:
+        return int(np.abs(np.asarray(image).astype(int) - np.asarray(converted)).max()) <= _SAME
+
     if space == "RGB":
-        rgb, rgba = _transform(source, "RGB", "RGB"), _transform(source, "RGBA", "RGBA")
-        grid = _grid()
-        if _change(grid, _applied(rgb, grid)) <= _SAME:
+        rgb, rgba = _transform(source, "RGB"), _transform(source, "RGBA", "RGBA")
+        levels = np.linspace(0, 255, 17).round().astype(np.uint8)
+        colors = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3))
+        if is_same(colors, _applied(rgb, colors)):
             return None
-        grays = np.asarray(_applied(_transform(source, "RGB", "RGB", _EXACT), _ramp().convert("RGB")))[0]
-        return lambda image: _from_rgb(image, rgb, rgba, grays)
+        grays = np.asarray(_applied(_transform(source, "RGB", flags=_EXACT), ramp.convert("RGB")))[0]
+
+        def from_rgb(image: Image.Image) -> Image.Image:
+            if image.mode in _GRAYS:
+                return _from_gray(grays, image)
+            if image.mode in ("CMYK", "LAB"):
+                raise ValueError(f"an image of {image.mode} with a profile of RGB")
+            if image.has_transparency_data:
+                return _applied(rgba, image.convert("RGBA"))
+            return _applied(rgb, image.convert("RGB"))
+
+        return from_rgb
     if space == "GRAY":
-        converted = _applied(_transform(source, "L", "RGB", _EXACT), _ramp())
-        if _change(_ramp().convert("RGB"), converted) <= _SAME:
-            return None
-        grays = np.asarray(converted)[0]
-        return lambda image: _from_gray(image, grays)
+        converted = _applied(_transform(source, "L", flags=_EXACT), ramp)
+        return None if is_same(ramp.convert("RGB"), converted) else partial(_from_gray, np.asarray(converted)[0])
     if space == "CMYK":
-        cmyk = _transform(source, "CMYK", "RGB")
+        cmyk = _transform(source, "CMYK")
 
         def from_cmyk(image: Image.Image) -> Image.Image:
             if image.mode != "CMYK":
@@ -280,7 +273,7 @@ def _conversion(profile: bytes | None, lab: bool) -> Callable[[Image.Image], Ima
     raise ValueError(f"a profile of {space}")
 
 
-def _transform(source: Any, mode: str, into: str, flags: int = 0) -> ImageCms.ImageCmsTransform:
+def _transform(source: Any, mode: str, into: str = "RGB", flags: int = 0) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, into, _INTENT, _FLAGS | flags)
 
 
@@ -291,37 +284,17 @@ def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image
     return converted
 
 
-def _ramp() -> Image.Image:
-    return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-
-
-def _grid() -> Image.Image:
-    """A grid of 17³ RGB colors."""
-    levels = np.linspace(0, 255, 17).round().astype(np.uint8)
-    return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3))
-
-
-def _change(before: Image.Image, after: Image.Image) -> int:
-    return int(np.abs(np.asarray(before).astype(int) - np.asarray(after)).max())
-
-
-def _from_rgb(
-    image: Image.Image, rgb: ImageCms.ImageCmsTransform, rgba: ImageCms.ImageCmsTransform, grays: Grays
-) -> Image.Image:
-    if image.mode in _GRAYS:
-        return _from_gray(image, grays)
-    if image.mode in ("CMYK", "LAB"):
-        raise ValueError(f"an image of {image.mode} with a profile of RGB")
-    if image.has_transparency_data:
-        return _applied(rgba, image.convert("RGBA"))
-    return _applied(rgb, image.convert("RGB"))
-
-
-def _from_gray(image: Image.Image, grays: Grays) -> Image.Image:
+def _from_gray(grays: NDArray[np.uint8], image: Image.Image) -> Image.Image:
+    """An image of grays in sRGB; `grays`, uint8 [256, 3], has the color of each level."""
     if image.mode not in _GRAYS:
         raise ValueError(f"an image of {image.mode} with a profile of grays")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(_deep(np.asarray(image), grays))
+    if image.mode.startswith("I;16"):  # interpolate in linear light
+        unit = grays.astype(np.float64) / 255
+        light = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
+        levels = np.asarray(image) / 257
+        linear = np.stack([np.interp(levels, np.arange(256), light[:, channel]) for channel in range(3)], axis=-1)
+        coded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+        return Image.fromarray((coded * 255).round().astype(np.uint8))  # [h, w, 3]
     plain = image.convert("RGBA") if image.has_transparency_data else None
     level = np.asarray(image.convert("L") if plain is None else plain.getchannel("R"))
     converted = Image.fromarray(grays[level])  # [h, w] → [h, w, 3]
@@ -330,18 +303,7 @@ def _from_gray(image: Image.Image, grays: Grays) -> Image.Image:
     return converted
 
 
-def _deep(levels: NDArray[Any], grays: Grays) -> NDArray[np.uint8]:
-    """16-bit grays [h, w] → RGB [h, w, 3], interpolated between 256 converted grays in linear light."""
-    unit = grays.astype(np.float64) / 255
-    light = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
-    between = [np.interp(levels / 257, np.arange(256), light[:, channel]) for channel in range(3)]
-    linear = np.stack(between, axis=-1)
-    coded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return (coded * 255).round().astype(np.uint8)
-
-
 def _lab(profile: bytes | None) -> Callable[[Image.Image], Image.Image]:
     """The conversion of CIE L*a*b*; the profile is optional."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
-    transform = _transform(source, "LAB", "RGB")
-    return lambda image: _applied(transform, image)
+    return partial(_applied, _transform(source, "LAB"))

@@ -26,7 +26,7 @@ _MIN_RESOLUTION = 8  # for advice
 _EXTREME = 4
 _NARROWER, _WIDER = f"narrower than 1:{_EXTREME}", f"wider than {_EXTREME}:1"
 _SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
-# Colors that are not converted, although the image says that they are not sRGB.
+# Colors that are not converted, although they are not sRGB.
 _UNCERTAIN = {
     UNUSABLE: "a color profile that is damaged or of another kind of image",
     GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
@@ -50,8 +50,7 @@ class Captions:
     """Captions of the used images.
 
     Args:
-        total, distinct: number of captions, and of different texts.
-        templated: how many of them come from `data.caption_templates`.
+        total, distinct, templated: number of captions, of different texts, and of those from `data.caption_templates`.
         without: used images without a caption, if captions are not required.
         missing, empty: entries skipped for that reason.
         words: minimum, median and maximum per text; None without captions.
@@ -69,6 +68,36 @@ class Captions:
     uncounted: str
     templated: int = 0
     without: int = 0
+
+    @classmethod
+    def from_inspection(
+        cls, inspection: Inspection, truncated_words: Callable[[Sequence[str]], list[str]] | None, uncounted: str
+    ) -> Captions:
+        """Counts the captions; the arguments are those of `dataset_report`."""
+        first_image: dict[str, str] = {}
+        images: Counter[str] = Counter()
+        for sample in inspection.used:
+            for text in sample.captions:
+                first_image.setdefault(text, sample.display_name)
+            images.update(set(sample.captions))
+        texts = list(first_image)
+        words = [len(text.split()) for text in texts]
+        too_long = None
+        if truncated_words is not None:
+            lost = zip(texts, truncated_words(texts) if texts else [], strict=True)
+            too_long = tuple(TooLong(first_image[text], text, missing) for text, missing in lost if missing)
+        return cls(
+            total=sum(len(sample.captions) for sample in inspection.used),
+            distinct=len(texts),
+            missing=sum(entry.reason.startswith("no caption") for entry in inspection.skipped),
+            empty=sum(entry.reason.startswith("empty caption") for entry in inspection.skipped),
+            words=(min(words), statistics.median(words), max(words)) if words else None,
+            repeated=tuple((text, count) for text, count in images.most_common(_MAX_REPEATED) if count > 1),
+            too_long=too_long,
+            uncounted="" if truncated_words is not None else uncounted,
+            templated=sum(sample.templated for sample in inspection.used),
+            without=sum(not sample.captions for sample in inspection.used),
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +117,28 @@ class Sizes:
     much_enlarged: int
     shapes: dict[str, int]
 
+    @classmethod
+    def from_samples(cls, samples: Sequence[Sample], config: DataConfig) -> Sizes:
+        """The sizes of these samples."""
+        sizes = sorted((sample.size for sample in samples if sample.size), key=lambda size: (size[0] * size[1], size))
+        shapes: Counter[str] = Counter()
+        for width, height in sizes:
+            if max(width, height) > _EXTREME * min(width, height):
+                shapes[_WIDER if width > height else _NARROWER] += 1
+            else:
+                w, h = min(_SHAPES, key=lambda shape: abs(math.log2(width * shape[1] / (height * shape[0]))))
+                shapes[f"{w}:{h}"] += 1
+        sides = [_side(size, config) for size in sizes]
+        ratios = (_NARROWER, *(f"{width}:{height}" for width, height in _SHAPES), _WIDER)
+        return cls(
+            smallest=sizes[0] if sizes else None,
+            median=sizes[len(sizes) // 2] if sizes else None,
+            largest=sizes[-1] if sizes else None,
+            enlarged=sum(side < config.resolution for side in sides),
+            much_enlarged=sum(side < config.resolution / 2 for side in sides),
+            shapes={name: shapes[name] for name in ratios if shapes[name]},
+        )
+
 
 @dataclass(frozen=True)
 class DatasetReport:
@@ -97,7 +148,7 @@ class DatasetReport:
         training, held_out: the two parts of `used`.
         skipped_files, duplicate_files: those entries, with reasons and originals.
         contradictory: duplicates with captions that their original does not have.
-        near_duplicates: used images that show the same picture; one tuple per picture.
+        near_duplicates: used images that are copies of one image, changed; one tuple each.
         formats, modes, traits: number of used images for each (`Decoded`).
         treatment: the conversion for each trait that occurs.
         caption_sources: used and unused sources of captions, and files that may be one.
@@ -148,7 +199,9 @@ class DatasetReport:
         what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
         lines = []
         for one in self.caption_sources:
-            if not one.reason or one.is_missed == harmless:
+            # Captions may be lost if no other source has them, or the images are unknown.
+            missed = one.doubtful and (one.more > 0 or not one.images)
+            if not one.reason or missed == harmless:
                 continue
             about = f"{what.get(one.name, one.name)} {'captions' if one.name in what else 'names'}"
             about += f" {plural(one.images, 'image')}" if one.images else " no existing image"
@@ -181,7 +234,7 @@ def dataset_report(
     training, held_out = split(used, config.held_out) if used else ((), ())
     traits = _counts(trait for stored in inspection.formats for trait in stored.traits)
     treatment = {
-        "rotated": "turned upright, as EXIF says",
+        "rotated": "turned upright by EXIF",
         CONVERTED: "converted from their color profiles to sRGB",
         **{trait: f"{what}; taken as sRGB" for trait, what in _UNCERTAIN.items()},
         "cmyk": "converted to RGB without a color profile, so colors may shift",
@@ -203,8 +256,8 @@ def dataset_report(
         duplicate_files=inspection.duplicates,
         contradictory=tuple(copy.path for copy in inspection.duplicates if copy.captions),
         near_duplicates=tuple(tuple(names[id] for id in cluster) for cluster in inspection.near_duplicates),
-        captions=_captions(inspection, truncated_words, uncounted),
-        sizes=_sizes(used, config),
+        captions=Captions.from_inspection(inspection, truncated_words, uncounted),
+        sizes=Sizes.from_samples(used, config),
         formats=_counts(stored.format or "made here" for stored in inspection.formats),
         modes=_counts(stored.mode for stored in inspection.formats),
         traits=traits,
@@ -224,56 +277,6 @@ def dataset_report(
 def quoted(caption: str) -> str:
     """A caption in quotation marks, cut at 60 characters."""
     return f'"{printable(caption)}"' if len(caption) <= 60 else f'"{printable(caption[:60].rstrip())}…"'
-
-
-def _captions(
-    inspection: Inspection, truncated_words: Callable[[Sequence[str]], list[str]] | None, uncounted: str
-) -> Captions:
-    first_image: dict[str, str] = {}
-    images: Counter[str] = Counter()
-    for sample in inspection.used:
-        for text in sample.captions:
-            first_image.setdefault(text, sample.display_name)
-        images.update(set(sample.captions))
-    words = [len(text.split()) for text in first_image]
-    too_long = None
-    if truncated_words is not None:
-        texts = list(first_image)
-        lost = zip(texts, truncated_words(texts) if texts else [], strict=True)
-        too_long = tuple(TooLong(first_image[text], text, missing) for text, missing in lost if missing)
-    return Captions(
-        total=sum(len(sample.captions) for sample in inspection.used),
-        distinct=len(first_image),
-        missing=sum(entry.reason.startswith("no caption") for entry in inspection.skipped),
-        empty=sum(entry.reason.startswith("empty caption") for entry in inspection.skipped),
-        words=(min(words), statistics.median(words), max(words)) if words else None,
-        repeated=tuple((text, count) for text, count in images.most_common(_MAX_REPEATED) if count > 1),
-        too_long=too_long,
-        uncounted="" if truncated_words is not None else uncounted,
-        templated=sum(sample.templated for sample in inspection.used),
-        without=sum(not sample.captions for sample in inspection.used),
-    )
-
-
-def _sizes(used: Sequence[Sample], config: DataConfig) -> Sizes:
-    sizes = sorted((sample.size for sample in used if sample.size), key=lambda size: (size[0] * size[1], size))
-    shapes: Counter[str] = Counter()
-    for width, height in sizes:
-        if max(width, height) > _EXTREME * min(width, height):
-            shapes[_WIDER if width > height else _NARROWER] += 1
-        else:
-            w, h = min(_SHAPES, key=lambda shape: abs(math.log2(width * shape[1] / (height * shape[0]))))
-            shapes[f"{w}:{h}"] += 1
-    sides = [_side(size, config) for size in sizes]
-    ratios = (_NARROWER, *(f"{width}:{height}" for width, height in _SHAPES), _WIDER)
-    return Sizes(
-        smallest=sizes[0] if sizes else None,
-        median=sizes[len(sizes) // 2] if sizes else None,
-        largest=sizes[-1] if sizes else None,
-        enlarged=sum(side < config.resolution for side in sides),
-        much_enlarged=sum(side < config.resolution / 2 for side in sides),
-        shapes={name: shapes[name] for name in ratios if shapes[name]},
-    )
 
 
 def _side(size: Size, config: DataConfig) -> float:
@@ -298,9 +301,9 @@ def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
         groups = {sample.id: sample.group for sample in inspection.used}
         together = all(len({groups[name] for name in names}) == 1 for names in inspection.near_duplicates)
         yield (
-            f"{alike} images show {plural(len(report.near_duplicates), 'picture')}, re-saved, retouched or mirrored; "
+            f"{alike} images are copies of {len(report.near_duplicates)}, re-saved, retouched or mirrored; "
             + (
-                "all are used, and those of one picture are held out together or not at all"
+                "all are used, and copies of one image are held out together or not at all"
                 if together
                 else "they are used and held out as this data set groups them"
             )
@@ -310,7 +313,7 @@ def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
     others = sorted(top for top in tops if top.rstrip("0123456789") in _SPLITS)
     if training and others:
         yield (
-            f"what lies in {training[0]}/ and {', '.join(f'{name}/' for name in others)} is taken together; name the "
+            f"the images of {training[0]}/ and {', '.join(f'{name}/' for name in others)} are used together; name the "
             f"folder {training[0]}/ itself, or with data.caption_source its captions, to leave the rest out"
         )
     if not report.captions.without:

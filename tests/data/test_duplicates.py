@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from ldm.data import DataConfig
-from ldm.data.duplicates import near_duplicate_clusters, thumbnail
+from ldm.data.inspection import near_duplicate_clusters, thumbnail
 from ldm.data.layouts import open_source
 
 
@@ -114,7 +114,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     thumbnails = steps(80, 0.05)[np.random.default_rng(1).permutation(80)]
     whole = near_duplicate_clusters(thumbnails, [(64, 64)] * 80)
     for name in ("_ROWS", "_COLUMNS", "_PAIRS"):
-        monkeypatch.setattr(f"ldm.data.duplicates.{name}", 7)
+        monkeypatch.setattr(f"ldm.data.inspection.{name}", 7)
     assert (near_duplicate_clusters(thumbnails, [(64, 64)] * 80) == whole).all()
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import DataConfig, Sample, Skipped, Source, split
+from ldm.data import DataConfig, Sample, split
 from ldm.data import inspection as module
 from ldm.data.images import FORMATS, decode
 from ldm.data.inspection import Inspection, info_cache, inspect, natural_order
 from ldm.data.layouts import open_source
 from ldm.data.rng import content_hash
-from ldm.data.sources import Decoded
+from ldm.data.sources import Decoded, Skipped, Source
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -74,13 +74,15 @@ def mixed(folder: Path) -> Path:
     return folder
 
 
-def test_every_entry_is_counted_once_for_any_workers(tmp_path: Path) -> None:
+def test_every_entry_is_counted_once_for_any_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder_source(mixed(tmp_path / "data"))
     source = replace(source, skipped=(Skipped("0.gif", "no caption"),))
-    first, *others = (
-        inspect(source, config(tmp_path / "data", cache_dir=str(tmp_path / f"cache{workers}")), workers=workers)
-        for workers in (1, 4, 3)
-    )
+
+    def inspected(workers: int) -> Inspection:
+        monkeypatch.setattr(module, "WORKERS", workers)
+        return inspect(source, config(tmp_path / "data", cache_dir=str(tmp_path / f"cache{workers}")))
+
+    first, *others = map(inspected, (1, 4, 3))
     assert all(other == first for other in others)
     assert first.total == 34 == len(first.used) + len(first.skipped) + len(first.duplicates)
     assert [entry.path for entry in first.skipped] == ["0.gif", "12.png", "13.png", "14.png", "15.png"]

@@ -3,7 +3,8 @@ from collections import Counter
 
 import pytest
 
-from ldm.data import BatchOrder, SampleOrder, generator, micro_batches
+from ldm.data import SampleOrder, generator, micro_batches
+from ldm.data.batching import BatchOrder
 
 SIZES = ((16, 8), (8, 8), (8, 16))
 

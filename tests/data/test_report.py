@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from ldm.data import DataConfig, Sample, Skipped
+from ldm.data import DataConfig, Sample
 from ldm.data.inspection import Duplicate, ImageFormat, Inspection
 from ldm.data.report import DatasetReport, dataset_report, quoted
-from ldm.data.sources import Decoded
+from ldm.data.sources import Decoded, Skipped
 from ldm.progress import plural
 from ldm.report.data_text import report_text
 
@@ -108,9 +108,9 @@ def test_what_needs_attention_says_what_to_do() -> None:
     assert skipped.endswith("and other reasons); fix or remove them")
     assert '1 caption longer than the text encoder reads: 02.png loses "not fit"; shorten' in too_long
     assert '00c.png says "a small cat", and shows what 00.png shows' in contradictory
-    assert any("2 images show 1 picture" in note and "together" in note for note in report.notes)
+    assert any("2 images are copies of 1" in note and "together" in note for note in report.notes)
     apart = dataset_report(replace(whole(), near_duplicates=(("04.png", "05.png"),)), CONFIG)
-    assert any("2 images show 1 picture" in note and "as this data set groups them" in note for note in apart.notes)
+    assert any("2 images are copies of 1" in note and "as this data set groups them" in note for note in apart.notes)
     assert any("/nowhere: Permission denied" in note for note in report.notes)
     assert any(note.startswith("40 images: few") for note in report.notes)
 
@@ -234,7 +234,7 @@ def test_merged_split_folders_are_noted() -> None:
         samples = [replace(sample(i), id=f"{top}/{i}.png") for i, top in enumerate(tops)]
         return dataset_report(inspection(samples), DataConfig(path="here", resolution=64)).notes
 
-    said = "what lies in train/ and test/, val/ is taken together; name the folder train/ itself"
+    said = "train/ and test/, val/ are used together; name the folder train/ itself"
     assert any(said in note for note in below("train", "test", "val", "train"))
-    assert any("what lies in train2017/ and val2017/ is taken" in note for note in below("train2017", "val2017"))
-    assert not any("taken together" in note for note in below("cats", "test") + below("train", "cats"))
+    assert any("train2017/ and val2017/ are used together" in note for note in below("train2017", "val2017"))
+    assert not any("used together" in note for note in below("cats", "test") + below("train", "cats"))
