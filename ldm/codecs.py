@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,11 @@ Tile = int | Literal["auto", "off"]
 # Up to this many bytes, by an estimate, an image is computed as a whole: 512 and 768 pixels of Stable Diffusion are.
 WHOLE_BYTES = 3 * 2**30
 STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which is larger where strips set in
-# Bytes a pixel at the peak, measured on the CPU, in multiples of the second level's channels, and of the first's.
+# Bytes per pixel at the peak, measured on the CPU, in multiples of the second level's channels, and of the first's.
 DECODER_MAPS, ENCODER_MAPS = 4, 6
 PIXEL_MAPS = 6  # decoding, clamping and rounding, each into a new one
-MIN_TILE = 16  # pixels; below, most of a strip is its neighbours' rows
-# "high resolution" of `force_upcast`: where diffusers' pipelines heed it; those that draw 512 or 768 pixels do not.
+MIN_TILE = 16  # pixels; below, most of a strip is rows of its neighbors
+# "high resolution" of `force_upcast`: where diffusers' pipelines apply it; those of 512 or 768 pixels do not.
 HIGH_RESOLUTION = 1024**2
 
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
@@ -43,71 +43,68 @@ _NOT_IN_MOMENTS = frozenset(
 )  # fmt: skip
 
 
-class Codec(Protocol):
-    """What the rest of the package knows of either space."""
+class Codec(nn.Module):
+    """What the rest of the package knows of either space.
+
+    Attributes:
+        channels: C of the latents.
+        factor: pixels per latent position; image sizes must be divisible by it.
+        bounded: whether `clip_x0` bounds x̂_0.
+    """
 
     channels: int
-    """C of the latents."""
     factor: int
-    """Pixels a latent position in height and width; image sizes must be divisible by it."""
-    bounded: bool
-    """Whether `clip_x0` bounds x̂_0."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Moves what it holds to a device or dtype, like `nn.Module.to`."""
-        ...
+    bounded = False
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for an image of `height` × `width` pixels; ValueError if the factor does not divide them."""
-        ...
+        factor = self.factor
+        if height < factor or width < factor or height % factor or width % factor:
+            nearest = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
+            size = f"{height}x{width}"
+            raise ValueError(
+                f"image size {size} is not divisible by the codec's factor {factor}; the nearest size is {nearest}"
+            )
+        return self.channels, height // factor, width // factor
 
     def moments(self, images: Tensor) -> Tensor:
-        """What can be encoded once and kept: [B, 3, H, W] in [−1, 1] → [B, M, h, w]."""
-        ...
+        """What can be cached: [B, 3, H, W] in [−1, 1] → [B, M, h, w]."""
+        return images
 
     def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents [B, C, h, w] from moments; `noise` [B, C, h, w] draws from the posterior, None takes its mean."""
-        ...
+        """Latents [B, C, h, w] from moments; `noise` [B, C, h, w] samples the posterior, None takes its mean."""
+        return self.latents_sampler()(moments, noise)
 
     def latents_sampler(self) -> LatentsSampler:
         """`sample_latents` with the present statistics and without the network; it can be pickled."""
-        ...
+        return self.sample_latents
 
     def fingerprint(self) -> str | None:
-        """32 hexadecimal digits that name the function `moments`; None where it is the identity."""
-        ...
+        """32 hexadecimal digits of the function `moments`; None for the identity."""
+        return None
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] → images [B, 3, H, W], about [−1, 1], not clamped."""
-        ...
+        raise NotImplementedError
 
     def decode_bytes(self, height: int, width: int) -> int:
-        """An estimate of the memory that one image of `height` × `width` pixels takes to decode, or to encode."""
-        ...
+        """An estimate of the memory to decode or encode one image of `height` × `width` pixels."""
+        raise NotImplementedError
 
     def clip_x0(self, x_0: Tensor) -> Tensor:
-        """Bounds a predicted x_0 [B, C, h, w] by what an image can be."""
-        ...
+        """Clamps a predicted x_0 [B, C, h, w] to possible images, if `bounded`."""
+        return x_0
 
     def tile(self, size: Tile) -> None:
-        """Says how much of a large image is encoded or decoded at a time: about size² pixels; "auto", "off"."""
-        ...
+        """Sets how much of a large image is encoded or decoded at a time: about size² pixels, in strips, with less
+        memory, up to twice the time, and the same result up to rounding.
+
+        "auto", the default, does so above `WHOLE_BYTES`; "off" never. ValueError for anything else or below 16.
+        """
+        self._tile = check_tile(size)
 
 
-def _divided(height: int, width: int, factor: int) -> tuple[int, int]:
-    if height < factor or width < factor or height % factor or width % factor:
-        raise ValueError(
-            f"image size {height}x{width} is not divisible by the codec's factor {factor}; "
-            f"the nearest size is {_nearest(height, factor)}x{_nearest(width, factor)}"
-        )
-    return height // factor, width // factor
-
-
-def _nearest(size: int, factor: int) -> int:
-    return max(factor, round(size / factor) * factor)
-
-
-class PixelCodec(nn.Module):
+class PixelCodec(Codec):
     """Normalized images: (pixel − mean) / std, with mean and std of each channel of the training images in [−1, 1]."""
 
     factor = 1
@@ -117,10 +114,10 @@ class PixelCodec(nn.Module):
         super().__init__()
         means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
         # In float32, where a tiny deviation is 0.
-        sound = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
-        if len(mean) != len(std) or not sound:
+        is_valid = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
+        if len(mean) != len(std) or not is_valid:
             raise ValueError(
-                f"PixelCodec mean {mean} and std {std} must have one entry a channel, finite, std positive"
+                f"PixelCodec mean {mean} and std {std} must have one entry per channel, finite, std positive"
             )
         self.channels = len(mean)
         self.mean: Tensor
@@ -129,20 +126,8 @@ class PixelCodec(nn.Module):
         self.register_buffer("std", deviations.view(1, -1, 1, 1))
         self.config = {"_class_name": "PixelCodec", "mean": list(mean), "std": list(std)}
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return (self.channels, *_divided(height, width, self.factor))
-
-    def moments(self, images: Tensor) -> Tensor:
-        return images
-
     def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return (moments - self.mean) / self.std
-
-    def latents_sampler(self) -> LatentsSampler:
-        return self.sample_latents
-
-    def fingerprint(self) -> str | None:
-        return None
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents * self.std + self.mean
@@ -154,21 +139,16 @@ class PixelCodec(nn.Module):
         low, high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         return x_0.clamp(low.to(x_0.dtype), high.to(x_0.dtype))
 
-    def tile(self, size: Tile) -> None:
-        check_tile(size)  # there is nothing to do a part at a time
 
-
-class LatentCodec(nn.Module):
+class LatentCodec(Codec):
     """The latents of a first stage (LDM, arXiv:2112.10752, section 3.1), with a normal posterior or a codebook.
 
     Their statistics are the autoencoder's: folded into `quant_conv` and `post_quant_conv` by our own training, or in
-    its config. Latents of a codebook are diffused as the encoder gives them and quantized when they are decoded.
+    its config. Latents of a codebook are diffused before and quantized when they are decoded.
 
     Args:
-        source: the folder that the autoencoder was read from, which is copied byte for byte when it is saved.
+        source: the folder of the autoencoder, which is copied byte for byte on saving.
     """
-
-    bounded = False
 
     def __init__(self, autoencoder: FirstStage, source: Path | None = None) -> None:
         super().__init__()
@@ -188,15 +168,9 @@ class LatentCodec(nn.Module):
         """Of each channel of the autoencoder's latents."""
         return self.autoencoder.statistics[1]
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return (self.channels, *_divided(height, width, self.factor))
-
     def moments(self, images: Tensor) -> Tensor:
         size = images.shape[2:]
         return self._in_range(lambda network, x: network.encode(x, self._strips(network, x, *size)), images, *size)
-
-    def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.latents_sampler()(moments, noise)
 
     def latents_sampler(self) -> LatentsSampler:
         return partial(_whitened, sample=self.autoencoder.sample_latents, mean=self.mean, std=self.std)
@@ -217,19 +191,9 @@ class LatentCodec(nn.Module):
     def decode_bytes(self, height: int, width: int) -> int:
         with torch.no_grad():
             weight = self.autoencoder.encoder.conv_in.weight
-            whole = height * width * self._bytes_a_pixel(self.autoencoder)
+            whole = height * width * _bytes_per_pixel(self.autoencoder)
             # In strips, what is stored is one map of the second level or less: a quarter of what is there otherwise.
             return whole if self._strips(self.autoencoder, weight, height, width) is None else STRIP_BYTES + whole // 4
-
-    def clip_x0(self, x_0: Tensor) -> Tensor:
-        return x_0
-
-    def tile(self, size: Tile) -> None:
-        """About size² pixels at a time, in strips: less memory, up to twice the time, the same result up to rounding.
-
-        "auto", the default, does so from `WHOLE_BYTES` on; "off" never. ValueError for anything else or below 16.
-        """
-        self._tile = check_tile(size)
 
     def _strips(self, network: FirstStage, x: Tensor, height: int, width: int) -> int | None:
         """How many pixels of an image of this size are computed at a time, whatever the batch; None for all."""
@@ -238,21 +202,14 @@ class LatentCodec(nn.Module):
             return None
         if self._tile != "auto":
             return self._tile**2 if height * width > self._tile**2 else None
-        each = self._bytes_a_pixel(network)
+        each = _bytes_per_pixel(network)
         return STRIP_BYTES // each if height * width * each > WHOLE_BYTES else None
-
-    @staticmethod
-    def _bytes_a_pixel(network: FirstStage) -> int:
-        """At the peak, where an image is computed as a whole."""
-        widths = network.config.block_out_channels
-        size = network.encoder.conv_in.weight.element_size()
-        return size * max(DECODER_MAPS * max(widths[:2]), ENCODER_MAPS * widths[0])
 
     def _in_range(self, compute: Compute, x: Tensor, height: int, width: int) -> Tensor:
         """`compute` of the autoencoder on x [B, ...]; in float32 what half precision cannot hold, image by image."""
         dtype = self.autoencoder.encoder.conv_in.weight.dtype
         if dtype == torch.float16 and self.autoencoder.config.force_upcast and height * width >= HIGH_RESOLUTION:
-            return self._in_float32(compute, x).to(dtype)
+            return _in_float32(compute, self.autoencoder, x).to(dtype)
         result = compute(self.autoencoder, x)
         if result.dtype not in (torch.float16, torch.bfloat16):
             return result
@@ -260,29 +217,37 @@ class LatentCodec(nn.Module):
         lost = x.isfinite().flatten(1).all(dim=1) & ~result.isfinite().flatten(1).all(dim=1)  # [B]
         if bool(lost.any()):
             _warn_of_overflow(result.dtype)
-            result[lost] = self._in_float32(compute, x[lost]).to(result.dtype)
+            result[lost] = _in_float32(compute, self.autoencoder, x[lost]).to(result.dtype)
         return result
 
-    def _in_float32(self, compute: Compute, x: Tensor) -> Tensor:
-        # A copy for this once: what the others compute must not depend on what came before.
-        with torch.autocast(x.device.type, enabled=False):
-            return compute(copy.deepcopy(self.autoencoder).float(), x.float())
+
+def _in_float32(compute: Compute, network: FirstStage, x: Tensor) -> Tensor:
+    # A copy: later results must not depend on this one.
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(copy.deepcopy(network).float(), x.float())
+
+
+def _bytes_per_pixel(network: FirstStage) -> int:
+    """At the peak, where an image is computed as a whole."""
+    widths = network.config.block_out_channels
+    size = network.encoder.conv_in.weight.element_size()
+    return size * max(DECODER_MAPS * max(widths[:2]), ENCODER_MAPS * widths[0])
 
 
 @cache
 def _warn_of_overflow(dtype: torch.dtype) -> None:  # once a process
     warnings.warn(
-        f"the autoencoder left the range of {str(dtype).removeprefix('torch.')}; what it lost is computed again in "
-        "float32, which takes longer and is said once; a model opened in torch.bfloat16 or torch.float32 spares it",
+        f"the autoencoder exceeded the range of {str(dtype).removeprefix('torch.')}; these images are computed again "
+        "in float32, which takes longer (warned once); open the model in torch.bfloat16 or torch.float32 to avoid it",
         stacklevel=4,
     )
 
 
 def check_tile(size: Tile) -> Tile:
-    """The size, if a codec can be told it; ValueError if not."""
+    """The size, if `Codec.tile` accepts it; ValueError if not."""
     if size in ("auto", "off") or (type(size) is int and size >= MIN_TILE):
         return size
-    raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels from {MIN_TILE} on")
+    raise ValueError(f"tile is {size!r}; it is auto, off, or the side of a square in pixels, at least {MIN_TILE}")
 
 
 def _whitened(
@@ -293,7 +258,7 @@ def _whitened(
 
 
 def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
-    """[1, C, 1, 1] in float32 at least: statistics in half precision would shift the whole picture."""
+    """[1, C, 1, 1] in float32 at least: statistics in half precision would shift the whole image."""
     dtype = torch.promote_types(latents.dtype, torch.float32)
     return torch.tensor(values, dtype=dtype, device=latents.device).view(1, -1, 1, 1)
 
