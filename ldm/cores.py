@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -10,22 +9,15 @@ from pathlib import Path
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Those that it is bound to (`taskset`, Slurm), and no more than the time that its control groups grant (a
-    container with a limit); at least 1.
+    container with a limit), those above them included; at least 1.
 
     Args:
         root: where `proc` and `sys` are.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(bound, _granted(root))))
-
-
-def _granted(root: Path) -> float:
-    """Cores whose whole time the control groups of this process grant, those above them included; else infinite."""
-    try:
+    granted: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lines = []
+    with suppress(OSError, UnicodeDecodeError):  # another system
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):  # another system
-        return math.inf
-    granted = math.inf
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -42,4 +34,4 @@ def _granted(root: Path) -> float:
                         break
             if folder == mount:
                 break
-    return granted
+    return max(1, int(granted))

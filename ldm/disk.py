@@ -1,8 +1,8 @@
-"""Writing to disk: what stands under a name is complete, whenever a process or a machine stops.
+"""Atomic writing: a file or folder is complete or absent, whenever a process or a machine stops.
 
-Everything is written under the name of a temporary sibling, `.NAME.XXXXXXXX.partial`, synced, and renamed. What a
-killed process leaves behind is such a sibling, which `remove_partial` knows by its name. On file systems that cannot
-swap two names in one step, the old folder stands as `.NAME.XXXXXXXX.old` for a moment.
+Everything is written to a temporary sibling, `.NAME.XXXXXXXX.partial`, synced, and renamed. `remove_partial` removes
+what a killed process leaves. On file systems that cannot swap two names, the old folder is `.NAME.XXXXXXXX.old` for a
+moment.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which then takes the place of `path`, old or new but never half."""
+    """A temporary file to write, which then replaces `path` atomically."""
     aside = partial(path)
     try:
         with _naming(path):
@@ -55,12 +55,12 @@ def new_file(path: Path) -> Iterator[Path]:
             if not _in_partial(path):
                 sync(path.parent)
     finally:
-        with suppress(OSError):  # what is wrong with the disk has been said
+        with suppress(OSError):  # the error of the disk is already raised
             aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file of this name that is complete, or the one of before."""
+    """Writes a text file atomically, in UTF-8."""
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
@@ -71,7 +71,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError with the name of the file if it is missing, damaged or not an object."""
+    """The JSON object of a file; ValueError with its name if it is missing, damaged or not an object."""
     try:
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -86,22 +86,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file in one write, so that a process that is killed leaves all of it or nothing.
+    """Adds a line to a file in one write, so that a killed process leaves all of it or nothing.
 
-    Raises:
-        OSError: if the disk does not take all of it; it may then hold half a line.
+    Raises OSError if the disk is full; it may then hold half a line.
     """
     rest = f"{line}\n".encode()
     with _naming(path), path.open("ab", buffering=0) as file:
-        while rest:  # a disk that is nearly full takes some, and says why with the next write
+        while rest:  # a nearly full disk takes some; the next write raises
             rest = rest[file.write(rest) :]
 
 
 def writable_folder(name: str | os.PathLike[str]) -> Path:
-    """The absolute path at which a folder is written: `~` is the home folder, a link means what it points to.
+    """The absolute path at which a folder is written, with `~` and links resolved.
 
-    Raises:
-        ValueError: for a file, a link to nothing, a mount point, and a folder that may not be written.
+    Raises ValueError for a file, a link to nothing, a mount point, and a folder that may not be written.
     """
     if not os.fspath(name):
         raise ValueError("the name of the folder is empty; name one, or . for the present one")
@@ -134,17 +132,17 @@ def expand_user(name: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def new_folder(path: Path, replaces: Callable[[str], bool] = lambda _: True) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `path`, old or new but never half.
+    """An empty folder to fill, which then replaces `path` atomically.
 
-    Where the file system cannot swap two names, an old folder is moved away first: a process that is killed between
-    the two renames leaves it under its temporary name, from which `remove_partial` brings it back.
+    Where the file system cannot swap two names, an old folder is moved away first: `remove_partial` brings it back if
+    the process is killed between the two renames.
 
     Args:
-        replaces: whether a file of the old folder, by its path in it (`unet/config.json`), makes way. What does not is
-            in the new folder too: the same files as hard links, copies where there are none.
+        replaces: whether a file of the old folder, by its path in it (`unet/config.json`), is removed. Others are in
+            the new folder too: as hard links, or copies where there are none.
 
     Raises:
-        ValueError: if what should stay cannot; the old folder stands then.
+        ValueError: if they cannot be; the old folder stays then.
     """
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
@@ -167,14 +165,19 @@ def new_folder(path: Path, replaces: Callable[[str], bool] = lambda _: True) -> 
 
 def _replace_folder(path: Path, aside: Path, replaces: Callable[[str], bool]) -> None:
     """Puts a folder in the place of another, with what that does not replace."""
-    inside = _working_folder_in(path)
+    inside = None
+    with suppress(OSError, ValueError):
+        inside = Path.cwd().relative_to(path.resolve())
     _keep(path, aside, replaces)
     for folder in (aside, *(place for place in aside.rglob("*") if place.is_dir() and not place.is_symlink())):
         before = path / folder.relative_to(aside)
         if before.is_dir():  # one that is its owner's alone, or shared with a group, stays so
             folder.chmod(stat.S_IMODE(before.stat().st_mode) | stat.S_IRWXU)
     old = path.with_name(f"{aside.name.removesuffix('partial')}old")
-    if _exchange(path, aside):
+    # Swaps two names in one step, on Linux and most of its file systems.
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is not None and swap(at_cwd, os.fsencode(path), at_cwd, os.fsencode(aside), exchange) == 0:
         aside.rename(old)
     else:
         try:
@@ -184,7 +187,7 @@ def _replace_folder(path: Path, aside: Path, replaces: Callable[[str], bool]) ->
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
-    if inside is not None:  # a process stands in a folder, not at its name
+    if inside is not None:  # a working folder is an inode, not a name
         os.chdir(path / inside if (path / inside).is_dir() else path)
     _keep(old, path, replaces)  # what has come meanwhile
     shutil.rmtree(old, ignore_errors=True)
@@ -194,70 +197,45 @@ def _keep(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
     """Brings into `new` what stays of `old`, where it is still."""
     changed = set()
     for root, folders, files in os.walk(old):
-        place = Path(root)
+        place, within = Path(root), Path(root).relative_to(old)
         links = [name for name in folders if (place / name).is_symlink()]
-        kept = [name for name in files if not replaces((place / name).relative_to(old).as_posix())] + links
-        target = new / place.relative_to(old)
-        if kept or not (folders or files):
-            _make_folders(old, new, place.relative_to(old))
+        kept = [name for name in files if not replaces((within / name).as_posix())] + links
+        for folder in (*reversed(within.parents[:-1]), within) if kept or not (folders or files) else ():
+            if not (new / folder).exists():
+                (new / folder).mkdir()
+                (new / folder).chmod(stat.S_IMODE((old / folder).stat().st_mode) | stat.S_IRWXU)
+            elif not (new / folder).is_dir():
+                raise ValueError(
+                    f"{old / folder} is a folder, not a file as in the new one; nothing was written, move it"
+                )
         for name in kept:
-            if _keep_file(place / name, target / name):
-                changed.add(target)
+            source, target = place / name, new / within / name
+            mode = source.lstat().st_mode
+            if target.is_symlink() or target.exists():
+                same = os.path.samestat(source.lstat(), target.lstat())
+                same |= stat.S_ISLNK(mode) and target.is_symlink() and os.readlink(source) == os.readlink(target)
+                if not same and not (stat.S_ISREG(mode) and target.is_file()):
+                    raise ValueError(f"{source} is not what a model has under that name; nothing was written, move it")
+                continue
+            changed.add(target.parent)
+            if stat.S_ISLNK(mode):
+                os.symlink(os.readlink(source), target)
+                continue
+            try:
+                os.link(source, target)
+            except OSError as error:
+                if error.errno == errno.EXDEV:
+                    raise ValueError(f"{source} is on a file system of its own; nothing was written, move it") from None
+                if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
+                    raise
+                shutil.copy2(source, target)
+                sync(target)
     for folder in changed:
         sync(folder)
 
 
-def _make_folders(old: Path, new: Path, relative: Path) -> None:
-    for folder in (*reversed(relative.parents[:-1]), relative):
-        if not (new / folder).exists():
-            (new / folder).mkdir()
-            (new / folder).chmod(stat.S_IMODE((old / folder).stat().st_mode) | stat.S_IRWXU)
-        elif not (new / folder).is_dir():
-            raise ValueError(f"{old / folder} is a folder where a file is to be written; nothing was written, move it")
-
-
-def _keep_file(old: Path, new: Path) -> bool:
-    """Whether a file or link that stays had to be brought over."""
-    mode = old.lstat().st_mode
-    if new.is_symlink() or new.exists():
-        same = os.path.samestat(old.lstat(), new.lstat())
-        same |= stat.S_ISLNK(mode) and new.is_symlink() and os.readlink(old) == os.readlink(new)
-        if not same and not (stat.S_ISREG(mode) and new.is_file()):
-            raise ValueError(f"{old} is not what a model has under that name; nothing was written, move it")
-        return False
-    if stat.S_ISLNK(mode):
-        os.symlink(os.readlink(old), new)
-        return True
-    try:
-        os.link(old, new)
-    except OSError as error:
-        if error.errno == errno.EXDEV:
-            raise ValueError(f"{old} is on a file system of its own; nothing was written, move it") from None
-        if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
-            raise
-        shutil.copy2(old, new)
-        sync(new)
-    return True
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step; False where the system has no such step (Linux has, on most file systems)."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if rename is None:
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
-
-
-def _working_folder_in(path: Path) -> Path | None:
-    """The working folder of this process, relative to `path`, if it lies there."""
-    with suppress(OSError, ValueError):
-        return Path.cwd().relative_to(path.resolve())
-    return None
-
-
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that no half of it ever stands under its name."""
+    """Removes a folder; its name is gone before its files."""
     old = partial(path)
     path.rename(old)
     shutil.rmtree(old, ignore_errors=True)
@@ -320,12 +298,12 @@ def check_regular(path: Path) -> None:
 
 
 def check_not_pointer(path: Path) -> None:
-    """`ValueError` if in the place of a file lies what git keeps of it where git-LFS was not at work."""
+    """`ValueError` if a file is a git-LFS pointer."""
     if not path.is_file():
         return
     with suppress(OSError), path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ValueError(
-                f"{path} is a git-LFS pointer, not the file that it stands for; run `git lfs install` once and "
+                f"{path} is a git-LFS pointer, not the file itself; run `git lfs install` once and "
                 f"`git lfs pull` in {path.parent}"
             )

@@ -1,7 +1,4 @@
-"""What has to be installed for the parts of this package that not everyone needs, as messages say it.
-
-By the name of the package itself: an extra of ours would be looked up on the index, where our name is another's.
-"""
+"""Optional packages, by their own names: on the package index, our name (and so our extras) is another's."""
 
 from __future__ import annotations
 

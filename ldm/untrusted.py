@@ -1,7 +1,7 @@
-"""What a model folder of strangers may hold that is never used, and is therefore refused by name.
+"""Files and config keys of untrusted model folders that are refused.
 
-Libraries act on such files and keys without being asked: they apply adapters, import modules, fetch code from a hub,
-or build another network than the one whose weights lie there. Nothing here reads more than names and JSON.
+Libraries act on them: they apply adapters, import modules, fetch code from a hub, or build another network. Only names
+and JSON are read here.
 """
 
 from __future__ import annotations
@@ -33,18 +33,12 @@ _REASONS = {
 }
 _KEYS = {key: reason for reason, keys in _REASONS.items() for key in keys}
 
-# How transformers itself computes attention and experts. Anything else, such as "owner/name", is had from a hub and
-# run. These are accepted and not handed on: they compute the same, and even flash attention may come from a hub.
+# How transformers itself computes attention and experts. Anything else, such as "owner/name", is fetched and run. These
+# are accepted and not passed on: they compute the same, and even flash attention may come from a hub.
 _IMPLEMENTATION = re.compile(r"_*(attn|attention|experts?)_implementation(_internal)?")
 _OWN_IMPLEMENTATIONS = {
-    "eager",
-    "sdpa",
-    "flex_attention",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-    "grouped_mm",
-    "batched_mm",
+    *("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"),
+    *("grouped_mm", "batched_mm"),
 }
 
 
@@ -55,29 +49,26 @@ def refuse_untrusted(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if _ADAPTER.fullmatch(path.name):
             raise ValueError(
-                f"{path} is an adapter, which libraries apply to the weights beside it without a word: move it out of "
+                f"{path} is an adapter, which libraries silently apply to the weights beside it: move it out of "
                 "this folder (a LoRA is loaded with load_lora or --lora)"
             )
         is_config = path.name.endswith("config.json") or path.name == "model_index.json"
-        if is_config and path.is_file():  # a pipe would be waited for
-            _check_config(path)
-
-
-def _check_config(path: Path) -> None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # whoever needs this file says what is wrong with it
-    for place, key, value in _entries(content):
-        # Libraries take an empty quantization_config for one; of the other keys, an empty value is as good as none.
-        is_set = value is not None if key == "quantization_config" else bool(value)
-        if key in _KEYS and is_set:
-            raise ValueError(f"{path} has the key {place}: {_KEYS[key]}")
-        if _IMPLEMENTATION.fullmatch(key) and not _is_own(value):
-            raise ValueError(
-                f"{path} has {place} = {json.dumps(value)[:200]}, which is none of transformers' own and would be "
-                f"fetched and run: remove the key, or choose one of {', '.join(sorted(_OWN_IMPLEMENTATIONS))}"
-            )
+        if not is_config or not path.is_file():  # a pipe would be waited for
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # refused where it is used
+        for place, key, value in _entries(content):
+            # Libraries accept an empty quantization_config; an empty value of another key is none.
+            is_set = value is not None if key == "quantization_config" else bool(value)
+            if key in _KEYS and is_set:
+                raise ValueError(f"{path} has the key {place}: {_KEYS[key]}")
+            if _IMPLEMENTATION.fullmatch(key) and not _is_own(value):
+                raise ValueError(
+                    f"{path} has {place} = {json.dumps(value)[:200]}, which is none of transformers' own and would be "
+                    f"fetched and run: remove the key, or choose one of {', '.join(sorted(_OWN_IMPLEMENTATIONS))}"
+                )
 
 
 def _entries(content: Any) -> Iterator[tuple[str, str, Any]]:

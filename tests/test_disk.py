@@ -1,5 +1,6 @@
 """What is written is on the disk before it gets its name, and its name is on the disk after that."""
 
+import ctypes
 import errno
 import os
 import stat
@@ -91,8 +92,8 @@ def counted_to(calls, kill):
 def test_a_process_that_is_killed_at_any_call_leaves_the_old_folder_or_the_new_one_and_what_stays(
     swaps, tmp_path, monkeypatch
 ):
-    if not swaps:  # as on file systems that cannot
-        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    if not swaps:  # as on systems that cannot
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
     calls = ("mkdir", "link", "symlink", "rename", "replace", "unlink", "rmdir", "chmod")
     old, kept = {"model": "old", "unet/weights": "old"}, {"README": "mine", "unet/notes/a": "mine"}
 
@@ -133,13 +134,13 @@ def test_a_process_that_is_killed_at_any_call_leaves_the_old_folder_or_the_new_o
 
 def test_what_comes_while_a_folder_is_replaced_stays(tmp_path, monkeypatch):
     (tmp_path / "f").mkdir()
-    exchange = disk._exchange
+    library = ctypes.CDLL
 
-    def late(one, other):
-        (one / "late").write_text("mine")
-        return exchange(one, other)
+    def late(*arguments, **settings):  # is opened to swap the folders
+        (tmp_path / "f" / "late").write_text("mine")
+        return library(*arguments, **settings)
 
-    monkeypatch.setattr(disk, "_exchange", late)
+    monkeypatch.setattr(ctypes, "CDLL", late)
     with disk.new_folder(tmp_path / "f", lambda name: False) as aside:
         (aside / "new").write_text("1")
     assert sorted(os.listdir(tmp_path / "f")) == ["late", "new"]
