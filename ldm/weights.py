@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,8 @@ _COUNTERS = ("position_ids", "token_type_ids")  # that old files of transformers
 _PREFERRED = ("", "fp32", "fp16", "bf16")
 
 
-class WeightFiles(NamedTuple):
+@dataclass(frozen=True)
+class WeightFiles:
     """The safetensors files of one model: `shards` by name, and their `index`, None for a single file."""
 
     shards: tuple[Path, ...]

@@ -224,7 +224,7 @@ def test_gradients_flow_through_a_decoder_that_is_tiled():
 def test_wrong_tiles_are_refused(size):
     for codec in (latent_codec(), PixelCodec((0.0,), (1.0,))):
         codec.tile("auto")
-        with pytest.raises(ValueError, match="it is auto, off, or the side of a square in pixels from 16 on"):
+        with pytest.raises(ValueError, match="it is auto, off, or the side of a square in pixels, at least 16"):
             codec.tile(size)
 
 

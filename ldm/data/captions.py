@@ -8,7 +8,6 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,28 +100,6 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         raise ValueError(f"not {name.upper().removesuffix('-SIG')} text") from error
 
 
-def caption_lines(data: bytes) -> list[str]:
-    """The non-empty lines of a caption file; none if all are boxes of YOLO.
-
-    Raises:
-        ValueError: with the reason as a predicate ("is not UTF-8 text"), or "empty caption".
-    """
-    try:
-        text = decode_text(data)
-    except ValueError as error:
-        raise ValueError(f"is {error}") from error
-    # ASCII as UTF-16 without a mark is valid UTF-8 with NULs.
-    if "\0" in text:
-        raise ValueError("is not UTF-8 text")
-    lines = []
-    for line in re.split(r"[\r\n]+", text):
-        with suppress(ValueError):  # an empty line: UTF-8 has no surrogates
-            lines.append(caption(line))
-    if not lines:
-        raise ValueError("empty caption")
-    return [] if all(map(_BOX.fullmatch, lines)) else lines
-
-
 def sidecar_captions(
     paths: Sequence[str], read: Callable[[str], bytes], column: str | None
 ) -> tuple[list[str], list[tuple[str, str]]]:
@@ -140,16 +117,24 @@ def sidecar_captions(
             data = read(path)
             if len(data) > MAX_TEXT_BYTES:
                 size, most = f"{len(data) / 2**20:.1f} MiB", f"{MAX_TEXT_BYTES >> 20} MiB"
-                raise ValueError(f"holds {size}; a caption file has at most {most}")
+                raise ValueError(f"longer than {most} ({size}), the most that a caption file may have")
+            text = decode_text(data)
             if texts:
-                good += caption_lines(data)
+                # ASCII as UTF-16 without a mark is valid UTF-8 with NULs.
+                if "\0" in text:
+                    raise ValueError("not UTF-8 text")
+                lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+                lines = [line for line in lines if any(map(str.isprintable, line))]
+                if not lines:
+                    raise ValueError("empty caption")
+                good += [] if all(map(_BOX.fullmatch, lines)) else lines
                 continue
-            record = json.loads(decode_text(data))
+            record = json.loads(text)
         except OSError as error:
             faults.append((path, f"{name} cannot be read: {error.strerror}"))
         except (ValueError, RecursionError) as error:
-            reason = str(error) if texts else f"is not JSON that holds a caption: {error}"
-            faults.append((path, reason if reason == "empty caption" else f"{name} {reason}"))
+            reason = str(error) if texts else f"not JSON that holds a caption: {error}"
+            faults.append((path, reason if reason == "empty caption" else f"{name} is {reason}"))
         else:
             names = record if isinstance(record, dict) else {}
             usual = match_column(names, CAPTION_NAMES) if column is None else column

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -189,7 +189,19 @@ class _Folder:
         if chosen == FOLDERS and self.classes is not None:
             listing = self.classes
         with_captions = found.files if chosen == SHARDS else {sample.id for sample in listing.samples}
-        sources = list(self._describe(chosen, len(listing.samples), with_captions))
+        sources = []
+        for one in self.listings:
+            why = f"{len(listing.samples)} have captions from {chosen}"
+            if one.name == chosen:
+                why = ""
+            elif one.error is not None:
+                why = str(one.error)
+            elif not one.images and one.skipped:
+                why = f"{printable(one.skipped[0].path)}: {one.skipped[0].reason}"
+            elif chosen is None:
+                why = "it has numbers, not words"
+            more, doubtful = len(one.images.difference(with_captions)), one.name != chosen and not one.numbers
+            sources.append(CaptionSource(one.name, len(one.images), more, why, doubtful))
         read = {path for one in self.listings for path in (*one.covered, *one.files)}
         sources.sort(key=lambda source: source.reason != "")  # the used one first
         sources += find_unread_captions(found, {*read, *self.tables}, self.reasons, with_captions)
@@ -271,19 +283,6 @@ class _Folder:
                 "data.caption_source to one of them, or call those that count metadata.csv or metadata.jsonl"
             )
         return best.name
-
-    def _describe(self, chosen: str | None, count: int, with_captions: Collection[str]) -> Iterator[CaptionSource]:
-        for one in self.listings:
-            if one.name == chosen:
-                reason = ""
-            elif one.error is not None:
-                reason = str(one.error)
-            elif not one.images and one.skipped:
-                reason = f"{printable(one.skipped[0].path)}: {one.skipped[0].reason}"
-            else:
-                reason = "it has numbers, not words" if chosen is None else f"{count} have captions from {chosen}"
-            more = len(one.images.difference(with_captions))
-            yield CaptionSource(one.name, len(one.images), more, reason, one.name != chosen and not one.numbers)
 
     def _with_classes(
         self, classes: Listing, listing: Listing, chosen: str | None, sources: list[CaptionSource]

@@ -114,7 +114,7 @@ class DataConfig:
             if getattr(self, key) is not None and self.path in BUILT_IN:
                 kind = "folders" if key == "caption_source" else "tables and data sets of the hub"
                 refuse(key, f', which is for {kind}, not for "{self.path}"; leave it out')
-        _rgb(self.background)
+        _ = self.background_rgb
 
     @property
     def bucketed(self) -> bool:
@@ -129,17 +129,14 @@ class DataConfig:
     @property
     def background_rgb(self) -> tuple[int, int, int]:
         """`background` as red, green and blue in 0..255."""
-        return _rgb(self.background)
-
-
-def _rgb(background: str) -> tuple[int, int, int]:
-    try:
-        red, green, blue, *alpha = ImageColor.getrgb(background)
-    except ValueError:
-        alpha = [0]
-    if alpha:
-        raise ValueError(f'data.background is "{background}"; give an opaque CSS color such as "white" or "#f0f0f0"')
-    return red, green, blue
+        try:
+            red, green, blue, *alpha = ImageColor.getrgb(self.background)
+        except ValueError:
+            alpha = [0]
+        if alpha:
+            color = f'"{self.background}"'
+            raise ValueError(f'data.background is {color}; give an opaque CSS color such as "white" or "#f0f0f0"')
+        return red, green, blue
 
 
 @dataclass(frozen=True)

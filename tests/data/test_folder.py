@@ -90,7 +90,7 @@ def test_images_without_captions_are_reported_undecoded(tmp_path: Path) -> None:
     found = reasons(source)
     assert found == {
         "CASED.txt": "a caption without an image",
-        "big.png": "big.txt holds 1.4 MiB; a caption file has at most 1 MiB",
+        "big.png": "big.txt is longer than 1 MiB (1.4 MiB), the most that a caption file may have",
         "blank.png": "empty caption",
         "cased.png": "no caption; CASED.txt differs in upper and lower case",
         "latin.png": "latin.txt is not UTF-8 text",

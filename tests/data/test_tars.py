@@ -87,7 +87,7 @@ def test_members_that_make_no_sample_are_named(tmp_path: Path) -> None:
     found = reasons(source)
     assert found == {
         "a.tar/alone": "a caption without an image",
-        "a.tar/big.png": ".txt holds 1.0 MiB; a caption file has at most 1 MiB",
+        "a.tar/big.png": ".txt is longer than 1 MiB (1.0 MiB), the most that a caption file may have",
         "a.tar/blank.png": "empty caption",
         "a.tar/boxes.png": "no caption",
         "a.tar/good": "empty caption; its other captions count",
