@@ -21,13 +21,13 @@ from ldm.evaluation.autoencoder import (
     measure_reconstruction,
     no_first_stage_reason,
 )
-from ldm.models import AutoencoderKL, UNet, UNetConfig
+from ldm.models import AutoencoderKL, FirstStage, UNet, UNetConfig
 from ldm.models.efficientnet import is_installed, perceptual_distance
 from ldm.pipelines import Pipeline
 from ldm.progress import format_duration, plural
 from ldm.text import load_text_encoder
 from ldm.training import threads
-from ldm.training.estimate import autoencoder_seconds, format_millions, unet_seconds
+from ldm.training.estimate import format_millions, seconds_per_call
 from ldm.training.setup import load_first_stage
 from ldm.training.trainable import attention_layers
 
@@ -146,15 +146,6 @@ class TrainOptions:
     cpu_threads: int | None = None
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What limits a network: (tokens, width) of the text states, minutes, and the device."""
-
-    text: tuple[int, int]
-    minutes: float
-    device: torch.device
-
-
 def choose_config(
     samples: Sequence[Sample], data: dict[str, Any], options: TrainOptions, device: torch.device
 ) -> ChosenConfig:
@@ -184,39 +175,104 @@ def _choose_new_model(
     chosen: ChosenConfig, samples: Sequence[Sample], options: TrainOptions, device: torch.device
 ) -> None:
     """Image size, space, network, batch size and steps of a new model."""
-    data = chosen.config["data"]
-    data["resolution"] = options.resolution or _choose_resolution(samples, device, chosen)
+    config, reasons, data = chosen.config, chosen.reasons, chosen.config["data"]
+    if options.resolution is not None:
+        data["resolution"] = options.resolution
+    else:  # the largest that the median image fills and that this machine trains in hours
+        # Curated sets are not inspected; a few of their images represent all.
+        inspected = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
+        median = sorted(min(sample.size or sample.load().size) for sample in inspected)[len(inspected) // 2]
+        max_side = GPU_RESOLUTION if device.type == "cuda" else CPU_RESOLUTION
+        side = max((r for r in RESOLUTIONS if r <= min(median, max_side)), default=RESOLUTIONS[0])
+        data["resolution"] = side
+        limited = median > max_side == CPU_RESOLUTION
+        limit = f"; without a GPU {max_side} is what trains in reasonable time" if limited else ""
+        reasons.append(f"image size: {side}, since half of the images have a shorter side of {median} or more{limit}")
     few = (
         f"; {len(samples)} images teach a new model little more than themselves, so expect it to repeat them; "
         "fine-tuning a model (--start-from) needs far fewer"
     )
-    chosen.reasons.append(
-        f"start: a new UNet, since there is no --start-from{few if len(samples) < FEW_IMAGES else ''}"
-    )
+    reasons.append(f"start: a new UNet, since there is no --start-from{few if len(samples) < FEW_IMAGES else ''}")
     images = _training_images(samples, data)
     side = min(data["resolution"], TIMED_RESOLUTION)
     network = _make_unet(unet_keys(side, 64), 3, TIMED_TEXT[1], device)
     _choose_threads(chosen, network, (3, side, side), TIMED_TEXT, options, device)
-    choice = _choose_space(chosen, images, options, device)
-    minutes = options.minutes * (1 if chosen.first_stage is None else 1 - FIRST_STAGE_FRACTION)
-    chosen.config["space"] = choice.space
+
+    name, minutes, space = options.first_stage, options.minutes, options.space
+    if options.space == "auto":
+        choice = decide_space(images, name, device)
+        trains = choice.advice in ("tune", "train")
+        space, name = ("latent" if trains else choice.space), choice.first_stage
+        reasons.append(f"space: {space}, because {choice.reason}")
+        if trains:
+            name = (options.first_stage or DEFAULT_FIRST_STAGE) if choice.advice == "tune" else None
+            chosen.first_stage = _first_stage_config(data, options, len(images), device, name)
+            minutes *= 1 - FIRST_STAGE_FRACTION
+            what = "a new one is trained" if name is None else f"the decoder of {name} is fine-tuned"
+            reasons.append(
+                f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
+                f"up to {FIRST_STAGE_FRACTION:.0%} of the time"
+            )
+    else:
+        name = (name or DEFAULT_FIRST_STAGE) if space == "latent" else None
+        reasons.append(f"space: {space}, as given")
+    config["space"] = space
     if chosen.first_stage is not None:
-        chosen.config["first_stage"] = f"{chosen.first_stage['output_dir']}/autoencoder"
-    elif choice.first_stage is not None:
-        chosen.config["first_stage"] = choice.first_stage
-    length, *text = _choose_text_length(samples, options.encoder, chosen)
-    chosen.config["text"] = {"encoder": options.encoder, "max_length": length}
+        config["first_stage"] = f"{chosen.first_stage['output_dir']}/autoencoder"
+    elif name is not None:
+        config["first_stage"] = name
+
+    # For MiniLM the fewest tokens that 99 % of the captions fit into; other encoders have their own length.
+    is_minilm = options.encoder == "minilm"
+    encoder = load_text_encoder(options.encoder, TEXT_LENGTHS[0]) if is_minilm else load_text_encoder(options.encoder)
+    length = encoder.max_length
+    if is_minilm:
+        captions = sorted({caption for sample in samples for caption in sample.captions})
+        overflow = encoder.truncated_tokens(captions)
+        for length in TEXT_LENGTHS:
+            longer = sum(lost > length - TEXT_LENGTHS[0] for lost in overflow)
+            if longer <= len(captions) / 100:
+                break
+        lose = "; none is longer" if not longer else f"; {longer} of {len(captions)} are longer and lose their end"
+        reasons.append(f"captions: {length} tokens{lose}")
+    config["text"] = {"encoder": options.encoder, "max_length": length if is_minilm else None}
+    text = (length, encoder.hidden_size)
     # In pixel space x_0 is clipped to known bounds, so a schedule may end in pure noise, and v leaves no specks.
-    chosen.config["schedule"] = (
+    config["schedule"] = (
         {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-        if choice.space == "latent"
+        if space == "latent"
         else {"beta_schedule": "cosine", "prediction_type": "v_prediction"}
     )
-    budget = Budget((text[0], text[1]), minutes, device)
-    network, shape = _choose_network(chosen, choice, len(images), budget, keep_size=options.resolution is not None)
-    chosen.config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
-    _choose_steps(chosen, network, shape, _batch_size(len(images), 64), len(images), budget)
-    chosen.config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
+
+    # The largest network, and in pixel space the largest images, for which enough samples fit into the time.
+    needed = min(MAX_SAMPLES_NEEDED, max(MIN_SAMPLES_NEEDED, EPOCHS_NEEDED * len(images)))
+    resolution = data["resolution"]
+    fixed = space == "latent" or options.resolution is not None
+    sides = [resolution >> halving for halving in range(1 if fixed else max(1, int(math.log2(resolution)) - 3))]
+    candidates = [(side, base) for side in sides for base in ((128, 64) if device.type == "cuda" else (64, 32))]
+    for side, base in candidates:
+        if space == "pixel":
+            shape = (3, side, side)
+        elif name is None:  # it will be trained: see `_first_stage_config`
+            shape = (4, side // 4, side // 4)
+        else:
+            shape = load_first_stage(name).latent_shape(side, side)
+        config["unet"], data["resolution"] = unet_keys(shape[1], base), side
+        network = _make_unet(config["unet"], shape[0], text[1], device)
+        possible = int(minutes * 60 * TIMED_IMAGES / unet_seconds(network, shape, text, TIMED_IMAGES, device, "no"))
+        if possible >= needed:
+            break
+    if side < resolution:
+        reasons.append(
+            f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {len(images)} images "
+            f"need, would fit into --minutes {minutes:g}"
+        )
+    size = format_millions(sum(p.numel() for p in network.parameters()))
+    slow = f"; too slow for the {needed} samples needed: raise --minutes" if possible < needed else ""
+    reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
+    config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
+    _choose_steps(chosen, network, shape, text, _batch_size(len(images), 64), len(images), minutes, device)
+    config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
 
 
 def _choose_finetuning(
@@ -225,36 +281,30 @@ def _choose_finetuning(
     """Image size, method, batch size and steps of fine-tuning."""
     assert options.start_from is not None
     pipeline = Pipeline.from_pretrained(options.start_from, device=device)
+    unet, encoder, config = pipeline.unet, pipeline.text_encoder, chosen.config
     side = options.resolution or pipeline.default_size[0]
-    data = chosen.config["data"]
-    data["resolution"] = side
+    config["data"]["resolution"] = side
     of = "as given" if options.resolution is not None else f"that of {options.start_from}"
     chosen.reasons.append(f"image size: {side}, {of}")
     shape = pipeline.codec.latent_shape(side, side)
-    parameters = sum(p.numel() for p in pipeline.unet.parameters())
+    parameters = sum(p.numel() for p in unet.parameters())
     large = parameters > LARGE
     method = options.method or ("lora" if large or len(samples) < 50 else "full")
     why = "as given" if options.method else f"for {len(samples)} images and {format_millions(parameters)} parameters"
     chosen.reasons.append(f"start: {options.start_from}, method {method}, {why}")
-    chosen.config |= {"start_from": options.start_from, "finetune": {"method": method}}
-    chosen.config["sample"] = {
-        "prompts": sample_prompts(samples),
-        "images_per_prompt": 4,
-        "guidance_scale": pipeline.guidance_scale,
-        "num_inference_steps": pipeline.num_inference_steps,
-        "sampler": pipeline.sampler,
-    }
+    config |= {"start_from": options.start_from, "finetune": {"method": method}}
+    config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4}
+    config["sample"] |= {key: getattr(pipeline, key) for key in ("guidance_scale", "num_inference_steps", "sampler")}
     if method != "full":  # an adapter takes little time itself; what counts is where gradients are needed
-        pipeline.unet.requires_grad_(False)
-        for layer in attention_layers(pipeline.unet):
+        unet.requires_grad_(False)
+        for layer in attention_layers(unet):
             layer.requires_grad_(True)
-    count = len(_training_images(samples, data))
-    encoder = pipeline.text_encoder
-    budget = Budget((encoder.max_length, encoder.hidden_size), options.minutes, device)
-    _choose_threads(chosen, pipeline.unet, shape, budget.text, options, device)
-    _choose_steps(chosen, pipeline.unet, shape, _batch_size(count, 4 if large else 16), count, budget)
+    count, text = len(_training_images(samples, config["data"])), (encoder.max_length, encoder.hidden_size)
+    _choose_threads(chosen, unet, shape, text, options, device)
+    batch = _batch_size(count, 4 if large else 16)
+    _choose_steps(chosen, unet, shape, text, batch, count, options.minutes, device)
     rate = (1e-4 if large else 1e-3) if method == "lora" else (1e-5 if large else 1e-4)
-    chosen.config["train"] |= {"learning_rate": rate, "lr_schedule": "constant"}
+    config["train"] |= {"learning_rate": rate, "lr_schedule": "constant"}
 
 
 def _choose_threads(
@@ -279,63 +329,17 @@ def _choose_threads(
     chosen.reasons.append(f"threads: {found}")
 
 
-def _choose_space(
-    chosen: ChosenConfig, images: CaptionedImages, options: TrainOptions, device: torch.device
-) -> SpaceChoice:
-    """The space, and the config of a first stage if one is to be trained on these images before."""
-    if options.space != "auto":
-        name = (options.first_stage or DEFAULT_FIRST_STAGE) if options.space == "latent" else None
-        chosen.reasons.append(f"space: {options.space}, as given")
-        return SpaceChoice("latent" if options.space == "latent" else "pixel", name, "as given")
-    choice = decide_space(images, options.first_stage, device)
-    trains = choice.advice in ("tune", "train")
-    chosen.reasons.append(f"space: {'latent' if trains else choice.space}, because {choice.reason}")
-    if not trains:
-        return choice
-    base = (options.first_stage or DEFAULT_FIRST_STAGE) if choice.advice == "tune" else None
-    chosen.first_stage = _first_stage_config(chosen.config["data"], options, len(images), device, base)
-    what = "a new one is trained" if base is None else f"the decoder of {base} is fine-tuned"
-    chosen.reasons.append(
-        f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
-        f"up to {FIRST_STAGE_FRACTION:.0%} of the time"
-    )
-    return dataclasses.replace(choice, space="latent", first_stage=base)
+def unet_seconds(
+    unet: UNet, shape: tuple[int, int, int], text: tuple[int, int], batch: int, device: torch.device, precision: str
+) -> float:
+    """Seconds of forward and backward for `batch` latents of a shape (C, h, w) and text states of (tokens, width)."""
+    return seconds_per_call(threads.unet_pass(unet, shape, text, batch, device, precision), unet, device)
 
 
-def _choose_network(
-    chosen: ChosenConfig, choice: SpaceChoice, count: int, budget: Budget, *, keep_size: bool
-) -> tuple[UNet, tuple[int, int, int]]:
-    """The largest network, and in pixel space the largest images, for which enough samples fit into the time.
-
-    Sets `unet` and `data.resolution`.
-
-    Returns:
-        The network and its latent shape (C, h, w).
-    """
-    needed = min(MAX_SAMPLES_NEEDED, max(MIN_SAMPLES_NEEDED, EPOCHS_NEEDED * count))
-    resolution = chosen.config["data"]["resolution"]
-    halvings = 1 if choice.space == "latent" or keep_size else max(1, int(math.log2(resolution)) - 3)
-    bases = (128, 64) if budget.device.type == "cuda" else (64, 32)
-    candidates = [(resolution >> halving, base) for halving in range(halvings) for base in bases]
-    for side, base in candidates:
-        shape = _latent_shape(choice, side)
-        keys = unet_keys(shape[1], base)
-        network = _make_unet(keys, shape[0], budget.text[1], budget.device)
-        seconds = unet_seconds(network, shape, budget.text, TIMED_IMAGES, budget.device, "no") / TIMED_IMAGES
-        possible = int(budget.minutes * 60 / seconds)
-        if possible >= needed or (side, base) == candidates[-1]:
-            break
-    chosen.config["unet"] = keys
-    chosen.config["data"]["resolution"] = side
-    if side < resolution:
-        chosen.reasons.append(
-            f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {count} images need, "
-            f"would fit into --minutes {budget.minutes:g}"
-        )
-    size = format_millions(sum(p.numel() for p in network.parameters()))
-    slow = f"; too slow for the {needed} samples needed: raise --minutes" if possible < needed else ""
-    chosen.reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
-    return network, shape
+def autoencoder_seconds(autoencoder: FirstStage, resolution: int, batch: int, device: torch.device) -> float:
+    """Seconds of forward and backward for `batch` square images."""
+    images = torch.randn(batch, 3, resolution, resolution, device=device)
+    return seconds_per_call(lambda: autoencoder(images)[0].square().mean().backward(), autoencoder, device)
 
 
 def _make_unet(keys: dict[str, Any], channels: int, text_width: int, device: torch.device) -> UNet:
@@ -343,55 +347,10 @@ def _make_unet(keys: dict[str, Any], channels: int, text_width: int, device: tor
     return UNet(TypeAdapter(UNetConfig).validate_python(keys | sizes)).to(device)
 
 
-def _latent_shape(choice: SpaceChoice, side: int) -> tuple[int, int, int]:
-    """Latent shape (C, h, w) of square images."""
-    if choice.space == "pixel":
-        return 3, side, side
-    if choice.first_stage is None:  # it will be trained: see `_first_stage_config`
-        return 4, side // 4, side // 4
-    return load_first_stage(choice.first_stage).latent_shape(side, side)
-
-
 def _training_images(samples: Sequence[Sample], data: dict[str, Any]) -> CaptionedImages:
     config = DataConfig(**data)
     training, _ = split(samples, config.held_out)
     return CaptionedImages(training, config, 0)
-
-
-def _choose_resolution(samples: Sequence[Sample], device: torch.device, chosen: ChosenConfig) -> int:
-    """The largest of RESOLUTIONS that the median image fills and that this machine trains in hours."""
-    # Curated sets are not inspected; a few of their images represent all.
-    inspected = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
-    sides = sorted(min(sample.size or sample.load().size) for sample in inspected)
-    median = sides[len(sides) // 2]
-    max_side = GPU_RESOLUTION if device.type == "cuda" else CPU_RESOLUTION
-    side = max((r for r in RESOLUTIONS if r <= min(median, max_side)), default=RESOLUTIONS[0])
-    limit = ""
-    if median > max_side == CPU_RESOLUTION:
-        limit = f"; without a GPU {max_side} is what trains in reasonable time"
-    chosen.reasons.append(
-        f"image size: {side}, since half of the images have a shorter side of {median} or more{limit}"
-    )
-    return side
-
-
-def _choose_text_length(samples: Sequence[Sample], encoder: str, chosen: ChosenConfig) -> tuple[int | None, int, int]:
-    """(`text.max_length`, tokens, hidden size): for MiniLM the shortest of TEXT_LENGTHS that 99 % of the captions fit
-    into; for other encoders their own.
-    """
-    if encoder != "minilm":
-        loaded = load_text_encoder(encoder)
-        return None, loaded.max_length, loaded.hidden_size
-    captions = sorted({caption for sample in samples for caption in sample.captions})
-    shortest = load_text_encoder(encoder, TEXT_LENGTHS[0])
-    overflow = shortest.truncated_tokens(captions)
-    for length in TEXT_LENGTHS:
-        longer = sum(lost > length - TEXT_LENGTHS[0] for lost in overflow)
-        if longer <= len(captions) / 100:
-            break
-    lose = "; none is longer" if not longer else f"; {longer} of {len(captions)} are longer and lose their end"
-    chosen.reasons.append(f"captions: {length} tokens{lose}")
-    return length, length, shortest.hidden_size
 
 
 def unet_keys(size: int, base: int) -> dict[str, Any]:
@@ -461,34 +420,50 @@ def _round_steps(steps: int) -> int:
 
 
 def _choose_steps(
-    chosen: ChosenConfig, network: UNet, shape: tuple[int, int, int], batch: int, count: int, budget: Budget
+    chosen: ChosenConfig,
+    network: UNet,
+    shape: tuple[int, int, int],
+    text: tuple[int, int],
+    batch: int,
+    count: int,
+    minutes: float,
+    device: torch.device,
 ) -> None:
     """Precision, the number of steps that fit into the time, and how often to validate, sample and save.
 
     Sets `train`, and shrinks sample grids that would take too much of the time.
     """
     timed = min(batch, 4 * TIMED_IMAGES)
-    seconds = {
-        name: unet_seconds(network, shape, budget.text, timed, budget.device, name) * batch / timed
-        for name in ("no", "bf16")
-    }
+    seconds = {name: unet_seconds(network, shape, text, timed, device, name) * batch / timed for name in ("no", "bf16")}
     precision = "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
     per_step = seconds[precision]
     max_steps = max(MIN_STEPS, _round_steps(MAX_EPOCHS * count // batch))
-    available = min(budget.minutes * 60, max_steps * per_step)
-    grid_seconds, grids = _choose_grids(chosen.config["sample"], per_step / batch / 3, available)
-    possible = _round_steps(int((available - grids * grid_seconds) / per_step))
+    available = min(minutes * 60, max_steps * per_step)
+    # Two evaluations of the network per image and sampling step, each a third of a training step (Kaplan et al. 2020,
+    # section 2.1: backward costs two forward passes).
+    sample = chosen.config["sample"]
+    per_sample = 2 * sample.get("num_inference_steps", 50) * per_step / batch / 3
+
+    def grid() -> float:
+        return per_sample * sample["images_per_prompt"] * len(sample["prompts"])
+
+    while grid() > available * GRID_FRACTION / 2 and sample["images_per_prompt"] > 1:
+        sample["images_per_prompt"] //= 2
+    while grid() > available * GRID_FRACTION and len(sample["prompts"]) > 2:
+        sample["prompts"] = sample["prompts"][::2]
+    grids = max(1, min(MAX_GRIDS, int(available * GRID_FRACTION / grid())))
+    possible = _round_steps(int((available - grids * grid()) / per_step))
     steps = min(max_steps, max(MIN_STEPS, possible))
     if possible < MIN_STEPS:
-        why = f"the fewest that make sense; --minutes {budget.minutes:g} is not enough"
+        why = f"the fewest that make sense; --minutes {minutes:g} is not enough"
     elif available < max_steps * per_step:
-        why = f"--minutes {budget.minutes:g}"
+        why = f"--minutes {minutes:g}"
     else:
         why = f"{MAX_EPOCHS} times through the data"
-    total = format_duration(steps * per_step + grids * grid_seconds)
     chosen.reasons.append(
-        f"steps: {steps} of {batch} images, about {total} at {per_step:.2g} s a step "
-        f"({'bf16' if precision == 'bf16' else 'float32'}, measured) with {plural(grids, 'sample grid')}: {why}"
+        f"steps: {steps} of {batch} images, about {format_duration(steps * per_step + grids * grid())} at "
+        f"{per_step:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured) with "
+        f"{plural(grids, 'sample grid')}: {why}"
     )
     chosen.config["train"] = {
         "max_steps": steps,
@@ -501,25 +476,6 @@ def _choose_steps(
         "checkpoint_every": min(steps // 4, max(50, int(CHECKPOINT_SECONDS / per_step))),
         "log_every": min(20, steps // 10),
     }
-
-
-def _choose_grids(sample: dict[str, Any], evaluation: float, available: float) -> tuple[float, int]:
-    """(seconds per sample grid, number of grids), with at most a fifth of the time; removes samples first.
-
-    Args:
-        evaluation: seconds of one network evaluation per image: a third of a training step (Kaplan et al. 2020, section
-            2.1: backward costs two forward passes).
-    """
-    steps = sample.get("num_inference_steps", 50)
-
-    def seconds() -> float:
-        return 2 * steps * sample["images_per_prompt"] * len(sample["prompts"]) * evaluation
-
-    while seconds() > available * GRID_FRACTION / 2 and sample["images_per_prompt"] > 1:
-        sample["images_per_prompt"] //= 2
-    while seconds() > available * GRID_FRACTION and len(sample["prompts"]) > 2:
-        sample["prompts"] = sample["prompts"][::2]
-    return seconds(), max(1, min(MAX_GRIDS, int(available * GRID_FRACTION / seconds())))
 
 
 def sample_prompts(samples: Sequence[Sample]) -> list[str]:

@@ -23,24 +23,22 @@ from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig
 from ldm.data import Batch, CaptionedImages, collate
-from ldm.models import FirstStage, UNet
 from ldm.pipelines import NotFinite
 from ldm.progress import format_duration
 from ldm.training.checkpoints import TrainingState
-from ldm.training.distributed import StepLosses
-from ldm.training.hooks import Workload
+from ldm.training.hooks import LossesOf, Workload
 from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES, write_report
 from ldm.training.run import Run
-from ldm.training.threads import timed_call, unet_pass
+from ldm.training.threads import timed_call
 from ldm.training.trainable import adamw, weight_precision
 
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 MIN_SECONDS = 1.0
 MAX_REPEATS = 30
 TRIAL_SECONDS, TRIAL_REPEATS = 2.0, 3
+PACE_STEPS, MAX_SLOWDOWN = 20, 2.0
 WRITTEN_BYTES = 2**24
-# The time of an optimizer is proportional to its parameters, so only some are timed: timing must not need more memory
-# than training.
+# Only some parameters are timed in an optimizer: timing must not need more memory than training.
 TIMED_PARAMETERS = 2**24
 
 
@@ -49,12 +47,9 @@ class Costs:
     """Measured costs of the parts of a run.
 
     Attributes:
-        step, validation, grid, checkpoint: seconds of an optimizer step, of a validation (with writing the best
-            export), of a sample grid, of a checkpoint.
+        step, validation, grid, checkpoint, evaluation: seconds each. A validation includes writing the best export.
         memory: bytes at the peak.
-        checkpoint_bytes, grid_bytes: on disk, each.
-        once_bytes: on disk, written once.
-        evaluation: seconds of an evaluation of generated images.
+        checkpoint_bytes, grid_bytes: on disk, each; once_bytes: of all that is written once.
     """
 
     step: float
@@ -115,9 +110,6 @@ class Plan:
         }
         return "\n".join(["plan"] + [f"  {name:<8} {value}" for name, value in rows.items()])
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def make_plan(
     config: LDMConfig | AutoencoderTrainingConfig,
@@ -132,12 +124,7 @@ def make_plan(
     threads: str = "",
     discriminator: nn.Module | None = None,
 ) -> Plan:
-    """Add up the costs of the steps from `step` to the last.
-
-    Args:
-        space: a description of what is diffused, or of the first stage.
-        threads: number of CPU threads and the reason for it.
-    """
+    """Add up the costs of the steps from `step` to the last; `space` describes what is trained."""
     train = config.train
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -250,29 +237,8 @@ def _total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-# ---- before there is a run
-
-
-def unet_seconds(
-    unet: UNet, shape: tuple[int, int, int], text: tuple[int, int], batch: int, device: torch.device, precision: str
-) -> float:
-    """Seconds of forward and backward for `batch` latents of a shape (C, h, w).
-
-    Args:
-        text: (tokens, width) of the text states.
-        precision: "no" or "bf16", as `train.mixed_precision`.
-    """
-    return _trial_seconds(unet_pass(unet, shape, text, batch, device, precision), unet, device)
-
-
-def autoencoder_seconds(autoencoder: FirstStage, resolution: int, batch: int, device: torch.device) -> float:
-    """Seconds of forward and backward for `batch` square images."""
-    images = torch.randn(batch, 3, resolution, resolution, device=device)
-    return _trial_seconds(lambda: autoencoder(images)[0].square().mean().backward(), autoencoder, device)
-
-
-def _trial_seconds(action: Callable[[], None], network: nn.Module, device: torch.device) -> float:
-    """Median of a few calls, without the first unless it is the only one."""
+def seconds_per_call(action: Callable[[], object], network: nn.Module, device: torch.device) -> float:
+    """Median of a few calls, without the first unless it is the only one, for choices before there is a run."""
     times: list[float] = []
     while len(times) < 1 + TRIAL_REPEATS and sum(times) < TRIAL_SECONDS:
         started = time.perf_counter()
@@ -283,9 +249,6 @@ def _trial_seconds(action: Callable[[], None], network: nn.Module, device: torch
     return statistics.median(times[1:] or times)
 
 
-# ---- of a run
-
-
 def estimate_run(run: Run, state: TrainingState, work: Workload) -> None:
     """Measure what the parts of a run cost on this machine, and log its plan. Changes no state.
 
@@ -294,38 +257,28 @@ def estimate_run(run: Run, state: TrainingState, work: Workload) -> None:
     """
     if isinstance(run.config, LDMConfig):
         check_memory(state.model, run.device)
-    images = run.data.train
-    steps = sum(count for count, _, _ in work.phases)
-    phases = work.phases if steps else [(1, *work.phases[0][1:])]
-    measured = [
-        (count, step_seconds(run, work.network, present, images, losses_of))
-        for count, present, losses_of in phases
-        if count > 0
-    ]
-    step = sum(count * seconds for count, seconds in measured) / sum(count for count, _ in measured)
+    phases = [phase for phase in work.phases if phase[0] > 0] or [(1, *work.phases[0][1:])]
+    steps = sum(count for count, _, _ in phases)
+    step = sum(count * step_seconds(run, work.network, present, losses) for count, present, losses in phases) / steps
     if run.is_main:
         plan = make_plan(
             run.config,
-            images,
+            run.data.train,
             run.data.held_out,
             state.model,
             step=run.step,
             space=work.task,
-            costs=_measure_costs(run, state, work, step),
+            costs=measure_costs(run, state, work, step),
             device=run.device,
             threads=str(run.threads or ""),
             discriminator=state.adversary.discriminator if state.adversary else None,
         )
-        run.log_plan(plan.text(), plan.to_dict())
+        run.log_plan(plan.text(), asdict(plan), Pace(plan, None if run.threads is None else run.threads.number))
     run.accelerator.wait_for_everyone()
 
 
-def _measure_costs(run: Run, state: TrainingState, work: Workload, step: float) -> Costs:
+def measure_costs(run: Run, state: TrainingState, work: Workload, step: float) -> Costs:
     """Costs of the parts of a run with `step` seconds per step."""
-
-    def per_image(evaluated: Callable[[nn.Module, Batch], object]) -> float:
-        return evaluation_seconds(run, state.ema.module, run.data.train, evaluated)
-
     # Weights of frozen components are hard links; small files are copied into each export.
     files = [] if work.frozen is None else [path for path in work.frozen.rglob("*") if path.is_file()]
     linked = sum(path.stat().st_size for path in files)
@@ -333,18 +286,22 @@ def _measure_costs(run: Run, state: TrainingState, work: Workload, step: float) 
     # Trainable weights, two moments of AdamW, and the EMA, which a discriminator has not.
     averaged = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     written = 12 * state.trainable_parameters + 4 * averaged + work.export_bytes
-    grids: list[int] = []
+    grid_bytes = 0
 
     def draw_grid(count: int) -> None:
+        nonlocal grid_bytes
         file = io.BytesIO()
         with suppress(NotFinite):  # logged when a grid is due; a plan must not stop the run
             work.grid(count).save(file, format="PNG")
-        grids.append(len(file.getvalue()))
+        grid_bytes = len(file.getvalue())
 
-    validation = per_image(work.validate) * work.validated if work.validated else 0.0
+    network = state.ema.module
     best = work.keeps_best and work.validated > 0
-    if best:
-        validation += write_seconds(run.folder, work.export_bytes, 0)
+    validation = evaluation_seconds(run, network, work.validate) * work.validated if work.validated else 0.0
+    validation += write_seconds(run.folder, work.export_bytes, 0) if best else 0.0
+    # All files of a checkpoint are hashed, and the report is written.
+    checkpoint = write_seconds(run.folder, written, written + linked) + timed_call(lambda: write_report(run.folder))
+    checkpoint += evaluation_seconds(run, network, work.encode) * work.exported if work.exported else 0.0
     grid = grid_seconds(draw_grid, work.grid_steps)
     evaluation = 0.0
     if work.evaluator is not None:
@@ -354,55 +311,34 @@ def _measure_costs(run: Run, state: TrainingState, work: Workload, step: float) 
         step=step,
         validation=validation,
         grid=grid,
-        checkpoint=checkpoint_seconds(run, written, linked)
-        + (per_image(work.encode) * work.exported if work.exported else 0.0),
+        checkpoint=checkpoint,
         memory=peak_memory(run, state),
         checkpoint_bytes=written + copied,
-        grid_bytes=grids[-1],
+        grid_bytes=grid_bytes,
         once_bytes=linked + (exports - 1) * work.export_bytes + exports * copied,
         evaluation=evaluation,
     )
 
 
-def step_seconds(
-    run: Run,
-    model: nn.Module,
-    state: TrainingState,
-    images: CaptionedImages,
-    losses_of: Callable[[nn.Module, Batch], StepLosses],
-) -> float:
+def step_seconds(run: Run, model: nn.Module, state: TrainingState, losses_of: LossesOf) -> float:
     """Seconds of an optimizer step: loading, forward, backward, AdamW and EMA. Changes no state.
 
     Args:
         model: the network as the script calls it: `state.model`, or what accelerate wrapped around it.
     """
     train = run.config.train
-    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
-    loading = _mean_seconds(run, lambda: collate([images[position] for position in positions]))
-    batch = collate([images[position] for position in positions])
-
-    def forward_and_backward() -> None:
-        losses_of(model, batch).backward(run.accelerator)
-
+    batch = _micro_batch(run)
+    loading = _mean_seconds(run, lambda: _micro_batch(run))
     try:
-        learning = _mean_seconds(run, forward_and_backward)
+        learning = _mean_seconds(run, lambda: losses_of(model, batch).backward(run.accelerator))
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"a micro-batch of {len(positions)} images does not fit into the memory of {run.device} "
+            f"a micro-batch of {len(batch.ids)} images does not fit into the memory of {run.device} "
             f"({str(error).splitlines()[0]}); raise train.gradient_accumulation_steps, or set "
             "train.gradient_checkpointing=true"
         ) from error
-    updating = _update_seconds(run, state)
-    state.discard_gradients()
-    # Worker processes load in parallel.
-    micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
-    return micro * train.gradient_accumulation_steps + updating
-
-
-def _update_seconds(run: Run, state: TrainingState) -> float:
-    """Seconds of clipping, AdamW and EMA. Scales the present gradients."""
-    trainable = state.trainable
-    scratch: list[nn.Parameter] = []
+    # AdamW and EMA take time in proportion to the parameters.
+    trainable, scratch = state.trainable, list[nn.Parameter]()
     for parameter in trainable:
         if not scratch or sum(p.numel() for p in scratch) + parameter.numel() <= TIMED_PARAMETERS:
             scratch.append(nn.Parameter(torch.zeros_like(parameter)))
@@ -422,26 +358,23 @@ def _update_seconds(run: Run, state: TrainingState) -> float:
             list(module.buffers())
 
     fraction = sum(p.numel() for p in scratch) / state.trainable_parameters
-    return _mean_seconds(run, update) / fraction + _mean_seconds(run, clip_and_traverse)
+    updating = _mean_seconds(run, update) / fraction + _mean_seconds(run, clip_and_traverse)
+    state.discard_gradients()
+    # Worker processes load in parallel.
+    micro = max(learning, loading / train.num_workers) if train.num_workers else learning + loading
+    return micro * train.gradient_accumulation_steps + updating
 
 
 @torch.no_grad()
-def evaluation_seconds(
-    run: Run, network: nn.Module, images: CaptionedImages, losses_of: Callable[[nn.Module, Batch], object]
-) -> float:
+def evaluation_seconds(run: Run, network: nn.Module, evaluate: Callable[[nn.Module, Batch], object]) -> float:
     """Seconds per image of one evaluation of a network on a batch, without gradients."""
-    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
-    batch = collate([images[position] for position in positions])
+    batch = _micro_batch(run)
     with weight_precision(network):
-        return _mean_seconds(run, lambda: losses_of(network, batch), collective=False) / len(positions)
+        return _mean_seconds(run, lambda: evaluate(network, batch), collective=False) / len(batch.ids)
 
 
 def grid_seconds(draw: Callable[[int], object], steps: int) -> float:
-    """Seconds of a sample grid, extrapolated from grids of fewer sampling steps.
-
-    Args:
-        draw: makes a grid with the given number of sampling steps.
-    """
+    """Seconds of a sample grid, `draw(steps)`, extrapolated from grids of fewer sampling steps."""
     shortest = timed_call(lambda: draw(1))
     if shortest < MIN_SECONDS:  # without the overhead of a first call
         shortest = timed_call(lambda: draw(1))
@@ -455,25 +388,18 @@ def write_seconds(folder: Path, written: int, hashed: int) -> float:
     """Seconds to write and sync `written` bytes in a folder and to hash `hashed` bytes, measured on 16 MB."""
     block = os.urandom(WRITTEN_BYTES)
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
 
             def write() -> None:
                 file.write(block)
-                file.flush()
                 os.fsync(file.fileno())
 
             writing = timed_call(write)
     except OSError as error:  # its own message names no folder
-        raise OSError(
-            error.errno, f"cannot write {format_bytes(WRITTEN_BYTES)}: {error.strerror}", str(folder)
-        ) from None
+        reason = f"cannot write {format_bytes(WRITTEN_BYTES)}: {error.strerror}"
+        raise OSError(error.errno, reason, str(folder)) from None
     hashing = timed_call(lambda: hashlib.sha256(block).hexdigest())
     return (writing * written + hashing * hashed) / WRITTEN_BYTES
-
-
-def checkpoint_seconds(run: Run, written: int, linked: int = 0) -> float:
-    """Seconds of a checkpoint of `written` bytes and `linked` bytes of hard links, all hashed, and of the report."""
-    return write_seconds(run.folder, written, written + linked) + timed_call(lambda: write_report(run.folder))
 
 
 def peak_memory(run: Run, state: TrainingState) -> int:
@@ -485,6 +411,12 @@ def peak_memory(run: Run, state: TrainingState) -> int:
         return torch.cuda.max_memory_allocated(run.device) + moments
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
+
+
+def _micro_batch(run: Run) -> Batch:
+    """This process's first micro-batch of the present step."""
+    images = run.data.train
+    return collate([images[position] for position in next(iter(run.micro_batches(images, run.step, run.step + 1)))])
 
 
 def _mean_seconds(run: Run, action: Callable[[], object], collective: bool = True) -> float:
@@ -508,3 +440,50 @@ def _mean_seconds(run: Run, action: Callable[[], object], collective: bool = Tru
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Pace:
+    """Compares the first steps of a run with its plan.
+
+    Args:
+        threads: of a run on the CPU.
+        clock: seconds since any time.
+    """
+
+    def __init__(self, plan: Plan, threads: int | None, clock: Callable[[], float] | None = None) -> None:
+        self._plan, self._threads, self._clock = plan, threads, clock or time.perf_counter
+        self._steps, self._start = 0, 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not part of a step."""
+        self._start += seconds
+
+    def step(self) -> str | None:
+        """Count a step. After 20 steps, returns a warning if they took more than twice the planned time.
+
+        The first step is not timed: worker processes start in it.
+        """
+        self._steps += 1
+        if self._steps == 1:
+            self._start = self._clock()
+        if self._steps != PACE_STEPS:
+            return None
+        seconds = (self._clock() - self._start) / (PACE_STEPS - 1)
+        slow = seconds > MAX_SLOWDOWN * self._plan.seconds_per_step
+        return slow_step_message(self._plan, seconds, self._threads) if slow else None
+
+
+def slow_step_message(plan: Plan, seconds: float, threads: int | None) -> str:
+    """One line: how long steps take, the new expected time, and what to do about it."""
+    per_step, before = plan.seconds_per_step, plan.expected_seconds
+    line = (
+        f"slower than planned: a step takes {seconds:.2g} s instead of {per_step:.2g} s, and the run "
+        f"about {format_duration(before * seconds / per_step)} instead of {format_duration(before)}; other "
+        f"programs may be using {'the GPU' if threads is None else 'the cores'}: end them"
+    )
+    if threads is not None and threads > 1:
+        line += (
+            f", or stop this run (Ctrl-C saves it) and resume with fewer threads than its {threads}: "
+            "OMP_NUM_THREADS=1, --resume, --accept threads"
+        )
+    return f"{line}; or lower train.max_steps, or train.batch_size in a new run"

@@ -92,11 +92,14 @@ def read_metrics(path: Path) -> Metrics:
     nonfinite: dict[str, list[int]] = {}
     damaged, verdict = 0, None
     for line in lines:
-        record = _record(line)
-        if record is None:
+        try:
+            entry = json.loads(line)
+            step = entry.pop("step")
+        except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+            step = None
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
             damaged += 1
             continue
-        step, entry = record
         if VERDICT in entry:
             with suppress(ValueError):
                 verdict = (step, Verdict.from_json(entry[VERDICT]))
@@ -111,26 +114,13 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics(points, {name: (min(steps), len(steps)) for name, steps in nonfinite.items()}, damaged, verdict)
 
 
-def _record(line: bytes) -> tuple[int, dict[str, object]] | None:
-    """Step and values of one line, or None."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    step = entry.get("step") if isinstance(entry, dict) else None
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
-        return None
-    return step, {name: value for name, value in entry.items() if name != "step"}
-
-
 @dataclass(frozen=True)
 class Trend:
-    """The direction of a metric that should fall.
+    """The direction of a metric that should fall, by means of the last k values; k is three, or a tenth of them.
 
     Attributes:
-        kind: "rising" if the mean of the last values (three, or a tenth) is above the lowest; otherwise "falling" or
-            "flat", by a straight line through the last third.
-        change: relative to the lowest value (rising), or along that line (falling, flat).
+        kind: "rising" if the last k are above the lowest value, "falling" if they are below the k before, else "flat".
+        change: relative to the lowest value, or to the k before.
         best: step of the lowest value.
         since: the step from which `change` counts.
     """
@@ -142,32 +132,24 @@ class Trend:
 
 
 def find_trend(points: Sequence[Point]) -> Trend | None:
-    """The trend of positive values; None with too few of them.
-
-    A change counts if it exceeds `MIN_CHANGE` and three standard errors.
-    """
-    if len(points) < MIN_POINTS or min(value for _, value in points) <= 0:
+    """The trend of positive values; None with too few of them. A change counts above `MIN_CHANGE` and chance."""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    if len(points) < MIN_POINTS or min(values) <= 0:
         return None
-    values = [value for _, value in points]
-    lowest = min(range(len(values)), key=values.__getitem__)
-    # A robust standard deviation around the curve: third differences remove its slope and curvature, and their variance
-    # is 20 σ².
+    # A robust standard deviation: third differences remove slope and curvature, and their variance is 20 σ².
     fours = zip(values, values[1:], values[2:], values[3:], strict=False)
     noise = 1.4826 * statistics.median(abs(d - 3 * c + 3 * b - a) for a, b, c, d in fours) / math.sqrt(20)
-    recent = max(3, len(values) // 10)
-    if len(values) - 1 - lowest >= recent:
-        rise = statistics.fmean(values[-recent:]) - values[lowest]
-        # The lowest of n values is expected √(2 ln n) standard deviations below the mean.
-        chance = noise * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(recent))
-        if rise > max(MIN_CHANGE * values[lowest], chance):
-            return Trend("rising", rise / values[lowest], points[lowest][0], points[lowest][0])
-    window = points[-max(3, math.ceil(len(points) / 3)) :]
-    steps, losses = zip(*window, strict=True)
-    slope, start = statistics.linear_regression(steps, losses)
-    change = slope * (steps[-1] - steps[0]) / max(statistics.fmean(losses), start + slope * steps[0])
-    error = noise / (statistics.pstdev(steps) * math.sqrt(len(steps)))  # of the slope
-    clear = change < -MIN_CHANGE and slope < -3 * error
-    return Trend("falling" if clear else "flat", change, points[lowest][0], steps[0])
+    count = max(3, len(values) // 10)
+    last, before = statistics.fmean(values[-count:]), statistics.fmean(values[-2 * count : -count])
+    lowest = min(range(len(values)), key=values.__getitem__)
+    rise = last / values[lowest] - 1
+    # The lowest of n values is expected √(2 ln n) standard deviations below the mean.
+    chance = noise * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(count))
+    if lowest < len(values) - count and rise > max(MIN_CHANGE, chance / values[lowest]):
+        return Trend("rising", rise, steps[lowest], steps[lowest])
+    fall = 1 - last / before
+    is_falling = fall > max(MIN_CHANGE, 3 * noise * math.sqrt(2 / count) / before)
+    return Trend("falling" if is_falling else "flat", -fall, steps[lowest], steps[max(0, len(values) - 2 * count)])
 
 
 def training_change(points: Sequence[Point], since: int) -> float | None:
@@ -188,38 +170,29 @@ def training_change(points: Sequence[Point], since: int) -> float | None:
 
 def describe_trend(metrics: Metrics) -> str:
     """The state of the training in one sentence, from its held-out curves."""
-    for name, title in (("held_out_loss", "Held-out loss"), ("held_out_psnr", "Held-out PSNR")):
-        points = metrics.points(name)
-        if not points:
-            continue
-        if name == "held_out_psnr":
-            # As a mean squared error, which falls like a loss: PSNR = −10 log10(error) + constant.
-            points = [(step, 10 ** (-min(max(value, -300.0), 300.0) / 10)) for step, value in points]
-        found = find_trend(points)
-        if found is None:
-            times = f"{len(points)} time{'s' if len(points) != 1 else ''}"
-            return f"{title} was measured {times}, too few for a trend (at least {MIN_POINTS})."
-        return _describe(found, title, training_change(metrics.points("loss"), found.since))
-    if metrics.points("loss"):
-        return "There are no held-out images, so learning cannot be told from memorizing here."
-    return "There are no measurements yet."
-
-
-def _describe(found: Trend, title: str, training: float | None) -> str:
-    is_psnr = title.endswith("PSNR")
-    worse, better = ("falling", "rising") if is_psnr else ("rising", "falling")
+    is_psnr = not metrics.points("held_out_loss")
+    title, points = ("Held-out loss", metrics.points("held_out_loss"))
+    if is_psnr:  # as a mean squared error, which falls like a loss: PSNR = −10 log10(error) + constant
+        title, psnr = "Held-out PSNR", metrics.points("held_out_psnr")
+        points = [(step, 10 ** (-min(max(value, -300.0), 300.0) / 10)) for step, value in psnr]
+    if not points:
+        known = "There are no held-out images, so learning cannot be told from memorizing here."
+        return known if metrics.points("loss") else "There are no measurements yet."
+    found = find_trend(points)
+    if found is None:
+        times = f"{len(points)} time{'s' if len(points) != 1 else ''}"
+        return f"{title} was measured {times}, too few for a trend (at least {MIN_POINTS})."
+    change = f"{100 * abs(found.change):.1f} %"
     if is_psnr:
-        changed = f"{abs(10 * math.log10(1 + max(found.change, -0.999))):.2f} dB"
-    else:
-        changed = f"{abs(100 * found.change):.1f} %"
+        change = f"{abs(10 * math.log10(1 + max(found.change, -0.999))):.2f} dB"
+    worse, better = ("falling", "rising") if is_psnr else ("rising", "falling")
     if found.kind == "falling":
-        return f"{title} is still {better}, by {changed} since step {found.since:,}: more steps may help."
+        return f"{title} is still {better}, by {change} since step {found.since:,}: more steps may help."
     best = f"The best step was {found.best:,}."
     if found.kind == "flat":
-        if abs(found.change) > MIN_CHANGE:
-            return f"{title} shows no trend since step {found.since:,} beyond its scatter. {best}"
-        return f"{title} hardly changes since step {found.since:,} ({changed}): more steps will change little. {best}"
-    start = f"{title} has been {worse} since step {found.best:,}, by {changed}"
+        return f"{title} has no clear trend since step {found.since:,} ({change}): more steps may change little. {best}"
+    start = f"{title} has been {worse} since step {found.best:,}, by {change}"
+    training = training_change(metrics.points("loss"), found.since)
     if training is None:
         return f"{start}; the training loss has too few values to explain it. {best}"
     if training < -MIN_CHANGE:

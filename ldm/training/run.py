@@ -71,8 +71,6 @@ from ldm.training.run_folder import open_folder, write_once
 from ldm.training.threads import Threads, measure_threads, timed_call
 from ldm.training.trainable import learning_rate
 
-PACE_STEPS = 20
-MAX_SLOWDOWN = 2.0
 THREADS_SECONDS = 0.2  # of one call while the number of threads is chosen; a part of a step if that is slow
 
 
@@ -103,6 +101,14 @@ class UsageFigures(Protocol):
     def figures(self) -> dict[str, float]: ...
 
     def reset_counts(self) -> None: ...
+
+
+class StepTimer(Protocol):
+    """Compares the first steps with the plan: `ldm.training.estimate.Pace`."""
+
+    def exclude(self, seconds: float) -> None: ...
+
+    def step(self) -> str | None: ...
 
 
 class Run:
@@ -181,7 +187,7 @@ class Run:
         self._progress: tqdm[Any] | None = None
         self._plan: dict[str, Any] | None = None
         self._planned_at = 0.0
-        self._pace: Pace | None = None
+        self._pace: StepTimer | None = None
 
     def start(self, state: TrainingState) -> None:
         """Open the run folder and load the resumed checkpoint into `state`.
@@ -414,14 +420,13 @@ class Run:
 
     # ---- what is written
 
-    def log_plan(self, text: str, content: dict[str, Any]) -> None:
+    def log_plan(self, text: str, content: dict[str, Any], pace: StepTimer) -> None:
         """Print a plan and write `plan.json`; the time taken is added at the end."""
         self.print(text)
-        self._plan = content
+        self._plan, self._pace = content, pace
         self._truncate_logs()
         hub.write_json(self.folder / "plan.json", self._plan)
         self._planned_at = time.perf_counter()
-        self._pace = Pace(content, None if self.threads is None else self.threads.number)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Append to `metrics.jsonl` and TensorBoard."""
@@ -626,54 +631,3 @@ class Run:
                 "config": yaml.safe_load(to_yaml(self.config)),
             },
         )
-
-
-class Pace:
-    """Compares the first steps with the plan.
-
-    Args:
-        planned: content of plan.json: `seconds_per_step`, `expected_seconds`.
-        threads: of a run on the CPU.
-        clock: seconds since any time.
-    """
-
-    def __init__(
-        self, planned: Mapping[str, Any], threads: int | None, clock: Callable[[], float] | None = None
-    ) -> None:
-        self._planned, self._threads, self._clock = planned, threads, clock or time.perf_counter
-        self._steps, self._start = 0, 0.0
-
-    def exclude(self, seconds: float) -> None:
-        """Exclude time that was not part of a step."""
-        self._start += seconds
-
-    def step(self) -> str | None:
-        """Count a step. After 20 steps, returns a warning if they took more than twice the planned time.
-
-        The first step is not timed: worker processes start in it.
-        """
-        self._steps += 1
-        if self._steps == 1:
-            self._start = self._clock()
-        if self._steps != PACE_STEPS:
-            return None
-        seconds = (self._clock() - self._start) / (PACE_STEPS - 1)
-        if seconds <= MAX_SLOWDOWN * self._planned["seconds_per_step"]:
-            return None
-        return slow_step_message(self._planned, seconds, self._threads)
-
-
-def slow_step_message(planned: Mapping[str, Any], seconds: float, threads: int | None) -> str:
-    """One line: how long steps take, the new expected time, and what to do about it."""
-    per_step, before = planned["seconds_per_step"], planned["expected_seconds"]
-    line = (
-        f"slower than planned: a step takes {seconds:.2g} s instead of {per_step:.2g} s, and the run "
-        f"about {format_duration(before * seconds / per_step)} instead of {format_duration(before)}; other "
-        f"programs may be using {'the GPU' if threads is None else 'the cores'}: end them"
-    )
-    if threads is not None and threads > 1:
-        line += (
-            f", or stop this run (Ctrl-C saves it) and resume with fewer threads than its {threads}: "
-            "OMP_NUM_THREADS=1, --resume, --accept threads"
-        )
-    return f"{line}; or lower train.max_steps, or train.batch_size in a new run"

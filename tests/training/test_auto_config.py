@@ -18,8 +18,7 @@ from ldm.data.layouts import open_source
 from ldm.models import UNet, UNetConfig
 from ldm.training import auto_config as module
 from ldm.training import estimate as speed_module
-from ldm.training.auto_config import TrainOptions, choose_config, sample_prompts, unet_keys
-from ldm.training.estimate import unet_seconds
+from ldm.training.auto_config import TrainOptions, choose_config, sample_prompts, unet_keys, unet_seconds
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -265,4 +264,4 @@ def test_a_step_takes_what_it_typically_takes(monkeypatch, calls, expected):
     def passes():
         now[0] += next(to_come)
 
-    assert speed_module._trial_seconds(passes, UNet(UNetConfig(**tiny.UNET)), CPU) == pytest.approx(expected)
+    assert speed_module.seconds_per_call(passes, UNet(UNetConfig(**tiny.UNET)), CPU) == pytest.approx(expected)

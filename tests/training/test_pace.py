@@ -8,8 +8,7 @@ import pytest
 
 from ldm.training import estimate as timing
 from ldm.training import setup
-from ldm.training.estimate import Plan
-from ldm.training.run import PACE_STEPS, Pace, slow_step_message
+from ldm.training.estimate import PACE_STEPS, Pace, Plan, slow_step_message
 from tests.training.runs import run_ldm, settings
 
 PLAN = Plan(
@@ -21,7 +20,7 @@ PLAN = Plan(
 def said(seconds_of_steps, aside=None, plan=PLAN):
     """Step → what is said after it, of steps that take so many seconds; `aside` are seconds of something else."""
     now = [100.0]
-    pace = Pace(plan.to_dict(), 2, clock=lambda: now[0])
+    pace = Pace(plan, 2, clock=lambda: now[0])
     found = {}
     for number, seconds in enumerate(seconds_of_steps, start=1):
         now[0] += seconds
@@ -67,7 +66,7 @@ def test_only_steps_count(steps, aside, slow):
     ],
 )
 def test_what_to_do(threads, parts, others):
-    line = slow_step_message(PLAN.to_dict(), 0.3, threads)
+    line = slow_step_message(PLAN, 0.3, threads)
     assert all(part in line for part in parts) and not any(other in line for other in others) and "\n" not in line
 
 

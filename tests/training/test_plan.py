@@ -72,7 +72,7 @@ def test_a_plan_adds_up():
     assert "0.0001 M parameters, 9e-05 M of them trainable" in text
     assert "25.3 steps per epoch; 1000 steps are 39.5 epochs or 64000 samples" in text
     assert "about 9 min; 0.1 s a step" in text
-    assert json.loads(json.dumps(plan.to_dict()))["space"] == "here"
+    assert json.loads(json.dumps(dataclasses.asdict(plan)))["space"] == "here"
 
 
 def test_what_to_expect_is_the_nearest_run_that_was_measured():
