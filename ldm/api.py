@@ -49,10 +49,6 @@ TERMS_AXIS = "timestep t (0 is L_0)"
 Split = Literal["held-out", "all"]
 
 
-def _ignore(line: str) -> None:
-    """The default `log`."""
-
-
 # ---- data
 
 
@@ -95,6 +91,32 @@ def check_data(
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which data is read, and where is computed.
+
+    Args:
+        image_column, caption_column, caption_source: as in `DataConfig`; None detects them.
+        device: None takes an accelerator if there is one.
+    """
+
+    seed: int = 0
+    image_column: str | None = None
+    caption_column: str | None = None
+    caption_source: str | None = None
+    device: str | None = None
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        return {key: getattr(self, key) for key in ("image_column", "caption_column", "caption_source")}
+
+    def data_config(self, path: str, resolution: int) -> DataConfig:
+        """The config of data, `resolution` unless the options name one."""
+        keys = ("held_out", "buckets", "background", "resolution")
+        given = {key: value for key in keys if (value := getattr(self, key, None)) is not None}
+        return DataConfig(**{"path": path, "resolution": resolution} | self.columns | given)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """Args:
     grid: guidance scales and numbers of steps to try.
@@ -112,7 +134,7 @@ class SweepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(DataOptions):
     """How `evaluate` generates and measures images.
 
     Args:
@@ -123,7 +145,6 @@ class EvaluationOptions:
         num_inference_steps, guidance_scale: None takes the model's defaults.
         seed: for captions, noise and intervals.
         sweep: settings to try first; the best are used.
-        device: None takes an accelerator if there is one.
 
     Raises:
         ValueError: for values out of range.
@@ -137,12 +158,7 @@ class EvaluationOptions:
     held_out: float | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    seed: int = 0
     sweep: SweepOptions | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    caption_source: str | None = None
-    device: str | None = None
 
     def __post_init__(self) -> None:
         check_samples(self.samples)
@@ -153,14 +169,6 @@ class EvaluationOptions:
             raise ValueError(f"max_reference is {self.max_reference}; it must be at least 1 image")
         if self.sweep is not None and (self.num_inference_steps, self.guidance_scale) != (None, None):
             raise ValueError("a sweep chooses num_inference_steps and guidance_scale; leave them out")
-
-    @property
-    def columns(self) -> dict[str, str | None]:
-        return {key: getattr(self, key) for key in ("image_column", "caption_column", "caption_source")}
-
-    def data_config(self, path: str, resolution: int) -> DataConfig:
-        held_out = 0.1 if self.held_out is None else self.held_out
-        return DataConfig(path=path, resolution=resolution, held_out=held_out, **self.columns)  # type: ignore[arg-type]
 
 
 def evaluation_folder(model: str | Path, output: str | Path | None = None) -> Path:
@@ -178,7 +186,7 @@ def evaluate(
     *,
     output: str | Path | None = None,
     options: EvaluationOptions | None = None,
-    log: Callable[[str], None] = _ignore,
+    log: Callable[[str], None] = lambda line: None,
 ) -> EvaluationResult:
     """Generates images for captions of the data, measures them against its images, and writes a page.
 
@@ -238,7 +246,7 @@ def evaluate(
         log(f"warning: {truncated}")
     swept = None
     if options.sweep is not None:
-        swept = _sweep(model, run, pipeline, reference, space, options.sweep, options.seed, folder, log)
+        swept = _sweep(model, run, pipeline, reference, space, options, folder, log)
         if swept.chosen.decided:
             steps, guidance = swept.chosen.cell.num_inference_steps, swept.chosen.cell.guidance_scale
     found = evaluate_pipeline(
@@ -303,52 +311,45 @@ def _sweep(
     pipeline: Pipeline,
     reference: Reference,
     space: FeatureSpace,
-    options: SweepOptions,
-    seed: int,
+    options: EvaluationOptions,
     folder: Path,
     log: Callable[[str], None],
 ) -> Sweep:
-    assert reference.held_out is not None
-    models, store_in = _models(model, run, pipeline, log)
-    total = options.grid.evaluations(len(models), options.samples)
-    with progress_bar(f"sweep of {len(models) * len(options.grid.pairs())} settings", total) as update:
+    """Tries settings, with and without EMA if the run has both; stores the best if the model's folder may change."""
+    from ldm.training.checkpoints import list_checkpoints
+
+    assert reference.held_out is not None and options.sweep is not None
+    path, name = Path(model).expanduser(), "own" if run is None or model in hub.BUILT_IN_PIPELINES else "EMA"
+    models, store_in = {name: pipeline}, path if path.is_dir() else None
+    if model in hub.BUILT_IN_PIPELINES:
+        log("note: the defaults of a built-in model cannot be changed; none are stored")
+        store_in = None
+    elif run is not None and path.resolve() == run.folder and run.config.export != "pipeline":
+        log("note: a LoRA has the defaults of the model it is loaded on; none are stored")
+        store_in = None
+    elif run is not None and path.resolve() == run.folder:
+        store_in = run.folder / "pipeline"
+        if saved := list_checkpoints(run.folder):
+            models["raw"] = raw_model(pipeline, saved[-1] / "training")
+        else:
+            log(f"note: {run.folder} has no checkpoint, so the weights without EMA are not tried")
+    grid, samples = options.sweep.grid, options.sweep.samples
+    with progress_bar(
+        f"sweep of {len(models) * len(grid.pairs())} settings", grid.evaluations(len(models), samples)
+    ) as update:
         return sweep(
             models,
             reference.held_out.samples,
             reference.gallery,
             space,
-            grid=options.grid,
-            count=options.samples,
-            seed=seed,
+            grid=grid,
+            count=samples,
+            seed=options.seed,
             batch_size=default_batch_size(*pipeline.default_size),
             record=folder / "sweep.json",
-            store_in=store_in if options.store else None,
+            store_in=store_in if options.sweep.store else None,
             progress=update,
         )
-
-
-def _models(
-    model: str, run: RunInfo | None, pipeline: Pipeline, log: Callable[[str], None]
-) -> tuple[dict[str, Pipeline], Path | None]:
-    """The weights to sweep, and the folder whose defaults may change."""
-    from ldm.training.checkpoints import list_checkpoints
-
-    path = Path(model).expanduser()
-    if model in hub.BUILT_IN_PIPELINES:
-        log("note: the defaults of a built-in model cannot be changed; none are stored")
-        return {"own": pipeline}, None
-    if run is None:
-        return {"own": pipeline}, path if path.is_dir() else None
-    if path.resolve() != run.folder:
-        return {"EMA": pipeline}, path
-    if run.config.export != "pipeline":
-        log("note: a LoRA has the defaults of the model it is loaded on; none are stored")
-        return {"EMA": pipeline}, None
-    saved = list_checkpoints(run.folder)
-    if not saved:
-        log(f"note: {run.folder} has no checkpoint, so the weights without EMA are not tried")
-        return {"EMA": pipeline}, run.folder / "pipeline"
-    return {"EMA": pipeline, "raw": raw_model(pipeline, saved[-1] / "training")}, run.folder / "pipeline"
 
 
 # ---- models of scenes
@@ -409,16 +410,9 @@ def evaluate_axes(
     SamplingParams.resolve({"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale})
     model, folder = _expanded(model), evaluation_folder(model, output)
     run = find_run(model)
-    if run is None:
-        raise ValueError(
-            f"{model} is not in a run folder, so its data is unknown; the axes are for models of scenes "
-            "(data.path: scenes)"
-        )
-    data = run.config.data
-    if data.path != "scenes":
-        raise ValueError(
-            f"{model} was trained on {data.path}, and the axes are for models of scenes (data.path: scenes)"
-        )
+    if run is None or run.config.data.path != "scenes":
+        why = "is not in a run folder" if run is None else f"was trained on {run.config.data.path}"
+        raise ValueError(f"{model} {why}, and the axes are for models of scenes (data.path: scenes)")
     classifier = load_scene_classifier()
     pipeline, opened = open_model(model, run, device)
     about = {"model": opened, "model_digest": model_digest(pipeline)}
@@ -426,7 +420,7 @@ def evaluate_axes(
     found = evaluate_composition(
         pipeline,
         classifier,
-        tier=TIERS[data.things],
+        tier=TIERS[run.config.data.things],
         scenes_seen=run.scenes or scenes_after(run.config, run.config.train.max_steps) or 0,
         max_prompts=max_prompts,
         seed=seed,
@@ -447,24 +441,18 @@ def evaluate_axes(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(DataOptions):
     """Which images `evaluate_autoencoder` and `likelihood` measure.
 
     Args:
         split: "held-out" (not seen in training) or "all", for a model of other data.
         held_out: the fraction that training held out.
         samples: number of images, chosen by `seed`; None takes all.
-        device: None takes an accelerator if there is one.
     """
 
     split: Split = "held-out"
     held_out: float = 0.1
     samples: int | None = None
-    seed: int = 0
-    image_column: str | None = None
-    caption_column: str | None = None
-    caption_source: str | None = None
-    device: str | None = None
     min_samples: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -475,10 +463,6 @@ class ImageOptions:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be an integer from 0")
         self.data_config("any", 1)
-
-    def data_config(self, path: str, resolution: int, **more: Any) -> DataConfig:
-        names = ("held_out", "image_column", "caption_column", "caption_source")
-        return DataConfig(path=path, resolution=resolution, **{key: getattr(self, key) for key in names}, **more)
 
     def read(self, config: DataConfig, *, captioned: bool = True) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
         """(other samples, which may be of the training; those to measure)."""
@@ -519,10 +503,6 @@ class AutoencoderOptions(ImageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tile(self.tile)
-
-    def data_config(self, path: str, resolution: int, **more: Any) -> DataConfig:
-        side = resolution if self.resolution is None else self.resolution
-        return super().data_config(path, side, buckets=self.buckets, background=self.background)
 
 
 @dataclass(frozen=True, repr=False)
@@ -666,17 +646,18 @@ class LikelihoodResult:
         bits = f"{found.total:.4f} ± {found.interval:.4f} bits per dimension"
         return f"LikelihoodResult({self.settings['model']} on {self.settings['data']}: {bits}, {len(found.ids)} images)"
 
+    @property
+    def terms(self) -> Line:
+        """L_t over t, in bits per dimension."""
+        points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in self.likelihood.curve]
+        return Line("L_t, bits per dimension", points)
+
     def _repr_html_(self) -> str:
-        line = self._terms()
-        return line_chart([line], title=line.name, logarithmic=True, axis=TERMS_AXIS, standalone=True)
+        return line_chart([self.terms], title=self.terms.name, logarithmic=True, axis=TERMS_AXIS, standalone=True)
 
     def save_chart(self, path: str | Path) -> None:
         """The terms over t, as .svg or .png."""
-        save_chart(Path(path), self._terms(), axis=TERMS_AXIS)
-
-    def _terms(self) -> Line:
-        points = [((stratum.first + stratum.last) // 2, stratum.bits) for stratum in self.likelihood.curve]
-        return Line("L_t, bits per dimension", points)
+        save_chart(Path(path), self.terms, axis=TERMS_AXIS)
 
 
 def likelihood(model: str | Path, data: str, *, options: LikelihoodOptions | None = None) -> LikelihoodResult:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -14,8 +16,8 @@ from typer.core import TyperCommand
 from ldm import disk
 
 # Options of several commands.
-Steps = Annotated[int | None, typer.Option(help="Sampling steps; the model's default otherwise.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the model's default otherwise.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps; the model's default otherwise.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; the model's default otherwise.")]
 ImageColumn = Annotated[str | None, typer.Option(help="The column with images; detected by default.")]
 CaptionColumn = Annotated[str | None, typer.Option(help="The column with captions; detected by default.")]
 CaptionSource = Annotated[
@@ -25,6 +27,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")]
 HeldOut = Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")]
 Samples = Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")]
+Weights = Annotated[
+    str | None, typer.Option(help="With --features inception or clip: the file, or MODEL:TAG of open_clip.")
+]
+Background = Annotated[str, typer.Option(help="Color behind transparent images.")]
+
+T = TypeVar("T")
+
+
+def options_of(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Options of a dataclass from the parameters of a command, those with names of its fields."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if name in names})
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    print(json.dumps(content, indent=2, allow_nan=False))
+
 
 # KEY=VALUE; a folder of such a name is written ./KEY=VALUE.
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")

@@ -6,6 +6,16 @@ from typing import Annotated
 
 import typer
 
+from ldm.cli.arguments import (
+    AsJson,
+    Background,
+    CaptionColumn,
+    CaptionSource,
+    ImageColumn,
+    options_of,
+    print_json,
+)
+
 app = typer.Typer(help="Check data before training.", no_args_is_help=True)
 
 
@@ -19,40 +29,24 @@ def check_data_command(
     max_length: Annotated[
         int | None, typer.Option(help="Maximum tokens of a caption; 32 by default, 48 for scenes.")
     ] = None,
-    background: Annotated[str, typer.Option(help="Color behind transparent images.")] = "white",
-    image_column: Annotated[str | None, typer.Option(help="Column of images; guessed by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of captions; guessed by default.")] = None,
-    caption_source: Annotated[
-        str | None, typer.Option(help="Source of captions, if there are several: see docs/data.md.")
-    ] = None,
+    background: Background = "white",
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    caption_source: CaptionSource = None,
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
     subset: Annotated[str | None, typer.Option(help="Configuration of a data set that has several.")] = None,
     held_out: Annotated[float, typer.Option(help="Fraction of the images that is not trained on.")] = 0.1,
     compose: Annotated[float, typer.Option(help="Fraction of samples composed of several images.")] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON.")] = False,
+    as_json: AsJson = False,
     full: Annotated[bool, typer.Option("--all", help="Do not shorten lists.")] = False,
 ) -> None:
     """Print the contents and problems of a data set. Exit code 1 if something needs attention."""
     from ldm.api import check_data
     from ldm.data import DataConfig
 
-    config = DataConfig(
-        path=path,
-        resolution=resolution,
-        background=background,
-        image_column=image_column,
-        caption_column=caption_column,
-        caption_source=caption_source,
-        split=split,
-        subset=subset,
-        held_out=held_out,
-        compose=compose,
-    )
-    report = check_data(config, encoder=encoder, max_length=max_length)
+    report = check_data(options_of(DataConfig, locals()), encoder=encoder, max_length=max_length)
     if as_json:
-        import json
-
-        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+        print_json(report.to_dict())
     else:
         from ldm.report.data_text import report_text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from ldm.cli.arguments import (
     AsJson,
+    Background,
     CaptionColumn,
     CaptionSource,
     Device,
@@ -20,8 +20,11 @@ from ldm.cli.arguments import (
     ImageColumn,
     Samples,
     Steps,
+    Weights,
+    options_of,
     output_file,
     output_folder,
+    print_json,
 )
 
 autoencoder_app = typer.Typer(help="First stages: autoencoders between images and latents.", no_args_is_help=True)
@@ -40,20 +43,18 @@ def evaluate_command(
     features: Annotated[
         str, typer.Option(help="Image features: efficientnet, pixel, inception (FID) or clip.")
     ] = "efficientnet",
-    weights: Annotated[
-        str | None, typer.Option(help="With --features inception or clip: the file, or MODEL:TAG of open_clip.")
-    ] = None,
+    weights: Weights = None,
     clip: Annotated[
         str | None, typer.Option(help="Also the CLIP score, by MODEL:TAG or MODEL:FILE.safetensors of open_clip.")
     ] = None,
-    reference: Annotated[
-        int, typer.Option(help="Maximum number of images to compare with, training and held-out, chosen by --seed.")
+    max_reference: Annotated[
+        int, typer.Option("--reference", help="Maximum number of images of either side, chosen by --seed.")
     ] = 20000,
     held_out: Annotated[
         float | None, typer.Option(help="The fraction that training held out; read from a run, else 0.1.")
     ] = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
     seed: Annotated[int, typer.Option(help="Random seed for captions, noise and intervals.")] = 0,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try guidance scales and steps first, and use the best as defaults.")
@@ -94,43 +95,32 @@ def evaluate_command(
         scales = _numbers("--sweep-guidance", sweep_guidance, float)
         grid = SweepGrid(tuple(scales), tuple(_numbers("--sweep-steps", sweep_steps, int)))
         swept = api.SweepOptions(grid=grid, samples=sweep_samples, store=store)
-    options = api.EvaluationOptions(
-        samples=samples,
-        features=features,
-        weights=weights,
-        clip=clip,
-        max_reference=reference,
-        held_out=held_out,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        seed=seed,
-        sweep=swept,
-        image_column=image_column,
-        caption_column=caption_column,
-        caption_source=caption_source,
-        device=device,
-    )
+    options = options_of(api.EvaluationOptions, {**locals(), "sweep": swept})
     folder = output_folder("--output", api.evaluation_folder(model, output))
+
+    def log(line: str) -> None:  # warnings, and all beside JSON, to stderr
+        print(line, file=sys.stderr if as_json or line.startswith("warning: ") else sys.stdout, flush=True)
+
     try:
         if axes:
             composed = api.evaluate_axes(
                 model,
                 output=folder,
                 max_prompts=prompts,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
                 seed=seed,
                 device=device,
             )
         else:
-            found = api.evaluate(model, path, output=folder, options=options, log=_log(as_json))
+            found = api.evaluate(model, path, output=folder, options=options, log=log)
     except KeyboardInterrupt:
         cached = any(path.is_file() for path in (folder / "pictures").rglob("*"))
         resume = f"; generated images are in {folder}, and the same command continues from there" if cached else ""
         print(f"stopped{resume}", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
-        _print_json((composed if axes else found).to_dict())
+        print_json((composed if axes else found).to_dict())
         return
     from ldm.report import text
 
@@ -167,11 +157,9 @@ def evaluate_autoencoder_command(
     features: Annotated[
         str, typer.Option(help="Image features of the Fréchet distance: efficientnet, pixel, inception or clip.")
     ] = "efficientnet",
-    weights: Annotated[
-        str | None, typer.Option(help="With --features inception or clip: a path, or MODEL:TAG.")
-    ] = None,
+    weights: Weights = None,
     seed: Annotated[int, typer.Option(help="Random seed for the choice of images.")] = 0,
-    background: Annotated[str, typer.Option(help="The color behind transparent images.")] = "white",
+    background: Background = "white",
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     output: Annotated[
@@ -186,28 +174,15 @@ def evaluate_autoencoder_command(
         output = output_file("--output", output, [".png"], "the image is written as PNG")
     from ldm import api
 
-    options = api.AutoencoderOptions(
-        split=split,  # type: ignore[arg-type]
-        held_out=held_out,
-        samples=samples,
-        resolution=resolution,
-        buckets=buckets,
-        features=features,
-        weights=weights,
-        seed=seed,
-        background=background,
-        image_column=image_column,
-        caption_column=caption_column,
-        tile=int(tile) if tile.isdecimal() else tile,
-        device=device,
-    )
+    parts: Any = int(tile) if tile.isdecimal() else tile
+    options = options_of(api.AutoencoderOptions, {**locals(), "tile": parts})
     found = api.evaluate_autoencoder(model, path, options=options)
     if output is not None:
         from ldm.pipelines import save_png
 
         save_png(found.worst, output)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     from ldm.report.text import autoencoder_lines
 
@@ -247,44 +222,20 @@ def nll(
         output = output_file("--output", output, [".svg", ".png"], "the plot is written as SVG or PNG")
     from ldm import api
 
-    options = api.LikelihoodOptions(
-        split=split,  # type: ignore[arg-type]
-        held_out=held_out,
-        samples=samples,
-        steps_per_image=steps_per_image,
-        variance=variance,  # type: ignore[arg-type]
-        seed=seed,
-        image_column=image_column,
-        caption_column=caption_column,
-        caption_source=caption_source,
-        device=device,
-    )
+    options = options_of(api.LikelihoodOptions, locals())
     found = api.likelihood(model, path, options=options)
     if found.truncated is not None:
         print(f"warning: {found.truncated}", file=sys.stderr)
     if output is not None:
         found.save_chart(output)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     from ldm.report.text import likelihood_lines
 
     print("\n".join(likelihood_lines(found.to_dict())))
     if output is not None:
         print(output)
-
-
-def _log(as_json: bool) -> Callable[[str], None]:
-    """Prints; warnings, and all beside JSON, to stderr."""
-
-    def log(line: str) -> None:
-        print(line, file=sys.stderr if as_json or line.startswith("warning: ") else sys.stdout, flush=True)
-
-    return log
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, indent=2, allow_nan=False))
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import ldm
 from ldm import disk
-from ldm.cli.arguments import Guidance, Steps, output_file
-
-if TYPE_CHECKING:
-    from ldm.pipelines import PipelineOutput
+from ldm.cli.arguments import Device, Guidance, Steps, output_file
 
 
 def generate(
@@ -34,8 +31,8 @@ def generate(
     ] = 1,
     seed: Annotated[int | None, typer.Option(help="Picture i has seed + i; a fresh one by default.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="ddim, ddpm, dpm++2m, …; a wrong name lists them all. The model's default otherwise."),
@@ -66,9 +63,7 @@ def generate(
             metavar="PIXELS",
         ),
     ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps, …; the accelerator by default where there is one.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
     as_png = "pictures are written as PNG"
@@ -79,11 +74,24 @@ def generate(
             raise ValueError(f"--progress-strip is {progress_strip}; it must be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
-    options = dict(map(_option, sampler_option or []))
-    weighted = [_weighted(entry) for entry in lora or []]
+    options: dict[str, float] = {}
+    for entry in sampler_option or []:
+        key, _, value = entry.partition("=")
+        try:
+            options[key] = int(float(value)) if float(value).is_integer() else float(value)
+        except ValueError:
+            raise ValueError(f"--sampler-option is {entry!r}; write KEY=NUMBER, such as snr=0.1") from None
+    weighted: list[tuple[str, float]] = []
+    for entry in lora or []:  # "style.safetensors:0.7", or a name alone
+        source, _, factor = entry.rpartition(":")
+        try:
+            source, weight = (source, float(factor)) if source else (entry, 1.0)
+        except ValueError:
+            source, weight = entry, 1.0
+        weighted.append((str(disk.expand_user(source)) if source.startswith("~") else source, weight))
     from ldm.codecs import check_tile
     from ldm.lora import check_weight
-    from ldm.pipelines import Pipeline, ProgressStrip, save_png
+    from ldm.pipelines import Pipeline, ProgressStrip, contact_sheet, save_png
     from ldm.pipelines.sampling import SamplingKwargs, SamplingParams, check_size, image_prompts, image_seeds
     from ldm.text import ignore_cut_prompts
 
@@ -99,8 +107,8 @@ def generate(
     sampling: SamplingKwargs = {
         "sampler": sampler,
         "sampler_options": options or None,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
         "eta": eta,
         "guidance_rescale": guidance_rescale,
         "guidance_interval": guidance_interval,
@@ -141,14 +149,7 @@ def generate(
         sheet = strip.sheet([f"seed {its_seed}" for its_seed in result.seeds])
         save_png(sheet, progress_strip, text | {"seed": result.seeds, "timesteps": strip.timesteps})
         print(progress_strip)
-    _save_pictures(result, output, text)
-
-
-def _save_pictures(result: PipelineOutput, output: Path, text: dict[str, Any]) -> None:
-    """One picture is `output`; several are files named by their seeds, and `output` a sheet of them."""
-    from ldm.pipelines import contact_sheet, save_png
-
-    if len(result.images) == 1:
+    if count == 1:
         save_png(result.images[0], output, text | {"seed": result.seeds[0]})
         print(output)
         return
@@ -156,27 +157,6 @@ def _save_pictures(result: PipelineOutput, output: Path, text: dict[str, Any]) -
         path = output.with_name(f"{output.stem}-{its_seed}{output.suffix}")
         save_png(image, path, text | {"seed": its_seed})
         print(path)
-    rows = [result.images[start : start + 8] for start in range(0, len(result.images), 8)]
-    sheet = contact_sheet(rows, size=max(result.images[0].width, 96))
-    save_png(sheet, output, text | {"seed": result.seeds})
+    rows = [result.images[start : start + 8] for start in range(0, count, 8)]
+    save_png(contact_sheet(rows, size=max(result.images[0].width, 96)), output, text | {"seed": result.seeds})
     print(output)
-
-
-def _weighted(entry: str) -> tuple[str, float]:
-    """ "style.safetensors:0.7" → the name and the weight, 1 where there is none."""
-    name, colon, weight = entry.rpartition(":")
-    try:
-        source, number = (name, float(weight)) if colon and name else (entry, 1.0)
-    except ValueError:
-        source, number = entry, 1.0
-    return str(disk.expand_user(source)) if source.startswith("~") else source, number
-
-
-def _option(entry: str) -> tuple[str, float]:
-    """ "snr=0.1" → the name and the number."""
-    name, _, value = entry.partition("=")
-    try:
-        found = float(value)
-    except ValueError:
-        raise ValueError(f"--sampler-option is {entry!r}; write KEY=NUMBER, such as snr=0.1") from None
-    return name, int(found) if found.is_integer() else found

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ldm import disk
+from ldm.cli.arguments import CaptionColumn, CaptionSource, ImageColumn
 
 MINUTES, ENCODER = 30.0, "minilm"
 # Options of new runs, and what to do instead with --resume.
@@ -39,11 +40,9 @@ def train_command(
     ] = None,
     method: Annotated[str | None, typer.Option(help="With --start-from: full, attention or lora.")] = None,
     encoder: Annotated[str | None, typer.Option(help=f"The text encoder of a new model; {ENCODER} by default.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="The column with images; guessed by default.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The column with captions; guessed by default.")] = None,
-    caption_source: Annotated[
-        str | None, typer.Option(help="Of several sources of captions, the one to use: see docs/data.md.")
-    ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    caption_source: CaptionSource = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE for the config, instead of what is chosen; repeatable."),
@@ -61,20 +60,9 @@ def train_command(
     if resume is not None:
         if path is not None:
             raise ValueError(f"--resume {resume} continues on the data of that run; leave {path} out")
-        given = {
-            "--output": output,
-            "--minutes": minutes,
-            "--resolution": resolution,
-            "--start-from": start_from,
-            "--method": method,
-            "--encoder": encoder,
-            "--image-column": image_column,
-            "--caption-column": caption_column,
-            "--caption-source": caption_source,
-            "--plan": plan or None,
-        }
-        for option, value in given.items():
-            if value is not None:
+        given = {**locals(), "plan": plan or None}
+        for option in NEW_RUN_ONLY:
+            if given[option.removeprefix("--").replace("-", "_")] is not None:
                 raise ValueError(
                     f"--resume {resume} continues that run, and {option} is for a new one; {NEW_RUN_ONLY[option]}"
                 )

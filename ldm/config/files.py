@@ -108,9 +108,30 @@ def read_config(path: Path, kind: type | None = None) -> dict[str, Any]:
 
 def with_overrides(content: Mapping[str, Any], overrides: Sequence[str], kind: type = LDMConfig) -> dict[str, Any]:
     """A copy of a nested mapping in which each `a.b=value` is set, by the types of the keys of `kind`."""
+
+    def type_of(key: str, section: Any) -> Any:  # None if there is no such key, or section
+        return typing.get_type_hints(section).get(key) if (section := section and section_of(section)) else None
+
     changed = copy.deepcopy(dict(content))
     for override in overrides:
-        _apply(changed, override, kind)
+        key, equals, value = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ValueError(f"--set {override!r} is not of the form key=value, such as train.max_steps=500")
+        *parents, last = key.split(".")
+        target, hint = changed, typing.cast(Any, kind)
+        for i, parent in enumerate(parents):
+            hint = type_of(parent, hint)
+            if target.get(parent) is None:
+                target[parent] = {}
+            target = target[parent]
+            if not isinstance(target, dict) or (hint is not None and section_of(hint) is None):
+                raise ValueError(f"--set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
+        hint = type_of(last, hint)
+        try:  # what is no key is refused with all others
+            target[last] = value if hint is None else from_text(value, hint, key)
+        except ValueError as error:
+            raise ValueError(f"--set {error}") from None
     return changed
 
 
@@ -154,8 +175,9 @@ def parse_config(content: Mapping[str, Any], kind: type[ConfigT], where: str) ->
             raise ValueError(f"{where}: {section}.{key} follows from {derived[key]}; leave it out")
     try:
         return typing.cast(ConfigT, _adapter(typing.cast(Any, kind)).validate_python(dict(content)))
-    except ValidationError as error:
-        raise ValueError(f"{where}: {_explain(error, kind)}") from None
+    except ValidationError as error:  # unknown keys before all others
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
+    raise ValueError(f"{where}: {_describe_fault(faults[0], kind)}")
 
 
 @functools.cache
@@ -163,36 +185,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _apply(content: dict[str, Any], override: str, kind: type) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set {override!r} is not of the form key=value, such as train.max_steps=500")
-    *parents, last = key.strip().split(".")
-    target, hint = content, typing.cast(Any, kind)
-    for i, parent in enumerate(parents):
-        hint = _type_of(parent, hint)
-        if target.get(parent) is None:
-            target[parent] = {}
-        target = target[parent]
-        if not isinstance(target, dict) or (hint is not None and section_of(hint) is None):
-            raise ValueError(f"--set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
-    hint = _type_of(last, hint)
-    try:  # what is no key is refused with all others
-        target[last] = value if hint is None else from_text(value, hint, key.strip())
-    except ValueError as error:
-        raise ValueError(f"--set {error}") from None
-
-
-def _type_of(key: str, section: Any) -> Any:
-    """The type of a key of a section; None if there is no such key, or section."""
-    kind = None if section is None else section_of(section)
-    return None if kind is None else typing.get_type_hints(kind).get(key)
-
-
-def _explain(error: ValidationError, kind: type) -> str:
-    """The first fault as one line with its dotted path; unknown keys before all others."""
-    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
-    fault = faults[0]
+def _describe_fault(fault: Any, kind: type) -> str:
+    """One line with the dotted path of the key."""
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "unexpected_keyword_argument":
         return f"unknown key {path}; {_advice(path, kind)}"

@@ -6,6 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,10 @@ class Adversary(Protocol):
 
 class CodebookTracker(Protocol):
     """The usage of a codebook: `Codebook`."""
+
+    def figures(self) -> dict[str, float]: ...
+
+    def reset_counts(self) -> None: ...
 
     def discard_step(self) -> None: ...
 
@@ -237,83 +242,55 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
 def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
     """Remove all but the `keep` newest checkpoints and those of every `keep_every`-th step.
 
-    Checkpoints with files that the user added stay.
+    Checkpoints with files outside their manifest stay, but for those that systems add.
     """
     for old in list_checkpoints(run)[:-keep]:
-        if (keep_every is None or checkpoint_step(old) % keep_every) and not _has_extra_files(old):
-            disk.remove_folder(old)
-
-
-def _has_extra_files(folder: Path) -> bool:
-    """Whether a checkpoint holds files outside its manifest, apart from those that systems add."""
-    try:
-        named = hub.read_json(folder / MANIFEST)["files"].keys() | {MANIFEST}
-    except (ValueError, KeyError, AttributeError):
-        return True  # unknown
-    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in hub.OS_FILES)
-    return any(path.relative_to(folder).as_posix() not in named for path in files)
+        if keep_every is not None and checkpoint_step(old) % keep_every == 0:
+            continue
+        with suppress(ValueError, KeyError, AttributeError):  # unknown files stay
+            named = hub.read_json(old / MANIFEST)["files"].keys() | {MANIFEST}
+            files = (path for path in old.rglob("*") if not path.is_dir() and path.name not in hub.OS_FILES)
+            if all(path.relative_to(old).as_posix() in named for path in files):
+                disk.remove_folder(old)
 
 
 def rename_damaged(damaged: list[Path]) -> None:
     """Rename damaged checkpoints, so that a new one of the same step can be written."""
     for folder in damaged:
-        name = f"damaged.{folder.name}"
         taken = {path.name for path in folder.parent.iterdir()}
-        folder.rename(
-            folder.with_name(next(n for n in (name, *(f"{name}.{i}" for i in range(2, 10**6))) if n not in taken))
-        )
+        endings = ("", *(f".{i}" for i in range(2, 10**6)))
+        folder.rename(folder.with_name(next(n for i in endings if (n := f"damaged.{folder.name}{i}") not in taken)))
 
 
 # ---- finding
 
 
-def newest_intact_checkpoint(run: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """(newest intact checkpoint, damaged newer ones).
-
-    Raises:
-        ValueError: if there are checkpoints but none is intact.
-    """
-    folders = list_checkpoints(run)
-    damaged: list[Path] = []
-    for folder in reversed(folders):
-        damage = find_damage(folder) or _wrong_step(folder)
-        if damage is None:
-            return folder, damaged
-        log(f"{folder} is damaged ({damage}); using the one before")
-        damaged.append(folder)
-    if folders:
-        raise ValueError(
-            f"no checkpoint in {run / 'checkpoints'} is intact; restore one from a copy, or start a new run by leaving "
-            "--resume out"
-        )
-    return None, []
-
-
-def _wrong_step(folder: Path) -> str | None:
-    """A message if a checkpoint was made at another step than its name says."""
-    try:
-        step = hub.read_json(folder / "training" / "state.json").get("step")
-    except ValueError as error:
-        return str(error)
-    return None if step == checkpoint_step(folder) else f"it was made at step {step}"
-
-
 def find_checkpoint(accelerator: Accelerator, run: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """`newest_intact_checkpoint` on the main process, sent to all processes.
+    """(newest intact checkpoint or None, damaged newer ones), found by the main process and sent to all.
 
     Raises:
         ValueError: in each process, if there are checkpoints but none is intact.
     """
     newest: Path | None = None
     damaged: list[Path] = []
-    failure: ValueError | None = None
-    if accelerator.is_main_process:
+    folders = list_checkpoints(run) if accelerator.is_main_process else []
+    for folder in reversed(folders):
         try:
-            newest, damaged = newest_intact_checkpoint(run, log)
+            step = hub.read_json(folder / "training" / "state.json").get("step")
+            wrong_step = None if step == checkpoint_step(folder) else f"it was made at step {step}"
         except ValueError as error:
-            failure = error
-    found = -2 if failure else -1 if newest is None else checkpoint_step(newest)
+            wrong_step = str(error)
+        damage = find_damage(folder) or wrong_step
+        if damage is None:
+            newest = folder
+            break
+        log(f"{folder} is damaged ({damage}); using the one before")
+        damaged.append(folder)
+    found = checkpoint_step(newest) if newest else -2 if folders else -1
     (step,) = sum_over_processes(accelerator, [found if accelerator.is_main_process else 0])
     if step == -2:
-        raise failure or ValueError(f"no checkpoint in {run / 'checkpoints'} is intact")
+        raise ValueError(
+            f"no checkpoint in {run / 'checkpoints'} is intact; restore one from a copy, or start a new run by leaving "
+            "--resume out"
+        )
     return (None if step == -1 else checkpoint_folder(run, step)), damaged

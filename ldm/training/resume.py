@@ -45,48 +45,46 @@ Differences = dict[str, tuple[Any, Any]]
 def find_differences(
     config: LDMConfig | AutoencoderTrainingConfig,
     environment: Mapping[str, Any],
-    folder: Path,
+    stored: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> Differences:
-    """Differences of config and environment from those of the checkpoint `folder` that change the run.
+    """Differences of config and environment from those of a checkpoint that change the run.
 
     Args:
         environment: of this process: `describe_environment`.
+        stored: `training/state.json` of the checkpoint.
     """
-    state = hub.read_json(folder / "training" / "state.json")
-    stored = state["config"]
-    if config.train.lr_schedule == "cosine" and stored["train"]["max_steps"] != config.train.max_steps:
+    train, then = config.train, stored["config"]["train"]
+    if train.lr_schedule == "cosine" and then["max_steps"] != train.max_steps:
         log(
-            f"train.max_steps was {stored['train']['max_steps']} and is {config.train.max_steps}: the cosine learning "
-            "rate schedule is stretched from here on"
+            f"train.max_steps was {then['max_steps']} and is {train.max_steps}: the cosine learning rate schedule is "
+            "stretched from here on"
         )
-    cooldown_start = stored["train"]["max_steps"] - stored["train"].get("cooldown_steps", 0)
-    changed = any(stored["train"].get(key, 0) != getattr(config.train, key) for key in ("max_steps", "cooldown_steps"))
-    if changed and cooldown_start < state["step"]:
+    changed = any(then.get(key, 0) != getattr(train, key) for key in ("max_steps", "cooldown_steps"))
+    if changed and then["max_steps"] - then.get("cooldown_steps", 0) < stored["step"]:
         log("the learning rate was already cooling down; from here on it follows the present config")
-    before = state.get("environment", {})
-    if before and before["processes"] != environment["processes"]:
-        log(
-            f"the run had {before['processes']} processes and has {environment['processes']}: samples and noise are "
-            "the same, sums are rounded differently"
-        )
-    return config_differences(stored, config, str(folder)) | changed_keys(before, dict(environment))
+    before = stored.get("environment", {})
+    # The number of processes may change, and with it the threads of each. The commit is covered by the code hash.
+    ignored = {"commit", "processes"}
+    if before.get("processes") != environment["processes"]:
+        ignored.add("threads")
+        if before:
+            log(
+                f"the run had {before['processes']} processes and has {environment['processes']}: samples and noise "
+                "are the same, sums are rounded differently"
+            )
+    return config_differences(stored["config"], config) | {
+        key: (before[key], value)
+        for key, value in environment.items()
+        if key in before and key not in ignored and before[key] != value
+    }
 
 
-def stored_threads(folder: Path, processes: int) -> int | None:
-    """The CPU threads of a checkpoint's run; None on a GPU or with another number of processes."""
-    before = hub.read_json(folder / "training" / "state.json").get("environment", {})
-    threads: int | None = before.get("threads") if before.get("processes") == processes else None
-    return threads
-
-
-def config_differences(
-    stored: dict[str, Any], config: LDMConfig | AutoencoderTrainingConfig, where: str
-) -> Differences:
+def config_differences(stored: dict[str, Any], config: LDMConfig | AutoencoderTrainingConfig) -> Differences:
     """The keys in which a stored config describes another run."""
     kind: Any = type(config)
     with suppress(ValueError):  # fills in defaults of keys that are newer than the run
-        stored = yaml.safe_load(to_yaml(parse_config(stored, kind, where)))
+        stored = yaml.safe_load(to_yaml(parse_config(stored, kind, "")))
     then, now = flatten(stored), flatten(yaml.safe_load(to_yaml(config)))
     found = {}
     for key in sorted(then.keys() | now.keys()):
@@ -113,21 +111,21 @@ def check_compatible(differences: Differences, accept: Iterable[str], folder: Pa
     Raises:
         ValueError: with each key, its stored and its present value.
     """
+
+    def shorten(value: Any) -> str:
+        text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        return text if len(text) <= 80 else f"{text[:77]}…"
+
     accepted = set(accept)
-    lines = {key: f"{key}: {_shorten(then)} → {_shorten(now)}" for key, (then, now) in differences.items()}
+    lines = {key: f"{key}: {shorten(then)} → {shorten(now)}" for key, (then, now) in differences.items()}
     rejected = [key for key in differences if key not in accepted]
     if rejected:
         raise ValueError(
             f"{folder} was made under other conditions ({'; '.join(lines[key] for key in rejected)}); restore them, "
             f"accept them with --accept {' '.join(rejected)}, or start a new run in another output_dir"
         )
-    for key in differences:
-        log(f"accepted: {lines[key]}")
-
-
-def _shorten(value: Any) -> str:
-    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    for line in lines.values():
+        log(f"accepted: {line}")
 
 
 # ---- the environment
@@ -135,29 +133,22 @@ def _shorten(value: Any) -> str:
 
 def describe_environment(device: torch.device, processes: int) -> dict[str, Any]:
     """Versions, code hash, device, processes and threads: what the bits of a run depend on besides config and data."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if name == "cpu":
+        name = platform.machine()
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+        except OSError:
+            name = platform.processor() or name
     return {
         "versions.python": platform.python_version(),
         **{f"versions.{name}": version(name) for name in PACKAGES},
         "code": code_digest(),
         "commit": commit(),
-        "device": _device_name(device),
+        "device": name,
         "processes": processes,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-    }
-
-
-def changed_keys(stored: dict[str, Any], present: dict[str, Any]) -> Differences:
-    """Environment keys that differ and may change what a step computes.
-
-    The number of processes may change, and with it the threads of each. The commit is covered by the code hash.
-    """
-    ignored = {"commit", "processes"}
-    if stored.get("processes") != present["processes"]:
-        ignored.add("threads")
-    return {
-        key: (stored[key], value)
-        for key, value in present.items()
-        if key in stored and key not in ignored and stored[key] != value
     }
 
 
@@ -186,19 +177,6 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return outputs[0] + ("+" if outputs[1] else "")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 # ---- the data

@@ -64,7 +64,6 @@ from ldm.training.resume import (
     find_differences,
     logged_values,
     sample_fingerprints,
-    stored_threads,
     truncate_log,
 )
 from ldm.training.run_folder import open_folder, write_once
@@ -93,14 +92,6 @@ class TrainingData:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint stores to recognize the data."""
         return {"samples": len(self.train), "sha256": data_fingerprint(self.train, self.held_out)}
-
-
-class UsageFigures(Protocol):
-    """What else a log line holds: the usage of a `Codebook`."""
-
-    def figures(self) -> dict[str, float]: ...
-
-    def reset_counts(self) -> None: ...
 
 
 class StepTimer(Protocol):
@@ -155,19 +146,21 @@ class Run:
             checkpoints.find_checkpoint(self.accelerator, self.folder, self.print) if resume else (None, [])
         )
         self.step = 0 if self._resumed is None else checkpoints.checkpoint_step(self._resumed)
+        stored = {} if self._resumed is None else hub.read_json(self._resumed / "training" / "state.json")
+        self._stored: dict[str, Any] = stored
         self.threads: Threads | None = None
         world = self.accelerator.num_processes
         if processes.threads is not None:
-            stored = None if self._resumed is None else stored_threads(self._resumed, world)
-            resolved = threads.resolve_threads(processes.threads, config.train.cpu_threads, stored)
+            before = stored.get("environment", {})
+            resumed = before.get("threads") if before.get("processes") == world else None
+            resolved = threads.resolve_threads(processes.threads, config.train.cpu_threads, resumed)
             self.threads = threads.agree_on_threads(resolved, self.accelerator)
             # Half of the cores until it is measured: all may be slow beside another program, one for a large model.
             torch.set_num_threads(self.threads.number or max(1, self.threads.max_number // 2))
         self._environment = describe_environment(self.device, world)
         if self._resumed is not None:
-            found = find_differences(config, self._environment, self._resumed, self.print)
-            stored_data = hub.read_json(self._resumed / "training" / "state.json")["data"]
-            found |= data_differences(self.folder, stored_data, data.identity, data.train, data.held_out)
+            found = find_differences(config, self._environment, stored, self.print)
+            found |= data_differences(self.folder, stored["data"], data.identity, data.train, data.held_out)
             check_compatible(found, accept, self._resumed, self.print)
             if self.step > config.train.max_steps:
                 raise ValueError(
@@ -196,16 +189,14 @@ class Run:
             ValueError: if that checkpoint depends on other frozen weights, or the folder is not a run's. Nothing is
                 written then.
         """
-        if self._resumed is not None:
-            self._check_frozen_weights(state, self._resumed)
+        if self._resumed is not None and self._stored.get("untrained_sha256") != state.frozen_hash:
+            raise ValueError(
+                f"{self._resumed} was trained on other weights than those of the model in start_from today; restore "
+                "that model, or start a new run in another output_dir"
+            )
         if self.is_main:
             self._unlock = open_folder(
-                self.folder,
-                self.config,
-                self.step,
-                resume=self._resume,
-                damaged=self._damaged,
-                log=self.print,
+                self.folder, self.config, self.step, resume=self._resume, damaged=self._damaged, log=self.print
             )
             hub.write_json(self.folder / "data.json", self.data.report)
             fingerprints = sample_fingerprints(self.data.train, self.data.held_out)
@@ -377,7 +368,7 @@ class Run:
                 "weights of that checkpoint are already bad, move it away first, and the one before is used)"
             )
 
-    def advance(self, usage: UsageFigures | None = None) -> None:
+    def advance(self, codebook: checkpoints.CodebookTracker | None = None) -> None:
         """Count a step. Every `log_every` steps, log means since the last line."""
         train = self.config.train
         self.step += 1
@@ -397,16 +388,16 @@ class Run:
             values = {"loss": loss, **figures, "gradient_norm": self._gradient_norm} | values
             if self._progress is not None:
                 self._progress.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s", refresh=False)
-        if usage is not None:
-            values = usage.figures() | values
+        if codebook is not None:
+            values = codebook.figures() | values
         if self._skipped["in_all"]:
             values["skipped_steps"] = self._skipped["in_all"]
         self.log(values)
         self._samples_seen, self._since = 0, time.perf_counter()
         if self.step % train.log_every == 0:  # not at the last step alone: a prolonged run continues its means
             self._losses, self._figures = [], {}
-            if usage is not None:
-                usage.reset_counts()
+            if codebook is not None:
+                codebook.reset_counts()
 
     def is_due(self, every: int | None) -> bool:
         """Whether an event of every `every` steps, and of the last, is due. None is never.
@@ -493,11 +484,7 @@ class Run:
                 writer.add_image("samples", np.asarray(grid), self.step, dataformats="HWC")
 
     def write_once(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Write a folder of the run in its first session; later sessions compare.
-
-        Raises:
-            ValueError: if a later session would write something else.
-        """
+        """`run_folder.write_once` on the main process."""
         folder = self.folder / name
         if self.is_main:
             write_once(folder, write)
@@ -545,21 +532,41 @@ class Run:
         self._saved_step, self._saved_at, self._save_now = self.step, time.monotonic(), False
 
     def _save(self, state: TrainingState, export: Callable[[Path], None]) -> None:
+        scaler = self.accelerator.scaler
+        content = {
+            "step": self.step,
+            "data": self.data.identity,
+            "processes": self.accelerator.num_processes,
+            "untrained_sha256": state.frozen_hash,
+            "ema_updates": int(state.ema.n_averaged),
+            "grad_scaler": scaler.state_dict() if scaler is not None else None,
+            "losses": self._losses,
+            "figures": self._figures,
+            "adversarial_weight": state.adversary and state.adversary.weight,
+            "gradient_norm": self._gradient_norm,
+            "skipped": self._skipped,
+            "environment": self._environment,
+            "config": yaml.safe_load(to_yaml(self.config)),
+        }
+
         def fill(folder: Path) -> None:
             export(folder / self.export)
-            self._write_training_state(folder / "training", state)
+            (folder / "training").mkdir()
+            state.save(folder / "training")
+            hub.write_json(folder / "training" / "state.json", content)
 
-        target, train = checkpoints.checkpoint_folder(self.folder, self.step), self.config.train
         for log in self.folder.glob("*.jsonl"):  # never older than the checkpoint
             disk.sync(log)
+        target = checkpoints.checkpoint_folder(self.folder, self.step)
         checkpoints.write_checkpoint(target, fill)
-        self._update_export(target)
-        checkpoints.prune_checkpoints(self.folder, train.keep_checkpoints, train.keep_every)
+        self._publish(target)
         self._on_checkpoint(self.folder)
 
-    def _update_export(self, newest: Path) -> None:
+    def _publish(self, newest: Path) -> None:
+        """Link the export of the newest checkpoint into the run folder, and remove old checkpoints."""
         with hub.atomic_folder(self.folder / self.export, self.export) as folder:
             hub.link_tree(newest / self.export, folder)
+        checkpoints.prune_checkpoints(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
 
     def finish(self, state: TrainingState, export: Callable[[Path], None]) -> None:
         """End the run: save, log the time taken, write the report.
@@ -586,48 +593,14 @@ class Run:
 
     # ---- what is resumed
 
-    def _check_frozen_weights(self, state: TrainingState, resumed: Path) -> None:
-        stored = hub.read_json(resumed / "training" / "state.json")
-        if stored.get("untrained_sha256") != state.frozen_hash:
-            raise ValueError(
-                f"{resumed} was trained on other weights than those of the model in start_from today; restore that "
-                "model, or start a new run in another output_dir"
-            )
-
     def _restore(self, state: TrainingState, resumed: Path) -> None:
-        folder = resumed / "training"
-        stored = hub.read_json(folder / "state.json")
-        state.restore(folder, stored["ema_updates"], stored.get("adversarial_weight"))
+        stored = self._stored
+        state.restore(resumed / "training", stored["ema_updates"], stored.get("adversarial_weight"))
         if self.accelerator.scaler is not None and stored["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(stored["grad_scaler"])
-        assert stored["step"] == self.step, (stored["step"], self.step)
         self._losses, self._figures = stored.get("losses", []), stored.get("figures", {})
         self._gradient_norm = stored.get("gradient_norm", 0.0)
         self._skipped = stored.get("skipped", self._skipped)
         if self.is_main:  # a process that was killed after its checkpoint left an older export, or none
-            self._update_export(resumed)
-            checkpoints.prune_checkpoints(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
+            self._publish(resumed)
         self.print(f"resumed {resumed}")
-
-    def _write_training_state(self, folder: Path, state: TrainingState) -> None:
-        folder.mkdir()
-        state.save(folder)
-        scaler = self.accelerator.scaler
-        hub.write_json(
-            folder / "state.json",
-            {
-                "step": self.step,
-                "data": self.data.identity,
-                "processes": self.accelerator.num_processes,
-                "untrained_sha256": state.frozen_hash,
-                "ema_updates": int(state.ema.n_averaged),
-                "grad_scaler": scaler.state_dict() if scaler is not None else None,
-                "losses": self._losses,
-                "figures": self._figures,
-                "adversarial_weight": state.adversary and state.adversary.weight,
-                "gradient_norm": self._gradient_norm,
-                "skipped": self._skipped,
-                "environment": self._environment,
-                "config": yaml.safe_load(to_yaml(self.config)),
-            },
-        )

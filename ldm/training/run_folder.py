@@ -196,7 +196,7 @@ def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) ->
         return True  # it stopped before writing one
     with suppress(ValueError):
         stored = read_config(folder / "config.yaml", type(config))
-        return not config_differences(stored, config, str(folder / "config.yaml"))
+        return not config_differences(stored, config)
     return False
 
 

@@ -133,7 +133,7 @@ def test_whatever_fails_on_the_disk_the_checkpoint_before_stands(small_run, monk
             continue
         assert "No space left on device" in message, disk.failed
         # Before the checkpoint stands it is named, with what to go on from.
-        newest, damaged = checkpoints.newest_intact_checkpoint(run.folder, print)
+        newest, damaged = checkpoints.find_checkpoint(run.accelerator, run.folder, print)
         assert newest is not None and not damaged, disk.failed
         if newest.name != f"step_{run.step:08d}":
             assert f"the checkpoint of step {run.step} cannot be written" in message, disk.failed
