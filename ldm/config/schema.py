@@ -337,15 +337,8 @@ class LDMConfig:
         _check_output(self.output_dir, self.data)
         _outside(self.output_dir, "first_stage", self.first_stage)
         _outside(self.output_dir, "start_from", self.start_from)
-        if self.start_from is None:
-            self._check_new_model()
-
-    @property
-    def export(self) -> str:
-        """What a run makes, and the name of its folder: "pipeline", or "lora" beside an untouched model."""
-        return "lora" if self.start_from is not None and self.finetune.method == "lora" else "pipeline"
-
-    def _check_new_model(self) -> None:
+        if self.start_from is not None:
+            return
         if self.unet is None:
             raise ValueError("unet is missing; describe the network, or name a model to go on from in start_from")
         if self.space == "latent" and self.first_stage is None:
@@ -354,8 +347,8 @@ class LDMConfig:
             raise ValueError(
                 f"first_stage is {self.first_stage!r} but space is pixel, which has none; set space: latent or drop it"
             )
-        offset = self.schedule.steps_offset
-        if self.space != "pixel" and self.schedule.timestep_spacing == "leading" and offset != 1:
+        spacing, offset = self.schedule.timestep_spacing, self.schedule.steps_offset
+        if self.space != "pixel" and spacing == "leading" and offset != 1:
             raise ValueError(
                 f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
                 "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
@@ -363,12 +356,13 @@ class LDMConfig:
         check_precision(self.schedule.prediction_type, self.train.mixed_precision)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_objective(self.train.loss, schedule, self.schedule.prediction_type, self.sample)
-        grid = schedule.grid(
-            self.sample.num_inference_steps,
-            self.schedule.timestep_spacing,
-            steps_offset=self.schedule.steps_offset,
-        )
+        grid = schedule.grid(self.sample.num_inference_steps, spacing, steps_offset=offset)
         check_first_step(schedule, grid, self.schedule.prediction_type, bounded=self.space == "pixel")
+
+    @property
+    def export(self) -> str:
+        """What a run makes, and the name of its folder: "pipeline", or "lora" beside an untouched model."""
+        return "lora" if self.start_from is not None and self.finetune.method == "lora" else "pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,32 +450,6 @@ class AutoencoderTrainingConfig:
         if self.network is not None:
             check_autoencoder(self.network, self.trained)
             self.check_regularizer(self.network)
-        self._check_loss()
-
-    @property
-    def network(self) -> AutoencoderConfig | VQConfig | None:
-        """The autoencoder that is described, of whichever kind; None if it is that of `start_from`."""
-        return self.vq or self.autoencoder
-
-    def check_regularizer(self, network: AutoencoderConfig | VQConfig) -> None:
-        """Refuses what is set for the other kind of first stage than `network`.
-
-        Raises:
-            ValueError: naming the key.
-        """
-        is_kl = isinstance(network, AutoencoderConfig)
-        wrong = ("codebook_weight", "commitment_weight") if is_kl else ("kl_weight",)
-        kind = "a normal posterior" if is_kl else "a codebook"
-        for key in wrong:
-            if getattr(self.loss, key) != getattr(AutoencoderLossConfig(), key):
-                raise ValueError(f"loss.{key} is set, but a first stage with {kind} has no such term; leave it out")
-        if is_kl and self.revive_codes_after != type(self).revive_codes_after:
-            raise ValueError(
-                "revive_codes_after is set, but a first stage with a normal posterior has no codes; leave it out"
-            )
-
-    def _check_loss(self) -> None:
-        """Refuses terms that never come to bear, or that these images are too small for."""
         loss, side = self.loss, self.data.resolution
         if loss.perceptual_weight > 0 and side < MIN_IMAGE_SIZE:
             raise ValueError(
@@ -504,6 +472,28 @@ class AutoencoderTrainingConfig:
             raise ValueError(
                 "train.mixed_precision is fp16, whose range does not hold the gradients between autoencoder and "
                 "discriminator (loss.adversarial_weight); choose bf16 or no"
+            )
+
+    @property
+    def network(self) -> AutoencoderConfig | VQConfig | None:
+        """The autoencoder that is described, of whichever kind; None if it is that of `start_from`."""
+        return self.vq or self.autoencoder
+
+    def check_regularizer(self, network: AutoencoderConfig | VQConfig) -> None:
+        """Refuses what is set for the other kind of first stage than `network`.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        is_kl = isinstance(network, AutoencoderConfig)
+        wrong = ("codebook_weight", "commitment_weight") if is_kl else ("kl_weight",)
+        kind = "a normal posterior" if is_kl else "a codebook"
+        for key in wrong:
+            if getattr(self.loss, key) != getattr(AutoencoderLossConfig(), key):
+                raise ValueError(f"loss.{key} is set, but a first stage with {kind} has no such term; leave it out")
+        if is_kl and self.revive_codes_after != type(self).revive_codes_after:
+            raise ValueError(
+                "revive_codes_after is set, but a first stage with a normal posterior has no codes; leave it out"
             )
 
 

@@ -35,14 +35,8 @@ from ldm.progress import printable
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.training.auto_config import DEFAULT_FIRST_STAGE, FIRST_STAGE_SUFFIX, TrainOptions, choose_config
 from ldm.training.checkpoints import list_checkpoints, resume_command
-from ldm.training.run_folder import (
-    PATH_KEYS,
-    base_folder,
-    check_new,
-    is_relative_path,
-    open_folder,
-    remove_empty_run,
-)
+from ldm.training.run_folder import PATH_KEYS, check_new, is_relative_path, open_folder, remove_empty_run
+from ldm.training.run_info import base_folder
 from ldm.training.threads import THREAD_VARIABLES
 
 PACKAGE_ROOT = Path(__file__).parents[2]
@@ -60,8 +54,36 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     Raises:
         ValueError: if there is nothing to train on, or an option cannot be met.
     """
-    draft = _draft_config(data, options, overrides)
-    options = _apply_overrides(draft, options, overrides)
+    # A config of what is known before the data is read, so that wrong keys and values are found at once.
+    content: dict[str, Any] = {
+        "output_dir": options.output_dir,
+        "data": {"resolution": 64 if options.resolution is None else options.resolution} | data,
+        "train": {"max_steps": 10**9},  # every other number of steps fits
+        "sample": {"prompts": ["a"]},
+    }
+    if options.start_from is not None:
+        content["start_from"] = options.start_from
+    # Keys of the network go with those that will be chosen.
+    content = with_overrides(content, [override for override in overrides if not override.startswith("unet.")])
+    if content.get("start_from") is None:
+        content = {"space": "auto", "unet": {}, "text": {"encoder": options.encoder}} | content
+        if content["space"] == "latent" and content.get("first_stage") is None:
+            content["first_stage"] = DEFAULT_FIRST_STAGE
+    elif options.method is not None:
+        content["finetune"] = {"method": options.method} | (content.get("finetune") or {})
+    draft = parse_config(content, LDMConfig, "ldm train")
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    options = dataclasses.replace(
+        options,
+        output_dir=draft.output_dir,
+        resolution=draft.data.resolution if "data.resolution" in keys else options.resolution,
+        start_from=draft.start_from,
+        method=draft.finetune.method if "finetune.method" in keys else options.method,
+        encoder=draft.text.encoder,
+        space=draft.space,
+        first_stage=draft.first_stage,
+        cpu_threads=draft.train.cpu_threads,
+    )
     if options.start_from is not None:
         find_pipeline(options.start_from)
     check_new(Path(options.output_dir).expanduser())
@@ -89,7 +111,15 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     if first is not None:  # both folders store their config now, so that --resume finds what is left to do
         for config in (first, final):
             open_folder(Path(config.output_dir).expanduser(), config, 0, resume=False, damaged=[], log=print)()
-    code = _run_stages(stages, resume=first is not None, threads=chosen.threads)
+    with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
+        for script, text in stages:
+            path, folder = Path(scratch) / f"{script}.yaml", yaml.safe_load(text)["output_dir"]
+            path.write_text(text, encoding="utf-8")
+            print(f"\ntrain/{script}.py, its config becomes {folder}/config.yaml", flush=True)
+            arguments = ["--config", str(path), *(["--resume"] if first is not None else [])]
+            code = run_script(script, arguments, chosen.threads)
+            if code:
+                break
     if code == EXIT_INVALID and first is not None:
         for config in (first, final):
             remove_empty_run(Path(config.output_dir).expanduser())
@@ -98,62 +128,6 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     if code == 0:
         _print_next_steps(Path(options.output_dir).expanduser())
     return code
-
-
-def _draft_config(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str]) -> LDMConfig:
-    """A config of what is known before the data is read, so that wrong keys and values are found at once."""
-    content: dict[str, Any] = {
-        "output_dir": options.output_dir,
-        "data": {"resolution": 64 if options.resolution is None else options.resolution} | data,
-        "train": {"max_steps": 10**9},  # every other number of steps fits
-        "sample": {"prompts": ["a"]},
-    }
-    if options.start_from is not None:
-        content["start_from"] = options.start_from
-    # Keys of the network go with those that will be chosen.
-    content = with_overrides(content, [override for override in overrides if not override.startswith("unet.")])
-    if content.get("start_from") is None:
-        content = {"space": "auto", "unet": {}, "text": {"encoder": options.encoder}} | content
-        if content["space"] == "latent" and content.get("first_stage") is None:
-            content["first_stage"] = DEFAULT_FIRST_STAGE
-    elif options.method is not None:
-        content["finetune"] = {"method": options.method} | (content.get("finetune") or {})
-    return parse_config(content, LDMConfig, "ldm train")
-
-
-def _apply_overrides(draft: LDMConfig, options: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
-    """Options with the values given by --set."""
-    keys = {override.partition("=")[0].strip() for override in overrides}
-    return dataclasses.replace(
-        options,
-        output_dir=draft.output_dir,
-        resolution=draft.data.resolution if "data.resolution" in keys else options.resolution,
-        start_from=draft.start_from,
-        method=draft.finetune.method if "finetune.method" in keys else options.method,
-        encoder=draft.text.encoder,
-        space=draft.space,
-        first_stage=draft.first_stage,
-        cpu_threads=draft.train.cpu_threads,
-    )
-
-
-def _run_stages(stages: Sequence[tuple[str, str]], *, resume: bool, threads: int | None) -> int:
-    """Run scripts with their configs one after the other; returns the exit code of the first that fails, or 0.
-
-    Args:
-        resume: the run folders exist already, with these configs.
-        threads: see `run_script`.
-    """
-    with tempfile.TemporaryDirectory(prefix="ldm-train-") as scratch:
-        for script, text in stages:
-            path = Path(scratch) / f"{script}.yaml"
-            path.write_text(text, encoding="utf-8")
-            folder = yaml.safe_load(text)["output_dir"]
-            print(f"\ntrain/{script}.py, its config becomes {folder}/config.yaml", flush=True)
-            code = run_script(script, ["--config", str(path), *(["--resume"] if resume else [])], threads)
-            if code:
-                return code
-    return 0
 
 
 def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = ()) -> int:
@@ -179,17 +153,14 @@ def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = (
     if base == here:
         return _resume(folder, content, accept, overrides)
     print(f"the run was started in {base}, and its relative paths are read from there", flush=True)
-    settings = [_with_absolute_path(override) for override in overrides]
+    settings = []
+    for override in overrides:  # what is a file or folder in the working directory gets an absolute path
+        key, _, value = override.partition("=")
+        is_path = key.strip() in PATH_KEYS and not value.startswith(OPEN_CLIP) and is_relative_path(value, here)
+        settings.append(f"{key}={Path(value).absolute()}" if is_path else override)
     folder = folder.absolute()
     with chdir(base):
         return _resume(folder, content, accept, settings)
-
-
-def _with_absolute_path(override: str) -> str:
-    """An override with an absolute path, if its value is a file or folder in the working directory."""
-    key, _, value = override.partition("=")
-    is_path = key.strip() in PATH_KEYS and not value.startswith(OPEN_CLIP) and is_relative_path(value, Path.cwd())
-    return f"{key}={Path(value).absolute()}" if is_path else override
 
 
 def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overrides: Sequence[str]) -> int:
@@ -197,11 +168,16 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
     kind: Any = AutoencoderTrainingConfig if is_first_stage else LDMConfig
     settings = [f"output_dir={folder}", *overrides]
     load_config(folder / "config.yaml", settings, kind)  # validates the overrides before anything starts
-    unfinished = _unfinished_first_stage(folder, content)
-    if unfinished is not None:
-        print(f"its first stage comes before, {unfinished}", flush=True)
-        data_overrides = [override for override in overrides if override.lstrip().startswith("data.")]
-        code = resume_run(unfinished, accept, data_overrides)
+    # The first-stage run that `auto_train` began with this run, if this run has no checkpoint yet. A finished one is
+    # resumed too: if it was killed at its very end, its export is written again. One without checkpoints, which
+    # someone removed, is left alone.
+    run = folder.with_name(f"{folder.name}{FIRST_STAGE_SUFFIX}")
+    own, stage = run / "autoencoder", content.get("first_stage")
+    is_own = stage is not None and Path(stage).expanduser().resolve() == own.resolve()
+    is_left = (run / "config.yaml").is_file() and (list_checkpoints(run) or not own.is_dir())
+    if is_own and is_left and not list_checkpoints(folder):
+        print(f"its first stage comes before, {run}", flush=True)
+        code = resume_run(run, accept, [entry for entry in overrides if entry.lstrip().startswith("data.")])
         if code:
             return code
     script = "train_autoencoder" if is_first_stage else "train_ldm"
@@ -210,22 +186,6 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
     if code == 0 and script == "train_ldm":
         _print_next_steps(folder)
     return code
-
-
-def _unfinished_first_stage(folder: Path, content: dict[str, Any]) -> Path | None:
-    """The first-stage run that `auto_train` began with this run, if this run has no checkpoint yet.
-
-    A finished one is resumed too: if it was killed at its very end, its export is written again. One without
-    checkpoints, which someone removed, is left alone.
-    """
-    run = folder.with_name(f"{folder.name}{FIRST_STAGE_SUFFIX}")
-    stage = content.get("first_stage")
-    if list_checkpoints(folder) or stage is None:
-        return None
-    if Path(stage).expanduser().resolve() != (run / "autoencoder").resolve():
-        return None
-    removed = (run / "autoencoder").is_dir() and not list_checkpoints(run)
-    return run if (run / "config.yaml").is_file() and not removed else None
 
 
 def run_script(script: str, arguments: list[str], threads: int | None = None) -> int:

@@ -50,7 +50,6 @@ from ldm.training.distributed import (
     gather_in_order,
     interruption,
     log_skipped_step,
-    nonfinite_samples,
     sum_over_processes,
     sync_step,
 )
@@ -356,9 +355,9 @@ class Run:
         log = self.folder / "nonfinite.jsonl"
         if self.is_main:
             self._truncate_logs()
-            positions = self.data.train.order(self.config.train.batch_size).batch(self.step)
-            samples = nonfinite_samples(self.data.train, positions, losses.tolist())
-            self.print(log_skipped_step(log, self.step + 1, result, samples))
+            images, size = self.data.train, self.config.train.batch_size
+            positions = images.order(size).batch(self.step)
+            self.print(log_skipped_step(log, self.step + 1, result, images, positions, losses.tolist()))
         if self._skipped["in_a_row"] >= self.config.train.max_nonfinite_steps:
             raise ValueError(
                 f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row; {log} lists their "

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ldm.training.checkpoints import (
     list_checkpoints,
     rename_damaged,
 )
-from ldm.training.resume import config_differences
+from ldm.training.resume import config_differences, flatten
 
 # A killed process may hold its lock for a moment, while the system cleans up.
 LOCK_SECONDS, RETRY_SECONDS = 3.0, 0.1
@@ -54,13 +54,22 @@ def lock_folder(folder: Path) -> Callable[[], None]:
     Raises:
         ValueError: if another process holds it.
     """
-    name = folder.resolve()
+    name, path = folder.resolve(), folder / ".lock"
     if name in _lock_files:
         os.close(_lock_files.pop(name))
     deadline = time.monotonic() + LOCK_SECONDS
-    while (file := _open_lock(folder)) is None:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = None
+        with suppress(FileNotFoundError):  # another process moves the folder aside
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # A file that was opened before the folder was moved aside is the lock of the moved folder.
+            if try_lock(file) and os.path.samestat(os.fstat(file), path.stat()):
+                break
+        if file is not None:
+            os.close(file)
         if time.monotonic() > deadline:
-            holder = (folder / ".lock").read_text(errors="replace").strip() if (folder / ".lock").is_file() else ""
+            holder = path.read_text(errors="replace").strip() if path.is_file() else ""
             raise ValueError(
                 f"{folder} is being written by another run{f' ({holder})' if holder else ''}; wait for it, end it, or "
                 "choose another output_dir"
@@ -75,24 +84,6 @@ def lock_folder(folder: Path) -> Callable[[], None]:
             os.close(_lock_files.pop(name))
 
     return unlock
-
-
-def _open_lock(folder: Path) -> int | None:
-    """The open, held lock file; None if another process holds it or is moving the folder aside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:
-        return None
-    try:
-        # A file that was opened before the folder was moved aside is the lock of the moved folder.
-        if try_lock(file) and os.path.samestat(os.fstat(file), path.stat()):
-            return file
-    except FileNotFoundError:
-        pass
-    os.close(file)
-    return None
 
 
 def try_lock(file: int) -> bool:
@@ -152,7 +143,13 @@ def open_folder(
     unlock = lock_folder(folder)
     try:
         check_new(folder)  # another process may have replaced it
-        is_same = resume and (step > 0 or bool(list_checkpoints(folder)) or _is_this_run(folder, config))
+        is_same = resume
+        if resume and step == 0 and not list_checkpoints(folder) and (folder / "config.yaml").is_file():
+            try:  # it stopped before its first checkpoint
+                stored = read_config(folder / "config.yaml", type(config))
+                is_same = not config_differences(stored, config)
+            except ValueError:
+                is_same = False
         if _has_content(os.listdir(folder)) and not is_same:
             unlock = _move_aside(folder, log)
         newest = next((path for path in reversed(list_checkpoints(folder)) if path not in damaged), None)
@@ -188,16 +185,6 @@ def _move_aside(folder: Path, log: Callable[[str], None]) -> Callable[[], None]:
         return lock_folder(folder)
     finally:
         os.close(old_lock)
-
-
-def _is_this_run(folder: Path, config: LDMConfig | AutoencoderTrainingConfig) -> bool:
-    """Whether a run that stopped before its first checkpoint had an equivalent config."""
-    if not (folder / "config.yaml").is_file():
-        return True  # it stopped before writing one
-    with suppress(ValueError):
-        stored = read_config(folder / "config.yaml", type(config))
-        return not config_differences(stored, config)
-    return False
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
@@ -242,55 +229,9 @@ def remove_empty_run(folder: Path) -> None:
 
 def record_start(run: Path, config: LDMConfig | AutoencoderTrainingConfig) -> None:
     """Store the working folder and the config's paths that are relative to it."""
-    given = {key: nested_value(dataclasses.asdict(config), key) for key in PATH_KEYS}
-    local = {key: value for key, value in given.items() if is_relative_path(value, Path.cwd())}
+    given = flatten(dataclasses.asdict(config))
+    local = {key: given[key] for key in PATH_KEYS if is_relative_path(given.get(key), Path.cwd())}
     hub.write_json(run / START_FILE, {"folder": os.getcwd(), "paths": local})
-
-
-def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[str] = ()) -> Path:
-    """The folder that a run's relative paths are read from: where it was started, or the working folder if the files
-    have moved there.
-
-    Args:
-        content: of its config.
-        overridden: keys that are set anew.
-
-    Raises:
-        ValueError: if a path exists in neither.
-    """
-    here = Path.cwd()
-    if not (run / START_FILE).is_file():  # an older version
-        return here
-    stored = hub.read_json(run / START_FILE)
-    then, paths = Path(stored.get("folder", here)), stored.get("paths", {})
-    needed = {key: path for key, path in paths.items() if key not in overridden and nested_value(content, key) == path}
-    if not needed or then == here:
-        return here
-    missing = [key for key, path in needed.items() if not is_relative_path(path, then)]
-    if not missing:
-        return then
-    if all(is_relative_path(path, here) for path in needed.values()):
-        return here
-    raise ValueError(
-        f"{missing[0]} of {run} is {needed[missing[0]]}, relative to {then}, where the run was started, and no longer "
-        f"exists there; restore it, change to the folder where it is now, or set --set {missing[0]}=PATH"
-    )
-
-
-def with_absolute_paths(config: LDMConfig, run: Path) -> LDMConfig:
-    """The config of a run, with absolute paths of data and start model if it was started in another folder.
-
-    Raises:
-        ValueError: as `base_folder`.
-    """
-    base = base_folder(run, dataclasses.asdict(config), set(PATH_KEYS) - {"data.path", "start_from"})
-    if base == Path.cwd():
-        return config
-    if is_relative_path(config.data.path, base):
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(base / config.data.path)))
-    if config.start_from is not None and is_relative_path(config.start_from, base):
-        config = dataclasses.replace(config, start_from=str(base / config.start_from))
-    return config
 
 
 def is_relative_path(value: Any, folder: Path) -> bool:
@@ -302,11 +243,3 @@ def is_relative_path(value: Any, folder: Path) -> bool:
         return False
     target = folder / path
     return target.exists() or (target.name == "autoencoder" and (target.parent / "config.yaml").is_file())
-
-
-def nested_value(content: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key of a nested mapping, or None."""
-    value: Any = content
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

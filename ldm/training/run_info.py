@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +18,8 @@ from ldm.config.reading import read_yaml
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
 from ldm.training.checkpoints import checkpoint_step, list_checkpoints
-from ldm.training.resume import data_differences, data_fingerprint
-from ldm.training.run_folder import with_absolute_paths
+from ldm.training.resume import data_differences, data_fingerprint, flatten
+from ldm.training.run_folder import PATH_KEYS, START_FILE, is_relative_path
 
 CONFIG = "config.yaml"
 # Of a built-in model: number and fingerprint of its training images; for scenes also how many it was shown.
@@ -58,6 +60,49 @@ class RunInfo:
         return f"the data is not what {self.folder} was trained on{older}: {then} then, {now} now"
 
 
+def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[str] = ()) -> Path:
+    """The folder that a run's relative paths are read from: where it was started, or the working folder if the files
+    have moved there.
+
+    Args:
+        content: of its config.
+        overridden: keys that are set anew.
+
+    Raises:
+        ValueError: if a path exists in neither.
+    """
+    here = Path.cwd()
+    if not (run / START_FILE).is_file():  # an older version
+        return here
+    stored = hub.read_json(run / START_FILE)
+    then, paths = Path(stored.get("folder", here)), stored.get("paths", {})
+    given = flatten(content)
+    needed = {key: path for key, path in paths.items() if key not in overridden and given.get(key) == path}
+    if not needed or then == here:
+        return here
+    missing = [key for key, path in needed.items() if not is_relative_path(path, then)]
+    if not missing:
+        return then
+    if all(is_relative_path(path, here) for path in needed.values()):
+        return here
+    raise ValueError(
+        f"{missing[0]} of {run} is {needed[missing[0]]}, relative to {then}, where the run was started, and no longer "
+        f"exists there; restore it, change to the folder where it is now, or set --set {missing[0]}=PATH"
+    )
+
+
+def with_absolute_paths(config: LDMConfig, run: Path) -> LDMConfig:
+    """The config of a run, with absolute paths of data and start model if it was started in another folder."""
+    base = base_folder(run, dataclasses.asdict(config), set(PATH_KEYS) - {"data.path", "start_from"})
+    if base == Path.cwd():
+        return config
+    if is_relative_path(config.data.path, base):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(base / config.data.path)))
+    if config.start_from is not None and is_relative_path(config.start_from, base):
+        config = dataclasses.replace(config, start_from=str(base / config.start_from))
+    return config
+
+
 def find_run(model: str) -> RunInfo | None:
     """The run that a folder is, or lies in; None for other folders and for hub ids.
 
@@ -65,15 +110,25 @@ def find_run(model: str) -> RunInfo | None:
         ValueError: for the run of a first stage, and for an unreadable config.
     """
     if model in hub.BUILT_IN_PIPELINES:
-        return _built_in_run(hub.BUILT_IN_PIPELINES[model])
-    where = Path(model).expanduser()
+        folder = hub.BUILT_IN_PIPELINES[model]
+        if not (folder / CONFIG).is_file():
+            return None
+        config, data = load_config(folder / CONFIG, [], LDMConfig), hub.read_json(folder / DATA)
+        scenes = data.get("scenes", scenes_after(config, config.train.max_steps))
+        return RunInfo(folder, config, data["samples"], data["sha256"], scenes)
+    where = Path(model).expanduser().resolve()
     if not where.is_dir():
         return None
-    folders = [where.resolve(), *where.resolve().parents[:MAX_DEPTH]]
-    folder = next((path for path in folders if (path / CONFIG).is_file() and _is_of(path, where.resolve())), None)
-    if folder is None:
+    for run in (where, *where.parents[:MAX_DEPTH]):
+        inside = where.relative_to(run).parts
+        is_of_run = inside in ((), ("pipeline",), ("best", "pipeline")) or (
+            len(inside) == MAX_DEPTH and inside[0] == "checkpoints" and inside[2] == "pipeline"
+        )
+        if is_of_run and (run / CONFIG).is_file():
+            break
+    else:
         return None
-    path = folder / CONFIG
+    folder, path = run, run / CONFIG
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,16 +146,6 @@ def find_run(model: str) -> RunInfo | None:
     return RunInfo(folder, config, data.get("samples"), data.get("sha256"), scenes)
 
 
-def _built_in_run(folder: Path) -> RunInfo | None:
-    """What `tools/release_model.py` stored beside the model."""
-    if not (folder / CONFIG).is_file():
-        return None
-    config = load_config(folder / CONFIG, [], LDMConfig)
-    data = hub.read_json(folder / DATA)
-    scenes = data.get("scenes", scenes_after(config, config.train.max_steps))
-    return RunInfo(folder, config, data["samples"], data["sha256"], scenes)
-
-
 def scenes_after(config: LDMConfig, steps: int) -> int | None:
     """How many scenes a run has shown after `steps`, with those before `data.first_scene`; blocks that have begun
     count as a whole. None if its data is not scenes.
@@ -110,16 +155,6 @@ def scenes_after(config: LDMConfig, steps: int) -> int | None:
         return None
     blocks = math.ceil(steps * config.train.batch_size / (data.scenes * data.renew_every))
     return data.first_scene + blocks * data.scenes
-
-
-def _is_of(run: Path, model: Path) -> bool:
-    """Whether `model` is the run folder or a model folder that the run wrote."""
-    if run == model:
-        return True
-    inside = model.relative_to(run).parts
-    return inside in (("pipeline",), ("best", "pipeline")) or (
-        len(inside) == MAX_DEPTH and inside[0] == "checkpoints" and inside[2] == "pipeline"
-    )
 
 
 def open_model(model: str, run: RunInfo | None, device: str | torch.device | None) -> tuple[Pipeline, str]:

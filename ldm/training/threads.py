@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -47,32 +47,21 @@ class Threads:
 
 
 def available_threads() -> Threads:
-    """The threads that the environment allows this process. Call it before a library changes torch's number.
-
-    `OMP_NUM_THREADS` and `MKL_NUM_THREADS` decide; without them the number is undecided. Processes on one machine
-    share its cores.
+    """The threads that `OMP_NUM_THREADS` and `MKL_NUM_THREADS` allow this process; undecided without them. Processes on
+    one machine share its cores. Call it before a library changes torch's number.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     cores = max(1, usable_cores() // max(1, processes))
-    if _is_set_by_launcher():
-        return Threads(None, cores)
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and os.environ.get(THREAD_VARIABLES[0]) == "1" and THREAD_VARIABLES[1] not in os.environ:
+        with contextlib.suppress(psutil.Error):  # of another user
+            launcher = psutil.Process(os.getppid())
+            if THREAD_VARIABLES[0] not in launcher.environ() and "num_cpu_threads" not in " ".join(launcher.cmdline()):
+                return Threads(None, cores)  # the default of `accelerate launch` or `torchrun`, not the user's choice
     set_by = [name for name in THREAD_VARIABLES if re.fullmatch(r"\s*0*[1-9]\d*\s*(,.*)?", os.environ.get(name, ""))]
     if set_by:
         return Threads(torch.get_num_threads(), cores, f"as {set_by[-1]} says")
     return Threads(None, min(cores, torch.get_num_threads()))
-
-
-def _is_set_by_launcher() -> bool:
-    """Whether `OMP_NUM_THREADS=1` is the default of `accelerate launch` or `torchrun`, not the user's choice."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or os.environ.get(THREAD_VARIABLES[0]) != "1" or THREAD_VARIABLES[1] in os.environ:
-        return False
-    try:
-        launcher = psutil.Process(os.getppid())
-        by_user = THREAD_VARIABLES[0] in launcher.environ() or "num_cpu_threads" in " ".join(launcher.cmdline())
-    except psutil.Error:  # of another user
-        return False
-    return not by_user
 
 
 def resolve_threads(available: Threads, configured: int | None, stored: int | None) -> Threads:
@@ -118,14 +107,11 @@ def measure_threads(available: Threads, seconds: Callable[[], float], what: str)
         torch.set_num_threads(number)
         return seconds()
 
-    medians = median_seconds(thread_candidates(available.max_number), seconds_with)
+    cores = available.max_number
+    medians = median_seconds(sorted({1, max(1, cores // 4), max(1, cores // 2), cores}), seconds_with)
+    number = min(count for count, median in medians.items() if median <= MARGIN * min(medians.values()))
     measured = ", ".join(f"{median:.2g} s with {count}" for count, median in medians.items())
-    return Threads(smallest_fast_enough(medians), available.max_number, f"measured: {measured} ({what})")
-
-
-def thread_candidates(max_number: int) -> list[int]:
-    """Numbers to try, ascending: 1, and a quarter, a half and all of the cores."""
-    return sorted({1, max(1, max_number // 4), max(1, max_number // 2), max_number})
+    return Threads(number, cores, f"measured: {measured} ({what})")
 
 
 def median_seconds(counts: list[int], seconds: Callable[[int], float]) -> dict[int, float]:
@@ -142,11 +128,6 @@ def median_seconds(counts: list[int], seconds: Callable[[int], float]) -> dict[i
         if sum(sum(times[count]) for count in measured) > MEASURE_SECONDS * (1 if rounds >= 3 else 10):
             break  # with fewer than three the median is no better than the mean
     return {count: statistics.median(values) for count, values in times.items()}
-
-
-def smallest_fast_enough(medians: Mapping[int, float]) -> int:
-    """The smallest number of threads that is about as fast as the fastest."""
-    return min(count for count, median in medians.items() if median <= MARGIN * min(medians.values()))
 
 
 def timed_call(action: Callable[[], object], accelerator: Accelerator | None = None) -> float:

@@ -7,8 +7,8 @@ import pytest
 
 from ldm.config import LDMConfig, load_config, to_yaml
 from ldm.training.checkpoints import resume_command
-from ldm.training.run_folder import base_folder, record_start, with_absolute_paths
-from ldm.training.run_info import data_config, find_run
+from ldm.training.run_folder import record_start
+from ldm.training.run_info import base_folder, data_config, find_run, with_absolute_paths
 from tests.training.runs import ROOT
 
 

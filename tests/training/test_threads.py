@@ -18,10 +18,9 @@ from ldm.training.threads import (
     Threads,
     agree_on_threads,
     available_threads,
+    measure_threads,
     median_seconds,
     resolve_threads,
-    smallest_fast_enough,
-    thread_candidates,
 )
 from tests.training.runs import digests, run_autoencoder, run_ldm, settings
 
@@ -201,12 +200,18 @@ def test_a_number_that_is_many_times_as_slow_is_called_once():
         ({1: 1.0, 2: 0.4, 4: 0.9}, 2),
     ],
 )
-def test_the_fewest_that_are_about_as_fast_as_any(medians, expected):
-    assert smallest_fast_enough(medians) == expected
+def test_the_fewest_that_are_about_as_fast_as_any(machine, medians, expected):
+    found = measure_threads(Threads(None, max(medians)), lambda: medians[torch.get_num_threads()], "a step")
+    assert found.number == expected
 
 
-def test_what_is_tried():
-    assert [thread_candidates(count) for count in (1, 2, 3, 4, 8, 64)] == [
+def test_what_is_tried(machine):
+    def tried(count):
+        seen = []
+        measure_threads(Threads(None, count), lambda: seen.append(torch.get_num_threads()) or 1.0, "a step")
+        return sorted(set(seen))
+
+    assert [tried(count) for count in (1, 2, 3, 4, 8, 64)] == [
         [1], [1, 2], [1, 3], [1, 2, 4], [1, 2, 4, 8], [1, 16, 32, 64],
     ]  # fmt: skip
 
