@@ -12,20 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import hub
-from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_name
-from ldm.data import Batch, CaptionedImages, collate, to_signed
+from ldm.data import Batch, CaptionedImages, to_signed
 from ldm.models import (
     AutoencoderConfig,
     AutoencoderKL,
     FirstStage,
-    PatchDiscriminator,
     PerceptualDistance,
     VQConfig,
     VQModel,
     enable_gradient_checkpointing,
 )
-from ldm.models.efficientnet import perceptual_distance
 from ldm.models.similarity import psnr
 from ldm.pipelines import contact_sheet, to_pil
 from ldm.training.autoencoder_losses import AdversarialLoss, Codebook
@@ -93,16 +90,6 @@ def _check_start_from(found: AutoencoderConfig | VQConfig, config: AutoencoderTr
         raise ValueError(f"{config.start_from} (start_from) cannot be trained: {error}") from None
 
 
-def make_discriminator(config: AutoencoderTrainingConfig, device: torch.device) -> PatchDiscriminator | None:
-    """A new discriminator; None if its loss has no weight."""
-    return PatchDiscriminator(config.discriminator).to(device) if config.loss.adversarial_weight > 0 else None
-
-
-def make_perceptual_distance(config: AutoencoderTrainingConfig, device: torch.device) -> PerceptualDistance | None:
-    """The perceptual distance; None if it has no weight. ValueError if its network is not installed."""
-    return perceptual_distance(device) if config.loss.perceptual_weight > 0 else None
-
-
 def make_codebook(
     config: AutoencoderTrainingConfig, autoencoder: FirstStage, averaged: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Codebook | None:
@@ -113,11 +100,6 @@ def make_codebook(
     return Codebook(
         autoencoder.quantize, averaged.quantize, optimizer, seed=config.seed, revive_after=config.revive_codes_after
     )
-
-
-def latent_shape(autoencoder: FirstStage, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Latent shape (C, h, w) of images of `size` (height, width), multiples of the downsampling factor."""
-    return LatentCodec(autoencoder).latent_shape(*size)
 
 
 def export_autoencoder(
@@ -189,23 +171,6 @@ def reconstruction_grid(averaged: nn.Module, images: CaptionedImages, device: to
     return contact_sheet([originals, reconstructions], ["images", "reconstructions"])
 
 
-def choose_autoencoder_threads(
-    model: nn.Module,
-    state: TrainingState,
-    run: Run,
-    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
-) -> None:
-    """Choose the number of CPU threads by timing the trained network, unless it is set."""
-    images = run.data.train
-    positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))
-
-    def training_pass(count: int) -> Callable[[], None]:
-        batch = collate([images[position] for position in positions[:count]])
-        return lambda: losses_of(model, batch, None).backward(run.accelerator)
-
-    run.choose_threads(state, training_pass)
-
-
 def autoencoder_workload(
     network: nn.Module,
     state: TrainingState,
@@ -224,8 +189,13 @@ def autoencoder_workload(
 
     remaining = config.train.max_steps - run.step
     alone = min(max(0, config.loss.adversarial_start - run.step), remaining) if adversary else remaining
+    start = f", from {config.start_from}" if config.start_from else ""
+    codes = f", quantized to {config.vq.num_vq_embeddings} codes" if config.vq else ""
+    task = f"a first stage: images to latents and back{codes}{start}"
+    if config.trained == "decoder":
+        task = f"the decoder of a first stage{start}; its latents do not change"
     return Workload(
-        task=_describe_task(config),
+        task=task,
         network=network,
         phases=[
             (alone, dataclasses.replace(state, adversary=None), lambda net, batch: losses_of(net, batch, None)),
@@ -238,14 +208,6 @@ def autoencoder_workload(
         exported=len(images) if config.trained == "all" else 0,  # the statistics of the latents cover all images
         encode=encode,
     )
-
-
-def _describe_task(config: AutoencoderTrainingConfig) -> str:
-    start = f", from {config.start_from}" if config.start_from else ""
-    if config.trained == "decoder":
-        return f"the decoder of a first stage{start}; its latents do not change"
-    codes = f", quantized to {config.vq.num_vq_embeddings} codes" if config.vq else ""
-    return f"a first stage: images to latents and back{codes}{start}"
 
 
 def _pixels(batch: Batch, device: torch.device) -> Tensor:

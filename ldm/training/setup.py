@@ -101,10 +101,15 @@ def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
     images = run.data.train
     if config.start_from is not None:
         pipeline = Pipeline.from_pretrained(config.start_from, device=run.device)
-        _check_start_from(pipeline, config)
-        pipeline.guidance_scale = config.sample.guidance_scale
-        pipeline.num_inference_steps = config.sample.num_inference_steps
-        pipeline.sampler = config.sample.sampler
+        loss, learned = config.train.loss, pipeline.unet.config.learned_variance
+        if learned != (loss.weighting == "hybrid"):
+            raise ValueError(
+                f"train.loss.weighting is {loss.weighting}, but {config.start_from} has {'' if learned else 'no '}"
+                f"learned variances; choose {'hybrid' if learned else 'simple, vlb or min_snr'}"
+            )
+        prediction_type = pipeline.schedule.prediction_type
+        check_precision(prediction_type, config.train.mixed_precision)
+        check_objective(loss, NoiseSchedule.from_config(pipeline.schedule), prediction_type, config.sample)
         images.check_factor(pipeline.codec.factor)
         _, size, _ = pipeline.codec.latent_shape(config.data.resolution, config.data.resolution)
         # Sample grids, and by default samples of the export, have the size of training.
@@ -114,15 +119,10 @@ def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
         text_encoder = load_text_encoder(text.encoder, text.max_length, layer=text.layer)
         codec = make_codec(config, images, run)
         images.check_factor(codec.factor)
-        pipeline = Pipeline(
-            unet=make_unet(config, codec, text_encoder),
-            codec=codec,
-            text_encoder=text_encoder,
-            schedule=config.schedule,
-            guidance_scale=config.sample.guidance_scale,
-            num_inference_steps=config.sample.num_inference_steps,
-            sampler=config.sample.sampler,
-        ).to(run.device)
+        unet = make_unet(config, codec, text_encoder)
+        pipeline = Pipeline(unet=unet, codec=codec, text_encoder=text_encoder, schedule=config.schedule).to(run.device)
+    for key in ("guidance_scale", "num_inference_steps", "sampler"):
+        setattr(pipeline, key, getattr(config.sample, key))
     if images.composer is not None:
         images.composer.fits = pipeline.text_encoder.fits()
         run.print(images.composer.summary(images.shape_of))
@@ -132,19 +132,6 @@ def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
     set_attention_backend(pipeline.unet, config.train.attention)
     enable_gradient_checkpointing(pipeline.unet, config.train.gradient_checkpointing)
     return pipeline
-
-
-def _check_start_from(pipeline: Pipeline, config: LDMConfig) -> None:
-    """ValueError if the model of `start_from` cannot be trained with this loss or sampled with this sampler."""
-    loss, learned = config.train.loss, pipeline.unet.config.learned_variance
-    if learned != (loss.weighting == "hybrid"):
-        raise ValueError(
-            f"train.loss.weighting is {loss.weighting}, but {config.start_from} has {'' if learned else 'no '}learned "
-            f"variances; choose {'hybrid' if learned else 'simple, vlb or min_snr'}"
-        )
-    check_precision(pipeline.schedule.prediction_type, config.train.mixed_precision)
-    schedule = NoiseSchedule.from_config(pipeline.schedule)
-    check_objective(loss, schedule, pipeline.schedule.prediction_type, config.sample)
 
 
 def make_codec(config: LDMConfig, images: CaptionedImages, run: Run) -> Codec:
@@ -176,13 +163,13 @@ def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNe
     return UNet(complete)
 
 
-def choose_unet_threads(pipeline: Pipeline, model: nn.Module, state: TrainingState, run: Run) -> None:
+def choose_unet_threads(pipeline: Pipeline, state: TrainingState, run: Run) -> None:
     """Choose the number of CPU threads by timing the UNet, unless it is set. Nothing is encoded yet."""
     side = run.config.data.resolution
     shape = pipeline.codec.latent_shape(side, side)
     text = (pipeline.text_encoder.max_length, pipeline.text_encoder.hidden_size)
-    # `model` applies mixed precision itself.
-    run.choose_threads(state, lambda count: unet_pass(model, shape, text, count, run.device, "no"))
+    # The network applies mixed precision itself.
+    run.choose_threads(state, lambda count: unet_pass(state.model, shape, text, count, run.device, "no"))
 
 
 def make_cached_encoders(config: LDMConfig, pipeline: Pipeline, run: Run) -> CachedEncoders:
@@ -223,31 +210,29 @@ def log_cache_summary(cache: LatentCache, text_encoder: TextEncoder, run: Run) -
 
 
 def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> FrozenComponents:
-    """Write the frozen components into the run folder; for a LoRA only their hashes."""
+    """Write the frozen components into the run folder; for a LoRA only their hashes, to notice changes on resume."""
     if config.export == "lora":
         assert config.start_from is not None
-        folder = hub.find_pipeline(config.start_from)
-        run.write_once("frozen", lambda path: _write_component_hashes(pipeline, path))
+        folder, codec = hub.find_pipeline(config.start_from), pipeline.codec
+        assert isinstance(codec, nn.Module)
+        settings: dict[str, Any] = codec.autoencoder.config.to_dict() if isinstance(codec, LatentCodec) else {}
+        hashes = {
+            "text_encoder": pipeline.text_encoder.fingerprint(),
+            "codec": tensors_hash(codec.state_dict()),
+            "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
+            "schedule": dataclasses.asdict(pipeline.schedule),
+        }
+        # Only for VQ models: runs of others may be older than these keys.
+        hashes |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
+
+        def write(path: Path) -> None:
+            path.mkdir()
+            hub.write_json(path / "model.json", hashes)
+
+        run.write_once("frozen", write)
     else:
         folder = run.write_once("frozen", pipeline.save_frozen)
     return FrozenComponents(folder, pipeline.index(), pipeline.schedule, config.sample)
-
-
-def _write_component_hashes(pipeline: Pipeline, folder: Path) -> None:
-    """Hashes of components that are not copied, so that a resumed run notices changes."""
-    folder.mkdir()
-    codec = pipeline.codec
-    assert isinstance(codec, nn.Module)
-    settings: dict[str, Any] = codec.autoencoder.config.to_dict() if isinstance(codec, LatentCodec) else {}
-    content = {
-        "text_encoder": pipeline.text_encoder.fingerprint(),
-        "codec": tensors_hash(codec.state_dict()),
-        "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
-        "schedule": dataclasses.asdict(pipeline.schedule),
-    }
-    # Only for VQ models: runs of others may be older than these keys.
-    content |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
-    hub.write_json(folder / "model.json", content)
 
 
 def export(folder: Path, unet: nn.Module, frozen: FrozenComponents, config: LDMConfig) -> None:
@@ -314,7 +299,7 @@ def held_out_loss(
 
 
 def repeats_per_image(count: int, max_samples: int) -> int:
-    """How often each of `count` held-out images is evaluated: up to 16 times, and `max_samples` times in total."""
+    """How often each held-out image is evaluated: up to 16 times, and `max_samples` times in total."""
     return max(1, min(MAX_REPEATS, max_samples // count))
 
 
@@ -337,8 +322,11 @@ def diffusion_workload(
         sample = dataclasses.replace(config.sample, num_inference_steps=steps)
         return sample_grid(frozen.pipeline(state.ema.module), sample)
 
+    task = f"{config.space}, as the config says" + (f", of {config.first_stage}" if config.first_stage else "")
+    if config.start_from is not None:
+        task = f"that of {config.start_from}, {config.finetune.method} fine-tuning"
     return Workload(
-        task=run.data.space_reason or _describe_space(config),
+        task=run.data.space_reason or task,
         network=network,
         phases=[(config.train.max_steps - run.step, state, losses_of)],
         validate=losses_of,
@@ -352,12 +340,6 @@ def diffusion_workload(
         evaluator=evaluator,
         sample_size=frozen.pipeline(state.ema.module).default_size if evaluator else (0, 0),
     )
-
-
-def _describe_space(config: LDMConfig) -> str:
-    if config.start_from is not None:
-        return f"that of {config.start_from}, {config.finetune.method} fine-tuning"
-    return f"{config.space}, as the config says" + (f", of {config.first_stage}" if config.first_stage else "")
 
 
 def sample_grid(pipeline: Pipeline, config: SampleConfig) -> Image.Image:

@@ -3,12 +3,16 @@
 accelerate launch train/train_autoencoder.py --config configs/openmoji-first-stage.yaml
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
+from ldm.codecs import LatentCodec
 from ldm.config import AutoencoderTrainingConfig
-from ldm.data import Batch, to_signed
+from ldm.data import Batch, collate, to_signed
+from ldm.models import PatchDiscriminator
+from ldm.models.efficientnet import perceptual_distance
 from ldm.training import autoencoder_setup
 from ldm.training.autoencoder_losses import AdversarialLoss, autoencoder_loss
 from ldm.training.checkpoints import TrainingState
@@ -28,8 +32,10 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
     ema = make_ema(autoencoder, config.train.ema_decay)
 
     # A frozen network that measures the perceptual distance, and a discriminator that learns.
-    perceptual = autoencoder_setup.make_perceptual_distance(config, run.device)
-    discriminator = autoencoder_setup.make_discriminator(config, run.device)
+    perceptual = perceptual_distance(run.device) if config.loss.perceptual_weight > 0 else None
+    discriminator = None
+    if config.loss.adversarial_weight > 0:
+        discriminator = PatchDiscriminator(config.discriminator).to(run.device)
     optimizer = make_optimizer(autoencoder, config.train, discriminator)
     model, prepared, optimizer = run.accelerator.prepare(autoencoder, discriminator, optimizer)
     adversarial_loss = AdversarialLoss(discriminator, prepared, config.loss) if discriminator else None
@@ -40,7 +46,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
     run.start(state)
 
     def losses_of(network: nn.Module, batch: Batch, adversary: AdversarialLoss | None) -> StepLosses:
-        shape = autoencoder_setup.latent_shape(autoencoder, batch.size)
+        shape = LatentCodec(autoencoder).latent_shape(*batch.size)
         noise = step_noise(config.seed, batch.epochs, batch.ids, run.step, shape=shape, device=run.device)
         assert batch.images is not None
         pixels = to_signed(batch.images).to(run.device)
@@ -69,7 +75,12 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
         if run.is_due(config.train.sample_every):
             run.save_samples(lambda: autoencoder_setup.reconstruction_grid(ema.module, held_out or images, run.device))
 
-    autoencoder_setup.choose_autoencoder_threads(model, state, run, losses_of)
+    def training_pass(count: int) -> Callable[[], None]:
+        positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))[:count]
+        batch = collate([images[position] for position in positions])
+        return lambda: losses_of(model, batch, None).backward(run.accelerator)
+
+    run.choose_threads(state, training_pass)
     if run.step > 0 or config.start_from is not None:  # what an interrupted run missed, or the model to start from
         validate_and_sample()
     if hooks.estimate:

@@ -35,7 +35,7 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
     model, optimizer = run.accelerator.prepare(unet, make_optimizer(unet, config.train))
     state = TrainingState(model=model, optimizer=optimizer, ema=ema)
     run.start(state)
-    setup.choose_unet_threads(pipeline, model, state, run)
+    setup.choose_unet_threads(pipeline, state, run)
 
     # The frozen networks encode the data once and then leave memory, until samples are generated.
     frozen = setup.save_frozen_components(pipeline, config, run)
