@@ -96,41 +96,37 @@ class LatentCache:
     @torch.no_grad()
     def latents(self, batch: Batch, posterior: Tensor | None) -> Tensor:
         """Latents [B, C, h, w] float32, sampled with the noise `posterior` [B, C, h, w]; None takes the mean."""
+        renewed = batch.renewed.nonzero().flatten()  # [R]
+        rows = batch.indices + len(self.images) * batch.flipped
         if self._codec is not None:
             assert batch.images is not None
             moments = self._codec.moments(to_signed(batch.images).to(self.device))
-        else:
-            moments = self._cached_moments(batch).to(self.device)  # [B, M, h, w]
-        return self._sample(moments, posterior)
-
-    def _cached_moments(self, batch: Batch) -> Tensor:
-        """[B, M, h, w] float32: permanent samples from disk, renewed ones from memory."""
-        renewed = batch.renewed.nonzero().flatten()  # [R]
-        if self._memory is None or not len(renewed):
+        elif self._memory is None or not len(renewed):
             assert self._moments is not None
-            return self._moments[batch.indices + len(self.images) * batch.flipped]
-        rows = self._memory.moments(batch, renewed.tolist())  # [R, M, h, w]
-        if len(rows) == len(batch.ids):
-            return rows
-        assert self._moments is not None
-        moments = rows.new_empty(len(batch.ids), *rows.shape[1:])
-        moments[batch.renewed] = rows
-        permanent = ~batch.renewed
-        on_disk = self._moments[(batch.indices + len(self.images) * batch.flipped)[permanent]]
-        moments[permanent] = on_disk.to(rows.device)
-        return moments
+            moments = self._moments[rows]
+        else:  # permanent samples from disk, renewed ones from memory
+            moments = self._memory.moments(batch, renewed.tolist())  # [R, M, h, w]
+            if len(renewed) < len(batch.ids):
+                assert self._moments is not None
+                both = moments.new_empty(len(batch.ids), *moments.shape[1:])
+                both[batch.renewed] = moments
+                both[~batch.renewed] = self._moments[rows[~batch.renewed]].to(moments.device)
+                moments = both
+        return self._sample(moments.to(self.device), posterior)  # of [B, M, h, w] float32
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, L, D] float32 of captions of the data, or the empty one."""
-        renewed = [i for i, caption in enumerate(captions) if caption not in self._row_of]
+        rows = [self._row_of.get(caption, -1) for caption in captions]
+        renewed = [i for i, row in enumerate(rows) if row < 0]
         if self._memory is None or not renewed:
-            return self._states[[self._row_of[caption] for caption in captions]].to(self.device)
-        rows = self._memory.states([captions[i] for i in renewed])  # [R, L, D]
-        states = rows.new_empty(len(captions), *rows.shape[1:])
-        states[renewed] = rows
-        permanent = [i for i, caption in enumerate(captions) if caption in self._row_of]
+            assert not renewed
+            return self._states[rows].to(self.device)
+        found = self._memory.states([captions[i] for i in renewed])  # [R, L, D]
+        states = found.new_empty(len(captions), *found.shape[1:])
+        states[renewed] = found
+        permanent = [i for i, row in enumerate(rows) if row >= 0]
         if permanent:
-            states[permanent] = self._states[[self._row_of[captions[i]] for i in permanent]].to(rows.device)
+            states[permanent] = self._states[[rows[i] for i in permanent]].to(found.device)
         return states.to(self.device)
 
     @torch.no_grad()
@@ -152,10 +148,9 @@ class LatentCache:
 class MemoryCache:
     """Moments and states of samples that are renewed every `data.renew_every` epochs, in memory, half precision.
 
-    They are encoded in the first step that reads them, so that no step encodes more than a batch. Rows depend on image
-    and caption alone, so a resumed run, which starts with an empty memory, continues like an unbroken one.
-
-    Samples beyond MEMORY_BYTES are encoded in every step. Images that no worker has loaded are loaded here.
+    They are encoded in the first step that reads them; those beyond MEMORY_BYTES in every step. Rows depend on image
+    and caption alone, so a resumed run, which starts with an empty memory, continues like an unbroken one. Images that
+    no worker has loaded are loaded here.
     """
 
     def __init__(self, images: CaptionedImages, encoders: CachedEncoders) -> None:
@@ -227,13 +222,10 @@ class CachedEncoders:
     float32. Several processes encode a part each, then wait for each other.
 
     Args:
-        cache_folder: created when something is written.
-        device: of both networks.
         rank, world: index of this process, number of processes.
         wait: a barrier without a timeout: `long_barrier`.
         num_workers: processes that load and decode images; 0 loads them in this one.
         print: logs what was encoded, and damaged files.
-        show_progress: show a progress bar for long work.
 
     Raises:
         ValueError: here and in `encode_…`, if the cache cannot be written or an image cannot be read any more.
@@ -351,11 +343,10 @@ class CachedEncoders:
         """Positions and rows, one shape at a time. An image with both flips missing is loaded once."""
         flips = _group_by(missing, lambda position: position % len(images))  # index → its positions
         groups = _group_by(flips, lambda index: (shapes[index], tuple(p >= len(images) for p in flips[index])))
-        jobs = [
-            (part, _batch_size(*shape), flipped)
-            for (shape, flipped), indices in groups.items()
-            for part in _chunks(indices, max(1, self._images_per_shard(*shape) // len(flipped)))
-        ]
+        jobs = []
+        for (shape, flipped), indices in groups.items():
+            shard = _shard_rows(2 * math.prod(self.codec.latent_shape(*shape)) * 4)  # mean and log-variance, float32
+            jobs += [(part, _batch_size(*shape), flipped) for part in _chunks(indices, max(1, shard // len(flipped)))]
         batches = [batch for indices, size, _ in jobs for batch in _chunks(indices, size)]
         loader = iter(
             DataLoader(
@@ -375,10 +366,6 @@ class CachedEncoders:
                 parts.append(torch.stack(both))  # [flips, B, M, h, w]
             positions = [index + len(images) * mirror for mirror in flipped for index in indices]
             yield positions, torch.cat(parts, dim=1).flatten(0, 1)  # [flips · N, M, h, w]
-
-    def _images_per_shard(self, height: int, width: int) -> int:
-        channels, h, w = self.codec.latent_shape(height, width)
-        return _shard_rows(2 * channels * h * w * 4)  # mean and log-variance, float32
 
 
 def long_barrier(processes: int) -> Callable[[], None]:
@@ -413,24 +400,24 @@ def _stack(images: list[Tensor | ValueError]) -> Tensor:
 
 def _image_keys(images: CaptionedImages) -> list[str]:
     """A key per image, and with flips another per mirrored image."""
+
+    def digest(sample: Sample) -> str:
+        try:
+            return content_hash(sample.read())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{sample.id} cannot be read: {error}; restore or remove it") from error
+
     config = images.config
     transform = (TRANSFORM_VERSION, config.resolution, config.crop, config.background_rgb)
     # Reading and hashing release the interpreter lock.
     with ThreadPoolExecutor(usable_cores()) as pool:
-        unknown = iter(list(pool.map(_digest, [sample for sample in images.samples if sample.digest is None])))
-    named = list(zip([sample.digest or next(unknown) for sample in images.samples], _shapes(images), strict=True))
+        read = iter(list(pool.map(digest, [sample for sample in images.samples if sample.digest is None])))
+    named = list(zip([sample.digest or next(read) for sample in images.samples], _shapes(images), strict=True))
     return [
-        content_hash(repr((*transform, shape, flipped, digest)).encode())
+        content_hash(repr((*transform, shape, flipped, name)).encode())
         for flipped in ((False, True) if config.flip else (False,))
-        for digest, shape in named
+        for name, shape in named
     ]
-
-
-def _digest(sample: Sample) -> str:
-    try:
-        return content_hash(sample.read())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{sample.id} cannot be read: {error}; restore or remove it") from error
 
 
 def _shapes(images: CaptionedImages) -> list[tuple[int, int]]:

@@ -128,9 +128,9 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file, of the kind that its keys say."""
     names = {field.name for field in dataclasses.fields(AutoencoderTrainingConfig)}
     own = names - {field.name for field in dataclasses.fields(LDMConfig)}
-    if own.isdisjoint(read_config(path)):
-        return load_config(path, overrides, LDMConfig)
-    return load_config(path, overrides, AutoencoderTrainingConfig)
+    kind: Any = LDMConfig if own.isdisjoint(read_config(path)) else AutoencoderTrainingConfig
+    config: Config = load_config(path, overrides, kind)
+    return config
 
 
 def run_training(
@@ -214,54 +214,43 @@ def main(script: str) -> None:
         parser.error("--accept lists what may differ from a resumed run; it needs --resume")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may use any script, terminals may not
-    run = Path()
+    run, code, line = Path(), 2, ""
+    is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         with interruption.handle_signals():
-            config: Config
-            if script == "train_ldm":
-                config = load_config(arguments.config, arguments.set, LDMConfig)
-            else:
-                config = load_config(arguments.config, arguments.set, AutoencoderTrainingConfig)
+            kind: Any = LDMConfig if script == "train_ldm" else AutoencoderTrainingConfig
+            config: Config = load_config(arguments.config, arguments.set, kind)
             run = Path(config.output_dir).expanduser()
             result = run_training(config, resume=arguments.resume, accept=arguments.accept)
     except (ValueError, OSError) as error:
         # An error of a loader's worker arrives with its whole traceback; the last line is the message.
-        _print_last(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
-        sys.exit(2)
+        line = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
     except RuntimeError as error:
-        message = _lost_process_message(str(error), run)
-        if message is None:
+        reason = str(error).strip().partition("\n")[0]
+        if reason.startswith("DataLoader worker (pid"):
+            line = (
+                f"error: a process that loads images has died ({reason}), usually for lack of memory, also in /dev/shm;"
+                f" lower train.num_workers and resume with {resume_command(run)} --set train.num_workers=0"
+            )
+        elif is_distributed and "onnection" in reason:  # torch reports that another process has died
+            line = f"error: another process of this run has ended ({reason}); its own message says why"
+        else:
             raise
-        _print_last(f"error: {message}")
-        sys.exit(2)
     except Stopped as stopped:
-        message = (
-            str(stopped)
-            or "nothing was lost: no step was made since the newest checkpoint, and the cache is complete; continue "
-            f"with {resume_command(run) if arguments.resume else 'the same command'}"
+        code, line = (
+            EXIT_CODE,
+            "stopped: "
+            + (
+                str(stopped)
+                or "nothing was lost: no step was made since the newest checkpoint, and the cache is complete; continue "
+                f"with {resume_command(run) if arguments.resume else 'the same command'}"
+            ),
         )
-        _print_last(f"stopped: {message}")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the launcher ends the others once the first process ends
+        if is_distributed:  # the launcher ends the others once the first process ends
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(EXIT_CODE)
+    if line:
+        for progress in list(getattr(tqdm, "_instances", ())):  # below the open progress bars
+            progress.close()
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(code)
     print(f"done: {result.export}", flush=True)
-
-
-def _lost_process_message(error: str, run: Path) -> str | None:
-    """A message if torch reports that another process of the run has died, or None."""
-    reason = error.strip().partition("\n")[0]
-    if reason.startswith("DataLoader worker (pid"):
-        return (
-            f"a process that loads images has died ({reason}), usually for lack of memory, also in /dev/shm; lower "
-            f"train.num_workers and resume with {resume_command(run)} --set train.num_workers=0"
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "onnection" in reason:
-        return f"another process of this run has ended ({reason}); its own message says why"
-    return None
-
-
-def _print_last(line: str) -> None:
-    """Print a line below the open progress bars."""
-    for progress in list(getattr(tqdm, "_instances", ())):
-        progress.close()
-    print(line, file=sys.stderr, flush=True)
