@@ -78,14 +78,12 @@ def repeat_options(args: Sequence[str]) -> list[str]:
 
 
 def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Path:
-    """The file to write; checks that it can be written, before anything is computed.
+    """The file to write; checks that it can be written, before anything is computed. Raises ValueError naming the
+    option.
 
     Args:
         kinds: allowed suffixes.
         what: what is written, and as what.
-
-    Raises:
-        ValueError: naming the option.
     """
     path = disk.expand_user(path)
     if path.suffix.lower() not in kinds:
@@ -97,11 +95,7 @@ def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Pat
 
 
 def output_folder(option: str, path: Path) -> Path:
-    """The folder to write into; checks that it can be written.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """The folder to write into; checks that it can be written. Raises ValueError naming the option."""
     path = disk.expand_user(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} is {path}, a file; name a folder")

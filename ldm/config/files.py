@@ -67,10 +67,8 @@ ConfigT = TypeVar("ConfigT", LDMConfig, AutoencoderTrainingConfig)
 
 
 def load_config(path: Path, overrides: Sequence[str], kind: type[ConfigT]) -> ConfigT:
-    """Reads a YAML file, applies `a.b=value` overrides, and validates the whole. See `ldm.config.reading`.
-
-    Raises:
-        ValueError: in one line that names the file or the dotted key, the cause and the way out.
+    """Reads a YAML file, applies `a.b=value` overrides, and validates the whole. See `ldm.config.reading`. Raises
+    ValueError in one line that names the file or the dotted key, the cause and the way out.
     """
     check_scripts(read_config(path), kind, f"config {path}")
     content = read_config(path, kind)
@@ -78,13 +76,11 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[ConfigT]) -> Co
 
 
 def read_config(path: Path, kind: type | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, in which everything is text, None, or a list or mapping of these.
+    """The mapping in a YAML file, in which everything is text, None, or a list or mapping of these. Raises ValueError
+    as `load_config`.
 
     Args:
         kind: of config; keys of it that hold numbers have numbers then.
-
-    Raises:
-        ValueError: as `load_config`.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -136,10 +132,8 @@ def with_overrides(content: Mapping[str, Any], overrides: Sequence[str], kind: t
 
 
 def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
-    """Refuses a config of another tool, and one of the other script.
-
-    Raises:
-        ValueError: naming the keys, and the tool or script.
+    """Refuses a config of another tool, and one of the other script. Raises ValueError naming the keys, and the tool or
+    script.
     """
     for tool, keys in FOREIGN_KEYS.items():
         for key in keys:

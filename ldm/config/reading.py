@@ -52,11 +52,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def read_yaml(text: str) -> Any:
-    """Mappings, lists, None, and everything else as text.
-
-    Raises:
-        ValueError: with the reason, in one line.
-    """
+    """Mappings, lists, None, and everything else as text. Raises ValueError with the reason, in one line."""
     try:
         return _Loader(text).get_single_data()
     except RecursionError:
@@ -66,13 +62,11 @@ def read_yaml(text: str) -> Any:
 
 
 def typed(value: Any, hint: Any, path: str) -> Any:
-    """What `read_yaml` gave, with numbers where the type `hint` of the key wants numbers.
+    """What `read_yaml` gave, with numbers where the type `hint` of the key wants numbers. Raises ValueError naming the
+    key and the value.
 
     Args:
         path: of the key, with dots, for errors.
-
-    Raises:
-        ValueError: naming the key and the value.
     """
     members = members_of(hint)
     section, listed = section_of(hint), list_in(members)
@@ -91,13 +85,11 @@ def typed(value: Any, hint: Any, path: str) -> Any:
 
 
 def from_text(text: str, hint: Any, path: str) -> Any:
-    """The value that `--set path=text` gives a key of type `hint`. Text keys take their text as it stands.
+    """The value that `--set path=text` gives a key of type `hint`. Text keys take their text as it stands. Raises
+    ValueError naming the key and the value.
 
     A list is written `[a, b]`; an element with a comma, or with blanks at an end, stands in quotes. `null` is None for
     keys that may be. A section is written as in YAML, `{key: value}`.
-
-    Raises:
-        ValueError: naming the key and the value.
     """
     members = members_of(hint)
     section, listed, bare = section_of(hint), list_in(members), text.strip()

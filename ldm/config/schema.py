@@ -272,10 +272,8 @@ class SampleConfig:
 def check_objective(
     loss: LossConfig, schedule: NoiseSchedule, prediction_type: PredictionType, sample: SampleConfig
 ) -> None:
-    """Refuses pairs of loss, schedule, prediction and sampler that make no sense together.
-
-    Raises:
-        ValueError: naming both keys and the reason.
+    """Refuses pairs of loss, schedule, prediction and sampler that make no sense together. Raises ValueError naming
+    both keys and the reason.
     """
     if loss.weighting == "hybrid":
         log_variance_tables(schedule)  # refuses schedules between whose variances there is nothing to learn
@@ -480,11 +478,7 @@ class AutoencoderTrainingConfig:
         return self.vq or self.autoencoder
 
     def check_regularizer(self, network: AutoencoderConfig | VQConfig) -> None:
-        """Refuses what is set for the other kind of first stage than `network`.
-
-        Raises:
-            ValueError: naming the key.
-        """
+        """Refuses what is set for the other kind of first stage than `network`. Raises ValueError naming the key."""
         is_kl = isinstance(network, AutoencoderConfig)
         wrong = ("codebook_weight", "commitment_weight") if is_kl else ("kl_weight",)
         kind = "a normal posterior" if is_kl else "a codebook"
@@ -503,11 +497,7 @@ def section_name(network: AutoencoderConfig | VQConfig) -> str:
 
 
 def check_autoencoder(autoencoder: AutoencoderConfig | VQConfig, trained: Literal["all", "decoder"]) -> None:
-    """Refuses an autoencoder that `train/train_autoencoder.py` cannot train.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Refuses an autoencoder that `train/train_autoencoder.py` cannot train. Raises ValueError naming the key."""
     for key in ("use_quant_conv", "use_post_quant_conv"):
         if trained == "all" and isinstance(autoencoder, AutoencoderConfig) and not getattr(autoencoder, key):
             raise ValueError(f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it")

@@ -45,14 +45,12 @@ EXIT_INVALID = 2  # of a script whose config or data is wrong
 
 def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[str], plan_only: bool) -> int:
     """Inspect the data, choose a config, print the reasons, and train; returns the failed script's exit code, or 0.
+    Raises ValueError if there is nothing to train on, or an option cannot be met.
 
     Args:
         data: keys of `data`, at least `path`.
         overrides: `key=value` for the config, which take precedence over what is chosen.
         plan_only: print the config instead of training.
-
-    Raises:
-        ValueError: if there is nothing to train on, or an option cannot be met.
     """
     # A config of what is known before the data is read, so that wrong keys and values are found at once.
     content: dict[str, Any] = {
@@ -131,13 +129,11 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
 
 
 def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = ()) -> int:
-    """Resume a run from any working directory; returns the script's exit code.
+    """Resume a run from any working directory; returns the script's exit code. Raises ValueError if it is no run, or
+    the overrides do not fit it.
 
     Args:
         overrides: `key=value` for the config. Those of `data.` apply to its unfinished first stage too.
-
-    Raises:
-        ValueError: if it is no run, or the overrides do not fit it.
     """
     path = folder / "config.yaml"
     if not path.is_file():

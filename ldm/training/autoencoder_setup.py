@@ -39,13 +39,11 @@ _NOT_OF_SHAPE = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"
 
 
 def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
-    """The autoencoder of the config, with trainable parameters marked.
+    """The autoencoder of the config, with trainable parameters marked. Raises ValueError if `start_from` cannot be
+    opened or does not fit the config.
 
     With `trained: all`, latents get new statistics (see `export_autoencoder`). With `trained: decoder`, encoder,
     `quant_conv`, codebook and config are unchanged, so models on these latents keep working.
-
-    Raises:
-        ValueError: if `start_from` cannot be opened or does not fit the config.
     """
     autoencoder: FirstStage
     if config.start_from is None:

@@ -213,12 +213,10 @@ def _sha256(path: Path) -> str:
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder by `fill`, with a manifest of sizes and hashes, and verify it by reading it back.
+    """Write a folder by `fill`, with a manifest of sizes and hashes, and verify it by reading it back. Raises OSError
+    if the disk fails; no partial checkpoint is left.
 
     An existing file or folder of that name, which is no valid checkpoint, is renamed like a damaged one.
-
-    Raises:
-        OSError: if the disk fails; no partial checkpoint is left.
     """
     run = target.parents[1]
     try:
@@ -266,10 +264,8 @@ def rename_damaged(damaged: list[Path]) -> None:
 
 
 def find_checkpoint(accelerator: Accelerator, run: Path, log: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-    """(newest intact checkpoint or None, damaged newer ones), found by the main process and sent to all.
-
-    Raises:
-        ValueError: in each process, if there are checkpoints but none is intact.
+    """(newest intact checkpoint or None, damaged newer ones), found by the main process and sent to all. Raises
+    ValueError in each process, if there are checkpoints but none is intact.
     """
     newest: Path | None = None
     damaged: list[Path] = []

@@ -97,10 +97,8 @@ class Processes(NamedTuple):
 
 
 def join_processes(train: TrainConfig, folder: Path) -> Processes:
-    """Join the processes of a run; torch gets a first number of threads.
-
-    Raises:
-        ValueError: if not all launched processes joined.
+    """Join the processes of a run; torch gets a first number of threads. Raises ValueError if not all launched
+    processes joined.
     """
     available = available_threads()  # accelerate may change it
     processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -170,10 +170,8 @@ def make_plan(
 
 
 def check_memory(model: nn.Module, device: torch.device) -> None:
-    """Reject a run whose weights, gradients, optimizer and EMA alone do not fit.
-
-    Raises:
-        ValueError: with the memory they need and how to need less.
+    """Reject a run whose weights, gradients, optimizer and EMA alone do not fit. Raises ValueError with the memory they
+    need and how to need less.
     """
     needed, total = fixed_bytes(model), _total_memory(device)
     if needed > total > 0:
@@ -250,10 +248,8 @@ def seconds_per_call(action: Callable[[], object], network: nn.Module, device: t
 
 
 def estimate_run(run: Run, state: TrainingState, work: Workload) -> None:
-    """Measure what the parts of a run cost on this machine, and log its plan. Changes no state.
-
-    Raises:
-        ValueError: if the run cannot fit into memory, or its folder takes no files.
+    """Measure what the parts of a run cost on this machine, and log its plan. Changes no state. Raises ValueError if
+    the run cannot fit into memory, or its folder takes no files.
     """
     if isinstance(run.config, LDMConfig):
         check_memory(state.model, run.device)

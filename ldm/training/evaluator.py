@@ -30,14 +30,12 @@ REFERENCE_IMAGES = 5000
 
 
 class Evaluator:
-    """Generates `train.evaluation_samples` images with the settings of `sample` and compares them with the data.
+    """Generates `train.evaluation_samples` images with the settings of `sample` and compares them with the data. Raises
+    ValueError before training, for too few samples or a missing package.
 
     Captions and noise are the same each time, so that steps compare and a resumed run measures the same.
 
     At most 5,000 training and held-out images of the run are compared with, chosen by its seed.
-
-    Raises:
-        ValueError: before training, for too few samples or a missing package.
     """
 
     def __init__(self, run: Run) -> None:

@@ -216,7 +216,8 @@ class MemoryCache:
 
 
 class CachedEncoders:
-    """The frozen first stage and text encoder, with their caches on disk.
+    """The frozen first stage and text encoder, with their caches on disk. Raises ValueError here and in `encode_…`, if
+    the cache cannot be written or an image cannot be read any more.
 
     A row depends on its image or caption alone, bit for bit: batches have one size per image shape, and arithmetic is
     float32. Several processes encode a part each, then wait for each other.
@@ -226,9 +227,6 @@ class CachedEncoders:
         wait: a barrier without a timeout: `long_barrier`.
         num_workers: processes that load and decode images; 0 loads them in this one.
         print: logs what was encoded, and damaged files.
-
-    Raises:
-        ValueError: here and in `encode_…`, if the cache cannot be written or an image cannot be read any more.
     """
 
     def __init__(

@@ -242,7 +242,7 @@ def main(script: str) -> None:
             "stopped: "
             + (
                 str(stopped)
-                or "nothing was lost: no step was made since the newest checkpoint, and the cache is complete; continue "
+                or "nothing was lost: no step was made since the newest checkpoint, and the cache is complete; go on "
                 f"with {resume_command(run) if arguments.resume else 'the same command'}"
             ),
         )

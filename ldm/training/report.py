@@ -31,15 +31,13 @@ MAX_SHEETS_BYTES = 5_000_000  # of all of them; base64 adds a third
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes RUN/report.html atomically, from what the run has written so far.
+    """Writes RUN/report.html atomically, from what the run has written so far. Raises ValueError if there is no such
+    folder.
 
     Any part of the folder may be missing or damaged; the page then says so.
 
     Returns:
         The path of the page, which is below 8 MB.
-
-    Raises:
-        ValueError: if there is no such folder.
     """
     run_folder = disk.expand_user(run_folder)
     if not run_folder.is_dir():

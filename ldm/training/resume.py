@@ -106,10 +106,8 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_compatible(differences: Differences, accept: Iterable[str], folder: Path, log: Callable[[str], None]) -> None:
-    """Reject differences from a checkpoint that are not in `accept`.
-
-    Raises:
-        ValueError: with each key, its stored and its present value.
+    """Reject differences from a checkpoint that are not in `accept`. Raises ValueError with each key, its stored and
+    its present value.
     """
 
     def shorten(value: Any) -> str:

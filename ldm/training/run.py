@@ -102,7 +102,8 @@ class StepTimer(Protocol):
 
 
 class Run:
-    """One run of a resolved config on data, and from `start` on its folder.
+    """One run of a resolved config on data, and from `start` on its folder. Raises ValueError if the data does not fill
+    a batch, no checkpoint is intact, or one differs in a key that is not in `accept`.
 
     Here, and nowhere else, the checkpoint to resume is found and verified, and config, environment and data are
     compared with it. Nothing is written before `start`, so that a wrong config or model leaves no trace.
@@ -118,10 +119,6 @@ class Run:
         step: number of steps done; the position in the data follows from it.
         stopping: whether the run ends after this step, because a process received a signal.
         threads: of a process that computes on the CPU, else None. `choose_threads` decides an undecided number.
-
-    Raises:
-        ValueError: if the data does not fill a batch, no checkpoint is intact, or one differs in a key that is not in
-            `accept`.
     """
 
     def __init__(
@@ -182,11 +179,8 @@ class Run:
         self._pace: StepTimer | None = None
 
     def start(self, state: TrainingState) -> None:
-        """Open the run folder and load the resumed checkpoint into `state`.
-
-        Raises:
-            ValueError: if that checkpoint depends on other frozen weights, or the folder is not a run's. Nothing is
-                written then.
+        """Open the run folder and load the resumed checkpoint into `state`. Raises ValueError if that checkpoint
+        depends on other frozen weights, or the folder is not a run's. Nothing is written then.
         """
         if self._resumed is not None and self._stored.get("untrained_sha256") != state.frozen_hash:
             raise ValueError(
@@ -301,7 +295,8 @@ class Run:
     def optimize(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, discriminator: nn.Module | None = None
     ) -> bool:
-        """Clip the gradients and step the optimizer after the last micro-batch of a step.
+        """Clip the gradients and step the optimizer after the last micro-batch of a step. Raises ValueError after
+        `train.max_nonfinite_steps` skipped steps in a row.
 
         If a loss or gradient is not finite in any process, all skip the step and log its samples. The same reduction
         tells all processes whether one received a signal.
@@ -311,9 +306,6 @@ class Run:
 
         Returns:
             Whether the weights were updated.
-
-        Raises:
-            ValueError: after `train.max_nonfinite_steps` skipped steps in a row.
         """
         if not self.accelerator.sync_gradients:
             return False
@@ -568,10 +560,8 @@ class Run:
         checkpoints.prune_checkpoints(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
 
     def finish(self, state: TrainingState, export: Callable[[Path], None]) -> None:
-        """End the run: save, log the time taken, write the report.
-
-        Raises:
-            Stopped: if a signal stopped it; it is saved first.
+        """End the run: save, log the time taken, write the report. Raises Stopped if a signal stopped it; it is saved
+        first.
         """
         self.save_if_due(state, export)
         if self.is_main and self._plan is not None and not self.stopping:

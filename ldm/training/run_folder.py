@@ -47,12 +47,10 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def lock_folder(folder: Path) -> Callable[[], None]:
-    """Lock a run folder, created if missing, until the returned function is called or the process ends.
+    """Lock a run folder, created if missing, until the returned function is called or the process ends. Raises
+    ValueError if another process holds it.
 
     A failed run of the same process, in a notebook for example, loses its lock.
-
-    Raises:
-        ValueError: if another process holds it.
     """
     name, path = folder.resolve(), folder / ".lock"
     if name in _lock_files:
@@ -128,16 +126,14 @@ def open_folder(
     damaged: list[Path],
     log: Callable[[str], None],
 ) -> Callable[[], None]:
-    """Create or continue a run folder at `step`; another run in it is moved aside.
+    """Create or continue a run folder at `step`; another run in it is moved aside. Raises ValueError if it is no run
+    folder, or another process is writing it.
 
     Args:
         damaged: checkpoints to rename.
 
     Returns:
         A function that unlocks the folder.
-
-    Raises:
-        ValueError: if it is no run folder, or another process is writing it.
     """
     check_new(folder)
     unlock = lock_folder(folder)
@@ -188,10 +184,8 @@ def _move_aside(folder: Path, log: Callable[[str], None]) -> Callable[[], None]:
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder in the first session of a run; later sessions compare.
-
-    Raises:
-        ValueError: if a later session would write something else.
+    """Write a folder in the first session of a run; later sessions compare. Raises ValueError if a later session would
+    write something else.
     """
     aside = disk.partial(folder)
     try:

@@ -62,14 +62,11 @@ class RunInfo:
 
 def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[str] = ()) -> Path:
     """The folder that a run's relative paths are read from: where it was started, or the working folder if the files
-    have moved there.
+    have moved there. Raises ValueError if a path exists in neither.
 
     Args:
         content: of its config.
         overridden: keys that are set anew.
-
-    Raises:
-        ValueError: if a path exists in neither.
     """
     here = Path.cwd()
     if not (run / START_FILE).is_file():  # an older version
@@ -104,10 +101,8 @@ def with_absolute_paths(config: LDMConfig, run: Path) -> LDMConfig:
 
 
 def find_run(model: str) -> RunInfo | None:
-    """The run that a folder is, or lies in; None for other folders and for hub ids.
-
-    Raises:
-        ValueError: for the run of a first stage, and for an unreadable config.
+    """The run that a folder is, or lies in; None for other folders and for hub ids. Raises ValueError for the run of a
+    first stage, and for an unreadable config.
     """
     if model in hub.BUILT_IN_PIPELINES:
         folder = hub.BUILT_IN_PIPELINES[model]
@@ -158,12 +153,10 @@ def scenes_after(config: LDMConfig, steps: int) -> int | None:
 
 
 def open_model(model: str, run: RunInfo | None, device: str | torch.device | None) -> tuple[Pipeline, str]:
-    """(pipeline of a run folder, pipeline folder or hub id; a description of its source).
+    """(pipeline of a run folder, pipeline folder or hub id; a description of its source). Raises ValueError if it
+    cannot be opened.
 
     A LoRA run gives its start model with the LoRA applied, at the size of training.
-
-    Raises:
-        ValueError: if it cannot be opened.
     """
     if run is None or Path(model).expanduser().resolve() != run.folder:
         return Pipeline.from_pretrained(model, device=device), model
@@ -193,10 +186,8 @@ def uses_same_data(run: RunInfo, path: str) -> bool:
 
 
 def data_config(run: RunInfo, **changes: str | float | None) -> DataConfig:
-    """The data config of a run with changes; None leaves a key unchanged.
-
-    Raises:
-        ValueError: for another held-out fraction than in training: the model has seen some of those images.
+    """The data config of a run with changes; None leaves a key unchanged. Raises ValueError for another held-out
+    fraction than in training: the model has seen some of those images.
     """
     held_out = changes.get("held_out")
     if held_out is not None and held_out != run.config.data.held_out:

@@ -93,10 +93,7 @@ MAX_REPEATS = 16
 
 def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
     """The model at step 0 on the run's device: that of `start_from`, or a new UNet with the config's codec and text
-    encoder.
-
-    Raises:
-        ValueError: if a component cannot be opened, or the resolution does not fit the codec.
+    encoder. Raises ValueError if a component cannot be opened, or the resolution does not fit the codec.
     """
     images = run.data.train
     if config.start_from is not None:
@@ -145,10 +142,8 @@ def make_codec(config: LDMConfig, images: CaptionedImages, run: Run) -> Codec:
 
 
 def make_unet(config: LDMConfig, codec: Codec, text_encoder: TextEncoder) -> UNet:
-    """A new UNet of `config.unet`, with the channels of codec and text encoder.
-
-    Raises:
-        ValueError: if the resolution does not fit the codec.
+    """A new UNet of `config.unet`, with the channels of codec and text encoder. Raises ValueError if the resolution
+    does not fit the codec.
     """
     assert config.unet is not None
     _, size, _ = codec.latent_shape(config.data.resolution, config.data.resolution)
