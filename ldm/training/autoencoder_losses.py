@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -49,62 +48,31 @@ def autoencoder_loss(
         last_layer: weight of the last layer of the decoder.
         regularize: False if the encoder is frozen.
     """
-    regularization, figures = (
-        regularization_loss(images, latents, loss) if regularize else (images.new_zeros(len(images)), {})
-    )
+    regularization, figures = images.new_zeros(len(images)), {}
+    if isinstance(latents, Quantized) and regularize:
+        regularization = loss.codebook_weight * latents.codebook + loss.commitment_weight * latents.commitment
+        figures["loss_quantisation"] = latents.codebook  # both are the same number
+    elif isinstance(latents, Tensor) and regularize:
+        figures["loss_kl"] = kl_divergence(latents) / images[0].numel()
+        regularization = loss.kl_weight * figures["loss_kl"]
     detached = reconstruction if adversary is None else reconstruction.detach().requires_grad_()
-    terms = distance_terms(images, detached, loss, perceptual)
-    distance = terms["loss_reconstruction"]
+    error = images - detached
+    error = error.abs() if loss.reconstruction == "l1" else error.square()
+    distance = error.flatten(1).mean(dim=1)  # [B]
+    terms = {"loss_reconstruction": distance}
     if perceptual is not None:
+        terms["loss_perceptual"] = perceptual(images, detached)
         distance = distance + loss.perceptual_weight * terms["loss_perceptual"]
-    values = distance + regularization
-    figures = terms | figures
+    values, figures = distance + regularization, terms | figures
     if adversary is None:
         return StepLosses(values, figures=figures)
-    adversarial = adversary(images, reconstruction, detached, distance, last_layer)
-    figures["loss_generator"], figures["loss_discriminator"] = adversarial.generator, adversarial.discriminator
-    figures["adversarial_weight"] = values.new_tensor(adversarial.weight)
+    gradient, generator, discriminator, weight = adversary(images, reconstruction, detached, distance, last_layer)
+    figures |= {"loss_generator": generator, "loss_discriminator": discriminator}
+    figures["adversarial_weight"] = values.new_tensor(weight)
     # The inner product has the gradient found at the reconstructions and carries it into the autoencoder in one
     # backward pass. The two objectives share no parameter.
-    generator = (reconstruction * adversarial.gradient).sum() + regularization.mean()
-    return StepLosses(values, figures=figures, objectives=(generator, adversarial.discriminator.mean()))
-
-
-def regularization_loss(
-    images: Tensor, latents: Tensor | Quantized, loss: AutoencoderLossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(weighted regularization of the latents [B], unweighted figures to log)."""
-    if isinstance(latents, Quantized):
-        weighted = loss.codebook_weight * latents.codebook + loss.commitment_weight * latents.commitment
-        return weighted, {"loss_quantisation": latents.codebook}  # both are the same number
-    divergence = kl_divergence(latents) / images[0].numel()
-    return loss.kl_weight * divergence, {"loss_kl": divergence}
-
-
-def distance_terms(
-    images: Tensor, reconstruction: Tensor, loss: AutoencoderLossConfig, perceptual: PerceptualDistance | None
-) -> dict[str, Tensor]:
-    """Unweighted distances between images [B, 3, H, W] and reconstructions: name → [B]."""
-    error = images - reconstruction
-    error = error.abs() if loss.reconstruction == "l1" else error.square()
-    terms = {"loss_reconstruction": error.flatten(1).mean(dim=1)}
-    return terms if perceptual is None else terms | {"loss_perceptual": perceptual(images, reconstruction)}
-
-
-class AdversarialTerms(NamedTuple):
-    """Adversarial terms of a micro-batch.
-
-    Attributes:
-        gradient: of the autoencoder's objective with respect to the reconstructions, [B, 3, H, W].
-        generator: loss of the generator, [B], detached.
-        discriminator: loss of the discriminator, [B], with a gradient for the discriminator alone.
-        weight: factor of the generator loss.
-    """
-
-    gradient: Tensor
-    generator: Tensor
-    discriminator: Tensor
-    weight: float
+    objective = (reconstruction * gradient).sum() + regularization.mean()
+    return StepLosses(values, figures=figures, objectives=(objective, discriminator.mean()))
 
 
 class AdversarialLoss:
@@ -116,8 +84,7 @@ class AdversarialLoss:
     in the next: the first step trains the discriminator alone.
 
     Args:
-        discriminator: the network.
-        prepared: the same network as accelerate returned it, whose backward pass reduces gradients over processes.
+        prepared: the discriminator as accelerate returned it, whose backward pass reduces gradients over processes.
 
     Attributes:
         weight: adaptive weight of the next step; 0 before the first. Stored in checkpoints.
@@ -126,19 +93,22 @@ class AdversarialLoss:
     def __init__(self, discriminator: PatchDiscriminator, prepared: nn.Module, config: AutoencoderLossConfig) -> None:
         self.discriminator = discriminator
         self.weight = 0.0
-        self._prepared = prepared
-        self._config = config
+        self._prepared, self._config = prepared, config
         self._last_layer_grads: list[Tensor] = []  # of the micro-batches of this step
 
     def __call__(
         self, images: Tensor, reconstruction: Tensor, detached: Tensor, distance: Tensor, last_layer: Tensor
-    ) -> AdversarialTerms:
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
         """Losses of both networks for images [B, 3, H, W] and their reconstructions.
 
         Args:
             detached: `reconstruction` as a leaf that requires a gradient.
             distance: of `detached` to the images, [B].
             last_layer: weight of the autoencoder that made `reconstruction`.
+
+        Returns:
+            The gradient of the autoencoder's objective with respect to the reconstructions [B, 3, H, W], the losses of
+            the generator [B], detached, and of the discriminator [B], and the factor of the generator loss.
         """
         kind = self._config.adversarial
         # The network itself, without gradient reduction: of this pass only the gradient at `detached` is computed.
@@ -153,12 +123,7 @@ class AdversarialLoss:
         logits = self._prepared(torch.cat([images, detached.detach()]))  # [2 B, 1, h, w]: one call, one backward pass
         real, fake = logits.chunk(2)
         weight = self._config.adversarial_weight * self.weight
-        return AdversarialTerms(
-            gradient=rec_grad + weight * gan_grad,
-            generator=generator.detach(),
-            discriminator=discriminator_loss(real, fake, kind),
-            weight=weight,
-        )
+        return rec_grad + weight * gan_grad, generator.detach(), discriminator_loss(real, fake, kind), weight
 
     def update_weight(self, accelerator: Accelerator, stepped: bool) -> None:
         """Compute the weight of the next step, the same in all processes. A collective call.
@@ -180,10 +145,6 @@ class AdversarialLoss:
     def discard_gradients(self) -> None:
         self.discriminator.zero_grad(set_to_none=True)
         self._last_layer_grads = []
-
-
-# A micro-batch: its quantized latents, and the epoch and id of each sample.
-MicroBatch = tuple[Quantized, Sequence[int], Sequence[str]]
 
 
 class Codebook:
@@ -222,7 +183,8 @@ class Codebook:
         self._averaged = averaged.embedding.weight
         self._optimizer = optimizer
         self._seed, self._revive_after = seed, revive_after
-        self._micro_batches: list[MicroBatch] = []  # of this step
+        # Of this step: quantized latents, and the epoch and id of each sample.
+        self._micro_batches: list[tuple[Quantized, Sequence[int], Sequence[str]]] = []
 
     def add(self, quantized: Quantized, epochs: Sequence[int], ids: Sequence[str]) -> None:
         """Add a micro-batch of the present step."""
@@ -255,13 +217,11 @@ class Codebook:
         if self._revive_after is None:
             return
         dead = (self.unused >= self._revive_after).nonzero().flatten()
-        if len(dead):
-            self._revive(dead, _sample_latents(accelerator, micro_batches, len(dead), self._seed, step))
-
-    def _revive(self, dead: Tensor, latents: Tensor) -> None:
-        """Move dead codes to latents [n, C]; with fewer latents than dead codes the rest wait."""
-        rows = dead[: len(latents)]
-        latents = latents.to(self.codes)
+        if not len(dead):
+            return
+        keyed = torch.cat([_keyed_latents(*micro_batch, self._seed, step) for micro_batch in micro_batches])
+        latents = _smallest_keys(accelerator, keyed, len(dead)).to(self.codes)
+        rows = dead[: len(latents)]  # with fewer latents than dead codes the rest wait
         self.codes[rows] = latents
         self._averaged[rows] = latents
         for moment in self._optimizer.state.get(self.codes, {}).values():
@@ -295,17 +255,14 @@ class Codebook:
             tensor.copy_(state[name])
 
 
-def _sample_latents(
-    accelerator: Accelerator, micro_batches: Sequence[MicroBatch], max_count: int, seed: int, step: int
-) -> Tensor:
+def _smallest_keys(accelerator: Accelerator, keyed: Tensor, max_count: int) -> Tensor:
     """Up to `max_count` latents of the global batch, sampled without replacement: [n, C], the same in all processes.
 
     A latent at squared distance d² from its code gets the key E / d², E standard exponential. The smallest keys are a
     sample with probabilities proportional to d² (Efraimidis and Spirakis 2006, up to a monotone map). Rows are ordered
     by E, which no rounding changes.
     """
-    rows = torch.cat([_keyed_latents(*micro_batch, seed, step) for micro_batch in micro_batches])
-    rows = rows[rows[:, 0].argsort()[:max_count]]
+    rows = keyed[keyed[:, 0].argsort()[:max_count]]
     if accelerator.num_processes > 1:
         # Padded to the same length in all processes; padding has an infinite key.
         padding = torch.full((max_count - len(rows), rows.shape[1]), torch.inf, dtype=rows.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data import Batch, CaptionedImages, generator
+from ldm.data import Batch, BatchOrder, generator
 from ldm.diffusion import logit_normal_timesteps, stratified_timestep
 
 
@@ -37,22 +37,13 @@ class BatchPositions(NamedTuple):
     indices: Sequence[int]
     batch_size: int
 
-
-class GlobalBatchIndex:
-    """Finds the position of samples in the global batch of their step.
-
-    The position depends on the step alone, not on the process, worker or micro-batch.
-    """
-
-    def __init__(self, images: CaptionedImages, batch_size: int) -> None:
-        self._order = images.order(batch_size)
-
-    def positions(self, batch: Batch, step: int) -> BatchPositions:
-        """Positions of a micro-batch in the global batch of `step` (0-based)."""
+    @classmethod
+    def find(cls, order: BatchOrder, batch: Batch, step: int) -> BatchPositions:
+        """Those of a micro-batch of `step` (0-based), whichever process, worker or micro-batch reads it."""
         # An image is in a batch twice only in different epochs.
-        position = {sample: i for i, sample in enumerate(self._order.batch(step))}
+        position = {sample: i for i, sample in enumerate(order.batch(step))}
         samples = zip(batch.epochs, batch.indices.tolist(), strict=True)
-        return BatchPositions([position[sample] for sample in samples], self._order.batch_size)
+        return cls([position[sample] for sample in samples], order.batch_size)
 
 
 def step_noise(

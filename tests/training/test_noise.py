@@ -10,7 +10,7 @@ import torch
 from ldm.config import TrainConfig
 from ldm.data import CaptionedImages, DataConfig, collate, generator, micro_batches
 from ldm.data.layouts import open_source
-from ldm.training.noise import BatchPositions, GlobalBatchIndex, step_noise
+from ldm.training.noise import BatchPositions, step_noise
 from ldm.training.trainable import (
     learning_rate,
     make_ema,
@@ -75,14 +75,14 @@ def digits():
 
 def spread(images, step, accumulation, world):
     """(epoch, id) → timestep of a global batch of 16 of 20 images, which crosses epochs, however it is cut up."""
-    batches, found = GlobalBatchIndex(images, 16), {}
+    order, found = images.order(16), {}
     for rank in range(world):
         cut = {"first_step": step, "last_step": step + 1, "accumulation": accumulation, "rank": rank, "world": world}
         for positions in micro_batches(images.order(16), **cut):
             batch = collate([images[position] for position in positions])
             drawn = step_noise(
                 5, batch.epochs, batch.ids, step, shape=(1, 1, 1), num_train_timesteps=50,
-                positions=batches.positions(batch, step),
+                positions=BatchPositions.find(order, batch, step),
             )  # fmt: skip
             found |= dict(zip(zip(batch.epochs, batch.ids, strict=True), drawn.timesteps.tolist(), strict=True))
     return found

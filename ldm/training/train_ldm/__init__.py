@@ -16,7 +16,7 @@ from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.hooks import Hooks
 from ldm.training.latents import LatentCache
-from ldm.training.noise import GlobalBatchIndex, step_noise
+from ldm.training.noise import BatchPositions, step_noise
 from ldm.training.run import Run
 from ldm.training.trainable import make_ema, make_optimizer, select_trainable
 
@@ -46,9 +46,8 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
     del pipeline, encoders
 
     # Timesteps are sampled independently, or stratified over the global batch of a step.
-    stratified = None
-    if config.train.timesteps == "stratified":
-        stratified = GlobalBatchIndex(run.data.train, config.train.batch_size)
+    stratified = config.train.timesteps == "stratified"
+    order = run.data.train.order(config.train.batch_size) if stratified else None
 
     def losses_of(network: nn.Module, batch: Batch) -> StepLosses:
         noise = step_noise(
@@ -59,7 +58,7 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
             shape=cache.latent_shape(*batch.size),
             num_train_timesteps=schedule.num_train_timesteps,
             caption_dropout=config.train.caption_dropout,
-            positions=stratified.positions(batch, run.step) if stratified else None,
+            positions=BatchPositions.find(order, batch, run.step) if order else None,
             logit_normal=config.train.logit_normal,
             device=run.device,
         )
