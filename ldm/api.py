@@ -119,8 +119,7 @@ class DataOptions:
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """Args:
-    grid: guidance scales and numbers of steps to try.
-    samples: images for each of these.
+    grid: guidance scales and numbers of steps to try, with `samples` images each.
     store: whether the best becomes the default of the model, if it is a folder of `ldm` that may change.
     """
 
@@ -176,8 +175,8 @@ def evaluation_folder(model: str | Path, output: str | Path | None = None) -> Pa
     if output is not None:
         return disk.expand_user(output)
     run = find_run(str(model))
-    is_run = run is not None and Path(model).expanduser().resolve() == run.folder
-    return run.folder / "evaluation" if run is not None and is_run else Path("evaluation")
+    base = Path() if run is None or Path(model).expanduser().resolve() != run.folder else run.folder
+    return base / "evaluation"
 
 
 def evaluate(
@@ -228,19 +227,19 @@ def evaluate(
         "ldm": __version__,
         "model_digest": model_digest(pipeline),
     }
-    most = options.max_reference
-    if max(len(training), len(held_out or ())) > most:
-        log(f"note: at most {most:,} images of either side are compared with")
+    limit = options.max_reference
+    if max(len(training), len(held_out or ())) > limit:
+        log(f"note: at most {limit:,} images of either side are compared with")
     folder.mkdir(parents=True, exist_ok=True)
     reference = Reference.from_data(
-        subset(training, most, options.seed),
-        held_out and subset(held_out, most, options.seed),
+        subset(training, limit, options.seed),
+        held_out and subset(held_out, limit, options.seed),
         space,
         progress=progress_bar,
         log=log,
     )
-    selected = select_captions(reference, options.samples, options.seed)
-    truncated = _truncation(pipeline, (caption for captions, _ in selected.values() for caption in captions))
+    selected = select_captions(reference, options.samples, options.seed).values()
+    truncated = _truncation(pipeline, (caption for captions, _ in selected for caption in captions))
     if truncated is not None:
         notes.append(truncated)
         log(f"warning: {truncated}")
@@ -458,10 +457,9 @@ class ImageOptions(DataOptions):
     def __post_init__(self) -> None:
         if self.split not in get_args(Split):
             raise ValueError(f"split is {self.split}; it is held-out or all")
-        if self.samples is not None and self.samples < self.min_samples:
-            raise ValueError(f"samples is {self.samples}; it must be at least {self.min_samples}")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be an integer from 0")
+        for key, lowest in (("samples", self.min_samples), ("seed", 0)):
+            if (value := getattr(self, key)) is not None and value < lowest:
+                raise ValueError(f"{key} is {value}; it must be at least {lowest}")
         self.data_config("any", 1)
 
     def read(self, config: DataConfig, *, captioned: bool = True) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:

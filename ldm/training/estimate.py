@@ -412,7 +412,7 @@ def peak_memory(run: Run, state: TrainingState) -> int:
 def _micro_batch(run: Run) -> Batch:
     """This process's first micro-batch of the present step."""
     images = run.data.train
-    return collate([images[position] for position in next(iter(run.micro_batches(images, run.step, run.step + 1)))])
+    return collate([images[position] for position in next(iter(run.micro_batches(run.step, run.step + 1)))])
 
 
 def _mean_seconds(run: Run, action: Callable[[], object], collective: bool = True) -> float:

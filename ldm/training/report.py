@@ -24,6 +24,12 @@ from ldm.training.checkpoints import resume_command
 from ldm.training.metrics import Metrics, describe_trend, metric_title, read_metrics
 
 BAND = re.compile(r"held_out_loss_t(\d{1,9})_(\d{1,9})", re.ASCII)
+KNOWN_CURVES: dict[str, tuple[str, dict[str, bool]]] = {
+    "held_out_psnr": ("Held-out PSNR in dB", {}),
+    "learning_rate": ("Learning rate", {"from_zero": True}),
+    "gradient_norm": ("Gradient norm before clipping", {"logarithmic": True}),
+    "samples_per_second": ("Samples per second", {"from_zero": True}),
+}
 MAX_OTHER_CURVES = 12
 MAX_SENTENCE = 2000  # characters
 MAX_SHEETS = 12
@@ -45,7 +51,14 @@ def write_report(run_folder: Path) -> Path:
     run = _Folder.read(run_folder)
     path = run_folder / "report.html"
     plan = Document("plan.json").render(run.plan) if run.plan else ""
-    content = _head(run) | _curves(run) | _sheets(run) | _data(run) | _use(run)
+    # What needs attention comes first; None where the file does not say.
+    data, document = dict(run.data), Document("data.json")
+    attention = data.pop("needs_attention", None)
+    if attention is not None:
+        is_list = isinstance(attention, list) and attention
+        attention = document.render({"needs_attention": attention}) if is_list else ""
+    content = _head(run) | _curves(run) | _sheets(run) | _use(run)
+    content |= {"attention": attention, "data": document.render(data) if run.data else ""}
     write_page(path, "run.html", run.name, **content, plan=plan, config=run.config_text)
     return path
 
@@ -85,16 +98,33 @@ class _Folder:
             config = None
             problems.append("config.yaml is no YAML, so the planned number of steps is unknown.")
         measured = read_metrics(path / "metrics.jsonl")
-        problems += _problems(measured)
+        if measured.damaged:
+            problems.append(f"Incomplete lines of metrics.jsonl that are left out: {measured.damaged:,}.")
+        problems += [
+            f"Non-finite values of {shortened(name, 60)} that are left out: {count:,}, the first at step {step:,}."
+            for name, (step, count) in list(measured.nonfinite.items())[:20]
+        ]
+        best = read("best/best.json")
+        step, loss = best.get("step"), best.get("held_out_loss")
+        # The last evaluation during training, and that of `ldm evaluate` on the run folder.
+        verdicts = []
+        if measured.verdict is not None:
+            verdicts.append((f"Evaluation of step {measured.verdict[0]:,}", measured.verdict[1]))
+        evaluation = read("evaluation/evaluation.json").get("verdict")
+        if evaluation is not None:
+            try:
+                verdicts.append(("evaluation/evaluation.json", Verdict.from_json(evaluation)))
+            except ValueError:
+                problems.append("evaluation/evaluation.json holds no valid verdict.")
         return cls(
             path=path,
             metrics=measured,
             config_text=text,
             config=config,
-            best=_best(read("best/best.json")),
+            best=(step, loss) if isinstance(step, int) and isinstance(loss, (int, float)) else None,
             plan=read("plan.json"),
             data=read("data.json"),
-            verdicts=_verdicts(measured, read("evaluation/evaluation.json"), problems),
+            verdicts=verdicts,
             problems=problems,
         )
 
@@ -120,29 +150,6 @@ class _Folder:
         names = (path.name.removeprefix("step_") for path in self.path.glob("checkpoints/step_*"))
         saved = [int(name) for name in names if re.fullmatch(r"\d{1,12}", name, re.ASCII)]
         return max([self.metrics.last_step, *saved])
-
-
-def _best(content: dict[str, Any]) -> tuple[int, float] | None:
-    step, loss = content.get("step"), content.get("held_out_loss")
-    return (step, loss) if isinstance(step, int) and isinstance(loss, (int, float)) else None
-
-
-def _verdicts(measured: Metrics, evaluation: dict[str, Any], problems: list[str]) -> list[tuple[str, Verdict]]:
-    """(source, verdict) of the last evaluation during training, and of `ldm evaluate` on the run folder."""
-    found = [] if measured.verdict is None else [(f"Evaluation of step {measured.verdict[0]:,}", measured.verdict[1])]
-    if evaluation.get("verdict") is not None:
-        try:
-            found.append(("evaluation/evaluation.json", Verdict.from_json(evaluation["verdict"])))
-        except ValueError:
-            problems.append("evaluation/evaluation.json holds no valid verdict.")
-    return found
-
-
-def _problems(measured: Metrics) -> Iterator[str]:
-    if measured.damaged:
-        yield f"Incomplete lines of metrics.jsonl that are left out: {measured.damaged:,}."
-    for name, (step, count) in list(measured.nonfinite.items())[:20]:
-        yield f"Non-finite values of {shortened(name, 60)} that are left out: {count:,}, the first at step {step:,}."
 
 
 # ---- the parts of the page: what the template fills in
@@ -180,13 +187,10 @@ def _tiles(run: _Folder) -> Iterator[tuple[str, str, str]]:
         step, value = min(points, key=lambda point: point[1])
         yield "Best held-out loss", format_number(value), f"step {step:,}"
     rates = [point for point in run.metrics.points("samples_per_second") if point[1] > 0]
-    if rates:
-        rate = statistics.median(value for _, value in rates[-10:])
-        yield "Samples per second", format_number(rate), "median of the last 10 measurements"
-        yield from _times(run, rates, rate)
-
-
-def _times(run: _Folder, rates: list[Point], rate: float) -> Iterator[tuple[str, str, str]]:
+    if not rates:
+        return
+    rate = statistics.median(value for _, value in rates[-10:])
+    yield "Samples per second", format_number(rate), "median of the last 10 measurements"
     batch, planned = run.count("train", "batch_size"), run.count("train", "max_steps")
     if batch is None:
         return
@@ -219,24 +223,15 @@ def _curves(run: _Folder) -> dict[str, Any]:
             "Held-out loss by band of noise; a small t is little noise (fine detail), a large t mostly noise (layout)"
         )
         shown.append(_chart(run, caption, lines, logarithmic=True))
-    for key, title, options in (
-        ("held_out_psnr", "Held-out PSNR in dB", {}),
-        ("learning_rate", "Learning rate", {"from_zero": True}),
-        ("gradient_norm", "Gradient norm before clipping", {"logarithmic": True}),
-        ("samples_per_second", "Samples per second", {"from_zero": True}),
-    ):
+    for key, (title, options) in KNOWN_CURVES.items():
         if points := found.points(key):
             exact = key == "learning_rate"  # a function of the step, without any scatter to smooth
             shown.append(_chart(run, title, [Line("", points) if exact else _smoothed(points)], **options))
-    known = {"loss", "held_out_loss", "held_out_psnr", "learning_rate", "gradient_norm", "samples_per_second"}
-    for name in found.values:
-        if (in_words := metric_title(name)) is not None:
-            shown.append(_chart(run, in_words, [Line("", found.points(name))]))
-            known.add(name)
+    evaluated = {name: words for name in found.values if (words := metric_title(name)) is not None}
+    shown += [_chart(run, title, [Line("", found.points(name))]) for name, title in evaluated.items()]
+    known = {"loss", "held_out_loss", *KNOWN_CURVES, *evaluated}
     others = [name for name in found.values if name not in known and not BAND.fullmatch(name)]
-    for name in others[:MAX_OTHER_CURVES]:
-        title = shortened(name, 60)
-        shown.append(_chart(run, title, [_smoothed(found.points(name))]))
+    shown += [_chart(run, shortened(name, 60), [_smoothed(found.points(name))]) for name in others[:MAX_OTHER_CURVES]]
     more = len(others) - MAX_OTHER_CURVES
     return {"has_curves": bool(found.values), "losses": main, "curves": shown, "more_curves": more}
 
@@ -283,16 +278,6 @@ def spread(sheets: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
     if len(sheets) <= MAX_SHEETS:
         return list(sheets)
     return [sheets[round(i * (len(sheets) - 1) / (MAX_SHEETS - 1))] for i in range(MAX_SHEETS)]
-
-
-def _data(run: _Folder) -> dict[str, Any]:
-    """What needs attention first; None where the file does not say."""
-    rest, document = dict(run.data), Document("data.json")
-    attention = rest.pop("needs_attention", None)
-    if attention is not None:
-        is_list = isinstance(attention, list) and attention
-        attention = document.render({"needs_attention": attention}) if is_list else ""
-    return {"attention": attention, "data": document.render(rest) if run.data else ""}
 
 
 def _use(run: _Folder) -> dict[str, Any]:

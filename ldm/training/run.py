@@ -45,7 +45,6 @@ from ldm.training.checkpoints import TrainingState, resume_command
 from ldm.training.distributed import (
     Processes,
     StepLosses,
-    StepResult,
     Stopped,
     gather_in_order,
     interruption,
@@ -65,7 +64,7 @@ from ldm.training.resume import (
     sample_fingerprints,
     truncate_log,
 )
-from ldm.training.run_folder import open_folder, write_once
+from ldm.training.run_folder import open_folder
 from ldm.training.threads import Threads, measure_threads, timed_call
 from ldm.training.trainable import learning_rate
 
@@ -136,7 +135,7 @@ class Run:
         self.export = config.export if isinstance(config, LDMConfig) else "autoencoder"
         self.accelerator, self.device, self.print = processes.accelerator, processes.device, processes.print
         self.stopping = False
-        self.micro_batches(data.train, 0, 0)
+        self.micro_batches(0, 0)
         self._resume, self._on_checkpoint = resume, on_checkpoint
         self._resumed, self._damaged = (
             checkpoints.find_checkpoint(self.accelerator, self.folder, self.print) if resume else (None, [])
@@ -197,8 +196,18 @@ class Run:
         self.accelerator.wait_for_everyone()
         # TensorBoard hides what was logged after this step, which is truncated from the log as well.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
-        if self._resumed is not None:
-            self._restore(state, self._resumed)
+        if self._resumed is None:
+            return
+        stored = self._stored
+        state.restore(self._resumed / "training", stored["ema_updates"], stored.get("adversarial_weight"))
+        if self.accelerator.scaler is not None and stored["grad_scaler"]:
+            self.accelerator.scaler.load_state_dict(stored["grad_scaler"])
+        self._losses, self._figures = stored.get("losses", []), stored.get("figures", {})
+        self._gradient_norm = stored.get("gradient_norm", 0.0)
+        self._skipped = stored.get("skipped", self._skipped)
+        if self.is_main:  # a process that was killed after its checkpoint left an older export, or none
+            self._publish(self._resumed)
+        self.print(f"resumed {self._resumed}")
 
     # ---- processes, data and the step
 
@@ -236,12 +245,10 @@ class Run:
         torch.set_num_threads(self.threads.number)
         self._environment["threads"] = self.threads.number
 
-    def micro_batches(
-        self, images: CaptionedImages, first_step: int, last_step: int
-    ) -> Iterator[list[tuple[int, int]]]:
+    def micro_batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """(epoch, index) of this process's samples; ValueError if the images do not make batches that split evenly."""
         return micro_batches(
-            images.order(self.config.train.batch_size),
+            self.data.train.order(self.config.train.batch_size),
             first_step=first_step,
             last_step=last_step,
             accumulation=self.config.train.gradient_accumulation_steps,
@@ -258,7 +265,7 @@ class Run:
             return
         interruption.may_abort = False
         train, images = self.config.train, self.data.train
-        sampler = self.micro_batches(images, self.step, train.max_steps)
+        sampler = self.micro_batches(self.step, train.max_steps)
         if self.is_resumed:
             epoch = min(epoch for epoch, _ in images.order(train.batch_size).batch(self.step))
             images.reload_epochs = (epoch, epoch + 1)  # each image comes once in the rest of the one, or in the other
@@ -332,32 +339,27 @@ class Run:
                 self._gradient_norm = result.gradient_norm
             self._skipped["in_a_row"] = 0
         else:
-            self._skip_step(result, micro_losses)
+            self._skipped = {key: count + 1 for key, count in self._skipped.items()}
+            losses, log = gather_in_order(self.accelerator, micro_losses), self.folder / "nonfinite.jsonl"
+            if self.is_main:
+                self._truncate_logs()
+                positions = self.data.train.order(train.batch_size).batch(self.step)
+                step, images = self.step + 1, self.data.train
+                self.print(log_skipped_step(log, step, result, images, positions, losses.tolist()))
+            if self._skipped["in_a_row"] >= train.max_nonfinite_steps:
+                raise ValueError(
+                    f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row; {log} lists "
+                    f"their samples; {checkpoints.describe_newest(self.folder)}; leave these samples out, or resume "
+                    f"with a lower learning rate: {resume_command(self.folder)} --set "
+                    f"train.learning_rate={train.learning_rate / 2:g} --accept train.learning_rate (if the weights of "
+                    "that checkpoint are already bad, move it away first, and the one before is used)"
+                )
         if result.is_finite or self.accelerator.scaler is not None:  # a loss scaler skips steps by itself
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(train, self.step)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return result.is_finite and not self.accelerator.optimizer_step_was_skipped
-
-    def _skip_step(self, result: StepResult, micro_losses: Sequence[StepLosses]) -> None:
-        """Count and log a skipped step."""
-        self._skipped = {key: count + 1 for key, count in self._skipped.items()}
-        losses = gather_in_order(self.accelerator, micro_losses)
-        log = self.folder / "nonfinite.jsonl"
-        if self.is_main:
-            self._truncate_logs()
-            images, size = self.data.train, self.config.train.batch_size
-            positions = images.order(size).batch(self.step)
-            self.print(log_skipped_step(log, self.step + 1, result, images, positions, losses.tolist()))
-        if self._skipped["in_a_row"] >= self.config.train.max_nonfinite_steps:
-            raise ValueError(
-                f"the loss or gradient was not finite in {self._skipped['in_a_row']} steps in a row; {log} lists their "
-                f"samples; {checkpoints.describe_newest(self.folder)}; leave these samples out, or resume with a lower "
-                f"learning rate: {resume_command(self.folder)} --set "
-                f"train.learning_rate={self.config.train.learning_rate / 2:g} --accept train.learning_rate (if the "
-                "weights of that checkpoint are already bad, move it away first, and the one before is used)"
-            )
 
     def advance(self, codebook: checkpoints.CodebookTracker | None = None) -> None:
         """Count a step. Every `log_every` steps, log means since the last line."""
@@ -474,14 +476,6 @@ class Run:
                 writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
                 writer.add_image("samples", np.asarray(grid), self.step, dataformats="HWC")
 
-    def write_once(self, name: str, write: Callable[[Path], None]) -> Path:
-        """`run_folder.write_once` on the main process."""
-        folder = self.folder / name
-        if self.is_main:
-            write_once(folder, write)
-        self.accelerator.wait_for_everyone()
-        return folder
-
     @contextmanager
     def _on_main_process(self, may_abort: bool = True) -> Iterator[None]:
         """Work of the main process, not counted as training time. The others wait and learn whether it failed or
@@ -519,39 +513,36 @@ class Run:
             return
         with self._on_main_process(may_abort=False):
             if self.is_main:
-                self._save(state, export)
+                scaler = self.accelerator.scaler
+                content = {
+                    "step": self.step,
+                    "data": self.data.identity,
+                    "processes": self.accelerator.num_processes,
+                    "untrained_sha256": state.frozen_hash,
+                    "ema_updates": int(state.ema.n_averaged),
+                    "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                    "losses": self._losses,
+                    "figures": self._figures,
+                    "adversarial_weight": state.adversary and state.adversary.weight,
+                    "gradient_norm": self._gradient_norm,
+                    "skipped": self._skipped,
+                    "environment": self._environment,
+                    "config": yaml.safe_load(to_yaml(self.config)),
+                }
+
+                def fill(folder: Path) -> None:
+                    export(folder / self.export)
+                    (folder / "training").mkdir()
+                    state.save(folder / "training")
+                    hub.write_json(folder / "training" / "state.json", content)
+
+                for log in self.folder.glob("*.jsonl"):  # never older than the checkpoint
+                    disk.sync(log)
+                target = checkpoints.checkpoint_folder(self.folder, self.step)
+                checkpoints.write_checkpoint(target, fill)
+                self._publish(target)
+                self._on_checkpoint(self.folder)
         self._saved_step, self._saved_at, self._save_now = self.step, time.monotonic(), False
-
-    def _save(self, state: TrainingState, export: Callable[[Path], None]) -> None:
-        scaler = self.accelerator.scaler
-        content = {
-            "step": self.step,
-            "data": self.data.identity,
-            "processes": self.accelerator.num_processes,
-            "untrained_sha256": state.frozen_hash,
-            "ema_updates": int(state.ema.n_averaged),
-            "grad_scaler": scaler.state_dict() if scaler is not None else None,
-            "losses": self._losses,
-            "figures": self._figures,
-            "adversarial_weight": state.adversary and state.adversary.weight,
-            "gradient_norm": self._gradient_norm,
-            "skipped": self._skipped,
-            "environment": self._environment,
-            "config": yaml.safe_load(to_yaml(self.config)),
-        }
-
-        def fill(folder: Path) -> None:
-            export(folder / self.export)
-            (folder / "training").mkdir()
-            state.save(folder / "training")
-            hub.write_json(folder / "training" / "state.json", content)
-
-        for log in self.folder.glob("*.jsonl"):  # never older than the checkpoint
-            disk.sync(log)
-        target = checkpoints.checkpoint_folder(self.folder, self.step)
-        checkpoints.write_checkpoint(target, fill)
-        self._publish(target)
-        self._on_checkpoint(self.folder)
 
     def _publish(self, newest: Path) -> None:
         """Link the export of the newest checkpoint into the run folder, and remove old checkpoints."""
@@ -579,17 +570,3 @@ class Run:
                 f"step {self.step} of {self.config.train.max_steps} is saved; continue with "
                 f"{resume_command(self.folder)}"
             )
-
-    # ---- what is resumed
-
-    def _restore(self, state: TrainingState, resumed: Path) -> None:
-        stored = self._stored
-        state.restore(resumed / "training", stored["ema_updates"], stored.get("adversarial_weight"))
-        if self.accelerator.scaler is not None and stored["grad_scaler"]:
-            self.accelerator.scaler.load_state_dict(stored["grad_scaler"])
-        self._losses, self._figures = stored.get("losses", []), stored.get("figures", {})
-        self._gradient_norm = stored.get("gradient_norm", 0.0)
-        self._skipped = stored.get("skipped", self._skipped)
-        if self.is_main:  # a process that was killed after its checkpoint left an older export, or none
-            self._publish(resumed)
-        self.print(f"resumed {resumed}")

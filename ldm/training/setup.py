@@ -25,6 +25,7 @@ from ldm.training.hooks import LossesOf, SampleEvaluator, Workload
 from ldm.training.latents import IMAGE_BATCH_SIZE, CachedEncoders, LatentCache, long_barrier
 from ldm.training.noise import step_noise
 from ldm.training.run import Run
+from ldm.training.run_folder import write_once
 from ldm.training.threads import unet_pass
 from ldm.training.trainable import ADAPTER, weight_precision
 from ldm.weights import tensors_hash
@@ -67,15 +68,9 @@ class FrozenComponents:
             codec = LatentCodec(hub.load_autoencoder(self.folder / "vae"), source=self.folder / "vae")
         text_encoder = load_text_encoder_folders(self.folder / "text_encoder", self.folder / "tokenizer")
         codec.to(device=device, dtype=dtype)
-        return Pipeline(
-            unet=unet,
-            codec=codec,
-            text_encoder=text_encoder.to(device, dtype),
-            schedule=self.schedule,
-            guidance_scale=self.sample.guidance_scale,
-            num_inference_steps=self.sample.num_inference_steps,
-            sampler=self.sample.sampler,
-        )
+        text_encoder.to(device, dtype)
+        pipeline = Pipeline(unet=unet, codec=codec, text_encoder=text_encoder, schedule=self.schedule)
+        return _with_sampling(pipeline, self.sample)
 
     def save(self, folder: Path, unet: nn.Module) -> None:
         """Write a pipeline folder around `unet`; the components are hard links to `self.folder`."""
@@ -89,6 +84,12 @@ class FrozenComponents:
 
 
 MAX_REPEATS = 16
+
+
+def _with_sampling(pipeline: Pipeline, sample: SampleConfig) -> Pipeline:
+    for key in ("guidance_scale", "num_inference_steps", "sampler"):
+        setattr(pipeline, key, getattr(sample, key))
+    return pipeline
 
 
 def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
@@ -118,8 +119,7 @@ def make_pipeline(config: LDMConfig, run: Run) -> Pipeline:
         images.check_factor(codec.factor)
         unet = make_unet(config, codec, text_encoder)
         pipeline = Pipeline(unet=unet, codec=codec, text_encoder=text_encoder, schedule=config.schedule).to(run.device)
-    for key in ("guidance_scale", "num_inference_steps", "sampler"):
-        setattr(pipeline, key, getattr(config.sample, key))
+    _with_sampling(pipeline, config.sample)
     if images.composer is not None:
         images.composer.fits = pipeline.text_encoder.fits()
         run.print(images.composer.summary(images.shape_of))
@@ -206,6 +206,7 @@ def log_cache_summary(cache: LatentCache, text_encoder: TextEncoder, run: Run) -
 
 def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> FrozenComponents:
     """Write the frozen components into the run folder; for a LoRA only their hashes, to notice changes on resume."""
+    folder, write = run.folder / "frozen", pipeline.save_frozen
     if config.export == "lora":
         assert config.start_from is not None
         folder, codec = hub.find_pipeline(config.start_from), pipeline.codec
@@ -220,13 +221,14 @@ def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> F
         # Only for VQ models: runs of others may be older than these keys.
         hashes |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
 
-        def write(path: Path) -> None:
+        def write_hashes(path: Path) -> None:
             path.mkdir()
             hub.write_json(path / "model.json", hashes)
 
-        run.write_once("frozen", write)
-    else:
-        folder = run.write_once("frozen", pipeline.save_frozen)
+        write = write_hashes
+    if run.is_main:
+        write_once(run.folder / "frozen", write)
+    run.accelerator.wait_for_everyone()
     return FrozenComponents(folder, pipeline.index(), pipeline.schedule, config.sample)
 
 
@@ -247,10 +249,7 @@ def held_out_loss(
 
     It is unweighted and of the prediction alone, so that runs with different losses compare. Timesteps are spread
     evenly over the schedule, one per image; few images are repeated. Posteriors are taken at their mean; the first
-    caption of each image is used and never dropped.
-
-    Returns:
-        `held_out_loss`, and means over up to four bands of timesteps such as `held_out_loss_t000_249`.
+    caption of each image is used and never dropped. Names: `held_out_loss`, `held_out_loss_t000_249`, and so on.
     """
     held_out, steps = cache.images, schedule.num_train_timesteps
     count = min(len(held_out), config.train.validation_samples)

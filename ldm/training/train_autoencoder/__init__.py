@@ -76,7 +76,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
             run.save_samples(lambda: autoencoder_setup.reconstruction_grid(ema.module, held_out or images, run.device))
 
     def training_pass(count: int) -> Callable[[], None]:
-        positions = next(iter(run.micro_batches(images, run.step, run.step + 1)))[:count]
+        positions = next(iter(run.micro_batches(run.step, run.step + 1)))[:count]
         batch = collate([images[position] for position in positions])
         return lambda: losses_of(model, batch, None).backward(run.accelerator)
 
