@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,8 @@ def log_cache_summary(cache: LatentCache, text_encoder: TextEncoder, run: Run) -
 
 def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> FrozenComponents:
     """Write the frozen components into the run folder; for a LoRA only their hashes, to notice changes on resume."""
-    folder, write = run.folder / "frozen", pipeline.save_frozen
+    folder = run.folder / "frozen"
+    write: Callable[[Path], None] = pipeline.save_frozen
     if config.export == "lora":
         assert config.start_from is not None
         folder, codec = hub.find_pipeline(config.start_from), pipeline.codec
