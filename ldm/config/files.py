@@ -171,30 +171,26 @@ def parse_config(content: Mapping[str, Any], kind: type[ConfigT], where: str) ->
         return typing.cast(ConfigT, _adapter(typing.cast(Any, kind)).validate_python(dict(content)))
     except ValidationError as error:  # unknown keys before all others
         faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
-    raise ValueError(f"{where}: {_describe_fault(faults[0], kind)}")
+    fault, shown = faults[0], "null" if faults[0]["input"] is None else _short.repr(faults[0]["input"])
+    path, message = ".".join(str(part) for part in fault["loc"]), fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "unexpected_keyword_argument":
+        text = f"unknown key {path}; {_advice(path, kind)}"
+    elif fault["type"] in ("missing", "missing_keyword_only_argument"):
+        text = f"{path} is missing; set it in the file or with --set {path}=…"
+    elif fault["type"] == "value_error":
+        text = f"{path}: {message}" if path else message
+    elif fault["type"] == "tuple_type":
+        text = f"{path} is {shown}: write a list, [{fault['input'] if isinstance(fault['input'], str) else shown}]"
+    elif fault["type"] == "string_type":
+        text = f"{path} is {shown}, where a text is wanted; put it in quotes if it is one"
+    else:
+        text = f"{path} is {shown}: {message[0].lower()}{message[1:]}"
+    raise ValueError(f"{where}: {text}")
 
 
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def _describe_fault(fault: Any, kind: type) -> str:
-    """One line with the dotted path of the key."""
-    path = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "unexpected_keyword_argument":
-        return f"unknown key {path}; {_advice(path, kind)}"
-    if fault["type"] in ("missing", "missing_keyword_only_argument"):
-        return f"{path} is missing; set it in the file or with --set {path}=…"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    shown = "null" if fault["input"] is None else _short.repr(fault["input"])
-    if fault["type"] == "tuple_type":
-        return f"{path} is {shown}: write a list, [{fault['input'] if isinstance(fault['input'], str) else shown}]"
-    if fault["type"] == "string_type":
-        return f"{path} is {shown}, where a text is wanted; put it in quotes if it is one"
-    return f"{path} is {shown}: {message[0].lower()}{message[1:]}"
 
 
 def _advice(path: str, kind: type) -> str:

@@ -112,7 +112,12 @@ def from_text(text: str, hint: Any, path: str) -> Any:
     if listed is not None and bare.startswith("["):
         items = _elements(bare, path)
         hints = element_hints(listed, len(items))
-        return [_element(item, hints[i], f"{path}.{i}") for i, item in enumerate(items)]
+        found = []
+        for i, item in enumerate(items):
+            element, key = members_of(hints[i]), f"{path}.{i}"
+            inside = str(_read_value(item, key)) if item[0] in "\"'" else item
+            found.append(inside if takes_text(element) else _number(inside, element, key))
+        return found
     return _number(bare, members, path)
 
 
@@ -166,20 +171,25 @@ def _elements(text: str, path: str) -> list[str]:
     return items
 
 
-def _element(item: str, hint: Any, path: str) -> Any:
-    members = members_of(hint)
-    text = str(_read_value(item, path)) if item[0] in "\"'" else item
-    return text if takes_text(members) else _number(text, members, path)
-
-
 def _number(text: str, members: Sequence[Any], path: str) -> Any:
     """The number that a text means, for keys that want one; other text as it is."""
     if not {int, float} & set(members):
         return text
-    bare = text.strip()
-    number = None if _LEADING_ZERO.fullmatch(bare) or not bare.isascii() else _parsed(bare, float in members)
+    number: Any = None
+    bare, fractions = text.strip(), float in members
+    if bare.isascii() and not _LEADING_ZERO.fullmatch(bare):
+        try:
+            number = int(bare, 0)
+            number = float(number) if fractions and abs(number) <= MAX_INT else number
+        except ValueError:
+            with suppress(ValueError):
+                number = float(_DOTTED.sub(r"\1\2", bare))
+                # 1e3 is a whole number; beyond 2^53 a float says nothing of the last digit.
+                if not fractions:
+                    is_whole = math.isfinite(number) and number.is_integer() and abs(number) < 2**53
+                    number = int(number) if is_whole else None
     if number is None:
-        wanted = "a number" if float in members else "a whole number"
+        wanted = "a number" if fractions else "a whole number"
         wanted += ", without leading zeros" if _LEADING_ZERO.fullmatch(bare) else ""
         wanted += ", or a list of them: [1, 2]" if list_in(members) is not None else ""
         wanted += ", or null" if types.NoneType in members else ""
@@ -187,17 +197,3 @@ def _number(text: str, members: Sequence[Any], path: str) -> Any:
     if isinstance(number, int) and abs(number) > MAX_INT:
         raise ValueError(f"{path} is {text}; it must be a whole number below 2**63")
     return number
-
-
-def _parsed(text: str, fractions: bool) -> int | float | None:
-    with suppress(ValueError):
-        whole = int(text, 0)
-        return float(whole) if fractions and abs(whole) <= MAX_INT else whole
-    try:
-        number = float(_DOTTED.sub(r"\1\2", text))
-    except ValueError:
-        return None
-    if fractions:
-        return number
-    # 1e3 is a whole number; beyond 2^53 a float says nothing of the last digit.
-    return int(number) if math.isfinite(number) and number.is_integer() and abs(number) < 2**53 else None

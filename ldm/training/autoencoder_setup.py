@@ -15,7 +15,6 @@ from ldm import hub
 from ldm.config import AutoencoderTrainingConfig, check_autoencoder, section_name
 from ldm.data import Batch, CaptionedImages, to_signed
 from ldm.models import (
-    AutoencoderConfig,
     AutoencoderKL,
     FirstStage,
     PerceptualDistance,
@@ -47,12 +46,27 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
     """
     autoencoder: FirstStage
     if config.start_from is None:
-        described = config.network
-        assert described is not None
-        autoencoder = VQModel(described) if isinstance(described, VQConfig) else AutoencoderKL(described)
+        network = config.network
+        assert network is not None
+        autoencoder = VQModel(network) if isinstance(network, VQConfig) else AutoencoderKL(network)
     else:
         autoencoder = load_first_stage(config.start_from).autoencoder
-        _check_start_from(autoencoder.config, config)
+        found = autoencoder.config
+        described = config.network or found
+        section, where = section_name(described), f"{config.start_from} (start_from)"
+        out = f"leave {section} out, or set it to null"
+        if type(described) is not type(found):
+            raise ValueError(
+                f"{section} describes {described.diffusers_class}, but {where} is {found.diffusers_class}; {out}"
+            )
+        for key, value in described.to_dict().items():
+            if key not in _NOT_OF_SHAPE and value != found.to_dict()[key]:
+                raise ValueError(f"{section}.{key} is {value}, but {where} has {found.to_dict()[key]}; {out}")
+        try:
+            check_autoencoder(found, config.trained)
+            config.check_regularizer(found)
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be trained: {error}") from None
     if config.trained == "decoder":
         autoencoder.requires_grad_(False)
         autoencoder.decoder.requires_grad_(True)
@@ -64,28 +78,6 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> FirstStage:
         autoencoder.config = dataclasses.replace(without_statistics, sample_size=config.data.resolution)
     enable_gradient_checkpointing(autoencoder, config.train.gradient_checkpointing)
     return autoencoder
-
-
-def _check_start_from(found: AutoencoderConfig | VQConfig, config: AutoencoderTrainingConfig) -> None:
-    """ValueError if `start_from` has another shape than the config describes, or cannot be trained."""
-    described = config.network or found
-    section = section_name(described)
-    if type(described) is not type(found):
-        raise ValueError(
-            f"{section} describes {described.diffusers_class}, but {config.start_from} (start_from) is "
-            f"{found.diffusers_class}; leave {section} out, or set it to null"
-        )
-    for key, value in described.to_dict().items():
-        if key not in _NOT_OF_SHAPE and value != found.to_dict()[key]:
-            raise ValueError(
-                f"{section}.{key} is {value}, but {config.start_from} (start_from) has {found.to_dict()[key]}; leave "
-                f"{section} out, or set it to null"
-            )
-    try:
-        check_autoencoder(found, config.trained)
-        config.check_regularizer(found)
-    except ValueError as error:
-        raise ValueError(f"{config.start_from} (start_from) cannot be trained: {error}") from None
 
 
 def make_codebook(

@@ -274,12 +274,38 @@ class CachedEncoders:
         if images.config.crop == "random":
             self.print('latents are not cached: data.crop is "random", so that every step has other crops')
             return None, 0
-        keys, shapes, count = _image_keys(images), _shapes(images), len(images)
+        shapes = _shapes(images)
 
         def encode(missing: list[int]) -> Iterator[tuple[list[int], Tensor]]:
-            return self._moments_by_shard(images, shapes, missing)
+            """Positions and rows, one shape at a time. An image with both flips missing is loaded once."""
+            flips = _group_by(missing, lambda position: position % len(images))  # index → its positions
+            groups = _group_by(flips, lambda index: (shapes[index], tuple(p >= len(images) for p in flips[index])))
+            jobs = []
+            for (shape, flipped), indices in groups.items():
+                row_bytes = 2 * math.prod(self.codec.latent_shape(*shape)) * 4  # mean and log-variance, float32
+                parts = _chunks(indices, max(1, _shard_rows(row_bytes) // len(flipped)))
+                jobs += [(part, _batch_size(*shape), flipped) for part in parts]
+            batches = [batch for indices, size, _ in jobs for batch in _chunks(indices, size)]
+            loader = iter(
+                DataLoader(
+                    _Pixels(images),
+                    batch_sampler=batches,
+                    num_workers=self._num_workers,
+                    collate_fn=list,
+                    worker_init_fn=ignore_signals,
+                    generator=torch.Generator(),  # a full cache must not change the random numbers of a run
+                )
+            )
+            for indices, size, flipped in jobs:
+                encoded = []
+                for _ in _chunks(indices, size):
+                    pixels = _stack(next(loader))
+                    both = [self.moments_of(pixels.flip(-1) if mirror else pixels, size) for mirror in flipped]
+                    encoded.append(torch.stack(both))  # [flips, B, M, h, w]
+                positions = [index + len(images) * mirror for mirror in flipped for index in indices]
+                yield positions, torch.cat(encoded, dim=1).flatten(0, 1)  # [flips · N, M, h, w]
 
-        return self._rows(self._moments, keys, count, encode, "images")
+        return self._rows(self._moments, _image_keys(images), len(images), encode, "images")
 
     def _rows(
         self,
@@ -334,36 +360,6 @@ class CachedEncoders:
         padding = images[-1:].expand(size - len(images), -1, -1, -1)
         moments = self.codec.moments(to_signed(torch.cat([images, padding])).to(self.device))
         return moments[: len(images)].to(to, torch.float32)
-
-    def _moments_by_shard(
-        self, images: CaptionedImages, shapes: list[tuple[int, int]], missing: list[int]
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Positions and rows, one shape at a time. An image with both flips missing is loaded once."""
-        flips = _group_by(missing, lambda position: position % len(images))  # index → its positions
-        groups = _group_by(flips, lambda index: (shapes[index], tuple(p >= len(images) for p in flips[index])))
-        jobs = []
-        for (shape, flipped), indices in groups.items():
-            shard = _shard_rows(2 * math.prod(self.codec.latent_shape(*shape)) * 4)  # mean and log-variance, float32
-            jobs += [(part, _batch_size(*shape), flipped) for part in _chunks(indices, max(1, shard // len(flipped)))]
-        batches = [batch for indices, size, _ in jobs for batch in _chunks(indices, size)]
-        loader = iter(
-            DataLoader(
-                _Pixels(images),
-                batch_sampler=batches,
-                num_workers=self._num_workers,
-                collate_fn=list,
-                worker_init_fn=ignore_signals,
-                generator=torch.Generator(),  # a full cache must not change the random numbers of a run
-            )
-        )
-        for indices, size, flipped in jobs:
-            parts = []
-            for _ in _chunks(indices, size):
-                pixels = _stack(next(loader))
-                both = [self.moments_of(pixels.flip(-1) if mirror else pixels, size) for mirror in flipped]
-                parts.append(torch.stack(both))  # [flips, B, M, h, w]
-            positions = [index + len(images) * mirror for mirror in flipped for index in indices]
-            yield positions, torch.cat(parts, dim=1).flatten(0, 1)  # [flips · N, M, h, w]
 
 
 def long_barrier(processes: int) -> Callable[[], None]:

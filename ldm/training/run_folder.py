@@ -147,7 +147,19 @@ def open_folder(
             except ValueError:
                 is_same = False
         if _has_content(os.listdir(folder)) and not is_same:
-            unlock = _move_aside(folder, log)
+            target = folder.resolve()
+            taken = set(os.listdir(target.parent))
+            name = next(name for n in range(1, 10**6) if (name := f"{target.name}.{n}") not in taken)
+            old_lock = _lock_files.pop(target)  # held until the new folder is locked
+            try:
+                target.rename(target.with_name(name))
+                # A symbolic link stays and leads to the new folder.
+                aside = (target if folder.is_symlink() else folder).with_name(name)
+                log(f"{folder} held an earlier run, which is now {aside}")
+                target.mkdir(exist_ok=True)
+                unlock = lock_folder(folder)
+            finally:
+                os.close(old_lock)
         newest = next((path for path in reversed(list_checkpoints(folder)) if path not in damaged), None)
         if newest is not None and checkpoint_step(newest) != step:
             raise ValueError(f"another process has continued {folder} in the meantime, to {newest}; start again")
@@ -162,25 +174,6 @@ def open_folder(
         unlock()
         raise
     return unlock
-
-
-def _move_aside(folder: Path, log: Callable[[str], None]) -> Callable[[], None]:
-    """Move a locked folder aside and lock a new one of its name; the old lock is held until then.
-
-    A symbolic link stays and leads to the new folder.
-    """
-    target = folder.resolve()
-    taken = set(os.listdir(target.parent))
-    aside = target.with_name(next(name for n in range(1, 10**6) if (name := f"{target.name}.{n}") not in taken))
-    old_lock = _lock_files.pop(target)
-    try:
-        target.rename(aside)
-        now = aside if folder.is_symlink() else folder.with_name(aside.name)
-        log(f"{folder} held an earlier run, which is now {now}")
-        target.mkdir(exist_ok=True)
-        return lock_folder(folder)
-    finally:
-        os.close(old_lock)
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
