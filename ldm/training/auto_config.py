@@ -36,17 +36,13 @@ DEFAULT_FIRST_STAGE = "openmoji-first-stage"
 
 @dataclass(frozen=True)
 class SpaceChoice:
-    """A space, its first stage, and the reason.
-
-    Attributes:
-        advice: what `ldm autoencoder evaluate` recommends. "tune" or "train": training the decoder or a first stage on
-            these images would give better latents.
-    """
+    """A space, its first stage, and the reason."""
 
     space: Literal["pixel", "latent"]
     first_stage: str | None
     reason: str
     psnr: float | None = None
+    # What `ldm autoencoder evaluate` recommends; "tune" or "train": a decoder or a first stage on these images.
     advice: Action | None = None
 
 
@@ -107,17 +103,12 @@ CHECKPOINT_SECONDS = 600
 
 @dataclass
 class ChosenConfig:
-    """Configs as nested mappings, and the reasons for them.
-
-    Attributes:
-        first_stage: trained before, or None.
-        threads: CPU threads that were measured and have to be used; None on a GPU.
-    """
+    """Configs as nested mappings, and the reasons for them."""
 
     config: dict[str, Any]
-    first_stage: dict[str, Any] | None = None
+    first_stage: dict[str, Any] | None = None  # is trained before
     reasons: list[str] = field(default_factory=list)
-    threads: int | None = None
+    threads: int | None = None  # CPU threads that were measured and have to be used; None on a GPU
 
 
 @dataclass(frozen=True)

@@ -50,18 +50,13 @@ class CodebookTracker(Protocol):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The trained network, its optimizer and EMA. A checkpoint holds the trainable weights only.
-
-    Attributes:
-        adversary: of an autoencoder; its discriminator has the same optimizer and no EMA.
-        codebook: usage tracker of a VQ autoencoder.
-    """
+    """The trained network, its optimizer and EMA. A checkpoint holds the trainable weights only."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
-    adversary: Adversary | None = None
-    codebook: CodebookTracker | None = None
+    adversary: Adversary | None = None  # of an autoencoder; its discriminator has the same optimizer and no EMA
+    codebook: CodebookTracker | None = None  # of a VQ autoencoder
 
     @property
     def trainable(self) -> list[nn.Parameter]:

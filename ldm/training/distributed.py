@@ -32,19 +32,12 @@ TIMEOUT = timedelta(days=1)
 
 
 class StepLosses(NamedTuple):
-    """Losses of a micro-batch of B samples.
+    """Losses of a micro-batch of B samples."""
 
-    Attributes:
-        values: [B] float32. Their mean is minimized and logged as the loss.
-        timesteps: [B] int64, or None where there are none.
-        figures: name → tensor. Means are logged and have to be finite.
-        objectives: scalars to minimize instead of the mean of `values`, each in its own backward pass.
-    """
-
-    values: Tensor
-    timesteps: Tensor | None = None
-    figures: Mapping[str, Tensor] = MappingProxyType({})
-    objectives: tuple[Tensor, ...] = ()
+    values: Tensor  # [B] float32; their mean is minimized and logged as the loss
+    timesteps: Tensor | None = None  # [B] int64, where there are any
+    figures: Mapping[str, Tensor] = MappingProxyType({})  # means are logged and have to be finite
+    objectives: tuple[Tensor, ...] = ()  # minimized instead of that mean, each in its own backward pass
 
     def backward(self, accelerator: Accelerator) -> None:
         """Add the gradients of this micro-batch to those of the step."""
@@ -57,34 +50,21 @@ class StepLosses(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What every process knows after a step.
-
-    Attributes:
-        loss: mean over the global batch.
-        gradient_norm: before clipping.
-        figures: means over the global batch.
-        is_finite: whether all of these are finite in every process.
-        stop: whether any process received a signal to stop.
-        save: whether the main process requests a checkpoint.
-    """
+    """What every process knows after a step; means are over the global batch."""
 
     loss: float
-    gradient_norm: float
+    gradient_norm: float  # before clipping
     figures: dict[str, float]
-    is_finite: bool
-    stop: bool
-    save: bool
+    is_finite: bool  # all of these, in every process
+    stop: bool  # any process received a signal
+    save: bool  # the main process requests a checkpoint
 
 
 class Processes(NamedTuple):
-    """The processes of a run, seen from one of them.
-
-    Attributes:
-        threads: that the environment allows; None on a GPU.
-    """
+    """The processes of a run, seen from one of them."""
 
     accelerator: Accelerator
-    threads: Threads | None
+    threads: Threads | None  # that the environment allows; None on a GPU
 
     @property
     def device(self) -> torch.device:
@@ -239,15 +219,11 @@ class Interruption:
 
     If it `may_abort`, a signal raises `Stopped` at once; otherwise it is only recorded. A second SIGINT exits at once:
     files on disk are always complete.
-
-    Attributes:
-        requested: name of the received signal, or None.
-        may_abort: True before training has started and while a model is validated or sampled.
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None
-        self.may_abort = True
+        self.requested: str | None = None  # name of the received signal
+        self.may_abort = True  # before training has started, and while a model is validated or sampled
         self._since = 0.0
         self._process = 0
 

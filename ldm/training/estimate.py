@@ -44,22 +44,16 @@ TIMED_PARAMETERS = 2**24
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured costs of the parts of a run.
-
-    Attributes:
-        step, validation, grid, checkpoint, evaluation: seconds each. A validation includes writing the best export.
-        memory: bytes at the peak.
-        checkpoint_bytes, grid_bytes: on disk, each; once_bytes: of all that is written once.
-    """
+    """Measured costs of the parts of a run: seconds, and bytes on disk, each."""
 
     step: float
-    validation: float
+    validation: float  # with writing the best export
     grid: float
     checkpoint: float
-    memory: int
+    memory: int  # bytes at the peak
     checkpoint_bytes: int
     grid_bytes: int
-    once_bytes: int
+    once_bytes: int  # of all that is written once
     evaluation: float = 0.0
 
 
@@ -111,47 +105,35 @@ class Plan:
         return "\n".join(["plan"] + [f"  {name:<8} {value}" for name, value in rows.items()])
 
 
-def make_plan(
-    config: LDMConfig | AutoencoderTrainingConfig,
-    images: CaptionedImages,
-    held_out: CaptionedImages | None,
-    model: nn.Module,
-    *,
-    step: int,
-    space: str,
-    costs: Costs,
-    device: torch.device,
-    threads: str = "",
-    discriminator: nn.Module | None = None,
-) -> Plan:
-    """Add up the costs of the steps from `step` to the last; `space` describes what is trained."""
-    train = config.train
+def make_plan(run: Run, state: TrainingState, space: str, costs: Costs) -> Plan:
+    """Add up the costs of the steps from the present to the last; `space` describes what is trained."""
+    config, train, images, model = run.config, run.config.train, run.data.train, state.model
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    extra = sum(p.numel() for p in discriminator.parameters()) if discriminator else 0
+    extra = sum(p.numel() for p in state.adversary.discriminator.parameters()) if state.adversary else 0
     shape = f"{config.data.resolution}x{config.data.resolution} pixels"
     if config.data.bucketed:
         shape = f"about {shape}, in buckets of one aspect ratio"
     epoch = len(images) / train.batch_size
     evaluate_every = train.evaluate_every if isinstance(train, DiffusionTrainConfig) else None
-    seconds = (train.max_steps - step) * costs.step
+    seconds = (train.max_steps - run.step) * costs.step
     for every, cost in (
         (train.validate_every, costs.validation),
         (train.sample_every, costs.grid),
         (train.checkpoint_every, costs.checkpoint),
         (evaluate_every, costs.evaluation),
     ):
-        seconds += count_due(step, train.max_steps, every) * cost
+        seconds += count_due(run.step, train.max_steps, every) * cost
     kept = min(train.keep_checkpoints, count_due(0, train.max_steps, train.checkpoint_every))
     grid_bytes = count_due(0, train.max_steps, train.sample_every) * costs.grid_bytes
     # A grid is a file, a TensorBoard event, and a part of the report, whose base64 adds a third.
     in_report = min(grid_bytes, MAX_SHEETS_BYTES, MAX_SHEETS * costs.grid_bytes)
     return Plan(
-        data=f"{len(images)} images to train on, {len(held_out) if held_out else 0} held out, {shape}",
+        data=f"{len(images)} images to train on, {len(run.data.held_out or ())} held out, {shape}",
         space=space,
         network=f"{format_millions(parameters)} parameters"
         + (f", {format_millions(trained)} of them trainable" if trained < parameters else "")
-        + (f"; with a discriminator of {format_millions(extra)}" if discriminator else ""),
+        + (f"; with a discriminator of {format_millions(extra)}" if extra else ""),
         parameters=parameters,
         trained_parameters=trained,
         batch=f"{train.batch_size} images; {epoch:.3g} steps per epoch; {train.max_steps} steps are "
@@ -161,24 +143,12 @@ def make_plan(
         expected_seconds=seconds,
         memory_bytes=costs.memory,
         fixed_bytes=fixed_bytes(model) + 16 * extra,  # a discriminator has no EMA
-        memory_of=_total_memory(device),
+        memory_of=_total_memory(run.device),
         disk_bytes=kept * costs.checkpoint_bytes + costs.once_bytes + 2 * grid_bytes + in_report * 4 // 3,
         quality=expected_result(config, images),
-        evaluation_seconds=count_due(step, train.max_steps, evaluate_every) * costs.evaluation,
-        threads=threads,
+        evaluation_seconds=count_due(run.step, train.max_steps, evaluate_every) * costs.evaluation,
+        threads=str(run.threads or ""),
     )
-
-
-def check_memory(model: nn.Module, device: torch.device) -> None:
-    """Reject a run whose weights, gradients, optimizer and EMA alone do not fit. Raises ValueError with the memory they
-    need and how to need less.
-    """
-    needed, total = fixed_bytes(model), _total_memory(device)
-    if needed > total > 0:
-        raise ValueError(
-            f"weights, gradients, optimizer and EMA need {format_bytes(needed)} of {format_bytes(total)}; choose "
-            "finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
-        )
 
 
 def fixed_bytes(model: nn.Module) -> int:
@@ -251,24 +221,17 @@ def estimate_run(run: Run, state: TrainingState, work: Workload) -> None:
     """Measure what the parts of a run cost on this machine, and log its plan. Changes no state. Raises ValueError if
     the run cannot fit into memory, or its folder takes no files.
     """
-    if isinstance(run.config, LDMConfig):
-        check_memory(state.model, run.device)
+    needed, total = fixed_bytes(state.model), _total_memory(run.device)
+    if isinstance(run.config, LDMConfig) and needed > total > 0:
+        raise ValueError(
+            f"weights, gradients, optimizer and EMA need {format_bytes(needed)} of {format_bytes(total)}; choose "
+            "finetune.method=lora (with train.mixed_precision=bf16 half of it again), or a smaller unet"
+        )
     phases = [phase for phase in work.phases if phase[0] > 0] or [(1, *work.phases[0][1:])]
     steps = sum(count for count, _, _ in phases)
     step = sum(count * step_seconds(run, work.network, present, losses) for count, present, losses in phases) / steps
     if run.is_main:
-        plan = make_plan(
-            run.config,
-            run.data.train,
-            run.data.held_out,
-            state.model,
-            step=run.step,
-            space=work.task,
-            costs=measure_costs(run, state, work, step),
-            device=run.device,
-            threads=str(run.threads or ""),
-            discriminator=state.adversary.discriminator if state.adversary else None,
-        )
+        plan = make_plan(run, state, work.task, measure_costs(run, state, work, step))
         run.log_plan(plan.text(), asdict(plan), Pace(plan, None if run.threads is None else run.threads.number))
     run.accelerator.wait_for_everyone()
 

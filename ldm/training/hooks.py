@@ -35,52 +35,33 @@ class SampleEvaluator(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """The parts of a run, for an estimate of its cost.
+    """The parts of a run, for an estimate of its cost."""
 
-    Attributes:
-        task: what is trained, in words.
-        network: as the loop calls it.
-        phases: (steps, state, losses of a micro-batch) of the remaining steps, in order.
-        validate: validates a network on a batch.
-        validated: images per validation; 0 without held-out images.
-        grid: makes a sample grid with a number of sampling steps.
-        grid_steps, grid_samples: number of sampling steps and of samples of a grid.
-        export_bytes: size of an export without its frozen components.
-        frozen: folder of these; None if an export has none.
-        exported: images that `encode` is called with for each export.
-        encode: encodes a batch with a network.
-        evaluator: of generated images of `sample_size`, if any.
-    """
-
-    task: str
-    network: nn.Module
-    phases: Sequence[tuple[int, TrainingState, LossesOf]]
+    task: str  # what is trained, in words
+    network: nn.Module  # as the loop calls it
+    phases: Sequence[tuple[int, TrainingState, LossesOf]]  # number, state and losses of the remaining steps, in order
     validate: Callable[[nn.Module, Batch], object]
-    validated: int
-    grid: Callable[[int], Image.Image]
-    export_bytes: int
+    validated: int  # images per validation; 0 without held-out images
+    grid: Callable[[int], Image.Image]  # makes a sample grid with a number of sampling steps
+    export_bytes: int  # of an export without its frozen components
     grid_steps: int = 1
     grid_samples: int = 1
-    frozen: Path | None = None
-    exported: int = 0
+    frozen: Path | None = None  # folder of these components, if an export has any
+    exported: int = 0  # images that `encode` is called with for each export
     encode: Callable[[nn.Module, Batch], object] = lambda network, batch: None
-    evaluator: SampleEvaluator | None = None
+    evaluator: SampleEvaluator | None = None  # of generated images of `sample_size`
     sample_size: tuple[int, int] = (0, 0)
     keeps_best: bool = False
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What plugs into a run of training.
+    """What plugs into a run of training."""
 
-    Attributes:
-        resolve: (the config with "auto" resolved by the training images, the reason or None); before there is a run.
-        estimate: measures what the parts of a run cost, and logs its plan, before the first step.
-        evaluate: makes the evaluator of generated images, before the model is made.
-        on_checkpoint: as in `Run`.
-    """
-
+    # (the config with "auto" resolved by the training images, the reason or None); before there is a run.
     resolve: Callable[[LDMConfig, CaptionedImages, torch.device], tuple[LDMConfig, str | None]] | None = None
+    # Measures what the parts of a run cost, and logs its plan, before the first step.
     estimate: Callable[[Run, TrainingState, Workload], None] | None = None
+    # Makes the evaluator of generated images, before the model is made.
     evaluate: Callable[[Run], SampleEvaluator] | None = None
-    on_checkpoint: Callable[[Path], Path | None] = lambda folder: None
+    on_checkpoint: Callable[[Path], Path | None] = lambda folder: None  # as in `Run`

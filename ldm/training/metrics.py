@@ -59,19 +59,12 @@ def metric_title(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Finite values by rising step.
+    """Finite values by rising step."""
 
-    Attributes:
-        values: name → (step, value); of a step that was measured twice, the last value.
-        nonfinite: name → the first step with a non-finite value, and the number of these.
-        damaged: lines that are no record, such as one that is being written.
-        verdict: the last one, and its step.
-    """
-
-    values: dict[str, list[Point]]
-    nonfinite: dict[str, tuple[int, int]] = field(default_factory=dict)
-    damaged: int = 0
-    verdict: tuple[int, Verdict] | None = None
+    values: dict[str, list[Point]]  # name → (step, value); of a step that was measured twice, the last value
+    nonfinite: dict[str, tuple[int, int]] = field(default_factory=dict)  # name → the first step and the number of these
+    damaged: int = 0  # lines that are no record, such as one that is being written
+    verdict: tuple[int, Verdict] | None = None  # the last one, and its step
 
     def points(self, name: str) -> list[Point]:
         return self.values.get(name, [])

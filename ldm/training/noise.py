@@ -16,19 +16,12 @@ from ldm.diffusion import logit_normal_timesteps, stratified_timestep
 
 @dataclass(frozen=True)
 class StepNoise:
-    """The random numbers of B samples at one step.
+    """The random numbers of B samples at one step."""
 
-    Attributes:
-        timesteps: [B] int64 on the CPU, 0 … T − 1; over many steps uniform, or logit-normal where that is set.
-        dropped: [B] bool, whether the caption is replaced by the empty one.
-        noise: ε, [B, C, h, w] float32.
-        posterior: noise of the first stage's posterior, [B, C, h, w] float32.
-    """
-
-    timesteps: Tensor
-    dropped: Tensor
-    noise: Tensor
-    posterior: Tensor
+    timesteps: Tensor  # [B] int64 on the CPU, 0 … T − 1; over many steps uniform, or logit-normal where that is set
+    dropped: Tensor  # [B] bool, whether the caption is replaced by the empty one
+    noise: Tensor  # ε, [B, C, h, w] float32
+    posterior: Tensor  # noise of the first stage's posterior, [B, C, h, w] float32
 
 
 class BatchPositions(NamedTuple):

@@ -73,18 +73,12 @@ THREADS_SECONDS = 0.2  # of one call while the number of threads is chosen; a pa
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a run.
-
-    Attributes:
-        held_out: None without held-out images.
-        report: on all samples, as data.json holds it.
-        space_reason: why `space: auto` became what it is, or None.
-    """
+    """The images of a run."""
 
     train: CaptionedImages
     held_out: CaptionedImages | None
-    report: dict[str, Any]
-    space_reason: str | None = None
+    report: dict[str, Any]  # on all samples, as data.json holds it
+    space_reason: str | None = None  # why `space: auto` became what it is
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -30,21 +30,13 @@ MAX_DEPTH = 3
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The run that made a model.
-
-    Attributes:
-        folder: the run folder.
-        config: its config.
-        samples, sha256: number and `data_fingerprint` of its images; None before the first checkpoint.
-        scenes: of a model of scenes, how many it and the models that it continues were shown, at most: those from
-            number 0 on. None for other data, and before the first checkpoint.
-    """
+    """The run that made a model. None is unknown, as before the first checkpoint."""
 
     folder: Path
     config: LDMConfig
-    samples: int | None
-    sha256: str | None
-    scenes: int | None = None
+    samples: int | None  # number of its images
+    sha256: str | None  # their `data_fingerprint`
+    scenes: int | None = None  # how many it and the models that it continues were shown at most, from number 0 on
 
     def data_mismatch(self, images: CaptionedImages, held_out: CaptionedImages | None) -> str | None:
         """A message if these are not the images that the run trained on and held out, or None."""

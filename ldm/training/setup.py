@@ -42,16 +42,10 @@ def load_first_stage(name: str) -> LatentCodec:
 
 @dataclass(frozen=True)
 class FrozenComponents:
-    """All parts of a pipeline but its UNet.
+    """All parts of a pipeline but its UNet."""
 
-    Attributes:
-        folder: written by `Pipeline.save_frozen`: text encoder, tokenizer, codec.
-        index: content of `model_index.json`.
-        sample: default sampling settings.
-    """
-
-    folder: Path
-    index: dict[str, Any]
+    folder: Path  # written by `Pipeline.save_frozen`: text encoder, tokenizer, codec
+    index: dict[str, Any]  # content of `model_index.json`
     schedule: ScheduleConfig
     sample: SampleConfig
 

@@ -30,17 +30,11 @@ MARGIN = 1.1
 
 @dataclass(frozen=True)
 class Threads:
-    """The number of CPU threads of a process.
+    """The number of CPU threads of a process."""
 
-    Attributes:
-        number: None while it is undecided.
-        max_number: cores per process, at most the number that torch was set to.
-        reason: what decided.
-    """
-
-    number: int | None
-    max_number: int
-    reason: str = ""
+    number: int | None  # None while it is undecided
+    max_number: int  # cores per process, at most the number that torch was set to
+    reason: str = ""  # what decided
 
     def __str__(self) -> str:
         return f"{self.number}, {self.reason}"

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ldm.training import estimate as timing
 from ldm.training.checkpoints import TrainingState
 from ldm.training.estimate import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan
 from ldm.training.hooks import Hooks
+from ldm.training.run import TrainingData
 from ldm.training.trainable import make_optimizer
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
 
@@ -60,9 +62,10 @@ def test_a_plan_adds_up():
         step=0.1, validation=1.0, grid=10.0, checkpoint=100.0,
         memory=7, checkpoint_bytes=10**6, grid_bytes=10**4, once_bytes=50,
     )  # fmt: skip
-    plan = make_plan(
-        config, images, held_out, model, step=200, space="here", costs=costs, device=torch.device("cpu")
-    )  # fmt: skip
+    run = SimpleNamespace(
+        config=config, data=TrainingData(images, held_out, {}), step=200, device=torch.device("cpu"), threads=None
+    )
+    plan = make_plan(run, SimpleNamespace(model=model, adversary=None), "here", costs)
     assert plan.expected_seconds == pytest.approx(800 * 0.1 + 8 * 1 + 4 * 10 + 4 * 100)
     assert plan.disk_bytes == 3 * 10**6 + 50 + 4 * (2 * 10**4) + 4 * 10**4 * 4 // 3
     assert (plan.parameters, plan.trained_parameters, plan.memory_bytes) == (100, 90, 7)
