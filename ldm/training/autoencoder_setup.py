@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,11 +24,7 @@ from ldm.models import (
 )
 from ldm.models.similarity import psnr
 from ldm.pipelines import contact_sheet, to_pil
-from ldm.training.autoencoder_losses import AdversarialLoss, Codebook
-from ldm.training.checkpoints import TrainingState
-from ldm.training.distributed import StepLosses
-from ldm.training.hooks import Workload
-from ldm.training.run import Run
+from ldm.training.autoencoder_losses import Codebook
 from ldm.training.setup import load_first_stage
 
 BATCH_SIZE = 32
@@ -161,46 +157,7 @@ def reconstruction_grid(averaged: nn.Module, images: CaptionedImages, device: to
     return contact_sheet([originals, reconstructions], ["images", "reconstructions"])
 
 
-def autoencoder_workload(
-    network: nn.Module,
-    state: TrainingState,
-    run: Run,
-    perceptual: PerceptualDistance | None,
-    adversary: AdversarialLoss | None,
-    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
-) -> Workload:
-    """The parts of a run, for an estimate of its cost."""
-    config, images, held_out = run.config, run.data.train, run.data.held_out
-    assert isinstance(config, AutoencoderTrainingConfig)
-
-    def encode(module: nn.Module, batch: Batch) -> None:
-        assert isinstance(module, FirstStage)
-        module.encode(_pixels(batch, run.device))
-
-    remaining = config.train.max_steps - run.step
-    alone = min(max(0, config.loss.adversarial_start - run.step), remaining) if adversary else remaining
-    start = f", from {config.start_from}" if config.start_from else ""
-    codes = f", quantized to {config.vq.num_vq_embeddings} codes" if config.vq else ""
-    task = f"a first stage: images to latents and back{codes}{start}"
-    if config.trained == "decoder":
-        task = f"the decoder of a first stage{start}; its latents do not change"
-    return Workload(
-        task=task,
-        network=network,
-        phases=[
-            (alone, dataclasses.replace(state, adversary=None), lambda net, batch: losses_of(net, batch, None)),
-            (remaining - alone, state, lambda net, batch: losses_of(net, batch, adversary)),
-        ],
-        validate=lambda net, batch: reconstruction_metrics(net, _pixels(batch, run.device), perceptual),
-        validated=min(len(held_out), config.train.validation_samples) if held_out else 0,
-        grid=lambda steps: reconstruction_grid(state.ema.module, held_out or images, run.device),
-        export_bytes=4 * sum(p.numel() for p in state.model.parameters()),
-        exported=len(images) if config.trained == "all" else 0,  # the statistics of the latents cover all images
-        encode=encode,
-    )
-
-
-def _pixels(batch: Batch, device: torch.device) -> Tensor:
+def pixels(batch: Batch, device: torch.device) -> Tensor:
     assert batch.images is not None
     return to_signed(batch.images).to(device)  # [B, 3, h, w]
 

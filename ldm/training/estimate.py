@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -12,26 +13,33 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig
 from ldm.data import Batch, CaptionedImages, collate
+from ldm.models import FirstStage, PerceptualDistance
 from ldm.pipelines import NotFinite
 from ldm.progress import format_duration
+from ldm.training import autoencoder_setup, setup
+from ldm.training.autoencoder_losses import AdversarialLoss
 from ldm.training.checkpoints import TrainingState
-from ldm.training.hooks import LossesOf, Workload
+from ldm.training.distributed import StepLosses
+from ldm.training.hooks import SampleEvaluator
 from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES, write_report
 from ldm.training.run import Run
+from ldm.training.setup import FrozenComponents
 from ldm.training.threads import timed_call
 from ldm.training.trainable import adamw, weight_precision
 
+LossesOf = Callable[[nn.Module, Batch], StepLosses]
 MEASURED_RUNS = Path(__file__).parents[1] / "assets" / "measured_runs.json"
 MIN_SECONDS = 1.0
 MAX_REPEATS = 30
@@ -217,10 +225,120 @@ def seconds_per_call(action: Callable[[], object], network: nn.Module, device: t
     return statistics.median(times[1:] or times)
 
 
-def estimate_run(run: Run, state: TrainingState, work: Workload) -> None:
+@dataclass(frozen=True)
+class Workload:
+    """The parts of a run, for an estimate of its cost."""
+
+    task: str  # what is trained, in words
+    network: nn.Module  # as the loop calls it
+    phases: Sequence[tuple[int, TrainingState, LossesOf]]  # number, state and losses of the remaining steps, in order
+    validate: Callable[[nn.Module, Batch], object]
+    validated: int  # images per validation; 0 without held-out images
+    grid: Callable[[int], Image.Image]  # makes a sample grid with a number of sampling steps
+    export_bytes: int  # of an export without its frozen components
+    grid_steps: int = 1
+    grid_samples: int = 1
+    frozen: Path | None = None  # folder of these components, if an export has any
+    exported: int = 0  # images that `encode` is called with for each export
+    encode: Callable[[nn.Module, Batch], object] = lambda network, batch: None
+    evaluator: SampleEvaluator | None = None  # of generated images of `sample_size`
+    sample_size: tuple[int, int] = (0, 0)
+    keeps_best: bool = False
+
+
+def diffusion_workload(
+    run: Run,
+    state: TrainingState,
+    network: nn.Module,
+    losses_of: LossesOf,
+    *,
+    frozen: FrozenComponents,
+    evaluator: SampleEvaluator | None,
+) -> Workload:
+    """The parts of a run of `train_ldm`."""
+    config, held_out = run.config, run.data.held_out
+    assert isinstance(config, LDMConfig)
+    count = min(len(held_out), config.train.validation_samples) if held_out else 0
+    lora = config.export == "lora"
+    exported = state.trainable_parameters if lora else sum(p.numel() for p in state.model.parameters())
+
+    def grid(steps: int) -> Image.Image:
+        sample = dataclasses.replace(config.sample, num_inference_steps=steps)
+        return setup.sample_grid(frozen.pipeline(state.ema.module), sample)
+
+    task = f"{config.space}, as the config says" + (f", of {config.first_stage}" if config.first_stage else "")
+    if config.start_from is not None:
+        task = f"that of {config.start_from}, {config.finetune.method} fine-tuning"
+    return Workload(
+        task=run.data.space_reason or task,
+        network=network,
+        phases=[(config.train.max_steps - run.step, state, losses_of)],
+        validate=losses_of,
+        validated=count * setup.repeats_per_image(count, config.train.validation_samples) if count else 0,
+        keeps_best=True,
+        grid=grid,
+        grid_steps=config.sample.num_inference_steps,
+        grid_samples=len(config.sample.prompts) * config.sample.images_per_prompt,
+        export_bytes=4 * exported,
+        frozen=None if lora else frozen.folder,
+        evaluator=evaluator,
+        sample_size=frozen.pipeline(state.ema.module).default_size if evaluator else (0, 0),
+    )
+
+
+def autoencoder_workload(
+    run: Run,
+    state: TrainingState,
+    network: nn.Module,
+    losses_of: Callable[[nn.Module, Batch, AdversarialLoss | None], StepLosses],
+    *,
+    perceptual: PerceptualDistance | None,
+    adversary: AdversarialLoss | None,
+) -> Workload:
+    """The parts of a run of `train_autoencoder`."""
+    config, images, held_out = run.config, run.data.train, run.data.held_out
+    assert isinstance(config, AutoencoderTrainingConfig)
+
+    def validate(module: nn.Module, batch: Batch) -> None:
+        autoencoder_setup.reconstruction_metrics(module, autoencoder_setup.pixels(batch, run.device), perceptual)
+
+    def encode(module: nn.Module, batch: Batch) -> None:
+        assert isinstance(module, FirstStage)
+        module.encode(autoencoder_setup.pixels(batch, run.device))
+
+    remaining = config.train.max_steps - run.step
+    alone = min(max(0, config.loss.adversarial_start - run.step), remaining) if adversary else remaining
+    start = f", from {config.start_from}" if config.start_from else ""
+    codes = f", quantized to {config.vq.num_vq_embeddings} codes" if config.vq else ""
+    task = f"a first stage: images to latents and back{codes}{start}"
+    if config.trained == "decoder":
+        task = f"the decoder of a first stage{start}; its latents do not change"
+    return Workload(
+        task=task,
+        network=network,
+        phases=[
+            (alone, dataclasses.replace(state, adversary=None), lambda net, batch: losses_of(net, batch, None)),
+            (remaining - alone, state, lambda net, batch: losses_of(net, batch, adversary)),
+        ],
+        validate=validate,
+        validated=min(len(held_out), config.train.validation_samples) if held_out else 0,
+        grid=lambda steps: autoencoder_setup.reconstruction_grid(state.ema.module, held_out or images, run.device),
+        export_bytes=4 * sum(p.numel() for p in state.model.parameters()),
+        exported=len(images) if config.trained == "all" else 0,  # the statistics of the latents cover all images
+        encode=encode,
+    )
+
+
+def estimate_run(run: Run, state: TrainingState, network: nn.Module, losses_of: Any, **parts: Any) -> None:
     """Measure what the parts of a run cost on this machine, and log its plan. Changes no state. Raises ValueError if
     the run cannot fit into memory, or its folder takes no files.
+
+    Args:
+        network: as the loop calls it: `state.model`, or what accelerate wrapped around it.
+        parts: of `diffusion_workload` or `autoencoder_workload`.
     """
+    describe = diffusion_workload if isinstance(run.config, LDMConfig) else autoencoder_workload
+    work = describe(run, state, network, losses_of, **parts)
     needed, total = fixed_bytes(state.model), _total_memory(run.device)
     if isinstance(run.config, LDMConfig) and needed > total > 0:
         raise ValueError(

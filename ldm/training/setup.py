@@ -22,7 +22,6 @@ from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_atte
 from ldm.pipelines import Pipeline, contact_sheet
 from ldm.text import TextEncoder, ignore_cut_prompts, load_text_encoder, load_text_encoder_folders
 from ldm.training.checkpoints import TrainingState
-from ldm.training.hooks import LossesOf, SampleEvaluator, Workload
 from ldm.training.latents import IMAGE_BATCH_SIZE, CachedEncoders, LatentCache, long_barrier
 from ldm.training.noise import step_noise
 from ldm.training.run import Run
@@ -291,45 +290,6 @@ def held_out_loss(
 def repeats_per_image(count: int, max_samples: int) -> int:
     """How often each held-out image is evaluated: up to 16 times, and `max_samples` times in total."""
     return max(1, min(MAX_REPEATS, max_samples // count))
-
-
-def diffusion_workload(
-    network: nn.Module,
-    state: TrainingState,
-    frozen: FrozenComponents,
-    run: Run,
-    losses_of: LossesOf,
-    evaluator: SampleEvaluator | None,
-) -> Workload:
-    """The parts of a run, for an estimate of its cost."""
-    config, held_out = run.config, run.data.held_out
-    assert isinstance(config, LDMConfig)
-    count = min(len(held_out), config.train.validation_samples) if held_out else 0
-    lora = config.export == "lora"
-    exported = state.trainable_parameters if lora else sum(p.numel() for p in state.model.parameters())
-
-    def grid(steps: int) -> Image.Image:
-        sample = dataclasses.replace(config.sample, num_inference_steps=steps)
-        return sample_grid(frozen.pipeline(state.ema.module), sample)
-
-    task = f"{config.space}, as the config says" + (f", of {config.first_stage}" if config.first_stage else "")
-    if config.start_from is not None:
-        task = f"that of {config.start_from}, {config.finetune.method} fine-tuning"
-    return Workload(
-        task=run.data.space_reason or task,
-        network=network,
-        phases=[(config.train.max_steps - run.step, state, losses_of)],
-        validate=losses_of,
-        validated=count * repeats_per_image(count, config.train.validation_samples) if count else 0,
-        keeps_best=True,
-        grid=grid,
-        grid_steps=config.sample.num_inference_steps,
-        grid_samples=len(config.sample.prompts) * config.sample.images_per_prompt,
-        export_bytes=4 * exported,
-        frozen=None if lora else frozen.folder,
-        evaluator=evaluator,
-        sample_size=frozen.pipeline(state.ema.module).default_size if evaluator else (0, 0),
-    )
 
 
 def sample_grid(pipeline: Pipeline, config: SampleConfig) -> Image.Image:

@@ -84,11 +84,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, run: Run, hooks: Hooks)
     if run.step > 0 or config.start_from is not None:  # what an interrupted run missed, or the model to start from
         validate_and_sample()
     if hooks.estimate:
-        hooks.estimate(
-            run,
-            state,
-            autoencoder_setup.autoencoder_workload(model, state, run, perceptual, adversarial_loss, losses_of),
-        )
+        hooks.estimate(run, state, model, losses_of, perceptual=perceptual, adversary=adversarial_loss)
 
     for batch in run.batches():
         adversary = adversarial_loss if run.step >= config.loss.adversarial_start else None

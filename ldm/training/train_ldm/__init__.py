@@ -92,7 +92,7 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
     if run.step > 0 or config.start_from is not None:  # what an interrupted run missed, or the model to start from
         validate_and_sample()
     if hooks.estimate:
-        hooks.estimate(run, state, setup.diffusion_workload(model, state, frozen, run, losses_of, evaluator))
+        hooks.estimate(run, state, model, losses_of, frozen=frozen, evaluator=evaluator)
 
     for batch in run.batches():
         with run.accelerator.accumulate(model):
