@@ -498,7 +498,7 @@ def test_the_training_loop_reaches_no_more_than_it_needs() -> None:
         packages = {".".join(parts[:i]) for i in range(1, len(parts))} & graph.keys()
         found |= packages.union(*(reached(graph, package) for package in packages))
     assert sum(lines[module] for module in found) <= MAX_REACHED_LINES
-    # What plugs in by `ldm.training.hooks`.
+    # What plugs in by `ldm.training.run.Hooks`.
     assert not [module for module in found if module.startswith(("ldm.evaluation", "ldm.report"))]
     assert found.isdisjoint(f"ldm.training.{name}" for name in PRODUCTS)
 

@@ -32,9 +32,8 @@ from ldm.training import autoencoder_setup, setup
 from ldm.training.autoencoder_losses import AdversarialLoss
 from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
-from ldm.training.hooks import SampleEvaluator
 from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES, write_report
-from ldm.training.run import Run
+from ldm.training.run import Run, SampleEvaluator
 from ldm.training.setup import FrozenComponents
 from ldm.training.threads import timed_call
 from ldm.training.trainable import adamw, weight_precision

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, DiffusionTrainConfig, LDMConfig, to_yaml
 from ldm.data import Batch, CaptionedImages, collate, generator, ignore_signals, micro_batches
-from ldm.pipelines import NotFinite, save_png
+from ldm.pipelines import NotFinite, Pipeline, save_png
 from ldm.progress import format_duration, plural
 from ldm.training import checkpoints, threads
 from ldm.training.checkpoints import TrainingState, resume_command
@@ -564,3 +564,28 @@ class Run:
                 f"step {self.step} of {self.config.train.max_steps} is saved; continue with "
                 f"{resume_command(self.folder)}"
             )
+
+
+class SampleEvaluator(Protocol):
+    """Evaluates `samples` generated images of a pipeline: `ldm.training.evaluator.Evaluator`."""
+
+    samples: int
+
+    def __call__(self, pipeline: Pipeline) -> Mapping[str, float]:
+        """Values to log."""
+
+    def seconds(self, size: tuple[int, int]) -> float:
+        """Seconds of all but generation, for images of this (height, width)."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a launcher plugs into training; the loops know these types alone, and run without any of them."""
+
+    # (the config with "auto" resolved by the training images, the reason or None); before there is a run.
+    resolve: Callable[[LDMConfig, CaptionedImages, torch.device], tuple[LDMConfig, str | None]] | None = None
+    # Measures what the parts of a run cost, and logs its plan, before the first step; called with parts of the loop.
+    estimate: Callable[..., None] | None = None
+    # Makes the evaluator of generated images, before the model is made.
+    evaluate: Callable[[Run], SampleEvaluator] | None = None
+    on_checkpoint: Callable[[Path], Path | None] = lambda folder: None  # as in `Run`

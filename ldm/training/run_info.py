@@ -14,7 +14,7 @@ import torch
 
 from ldm import hub
 from ldm.config import LDMConfig, load_config
-from ldm.config.reading import read_yaml
+from ldm.config.files import read_yaml
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
 from ldm.training.checkpoints import checkpoint_step, list_checkpoints

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
-from ldm.training.hooks import Hooks
 from ldm.training.launch import HOOKS, run_training
+from ldm.training.run import Hooks
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,8 +20,8 @@ from ldm.models import (
 )
 from ldm.models.efficientnet import perceptual_distance
 from ldm.training.autoencoder_losses import DELTA, AdversarialLoss, autoencoder_loss
-from ldm.training.hooks import Hooks
 from ldm.training.launch import HOOKS
+from ldm.training.run import Hooks
 from ldm.training.setup import load_first_stage
 from tests import tiny
 from tests.training.runs import autoencoder_settings, captioned_folder, digests, metrics, run_autoencoder

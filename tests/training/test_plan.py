@@ -21,8 +21,7 @@ from ldm.progress import format_duration
 from ldm.training import estimate as timing
 from ldm.training.checkpoints import TrainingState
 from ldm.training.estimate import MEASURED_RUNS, Costs, count_due, expected_result, format_bytes, make_plan
-from ldm.training.hooks import Hooks
-from ldm.training.run import TrainingData
+from ldm.training.run import Hooks, TrainingData
 from ldm.training.trainable import make_optimizer
 from tests.training.runs import ROOT, captioned_folder, run_autoencoder, run_config, settings
 

@@ -17,9 +17,8 @@ from ldm.training import autoencoder_setup
 from ldm.training.autoencoder_losses import AdversarialLoss, autoencoder_loss
 from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
-from ldm.training.hooks import Hooks
 from ldm.training.noise import step_noise
-from ldm.training.run import Run
+from ldm.training.run import Hooks, Run
 from ldm.training.trainable import make_ema, make_optimizer
 
 

@@ -14,10 +14,9 @@ from ldm.diffusion import NoiseSchedule, diffusion_loss, drop_conditioning
 from ldm.training import setup
 from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
-from ldm.training.hooks import Hooks
 from ldm.training.latents import LatentCache
 from ldm.training.noise import BatchPositions, step_noise
-from ldm.training.run import Run
+from ldm.training.run import Hooks, Run
 from ldm.training.trainable import make_ema, make_optimizer, select_trainable
 
 
