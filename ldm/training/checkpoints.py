@@ -83,13 +83,6 @@ class TrainingState:
         assert len(weights) == len(list(module.parameters())), "buffers would be lost"
         return {name: weights[name] for name in trainable_names(self.model)}
 
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Load what `trainable_weights` returned."""
-        if set(weights) != set(trainable_names(self.model)):
-            raise ValueError(f"{folder} holds other weights than this config trains; start a new run")
-        stored = {plain_name(name): name for name in module.state_dict()}  # parts of it may be compiled
-        module.load_state_dict({stored[name]: value for name, value in weights.items()}, strict=False)
-
     @cached_property
     def frozen_hash(self) -> str | None:
         """Hash of the frozen weights, which a checkpoint depends on; None if there are none."""
@@ -112,8 +105,11 @@ class TrainingState:
 
     def restore(self, folder: Path, ema_updates: int, adversarial_weight: float | None) -> None:
         """Load what `save` wrote."""
-        self.load(self.model, hub.load_tensors(folder / "model.safetensors"), folder)
-        self.load(self.ema.module, hub.load_tensors(folder / "ema.safetensors"), folder)
+        for module, name in ((self.model, "model"), (self.ema.module, "ema")):
+            weights = hub.load_tensors(folder / f"{name}.safetensors")
+            if set(weights) != set(trainable_names(self.model)):
+                raise ValueError(f"{folder} holds other weights than this config trains; start a new run")
+            load_weights(module, weights)
         self.ema.n_averaged.fill_(ema_updates)
         restore_optimizer(self.model, self.optimizer, hub.load_tensors(folder / "optimizer.safetensors"))
         if self.codebook is not None:
@@ -126,12 +122,18 @@ class TrainingState:
                 "start_from"
             )
         network = self.adversary.discriminator
-        stored = {plain_name(name): name for name in network.state_dict()}
         weights = hub.load_tensors(folder / "discriminator.safetensors")
-        network.load_state_dict({stored[name]: value for name, value in weights.items()})
+        assert len(weights) == len(network.state_dict()), "a resumed run has the same discriminator"
+        load_weights(network, weights)
         moments = hub.load_tensors(folder / "discriminator_optimizer.safetensors")
         restore_optimizer(network, self.optimizer, moments)
         self.adversary.weight = adversarial_weight
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights by their plain names: parts of the module may be compiled. Others stay as they are."""
+    stored = {plain_name(name): name for name in module.state_dict()}
+    module.load_state_dict({stored[name]: value for name, value in weights.items()}, strict=False)
 
 
 PREFIX = "step_"

@@ -316,39 +316,34 @@ class CachedEncoders:
         what: str,
     ) -> tuple[CachedRows, int]:
         """The rows of `keys`, missing ones encoded; positions p, p + count, … belong to one item."""
+
+        def encode_missing(missing: list[int]) -> None:
+            remaining = len(missing)
+            progress = tqdm(
+                total=remaining,
+                desc=f"encoding {what}",
+                leave=False,
+                delay=3,
+                mininterval=0.5 if sys.stderr.isatty() else 20,
+                disable=not self._show_progress,
+            )
+            with progress, torch.no_grad(), _deterministic_fp32(self.device):
+                for positions, rows in encode(missing) if missing else ():
+                    if not bool(rows.isfinite().all()):
+                        raise ValueError(
+                            f"encoding {what} gave numbers that are not finite; the weights must be damaged"
+                        )
+                    remaining -= len(positions)
+                    store.add([keys[p] for p in positions], rows, remaining)
+                    progress.update(len(positions))
+
         missing = store.missing(keys)
         new = len({position % count for position in missing})
         self._wait()  # every process reads before the first writes
-        self._encode_missing(store, keys, [p for p in missing if p % count % self.world == self._rank], encode, what)
+        encode_missing([p for p in missing if p % count % self.world == self._rank])
         self._wait()
-        # Machines without a shared folder need all rows each.
-        self._encode_missing(store, keys, store.missing(keys), encode, what)
+        encode_missing(store.missing(keys))  # machines without a shared folder need all rows each
         return store.open(keys), new
-
-    def _encode_missing(
-        self,
-        store: RowCache,
-        keys: list[str],
-        missing: list[int],
-        encode: Callable[[list[int]], Iterator[tuple[list[int], Tensor]]],
-        what: str,
-    ) -> None:
-        remaining = len(missing)
-        progress = tqdm(
-            total=remaining,
-            desc=f"encoding {what}",
-            leave=False,
-            delay=3,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            disable=not self._show_progress,
-        )
-        with progress, torch.no_grad(), _deterministic_fp32(self.device):
-            for positions, rows in encode(missing) if missing else ():
-                if not bool(rows.isfinite().all()):
-                    raise ValueError(f"encoding {what} gave numbers that are not finite; the weights must be damaged")
-                remaining -= len(positions)
-                store.add([keys[p] for p in positions], rows, remaining)
-                progress.update(len(positions))
 
     def states_of(self, captions: list[str], size: int = CAPTION_BATCH_SIZE, to: torch.device | str = "cpu") -> Tensor:
         """At most `size` captions → [B, L, D] on `to`. The same size gives the same bits."""
