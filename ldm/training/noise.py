@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data import Batch, BatchOrder, generator
+from ldm.data import Batch, generator
+from ldm.data.batching import BatchOrder
 from ldm.diffusion import logit_normal_timesteps, stratified_timestep
 
 
