@@ -33,28 +33,19 @@ def _not_negative(config: object, *keys: str) -> None:
             raise ValueError(f"{key} is {getattr(config, key)}; it must be a number, not negative")
 
 
-def _outside(output_dir: str, key: str, path: str | None) -> None:
-    """Refuses what a run reads inside the folder that it writes: an earlier run there is moved aside."""
-    run = Path(output_dir).expanduser().resolve()
-    if path is not None and run in (read := Path(path).expanduser().resolve(), *read.parents):
-        raise ValueError(f"{key} is {path!r}, inside output_dir {output_dir!r}; choose another output_dir")
-
-
-def _check_homes(**paths: str | None) -> None:
-    """Refuses `~name/…` of a user that does not exist."""
-    for key, path in paths.items():
+def _check_paths(output_dir: str, data: DataConfig, **read: str | None) -> None:
+    """Refuses `~name/…` of no user, and a run folder that contains what the run reads, or is inside its data."""
+    if not output_dir.strip():
+        raise ValueError("output_dir is empty; name a folder for the run")
+    for key, path in {**read, "output_dir": output_dir}.items():
         try:
             disk.expand_user(path or "")
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-
-
-def _check_output(output_dir: str, data: DataConfig) -> None:
-    if not output_dir.strip():
-        raise ValueError("output_dir is empty; name a folder for the run")
-    _check_homes(output_dir=output_dir)
-    _outside(output_dir, "data.path", data.path)
-    folder, run = Path(data.path).expanduser(), Path(output_dir).expanduser().resolve()
+    run, folder = Path(output_dir).expanduser().resolve(), Path(data.path).expanduser()
+    for key, path in {"data.path": data.path, **read}.items():  # an earlier run in that folder is moved aside
+        if path is not None and run in (inside := Path(path).expanduser().resolve(), *inside.parents):
+            raise ValueError(f"{key} is {path!r}, inside output_dir {output_dir!r}; choose another output_dir")
     # The pictures of a run would be data of the next.
     if data.path not in BUILT_IN and folder.is_dir() and folder.resolve() in run.parents:
         raise ValueError(f"output_dir {output_dir!r} is inside data.path {data.path!r}; choose another output_dir")
@@ -93,10 +84,9 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
-        cpu_threads: threads of a process on the CPU. None: OMP_NUM_THREADS or MKL_NUM_THREADS, else as before when
-            resumed, else the number that is measured to be the fastest.
-        checkpoint_every: steps between checkpoints, besides the last one.
-        checkpoint_minutes: maximum minutes between checkpoints; None counts steps only.
+        cpu_threads: per process on the CPU. None: OMP_NUM_THREADS or MKL_NUM_THREADS, else that of the resumed run,
+            else measured.
+        checkpoint_every, checkpoint_minutes: maximum steps and minutes between checkpoints; None counts steps only.
         keep_checkpoints: number of newest checkpoints to keep; multiples of `keep_every` are kept too.
         max_nonfinite_steps: maximum number of steps in a row that are skipped because of a non-finite loss or gradient.
         validation_samples: maximum number of held-out images for the held-out loss.
@@ -164,8 +154,7 @@ class DiffusionTrainConfig(TrainConfig):
             size.
         timestep_density: "uniform", or "logit_normal" (arXiv:2403.03206): t / T = sigmoid(z), z normal with
             `logit_mean` and `logit_std`. A mean above 0 trains more on noisy latents, where the text decides most.
-        evaluate_every: steps between evaluations of generated images, besides the last one; None evaluates never.
-        evaluation_samples: number of images to generate for them.
+        evaluate_every: steps between evaluations of `evaluation_samples` generated images; None evaluates never.
         evaluation_features: the network whose features compare images: see `ldm.evaluation.features`.
     """
 
@@ -331,10 +320,7 @@ class LDMConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _check_homes(first_stage=self.first_stage, start_from=self.start_from)
-        _check_output(self.output_dir, self.data)
-        _outside(self.output_dir, "first_stage", self.first_stage)
-        _outside(self.output_dir, "start_from", self.start_from)
+        _check_paths(self.output_dir, self.data, first_stage=self.first_stage, start_from=self.start_from)
         if self.start_from is not None:
             return
         if self.unet is None:
@@ -427,9 +413,7 @@ class AutoencoderTrainingConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
-        _check_homes(start_from=self.start_from)
-        _check_output(self.output_dir, self.data)
-        _outside(self.output_dir, "start_from", self.start_from)
+        _check_paths(self.output_dir, self.data, start_from=self.start_from)
         if self.autoencoder is not None and self.vq is not None:
             raise ValueError(
                 "autoencoder and vq are both set; a first stage has a normal posterior (autoencoder) or a codebook (vq)"

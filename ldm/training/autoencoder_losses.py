@@ -126,10 +126,8 @@ class AdversarialLoss:
         return rec_grad + weight * gan_grad, generator.detach(), discriminator_loss(real, fake, kind), weight
 
     def update_weight(self, accelerator: Accelerator, stepped: bool) -> None:
-        """Compute the weight of the next step, the same in all processes. A collective call.
-
-        Args:
-            stepped: False for a skipped step, which leaves the weight unchanged.
+        """Compute the weight of the next step, the same in all processes. A collective call; a skipped step leaves
+        the weight unchanged.
         """
         grads, self._last_layer_grads = self._last_layer_grads, []
         if not grads or not stepped:
@@ -150,21 +148,11 @@ class AdversarialLoss:
 class Codebook:
     """Counts code usage over the batches of all processes and revives dead codes.
 
-    A code that is nearest to no latent has no gradient. After `revive_after` unused steps it is moved to a latent of
-    the batch, sampled with probability proportional to its squared distance from its code, as k-means++ samples its
-    centers (Arthur and Vassilvitskii 2007). Samples are keyed, so the number of processes or micro-batches does not
-    matter. All codes count as unused at first: after one step the codebook lies among the latents.
-
-    Args:
-        quantizer: whose codes are trained.
-        averaged: that of the EMA; revived codes are copied there.
-        optimizer: its moments of a revived code are reset.
-        revive_after: steps; None never revives.
-
-    Attributes:
-        unused: steps since each code was last used, [K] int64.
-        counts: usage of each code since the last log line, [K] int64.
-        revived: number of revived codes since then, [] int64.
+    A code that is nearest to no latent has no gradient. After `revive_after` unused steps (None: never) it is moved to
+    a latent of the batch, sampled with probability proportional to its squared distance from its code, as k-means++
+    samples its centers (Arthur and Vassilvitskii 2007); its EMA too, and its moments in the optimizer are reset.
+    Samples are keyed, so the number of processes or micro-batches does not matter. All codes count as unused at first:
+    after one step the codebook lies among the latents.
     """
 
     def __init__(
@@ -177,6 +165,7 @@ class Codebook:
         revive_after: int | None,
     ) -> None:
         self.codes = quantizer.embedding.weight  # [K, C]
+        # Steps since each code was last used [K], its usage since the last log line [K], and revived codes since then.
         self.unused = torch.full((len(self.codes),), revive_after or 0, device=self.codes.device)
         self.counts = torch.zeros_like(self.unused)
         self.revived = torch.zeros((), dtype=torch.int64)
@@ -192,16 +181,12 @@ class Codebook:
         self._micro_batches.append((detached, epochs, ids))
 
     def discard_step(self) -> None:
-        """Drop the micro-batches of a step that is not made."""
         self._micro_batches = []
 
     @torch.no_grad()
     def end_step(self, accelerator: Accelerator, step: int, stepped: bool) -> None:
-        """Count used codes and revive dead ones, the same in all processes. A collective call.
-
-        Args:
-            step: 0-based.
-            stepped: False for a skipped step, which changes nothing.
+        """Count used codes and revive dead ones, the same in all processes. A collective call; a skipped `step`
+        (0-based) changes nothing.
         """
         micro_batches, self._micro_batches = self._micro_batches, []
         if not stepped:

@@ -251,10 +251,7 @@ class Run:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """This process's micro-batches from the present step to the last.
-
-        Ends early, after a whole step, if the run is stopping.
-        """
+        """This process's micro-batches from the present step to the last; fewer if the run is stopping."""
         if self.stopping:
             return
         interruption.may_abort = False
@@ -387,9 +384,8 @@ class Run:
                 codebook.reset_counts()
 
     def is_due(self, every: int | None) -> bool:
-        """Whether an event of every `every` steps, and of the last, is due. None is never.
-
-        Never due while the run stops: resuming makes up for it.
+        """Whether an event of every `every` steps (None: never), and of the last, is due. Not while the run stops:
+        resuming makes up for it.
         """
         return every is not None and self._is_multiple(every) and not self.stopping
 
@@ -440,9 +436,8 @@ class Run:
                     self.print(f"step {self.step} was not measured: {error}")
 
     def save_best(self, name: str, export: Callable[[Path], None]) -> None:
-        """Export to `RUN/best/` if the value `name`, just measured, is the lowest of the run so far.
-
-        It is compared with the log, so that a resumed run decides like an unbroken one.
+        """Export to `RUN/best/` if the value `name`, just measured, is the lowest in the log, which a resumed run has
+        too.
         """
         if self.stopping:  # the measurement may be incomplete
             return
@@ -497,10 +492,8 @@ class Run:
             self._pace.exclude(seconds)
 
     def save_if_due(self, state: TrainingState, export: Callable[[Path], None]) -> None:
-        """Write a checkpoint every so many steps and minutes, at the end, and before the run stops.
-
-        Args:
-            export: writes the trained model into a folder.
+        """Write a checkpoint every so many steps and minutes, at the end, and before the run stops; `export` writes
+        the trained model into a folder.
         """
         is_due = self._is_multiple(self.config.train.checkpoint_every) or self._save_now or self.stopping
         if not is_due or self._saved_step == self.step:
