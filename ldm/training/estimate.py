@@ -29,7 +29,7 @@ from ldm.models import FirstStage, PerceptualDistance
 from ldm.pipelines import NotFinite
 from ldm.progress import format_duration
 from ldm.training import autoencoder_setup, setup
-from ldm.training.autoencoder_losses import AdversarialLoss
+from ldm.training.autoencoder_setup import AdversarialLoss
 from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.report import MAX_SHEETS, MAX_SHEETS_BYTES, write_report

@@ -19,7 +19,7 @@ from ldm.models import (
     kl_divergence,
 )
 from ldm.models.efficientnet import perceptual_distance
-from ldm.training.autoencoder_losses import DELTA, AdversarialLoss, autoencoder_loss
+from ldm.training.autoencoder_setup import DELTA, AdversarialLoss, autoencoder_loss
 from ldm.training.launch import HOOKS
 from ldm.training.run import Hooks
 from ldm.training.setup import load_first_stage
@@ -326,7 +326,7 @@ def test_a_loss_of_the_discriminator_that_is_not_finite_skips_both(tmp_path, mon
         loss = discriminator_loss(real, fake, kind)
         return loss * float("nan") if len(calls) == trained else loss
 
-    monkeypatch.setattr("ldm.training.autoencoder_losses.discriminator_loss", spoilt)
+    monkeypatch.setattr("ldm.training.autoencoder_setup.discriminator_loss", spoilt)
     trained = 2  # the discriminator's second step is the run's third
     run = train(tmp_path / "run", *ADVERSARIAL, "train.checkpoint_every=1", "train.keep_checkpoints=9")
     assert "step 3 was skipped" in (said := capsys.readouterr().out) and "loss_discriminator nan" in said

@@ -13,7 +13,7 @@ from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.layouts import open_source
 from ldm.models import VectorQuantizer, VQModel
-from ldm.training.autoencoder_losses import Codebook
+from ldm.training.autoencoder_setup import Codebook
 from ldm.training.launch import run_training
 from ldm.training.run import Hooks
 from ldm.training.setup import load_first_stage

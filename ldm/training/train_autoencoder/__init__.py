@@ -14,7 +14,7 @@ from ldm.data import Batch, collate, to_signed
 from ldm.models import PatchDiscriminator
 from ldm.models.efficientnet import perceptual_distance
 from ldm.training import autoencoder_setup
-from ldm.training.autoencoder_losses import AdversarialLoss, autoencoder_loss
+from ldm.training.autoencoder_setup import AdversarialLoss, autoencoder_loss
 from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.noise import step_noise
