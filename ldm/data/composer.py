@@ -365,9 +365,8 @@ def joined(
 def grounded(captions: Sequence[str], wording: Wording, color: str) -> Iterator[str]:
     """Captions of one image on a plain ground, in descending length."""
     first, shortest = _pick(captions, wording.caption[0]), min(captions, key=len)
-    yield _on_color(_bare(first), is_phrase(first), _is_sentence(first), color, wording.ground)
-    for text in (first, shortest, brief(shortest)):
-        yield _on_color(_bare(text), is_phrase(text), _is_sentence(text), color, None)
+    for text, place in ((first, wording.ground), (first, None), (shortest, None), (brief(shortest), None)):
+        yield _on_color(_bare(text), is_phrase(text), _is_sentence(text), color, place)
 
 
 def names_ground(caption: str) -> bool:

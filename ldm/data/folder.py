@@ -354,19 +354,26 @@ class FileNames:
             if meant is not None and self._is_file(meant):
                 return meant
         if meant is None:
-            moved: Sequence[str] = ()
+            moved: list[str] = []
             if (os.path.isabs(name) or _DRIVE.match(name)) and not os.path.exists(name):
                 # The images with the longest common end of a path of another machine.
                 parts = slashed.split("/")
                 tails = ("/".join(parts[first:]) for first in range(1, len(parts)))
-                moved = next((paths for tail in tails if tail and (paths := self._ending(tail))), ())
+                moved = next((paths for tail in tails if tail and (paths := self._ending(tail))), [])
             if len(moved) == 1:
                 return moved[0]
             raise ValueError(f"{shown} is outside the folder")
         meant = without_number(meant)
         if self._is_file(meant):
             return meant
-        alike = self._alike(meant) or (self._ending(meant) if anywhere else [])
+        # The same name in another normal form, suffix in another case, or with a suffix.
+        spelled, kind = nfc(meant), suffix(meant)
+        alike = [path for path in self._decomposed.get(spelled, ()) if suffix(path) == kind]
+        if not alike and kind in IMAGES:
+            alike = [path for path in self._stems.get(stem(spelled), ()) if suffix(path) == kind]
+        elif not alike:
+            alike = self._stems.get(spelled, [])
+        alike = alike or (self._ending(meant) if anywhere else [])
         if len(alike) == 1:
             return alike[0]
         if alike:
@@ -438,27 +445,17 @@ class FileNames:
         except ValueError:  # a NUL in the name
             return False
 
-    def _alike(self, path: str) -> Sequence[str]:
-        """Files with the same name in another normal form, suffix in another case, or with a suffix."""
-        path = nfc(path)
-        same = [other for other in self._decomposed.get(path, ()) if suffix(other) == suffix(path)]
-        if same:
-            return same
-        if suffix(path) in IMAGES:
-            return [other for other in self._stems.get(nfc(stem(path)), ()) if suffix(other) == suffix(path)]
-        return self._stems.get(path, ())
-
-    def _ending(self, path: str) -> Sequence[str]:
+    def _ending(self, path: str) -> list[str]:
         """Images whose path ends with `path`, with or without suffix."""
         path = nfc(path)
-        ends = self._last_parts.get(_last(path).casefold(), ())
+        ends = self._last_parts.get(_last(path).casefold(), [])
         if suffix(path) in IMAGES:
             whole = [f"/{nfc(stem(other))}{suffix(other)}" for other in ends]
             path = stem(path) + suffix(path)
         else:
             whole = [f"/{nfc(stem(other))}" for other in ends]
         exact = [other for other, full in zip(ends, whole, strict=True) if full.endswith(f"/{path}")]
-        return exact or (self._numbers.get(int(path), ()) if re.fullmatch(r"[0-9]{1,18}", path) else ())
+        return exact or (self._numbers.get(int(path), []) if re.fullmatch(r"[0-9]{1,18}", path) else [])
 
     @cached_property
     def _files(self) -> set[str]:

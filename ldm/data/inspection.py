@@ -216,22 +216,6 @@ def info_cache(config: DataConfig) -> RowCache:
     return RowCache(config.cache_folder / "facts" / name, print=lambda _: None)
 
 
-def _read_info(cache: RowCache | None, digests: Sequence[str]) -> dict[str, _Info]:
-    """The info by hash, without that of damaged files."""
-    missing = set() if cache is None else {digests[place] for place in cache.missing(digests)}
-    hits = [digest for digest in dict.fromkeys(digests) if digest not in missing]
-    found: dict[str, _Info] = {}
-    if cache is None or not hits:
-        return found
-    records = cache.open(hits)[range(len(hits))].numpy().view(_RECORD)[:, 0]
-    for digest, record in zip(hits, records, strict=True):
-        size, (format, mode, traits), cutout = json.loads(record["rest"])
-        stored = ImageFormat(format, mode, tuple(traits))
-        color = None if cutout is None else tuple(cutout)
-        found[digest] = _Info(record["pixels"].tobytes(), tuple(size), stored, color, record["thumbnail"])
-    return found
-
-
 def _decode_all(source: Source, config: DataConfig, progress: bool) -> tuple[list[_Found], list[Skipped], Bytes, str]:
     """(decodable samples, others, thumbnails [N, 16, 16, 3], why the cache cannot be written)."""
     from tqdm import tqdm
@@ -255,10 +239,19 @@ def _decode_all(source: Source, config: DataConfig, progress: bool) -> tuple[lis
         for start in range(0, len(samples), _BLOCK):
             block = samples[start : start + _BLOCK]
             results = list(pool.map(lambda sample: _examine(sample, known, source.captioned), block))
-            cached = _read_info(cache, [one[0] for one in results if not isinstance(one, str) and one[1] is None])
+            cached: dict[str, _Info] = {}
+            if cache is not None:
+                hits = list(dict.fromkeys(one[0] for one in results if not isinstance(one, str) and one[1] is None))
+                lost = set(cache.missing(hits))  # of damaged shards, are computed again
+                hits = [digest for place, digest in enumerate(hits) if place not in lost]
+                rows = cache.open(hits)[range(len(hits))].numpy().view(_RECORD)[:, 0] if hits else ()
+                for digest, row in zip(hits, rows, strict=True):
+                    size, (format, mode, traits), cutout = json.loads(row["rest"])
+                    color = None if cutout is None else tuple(cutout)
+                    stored = ImageFormat(format, mode, tuple(traits))
+                    cached[digest] = _Info(row["pixels"].tobytes(), tuple(size), stored, color, row["thumbnail"])
             new = {}
             for place, result in enumerate(results, start):
-                # Damaged records are computed again.
                 if not isinstance(result, str) and result[1] is None and result[0] not in cached:
                     result = _examine(samples[place], (), source.captioned)
                 if isinstance(result, str):

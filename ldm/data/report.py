@@ -79,7 +79,7 @@ class Captions:
         for sample in inspection.used:
             for text in sample.captions:
                 first_image.setdefault(text, sample.display_name)
-            images.update(set(sample.captions))
+            images.update(dict.fromkeys(sample.captions).keys())  # in a fixed order
         texts = list(first_image)
         words = [len(text.split()) for text in texts]
         too_long = None

@@ -288,7 +288,20 @@ def _open_json(text: str) -> Table:
         entries = [entry for entry in annotations if isinstance(entry, dict)]
         is_coco = any({"image_id", "caption"} <= entry.keys() for entry in entries)
         if is_coco:
-            records = list(_coco(images, annotations))
+            names: dict[Any, Any] = {}
+            for image in images:
+                if isinstance(image, dict) and isinstance(image.get("id"), int | str):
+                    key = match_column(image, FILE_NAMES)
+                    names[image["id"]] = image[key] if key else _numbered(image["id"])
+            records = []
+            for entry in annotations:
+                if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
+                    records.append("no image_id")
+                elif names and entry["image_id"] not in names:
+                    records.append(f"image_id {entry['image_id']} is not among its images")
+                else:
+                    name = names.get(entry["image_id"], _numbered(entry["image_id"]))
+                    records.append({"file_name": name, "caption": entry.get("caption")})
         elif (
             _is_list_of_named(images)
             and any("image_id" in entry for entry in entries)
@@ -309,22 +322,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         several.setdefault(key, []).extend(value if isinstance(value, list) else [value])
     return {key: value if len(value) > 1 else value[0] for key, value in several.items()}
-
-
-def _coco(images: list[Any], annotations: list[Any]) -> Iterator[Record]:
-    names: dict[Any, Any] = {}
-    for image in images:
-        if isinstance(image, dict) and isinstance(image.get("id"), int | str):
-            key = match_column(image, FILE_NAMES)
-            names[image["id"]] = image[key] if key else _numbered(image["id"])
-    for entry in annotations:
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
-            yield "no image_id"
-        elif names and entry["image_id"] not in names:
-            yield f"image_id {entry['image_id']} is not among its images"
-        else:
-            name = names.get(entry["image_id"], _numbered(entry["image_id"]))
-            yield {"file_name": name, "caption": entry.get("caption")}
 
 
 def _numbered(number: int | str) -> str:

@@ -255,7 +255,7 @@ def test_nothing_disappears_in_front_of_its_ground(sampler):
 
 def test_settings_of_scenes_are_for_scenes(tmp_path):
     for key, value in (("scenes", 5), ("renew_every", 2), ("first_scene", 7), ("things", "all")):
-        with pytest.raises(ValueError, match=f"data.{key} is for"):
+        with pytest.raises(ValueError, match=rf"data\.{key} is {value!r}, which is for"):
             DataConfig(path=str(tmp_path), resolution=8, **{key: value})
     with pytest.raises(ValueError, match=r"data\.flip"):
         DataConfig(path="scenes", resolution=8, flip=True)
