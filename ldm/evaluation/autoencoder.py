@@ -58,8 +58,7 @@ class ReconstructionQuality:
 
     Attributes:
         name: of the first stage.
-        resolution: of the images, in pixels.
-        images: number of images to train on.
+        resolution, images: pixels a side, and number of images to train on.
         psnr: of reconstructions, in dB, a mean over images; None if the factor does not divide the images.
         perceptual: mean distance of reconstructions to the images; None where it cannot be measured.
         readout: PSNR of a linear probe of the latents, in dB; None if not measured.
@@ -190,11 +189,7 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
     A ridge regression from 5×5 latents and the decoded pixels around to the block of pixels of one latent; each half of
     the images uses the map fitted to the other. What it says of fine-tuning a decoder: docs/evaluation.md.
 
-    Args:
-        images: [1, 3, H, W] in [−1, 1], of any sizes.
-
-    Returns:
-        PSNR [N] in dB; None for too few images.
+    Images are [1, 3, H, W] in [−1, 1], of any sizes → PSNR [N] in dB; None for too few images.
     """
     parts = [_probe_blocks(codec, image) for image in images]
     found = torch.empty(len(parts), dtype=torch.float32)

@@ -1,8 +1,8 @@
 """Evaluation of a model: generates images for captions of its data and measures them.
 
-Half of the captions are of held-out images, if there are any, the others of training images. Fidelity is that of all
-images; prompt alignment is measured for each half, since captions of training images may be memorized; copies are
-searched among the images for training captions.
+Half of the captions are of held-out images, if there are any. Fidelity is that of all images; prompt alignment is
+measured for each half, since captions of training images may be memorized; copies are searched among the images for
+training captions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GeneratedImages:
 
     Attributes:
         side: "training" or "held-out".
-        captions: N of them; `indices` are those of the images of that side that they belong to.
+        captions, indices: N captions, and the indices of their images on that side.
         images: uint8 [N, 3, H, W].
     """
 
@@ -115,7 +115,6 @@ def evaluate_pipeline(
         seed: for captions, noise, and subsets.
         num_inference_steps, guidance_scale: None takes the defaults stored with the model.
         clip: for the CLIP score.
-        with_loss_gap: whether to measure the loss on both sides of the split.
         cache: for generated images; None generates all of them.
 
     Raises:
@@ -164,12 +163,7 @@ def measure_generated(
     gap: LossGap | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Measures images that were generated.
-
-    Args:
-        generated: those for training captions first.
-        sampling: the settings they were generated with, for the record.
-    """
+    """Measures images that were generated, those for training captions first; `sampling` is for the record."""
     by_side: dict[str, Tensor] = {}
     with progress("features of the images", sum(len(side.captions) for side in generated)) as update:
         for side in generated:
@@ -250,8 +244,7 @@ def estimate_duration(
 ) -> str:
     """How long an evaluation takes at most, in words, from one image; images of a batch take less each.
 
-    Raises:
-        ValueError: for too few samples and settings out of range, before anything is generated.
+    ValueError for too few samples and settings out of range, before anything is generated.
     """
     check_samples(samples)
     settings = _settings(pipeline, num_inference_steps, guidance_scale)

@@ -51,7 +51,7 @@ class FeatureSpace:
     Attributes:
         name: "efficientnet", "pixel", "inception" or "clip".
         dimensions: D.
-        resize: side in pixels and filter that `extract` resizes images with, such as "128 bicubic"; or "none".
+        resize: side and filter that `extract` resizes images with, such as "128 bicubic"; or "none".
         extract: images [B, 3, H, W] in [−1, 1], on any device → features [B, D].
         title: name of the features in print.
     """
@@ -75,8 +75,7 @@ class FeatureSpace:
     def compute(self, images: Iterable[Tensor]) -> Tensor:
         """Batches of images [B, 3, H, W] in [−1, 1], of any sizes → features [N, D], float64 on the CPU.
 
-        Raises:
-            ValueError: without images, for other shapes, and for values that are not floats in [−1, 1].
+        ValueError without images, for other shapes, and for values that are not floats in [−1, 1].
         """
         parts: list[Tensor] = []
         with torch.no_grad():
@@ -153,10 +152,7 @@ def pixel_features(images: Tensor) -> Tensor:
 
     Colors are averaged to 8×8 cells, absolute differences of gray along each axis to 4×4; fixed orthonormal directions
     reduce these 224 numbers, so that a few hundred images suffice for a covariance. They show noise, blur, wrong colors
-    and missing variety, but not content.
-
-    Raises:
-        ValueError: for images below 8×8.
+    and missing variety, but not content. ValueError for images below 8×8.
     """
     if min(images.shape[-2:]) < GRID:
         raise ValueError(
@@ -182,8 +178,7 @@ def load_inception(weights: str) -> nn.Module:
     It resizes to 299 as FID does: bilinear without antialiasing (torchmetrics antialiases by default).
 
     Args:
-        weights: path of `INCEPTION_FILE`. Other files are refused: torch-fidelity unpickles them, and other weights
-            do not give FID.
+        weights: path of `INCEPTION_FILE`. Other files are refused: torch-fidelity unpickles them.
 
     Raises:
         ValueError: for missing or other weights, and missing packages.
@@ -319,9 +314,8 @@ class Clip:
 def load_clip(weights: str, device: torch.device) -> Clip:
     """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`.
 
-    Raises:
-        ValueError: where open_clip is missing; for an unknown model or tag; for weights that are not safetensors, or
-            not of the model.
+    ValueError where open_clip is missing; for an unknown model or tag, and weights that are not safetensors or of
+    another model.
     """
     try:
         open_clip = importlib.import_module("open_clip")

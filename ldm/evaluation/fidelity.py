@@ -48,11 +48,7 @@ class Gaussian:
 
     @classmethod
     def fit(cls, features: Tensor) -> Gaussian:
-        """From features [N, D] of any floating dtype.
-
-        Raises:
-            ValueError: for another shape, non-finite values, and N <= D, where the covariance is singular.
-        """
+        """From features [N, D] of any floating dtype; ValueError for another shape, non-finite values, and N <= D."""
         values = _finite(features)
         count, dimensions = values.shape
         if count <= dimensions:
@@ -100,10 +96,7 @@ def frechet_interval(features: Tensor, reference: Tensor) -> Interval:
 
     The interval covers the mean distance of sets of N images, which is biased upward from that of their distribution.
     It is a jackknife over 20 groups of images, of the logarithm, with Student's quantile. (A bootstrap would repeat
-    images, which lowers the rank and so raises the distance.)
-
-    Raises:
-        ValueError: as `Gaussian.fit`, for either side, and for different features.
+    images, which lowers the rank and so raises the distance.) ValueError as in `Gaussian.fit`, for either side.
     """
     one, other = check_features(features, reference, min_samples=MIN_FRECHET_IMAGES)
     Gaussian.fit(one)
@@ -114,11 +107,8 @@ def frechet_ratio(features: Tensor, held_out: Tensor, reference: Tensor, *, seed
     """The distance of generated features [N, D] to reference [M, D], over that of held-out ones [H, D] to the same.
 
     1 means: as far from the reference images as other real images are. Unlike the distance, the ratio is meaningful for
-    N <= D: both sides miss as many directions. Both distances use min(N, H) samples, of the larger side 8 subsets,
-    whose distances are averaged.
-
-    Args:
-        seed: for the subsets.
+    N <= D: both sides miss as many directions. Both distances use min(N, H) samples, of the larger side 8 subsets (by
+    `seed`), whose distances are averaged.
 
     Raises:
         ValueError: for other shapes, non-finite or different features, and fewer than 22 samples on a side.
@@ -189,9 +179,8 @@ def kid(features: Tensor, reference: Tensor) -> Interval:
     """Kernel Inception Distance (arXiv:1801.01401, section 4) of features [N, D] and reference [M, D].
 
     The unbiased estimator of MMD² with k(x, y) = (x·y / D + 1)³: about 0 for two sets from one distribution, however
-    few, and possibly negative. The 95 % interval is a jackknife over single images of both sides (Arvesen 1969); it is
-    conservative where both sides have one distribution. Above 10,000 images both sides are split into blocks, whose
-    estimates are averaged.
+    few, and possibly negative. The 95 % interval is a jackknife over single images of both sides (Arvesen 1969),
+    conservative where both sides have one distribution. Above 10,000 images it is the mean over blocks.
 
     Raises:
         ValueError: for other shapes, non-finite or different features, and fewer than three samples on a side.
@@ -247,7 +236,7 @@ def kid_leave_one_out(generated: Tensor, reference: Tensor, images: Tensor) -> t
         images: int64 [N], 0 to M − 1: the image whose caption each was generated for; each image occurs.
 
     Returns:
-        The estimate, and [M] estimates without image j and the images generated for it; float64.
+        The estimate, and float64 [M] without image j and the images generated for it.
     """
     count, number = len(generated), len(reference)
     generated, reference = generated.double(), reference.double()
@@ -323,8 +312,8 @@ def _fraction_inside(points: Tensor, centers: Tensor, squared_radii: Tensor) -> 
 def _squared_radii(points: Tensor, groups: int) -> Tensor:
     """Squared distance of each point to its third nearest other one, [P, 1 + groups].
 
-    The first column is among all points, the others are without one group each. Points of the group that is left out
-    have −1 there: an empty ball.
+    The first column is among all points, the others are without one group each, whose points have −1 there: an empty
+    ball.
     """
     parts, index, rows_at_once = [], torch.arange(len(points)), max(_MAX_ENTRIES // len(points), 1)
     for chunk, rows in zip(points.split(rows_at_once), index.split(rows_at_once), strict=True):
@@ -356,8 +345,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def check_features(features: Tensor, reference: Tensor, min_samples: int) -> tuple[Tensor, Tensor]:
     """Two sets of the same features [N, D] and [M, D], as float64 on the CPU.
 
-    Raises:
-        ValueError: for other shapes, non-finite values, and fewer than `min_samples` on a side.
+    ValueError for other shapes, non-finite values, and fewer than `min_samples` on a side.
     """
     one, other = _finite(features), _finite(reference)
     if one.shape[1] != other.shape[1]:
@@ -396,7 +384,6 @@ class Metric:
         images: which images were measured, and `samples` how many.
         yardstick: for a ratio, the number of held-out images; None otherwise.
         reference_samples: number of training images they were compared with.
-        features: label of the features.
     """
 
     name: str
@@ -428,11 +415,10 @@ class FidelityMetrics:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Metrics of generated and of held-out images.
+    """Metrics of generated and of held-out images; without the latter some are None.
 
     Attributes:
         features: label of the features.
-        frechet_ratio: None without held-out images.
         left_out: a sentence for each metric that is None, with what it would need.
     """
 
@@ -461,7 +447,6 @@ def measure_fidelity(
 
     Args:
         held_out: features [H, D] of images that the model was not trained on; None leaves out what needs them.
-        space: of the features.
         seed: for subsets, where one side has more images than the other.
 
     Raises:

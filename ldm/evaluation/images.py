@@ -30,13 +30,10 @@ SHARD_IMAGES = 8  # an interruption loses no more
 
 
 def sample_captions(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[str], list[int]]:
-    """`count` captions, and the index of the sample that each belongs to.
+    """`count` captions, and the index of the sample that each belongs to; ValueError for none of either.
 
     Samples are drawn without replacement; when all were drawn, a new round begins in another order. Round r takes the
     r-th caption of a sample, in an order drawn for it. The first n captions do not depend on `count`.
-
-    Raises:
-        ValueError: without samples, or for a count below 1.
     """
     if not samples:
         raise ValueError("there are no images to take captions from; give a split that has some (data.held_out)")
@@ -101,9 +98,7 @@ def generate_images(
 class SampleCache:
     """Generates only the images that are not in the cache yet: FOLDER/MODEL holds one row per image.
 
-    Args:
-        folder: of the cache.
-        model: a hash of the weights: `ldm.evaluation.sweep.model_digest`.
+    `model` is a hash of the weights: `ldm.evaluation.sweep.model_digest`.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
@@ -157,7 +152,7 @@ class Reference:
         mirrored_layouts: [N, K] of the training images flipped; None if training does not flip.
         gallery: all images, for retrieval.
         digit_classifier: for the data `digits`, else None.
-        mean_image: [3, R, R] float64 in [−1, 1], R the resolution of the data: of the training images, unflipped.
+        mean_image: [3, R, R] float64 in [−1, 1] of the training images, R the resolution of the data.
         colors: mean and std of each channel, [3] and [3], over all of their pixels.
         baselines: cache of `ldm.evaluation.verdict`.
     """
@@ -188,8 +183,7 @@ class Reference:
     ) -> Reference:
         """Reads every image; features are cached on disk.
 
-        Raises:
-            ValueError: for an image that has become unreadable or is below 8×8, or a cache that cannot be written.
+        ValueError for an image that has become unreadable or is below 8×8, or a cache that cannot be written.
         """
         parts = [training] if held_out is None else [training, held_out]
         with progress("features of the data", sum(map(len, parts))) as update:
@@ -217,11 +211,7 @@ class Reference:
 
 
 def subset(images: CaptionedImages, max_count: int, seed: int) -> CaptionedImages:
-    """All images or, if there are more, `max_count` of them, sampled without replacement, in their order.
-
-    Raises:
-        ValueError: for fewer than one.
-    """
+    """All images or, if there are more, `max_count` of them, sampled without replacement, in their order."""
     if max_count < 1:
         raise ValueError(f"{max_count} images to compare with were requested; give at least 1")
     if len(images) <= max_count:
@@ -234,9 +224,9 @@ def subset(images: CaptionedImages, max_count: int, seed: int) -> CaptionedImage
 def _read(
     images: CaptionedImages, progress: Callable[[int], object]
 ) -> tuple[list[tuple[Tensor, Tensor, str]], Tensor]:
-    """For each image its color layout, as it is and flipped, and the hash of its pixels.
+    """For each image its color layout, as it is and flipped, and the hash of its pixels; and two means over all images.
 
-    And the means of values and of their squares over all images resized to the resolution: [2, 3, R, R] float64.
+    These are of the values and of their squares, resized to the resolution: [2, 3, R, R] float64.
     """
     found: list[tuple[Tensor, Tensor, str]] = [(torch.empty(0), torch.empty(0), "")] * len(images)
     size = (images.config.resolution, images.config.resolution)

@@ -180,8 +180,7 @@ def measure_likelihood(
 def _strata(total: int, steps_per_image: int | None) -> list[range]:
     """1 … T − 1 in strata with two evaluated timesteps each; or each timestep by itself.
 
-    Their lengths grow geometrically, since the terms are largest, and change fastest, for small t (Improved DDPM,
-    arXiv:2102.09672, Figure 2).
+    Their lengths grow geometrically: the terms are largest and change fastest for small t (arXiv:2102.09672, Figure 2).
     """
     if steps_per_image is None:
         return [range(t, t + 1) for t in range(1, total)]

@@ -36,12 +36,9 @@ _ROWS = 256
 
 
 def color_layout(images: Tensor) -> Tensor:
-    """Colors averaged to 8×8 cells: images [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64.
+    """Colors averaged to 8×8 cells: images [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64; ValueError below 8×8.
 
     They hardly change under noise, blur or an autoencoder; in features of a network a noisy copy would be new.
-
-    Raises:
-        ValueError: for images below 8×8.
     """
     if min(images.shape[-2:]) < LAYOUT_GRID:
         raise ValueError(
@@ -86,11 +83,7 @@ class TrainingFeatures:
     def from_features(
         cls, training: Tensor, groups: Sequence[str] | None = None, mirrored: Tensor | None = None
     ) -> TrainingFeatures:
-        """From features [N, D].
-
-        Raises:
-            ValueError: for shapes that do not match, non-finite features, and fewer than 10 groups.
-        """
+        """From features [N, D]; ValueError for other shapes, non-finite features, and fewer than 10 groups."""
         variants = (training,) if mirrored is None else (training, mirrored)
         for features in variants:
             check_matrix("training", features, training.shape[-1])
@@ -265,7 +258,7 @@ def find_copies(
         generated, training, held_out: features [M, D], [N, D], [H, D], such as `color_layout`.
         groups: `Sample.group` of the training images, None if each is its own; held-out images are of other groups.
         mirrored: [N, D], the training images flipped; give them if training flips.
-        seed: for the subset of training images to leave out, if there are more than 2,048.
+        seed: for the training images to leave out, at most 2,048.
 
     Raises:
         ValueError: for shapes that do not match, non-finite features, and fewer than 10 training groups.
@@ -313,10 +306,7 @@ def find_copies(
 def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Image], copying: Copying) -> Image.Image:
     """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first.
 
-    Images are in the order of the features given to `find_copies`; only training images that are shown are read.
-
-    Raises:
-        ValueError: for another number of images than `copying` has.
+    Images are those given to `find_copies`, in their order (else ValueError); only the training images shown are read.
     """
     if len(generated) != len(copying.ratio):
         raise ValueError(f"there are {len(generated)} images but {len(copying.ratio)} were compared; give the same")
@@ -404,13 +394,10 @@ def loss_gap(
     captions are the first of each image and never dropped.
 
     Args:
-        images: per side, sampled without replacement.
-        draws: evaluations of each image per band, at timesteps stratified over the band.
+        images: per side, sampled without replacement, at least 1.
+        draws: evaluations of each image per band, at timesteps stratified over the band, at least 1.
         seed: for images, timesteps and noise.
         progress: called with the number of evaluations done since.
-
-    Raises:
-        ValueError: for numbers below 1.
     """
     for name, value in (("images", images), ("draws", draws)):
         if value < 1:

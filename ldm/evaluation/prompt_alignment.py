@@ -59,13 +59,11 @@ class RetrievalGallery:
         return [self._indices[sample.id] for sample in samples]
 
     def matches(self, captions: Sequence[str]) -> list[tuple[int, ...]]:
-        """For each caption the ascending indices of the images that match it.
+        """For each caption the ascending indices of the images that match it; ValueError for a caption that no image
+        has.
 
         These are the images with this caption, and those with the same pixels as one of them. (In OpenMoji 65 of 1,918
         have a duplicate: flags of one pattern, "astronaut" and "man astronaut".) Near-duplicates do not match.
-
-        Raises:
-            ValueError: for a caption that no image has.
         """
         with_caption: dict[str, set[str]] = {}
         with_hash: dict[str, list[int]] = {}
@@ -94,11 +92,11 @@ class Retrieval:
     """The rank of the caption's own image among all M, by similarity to the generated image.
 
     Attributes:
-        ranks: float64 [N], from 1: one more than the non-matching images that are nearer than the nearest match; ties
-            count half.
+        ranks: float64 [N], from 1: one more than the non-matching images nearer than the nearest match; ties count
+            half.
         gallery: M.
-        within: for k = 1, 5, 10 the recall at k: the fraction of captions with a rank of at most k, with its 95 %
-            interval over captions.
+        within: for k = 1, 5, 10 the fraction of captions with a rank of at most k, with its 95 % interval over
+            captions.
         median: of the ranks, with its 95 % interval.
         chance, median_by_chance: of a model that ignores the caption.
     """
@@ -225,11 +223,7 @@ class ClipScore:
 
 
 def clip_score(clip: Clip, images: Tensor, captions: Sequence[str]) -> ClipScore:
-    """Of images uint8 [N, 3, H, W] and the caption of each, N at least 2.
-
-    Raises:
-        ValueError: for another number of captions, or fewer than two.
-    """
+    """Of images uint8 [N, 3, H, W] and the caption of each, N at least 2."""
     if len(captions) != len(images) or len(captions) < 2:
         raise ValueError(f"there are {len(images)} images and {len(captions)} captions; give as many, at least 2")
     image_parts, text_parts = [], []

@@ -27,8 +27,7 @@ class Interval:
 def student_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Student's interval for the mean of independent measurements, such as over seeds or images.
 
-    Raises:
-        ValueError: for fewer than two values, or a confidence outside (0, 1).
+    ValueError for fewer than two values, or a confidence outside (0, 1).
     """
     if len(values) < 2:
         raise ValueError(f"there is {len(values)} value; an interval needs at least 2")
@@ -44,8 +43,7 @@ def student_interval(values: Sequence[float], confidence: float = 0.95) -> Inter
 def student_quantile(confidence: float, degrees_of_freedom: int) -> float:
     """The t with P(|T| < t) = confidence, for Student's distribution.
 
-    With t = √ν tan θ the density is cos^(ν−1) θ on (−π/2, π/2), which is smooth and bounded: trapezoids on a fine grid
-    give seven digits.
+    With t = √ν tan θ the density is cos^(ν−1) θ on (−π/2, π/2): trapezoids on a fine grid give seven digits.
     """
     angles = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angles.cos().pow(degrees_of_freedom - 1), angles)
@@ -72,10 +70,9 @@ def wilson_interval(fraction: float, count: float) -> Interval:
 def fraction_interval(hits: Tensor, groups: Tensor | None = None) -> Interval:
     """The fraction of `hits` (0 or 1, float [N]) with Wilson's 95 % interval.
 
-    Args:
-        groups: int64 [N]. Members of a group are correlated, so N is divided by the design effect: the variance of the
-            fraction over groups, relative to that of N independent hits, if it is larger. Where all hits are equal
-            the effect is unknown, and N is the number of groups.
+    Members of a group (int64 [N]) are correlated, so N is divided by the design effect: the variance of the fraction
+    over groups, relative to that of N independent hits, if it is larger. Where all hits are equal the effect is
+    unknown, and N is the number of groups.
     """
     count, fraction = len(hits), float(hits.mean())
     effective = float(count)

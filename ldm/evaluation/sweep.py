@@ -37,11 +37,7 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """Every guidance scale with every number of steps.
-
-    Raises:
-        ValueError: naming the value, for no values, repeated ones, and values out of range.
-    """
+    """Every guidance scale with every number of steps; ValueError for none, repeated ones, and values out of range."""
 
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0)
     steps: tuple[int, ...] = (5, 10, 20, 50)
@@ -192,7 +188,6 @@ class Sweep:
     Attributes:
         choices: for each model; the first model is that of the folder.
         captions, images, gallery: number of captions, of held-out images they are of, and of all images.
-        features: label of the features.
         stored: the folder whose defaults were changed, or None.
     """
 
@@ -264,12 +259,11 @@ def sweep(
         count: captions, at least two, of at least 16 images.
         seed: for captions and noise.
         record: a JSON file of measured cells, from which an interrupted sweep continues.
-        store_in: the pipeline folder of the first model, whose defaults are set to the choice; None stores nothing.
+        store_in: the folder of the first model, whose defaults are set to the choice; None stores nothing.
         progress: called with the number of evaluations of the network done since, of `SweepGrid.evaluations`.
 
     Raises:
-        ValueError: for arguments out of range, a folder whose defaults cannot be changed, and a `record` of another
-            sweep.
+        ValueError: for arguments out of range, defaults that cannot be changed, and a `record` of another sweep.
     """
     captions, sources = sample_captions(held_out, count, seed)
     used = sorted(set(sources))
@@ -368,10 +362,9 @@ def _recorded_cells(record: Path, identity: dict[str, Any]) -> dict[tuple[str, f
 
 
 def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
-    """The pipeline with the weights of the last step instead of their EMA.
+    """The pipeline, as a run exported it, with the weights of the last step instead of their EMA.
 
     Args:
-        pipeline: as a run exported it.
         training: the folder `training` of the checkpoint that it was exported with.
 
     Raises:
@@ -404,11 +397,7 @@ def model_digest(pipeline: Pipeline) -> str:
 
 
 def check_storable(folder: Path) -> dict[str, Any]:
-    """The content of a pipeline's `model_index.json`, whose defaults can be changed.
-
-    Raises:
-        ValueError: if it is no local pipeline folder written by `ldm`, or one that must not change.
-    """
+    """The content of `model_index.json`; ValueError if the folder is no local pipeline of `ldm`, or must not change."""
     folder = disk.expand_user(folder)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} is no local pipeline folder; save the model with save_pretrained(), and give that")
@@ -430,12 +419,7 @@ def check_storable(folder: Path) -> dict[str, Any]:
 
 
 def store_defaults(folder: Path, guidance_scale: float, num_inference_steps: int) -> None:
-    """Changes the two numbers in `model_index.json`, atomically.
-
-    Raises:
-        ValueError: as `check_storable`.
-        OSError: if the file cannot be written; it is then unchanged.
-    """
+    """Changes the two numbers in `model_index.json`, atomically; ValueError as in `check_storable`."""
     index = check_storable(folder)
     changed = index["_ldm"] | {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
     hub.write_json(disk.expand_user(folder) / INDEX, index | {"_ldm": changed})

@@ -146,7 +146,6 @@ def compare_with_baselines(
     Args:
         images: generated, uint8 [N, 3, H, W], N at least 50, of at least 50 training images.
         features: [N, D] of them, in the space of the reference.
-        retrieval: by side.
         seed: for subsets of the training images and for noise.
     """
     height, width = images.shape[-2:]
@@ -268,11 +267,7 @@ class Verdict:
 
     @classmethod
     def from_json(cls, content: Any) -> Verdict:
-        """From stored JSON, also of earlier versions, which wrote "memorising".
-
-        Raises:
-            ValueError: for anything else.
-        """
+        """From stored JSON, also of earlier versions, which wrote "memorising"; ValueError for anything else."""
         if isinstance(content, dict) and isinstance(content.get("sentence"), str):
             written = str(content.get("kind"))
             for kind in get_args(VerdictKind):

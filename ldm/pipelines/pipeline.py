@@ -30,6 +30,7 @@ from ldm.pipelines.sampling import (
     as_epsilon_model,
     as_int,
     as_list,
+    cpu_generators,
     describe_sampler,
     find_sampler,
     image_prompts,
@@ -133,7 +134,26 @@ class Pipeline:
         for part in (".", *hub.PARTS):
             refuse_untrusted(folder / part)
         index = hub.read_json(folder / "model_index.json")
-        _check_index(index, folder)
+        index_file, name_of_class = folder / "model_index.json", index.get("_class_name")
+        if name_of_class not in CLASSES.values():
+            raise ValueError(
+                f"{index_file} describes a {name_of_class}; supported are {LATENT_CLASS} (1.x and 2.x) and the models "
+                "of ldm itself"
+            )
+        parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+        if unknown := parts - READ - SKIPPED:
+            raise ValueError(
+                f"{index_file} has the component {min(unknown)}, which is not supported; supported are "
+                f"{', '.join(sorted(READ))}"
+            )
+        for part in sorted(parts & READ):
+            if index[part][0] not in LIBRARIES:
+                raise ValueError(
+                    f"{index_file} takes the {part} from {index[part][0]!r}, code that comes with the model, which is "
+                    f"never run here; components are of {', '.join(LIBRARIES)}"
+                )
+        if missing := {"unet", "text_encoder", "tokenizer", "scheduler"} - parts:
+            raise ValueError(f"{index_file} has no {min(missing)}; the model folder is incomplete")
         unet = hub.load_model(folder / "unet", "UNet2DConditionModel", dtype)
         assert isinstance(unet, UNet)
         codec: PixelCodec | LatentCodec
@@ -170,21 +190,17 @@ class Pipeline:
         on_step: OnStep | None = None,
         **sampling: Unpack[SamplingKwargs],
     ) -> PipelineOutput:
-        """Generates images from text.
-
-        Prompts are encoded once. More images than fit into memory are generated in chunks (`ldm.pipelines.memory`),
-        with the same result up to rounding.
+        """Generates images from text; more than fit into memory in chunks, with the same result up to rounding.
 
         Args:
             prompt: one text, or a list; images come in its order, `num_images_per_prompt` of each.
             negative_prompt: one text, or one per prompt; "" by default.
             height, width: in pixels, divisible by the codec's factor; by default the size of `latents` if given, else
                 the training size.
-            seed: an int (image i gets seed + i), one int per image, or None for new ones. Image i is what its seed
-                gives alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
+            seed: an int (image i gets seed + i), one int per image, or None for new ones. An image depends on its seed
+                alone; noise comes from `torch.Generator("cpu").manual_seed(seed)`.
             latents: x_T instead of noise from the seeds, [images, C, h, w], standard normal.
-            on_step: called with the `State` of every step; `preview` decodes one. If the call is cut into chunks, each
-                chunk goes through all steps before the next one, and a state holds the images of its chunk.
+            on_step: called with the `State` of every step, of one chunk after the other; `preview` decodes one.
             sampling: see `SamplingKwargs`.
 
         Raises:
@@ -201,7 +217,15 @@ class Pipeline:
         per_prompt = as_int("num_images_per_prompt", num_images_per_prompt)
         count = len(prompts) * per_prompt
         if latents is not None:
-            _check_latents(latents)
+            found = ""
+            if not isinstance(latents, Tensor):
+                found = f"a {type(latents).__name__}"
+            elif latents.is_meta or latents.is_complex():
+                found = f"a tensor of {latents.dtype} on {latents.device}"
+            elif not bool(latents.float().isfinite().all()):
+                found = "with nan or inf in it"
+            if found:
+                raise ValueError(f"latents is {found}; it must be a tensor of finite numbers, standard normal noise")
             if latents.ndim == 4:
                 height = latents.shape[2] * self.codec.factor if height is None else height
                 width = latents.shape[3] * self.codec.factor if width is None else width
@@ -218,14 +242,12 @@ class Pipeline:
             null, negative_rows = self._encode_unique(negatives)
 
         def final_latents(images: range) -> Tensor:
-            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in images]
-            start = (
-                sample_noise(generators, blank) if latents is None else latents[images.start : images.stop].to(blank)
-            )
+            generators = cpu_generators(seeds[images.start : images.stop])
+            given = None if latents is None else latents[images.start : images.stop].to(blank)
             return self._sample(
                 condition[[prompt_rows[i // per_prompt] for i in images]],
                 null[[negative_rows[i // per_prompt] for i in images]],
-                start,
+                sample_noise(generators, blank) if given is None else given,
                 params,
                 generators,
                 first=images.start,
@@ -249,16 +271,13 @@ class Pipeline:
         """A row of images from one seed, and from one prompt, to another.
 
         Spherical in x_T (DDIM, section 5.3 and appendix D.5) and, between two prompts, linear in the text states. The
-        ends are what `__call__` generates from their prompt and seed. The sampler must be deterministic.
+        ends are what `__call__` generates from their prompt and seed.
 
         Args:
             prompt: one text, or two for the ends.
             seeds: two, for the ends; equal if only the prompt changes.
             steps: the number of images, ends included, at least 2.
-            sampling: see `SamplingKwargs`; `sampler` is "ddim" by default.
-
-        Returns:
-            `steps` images, and the two seeds.
+            sampling: see `SamplingKwargs`; the sampler must be deterministic and is "ddim" by default.
 
         Raises:
             ValueError: naming the argument, its value and the range.
@@ -282,9 +301,8 @@ class Pipeline:
                 f"{known}"
             )
         chunks = self._chunk_sizes(steps, height, width, params)
-        start, end = (
-            sample_noise([torch.Generator("cpu").manual_seed(s)], self._blank(1, height, width)) for s in ends
-        )
+        blank = self._blank(1, height, width)
+        start, end = (sample_noise(cpu_generators([seed]), blank) for seed in ends)
         self._warn_of_cut(*prompts, *negatives)
         first, last = self._encode(prompts)  # [L, D] each
         null = self._encode(negatives[:1])  # [1, L, D]
@@ -311,9 +329,7 @@ class Pipeline:
         width: int | None = None,
         **sampling: Unpack[SamplingKwargs],
     ) -> PipelineOutput:
-        """Several images that share their noise down to a timestep. DDPM, section 4.3 and Figure 7.
-
-        They have in common what x_t determines, coarse structure first.
+        """Several images that share their noise down to a timestep, and so coarse structure. DDPM, Figure 7.
 
         Args:
             shared_until: t, a training timestep; x at the first step of the grid at or below t is common to all.
@@ -348,7 +364,7 @@ class Pipeline:
         own_grid = [step for step in grid if step.t <= shared_until]
         shared_grid = grid[: len(grid) - len(own_grid)]
         chunks = self._chunk_sizes(count, height, width, params)
-        generators = [torch.Generator("cpu").manual_seed(s) for s in image_seeds(shared_seed, 1)]
+        generators = cpu_generators(image_seeds(shared_seed, 1))
         seeds = image_seeds(seed, count)
         if shared_seed in seeds:
             raise ValueError(
@@ -362,7 +378,7 @@ class Pipeline:
             shared = self._sample(condition, null, shared, params, generators, grid=shared_grid)
 
         def final_latents(images: range) -> Tensor:
-            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in images]
+            generators = cpu_generators(seeds[images.start : images.stop])
             shape = (len(images), -1, -1)
             return self._sample(
                 condition.expand(shape),
@@ -447,7 +463,7 @@ class Pipeline:
             return self._decode(state.pred_original_sample, batch_size)
 
     def tile(self, size: Tile) -> None:
-        """Sets how much of a large image the first stage encodes or decodes at a time: about size² pixels.
+        """Sets how much of a large image the first stage computes at a time: about size² pixels.
 
         The result is the same up to rounding. "auto", the default, does so if the whole image would need more than
         3 GiB; "off" never. Pixel models ignore it.
@@ -494,17 +510,17 @@ class Pipeline:
         Where the first stage has a codebook, that pipeline cannot decode; UNet and VQModel open one by one.
 
         Args:
-            folder: where. Once the new model is complete it replaces an older one: the files that the format names
-                (`hub.atomic_folder`). All else stays, such as README.md and .git of a clone; links are followed.
+            folder: where. The files of an older model are replaced once the new one is complete (`hub.atomic_folder`);
+                others stay, such as README.md and .git of a clone; links are followed.
             dtype: of the stored weights of the UNet.
-            shard_bytes: they are split into files with at most so many bytes of weights; None writes one.
-            text_encoder: "reference" writes the name of an encoder that is part of a package in place of its files,
-                for a small folder; diffusers cannot open that.
+            shard_bytes: of weights in each file at most; None writes one file.
+            text_encoder: "reference" writes the name of an encoder of a package, not its files: a small folder, which
+                diffusers cannot open.
 
         Raises:
-            ValueError: for a folder that holds other things and no model, a file, a link to nothing; a text encoder
-                that no package holds where it is to be named; weights of the UNet that are not finite in `dtype`, or
-                predict the posterior mean in half precision; and while LoRAs are loaded that are not merged.
+            ValueError: for a folder that holds other things and no model, a file, a link to nothing; a reference to an
+                encoder of no package; weights that are not finite in `dtype`, or predict the posterior mean in half
+                precision; and while LoRAs are loaded that are not merged.
         """
         if text_encoder not in ("files", "reference"):
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
@@ -567,7 +583,7 @@ class Pipeline:
 
         Args:
             source: a `.safetensors` file, a folder with one, or a hub id.
-            name: by which `set_lora` and `unload_lora` know it.
+            name: for `set_lora`.
             weight: how much of it is added: 1 as it was trained, 0 nothing.
 
         Raises:
@@ -596,7 +612,7 @@ class Pipeline:
             lora.merge_adapters(part)
 
     def unmerge_lora(self) -> None:
-        """Undoes `merge_lora`, exactly: the LoRAs are loaded and on as they were before."""
+        """Undoes `merge_lora`, exactly."""
         merged = [part for part in self._adapted if lora.is_merged(part)]
         if not merged:
             raise ValueError("no LoRA is merged; there is nothing to undo")
@@ -604,7 +620,7 @@ class Pipeline:
             lora.unmerge_adapters(part)
 
     def unload_lora(self) -> None:
-        """Takes all LoRAs out, merged ones too: the pipeline is, bit for bit, what it was before the first."""
+        """Takes all LoRAs out, merged ones too: the pipeline is, bit for bit, what it was before."""
         for part in self._adapted:
             lora.remove_adapters(part)
 
@@ -755,18 +771,6 @@ class Pipeline:
         return check.final_latents(states, on_step)
 
 
-def _check_latents(latents: object) -> None:
-    if not isinstance(latents, Tensor):
-        found = f"a {type(latents).__name__}"
-    elif latents.is_meta or latents.is_complex():
-        found = f"a tensor of {latents.dtype} on {latents.device}"
-    elif not bool(latents.float().isfinite().all()):
-        found = "with nan or inf in it"
-    else:
-        return
-    raise ValueError(f"latents is {found}; it must be a tensor of finite numbers, standard normal noise")
-
-
 def _one_text(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}; give one text")
@@ -774,7 +778,7 @@ def _one_text(name: str, value: str) -> str:
 
 
 def _unwrapped(module: Any) -> Any:
-    """The network that `torch.compile` has wrapped, or the network itself."""
+    """The network inside the wrapper of `torch.compile`, if there is one."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -796,28 +800,3 @@ def usable_device(name: str | torch.device | None) -> torch.device:
         raise ValueError(
             f"device is {str(name)!r}, which cannot be used here ({error_reason(error)}); cpu always can"
         ) from None
-
-
-def _check_index(index: dict[str, Any], folder: Path) -> None:
-    name = index.get("_class_name")
-    if name not in CLASSES.values():
-        raise ValueError(
-            f"{folder / 'model_index.json'} describes a {name}; supported are {LATENT_CLASS} (1.x and 2.x) and "
-            "the models of ldm itself"
-        )
-    parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0] is not None}
-    unknown = parts - READ - SKIPPED
-    if unknown:
-        raise ValueError(
-            f"{folder / 'model_index.json'} has the component {min(unknown)}, which is not supported; "
-            f"supported are {', '.join(sorted(READ))}"
-        )
-    for part in sorted(parts & READ):
-        if index[part][0] not in LIBRARIES:
-            raise ValueError(
-                f"{folder / 'model_index.json'} takes the {part} from {index[part][0]!r}, code that comes with the "
-                f"model, which is never run here; components are of {', '.join(LIBRARIES)}"
-            )
-    missing = {"unet", "text_encoder", "tokenizer", "scheduler"} - parts
-    if missing:
-        raise ValueError(f"{folder / 'model_index.json'} has no {min(missing)}; the model folder is incomplete")

@@ -48,9 +48,9 @@ class Sampler:
     """A row of the table.
 
     Attributes:
-        run: a sampler of `ldm.diffusion`; `noise` is passed to those that draw some, `eta` to those that take it.
-        takes_eta: whether η means something to it.
-        stochastic: whether it draws noise at every step (where it takes η: whether it does so at η = 0).
+        run: a sampler of `ldm.diffusion`.
+        takes_eta: whether it takes η.
+        stochastic: whether it adds noise at every step, at η = 0 too.
         options: what else `sampler_options` may set.
     """
 
@@ -61,10 +61,7 @@ class Sampler:
 
 
 def _langevin(grid: Sequence[Step], **inputs: Any) -> Iterator[State]:
-    """Annealed Langevin dynamics leaves the noise of its last level in the sample; it ends in x̂_0 instead.
-
-    A grid that is a part of one ends in x_t, from which the rest goes on.
-    """
+    """Annealed Langevin dynamics; at the end of sampling x̂_0, for the sample has the noise of the last level."""
     for state in annealed_langevin(grid=grid, **inputs):
         ended = grid[state.index].t_prev == -1
         yield dataclasses.replace(state, latents=state.pred_original_sample) if ended else state
@@ -313,10 +310,15 @@ def sample(
     )
 
 
+def cpu_generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One per image, on the CPU: the same noise on every device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
 def sample_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """Standard normal noise, [B, C, H, W]: each image from its own generator, drawn in float32 on the CPU."""
-    drawn = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
-    return drawn.to(like.device, like.dtype)
+    """Standard normal noise, [B, C, H, W]: each image from its own generator, in float32 on the CPU."""
+    noise = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
+    return noise.to(like.device, like.dtype)
 
 
 def image_prompts(
@@ -336,15 +338,14 @@ def image_prompts(
         raise ValueError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
         )
-    for text in prompts:
-        check_text("prompt", text)
-    for text in negatives:
-        check_text("negative prompt", text)
+    for name, texts in (("prompt", prompts), ("negative prompt", negatives)):
+        for text in texts:
+            check_text(name, text)
     return prompts, negatives
 
 
 def check_text(name: str, text: Any) -> None:
-    """`ValueError` unless it is a text that a tokenizer takes."""
+    """Raises ValueError unless a tokenizer takes it."""
     if not isinstance(text, str):
         raise ValueError(f"a {name} is {text!r}; prompts are texts")
     try:
@@ -363,10 +364,10 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
         seed = secrets.randbelow(2**31 - images)
     # A list, or an array of numpy or torch.
     several: Any = seed if isinstance(seed, Sequence) or getattr(seed, "ndim", None) else None
-    if several is not None:
-        seeds = [as_int("seed", s) for s in several]
-    else:
-        seeds = [as_int("seed", seed) + i for i in range(images)]
+    seeds = [as_int("seed", s) for s in several] if several is not None else []
+    if several is None:
+        first = as_int("seed", seed)
+        seeds = list(range(first, first + images))
     if len(seeds) != images:
         raise ValueError(f"there are {len(seeds)} seeds for {images} images; give one int, or one an image")
     for s in seeds:
@@ -376,7 +377,7 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
 
 
 def check_size(height: int | None, width: int | None) -> None:
-    """`ValueError` for a side that no picture has."""
+    """Raises ValueError for a side below 1 pixel."""
     for name, side in (("height", height), ("width", width)):
         if side is not None and side < 1:
             raise ValueError(f"{name} is {side}; it is a number of pixels, at least 1")
