@@ -111,12 +111,20 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The keys of `SCHEDULERS[name]` with the values of a file, or the defaults of that class where it has none.
 
-    Raises:
-        ValueError: for a scheduler of another kind of diffusion, and a key that asks for what our samplers do not do,
-            naming class, key and value, and the way out.
+    ValueError for a scheduler of another kind of diffusion, and a key that asks for what our samplers do not do, naming
+    class, key and value, and the way out.
     """
     if name not in SCHEDULERS:
-        raise ValueError(_other_kind(name))
+        if name.startswith(("LCM", "TCD")):
+            raise ValueError(
+                f"scheduler {name} is for a network that was distilled for it; our samplers would generate something "
+                'else; set "_class_name" in the file, and "scheduler" in model_index.json, to DDIMScheduler, and give '
+                f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler') as sampler"
+            )
+        near = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=0.9)
+        mistyped = near and not name.endswith(near[0])  # IPNDMScheduler is another one
+        advice = f"did you mean {near[0]}?" if mistyped else f"supported are {', '.join(SCHEDULERS)}"
+        raise ValueError(f"scheduler {name} does not sample a DDPM schedule, or is not known here; {advice}")
     known = SCHEDULERS[name]
     for key, value in sorted(config.items()):
         # diffusers leaves keys alone that begin with an underscore; so do we, for our own.
@@ -132,7 +140,18 @@ def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, value in found.items():
         off = value is None or value is False  # both are off to diffusers
         if key in REFUSED and not (off if known[key] is False else value == known[key]):
-            raise ValueError(f"scheduler {name} has {key} {value!r}, {REFUSED[key]}; {_way_out(name, key, known)}")
+            neutral = "-Infinity" if key == "lambda_min_clipped" else repr(known[key]).lower().replace("'", '"')
+            way_out = f"set it to {neutral} in the file"
+            if key in (*FLOW, "timestep_type"):
+                way_out = "take a model that was trained with a DDPM schedule"
+            elif key == "thresholding":
+                way_out += " (for models of pixels there is dynamic_threshold)"
+            else:
+                way_out += (
+                    ", and to sample as it says give the scheduler itself as sampler: "
+                    f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler', {key}=...)"
+                )
+            raise ValueError(f"scheduler {name} has {key} {value!r}, {REFUSED[key]}; {way_out}")
         if key not in REFUSED:
             _check_type(name, key, value, known[key])
     if found.get("variance_type", VARIANCES[0]) not in VARIANCES:
@@ -155,42 +174,12 @@ def _check_type(name: str, key: str, value: Any, default: Any) -> None:
         raise ValueError(f"scheduler {name} has {key} {value!r}; it must be {wanted}")
 
 
-def _way_out(name: str, key: str, known: Mapping[str, Any]) -> str:
-    neutral = "-Infinity" if key == "lambda_min_clipped" else repr(known[key]).lower().replace("'", '"')
-    if key in (*FLOW, "timestep_type"):
-        return "take a model that was trained with a DDPM schedule"
-    if key == "thresholding":
-        return f"set it to {neutral} in the file (for models of pixels there is dynamic_threshold)"
-    return (
-        f"set it to {neutral} in the file, and to sample as it says give the scheduler itself as sampler: "
-        f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler', {key}=...)"
-    )
-
-
-def _other_kind(name: str) -> str:
-    if name.startswith(("LCM", "TCD")):
-        return (
-            f"scheduler {name} is for a network that was distilled for it, and our samplers would draw something else; "
-            f'set "_class_name" in the file, and "scheduler" in model_index.json, to DDIMScheduler, and give '
-            f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler') as sampler"
-        )
-    near = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=0.9)
-    mistyped = near and not name.endswith(near[0])  # IPNDMScheduler is another one
-    advice = f"did you mean {near[0]}?" if mistyped else f"supported are {', '.join(SCHEDULERS)}"
-    return f"scheduler {name} does not sample a DDPM schedule, or is not known here; {advice}"
-
-
 def config_from_diffusers(config: dict[str, Any], class_name: str | None = None) -> ScheduleConfig:
     """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid.
 
     Each of `SCHEDULERS` solves the equation of one DDPM schedule, so that our samplers on the same schedule and spacing
-    sample the same model. Absent keys have the default of the class.
-
-    Args:
-        class_name: that of `model_index.json`, which diffusers makes; None for the `_class_name` of the file.
-
-    Raises:
-        ValueError: if the file asks for another process, naming class, key and value.
+    sample the same model. Absent keys have the default of the class: `class_name` of `model_index.json`, else the
+    `_class_name` of the file. ValueError if the file asks for another process.
     """
     name = class_name or str(config.get("_class_name", "DDIMScheduler"))
     keys = read_keys(config, name)
@@ -214,7 +203,22 @@ def config_from_diffusers(config: dict[str, Any], class_name: str | None = None)
         steps_offset=keys.get("steps_offset", 0),
         set_alpha_to_one=bool(keys.get("set_alpha_to_one", ends[end])),
     )
-    return _with_our_name(read, config[OUR_KEY]) if OUR_KEY in config else read
+    if OUR_KEY not in config:
+        return read
+    # The table of betas has its name again, unless the two do not agree.
+    ours: Any = config[OUR_KEY]
+    if trained is None or not isinstance(ours, dict):
+        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
+    named = replace(read, beta_schedule=ours.get("beta_schedule"))  # ScheduleConfig checks it
+    if ours.get("own_betas"):
+        return named
+    named = replace(named, trained_betas=None)
+    # The last digits of a cosine differ between machines.
+    if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
+        raise ValueError(
+            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
+        )
+    return named
 
 
 # What diffusers' files call our schedules. Its DDIMScheduler does not know "sigmoid"; its DDPMScheduler does.
@@ -236,8 +240,8 @@ def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = Fals
     """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
 
     Learned variances need a DDPMScheduler with `variance_type` "learned_range" (Improved DDPM, Eq. 15). A schedule that
-    diffusers has no name for is written as the table of its betas, with its name in `_ldm`, so that
-    `config_from_diffusers` gives back this very config. diffusers refuses to sample with "posterior_mean".
+    diffusers has no name for is written as the table of its betas, with its name in `_ldm`. diffusers refuses to sample
+    with "posterior_mean".
     """
     names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
     named = config.beta_schedule in names
@@ -260,20 +264,3 @@ def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = Fals
         **({"variance_type": "learned_range"} if learned_variance else {}),
         **({} if named else {OUR_KEY: ours}),
     }
-
-
-def _with_our_name(read: ScheduleConfig, ours: Any) -> ScheduleConfig:
-    """The config in which the table of betas has its name again; refused where the two do not agree."""
-    if read.trained_betas is None or not isinstance(ours, dict):
-        raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
-    name: Any = ours.get("beta_schedule")  # ScheduleConfig checks it
-    named = replace(read, beta_schedule=name)
-    if ours.get("own_betas"):
-        return named
-    named = replace(named, trained_betas=None)
-    # The last digits of a cosine differ between machines.
-    if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
-        raise ValueError(
-            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
-        )
-    return named

@@ -4,8 +4,7 @@ classifier-free guidance   arXiv:2207.12598, with the rescaling of arXiv:2305.08
 classifier guidance        arXiv:2105.05233
 a limited interval         arXiv:2404.07724: `guide_within(schedule, interval, guided, unguided)`
 
-A network that also gives variances has 2C channels [prediction, ν] (arXiv:2102.09672). Guidance is about the
-prediction: it changes the first C and hands ν on.
+Of a network with 2C channels [prediction, ν] (arXiv:2102.09672) guidance changes the first C and hands ν on.
 """
 
 from __future__ import annotations
@@ -48,14 +47,13 @@ def classifier_free_guidance(
 ) -> Denoise:
     """ε_∅ + w (ε_c − ε_∅): Eq. 6 with the w of Imagen and diffusers, where w = 1 is no guidance.
 
-    Both halves are one batch; at w = 1 and w = 0 only the half that is left is computed. ε, v and x_0 are affine in
-    one another at a given x_t, so one formula serves them all. Variances are those of the conditional half.
+    Both halves are one batch; at w = 1 and w = 0 only the half that is left is computed. ε, v and x_0 are affine in one
+    another at a given x_t, so one formula serves them all. Variances are those of the conditional half.
 
     Args:
         condition: [B, L, D], states of the prompts.
         null: [B, L, D], states of the empty caption or of the negative prompts.
         guidance_scale: w, any finite number.
-        rescale: see `rescale_guidance`.
     """
     if guidance_scale == 1:
         return with_condition(denoiser, condition)
@@ -77,13 +75,11 @@ def classifier_free_guidance(
 
 
 def rescale_guidance(phi: float) -> Rescale:
-    """Against over-exposure: brings the std of each guided output to that of the conditional one, by a fraction φ.
+    """Against over-exposure: brings the std of each guided output to that of the conditional one, by a fraction φ in
+    [0, 1].
 
     arXiv:2305.08891, Eq. 14 to 16, on whatever the network predicts, as in diffusers. It works best for v, as in the
     paper (φ = 0.7): ε scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
-
-    Raises:
-        ValueError: if φ is outside [0, 1].
     """
     check_rescale(phi)
 
@@ -97,13 +93,9 @@ def rescale_guidance(phi: float) -> Rescale:
 
 
 def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided: Denoise, unguided: Denoise) -> Denoise:
-    """`guided` where the noise level is in (low, high], `unguided` elsewhere: arXiv:2404.07724.
+    """`guided` where the noise level σ/α is in (low, high], `unguided` elsewhere: arXiv:2404.07724.
 
-    Args:
-        interval: noise levels σ/α of x_t/α as in the paper, the same for any schedule; 0 <= low < high <= inf.
-
-    Raises:
-        ValueError: for any other interval.
+    ValueError unless 0 <= low < high <= inf.
     """
     low, high = check_interval(interval)
 
@@ -139,24 +131,22 @@ def classifier_guidance(
 
     def guided(x_t: Tensor, t: int) -> Tensor:
         prediction, variance = split_variance(denoise(x_t, t), x_t)
-        factor = _shift_of_score(*alpha_sigma_at(schedule, t), prediction_type, t)
+        alpha, sigma = alpha_sigma_at(schedule, t)
+        if prediction_type != "epsilon" and alpha == 0:
+            raise ValueError(
+                f"classifier guidance at timestep {t} divides by alpha, which is 0 there: x_t says nothing about x_0; "
+                "leave that timestep out with a guidance interval of finite ends"
+            )
+        # By how much a prediction changes when the score changes by 1. ε = −σ score, and x_0 and v follow from ε at
+        # x_t: x_0 = (x_t − σ ε) / α, and v = α ε − σ x_0 = (ε − σ x_t) / α.
+        if prediction_type == "epsilon":
+            factor = -sigma
+        else:
+            factor = sigma**2 / alpha if prediction_type == "sample" else -sigma / alpha
         prediction = prediction + scale * factor * _gradient(log_likelihood, x_t, t)
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
     return guided
-
-
-def _shift_of_score(alpha: float, sigma: float, prediction_type: PredictionType, t: float) -> float:
-    """By how much a prediction changes when the score changes by 1. ε = −σ score, and x_0 and v follow from ε at x_t:
-    x_0 = (x_t − σ ε) / α, and v = α ε − σ x_0 = (ε − σ x_t) / α."""
-    if prediction_type == "epsilon":
-        return -sigma
-    if alpha == 0:
-        raise ValueError(
-            f"classifier guidance at timestep {t} divides by alpha, which is 0 there: x_t says nothing about x_0; "
-            "leave that timestep out with a guidance interval of finite ends"
-        )
-    return sigma**2 / alpha if prediction_type == "sample" else -sigma / alpha
 
 
 def _gradient(log_likelihood: LogLikelihood, x_t: Tensor, t: int) -> Tensor:
@@ -210,15 +200,10 @@ def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
         low, high = (float(end) for end in interval)
     except (TypeError, ValueError):
         raise ValueError(f"guidance_interval is {interval!r}; give two noise levels sigma/alpha, (low, high)") from None
-    if low > high:
-        raise ValueError(
-            f"guidance_interval is ({low:g}, {high:g}), turned round; give the lower noise level first: "
-            f"({high:g}, {low:g})"
-        )
     if not 0 <= low < high:
-        raise ValueError(
-            f"guidance_interval is ({low:g}, {high:g}); it must be two noise levels sigma/alpha, 0 <= low < high"
-        )
+        turned = f", turned round; give the lower noise level first: ({high:g}, {low:g})"
+        wanted = "; it must be two noise levels sigma/alpha, 0 <= low < high"
+        raise ValueError(f"guidance_interval is ({low:g}, {high:g}){turned if low > high else wanted}")
     return low, high
 
 
@@ -226,13 +211,8 @@ def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
     """A `clip_x0` for samplers: x̂_0 clamped to [−s, s] and divided by s, a percentile of |x̂_0|. Imagen
     (arXiv:2205.11487), section 2.3.
 
-    s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is.
-
-    Args:
-        percentile: p, in (0, 1]; 0.995 is usual.
-
-    Raises:
-        ValueError: if p is outside (0, 1].
+    s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is. The percentile is
+    in (0, 1], 0.995 usual; else ValueError.
     """
     check_percentile(percentile)
 

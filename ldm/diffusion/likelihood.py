@@ -5,9 +5,8 @@ L_T     = KL(q(x_T | x_0) ‖ N(0, I)),
 L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)),
 L_0     = −log p(x_0 | x_1).
 
-The paper counts t from 1 and this package from 0, so that the term seen from timestep t here is the paper's L_t.
-Every term is in bits per dimension: nats divided by the number of values of a sample and by log 2. All is computed in
-float64 where x_0 is float64, else in float32.
+The paper counts t from 1 and this package from 0: the term seen from timestep t here is the paper's L_t. Terms are in
+bits per dimension, computed in float64 where x_0 is float64, else in float32.
 """
 
 from __future__ import annotations
@@ -116,8 +115,7 @@ def log_variances(schedule: NoiseSchedule, timesteps: Tensor, like: Tensor) -> t
 def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """(log β̃, log β), each [T] float64, the first of β̃ replaced by the second.
 
-    Raises:
-        ValueError: where there is no second, or the first step adds no noise.
+    ValueError where there is no second, or the first step adds no noise.
     """
     if schedule.num_train_timesteps < 2:
         raise ValueError("num_train_timesteps is 1; the posterior variance of the first step is 0, so T must be 2")
@@ -131,7 +129,7 @@ def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 def interpolated_log_variance(fraction: Tensor, small: Tensor | float, large: Tensor | float) -> Tensor:
     """log Σ = v log β + (1 − v) log β̃ with v = (ν + 1) / 2. Improved DDPM, Eq. 15.
 
-    ν is `fraction`, [B, C, H, W]: −1 is β̃, 1 is β. It is not clamped, so that the network may leave the two.
+    ν is `fraction`, [B, C, H, W]: −1 is β̃, 1 is β; the network may leave the two.
     """
     share = (fraction + 1) / 2
     return share * large + (1 - share) * small
@@ -146,13 +144,11 @@ def gaussian_decoder(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def discretized_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> Decoder:
     """The decoder of pixels with 256 values in [−1, 1]: the Gaussian integrated over the bin of x_0. DDPM, Eq. 13.
 
-    The outermost bins reach to ±∞, so that the 256 probabilities add up to 1.
+    The outermost bins reach to ±∞, so that the 256 probabilities add up to 1. The decoder raises ValueError if x_0 is
+    not one of the 256 values.
 
     Args:
         mean, std: per channel, where x_0 is (pixel − mean) / std, as `PixelCodec` makes it; std above 0.
-
-    Raises:
-        ValueError: of the decoder, if x_0 is not one of the 256 values.
     """
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have one entry a channel, std positive")

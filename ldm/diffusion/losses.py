@@ -78,8 +78,8 @@ def diffusion_loss(
         decoder: log p(x_0 | x_1), the term of "hybrid" at timestep 0.
 
     Returns:
-        [B] in the precision of `latents`; its mean is what is minimized. With "vlb" that mean, over timesteps drawn
-        uniformly, is an estimate of the bound in bits per dimension, less what no network can change.
+        [B] in the precision of `latents`; its mean is minimized. With "vlb" that mean, over timesteps drawn uniformly,
+            estimates the bound in bits per dimension, less what no network can change.
 
     Raises:
         ValueError: if the denoiser's channels do not fit the loss, or the schedule does not fit `prediction_type`.
@@ -158,14 +158,7 @@ def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_t
     Evenly spread over a batch, and over index and u each timestep is exactly equally likely, whether or not B divides
     T. VDM (arXiv:2107.00630) shifts all strata by one u; here each sample has its own and depends on no other.
 
-    Args:
-        index: place in the global batch, 0 to B − 1.
-        batch_size: B, the global one.
-        uniform: u, in [0, 1).
-        num_train_timesteps: T.
-
-    Raises:
-        ValueError: names the value and the range.
+    ValueError unless 0 <= index < B, the global batch size, and 0 <= u < 1.
     """
     if not 0 <= index < batch_size:
         raise ValueError(f"index is {index}; it must be 0 to {batch_size - 1}, a place in the global batch")

@@ -5,8 +5,8 @@ v   = α ε − σ x_0                 Progressive distillation (arXiv:2202.0051
 μ̃   = a x_0 + b x_t               DDPM, Eq. 7; a and b are `NoiseSchedule.posterior_mean_coefficients`
 s   = −ε / σ                      NCSN (arXiv:1907.05600), Eq. 5, where x̃ − x is our x_t − α x_0 = σ ε
 
-`alpha` and `sigma` are floats or tensors that broadcast against the images [B, C, H, W]. Where an equation is solved
-by dividing by a coefficient that is 0, the answer does not exist, and a `ValueError` says so.
+`alpha` and `sigma` are floats or tensors that broadcast against the images [B, C, H, W]. Where an equation divides by a
+coefficient that is 0 there is no answer: ValueError.
 """
 
 from __future__ import annotations
@@ -54,11 +54,7 @@ def posterior_mean(x_0: Tensor, x_t: Tensor, coefficients: tuple[Coefficient, Co
 
 
 def score_from_epsilon(noise: Tensor, sigma: Coefficient) -> Tensor:
-    """s = −ε / σ, the gradient of log q(x_t | x_0): NCSN, Eq. 5. For E[ε | x_t] it is that of log q(x_t).
-
-    Raises:
-        ValueError: where σ is 0.
-    """
+    """s = −ε / σ, the gradient of log q(x_t | x_0): NCSN, Eq. 5. For E[ε | x_t] it is that of log q(x_t)."""
     return -noise / _divisor(sigma, "sigma", "x_t is x_0 itself and has no density around it")
 
 
@@ -71,11 +67,7 @@ def training_target(
     *,
     posterior: tuple[Coefficient, Coefficient] | None = None,
 ) -> Tensor:
-    """What the network is trained to say about x_t.
-
-    Args:
-        posterior: (a, b) of μ̃, for "posterior_mean".
-    """
+    """What the network is trained to predict at x_t; `posterior` is (a, b) of μ̃, for "posterior_mean"."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
@@ -88,20 +80,12 @@ def training_target(
 
 
 def epsilon_from_x0(x_t: Tensor, x_0: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-    """ε from x_t and x_0: DDPM, Eq. 4, solved for it.
-
-    Raises:
-        ValueError: where σ is 0.
-    """
+    """ε from x_t and x_0: DDPM, Eq. 4, solved for it."""
     return (x_t - alpha * x_0) / _divisor(sigma, "sigma", "x_t is x_0 itself and says nothing about the noise")
 
 
 def x0_from_epsilon(x_t: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-    """x_0 from x_t and ε: DDPM, Eq. 15.
-
-    Raises:
-        ValueError: where α is 0.
-    """
+    """x_0 from x_t and ε: DDPM, Eq. 15."""
     return (x_t - sigma * noise) / _divisor(alpha, "alpha", "x_t is the noise itself and says nothing about x_0")
 
 
@@ -114,8 +98,7 @@ def x0_and_epsilon(
     From x_0: ε̂ = (x_t − α x_0) / σ   (DDPM, Eq. 4).
     From v: x̂_0 = α x_t − σ v and ε̂ = σ x_t + α v   (Progressive distillation, appendix D).
 
-    Raises:
-        ValueError: for ε where α is 0, for x_0 where σ is 0, and for μ̃, which needs t − 1 too: see `to_epsilon_model`.
+    ValueError for μ̃, which needs t − 1 too: see `to_epsilon_model`.
     """
     if prediction_type not in DIRECT:
         way_out = "; to_epsilon_model converts it" if prediction_type == "posterior_mean" else ""
@@ -139,9 +122,6 @@ def convert(
     Args:
         prediction: the quantity `source`, of the shape of `x_t`.
         posterior: (a, b) of μ̃; needed where `source` or `target` is "posterior_mean".
-
-    Raises:
-        ValueError: where the conversion divides by a coefficient that is 0, naming it.
     """
     for name in (source, target):
         if name not in (*DIRECT, "posterior_mean", "score"):
@@ -199,8 +179,7 @@ def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type:
 def split_variance(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a denoiser gives for x_t [B, C, …], as (prediction, ν): ν is None where it gives C channels and not 2C.
 
-    Raises:
-        ValueError: if the output has any other shape.
+    ValueError for any other shape.
     """
     if output.shape == x_t.shape:
         return output, None

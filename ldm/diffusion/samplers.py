@@ -78,9 +78,8 @@ class Transition(NamedTuple):
 def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transition]:
     """The steps of a grid with their noise levels.
 
-    Raises:
-        ValueError: if the grid is empty, has more than T steps, leaves the table, does not fall, has a gap between
-            two steps, or starts a step where there is no noise.
+    ValueError if the grid is empty, has more than T steps, leaves the table, does not fall, has a gap between two
+    steps, or starts a step where there is no noise.
     """
     total = schedule.num_train_timesteps
     if not 1 <= len(grid) <= total:
@@ -104,7 +103,8 @@ def predict(
     output: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, clip_x0: ClipX0
 ) -> tuple[Tensor, Tensor]:
     """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `clip_x0` moves x̂_0, ε̂ follows, so that
-    the two still add up to x_t (CONTRIBUTING.md says what that is worth)."""
+    the two still add up to x_t.
+    """
     prediction, _ = split_variance(output, latents)
     x_0, epsilon = x0_and_epsilon(prediction, latents, alpha, sigma, kind)
     projected = clip_x0(x_0)
@@ -170,8 +170,8 @@ def ddim_inversion(
     """DDIM run forwards, from x_0 to x_T: the ODE of DDIM, Eq. 14, by Euler's method with growing noise (section 4.3).
 
     Each step evaluates the network at x_{t_prev} with the timestep t_prev, as Euler's method does; an image without
-    noise has none, and takes t. (diffusers' DDIMInverseScheduler always takes t; compared in docs/ddim_tables.md.)
-    x̂_0 is never projected: sampling could not undo that.
+    noise has none, and takes t. (diffusers' DDIMInverseScheduler always takes t; compared in docs/ddim_tables.md.) x̂_0
+    is never projected: sampling could not undo that.
 
     Args:
         latents: x_0, [B, C, H, W]: the state at the last t_prev of `grid`.
@@ -179,9 +179,6 @@ def ddim_inversion(
 
     Yields:
         States whose `latents` are at t; the last is x_T.
-
-    Raises:
-        ValueError: see `transitions`.
     """
     steps = reversed(transitions(schedule, grid))
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(steps):
@@ -255,17 +252,11 @@ def dpm_solver_pp_2m(
     clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
-    """DPM-Solver++(2M) (arXiv:2211.01095), Algorithm 2: second order, one evaluation a step.
+    """DPM-Solver++(2M) (arXiv:2211.01095), Algorithm 2: second order, one evaluation a step, from x_T [B, C, H, W].
 
     The first step is of first order. So are those without a finite step in λ = log(α/σ) to extrapolate along: the one
     that ends at ᾱ = 1 (in x̂_0, as in diffusers with `final_sigmas_type="zero"`), and the one after a start at ᾱ = 0.
     (diffusers' `lower_order_final` also makes the last of fewer than 15 steps one of first order.)
-
-    Args:
-        latents: x_T, [B, C, H, W] standard normal.
-
-    Raises:
-        ValueError: see `transitions`.
     """
 
     def half_log_snr(alpha: float, sigma: float) -> float:  # λ, and its limits without signal and without noise
@@ -300,19 +291,11 @@ def euler_maruyama(
     clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
-    """Euler–Maruyama on the reverse-time VP-SDE of Song et al. (arXiv:2011.13456), Eq. 6 and 11.
+    """Euler–Maruyama on the reverse-time VP-SDE of Song et al. (arXiv:2011.13456), Eq. 6 and 11, from x_T [B, C, H, W].
 
-    Its time is τ = ∫ β dt = −log ᾱ, read from the table: in it the forward SDE dx = −½ β x dt + √β dw is
-    dx = −½ x dτ + dw_τ whatever the schedule, and the length of a step is log(ᾱ_prev / ᾱ_t).
-
-    At ᾱ = 0 (zero terminal SNR) τ = ∞ and no step is finite: the step from there is the limit that ancestral sampling
-    has, x_prev = α_prev x̂_0 + σ_prev z.
-
-    Args:
-        latents: x_T, [B, C, H, W] standard normal.
-
-    Raises:
-        ValueError: see `transitions`.
+    Its time is τ = ∫ β dt = −log ᾱ, read from the table: in it the forward SDE dx = −½ β x dt + √β dw is dx = −½ x dτ +
+    dw_τ whatever the schedule, and the length of a step is log(ᾱ_prev / ᾱ_t). At ᾱ = 0 (zero terminal SNR) τ = ∞: the
+    step from there is the limit that ancestral sampling has, x_prev = α_prev x̂_0 + σ_prev z.
     """
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
         x_0, epsilon = predict(denoise(latents, t), latents, alpha, sigma, prediction_type, clip_x0)
@@ -342,12 +325,10 @@ def annealed_langevin(
 ) -> Iterator[State]:
     """Annealed Langevin dynamics, NCSN (arXiv:1907.05600) Algorithm 1, one noise level for each t of the grid.
 
-    NCSN adds noise without shrinking the data: its x̃ is our x/α and its σ_i our σ/α. There a step is
-    x̃ ← x̃ + (α_i/2) s(x̃, σ_i) + √α_i z with α_i = ε σ_i²/σ_L²; with k = ε/σ_L² and s = −ε̂/σ_i, and times our α,
-    it is x ← x − (k/2) σ ε̂ + √k σ z. From level to level x̃ stays, so x is scaled by α_prev/α.
-
-    As in the paper the sample keeps the noise of the last level, σ/α at the last t: take a grid that ends near 0, or
-    the last `pred_original_sample`.
+    NCSN adds noise without shrinking the data: its x̃ is our x/α and its σ_i our σ/α. There a step is x̃ ← x̃ + (α_i/2)
+    s(x̃, σ_i) + √α_i z with α_i = ε σ_i²/σ_L²; with k = ε/σ_L² and s = −ε̂/σ_i, and times our α, it is x ← x − (k/2) σ
+    ε̂ + √k σ z. From level to level x̃ stays, so x is scaled by α_prev/α. As in the paper the sample keeps the noise of
+    the last level: take a grid that ends near 0, or the last `pred_original_sample`.
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
@@ -355,7 +336,7 @@ def annealed_langevin(
         num_langevin_steps: T of the algorithm, at least 1; 100 in NCSN. Each is one call of the network.
 
     Raises:
-        ValueError: if an argument is outside its range, or the grid starts at ᾱ = 0, where x/α does not exist; see
+        ValueError: if an argument is out of range, or the grid starts at ᾱ = 0, where x/α does not exist; see
             `transitions`.
     """
     if not 0 < step_size < 4:
@@ -392,19 +373,16 @@ def langevin_corrector(
 ) -> Iterator[State]:
     """Predictor–corrector sampling, Song et al. (arXiv:2011.13456) Algorithms 1, 3 and 5.
 
-    After each step of the predictor, Langevin steps at the level t_prev that it reached:
-    x ← x + ε s + √(2ε) z with ε = 2 (1 − β_i) (r ‖z‖ / ‖s‖)², β_i that of the table at t_prev, and norms of each sample
-    alone. At the end (t_prev = −1) there is no score, and no corrector. As unadjusted Langevin dynamics the steps are
-    biased: on Gaussian data their variance is 1 + r² (1 − β_i) times the right one.
+    After each step of the predictor, Langevin steps at the level t_prev that it reached: x ← x + ε s + √(2ε) z with ε =
+    2 (1 − β_i) (r ‖z‖ / ‖s‖)², β_i that of the table at t_prev, and norms of each sample alone. At the end (t_prev =
+    −1) there is no score, and no corrector. As unadjusted Langevin dynamics the steps are biased: on Gaussian data
+    their variance is 1 + r² (1 − β_i) times the right one.
 
     Args:
         latents: x_T, [B, C, H, W] standard normal.
         predictor: `ddpm`, `euler_maruyama` or `ddim`, called for one step at a time.
         snr: r, above 0; 0.01 for VP, the process here, and 0.16 for VE (Table 5).
         num_corrector_steps: M, at least 1, each one call of the network.
-
-    Raises:
-        ValueError: if an argument is outside its range; see `transitions`.
     """
     if not 0 < snr < math.inf:
         raise ValueError(f"snr is {snr}; it must be a finite number above 0 (0.01 is usual)")
@@ -440,14 +418,7 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """Spherical linear interpolation: on the arc between two points instead of the chord.
 
     Noise of N dimensions lies near a sphere of radius √N; halfway along the chord it would be 1/√2 as long, which no
-    network was trained on.
-
-    Args:
-        start, end: two points of one shape.
-        fraction: 0 (exactly `start`) to 1 (exactly `end`).
-
-    Raises:
-        ValueError: for opposite points, between which no arc is shorter than another.
+    network was trained on. `fraction` 0 is exactly `start`, 1 exactly `end`. ValueError for opposite points.
     """
     if fraction in (0, 1):
         return end if fraction else start

@@ -2,9 +2,8 @@
 
 q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I)      DDPM (arXiv:2006.11239), Eq. 4
 
-`alpha` and `sigma` always mean √ᾱ and √(1 − ᾱ). Timesteps count from 0 to T − 1; −1 stands for the end
-of sampling, where ᾱ is `final_alpha_cumprod`. Samplers walk over explicit `Step(t, t_prev)` pairs made by
-`NoiseSchedule.grid`, so that no sampler knows a stride.
+`alpha` and `sigma` always mean √ᾱ and √(1 − ᾱ). Timesteps count from 0 to T − 1; −1 stands for the end of sampling,
+where ᾱ is `final_alpha_cumprod`.
 """
 
 from __future__ import annotations
@@ -103,11 +102,8 @@ class NoiseSchedule:
     """ᾱ_t for t = 0 … T − 1, and what is derived from it. A value: nothing in it ever changes.
 
     Args:
-        alphas_cumprod: [T], strictly falling inside [0, 1]; kept in float64. The last is 0 with zero terminal SNR.
+        alphas_cumprod: [T], strictly falling inside [0, 1], else ValueError; the last is 0 with zero terminal SNR.
         final_alpha_cumprod: ᾱ at t_prev = −1, the end of sampling.
-
-    Raises:
-        ValueError: if ᾱ is not one falling row of numbers in [0, 1].
     """
 
     def __init__(self, alphas_cumprod: Tensor, *, final_alpha_cumprod: float = 1.0) -> None:
@@ -127,21 +123,30 @@ class NoiseSchedule:
         self.final_alpha_cumprod = float(final_alpha_cumprod)
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True) -> NoiseSchedule:
+    def from_betas(
+        cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True, zero_snr: bool = False
+    ) -> NoiseSchedule:
         """The schedule of a table of betas [T], each in (0, 1), the last in (0, 1]: ᾱ_t = ∏ (1 − β_s), DDPM Eq. 4."""
-        return cls._ending(_cumulated(betas), set_alpha_to_one)
+        table = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if table.ndim != 1:
+            raise ValueError(f"betas have shape {list(table.shape)}; they must be one row of T numbers")
+        for t in torch.nonzero(~((table > 0) & (table < 1))).flatten().tolist():
+            if t < len(table) - 1 or table[t] != 1:
+                raise ValueError(
+                    f"beta is {float(table[t])} at timestep {t}; it must be strictly between 0 and 1 "
+                    "(1 at the last timestep alone, for zero terminal SNR)"
+                )
+        alphas_cumprod = torch.cumprod(1 - table, dim=0)
+        if zero_snr:
+            alphas_cumprod = zero_terminal_snr(alphas_cumprod)
+        final = 1.0 if set_alpha_to_one or len(alphas_cumprod) == 0 else float(alphas_cumprod[0])
+        return cls(alphas_cumprod, final_alpha_cumprod=final)
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> NoiseSchedule:
-        alphas_cumprod = _cumulated(make_betas(config))
-        if config.rescale_betas_zero_snr:
-            alphas_cumprod = zero_terminal_snr(alphas_cumprod)
-        return cls._ending(alphas_cumprod, config.set_alpha_to_one)
-
-    @classmethod
-    def _ending(cls, alphas_cumprod: Tensor, set_alpha_to_one: bool) -> NoiseSchedule:
-        final = 1.0 if set_alpha_to_one or len(alphas_cumprod) == 0 else float(alphas_cumprod[0])
-        return cls(alphas_cumprod, final_alpha_cumprod=final)
+        return cls.from_betas(
+            make_betas(config), set_alpha_to_one=config.set_alpha_to_one, zero_snr=config.rescale_betas_zero_snr
+        )
 
     @property
     def num_train_timesteps(self) -> int:
@@ -160,9 +165,9 @@ class NoiseSchedule:
 
     @property
     def posterior_mean_coefficients(self) -> tuple[Tensor, Tensor]:
-        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64. DDPM, Eq. 7.
+        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64: DDPM, Eq. 7. At t = 0, before which stands the data, (1,
+        0).
 
-        They are (1, 0) at t = 0, before which stands the data, whatever `final_alpha_cumprod` says of sampling.
         a = √ᾱ_{t−1} β_t / (1 − ᾱ_t) and b = √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t).
         """
         betas, previous, variance = self.betas[1:], self.alphas_cumprod[:-1], 1 - self.alphas_cumprod[1:]
@@ -188,11 +193,7 @@ class NoiseSchedule:
         return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
 
     def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ for a batch, each [B, 1, …] on the device of `like` [B, …]: float64 for float64, else float32.
-
-        Args:
-            timesteps: [B] int64, 0 to T − 1, best on the CPU where the table is.
-        """
+        """α and σ at timesteps [B]: `extract` of each."""
         return extract(self.alpha, timesteps, like), extract(self.sigma, timesteps, like)
 
     def error_gain(self, t: int) -> float:
@@ -210,12 +211,10 @@ class NoiseSchedule:
     ) -> tuple[Step, ...]:
         """The steps of sampling: S pairs (t, t_prev), each t_prev the next t, the last one −1.
 
-        "leading" takes every ⌊T/S⌋-th timestep from `steps_offset` on, "linspace" S evenly spaced ones from
-        0 to T − 1, "trailing" goes back from T − 1 in strides of T/S (arXiv:2305.08891, Table 2). Each is
-        the grid that diffusers prints, down to how its floating point falls at a half.
-
-        Raises:
-            ValueError: if S is not 1 to T, or the grid leaves the table.
+        "leading" takes every ⌊T/S⌋-th timestep from `steps_offset` on, "linspace" S evenly spaced ones from 0 to T − 1,
+        "trailing" goes back from T − 1 in strides of T/S (arXiv:2305.08891, Table 2). Each is the grid that diffusers
+        prints, down to how its floating point falls at a half. ValueError if S is not 1 to T, or the grid leaves the
+        table.
         """
         total, steps = self.num_train_timesteps, num_inference_steps
         if not 1 <= steps <= total:
@@ -246,21 +245,6 @@ def extract(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = table[timesteps.to("cpu")].to(dtype)
     return values.to(like.device).view((-1,) + (1,) * (like.ndim - 1))
-
-
-def _cumulated(betas: Tensor | Sequence[float]) -> Tensor:
-    """ᾱ_t = ∏ (1 − β_s) in float64: DDPM, Eq. 4."""
-    table = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-    if table.ndim != 1:
-        raise ValueError(f"betas have shape {list(table.shape)}; they must be one row of T numbers")
-    last = len(table) - 1
-    for t in torch.nonzero(~((table > 0) & (table < 1))).flatten().tolist():
-        if t < last or table[t] != 1:
-            raise ValueError(
-                f"beta is {float(table[t])} at timestep {t}; it must be strictly between 0 and 1 "
-                "(1 at the last timestep alone, for zero terminal SNR)"
-            )
-    return torch.cumprod(1 - table, dim=0)
 
 
 def make_betas(config: ScheduleConfig) -> Tensor:
@@ -302,10 +286,7 @@ def check_precision(prediction_type: str, dtype: str) -> None:
 def check_first_step(
     schedule: NoiseSchedule, grid: Sequence[Step], prediction_type: PredictionType, *, bounded: bool
 ) -> None:
-    """`ValueError` where the first step of sampling has (almost) no signal for an ε-prediction.
-
-    `bounded` says whether the codec bounds x̂_0 (pixels do, latents do not).
-    """
+    """ValueError where the first step has (almost) no signal for an ε-prediction, and nothing bounds x̂_0."""
     first = grid[0].t
     if schedule.alpha_cumprod_at(first) == 0:
         check_no_signal(prediction_type, first)
@@ -366,11 +347,7 @@ def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """√ᾱ shifted and scaled so that the last is exactly 0 and the first stays. arXiv:2305.08891, Algorithm 1.
-
-    Args:
-        alphas_cumprod: [T] float64, falling, T at least 2.
-    """
+    """√ᾱ [T] shifted and scaled so that the last is exactly 0 and the first stays. arXiv:2305.08891, Algorithm 1."""
     assert len(alphas_cumprod) >= 2, "the first step stays and the last becomes 0"
     root = alphas_cumprod.sqrt()
     rescaled = (root - root[-1]) * (root[0] / (root[0] - root[-1]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.coder import CoderConfig, Decoder, Encoder, check_statistics
-from ldm.models.tiling import decode_in_strips, encode_in_strips
+from ldm.models.tiling import compute_in_strips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,50 @@ class AutoencoderConfig(CoderConfig):
         return dataclasses.replace(self, scaling_factor=1.0, shift_factor=None)
 
 
-class AutoencoderKL(nn.Module):
+class FirstStageNetwork(nn.Module):
+    """Encoder and decoder with a 1x1 convolution behind and before them, as all first stages have."""
+
+    config: CoderConfig
+    encoder: Encoder
+    decoder: Decoder
+    quant_conv: nn.Conv2d | None
+    post_quant_conv: nn.Conv2d | None
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image on each side of a latent position: H / h."""
+        return self.config.factor
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.config.channels
+
+    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] → moments: [B, 2 C, h, w] mean and log-variance; of a VQ model z [B, C, h, w].
+
+        With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
+        memory. ValueError if H or W is not divisible by `factor`.
+        """
+        self.config.check_size(images)
+        moments = self.encoder(images) if strips is None else compute_in_strips(self.encoder, images, strips)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
+        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped; `strips` as in `encode`."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents) if strips is None else compute_in_strips(self.decoder, latents, strips)
+
+
+class AutoencoderKL(FirstStageNetwork):
     """Images to the moments of a normal posterior over latents, and latents to images.
 
     High-resolution image synthesis with latent diffusion models (Rombach et al. 2022), section 3.1.
     Parameters are named as in diffusers' `AutoencoderKL`, so that weights load both ways.
     """
+
+    config: AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -53,36 +91,10 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
 
     @property
-    def factor(self) -> int:
-        """How many pixels of the image stand on one side of a latent position: H / h."""
-        return self.config.factor
-
-    @property
-    def channels(self) -> int:
-        """C of the latents."""
-        return self.config.latent_channels
-
-    @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation that users of this network assume of each channel of its latents: from the config."""
+        """Mean and std that users of this network assume of each channel of its latents: from the config."""
         config = self.config
         return (config.shift_factor or 0.0,) * self.channels, (1 / config.scaling_factor,) * self.channels
-
-    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w]: mean, then log-variance (not clamped).
-
-        With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
-        memory. Raises `ValueError` if H or W is not divisible by `factor`.
-        """
-        self.config.check_size(images)
-        moments = self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
-        return moments if self.quant_conv is None else self.quant_conv(moments)
-
-    def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
-        """Latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1] but not clamped; `strips` as in `encode`."""
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
 
     @staticmethod
     def sample_latents(moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -96,8 +108,9 @@ class AutoencoderKL(nn.Module):
         return mean, mean.square() + log_variance.exp()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images and noise → reconstructions and moments: in one call, because wrappers such as
-        DistributedDataParallel only see calls of the module itself."""
+        """Images and noise → reconstructions and moments, in one call: wrappers such as DistributedDataParallel see no
+        other.
+        """
         moments = self.encode(images)
         return self.decode(sample_posterior(moments, noise)), moments
 
@@ -105,9 +118,9 @@ class AutoencoderKL(nn.Module):
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Rewrites the 1x1 convolutions so that latents become (latents - mean) / std and `decode` undoes it.
 
-        mean [C] and std [C] are those of the latents that this network gives, before any scaling_factor.
-        Exact up to rounding; the arithmetic is in float64. Raises `ValueError` without both convolutions, for
-        other shapes, and for a deviation that is not a finite number above zero.
+        mean [C] and std [C] are those of the latents that this network gives, before any scaling_factor. Exact up to
+        rounding, in float64. ValueError without both convolutions, for other shapes, and unless std is finite and above
+        zero.
         """
         if self.quant_conv is None or self.post_quant_conv is None:
             raise ValueError("use_quant_conv and use_post_quant_conv must be true to fold statistics into them")
@@ -126,8 +139,7 @@ class AutoencoderKL(nn.Module):
 def sample_posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
     """Latents mean + σ · noise from moments [B, 2 C, h, w] and noise [B, C, h, w]; the mode without noise.
 
-    Auto-encoding variational Bayes (Kingma and Welling 2014), section 2.4. The log-variance is clamped to
-    [-30, 20], as in LDM.
+    Auto-encoding variational Bayes (Kingma and Welling 2014), section 2.4; the log-variance is clamped to [-30, 20].
     """
     mean, log_variance = _mean_and_log_variance(moments)
     return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
@@ -147,8 +159,8 @@ def kl_divergence(moments: Tensor) -> Tensor:
 def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an autoencoder under today's names.
 
-    Old files call the attention of the middle blocks query, key, value and proj_attn, and some keep its
-    weights as 1x1 convolutions [C, C, 1, 1]; those become [C, C]. All else stays as it is.
+    Old files call the attention of the middle blocks query, key, value and proj_attn, and some keep its weights as 1x1
+    convolutions [C, C, 1, 1]; those become [C, C].
     """
     upgraded = {}
     for name, tensor in state_dict.items():

@@ -30,9 +30,10 @@ class CheckpointedBlock(nn.Module):
 
 
 def enable_gradient_checkpointing(module: nn.Module, enabled: bool = True) -> None:
-    """Switches gradient checkpointing in all blocks of a network: less memory, about a third more time.
+    """Switches gradient checkpointing in all blocks of a network: less memory, about a third more time, equal
+    gradients.
 
-    Gradients stay the same, dropout included. Raises `ValueError` for a network that has no such blocks.
+    ValueError for a network that has no such blocks.
     """
     blocks = [block for block in module.modules() if isinstance(block, CheckpointedBlock)]
     if not blocks:
@@ -44,8 +45,8 @@ def enable_gradient_checkpointing(module: nn.Module, enabled: bool = True) -> No
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around a residual connection, conditioned on time if `time_channels` is given.
 
-    DDPM (Ho et al. 2020), appendix B. With `scale_shift`, the adaptive group normalization of ADM (Dhariwal and Nichol
-    2021), section 3, time gives a factor and an offset after the second normalization, not an offset before it.
+    DDPM (Ho et al. 2020), appendix B. With `scale_shift` (ADM, Dhariwal and Nichol 2021, section 3) time gives a factor
+    and an offset after the second normalization, not an offset before it.
     """
 
     def __init__(
@@ -89,9 +90,8 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a 3x3 convolution of stride 2.
-
-    Padding 1 pads all sides; padding 0 pads right and bottom only, as in the autoencoders of LDM.
+    """Halves height and width by a 3x3 convolution of stride 2; padding 0 pads right and bottom only, as in LDM's
+    autoencoders.
     """
 
     def __init__(self, channels: int, padding: int) -> None:
@@ -133,9 +133,9 @@ class TimestepEmbedding(nn.Module):
 
 
 def timestep_sinusoids(timesteps: Tensor, channels: int, *, cosine_first: bool, freq_shift: int) -> Tensor:
-    """Sines and cosines of timesteps [B] at geometrically spaced frequencies → [B, channels], in float32.
+    """Sines and cosines of timesteps [B] at geometrically spaced frequencies → [B, channels], even, in float32.
 
-    `channels` is even. Half precision cannot tell neighbouring timesteps apart: bfloat16 rounds 999 to 1000.
+    Half precision cannot tell neighboring timesteps apart: bfloat16 rounds 999 to 1000.
     """
     half = channels // 2
     # Attention is all you need (Vaswani et al. 2017), section 3.5: ω_i = 10000^(-i / half), less the shift.
@@ -237,9 +237,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention within the image, attention to the text, a feed-forward network; each residual on a norm.
-
-    With `only_cross_attention` the first attention is to the text, too.
+    """Attention within the image (to the text with `only_cross_attention`) and to the text, a feed-forward network;
+    each residual on a norm.
     """
 
     def __init__(self, channels: int, *, heads: int, text_channels: int, only_cross_attention: bool) -> None:
@@ -263,8 +262,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of an image, with a residual connection. LDM, appendix E.2.1.
 
-    `linear_projection` says how the weights of the two projections are stored: as [C, C], or as the
-    [C, C, 1, 1] of a 1x1 convolution. The function is the same.
+    `linear_projection` says how the weights of the projections are stored: as [C, C], or [C, C, 1, 1].
     """
 
     def __init__(
@@ -311,8 +309,7 @@ class SpatialTransformer(nn.Module):
 def set_attention_backend(module: nn.Module, backend: str) -> None:
     """Chooses the kernel of all attention in a network: "sdpa", torch's own and the default, or "xformers".
 
-    Raises `ValueError` for another name, where xformers is not installed, and where the network is not on
-    CUDA; the network then keeps the kernel it had.
+    ValueError for another name, without xformers, and where the network is not on CUDA; nothing is changed then.
     """
     if backend not in ("sdpa", "xformers"):
         raise ValueError(f"unknown attention backend {backend!r}; choose 'sdpa' or 'xformers'")

@@ -16,7 +16,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class CoderConfig(ComponentConfig):
-    """What the configs of all first stages share: the shape of encoder and decoder.
+    """Shape of encoder and decoder, which all first stages share.
 
     `scaling_factor`, `sample_size` and `force_upcast` do not concern the network; they are for those who use it.
     """
@@ -55,11 +55,16 @@ class CoderConfig(ComponentConfig):
 
     @property
     def factor(self) -> int:
-        """How many pixels of the image stand on one side of a latent position: H / h."""
+        """Pixels of the image on each side of a latent position: H / h."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.latent_channels
+
     def check_size(self, images: Tensor) -> None:
-        """Raises `ValueError` if height or width of images [B, 3, H, W] is not divisible by `factor`."""
+        """Raises ValueError unless `factor` divides height and width of images [B, 3, H, W]."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(
@@ -110,7 +115,27 @@ class CoderBlock(CheckpointedBlock):
         return x
 
 
-class Encoder(nn.Module):
+class Coder(nn.Module):
+    """A convolution, blocks, and a normalized convolution: what encoder and decoder have in common."""
+
+    conv_in: nn.Conv2d
+    mid_block: CoderBlock
+    conv_norm_out: nn.GroupNorm
+    conv_out: nn.Conv2d
+
+    def blocks(self) -> list[CoderBlock]:
+        """In the order in which they are applied."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encoder: [B, 3, H, W] → [B, D, h, w]; decoder: [B, C, h, w] → [B, 3, H, W]."""
+        x = self.conv_in(x)
+        for block in self.blocks():
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Encoder(Coder):
     """Images [B, 3, H, W] → what `quant_conv` is given, [B, D, h, w]: D is `out_channels`."""
 
     def __init__(self, config: CoderConfig, out_channels: int) -> None:
@@ -131,17 +156,12 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] → [B, D, h, w]."""
-        x = self.conv_in(images)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+    def blocks(self) -> list[CoderBlock]:
+        return [*self.down_blocks, self.mid_block]  # type: ignore[list-item]
 
 
-class Decoder(nn.Module):
-    """Latents after `post_quant_conv` [B, C, h, w] → images [B, 3, H, W]."""
+class Decoder(Coder):
+    """Latents [B, C, h, w] → images [B, 3, H, W]."""
 
     def __init__(self, config: CoderConfig) -> None:
         super().__init__()
@@ -161,17 +181,12 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] → [B, 3, H, W]."""
-        x = self.conv_in(latents)
-        x = self.mid_block(x)
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+    def blocks(self) -> list[CoderBlock]:
+        return [self.mid_block, *self.up_blocks]  # type: ignore[list-item]
 
 
 def check_statistics(mean: Tensor, std: Tensor, channels: int) -> None:
-    """Raises `ValueError` unless there is one finite mean and one finite deviation above zero for each channel."""
+    """Raises ValueError unless there is one finite mean and one finite std above zero for each channel."""
     if mean.shape != (channels,) or std.shape != (channels,):
         raise ValueError(
             f"mean and deviation of shapes {tuple(mean.shape)} and {tuple(std.shape)}: must be "

@@ -37,8 +37,8 @@ class ComponentConfig:
         """Builds the config from the content of a diffusers `config.json`.
 
         Keys that begin with `_`, and others that say nothing of the network (`_NOTES`), are skipped; missing keys get
-        diffusers' defaults, as older files have fewer; lists become tuples. Raises `ValueError` for an unknown key,
-        for a value that a field cannot have, and for a key that is not supported unless its value is neutral.
+        diffusers' defaults; lists become tuples. ValueError for an unknown key, a value that a field cannot have, and a
+        key that is not supported unless its value is neutral.
         """
         valid = {field.name for field in fields(cls)}
         hints = get_type_hints(cls)

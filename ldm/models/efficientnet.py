@@ -31,11 +31,7 @@ _ENDS = (0, 2, 4, 10, 15)
 
 
 class EfficientNetLite0(nn.Module):
-    """The frozen network; gradients flow through it to the images.
-
-    Raises:
-        ValueError: for missing packages, or an unknown file of weights.
-    """
+    """The frozen network; gradients flow through it to the images. ValueError for missing packages or other weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +48,10 @@ class EfficientNetLite0(nn.Module):
         Args:
             levels: number of maps, 1 to 5; H and W are at least 2^levels.
         """
-        x, maps = self._stem(images), []
-        for index, block in enumerate(self.network._blocks[: _ENDS[levels - 1] + 1]):
+        network, maps = self.network, []
+        x = (images * 127.5 + 0.5) / 128  # (0 to 255 minus 127) / 128, as in the training of the Lite networks
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for index, block in enumerate(network._blocks[: _ENDS[levels - 1] + 1]):
             x = block(x)
             if index in _ENDS:
                 maps.append(x)
@@ -66,19 +64,9 @@ class EfficientNetLite0(nn.Module):
         x = network._swish(network._bn1(network._conv_head(x)))  # [B, 1280, h, w]
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
-    def _stem(self, images: Tensor) -> Tensor:
-        network = self.network
-        # (0 to 255 minus 127) / 128, as in the training of the Lite networks.
-        x = (images * 127.5 + 0.5) / 128
-        return network._swish(network._bn0(network._conv_stem(x)))
-
 
 def perceptual_distance(device: torch.device | str = "cpu") -> PerceptualDistance:
-    """A distance with its network on a device: 0 for equal images, about 1 for unrelated ones.
-
-    Raises:
-        ValueError: where the packages of EfficientNet-Lite0 are missing.
-    """
+    """A distance with its network on a device: 0 for equal images, about 1 for unrelated ones."""
     return PerceptualDistance(EfficientNetLite0().to(device).maps, PERCEPTUAL_SCALES)
 
 

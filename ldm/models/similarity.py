@@ -25,10 +25,8 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, Eq. 13), 1 for equal images: [B, 3, H, W] twice, in [−1, 1] → [B].
 
     As in torchmetrics: the mean over channels, a Gaussian window of 11 pixels with σ 1.5, mirrored edges, K₁ 0.01 and
-    K₂ 0.03. In float64 on the CPU, since variances are differences of squares.
-
-    Raises:
-        ValueError: for images with fewer than 11 pixels a side.
+    K₂ 0.03. In float64 on the CPU, since variances are differences of squares. ValueError for fewer than 11 pixels a
+    side.
     """
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(
@@ -61,13 +59,11 @@ class PerceptualDistance:
     """LPIPS (arXiv:1801.03924, Eq. 1) with a weight a map instead of one a channel.
 
     Maps are normalized to length 1 over their channels at each place; the squared difference is averaged over places.
-    The distance is the mean over maps of these averages, each divided by what it is between two different images: 0 for
-    the same image, about 1 for two that have nothing to do with each other.
+    The distance is the mean over maps of these averages, each divided by what it is between two different images.
 
     Args:
-        maps: (images [B, 3, H, W] in [−1, 1], n) → the first n maps of a network, [B, C_i, H_i, W_i], each at half the
-            height and width of the one before, the first at half of the images'. Its weights must not need gradients;
-            those of the distance flow through it to the images.
+        maps: (images [B, 3, H, W] in [−1, 1], n) → the first n maps of a frozen network, [B, C_i, H_i, W_i], each at
+            half the height and width of the one before, the first at half of the images'.
         scales: for each map, the mean of its average over pairs of different images.
     """
 
@@ -79,11 +75,8 @@ class PerceptualDistance:
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
         """[B, 3, H, W] twice, in [−1, 1] → [B] float32.
 
-        Always in float32. Of images below 64 pixels a side only the maps count that have 2 x 2 places or more: with 8
-        pixels two, with 16 three, with 32 four.
-
-        Raises:
-            ValueError: for images with less than 8 pixels a side.
+        Always in float32. Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, with 16
+        three, with 32 four; below 8 ValueError.
         """
         differences = self.differences(images, others)  # [B, L]
         return (differences / differences.new_tensor(self.scales[: differences.shape[1]])).mean(dim=1)

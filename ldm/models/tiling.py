@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.blocks import Downsample, ImageAttention, ResnetBlock, Upsample
-from ldm.models.coder import CoderBlock, Decoder, Encoder
+from ldm.models.coder import Coder, CoderBlock
 
 Function = Callable[[Tensor], Tensor]
 Rows = Callable[[int, int], Tensor]
@@ -45,32 +45,16 @@ def _given(x: Tensor) -> _Map:
 
 
 @torch.no_grad()
-def encode_in_strips(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
-    """`encoder(images)`, [B, 3, H, W] → [B, 2 C, h, w], computed about `pixels` pixels of the images at a time."""
-
-    def encode(image: Tensor) -> Tensor:
-        x = _convolution(encoder.conv_in, _given(image))
-        for block in encoder.down_blocks:
-            x = _block(block, x, pixels)  # type: ignore[arg-type]
-        x = _block(encoder.mid_block, x, pixels)
-        x = _convolution(encoder.conv_out, x, _normalization(encoder.conv_norm_out, x, pixels))
-        return _stored(x, x.read, pixels).read(0, x.height)
-
-    return torch.cat([encode(image[None]) for image in images])
-
-
-@torch.no_grad()
-def decode_in_strips(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
-    """`decoder(latents)`, [B, C, h, w] → [B, 3, H, W], computed about `pixels` pixels of the images at a time."""
-
-    def decode(latent: Tensor) -> Tensor:
-        x = _block(decoder.mid_block, _convolution(decoder.conv_in, _given(latent)), pixels)
-        for block in decoder.up_blocks:
-            x = _block(block, x, pixels)  # type: ignore[arg-type]
-        x = _convolution(decoder.conv_out, x, _normalization(decoder.conv_norm_out, x, pixels))
-        return _stored(x, x.read, pixels).read(0, x.height)
-
-    return torch.cat([decode(latent[None]) for latent in latents])
+def compute_in_strips(coder: Coder, images: Tensor, pixels: int) -> Tensor:
+    """`coder(images)` of an encoder or decoder, [B, C, H, W] → [B, C', H', W'], about `pixels` places at a time."""
+    computed = []
+    for image in images:
+        x = _convolution(coder.conv_in, _given(image[None]))
+        for block in coder.blocks():
+            x = _block(block, x, pixels)
+        x = _convolution(coder.conv_out, x, _normalization(coder.conv_norm_out, x, pixels))
+        computed.append(_stored(x, x.read, pixels).read(0, x.height))
+    return torch.cat(computed)
 
 
 def _block(block: CoderBlock, x: _Map, pixels: int) -> _Map:

@@ -29,9 +29,9 @@ UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 class UNetConfig(ComponentConfig):
     """Shape of a UNet: keys, meanings and defaults of diffusers' `UNet2DConditionModel`.
 
-    A tuple has one value a level, from the largest image to the smallest (`up_block_types`: the other way round); an
-    int or a bool in its place holds for all. `attention_head_dim` is the *number* of heads, as diffusers reads it.
-    `upcast_attention` changes nothing: all kernels accumulate the scores in float32.
+    A tuple has one value a level, from the largest image to the smallest (`up_block_types`: the other way round); a
+    single value holds for all. `attention_head_dim` is the *number* of heads, as diffusers reads it. `upcast_attention`
+    changes nothing: all kernels accumulate the scores in float32.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -107,23 +107,6 @@ class UNetConfig(ComponentConfig):
         )  # fmt: skip
         self.check_names("down_block_types", DOWN_BLOCKS)
         self.check_names("up_block_types", UP_BLOCKS)
-        self._check_levels()
-        self._check_channels()
-        if not 0 <= self.dropout < 1:
-            refuse("dropout", self.dropout, "must be at least 0 and below 1")
-        if self.downsample_padding not in (0, 1):
-            refuse("downsample_padding", self.downsample_padding, "must be 0 or 1")
-        for key in ("conv_in_kernel", "conv_out_kernel"):
-            if getattr(self, key) % 2 == 0:
-                refuse(key, getattr(self, key), "must be odd, so that the output is as large as the input")
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether half of the output is ν, which says the variance of a step (Improved DDPM, arXiv:2102.09672)."""
-        return self.out_channels == 2 * self.in_channels
-
-    def _check_levels(self) -> None:
-        """Every tuple has one value a level."""
         levels = len(self.block_out_channels)
         if levels == 0:
             refuse("block_out_channels", (), "needs at least one level")
@@ -134,9 +117,6 @@ class UNetConfig(ComponentConfig):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != levels:
                 refuse(key, value, f"needs {levels} values, one for each of block_out_channels, but has {len(value)}")
-
-    def _check_channels(self) -> None:
-        """Groups and attention heads divide the channels, and the sinusoids fill the first level's."""
         first = self.block_out_channels[0]
         if first % 2 or first // 2 <= self.freq_shift:
             refuse(
@@ -159,6 +139,18 @@ class UNetConfig(ComponentConfig):
                     self.attention_head_dim,
                     f"is the number of heads, but {heads} does not divide the {channels} channels there",
                 )
+        if not 0 <= self.dropout < 1:
+            refuse("dropout", self.dropout, "must be at least 0 and below 1")
+        if self.downsample_padding not in (0, 1):
+            refuse("downsample_padding", self.downsample_padding, "must be 0 or 1")
+        for key in ("conv_in_kernel", "conv_out_kernel"):
+            if getattr(self, key) % 2 == 0:
+                refuse(key, getattr(self, key), "must be odd, so that the output is as large as the input")
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether half of the output is ν, which says the variance of a step (Improved DDPM, arXiv:2102.09672)."""
+        return self.out_channels == 2 * self.in_channels
 
     def per_level(self, value: Any) -> tuple[Any, ...]:
         """A value that may stand for all levels, written out for each."""
@@ -169,8 +161,8 @@ class UNetBlock(CheckpointedBlock):
     """One level of the way down or up, or the middle: residual blocks, and attention to the text after them.
 
     `resnets` are the input and output channels of the residual blocks; the first `attentions` of them are followed by
-    attention. On the way down ("push") each result goes onto the stack of skip connections; on the way up ("pop") each
-    residual block also reads the one on top.
+    attention. On the way down ("push") results go onto the stack of skip connections, which residual blocks on the way
+    up ("pop") read.
     """
 
     def __init__(
@@ -250,13 +242,30 @@ class UNet(nn.Module):
         kernel_in, kernel_out = config.conv_in_kernel, config.conv_out_kernel
         self.conv_in = nn.Conv2d(config.in_channels, first, kernel_in, padding=kernel_in // 2)
         self.time_embedding = TimestepEmbedding(first, 4 * first)
-        self.down_blocks, skip_widths = _down_blocks(config)
+        self.down_blocks = nn.ModuleList()
+        layers, width, skip_widths = config.per_level(config.layers_per_block), first, [first]
+        for level, block_type in enumerate(config.down_block_types):
+            channels, downsample = config.block_out_channels[level], level < len(layers) - 1
+            resnets = [(width, channels)] + [(channels, channels)] * (layers[level] - 1)
+            attentions = len(resnets) if block_type == "CrossAttnDownBlock2D" else 0
+            block = UNetBlock(config, level, resnets, attentions=attentions, skips="push", downsample=downsample)
+            self.down_blocks.append(block)
+            skip_widths += [channels] * (layers[level] + downsample)
+            width = channels
         self.mid_block: UNetBlock | None = None
         if config.mid_block_type is not None:
             attentions = 1 if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 0
-            resnets = [(last, last)] * (1 + attentions)
-            self.mid_block = UNetBlock(config, -1, resnets, attentions=attentions)
-        self.up_blocks = _up_blocks(config, skip_widths)
+            self.mid_block = UNetBlock(config, -1, [(last, last)] * (1 + attentions), attentions=attentions)
+        self.up_blocks = nn.ModuleList()
+        for level, block_type in zip(reversed(range(len(layers))), config.up_block_types, strict=True):
+            channels, resnets = config.block_out_channels[level], []
+            for _ in range(layers[level] + 1):  # each pops a skip connection
+                resnets.append((width + skip_widths.pop(), channels))
+                width = channels
+            attentions = len(resnets) if block_type == "CrossAttnUpBlock2D" else 0
+            block = UNetBlock(config, level, resnets, attentions=attentions, skips="pop", upsample=level > 0)
+            self.up_blocks.append(block)
+        assert not skip_widths
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, kernel_out, padding=kernel_out // 2)
         # The last layer of each branch begins at zero, as in the code of DDPM (init_scale=0) and LDM (zero_module).
@@ -269,9 +278,8 @@ class UNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Predicts noise, or what else the network was trained for, at timesteps of the training schedule.
 
-        sample [B, in_channels, H, W], timestep [B] or a scalar (int64 or float), encoder_hidden_states
-        [B, L, D] with D = cross_attention_dim → [B, out_channels, H, W]. sample and encoder_hidden_states
-        have the dtype of the weights. Raises `ValueError` for wrong channels.
+        sample [B, in_channels, H, W], timestep [B] or a scalar (int64 or float), encoder_hidden_states [B, L, D] with D
+        = cross_attention_dim → [B, out_channels, H, W]. sample and encoder_hidden_states have the dtype of the weights.
         """
         config, width = self.config, encoder_hidden_states.shape[-1]
         if sample.shape[1] != config.in_channels:
@@ -303,38 +311,3 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, time, encoder_hidden_states, stack)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # [B, out_channels, H, W]
-
-
-def _down_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, and the channels of the skip connections in the order in which `forward` pushes them."""
-    blocks = nn.ModuleList()
-    width = config.block_out_channels[0]
-    skip_widths = [width]
-    layers = config.per_level(config.layers_per_block)
-    for level, (channels, block_type) in enumerate(
-        zip(config.block_out_channels, config.down_block_types, strict=True)
-    ):
-        resnets = [(width, channels)] + [(channels, channels)] * (layers[level] - 1)
-        attentions = len(resnets) if block_type == "CrossAttnDownBlock2D" else 0
-        downsample = level < len(layers) - 1
-        blocks.append(UNetBlock(config, level, resnets, attentions=attentions, skips="push", downsample=downsample))
-        skip_widths += [channels] * (layers[level] + downsample)
-        width = channels
-    return blocks, skip_widths
-
-
-def _up_blocks(config: UNetConfig, skip_widths: list[int]) -> nn.ModuleList:
-    """The way up, which pops one skip connection for each residual block."""
-    blocks = nn.ModuleList()
-    width = config.block_out_channels[-1]
-    layers = config.per_level(config.layers_per_block)
-    for level, block_type in zip(reversed(range(len(layers))), config.up_block_types, strict=True):
-        channels = config.block_out_channels[level]
-        resnets = []
-        for _ in range(layers[level] + 1):
-            resnets.append((width + skip_widths.pop(), channels))
-            width = channels
-        attentions = len(resnets) if block_type == "CrossAttnUpBlock2D" else 0
-        blocks.append(UNetBlock(config, level, resnets, attentions=attentions, skips="pop", upsample=level > 0))
-    assert not skip_widths
-    return blocks

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.models.autoencoder import FirstStageNetwork
 from ldm.models.coder import CoderConfig, Decoder, Encoder, check_statistics
 from ldm.models.component_config import refuse
-from ldm.models.tiling import decode_in_strips, encode_in_strips
 
 # Of the table of distances that is held at once: 16 MB in float32.
 MAX_DISTANCES = 2**22
@@ -23,8 +23,8 @@ class VQConfig(CoderConfig):
     """Shape of an autoencoder with a codebook: keys, meanings and defaults of diffusers' `VQModel`.
 
     `vq_embed_dim` is C, the channels of codes and latents, by default `latent_channels`, those on the other side of the
-    1x1 convolutions. `latents_mean` and `latents_std`, C numbers or null, are keys of our own: what is diffused is
-    (z - mean) · scaling_factor / std, as with other autoencoders of diffusers; its `VQModel` ignores them, and warns.
+    1x1 convolutions. `latents_mean` and `latents_std`, C numbers or null, are keys of our own: what is diffused is (z -
+    mean) · scaling_factor / std, as with other autoencoders of diffusers; its `VQModel` ignores them.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -89,10 +89,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of K codes [C].
-
-    Neural discrete representation learning (van den Oord et al. 2017), section 3.
-    """
+    """A codebook of K codes [C]. Neural discrete representation learning (van den Oord et al. 2017), section 3."""
 
     def __init__(self, codes: int, channels: int) -> None:
         super().__init__()
@@ -101,9 +98,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The code with the smallest Euclidean distance to each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64.
-
-        The first one where several are equally near; in float32 at least, in parts of bounded size.
+        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64; in float32 at least, in bounded
+        parts.
         """
         channels = latents.shape[1]
         with torch.autocast(latents.device.type, enabled=False):
@@ -134,13 +130,14 @@ class VectorQuantizer(nn.Module):
         )
 
 
-class VQModel(nn.Module):
+class VQModel(FirstStageNetwork):
     """Images to latents, and latents by way of their nearest codes to images.
 
-    High-resolution image synthesis with latent diffusion models (Rombach et al. 2022), section 3.1: what is diffused
-    are the latents before quantisation, which is thus a layer of the decoder.
-    Parameters are named as in diffusers' `VQModel`, so that weights load both ways.
+    Latent diffusion (Rombach et al. 2022), section 3.1: what is diffused are the latents before quantization, which is
+    thus a layer of the decoder. Parameters are named as in diffusers' `VQModel`, so that weights load both ways.
     """
+
+    config: VQConfig
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -152,31 +149,11 @@ class VQModel(nn.Module):
         self.decoder = Decoder(config)
 
     @property
-    def factor(self) -> int:
-        """How many pixels of the image stand on one side of a latent position: H / h."""
-        return self.config.factor
-
-    @property
-    def channels(self) -> int:
-        """C of the latents."""
-        return self.config.channels
-
-    @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation that users of this network assume of each channel of its latents: from the config."""
+        """Mean and std that users of this network assume of each channel of its latents: from the config."""
         mean = self.config.latents_mean or (0.0,) * self.channels
         std = self.config.latents_std or (1.0,) * self.channels
         return mean, tuple(value / self.config.scaling_factor for value in std)
-
-    def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → latents [B, C, h, w], not quantised; `strips` as in `AutoencoderKL`.
-
-        Raises `ValueError` if H or W is not divisible by `factor`.
-        """
-        self.config.check_size(images)
-        return self.quant_conv(
-            self.encoder(images) if strips is None else encode_in_strips(self.encoder, images, strips)
-        )
 
     def decode(self, latents: Tensor, strips: int | None = None) -> Tensor:
         """Latents [B, C, h, w] → their nearest codes → images [B, 3, H, W], about in [-1, 1] but not clamped."""
@@ -184,12 +161,11 @@ class VQModel(nn.Module):
 
     def decode_codes(self, codes: Tensor, strips: int | None = None) -> Tensor:
         """Latents that are codes already, [B, C, h, w] → images [B, 3, H, W]."""
-        latents = self.post_quant_conv(codes)
-        return self.decoder(latents) if strips is None else decode_in_strips(self.decoder, latents, strips)
+        return super().decode(codes, strips)
 
     @staticmethod
     def sample_latents(moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The latents, which are all that `encode` gives: there is no posterior to draw from, and noise is not used."""
+        """The latents, which are all that `encode` gives; noise is not used."""
         return moments
 
     @staticmethod
@@ -198,16 +174,17 @@ class VQModel(nn.Module):
         return moments, moments.square()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """Images → reconstructions, and the latents with their codes; `noise` is not used. In one call, because
-        wrappers such as DistributedDataParallel only see calls of the module itself."""
+        """Images → reconstructions, and the latents with their codes, in one call as in `AutoencoderKL`; noise is not
+        used.
+        """
         quantized = self.quantize(self.encode(images))
         return self.decode_codes(quantized.latents), quantized
 
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Keeps mean [C] and deviation [C] of the latents in the config, in place of any scaling_factor.
+        """Keeps mean [C] and std [C] of the latents in the config, in place of any scaling_factor.
 
-        Into the 1x1 convolutions they cannot go: with another scale for each channel other codes would be nearest.
-        Raises `ValueError` for other shapes, and for a deviation that is not a finite number above zero.
+        In the 1x1 convolutions another scale per channel would change which codes are nearest. ValueError for other
+        shapes, and unless std is finite and above zero.
         """
         check_statistics(mean, std, self.channels)
         self.config = dataclasses.replace(
@@ -219,9 +196,9 @@ class CodebookUsage(NamedTuple):
     """How a codebook of K codes is used.
 
     Attributes:
-        perplexity: exp of the entropy of how often each code is used, 1 to K: the number of codes that would give as
-            much variety if all were used equally often.
-        used: the share of codes that are used at all, 0 to 1.
+        perplexity: exp of the entropy of how often each code is used, 1 to K: the number of equally used codes with the
+            same variety.
+        used: the fraction of codes that are used at all.
     """
 
     perplexity: float
