@@ -32,7 +32,7 @@ class CutPromptWarning(UserWarning):
 
 @contextmanager
 def ignore_cut_prompts() -> Iterator[None]:
-    """No `CutPromptWarning` inside: for callers that say it themselves, once for many pictures."""
+    """No `CutPromptWarning` inside: for callers that warn themselves, once for many images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CutPromptWarning)
         yield
@@ -42,9 +42,11 @@ def ignore_cut_prompts() -> Iterator[None]:
 class EncoderFiles:
     """Where an encoder came from, so that saving it copies files instead of writing tensors anew.
 
-    `config` is what the saved `config.json` says; `other_towers` are prefixes of tensors in `weights` that are not of
-    the text encoder; `tokenizer` are its files but `tokenizer_config.json`, whose content is `tokenizer_config`;
-    `scratch` keeps a temporary folder alive.
+    Attributes:
+        config: content of the saved `config.json`.
+        other_towers: prefixes of tensors in `weights` that are not of the text encoder.
+        tokenizer: its files but `tokenizer_config.json`, whose content is `tokenizer_config`.
+        scratch: keeps a temporary folder alive.
     """
 
     config: dict[str, Any]
@@ -69,13 +71,9 @@ class Fits:
 class TextEncoder:
     """A frozen text encoder: `encoder(captions)` gives the states that cross-attention sees.
 
-    Made by `load_text_encoder` and `load_text_encoder_folders`. Captions are padded or cut to `max_length` tokens, and
-    the states of all positions are returned, padding included, as by `StableDiffusionPipeline.encode_prompt` on the
-    saved folders. The model is given the attention mask exactly when its config says `use_attention_mask: true`.
-    Threads may share one encoder.
-
-    Attributes: `hidden_size` is D, the width of the states; `max_length` is L, the padded length;
-    `uses_attention_mask` says whether the model sees the mask.
+    Captions are padded or cut to `max_length` tokens, and the states of all positions are returned, padding included,
+    as by `StableDiffusionPipeline.encode_prompt`. The model is given the attention mask exactly when its config says
+    `use_attention_mask: true` (`uses_attention_mask`). Threads may share one encoder.
     """
 
     def __init__(self, *, model: nn.Module, tokenizer: Any, max_length: int, files: EncoderFiles) -> None:
@@ -103,15 +101,15 @@ class TextEncoder:
         return next(self.model.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TextEncoder":
-        """Move the model; returns itself. A T5 overflows in float16: give it bfloat16."""
+        """Moves the model; returns itself. A T5 overflows in float16: give it bfloat16."""
         self.model.to(device=device, dtype=dtype)
         return self
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Hidden states of captions: [B, L, D] in `dtype` on `device`. An empty caption is a valid one.
+        """Hidden states of captions, which may be empty: [B, L, D] in `dtype` on `device`.
 
-        `ValueError` for a list that is empty or holds anything but strings of whole characters.
+        ValueError for a list that is empty or holds anything but strings of whole characters.
         """
         captions = _checked(captions)
         return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
@@ -119,9 +117,8 @@ class TextEncoder:
     @cached_property
     def _padded(self) -> Callable[..., Any]:
         """The tokens of captions, padded and cut."""
-        return self._tokenizer_with(
-            padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
+        padded = {"padding": "max_length", "max_length": self.max_length, "truncation": True}
+        return self._tokenizer_with(**padded, return_tensors="pt")
 
     @cached_property
     def _whole(self) -> Callable[..., Any]:
@@ -129,8 +126,7 @@ class TextEncoder:
         return self._tokenizer_with(padding=False, truncation=False, verbose=False)
 
     def _tokenizer_with(self, **settings: Any) -> Callable[..., Any]:
-        """A copy of the tokenizer that is always called with these settings: a fast one stores padding and truncation,
-        so that threads that share it would get each other's."""
+        """A copy that is always called with these settings: a fast tokenizer stores them, and threads share it."""
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer([""], **settings)
         return partial(tokenizer, **settings)
@@ -158,10 +154,7 @@ class TextEncoder:
         return Fits(self._whole, self.max_length)
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that name this function of captions: weights, tokenizer, length and use of the mask.
-
-        The same for an encoder that was saved and loaded again.
-        """
+        """32 hexadecimal digits that name this function of captions: weights, tokenizer, length and use of the mask."""
         files = self._files
         tokenizer = {"tokenizer_class": _tokenizer_class(self.tokenizer)} | files.tokenizer_config
         settings = {
@@ -181,12 +174,21 @@ class TextEncoder:
 
     def truncated_words(self, captions: Sequence[str]) -> list[str]:
         """The words of each caption that do not fit in `max_length`, "" where all do; `ValueError` as in `__call__`."""
-        captions = _checked(captions)
-        lost = []
+        captions, lost = _checked(captions), []
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         for start in range(0, len(captions), _COUNTED):
             some = captions[start : start + _COUNTED]
-            over = self.truncated_tokens(some)
-            lost += [self._end(text) if tokens else "" for text, tokens in zip(some, over, strict=True)]
+            for caption, over in zip(some, self.truncated_tokens(some), strict=True):
+                if not over:
+                    lost.append("")
+                elif self.tokenizer.is_fast:
+                    tokens = self._whole(caption, add_special_tokens=False, return_offsets_mapping=True)
+                    words = tokens.word_ids()
+                    first = words.index(words[room])  # where the word begins that the cut falls into
+                    lost.append(caption[tokens["offset_mapping"][first][0] :].strip())
+                else:  # tokens that are bytes, with no way back to the words
+                    rest = self._whole(caption, add_special_tokens=False)["input_ids"][room:]
+                    lost.append(self.tokenizer.decode(rest).strip())
         return lost
 
     def truncation_message(self, texts: Iterable[str]) -> str:
@@ -199,16 +201,6 @@ class TextEncoder:
         more = [f"words of {len(pairs) - _QUOTED:,} texts more"] if len(pairs) > _QUOTED else []
         return f"the text encoder reads {self.max_length} tokens of a text; lost: {'; '.join(quoted + more)}"
 
-    def _end(self, caption: str) -> str:
-        """The words of a caption that is too long from the cut on."""
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        if not self.tokenizer.is_fast:  # tokens that are bytes, with no way back to the words
-            return self.tokenizer.decode(self._whole(caption, add_special_tokens=False)["input_ids"][room:]).strip()
-        tokens = self._whole(caption, add_special_tokens=False, return_offsets_mapping=True)
-        words = tokens.word_ids()
-        first = words.index(words[room])  # where the word begins that the cut falls into
-        return caption[tokens["offset_mapping"][first][0] :].strip()
-
     @property
     def library_classes(self) -> dict[str, tuple[str, str]]:
         """What `model_index.json` says of the two folders: name → (library, class), loadable by diffusers."""
@@ -218,11 +210,12 @@ class TextEncoder:
         }
 
     def save(self, folder: Path | str, *, changed: bool = False) -> None:
-        """Write `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them.
+        """Writes `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them, each complete or
+        not at all.
 
         Weights and vocabulary are copied byte for byte from where the encoder was loaded; with `changed`, the weights
-        are those of the model as it is now (an adapter was merged into them). Each of the two folders appears complete
-        or not at all. `ValueError` where one exists, and where a file to copy has changed since it was read.
+        are those of the model as it is now (an adapter was merged into them). ValueError where a folder exists, and
+        where a file to copy has changed since it was read.
         """
         for path in self._files.tokenizer if changed else self._stamps:
             if disk.file_stamp(path) != self._stamps[path]:

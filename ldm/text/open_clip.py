@@ -41,15 +41,16 @@ _LAYER_NAMES = {
 
 
 def convert_open_clip(name: str, layer: str, folder: Path) -> None:
-    """Write `folder/text_encoder` and `folder/tokenizer` for an open_clip text tower.
+    """Writes `folder/text_encoder` and `folder/tokenizer` for an open_clip text tower; tensors keep their dtype.
 
-    name: `"open_clip:MODEL:WEIGHTS"`; weights are a pretrained tag of that model, downloaded by open_clip,
-        or the path of a safetensors file. Tensors keep their dtype.
-    layer: `"last"` or `"penultimate"`: the states after which layer; the final layer norm follows either.
+    Args:
+        name: "open_clip:MODEL:WEIGHTS"; weights are a pretrained tag of that model, downloaded by open_clip, or the
+            path of a safetensors file.
+        layer: "last" or "penultimate": the states after which layer; the final layer norm follows either.
 
-    `ValueError` where open_clip is not installed, or does not know the model or the tag; where the weights
-    are not safetensors; and where the tower is not the plain text transformer of CLIP (towers of other
-    libraries, CoCa, SigLIP).
+    Raises:
+        ValueError: where open_clip is not installed, or does not know the model or the tag; where the weights are not
+            safetensors; and where the tower is not the plain text transformer of CLIP (other libraries, CoCa, SigLIP).
     """
     if layer not in _LAYERS_LEFT_OUT:
         raise ValueError(f"layer={layer!r} is not known: choose {' or '.join(_LAYERS_LEFT_OUT)}")
@@ -61,31 +62,40 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     config = open_clip.get_model_config(model)
     if config is None:
         raise ValueError(f"open_clip knows no model {model!r}: open_clip.list_models() lists all")
-    text = _plain_text_config(model, config)
+    text = {"context_length": 77, "vocab_size": _VOCABULARY, "mlp_ratio": 4.0} | config["text_cfg"]
+    unlike = [key for key, value in text.items() if key not in _READ | _AFTER_STATES and value]
+    unlike += ["multimodal_cfg"] if "multimodal_cfg" in config else []
+    unlike += [f"vocab_size={text['vocab_size']}"] if text["vocab_size"] != _VOCABULARY else []
+    if unlike:
+        raise ValueError(
+            f"the text tower of open_clip's {model} is not the plain text transformer of CLIP "
+            f"({', '.join(unlike)}): choose another, such as ViT-B-32 or ViT-L-14"
+        )
     path = weights_path(open_clip, model, bool(config.get("quick_gelu")), source)
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
     (folder / "text_encoder").mkdir()
     tensors = _converted(_read_tower(path, model, text), layers)
     save_tensors(folder / "text_encoder" / WEIGHTS_NAME, tensors)
-    disk.write_json(folder / "text_encoder" / "config.json", _clip_config(text, config, layers))
+    clip_config = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": text["vocab_size"],
+        "hidden_size": text["width"],
+        "intermediate_size": int(text["width"] * text["mlp_ratio"]),
+        "num_hidden_layers": layers,
+        "num_attention_heads": text["heads"],
+        "max_position_embeddings": text["context_length"],
+        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "projection_dim": config["embed_dim"],
+        "bos_token_id": _VOCABULARY - 2,
+        "eos_token_id": _VOCABULARY - 1,
+        "pad_token_id": 0,
+    }
+    disk.write_json(folder / "text_encoder" / "config.json", clip_config)
     _write_tokenizer(open_clip, text["context_length"], folder / "tokenizer")
-
-
-def _plain_text_config(model: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The tower's config with its defaults, once sure that it is the plain one."""
-    text = {"context_length": 77, "vocab_size": _VOCABULARY, "mlp_ratio": 4.0} | config["text_cfg"]
-    unlike = [key for key, value in text.items() if key not in _READ | _AFTER_STATES and value]
-    if "multimodal_cfg" in config:
-        unlike.append("multimodal_cfg")
-    if text["vocab_size"] != _VOCABULARY:
-        unlike.append(f"vocab_size={text['vocab_size']}")
-    if unlike:
-        raise ValueError(
-            f"the text tower of open_clip's {model} is not the plain text transformer of CLIP "
-            f"({', '.join(unlike)}): choose another, such as ViT-B-32 or ViT-L-14"
-        )
-    return text
 
 
 def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> Path:
@@ -154,26 +164,6 @@ def _converted(tower: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
             for part, tensor in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
                 tensors[f"{ours}.self_attn.{part}.{kind}"] = tensor  # [D, D] or [D]
     return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _clip_config(text: dict[str, Any], config: dict[str, Any], layers: int) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": text["vocab_size"],
-        "hidden_size": text["width"],
-        "intermediate_size": int(text["width"] * text["mlp_ratio"]),
-        "num_hidden_layers": layers,
-        "num_attention_heads": text["heads"],
-        "max_position_embeddings": text["context_length"],
-        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
-        "layer_norm_eps": 1e-5,
-        "attention_dropout": 0.0,
-        "projection_dim": config["embed_dim"],
-        "bos_token_id": _VOCABULARY - 2,
-        "eos_token_id": _VOCABULARY - 1,
-        "pad_token_id": 0,
-    }
 
 
 def _write_tokenizer(open_clip: Any, context_length: int, folder: Path) -> None:
