@@ -68,8 +68,11 @@ class Lora:
 class _State:
     """What a network knows of its adapters.
 
-    `trainable` are the parameters that trained before the first adapter; `weights` the adapters that are on; `trained`
-    the one that trains; `merged` the layers that merging took out, each with the weights of before.
+    Attributes:
+        trainable: the parameters that trained before the first adapter.
+        weights: of the adapters that are on.
+        trained: the one that trains.
+        merged: the layers that merging took out, each with the weights of before.
     """
 
     trainable: frozenset[str]
@@ -98,33 +101,16 @@ def lora_shapes(layer: Adaptable, rank: int) -> tuple[tuple[int, ...], tuple[int
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", *, seed: int = 0) -> None:
-    """Adds a new adapter, which then trains alone; the output of the network is unchanged.
+    """Adds a new adapter, float32, which then trains alone; the output of the network is unchanged.
 
-    A follows from `seed` alone, on any device; its tensors are float32 whatever the dtype of the network. Older
-    adapters stay as they are, frozen.
-
-    Raises:
-        ValueError: without peft; for a name that is taken or no name; for a target that matches no linear layer
-            or convolution; while adapters are merged.
+    A depends on `seed` alone. Older adapters stay as they are, frozen. ValueError without peft; for a name that is
+    taken or no name; for a target that matches no linear layer or convolution; while adapters are merged.
     """
     check_new_name(model, name)
     layers = adaptable_layers(model)
     generator = torch.Generator().manual_seed(seed)
-    loras = {}
-    for module in _target_layers(layers, config.target_modules):
-        down, up = lora_shapes(layers[module], config.rank)
-        # As LoRA's own code and peft draw it.
-        drawn = nn.init.kaiming_uniform_(torch.empty(down), a=math.sqrt(5), generator=generator)
-        alpha = float(config.rank if config.alpha is None else config.alpha)
-        loras[module] = Lora(drawn, torch.zeros(up), alpha)
-    inject_adapter(model, loras, name)
-    train_adapter(model, name)
-
-
-def _target_layers(layers: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """The layers whose name is, or ends with, one of the targets."""
-    chosen = set()
-    for target in targets:
+    chosen = set()  # layers whose name is, or ends with, one of the targets
+    for target in config.target_modules:
         matches = {name for name in layers if name == target or name.endswith(f".{target}")}
         if not matches:
             ends = {".".join(name.split(".")[-count:]) for name in layers for count in (1, 2, 3)}
@@ -135,7 +121,15 @@ def _target_layers(layers: Iterable[str], targets: Iterable[str]) -> list[str]:
                 + (f"near it are {', '.join(near)}" if near else f"usual are {usual}")
             )
         chosen |= matches
-    return sorted(chosen)
+    loras = {}
+    for module in sorted(chosen):
+        down, up = lora_shapes(layers[module], config.rank)
+        # As in LoRA's own code and peft.
+        initial = nn.init.kaiming_uniform_(torch.empty(down), a=math.sqrt(5), generator=generator)
+        alpha = float(config.rank if config.alpha is None else config.alpha)
+        loras[module] = Lora(initial, torch.zeros(up), alpha)
+    inject_adapter(model, loras, name)
+    train_adapter(model, name)
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -175,8 +169,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def set_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Turns on the named adapters, each times its weight w, and turns off the others; {} is all off.
 
-    Raises:
-        ValueError: for an unknown adapter or a weight that is not finite, and while adapters are merged.
+    ValueError for an unknown adapter or a weight that is not finite, and while adapters are merged.
     """
     for name, weight in weights.items():
         _unmerged_state(model, name)
@@ -208,11 +201,8 @@ def train_adapter(model: nn.Module, name: str = "default") -> None:
 def merge_adapters(model: nn.Module) -> None:
     """Folds the adapters that are on into the weights, W + Σ w (α / r) B A, and takes the adapter layers out.
 
-    The network is then a plain one, as fast and with the parameter names of before. The old weights stay in the
-    memory of the CPU for `unmerge_adapters`.
-
-    Raises:
-        ValueError: if there is no adapter or they are merged already; if a merged weight would not be finite.
+    The old weights stay in the memory of the CPU for `unmerge_adapters`. ValueError if there is no adapter or they are
+    merged already; if a merged weight would not be finite.
     """
     state = _unmerged_state(model)
     if not state.names:
@@ -236,12 +226,9 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Undoes `merge_adapters`: the weights are those of before, bit for bit, and the adapters are on as they were.
+    """Undoes `merge_adapters` bit for bit, with what was done to the weights of adapted layers since.
 
-    What was done to the weights of adapted layers since is lost.
-
-    Raises:
-        ValueError: if nothing is merged.
+    ValueError if nothing is merged.
     """
     if not is_merged(model):
         raise ValueError("no adapter is merged here; there is nothing to undo")
@@ -287,7 +274,7 @@ def check_weight(name: str, weight: float) -> None:
 def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weight: float = 1.0) -> None:
     """Adds an adapter with these tensors, on with this weight, frozen, in dtype and on device of the layers.
 
-    Layers are named as in `adaptable_layers`, shapes are those of `lora_shapes`, and the name is checked.
+    Layers are those of `adaptable_layers`, shapes of `lora_shapes`, and the name is checked.
     """
     peft = import_peft()
     if not hasattr(model, _STATE):

@@ -13,7 +13,6 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from ldm import disk
 from ldm.lora import (
-    Adaptable,
     Lora,
     adaptable_layers,
     adapter_loras,
@@ -124,25 +122,13 @@ _OUTSIDE = {
 }
 
 
-@dataclass(frozen=True)
-class _File:
-    """Tensors of an adapter file, and the settings of peft that came with it (α and its like), if any."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]
-
-
 def save_adapter(
     folder: str | os.PathLike[str], unet: nn.Module, name: str = "default", *, text_encoder: nn.Module | None = None
 ) -> Path:
     """Writes an adapter, atomically, as `folder/pytorch_lora_weights.safetensors`; returns that path.
 
-    diffusers reads it with `load_lora_weights(folder)`. Rank and alpha of each layer are in the header of the file.
-    Tensors are written in float32.
-
-    Args:
-        text_encoder: the model of the text encoder, whose part of the adapter is written too, if it has one.
+    diffusers reads it with `load_lora_weights(folder)`. Rank and alpha of each layer are in the header of the file, all
+    tensors are float32. The part of a `text_encoder` (its model) is written too, if it has one.
 
     Raises:
         ValueError: if there is no such adapter, or it is merged; for a `folder` that is a file or a link to nothing,
@@ -169,9 +155,15 @@ def save_adapter(
     if target.is_dir():
         raise ValueError(f"{target} is a folder; name another folder for the adapter")
     target.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    content = save(tensors, {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})
+    # The library writes its metadata in any order; here sorted by key. Tensors begin at a multiple of eight bytes.
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     with disk.new_file(target) as aside:
-        aside.write_bytes(_in_order(save(tensors, header)))
+        aside.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
     return target
 
 
@@ -183,12 +175,11 @@ def load_adapter(
     weight: float = 1.0,
     text_encoder: nn.Module | None = None,
 ) -> None:
-    """Adds an adapter from disk to a UNet (and a text encoder), on and frozen; others stay as they are.
+    """Adds an adapter from disk to a UNet (and the model of a text encoder), on and frozen; others stay as they are.
 
     Args:
         source: a `.safetensors` file, a folder with one, or a hub id `owner/name`.
         weight: how much of it is added, 1 as it was trained; `set_adapters` changes it.
-        text_encoder: the model of the text encoder, for the part of the file that is meant for it.
 
     Raises:
         ValueError: naming the file and what is wrong with it: missing, damaged, pickled, of another kind, made for
@@ -196,37 +187,37 @@ def load_adapter(
     """
     check_weight(name, weight)
     import_peft()
-    file = _read(source)
+    path, tensors, settings = _read(source)
     networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
-    check_plain_lora(file.path, file.tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
-    loras = {part: _fitting(file, part, found, networks) for part, found in _by_layer(file).items()}
+    check_plain_lora(path, tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
+    parts: dict[str, dict[str, dict[str, Tensor]]] = {}  # network → name of the layer as in the file → role → tensor
+    for key, tensor in tensors.items():
+        prefix = max((prefix for prefix in _PREFIXES if key.startswith(prefix)), key=len, default="")
+        name_of_tensor = key.removeprefix(prefix)
+        part = "text_encoder" if _OF_TEXT_ENCODER.match(name_of_tensor) else _PREFIXES.get(prefix, "unet")
+        if not name_of_tensor.endswith(tuple(_ROLES)) or ".processor." in name_of_tensor:
+            name_of_tensor = _peft_name(name_of_tensor, part)
+        end = next((end for end in _ROLES if name_of_tensor.endswith(end)), None)
+        if end is None:
+            raise ValueError(
+                f"{path}: {key} is no weight of a LoRA; whole models and other adapters are not read here, choose a "
+                "plain LoRA"
+            )
+        layer = name_of_tensor.removesuffix(end)
+        roles = parts.setdefault(part, {}).setdefault(layer, {})
+        if _ROLES[end] in roles:
+            raise ValueError(f"{path} holds weights of {layer} under two names; save or download it again")
+        roles[_ROLES[end]] = tensor
+    if absent := parts.keys() - networks.keys():
+        raise ValueError(
+            f"{path} also changes the text encoder ({len(parts[min(absent)])} layers); load it into a pipeline "
+            "(load_lora)"
+        )
+    loras = {part: _loras(path, found, networks[part], part, settings) for part, found in parts.items()}
     for part in loras:
         check_new_name(networks[part], name)
     for part, found in loras.items():
         inject_adapter(networks[part], found, name, weight)
-
-
-def _by_layer(file: _File) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """Network → name of the layer as in the file → role → tensor."""
-    parts: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in file.tensors.items():
-        prefix = max((prefix for prefix in _PREFIXES if key.startswith(prefix)), key=len, default="")
-        name = key.removeprefix(prefix)
-        part = "text_encoder" if _OF_TEXT_ENCODER.match(name) else _PREFIXES.get(prefix, "unet")
-        if not name.endswith(tuple(_ROLES)) or ".processor." in name:
-            name = _peft_name(name, part)
-        end = next((end for end in _ROLES if name.endswith(end)), None)
-        if end is None:
-            raise ValueError(
-                f"{file.path}: {key} is no weight of a LoRA; whole models and other adapters are not read here, "
-                "choose a plain LoRA"
-            )
-        layer = name.removesuffix(end)
-        roles = parts.setdefault(part, {}).setdefault(layer, {})
-        if _ROLES[end] in roles:
-            raise ValueError(f"{file.path} holds weights of {layer} under two names; save or download it again")
-        roles[_ROLES[end]] = tensor
-    return parts
 
 
 def _peft_name(name: str, part: str) -> str:
@@ -239,114 +230,96 @@ def _peft_name(name: str, part: str) -> str:
     return str(new)
 
 
-def _kohya_layer(name: str, part: str) -> str:
-    """A layer as kohya names it, in the names of diffusers: `down_blocks_0_…` → `down_blocks.0.…`."""
-    from diffusers.loaders import lora_conversion_utils
-
-    convert: Any = lora_conversion_utils
-    start = "lora_unet_" if part == "unet" else "lora_te_"
-    names, _ = convert._convert_non_diffusers_lora_to_diffusers(
-        {f"{start}{name}.lora_{end}.weight": None for end in ("down", "up")}
-    )
-    return _peft_name(min(names).removeprefix(f"{part}."), part).removesuffix(".lora_A.weight")
-
-
 def _layer_names(names: Iterable[str], layers: Iterable[str], part: str) -> dict[str, str]:
     """Layers as a file names them → as the network names them; those that it does not have are left out."""
     known = {name.removeprefix("text_model."): name for name in layers}
-    compvis = {
-        alias: name for name, other in compvis_names(layers).items() for alias in (other, other.replace(".", "_"))
-    }
+    for name, other in compvis_names(layers).items():
+        known |= {alias: name for alias in (other, other.replace(".", "_")) if alias not in known}
     found = {}
     for name in names:
         plain = re.sub(r"\.to_out$", ".to_out.0", name.removeprefix("text_model."))
-        if plain not in known and plain not in compvis and "." not in name:
-            plain = _kohya_layer(name, part).removeprefix("text_model.")
-        if plain in known or plain in compvis:
-            found[name] = known.get(plain) or compvis[plain]
+        if plain not in known and "." not in name:  # kohya's `down_blocks_0_…` → `down_blocks.0.…`
+            from diffusers.loaders import lora_conversion_utils
+
+            convert: Any = lora_conversion_utils
+            start = "lora_unet_" if part == "unet" else "lora_te_"
+            both = {f"{start}{name}.lora_{end}.weight": None for end in ("down", "up")}
+            converted_names, _ = convert._convert_non_diffusers_lora_to_diffusers(both)
+            plain = _peft_name(min(converted_names).removeprefix(f"{part}."), part)
+            plain = plain.removesuffix(".lora_A.weight").removeprefix("text_model.")
+        if plain in known:
+            found[name] = known[plain]
     return found
 
 
-def _fitting(
-    file: _File, part: str, found: Mapping[str, Mapping[str, Tensor]], networks: Mapping[str, nn.Module]
+def _loras(
+    path: Path, found: Mapping[str, Mapping[str, Tensor]], network: nn.Module, part: str, settings: dict[str, Any]
 ) -> dict[str, Lora]:
     """Layer → its adapter, for one network; every layer of the file is there and every tensor fits."""
-    if part not in networks:
-        raise ValueError(
-            f"{file.path} also changes the text encoder ({len(found)} layers); load it into a pipeline (load_lora)"
-        )
-    layers = adaptable_layers(networks[part])
+    from peft.utils.other import get_pattern_key
+
+    layers = adaptable_layers(network)
     names = _layer_names(found, layers, part)
-    unknown = sorted(found.keys() - names.keys())
-    if unknown:
+    if unknown := sorted(found.keys() - names.keys()):
         raise ValueError(
-            f"{file.path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); "
-            "it was made for another model"
+            f"{path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); it was made "
+            "for another model"
         )
-    settings = _settings_of(file, part)
+    settings = _settings_of(path, settings, part)
+    pattern = settings.get("alpha_pattern") or {}
     loras: dict[str, Lora] = {}
     for written, tensors in found.items():
         if not {"down", "up"} <= tensors.keys() or names[written] in loras:
-            raise ValueError(f"{file.path}: {written} has not exactly one A and one B; save or download it again")
-        loras[names[written]] = _lora(file, written, tensors, layers[names[written]], settings)
+            raise ValueError(f"{path}: {written} has not exactly one A and one B; save or download it again")
+        layer, down, up = layers[names[written]], tensors["down"], tensors["up"]
+        rank = down.shape[0] if down.ndim else 0
+        shapes = lora_shapes(layer, rank)
+        for tensor, wanted in zip((down, up), shapes, strict=True):
+            # A 1x1 convolution and a linear layer are one function; files have either shape for either.
+            flat = wanted[:2] if math.prod(wanted[2:]) == 1 else wanted
+            given = tuple(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tuple(tensor.shape)
+            if rank == 0 or given != flat:
+                raise ValueError(
+                    f"{path}: {written} has a weight of shape {list(tensor.shape)}, but this model needs "
+                    f"{list(wanted)}; it was made for another model"
+                )
+            check_weights({written: tensor}, path)
+            converted({written: tensor}, layer.weight.dtype, path)
+        if "alpha" in tensors:
+            given_alpha = tensors["alpha"]
+            alpha = float(given_alpha) if given_alpha.numel() == 1 and not given_alpha.is_complex() else math.nan
+        else:  # as peft's settings say; without any the scale is 1
+            alpha = float(pattern.get(get_pattern_key(list(pattern), written), settings.get("lora_alpha", rank)))
+            if settings.get("use_rslora"):  # rank-stabilized LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r
+                alpha *= math.sqrt(rank)
+        if not math.isfinite(alpha):
+            raise ValueError(f"{path}: alpha of {written} is {alpha}; train or download it again")
+        loras[names[written]] = Lora(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
     return loras
 
 
-def _lora(
-    file: _File, written: str, tensors: Mapping[str, Tensor], layer: Adaptable, settings: Mapping[str, Any]
-) -> Lora:
-    """The adapter of one layer, checked and in the shapes of the layer."""
-    from peft.utils.other import get_pattern_key
-
-    down, up = tensors["down"], tensors["up"]
-    rank = down.shape[0] if down.ndim else 0
-    shapes = lora_shapes(layer, rank)
-    for tensor, wanted in zip((down, up), shapes, strict=True):
-        # A 1x1 convolution and a linear layer are one function; files have either shape for either.
-        flat = wanted[:2] if math.prod(wanted[2:]) == 1 else wanted
-        given = tuple(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tuple(tensor.shape)
-        if rank == 0 or given != flat:
-            raise ValueError(
-                f"{file.path}: {written} has a weight of shape {list(tensor.shape)}, but this model needs "
-                f"{list(wanted)}; it was made for another model"
-            )
-        check_weights({written: tensor}, file.path)
-        converted({written: tensor}, layer.weight.dtype, file.path)
-    if "alpha" in tensors:
-        given_alpha = tensors["alpha"]
-        alpha = float(given_alpha) if given_alpha.numel() == 1 and not given_alpha.is_complex() else math.nan
-    else:  # as peft's settings say; without any the scale is 1
-        pattern = settings.get("alpha_pattern") or {}
-        alpha = float(pattern.get(get_pattern_key(list(pattern), written), settings.get("lora_alpha", rank)))
-        if settings.get("use_rslora"):  # rank-stabilized LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r
-            alpha *= math.sqrt(rank)
-    if not math.isfinite(alpha):
-        raise ValueError(f"{file.path}: alpha of {written} is {alpha}; train or download it again")
-    return Lora(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
-
-
-def _settings_of(file: _File, part: str) -> dict[str, Any]:
+def _settings_of(path: Path, settings: Mapping[str, Any], part: str) -> dict[str, Any]:
     """The settings for one network; in the file of a UNet alone they have no prefix."""
-    prefixed = any(key.startswith(("unet.", "text_encoder.")) for key in file.settings)
-    prefix = f"{part}." if prefixed else ""
-    found = {k.removeprefix(prefix): v for k, v in file.settings.items() if k.startswith(prefix)}
+    prefix = f"{part}." if any(key.startswith(("unet.", "text_encoder.")) for key in settings) else ""
+    found = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
     alpha, pattern = found.get("lora_alpha", 1), found.get("alpha_pattern") or {}
     numbers = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
     if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"{file.path}: lora_alpha or alpha_pattern in its settings is no number; save it again")
+        raise ValueError(f"{path}: lora_alpha or alpha_pattern in its settings is no number; save it again")
     for expression in pattern:
         try:
             re.compile(expression)
         except (re.error, TypeError):
-            raise ValueError(f"{file.path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
+            raise ValueError(f"{path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
         if len(_REPEATS.findall(expression)) > _MAX_REPEATS or _REPEATED_GROUP.search(expression):
             raise ValueError(
-                f"{file.path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
+                f"{path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
             )
     return found
 
 
-def _read(source: str | os.PathLike[str]) -> _File:
+def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Tensors of an adapter file, and the settings of peft that came with it (α and its like), if any."""
     path = _find(source)
     try:
         with safe_open(path, framework="pt") as stream:
@@ -368,7 +341,7 @@ def _read(source: str | os.PathLike[str]) -> _File:
             raise ValueError(f"{path} has settings that are no JSON object; save or download it again")
     elif path.name == PEFT_WEIGHTS and beside.is_file():
         settings = disk.read_json(beside)
-    return _File(path, plain_names(found, path), settings)
+    return path, plain_names(found, path), settings
 
 
 def _find(source: str | os.PathLike[str]) -> Path:
@@ -413,21 +386,10 @@ def _choice(names: list[str], where: str) -> str:
     raise ValueError(f"{where} holds no {WEIGHTS}; it is no adapter, or only half of one")
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted by key: the library writes them in any order."""
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
-
-
 def check_plain_lora(path: Path, tensors: Mapping[str, Tensor], text_width: int | None) -> None:
-    """`ValueError` where a file holds something else than A, B and α of layers, or layers of another architecture.
+    """Raises ValueError where a file holds other things than A, B and α of layers, or another architecture.
 
-    Args:
-        text_width: of the text states of the UNet that it is meant for, if that is known.
+    `text_width` is that of the text states of the UNet, if known.
     """
     found: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
@@ -451,8 +413,8 @@ def check_plain_lora(path: Path, tensors: Mapping[str, Tensor], text_width: int 
 def compvis_names(layers: Iterable[str]) -> dict[str, str]:
     """Layers of a UNet → their names in the code of CompVis, from which Stable Diffusion came; of any layout.
 
-    There all blocks of a way are counted through. A residual block with the attention behind it is one; so is a change
-    of resolution on the way down, while on the way up it is the last part of the block before it.
+    There all blocks of a way are counted. A residual block with its attention is one; so is a change of resolution on
+    the way down, while on the way up it is the last part of the block before it.
     """
     layers = list(layers)
     paths = {name[: dot.start()] for name in layers for dot in re.finditer(r"\.|$", name)}

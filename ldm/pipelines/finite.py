@@ -1,4 +1,4 @@
-"""Samples that are not finite end in an error that names the step, not in a black picture."""
+"""Samples that are not finite end in an error that names the step, not in a black image."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from ldm.diffusion import Denoise, State
 
 _USUAL_SCALE = 30  # of guidance; what is above is the likely cause
 _MAX_NAMED = 5
+# Elsewhere the CPU would wait for the device at every step.
+CHECKED_AT_ONCE = ("cpu",)
 
 
 class NotFinite(ValueError):
-    """A sample that holds nan or inf, the text states that it was to follow, or the picture of it."""
+    """A sample, its text states or its image hold nan or inf."""
 
 
 class _CheckedStep(NamedTuple):
@@ -27,10 +29,9 @@ class _CheckedStep(NamedTuple):
 
 
 class FiniteCheck:
-    """Checks what a sampler computes for a batch of images, at every step.
+    """Checks what a sampler computes for a batch of images, at every step; on an accelerator at the end.
 
-    On an accelerator, where that makes the CPU wait, all steps are checked at the end, unless there is an `on_step`,
-    which is to see finite states alone. The guidance scale and the number of the first image are for the error.
+    An `on_step` sees finite states alone. The guidance scale and the number of the first image are for the error.
     """
 
     def __init__(self, guidance_scale: float = 1.0, first: int = 0) -> None:
@@ -60,7 +61,7 @@ class FiniteCheck:
             sound = [is_finite(latents), is_finite(state.pred_original_sample), *self._predictions]
             self._predictions = []
             self._seen.append(_CheckedStep(state.index + 1, state.timestep, torch.stack(sound).all(dim=0)))
-            if on_step is not None or not _waits(latents):
+            if on_step is not None or latents.device.type in CHECKED_AT_ONCE:
                 self._check(latents.dtype)
             if on_step is not None:
                 on_step(state)
@@ -80,21 +81,16 @@ class FiniteCheck:
         self._seen = []
 
 
-def _waits(latents: Tensor) -> bool:
-    """Whether the CPU would have to wait for their device to look at them."""
-    return latents.device.type != "cpu"
-
-
 def is_finite(values: Tensor) -> Tensor:
     """Which of the entries of [B, ...] are finite in all of their numbers: [B] bool."""
     return values.isfinite().flatten(1).all(dim=1)
 
 
 def image_names(sound: Sequence[bool], first: int) -> str:
-    """ "picture 3", "pictures 0, 1, …": those that are not finite, counted from `first`."""
+    """ "image 3", "images 0, 1, …": those that are not finite, counted from `first`."""
     wrong = [str(first + place) for place, good in enumerate(sound) if not good]
     more = ", …" if len(wrong) > _MAX_NAMED else ""
-    return f"picture{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:_MAX_NAMED])}{more}"
+    return f"image{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:_MAX_NAMED])}{more}"
 
 
 def remedy(dtype: torch.dtype, guidance_scale: float = 1.0) -> str:

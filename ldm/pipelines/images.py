@@ -1,4 +1,4 @@
-"""Pictures as files: PIL from tensors, PNG with its settings, contact sheets with captions."""
+"""Images as files: PIL from tensors, PNG with its settings, contact sheets with captions."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Sequence[Image.Image]) -> Tensor:
-    """PIL images of one size, RGB or gray → [B, 3, H, W] float32 in [−1, 1]; an ICC profile is followed (to sRGB).
-
-    Raises:
-        ValueError: see `check_images`.
-    """
+    """PIL images (`check_images`) → [B, 3, H, W] float32 in [−1, 1]; an ICC profile is followed (to sRGB)."""
     check_images(images)
     pixels = [np.asarray(to_srgb(image)[0].convert("RGB")) for image in images]
     tensor = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, H, W]
@@ -39,12 +35,12 @@ def from_pil(images: Sequence[Image.Image]) -> Tensor:
 
 
 def check_images(images: Sequence[Image.Image]) -> None:
-    """`ValueError` for none, for different sizes, and for transparency, whose background only their owner knows."""
+    """Raises ValueError for none, for different sizes, and for transparency."""
     if not images:
-        raise ValueError("the image list is empty; give at least one picture")
+        raise ValueError("the image list is empty; give at least one")
     sizes = list(dict.fromkeys(image.size for image in images))
     if len(sizes) > 1:
-        raise ValueError(f"the images have sizes {sizes[0]} and {sizes[1]}; pictures of one call have one size")
+        raise ValueError(f"the images have sizes {sizes[0]} and {sizes[1]}; images of one call have one size")
     for image in images:
         if image.mode not in ("RGB", "L"):
             raise ValueError(f"an image has mode {image.mode}; bring it to RGB on a background first")
@@ -71,7 +67,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 class ProgressStrip:
-    """x̂_0 at up to eight evenly spaced steps, a row of pictures for each image; give it to `on_step`.
+    """x̂_0 at up to eight evenly spaced steps, a row for each image; give it to `on_step`.
 
     Args:
         preview: `Pipeline.preview`.
@@ -106,9 +102,9 @@ class ProgressStrip:
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] | None = None, *, size: int = 96
 ) -> Image.Image:
-    """Rows of pictures whose longer side becomes `size` pixels (hard-edged when small), a caption above each row."""
+    """Rows of images whose longer side becomes `size` pixels (hard-edged when small), a caption above each row."""
     if not rows or not any(rows):
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     margin, columns = 4, max(len(row) for row in rows)
     font = ImageFont.load_default(size=13)
     height_of_caption = 18 if captions else 0
@@ -122,10 +118,10 @@ def contact_sheet(
         top = margin + i * row_height
         if captions:
             draw.text((margin, top), captions[i], fill="black", font=font)
-        for j, picture in enumerate(row):
-            longer = max(picture.size)
+        for j, image in enumerate(row):
+            longer = max(image.size)
             enlarge = Image.Resampling.NEAREST if longer <= size else Image.Resampling.LANCZOS
-            w, h = (max(1, round(size * side / longer)) for side in picture.size)
+            w, h = (max(1, round(size * side / longer)) for side in image.size)
             corner = margin + j * (size + margin) + (size - w) // 2, top + height_of_caption + (size - h) // 2
-            sheet.paste(picture.resize((w, h), enlarge), corner)
+            sheet.paste(image.resize((w, h), enlarge), corner)
     return sheet

@@ -1,6 +1,6 @@
-"""How many pictures are computed at a time, and whether one fits into memory, estimated before anything is computed.
+"""How many images are computed at a time, and whether one fits into memory, estimated before anything is computed.
 
-As many pictures go through a network together as need `CHUNK_BYTES` by the estimate, at least one: a function of the
+As many images go through a network together as need `CHUNK_BYTES` by the estimate, at least one: a function of the
 model and the size, so that a call computes the same wherever it runs. Only where less memory is free there are fewer.
 """
 
@@ -18,7 +18,7 @@ import torch
 from ldm.models import UNetConfig
 from ldm.progress import error_reason
 
-# Five pictures of Stable Diffusion 1.5 with guidance in float32, or 760 of openmoji-64; more are slower on CPUs.
+# Five images of Stable Diffusion 1.5 with guidance in float32, or 760 of openmoji-64; more are slower on CPUs.
 CHUNK_BYTES = 2 * 2**30
 _ENDLESS = 2**48  # where free memory is unknown; larger numbers overflow the sizes of torch
 
@@ -29,7 +29,7 @@ _MAPS_OF_RESNET, _MAPS_OF_ATTENTION = 6, 32
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkSizes:
-    """How many pictures go through the UNet, and through the first stage, at a time."""
+    """How many images go through the UNet, and through the first stage, at a time."""
 
     sampled: int
     decoded: int
@@ -45,31 +45,31 @@ def chunk_sizes(
     held_bytes: int = 0,
     in_one_batch: bool = False,
 ) -> ChunkSizes:
-    """Divides `count` pictures of `size` (height, width) into chunks that fit.
+    """Divides `count` images of `size` (height, width) into chunks that fit.
 
     Args:
-        sample_bytes, image_bytes: what a picture needs in the UNet, and in the first stage.
+        sample_bytes, image_bytes: what an image needs in the UNet, and in the first stage.
         held_bytes: what stays on the device all the while.
-        in_one_batch: whether the pictures must not be divided.
+        in_one_batch: whether the images must not be divided.
 
     Raises:
-        ValueError: where one of them does not fit, or not all of them as finished pictures.
+        ValueError: where one of them does not fit, or not all of them as finished images.
     """
-    here, name = available_bytes(torch.device("cpu")), "one picture" if count == 1 else f"{count:,} pictures"
+    here, name = available_bytes(torch.device("cpu")), "one image" if count == 1 else f"{count:,} images"
     free = here if device.type == "cpu" else available_bytes(device)
     needed = max(sample_bytes * (count if in_one_batch else 1), image_bytes)
     if needed > free:
-        which = f"{name} at once (a classifier is asked about all)" if in_one_batch and count > 1 else "a picture"
+        which = f"{name} at once (a classifier is asked about all)" if in_one_batch and count > 1 else "an image"
         raise ValueError(
             f"height and width are {size[0]} and {size[1]}: {which} of this size needs about {_size(needed)} of "
             f"memory, and {_size(free)} are free on {device}; choose a smaller size"
         )
-    pictures = 3 * count * size[0] * size[1]  # as PIL images, in the memory of the CPU
-    free -= held_bytes + (pictures if device.type == "cpu" else 0)
-    if needed > free or pictures > here:
+    finished = 3 * count * size[0] * size[1]  # as PIL images, in the memory of the CPU
+    free -= held_bytes + (finished if device.type == "cpu" else 0)
+    if needed > free or finished > here:
         raise ValueError(
-            f"{name} of {size[0]}x{size[1]} and their prompts take {_size(pictures + held_bytes)}, and about "
-            f"{_size(needed)} to draw, and {_size(here)} of memory are free; ask for fewer at a time, or smaller ones"
+            f"{name} of {size[0]}x{size[1]} and their prompts take {_size(finished + held_bytes)}, and about "
+            f"{_size(needed)} to generate; {_size(here)} of memory are free: ask for fewer at a time, or smaller ones"
         )
     budget = min(CHUNK_BYTES, free)
     sampled = count if in_one_batch else min(count, max(1, budget // max(1, sample_bytes)))
@@ -114,7 +114,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _left_to_containers(root: Path = Path("/sys/fs/cgroup"), listing: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What the control groups (v2) above this process still allow; a large number stands for no limit."""
+    """What the control groups (v2) above this process still allow; a large number is no limit."""
     left = [_ENDLESS]
     with suppress(OSError, ValueError):
         (own,) = [line[3:] for line in listing.read_text().splitlines() if line.startswith("0::")]

@@ -118,18 +118,22 @@ def run_scheduler(
     Args:
         latents: standard normal, [B, C, H, W].
         num_inference_steps: as `set_timesteps` takes it; some schedulers evaluate more often than that.
-        generators: one an image, on the CPU.
+        generators: one per image, on the CPU.
         learned_variance: whether the network gives 2C channels.
 
     Raises:
-        ValueError: naming the scheduler: it goes from pictures to noise, leaves the timesteps or the noise levels of
-            training, draws noise that is not of `generators`, does not take so many steps, or needs variances that
-            the network does not give as "learned_range".
+        ValueError: naming the scheduler: it goes from images to noise, leaves the timesteps or the noise levels of
+            training, takes noise that is not of `generators` or another number of steps, or needs other variances.
     """
     scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
-    _set_timesteps(scheduler, num_inference_steps, latents.device)
+    with _failing_as(f"{name} has no grid of {num_inference_steps} steps"):
+        scheduler.set_timesteps(num_inference_steps, latents.device)
+        if scheduler.timesteps[-1] == -1:
+            # diffusers' `np.arange(T, 0, -T / S)` ("trailing") has S + 1 entries where T / S was rounded down; with the
+            # next larger stride the timesteps are the same and end in time.
+            scheduler.set_timesteps(_Strided(num_inference_steps), latents.device)
     if "Inverse" in name or scheduler.timesteps[0] < scheduler.timesteps[-1]:
-        raise ValueError(f"{name} goes from a picture to noise, which pipeline.invert does; take one that draws")
+        raise ValueError(f"{name} goes from an image to noise, which pipeline.invert does; take one that generates")
     last = schedule.num_train_timesteps - 1
     for t in scheduler.timesteps.tolist():
         if not 0 <= t <= last:
@@ -137,16 +141,25 @@ def run_scheduler(
                 f"{name} asks at timestep {t:g} with {num_inference_steps} steps, outside 0 to {last}; take another "
                 "number of steps, or another timestep_spacing"
             )
-    draws_learned = _draws_learned(scheduler, learned_variance)
+    # Whether it samples with the variance of the network.
+    kind = str(scheduler.config.get("variance_type"))
+    uses_variance = kind.startswith("learned")
+    if uses_variance and "variance_type" not in vars(scheduler):
+        # A solver, which would cut a variance off that the prediction does not hold.
+        cast(Any, scheduler).register_to_config(variance_type=None)
+        uses_variance = False
+    if uses_variance and not learned_variance:
+        raise ValueError(f"{name} has variance_type {kind!r}, but this model has no variances; set it to a fixed one")
+    if uses_variance and kind != "learned_range":
+        raise ValueError(
+            f"{name} has variance_type {kind!r}, but this model has those of learned_range; set it to that"
+        )
     given_as: PredictionType = "v_prediction" if prediction_type == "sample" else prediction_type
     if given_as != prediction_type:
         cast(Any, scheduler).register_to_config(prediction_type=given_as)
     takes = inspect.signature(scheduler.step).parameters
-    extra: dict[str, Any] = {}
-    if "eta" in takes:
-        extra["eta"] = eta
-    if "generator" in takes:
-        extra["generator"] = list(generators)
+    extra: dict[str, Any] = {"eta": eta} if "eta" in takes else {}
+    extra |= {"generator": list(generators)} if "generator" in takes else {}
     latents = latents * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
         t = float(timestep)
@@ -161,7 +174,7 @@ def run_scheduler(
             x_0 = projected
             noise = epsilon_from_x0(x_t, x_0, alpha, sigma)
             prediction = training_target(x_0, noise, alpha, sigma, given_as)
-        if draws_learned and variance is not None:
+        if uses_variance and variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
         with _failing_as(f"{name} fails at timestep {t:g} of {num_inference_steps} steps"), _Noise(name, generators):
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
@@ -221,18 +234,6 @@ class _Strided(int):
         return math.nextafter(total / int(self), math.inf)
 
 
-def _set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device) -> None:
-    """Lays the grid of a scheduler, without the timestep −1 that numpy appends to some "trailing" ones.
-
-    diffusers' `np.arange(T, 0, -T / S)` has S + 1 entries where T / S was rounded down; with the next larger stride
-    the timesteps are the same and end in time.
-    """
-    with _failing_as(f"{type(scheduler).__name__} has no grid of {num_inference_steps} steps"):
-        scheduler.set_timesteps(num_inference_steps, device)
-        if scheduler.timesteps[-1] == -1:
-            scheduler.set_timesteps(_Strided(num_inference_steps), device)
-
-
 def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -> tuple[float, float]:
     """(α, σ) of x_t at a step, as the scheduler itself has them: it may have rounded the timestep after that.
 
@@ -256,22 +257,3 @@ def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -
             f"with {expected[0]:.3g}: it samples another kind of diffusion; choose one of DDPM's"
         )
     return alpha, math.sqrt(1 - alpha**2)
-
-
-def _draws_learned(scheduler: Any, learned_variance: bool) -> bool:
-    """Whether a scheduler draws with the variance of the network; one that has no use for it is set to none."""
-    kind = str(scheduler.config.get("variance_type"))
-    if not kind.startswith("learned"):
-        return False
-    if "variance_type" not in vars(scheduler):
-        # A solver, which would cut a variance off that the prediction does not hold.
-        scheduler.register_to_config(variance_type=None)
-        return False
-    name = type(scheduler).__name__
-    if not learned_variance:
-        raise ValueError(f"{name} has variance_type {kind!r}, but this model has no variances; set it to a fixed one")
-    if kind != "learned_range":
-        raise ValueError(
-            f"{name} has variance_type {kind!r}, but this model has those of learned_range; set it to that"
-        )
-    return True

@@ -132,7 +132,7 @@ def test_the_rule(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda p: p("a", height=10**6, width=10**6), "height and width are 1000000 and 1000000: a picture of this"),
+        (lambda p: p("a", height=10**6, width=10**6), "height and width are 1000000 and 1000000: an image of this"),
         (lambda p: p("a", height=2**70), f"height and width are {2**70} and"),
         (lambda p: p("a", num_images_per_prompt=10**13), "10,000,000,000,000 pictures of .* and their prompts take"),
         (lambda p: p.interpolate("a", (1, 2), steps=10**13), "10,000,000,000,000 pictures of"),
