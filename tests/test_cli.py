@@ -129,9 +129,9 @@ def test_options_of_a_sampler_and_an_endless_interval_are_written_down(model, tm
         (["--device", "abacus"], "abacus"),
         (["--tile", "small"], "tile is 'small'"),
         (["--tile", "8"], "tile is 8"),
-        (["--height", "1000000", "--width", "1000000"], "height and width are 1000000 and 1000000: a picture of this"),
+        (["--height", "1000000", "--width", "1000000"], "height and width are 1000000 and 1000000: an image of this"),
         (["--width", str(10**30)], f"height and width are 8 and {10**30}"),
-        (["-n", str(10**14)], "100,000,000,000,000 pictures of 8x8"),
+        (["-n", str(10**14)], "100,000,000,000,000 images of 8x8"),
         (["--device", "meta"], "device is 'meta', which cannot be used here"),
         (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
         (
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_end_in_one_line_and_no_picture(model, tmp_p
     weights = load_file(path)
     for number, said in (
         (float("nan"), f"error: {path}: conv_out.weight holds numbers that are not finite"),
-        (3e38, "error: picture 0 left the finite numbers (nan or inf) at step 1, timestep 999; "),
+        (3e38, "error: image 0 left the finite numbers (nan or inf) at step 1, timestep 999; "),
     ):
         save_file(weights | {"conv_out.weight": torch.full_like(weights["conv_out.weight"], number)}, path)
         assert call(monkeypatch, "generate", "a", "-m", tmp_path / "broken", "-o", tmp_path / "a.png") == 2

@@ -20,10 +20,10 @@ from ldm import disk
 from ldm.data import CaptionedImages, to_signed
 from ldm.evaluation.evaluate import Evaluation, GeneratedImages
 from ldm.evaluation.images import Reference
-from ldm.evaluation.memorization import LossGap, nearest_sheet
+from ldm.evaluation.memorization import nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
-from ldm.report.charts import Line, line_chart
+from ldm.report.charts import Line, Point, line_chart
 from ldm.report.html import Figure, embedded, read_picture, write_page
 from ldm.report.markup import Document, escaped, format_number, shortened
 from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
@@ -81,7 +81,12 @@ class EvaluationResult:
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_json(folder / "evaluation.json", self.to_dict())
         settings = {"settings": self.evaluation.settings}
-        save_png(self._samples_sheet(), folder / "samples.png", settings)
+        rows: list[list[Image.Image]] = []  # of pairs, held-out captions first
+        for side in reversed(self.evaluation.generated):
+            pairs = self._first_pairs(side, SHEET_PAIRS // len(self.evaluation.generated))
+            for start in range(0, len(pairs), SHEET_COLUMNS):
+                rows.append([image for _, *both in pairs[start : start + SHEET_COLUMNS] for image in both])
+        save_png(contact_sheet(rows, size=_shown_size(rows[0][0])), folder / "samples.png", settings)
         if self.evaluation.copying is not None:
             generated = to_pil(to_signed(self.evaluation.generated[0].images))
             sheet = nearest_sheet(generated, _LazyImages(self.reference.training), self.evaluation.copying)
@@ -117,15 +122,6 @@ class EvaluationResult:
         rows = zip(side.captions[:count], side.indices[:count], generated, strict=True)
         return [(caption, real[index], image) for caption, index, image in rows]
 
-    def _samples_sheet(self) -> Image.Image:
-        """Rows of pairs, held-out captions first."""
-        rows: list[list[Image.Image]] = []
-        for side in reversed(self.evaluation.generated):
-            pairs = self._first_pairs(side, SHEET_PAIRS // len(self.evaluation.generated))
-            for start in range(0, len(pairs), SHEET_COLUMNS):
-                rows.append([image for _, *both in pairs[start : start + SHEET_COLUMNS] for image in both])
-        return contact_sheet(rows, size=_shown_size(rows[0][0]))
-
     def _write_page(self) -> None:
         evaluation = self.evaluation
         closer = nearest = None
@@ -139,6 +135,26 @@ class EvaluationResult:
                 "copies first",
                 max_bytes=MAX_SHEET_BYTES,
             )
+        gap = sweep = None
+        if evaluation.gap is not None:  # the loss of both sides over the noise, at the middle of each band
+            bands = evaluation.gap.bands
+            sides = {
+                "training images": [((band.first + band.last + 1) // 2, band.training) for band in bands],
+                "held-out images": [((band.first + band.last + 1) // 2, band.held_out) for band in bands],
+            }
+            gap = _chart(
+                f"Loss by band of noise, on {evaluation.gap.training_images} training and "
+                f"{evaluation.gap.held_out_images} held-out images: a higher loss on held-out images is a sign of "
+                "memorization",
+                sides,
+                logarithmic=True,
+                axis="timestep t (0 is no noise)",
+                last_step=bands[-1].last,
+            )
+        if self.sweep is not None:
+            title = "KID to held-out images (lower is better) against evaluations of the network per image"
+            curves = {name: [(round(x), y) for x, y in sorted(points)] for name, points in self.sweep.curves().items()}
+            sweep = _chart(title, curves, axis="evaluations of the network")
         lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
         for side in evaluation.retrieval:
             lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
@@ -154,10 +170,10 @@ class EvaluationResult:
             numbers=list(self._tiles()),
             closer=closer,
             nearest=nearest,
-            gap=None if evaluation.gap is None else _gap_chart(evaluation.gap),
+            gap=gap,
             sides=[self._side(side) for side in reversed(evaluation.generated)],
             lines="\n".join(lines),
-            sweep=None if self.sweep is None else _sweep_chart(self.sweep),
+            sweep=sweep,
             sweep_lines="" if self.sweep is None else "\n".join(sweep_lines(self.sweep)),
             about=Document("evaluation.json").render({**self.about, **evaluation.settings}),
         )
@@ -220,23 +236,6 @@ def _shown_size(image: Image.Image) -> int:
     return max(MIN_SIDE, min(MAX_SIDE, *image.size))
 
 
-def _gap_chart(gap: LossGap) -> Figure:
-    """The loss of both sides over the noise, at the middle of each band."""
-    middles = [(band.first + band.last + 1) // 2 for band in gap.bands]
-    lines = [
-        Line("training images", list(zip(middles, (band.training for band in gap.bands), strict=True))),
-        Line("held-out images", list(zip(middles, (band.held_out for band in gap.bands), strict=True))),
-    ]
-    title = (
-        f"Loss by band of noise, on {gap.training_images} training and {gap.held_out_images} held-out images: a higher "
-        "loss on held-out images is a sign of memorization"
-    )
-    last = gap.bands[-1].last
-    svg = line_chart(lines, title=title, logarithmic=True, axis="timestep t (0 is no noise)", last_step=last)
-    return Figure(title, Markup(svg))
-
-
-def _sweep_chart(sweep: Sweep) -> Figure:
-    lines = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in sweep.curves().items()]
-    title = "KID to held-out images (lower is better) against evaluations of the network per image"
-    return Figure(title, Markup(line_chart(lines, title=title, axis="evaluations of the network")))
+def _chart(title: str, lines: Mapping[str, Sequence[Point]], **options: Any) -> Figure:
+    chart = line_chart([Line(name, points) for name, points in lines.items()], title=title, **options)
+    return Figure(title, Markup(chart))

@@ -9,21 +9,12 @@ from typing import Any
 from PIL import Image
 
 from ldm.data import to_signed
-from ldm.evaluation.autoencoder import (
-    ACTIONS,
-    MAX_MEAN,
-    STD_RANGE,
-    Advice,
-    AutoencoderReport,
-    LatentStatistics,
-    ReconstructionFrechet,
-)
+from ldm.evaluation.autoencoder import ACTIONS, MAX_MEAN, STD_RANGE, Advice, AutoencoderReport
 from ldm.evaluation.composition import (
     IMAGES_PER_PROMPT,
     MIN_REAL_ACCURACY,
     AxesReport,
     AxisAccuracy,
-    AxisResult,
     prompt_rows,
 )
 from ldm.evaluation.evaluate import Evaluation
@@ -124,7 +115,7 @@ def metric_line(metric: Metric) -> str:
 
 def fidelity_lines(fidelity: Fidelity) -> list[str]:
     """One line per metric, then one for each that is left out."""
-    return [metric_line(metric) for metric in fidelity.metrics()] + list(fidelity.left_out)
+    return [*map(metric_line, fidelity.metrics()), *fidelity.left_out]
 
 
 def retrieval_lines(found: Retrieval, label: str) -> list[str]:
@@ -203,39 +194,31 @@ def autoencoder_lines(report: AutoencoderReport) -> list[str]:
         lines.append(f"{_metric_text('SSIM', report.ssim)}  {n}, Gaussian window of {WINDOW} pixels")
     perceptual = _metric_text("perceptual", report.perceptual)
     lines.append(f"{perceptual}  {n}, EfficientNet-Lite0 maps; 1 is between different images")
-    if report.frechet is not None:
-        lines.append(_frechet_line(report.frechet))
+    if (frechet := report.frechet) is not None:
+        over = f"{frechet.samples:,} reconstructions" + (" over their originals, each" if frechet.is_ratio else "")
+        value = _metric_text(frechet.name, frechet.interval)
+        lines.append(f"{value}  {over} against {frechet.against}, {frechet.features}")
     for name, values in (("latent means", report.latents.mean), ("latent stds", report.latents.std)):
         lines.append(f"{name:<26} {' '.join(f'{value:.3f}' for value in values)}")
     if report.latents.kl is not None:
         lines.append(f"{'KL, nats per latent':<26} {report.latents.kl:9.4g}")
     if report.readout is not None:
         lines.append(f"{'linear probe, dB':<26} {report.readout:9.4g}  of latents and reconstruction, cross-fitted")
-    if far := _far_channels(report.latents):
+    far = [
+        f"{channel} (mean {mean:.2f}, std {std:.2f})"
+        for channel, (mean, std) in enumerate(zip(report.latents.mean, report.latents.std, strict=True))
+        if abs(mean) > MAX_MEAN or not STD_RANGE[0] <= std <= STD_RANGE[1]
+    ]
+    if far:
         lines.append(
-            f"Channels of the latents that are far from mean 0 and std 1: {far}. Noise schedules assume 0 and 1: see "
-            "scaling_factor in config.json."
+            f"Channels of the latents that are far from mean 0 and std 1: {', '.join(far)}. Noise schedules assume 0 "
+            "and 1: see scaling_factor in config.json."
         )
     return [*lines, *report.left_out, advice_line(report.advice)]
 
 
 def advice_line(advice: Advice) -> str:
     return f"advice: {ACTIONS[advice.action]}, because {advice.why}"
-
-
-def _far_channels(latents: LatentStatistics) -> str:
-    """The channels far from mean 0 and std 1, in words; "" for none."""
-    far = [
-        f"{channel} (mean {mean:.2f}, std {std:.2f})"
-        for channel, (mean, std) in enumerate(zip(latents.mean, latents.std, strict=True))
-        if abs(mean) > MAX_MEAN or not STD_RANGE[0] <= std <= STD_RANGE[1]
-    ]
-    return ", ".join(far)
-
-
-def _frechet_line(frechet: ReconstructionFrechet) -> str:
-    over = f"{frechet.samples:,} reconstructions" + (" over their originals, each" if frechet.is_ratio else "")
-    return f"{_metric_text(frechet.name, frechet.interval)}  {over} against {frechet.against}, {frechet.features}"
 
 
 def _metric_text(name: str, interval: Interval) -> str:
@@ -282,8 +265,6 @@ def axes_lines(found: AxesReport) -> list[str]:
             model = f"{_percent_interval(accuracy.generated):<22}"
             table.append(f"{name:<17}{accuracy.what:<8}{prompts:>8}  {model}{real:<13}{ratio}")
     if not all(_is_reliable(accuracy) for part in found.parts for accuracy in part.accuracies):
-        from ldm.evaluation.composition import MIN_REAL_ACCURACY
-
         table += ["", f"* the classifier is right on fewer than {MIN_REAL_ACCURACY:.0%} of real scenes: unreliable"]
     if found.nearest is not None:
         near = found.nearest
@@ -298,7 +279,6 @@ def axes_lines(found: AxesReport) -> list[str]:
 
 
 def _is_reliable(accuracy: AxisAccuracy) -> bool:
-
     return accuracy.real.mean >= MIN_REAL_ACCURACY
 
 
@@ -308,18 +288,11 @@ def _percent_interval(value: Interval) -> str:
 
 def axes_sheet(found: AxesReport) -> Image.Image:
     """For the first prompts of each axis: generated images, then real scenes."""
-
-    rows = [row for part in found.parts for row in _axis_rows(part)]
-    return contact_sheet([images for images, _ in rows], [caption for _, caption in rows])
-
-
-def _axis_rows(part: AxisResult) -> list[tuple[list[Image.Image], str]]:
-
-    rows = []
-    what = list(part.correct)[-1]
-    first = part.prompts[:SHEET_PROMPTS]
-    for prompt, own in zip(first, prompt_rows(len(first)), strict=True):
-        images = [*to_pil(to_signed(part.images[own])), *to_pil(to_signed(part.real[own]))]
-        right = int(part.correct[what][own].sum())
-        rows.append((images, f"{part.axis}: {prompt.caption} ({what} in {right} of {IMAGES_PER_PROMPT} | real scenes)"))
-    return rows
+    rows, captions = [], []
+    for part in found.parts:
+        what, first = list(part.correct)[-1], part.prompts[:SHEET_PROMPTS]
+        for prompt, own in zip(first, prompt_rows(len(first)), strict=True):
+            rows.append([*to_pil(to_signed(part.images[own])), *to_pil(to_signed(part.real[own]))])
+            right = f"{int(part.correct[what][own].sum())} of {IMAGES_PER_PROMPT}"
+            captions.append(f"{part.axis}: {prompt.caption} ({what} in {right} | real scenes)")
+    return contact_sheet(rows, captions)

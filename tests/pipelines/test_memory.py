@@ -134,9 +134,9 @@ def test_the_rule(monkeypatch):
     [
         (lambda p: p("a", height=10**6, width=10**6), "height and width are 1000000 and 1000000: an image of this"),
         (lambda p: p("a", height=2**70), f"height and width are {2**70} and"),
-        (lambda p: p("a", num_images_per_prompt=10**13), "10,000,000,000,000 pictures of .* and their prompts take"),
-        (lambda p: p.interpolate("a", (1, 2), steps=10**13), "10,000,000,000,000 pictures of"),
-        (lambda p: p.variations("a", shared_until=500, shared_seed=1, count=10**13), "10,000,000,000,000 pictures of"),
+        (lambda p: p("a", num_images_per_prompt=10**13), "10,000,000,000,000 images of .* and their prompts take"),
+        (lambda p: p.interpolate("a", (1, 2), steps=10**13), "10,000,000,000,000 images of"),
+        (lambda p: p.variations("a", shared_until=500, shared_seed=1, count=10**13), "10,000,000,000,000 images of"),
         (lambda p: p.variations("a", shared_until=500, shared_seed=1, width=10**10), "width are .* and 10000000000: a"),
     ],
 )

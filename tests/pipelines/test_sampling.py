@@ -132,7 +132,7 @@ def test_the_adapter_and_our_ddim_agree(pipeline):
         (lambda: FlowMatchEulerDiscreteScheduler(), "is no scheduler|no alphas_cumprod|give a scheduler object"),
         (lambda: EulerDiscreteScheduler, "give a scheduler object of diffusers"),
         (lambda: 3, "sampler is 3; give a scheduler object of diffusers, or one of ddim"),
-        (lambda: DDIMInverseScheduler(**SD, clip_sample=False), "goes from a picture to noise, which pipeline.invert"),
+        (lambda: DDIMInverseScheduler(**SD, clip_sample=False), "goes from an image to noise, which pipeline.invert"),
         (
             lambda: DDIMScheduler(**SD, clip_sample=False, prediction_type="posterior_mean"),
             "'posterior_mean', which diffusers does not know; .* prediction_type='epsilon'",
