@@ -209,7 +209,8 @@ def config_from_diffusers(config: dict[str, Any], class_name: str | None = None)
     ours: Any = config[OUR_KEY]
     if trained is None or not isinstance(ours, dict):
         raise ValueError(f"scheduler {OUR_KEY} is {ours!r}, which is no name for a table trained_betas; drop {OUR_KEY}")
-    named = replace(read, beta_schedule=ours.get("beta_schedule"))  # ScheduleConfig checks it
+    schedule: Any = ours.get("beta_schedule")  # ScheduleConfig checks it
+    named = replace(read, beta_schedule=schedule)
     if ours.get("own_betas"):
         return named
     named = replace(named, trained_betas=None)

@@ -157,7 +157,7 @@ class Encoder(Coder):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def blocks(self) -> list[CoderBlock]:
-        return [*self.down_blocks, self.mid_block]  # type: ignore[list-item]
+        return [*self.down_blocks, self.mid_block]
 
 
 class Decoder(Coder):
@@ -182,7 +182,7 @@ class Decoder(Coder):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def blocks(self) -> list[CoderBlock]:
-        return [self.mid_block, *self.up_blocks]  # type: ignore[list-item]
+        return [self.mid_block, *self.up_blocks]
 
 
 def check_statistics(mean: Tensor, std: Tensor, channels: int) -> None:
