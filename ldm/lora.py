@@ -1,8 +1,8 @@
 """Adapters inside a network: added, weighted, merged into its weights and removed again.
 
 LoRA (Hu et al. 2022), section 4.1: a layer W x becomes W x + w (α / r) B A x, with A [r, in] random and B [out, r] zero
-at first, and w the weight that an adapter is used with. peft puts the layers in; which adapters are on, which one
-trains and what was merged is one value on the network, so that a deep copy of the network has it too.
+at first, and w the weight that an adapter is used with. peft puts the layers in; the rest is one value on the network,
+so that a deep copy of the network has it too.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class AdapterConfig:
     Args:
         rank: r, at least 1: the size of an adapter grows with it.
         alpha: α > 0; the adapter is scaled by α / r. None is α = r, the scale 1.
-        target_modules: ends of the names of the layers that are adapted, linear ones and convolutions; by default
-            the four projections of all attention, as in the training scripts of diffusers.
+        target_modules: ends of the names of linear layers and convolutions; by default the four projections of all
+            attention, as in the training scripts of diffusers.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -68,11 +68,8 @@ class Lora:
 class _State:
     """What a network knows of its adapters.
 
-    Attributes:
-        trainable: the parameters that trained before the first adapter.
-        weights: of the adapters that are on.
-        trained: the one that trains.
-        merged: the layers that merging took out, each with the weights of before.
+    `trainable` are the parameters that trained before the first one, `weights` of those that are on, `trained` the one
+    that trains, `merged` the layers that merging took out, each with its weights of before.
     """
 
     trainable: frozenset[str]
@@ -201,8 +198,8 @@ def train_adapter(model: nn.Module, name: str = "default") -> None:
 def merge_adapters(model: nn.Module) -> None:
     """Folds the adapters that are on into the weights, W + Σ w (α / r) B A, and takes the adapter layers out.
 
-    The old weights stay in the memory of the CPU for `unmerge_adapters`. ValueError if there is no adapter or they are
-    merged already; if a merged weight would not be finite.
+    The old weights stay in the memory of the CPU. ValueError if there are no adapters, or a merged weight is not
+    finite.
     """
     state = _unmerged_state(model)
     if not state.names:

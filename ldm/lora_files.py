@@ -1,8 +1,8 @@
 """Adapters on disk: `pytorch_lora_weights.safetensors` as diffusers writes and reads it, and the formats before it.
 
-Names of kohya (`lora_unet_…to_q.lora_down.weight`) and of older diffusers are converted by diffusers; layers may also
-be named as in the code of CompVis (`input_blocks.1.1.…`). diffusers skips what it does not know: here each tensor and
-each alpha finds a layer of the network, or the file is refused.
+diffusers converts names of kohya (`lora_unet_…to_q.lora_down.weight`) and its own old ones; layers may also be named as
+in the code of CompVis (`input_blocks.1.1.…`). diffusers skips what it does not know: here each tensor and each alpha
+finds a layer of the network, or the file is refused.
 """
 
 from __future__ import annotations
@@ -128,11 +128,8 @@ def save_adapter(
     """Writes an adapter, atomically, as `folder/pytorch_lora_weights.safetensors`; returns that path.
 
     diffusers reads it with `load_lora_weights(folder)`. Rank and alpha of each layer are in the header of the file, all
-    tensors are float32. The part of a `text_encoder` (its model) is written too, if it has one.
-
-    Raises:
-        ValueError: if there is no such adapter, or it is merged; for a `folder` that is a file or a link to nothing,
-            and a link in the place of the file.
+    tensors are float32. The part of a `text_encoder` (its model) is written too, if it has one. ValueError if there is
+    no such adapter or it is merged, and for a folder or file that cannot be replaced.
     """
     parts: dict[str, nn.Module] = {"unet": unet}
     if text_encoder is not None:
@@ -182,8 +179,8 @@ def load_adapter(
         weight: how much of it is added, 1 as it was trained; `set_adapters` changes it.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: missing, damaged, pickled, of another kind, made for
-            another model. The networks are unchanged then.
+        ValueError: naming the file, if it is missing, damaged, pickled, of another kind or model; nothing is changed
+            then.
     """
     check_weight(name, weight)
     import_peft()

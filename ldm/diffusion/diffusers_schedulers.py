@@ -111,8 +111,7 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The keys of `SCHEDULERS[name]` with the values of a file, or the defaults of that class where it has none.
 
-    ValueError for a scheduler of another kind of diffusion, and a key that asks for what our samplers do not do, naming
-    class, key and value, and the way out.
+    ValueError for another kind of diffusion, or a key that asks for what our samplers do not do, with the way out.
     """
     if name not in SCHEDULERS:
         if name.startswith(("LCM", "TCD")):
@@ -178,8 +177,7 @@ def config_from_diffusers(config: dict[str, Any], class_name: str | None = None)
     """Reads the `scheduler_config.json` of a diffusers scheduler: its schedule, prediction and grid.
 
     Each of `SCHEDULERS` solves the equation of one DDPM schedule, so that our samplers on the same schedule and spacing
-    sample the same model. Absent keys have the default of the class: `class_name` of `model_index.json`, else the
-    `_class_name` of the file. ValueError if the file asks for another process.
+    sample the same model. Absent keys have the default of the class: `class_name`, or the `_class_name` of the file.
     """
     name = class_name or str(config.get("_class_name", "DDIMScheduler"))
     keys = read_keys(config, name)
@@ -241,8 +239,7 @@ def config_to_diffusers(config: ScheduleConfig, *, learned_variance: bool = Fals
     """The `scheduler_config.json` that diffusers' DDIMScheduler reads as the same schedule and grid.
 
     Learned variances need a DDPMScheduler with `variance_type` "learned_range" (Improved DDPM, Eq. 15). A schedule that
-    diffusers has no name for is written as the table of its betas, with its name in `_ldm`. diffusers refuses to sample
-    with "posterior_mean".
+    diffusers has no name for is the table of its betas, with its name in `_ldm`.
     """
     names: dict[str, str] = {ours: theirs for theirs, ours in NAMES.items() if ours != "sigmoid"}
     named = config.beta_schedule in names

@@ -45,15 +45,11 @@ def with_condition(denoiser: Denoiser, condition: Tensor) -> Denoise:
 def classifier_free_guidance(
     denoiser: Denoiser, condition: Tensor, null: Tensor, guidance_scale: float, *, rescale: Rescale | None = None
 ) -> Denoise:
-    """ε_∅ + w (ε_c − ε_∅): Eq. 6 with the w of Imagen and diffusers, where w = 1 is no guidance.
+    """ε_∅ + w (ε_c − ε_∅): Eq. 6 with the w of Imagen and diffusers, any finite number; w = 1 is no guidance.
 
-    Both halves are one batch; at w = 1 and w = 0 only the half that is left is computed. ε, v and x_0 are affine in one
-    another at a given x_t, so one formula serves them all. Variances are those of the conditional half.
-
-    Args:
-        condition: [B, L, D], states of the prompts.
-        null: [B, L, D], states of the empty caption or of the negative prompts.
-        guidance_scale: w, any finite number.
+    `condition` and `null` are [B, L, D], of the prompts and the empty or negative ones. Both halves are one batch; at w
+    = 1 and w = 0 only the half that is left is computed. ε, v and x_0 are affine in one another at a given x_t, so one
+    formula serves them all. Variances are those of the conditional half.
     """
     if guidance_scale == 1:
         return with_condition(denoiser, condition)
@@ -75,8 +71,7 @@ def classifier_free_guidance(
 
 
 def rescale_guidance(phi: float) -> Rescale:
-    """Against over-exposure: brings the std of each guided output to that of the conditional one, by a fraction φ in
-    [0, 1].
+    """Against over-exposure: brings the std of each guided output to that of the conditional one, by a fraction φ.
 
     arXiv:2305.08891, Eq. 14 to 16, on whatever the network predicts, as in diffusers. It works best for v, as in the
     paper (φ = 0.7): ε scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
@@ -118,11 +113,8 @@ def classifier_guidance(
     """ε̂ = ε − s σ ∇ log p(y | x_t): arXiv:2105.05233, Algorithm 2, for any differentiable p.
 
     Scale 1 makes the score of p(x_t) that of p(x_t | y), by Bayes. The gradient is taken under `no_grad` and
-    `inference_mode` too. `denoise` may be classifier-free guidance.
-
-    Raises:
-        ValueError: if the classifier gives anything but [B], does not depend on x_t, or has a gradient that is not
-            finite; where v or x_0 is predicted and α is 0, because its shift divides by α.
+    `inference_mode` too. ValueError unless the classifier gives [B] with a finite gradient in x_t, and where α is 0
+    unless ε is predicted.
     """
     if not math.isfinite(scale):
         raise ValueError(f"classifier scale is {scale}; it must be a finite number (1 samples p(x | y))")
@@ -208,11 +200,10 @@ def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
-    """A `clip_x0` for samplers: x̂_0 clamped to [−s, s] and divided by s, a percentile of |x̂_0|. Imagen
-    (arXiv:2205.11487), section 2.3.
+    """A `clip_x0`: x̂_0 clamped to [−s, s] and divided by s, a percentile of |x̂_0|. Imagen (arXiv:2205.11487), section
+    2.3.
 
-    s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is. The percentile is
-    in (0, 1], 0.995 usual; else ValueError.
+    s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is. 0.995 is usual.
     """
     check_percentile(percentile)
 

@@ -49,22 +49,15 @@ def variational_terms(
     variance: Variance = "small",
     clip_x0: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """L_t of each sample at its own timestep, as the KL between two Gaussians; at timestep 0 the decoder's L_0.
+    """L_t [B] of each sample at its own timestep, as the KL between two Gaussians; at timestep 0 the decoder's L_0.
 
     Args:
-        output: of the network at `x_t`: [B, C, …], or [B, 2C, …] with "learned".
-        x_t, x_0: [B, C, …].
+        output: of the network at `x_t` [B, C, …]: [B, C, …], or [B, 2C, …] with "learned"; gradients flow to it.
         timesteps: [B] int64 on the CPU, 0 to T − 1.
         decoder: `gaussian_decoder` for continuous data, `discretized_decoder(mean, std)` for pixels.
         variance: for data with a density, "small" stays about 0.64 bits above its likelihood however large T is;
             "large" approaches it as 1/T.
         clip_x0: bounds x̂_0, as in sampling; None where nothing is known of its range.
-
-    Returns:
-        [B], bits per dimension; gradients flow to `output`.
-
-    Raises:
-        ValueError: if the channels of `output` do not fit `variance`, or the schedule does not fit the prediction.
     """
     schedule.check_prediction(prediction_type)
     if variance not in get_args(Variance):
@@ -144,11 +137,8 @@ def gaussian_decoder(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def discretized_decoder(mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> Decoder:
     """The decoder of pixels with 256 values in [−1, 1]: the Gaussian integrated over the bin of x_0. DDPM, Eq. 13.
 
-    The outermost bins reach to ±∞, so that the 256 probabilities add up to 1. The decoder raises ValueError if x_0 is
-    not one of the 256 values.
-
-    Args:
-        mean, std: per channel, where x_0 is (pixel − mean) / std, as `PixelCodec` makes it; std above 0.
+    The outermost bins reach to ±∞, so that the 256 probabilities add up to 1. x_0 is (pixel − mean) / std per channel,
+    as `PixelCodec` makes it.
     """
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have one entry a channel, std positive")

@@ -23,16 +23,13 @@ class LossConfig:
     """What is minimized. The square of (prediction − target) is averaged over a sample and weighted by its timestep.
 
     Args:
-        weighting: "simple": no weight (DDPM, Eq. 14, for whatever is predicted). "vlb": the term L_t of the
-            variational bound (DDPM, Eq. 12), without what no network can change. "min_snr": min(SNR, γ) as seen in
-            x_0 (arXiv:2303.09556, section 3.4). "hybrid": L_simple + λ L_vlb with learned variances (Improved DDPM,
-            Eq. 16); the denoiser gives 2C channels.
+        weighting: "simple": no weight (DDPM, Eq. 14, for whatever is predicted). "vlb": the term L_t of the variational
+            bound (DDPM, Eq. 12), without what no network can change. "min_snr": min(SNR, γ) as seen in x_0
+            (arXiv:2303.09556, section 3.4). "hybrid": L_simple + λ L_vlb with learned variances (Improved DDPM, Eq.
+            16); the denoiser gives 2C channels.
         gamma: γ of "min_snr", above 0. The paper's 5.
         vlb_weight: λ of "hybrid", at least 0. The paper's 0.001.
         variance: σ_t² in the weights of "vlb": "small" is β̃_t, "large" is β_t (DDPM, section 3.2).
-
-    Raises:
-        ValueError: names the key, its value, and the range.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -68,7 +65,10 @@ def diffusion_loss(
     loss: LossConfig = SIMPLE,
     decoder: Decoder = gaussian_decoder,
 ) -> Tensor:
-    """The loss of each sample at its timestep: by default L_simple, DDPM, Eq. 14.
+    """The loss [B] of each sample at its timestep: by default L_simple, DDPM, Eq. 14.
+
+    With "vlb" its mean, over timesteps distributed uniformly, estimates the bound in bits per dimension, less what no
+    network can change.
 
     Args:
         latents: x_0, [B, C, H, W] float32 (or float64, and then so is all else), of zero mean and unit variance.
@@ -76,13 +76,6 @@ def diffusion_loss(
         timesteps: [B] int64, 0 to T − 1, on the CPU.
         noise: ε, [B, C, H, W], on the device of `latents`.
         decoder: log p(x_0 | x_1), the term of "hybrid" at timestep 0.
-
-    Returns:
-        [B] in the precision of `latents`; its mean is minimized. With "vlb" that mean, over timesteps drawn uniformly,
-            estimates the bound in bits per dimension, less what no network can change.
-
-    Raises:
-        ValueError: if the denoiser's channels do not fit the loss, or the schedule does not fit `prediction_type`.
     """
     schedule.check_prediction(prediction_type)
     alpha, sigma = schedule.coefficients(timesteps, latents)  # [B, 1, 1, 1]
@@ -153,12 +146,11 @@ def x0_error_gain(schedule: NoiseSchedule, prediction_type: PredictionType) -> T
 
 
 def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_timesteps: int) -> int:
-    """The timestep of sample `index` of a global batch: ⌊T (index + u) / B⌋, one of the B strata of 0 … T − 1.
+    """The timestep of sample `index` of a global batch: ⌊T (index + u) / B⌋, one of the B strata of 0 … T − 1, u in [0,
+    1).
 
-    Evenly spread over a batch, and over index and u each timestep is exactly equally likely, whether or not B divides
-    T. VDM (arXiv:2107.00630) shifts all strata by one u; here each sample has its own and depends on no other.
-
-    ValueError unless 0 <= index < B, the global batch size, and 0 <= u < 1.
+    Over index and u each timestep is exactly equally likely, whether or not B divides T. VDM (arXiv:2107.00630) shifts
+    all strata by one u; here each sample has its own and depends on no other.
     """
     if not 0 <= index < batch_size:
         raise ValueError(f"index is {index}; it must be 0 to {batch_size - 1}, a place in the global batch")

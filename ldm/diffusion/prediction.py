@@ -117,12 +117,7 @@ def convert(
     sigma: Coefficient,
     posterior: tuple[Coefficient, Coefficient] | None = None,
 ) -> Tensor:
-    """Any of ε, x_0, v, μ̃ and the score from any other, at one x_t.
-
-    Args:
-        prediction: the quantity `source`, of the shape of `x_t`.
-        posterior: (a, b) of μ̃; needed where `source` or `target` is "posterior_mean".
-    """
+    """Any of ε, x_0, v, μ̃ and the score from any other, at one x_t; `posterior` is (a, b) of μ̃, if needed."""
     for name in (source, target):
         if name not in (*DIRECT, "posterior_mean", "score"):
             raise ValueError(f"{name!r} is no quantity; choose {', '.join(DIRECT)}, posterior_mean or score")
@@ -161,8 +156,7 @@ def convert(
 def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type: PredictionType) -> Denoise:
     """A denoiser that predicts ε, made from one of any prediction type; learned variances are passed on.
 
-    μ̃ is that of one step of the schedule, t to t − 1, whatever the stride of the sampler. `ValueError` when it is
-    called where x_t, the prediction and the schedule do not say what ε is.
+    μ̃ is that of one step of the schedule, t to t − 1, whatever the stride of the sampler.
     """
     a, b = schedule.posterior_mean_coefficients
 

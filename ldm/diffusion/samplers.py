@@ -38,13 +38,9 @@ def check_sampler(name: str, *, others: str = "") -> None:
 
 @dataclass(frozen=True)
 class State:
-    """One step of sampling.
+    """One step of sampling, index 0 … S − 1, to `latents` [B, C, H, W] at its other end.
 
-    Attributes:
-        index: 0 … S − 1.
-        timestep: the one that was left: t, in inversion t_prev.
-        latents: the state at the other end of the step, [B, C, H, W].
-        pred_original_sample: x̂_0 as seen from the timestep that was left (projected), [B, C, H, W].
+    `timestep` is the one that was left (t, in inversion t_prev), `pred_original_sample` x̂_0 as seen from there.
     """
 
     index: int
@@ -76,10 +72,8 @@ class Transition(NamedTuple):
 
 
 def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transition]:
-    """The steps of a grid with their noise levels.
-
-    ValueError if the grid is empty, has more than T steps, leaves the table, does not fall, has a gap between two
-    steps, or starts a step where there is no noise.
+    """The steps of a grid with their noise levels; ValueError unless it falls without gaps, from some noise, in the
+    table.
     """
     total = schedule.num_train_timesteps
     if not 1 <= len(grid) <= total:
@@ -102,9 +96,7 @@ def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transitio
 def predict(
     output: Tensor, latents: Tensor, alpha: float, sigma: float, kind: PredictionType, clip_x0: ClipX0
 ) -> tuple[Tensor, Tensor]:
-    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t. Where `clip_x0` moves x̂_0, ε̂ follows, so that
-    the two still add up to x_t.
-    """
+    """(x̂_0, ε̂), both [B, C, H, W], from what a denoiser gives at x_t; where `clip_x0` moves x̂_0, ε̂ follows."""
     prediction, _ = split_variance(output, latents)
     x_0, epsilon = x0_and_epsilon(prediction, latents, alpha, sigma, kind)
     projected = clip_x0(x_0)
@@ -125,16 +117,10 @@ def ddim(
     clip_x0: ClipX0 = identity,
     prediction_type: PredictionType = "epsilon",
 ) -> Iterator[State]:
-    """DDIM (arXiv:2010.02502) with any η: 0 is deterministic, 1 has the variance of DDPM.
+    """DDIM (arXiv:2010.02502) from x_T [B, C, H, W] with any η: 0 is deterministic, 1 has the variance of DDPM.
 
-    Args:
-        latents: x_T, [B, C, H, W] standard normal.
-        variance: of the noise: "ddim" is σ_t(η)²; "sigma_hat" is the row σ̂ of Table 1: the direction of η = 1, the
-            variance σ̂² = 1 − ᾱ_t / ᾱ_prev, and as in `ddpm` with variance β none in the step to the end.
-        noise: needed for η > 0.
-
-    Raises:
-        ValueError: if η is outside [0, 1], or not 1 with "sigma_hat", or `variance` is unknown; see `transitions`.
+    `variance` of the noise: "ddim" is σ_t(η)²; "sigma_hat" is the row σ̂ of Table 1: the direction of η = 1, the
+    variance σ̂² = 1 − ᾱ_t / ᾱ_prev, and as in `ddpm` with variance β none in the step to the end.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must be 0 (deterministic DDIM) to 1 (the variance of DDPM)")
@@ -169,16 +155,10 @@ def ddim_inversion(
 ) -> Iterator[State]:
     """DDIM run forwards, from x_0 to x_T: the ODE of DDIM, Eq. 14, by Euler's method with growing noise (section 4.3).
 
-    Each step evaluates the network at x_{t_prev} with the timestep t_prev, as Euler's method does; an image without
-    noise has none, and takes t. (diffusers' DDIMInverseScheduler always takes t; compared in docs/ddim_tables.md.) x̂_0
-    is never projected: sampling could not undo that.
-
-    Args:
-        latents: x_0, [B, C, H, W]: the state at the last t_prev of `grid`.
-        grid: that of sampling, which is followed backwards.
-
-    Yields:
-        States whose `latents` are at t; the last is x_T.
+    The grid of sampling is followed backwards; states hold `latents` at t. Each step evaluates the network at
+    x_{t_prev} with the timestep t_prev, as Euler's method does; an image without noise has none, and takes t.
+    (diffusers' DDIMInverseScheduler always takes t; compared in docs/ddim_tables.md.) x̂_0 is never projected: sampling
+    could not undo that.
     """
     steps = reversed(transitions(schedule, grid))
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(steps):
@@ -206,13 +186,8 @@ def ddpm(
 ) -> Iterator[State]:
     """Ancestral sampling, DDPM (arXiv:2006.11239) Algorithm 2, on any grid: the posterior q(x_prev | x_t, x̂_0).
 
-    Args:
-        latents: x_T, [B, C, H, W] standard normal.
-        variance: σ_t² = β̃_t ("small") or β_t ("large"), the two choices of DDPM, section 3.2, or "learned" between
-            them (Improved DDPM, arXiv:2102.09672, Eq. 15), where `denoise` gives [B, 2C, H, W]: the prediction and ν.
-
-    Raises:
-        ValueError: if `variance` is unknown, or learned and the network gives no ν; see `transitions`.
+    `variance` σ_t² is β̃_t ("small") or β_t ("large"), the two choices of DDPM, section 3.2, or "learned" between them
+    (Improved DDPM, arXiv:2102.09672, Eq. 15), where `denoise` gives [B, 2C, H, W]: the prediction and ν.
     """
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"variance is {variance!r}; choose small (the posterior's), large (beta) or learned")
@@ -331,13 +306,8 @@ def annealed_langevin(
     the last level: take a grid that ends near 0, or the last `pred_original_sample`.
 
     Args:
-        latents: x_T, [B, C, H, W] standard normal.
         step_size: k = ε/σ_L², in (0, 4); 0.2 in NCSN (ε = 2e-5, σ_L = 0.01).
         num_langevin_steps: T of the algorithm, at least 1; 100 in NCSN. Each is one call of the network.
-
-    Raises:
-        ValueError: if an argument is out of range, or the grid starts at ᾱ = 0, where x/α does not exist; see
-            `transitions`.
     """
     if not 0 < step_size < 4:
         raise ValueError(f"step_size is {step_size}; it must lie between 0 and 4, from where on the steps diverge")
@@ -373,14 +343,12 @@ def langevin_corrector(
 ) -> Iterator[State]:
     """Predictor–corrector sampling, Song et al. (arXiv:2011.13456) Algorithms 1, 3 and 5.
 
-    After each step of the predictor, Langevin steps at the level t_prev that it reached: x ← x + ε s + √(2ε) z with ε =
-    2 (1 − β_i) (r ‖z‖ / ‖s‖)², β_i that of the table at t_prev, and norms of each sample alone. At the end (t_prev =
-    −1) there is no score, and no corrector. As unadjusted Langevin dynamics the steps are biased: on Gaussian data
-    their variance is 1 + r² (1 − β_i) times the right one.
+    After each step of the predictor (`ddpm`, `euler_maruyama` or `ddim`), Langevin steps at the level t_prev that it
+    reached: x ← x + ε s + √(2ε) z with ε = 2 (1 − β_i) (r ‖z‖ / ‖s‖)², β_i that of the table at t_prev, and norms of
+    each sample alone; none at the end (t_prev = −1). As unadjusted Langevin dynamics the steps are biased: on Gaussian
+    data their variance is 1 + r² (1 − β_i) times the right one.
 
     Args:
-        latents: x_T, [B, C, H, W] standard normal.
-        predictor: `ddpm`, `euler_maruyama` or `ddim`, called for one step at a time.
         snr: r, above 0; 0.01 for VP, the process here, and 0.16 for VE (Table 5).
         num_corrector_steps: M, at least 1, each one call of the network.
     """

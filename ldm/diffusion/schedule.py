@@ -39,20 +39,17 @@ class ScheduleConfig:
 
     Args:
         beta_schedule: "linear" (DDPM, section 4), "scaled_linear" (linear in √β: LDM, Stable Diffusion), "sigmoid"
-            (GeoDiff), "cosine" (Improved DDPM, Eq. 17) or "plain_cosine" (ᾱ = (cos(πt/T) + 1) / 2 inside
-            [1e-4, 1 − 1e-4]); `beta_start` and `beta_end` have no meaning for the last two.
+            (GeoDiff), "cosine" (Improved DDPM, Eq. 17) or "plain_cosine" (ᾱ = (cos(πt/T) + 1) / 2 inside [1e-4, 1 −
+            1e-4]); `beta_start` and `beta_end` have no meaning for the last two.
         num_train_timesteps: T, from 1 to a million.
         beta_start, beta_end: β_1 and β_T, 0 < beta_start <= beta_end < 1.
         trained_betas: a table of T betas in (0, 1) that replaces `beta_schedule`; the last may be 1.
         rescale_betas_zero_snr: whether ᾱ is rescaled so that the last is 0 (arXiv:2305.08891, Algorithm 1).
-        prediction_type: what the network predicts: ε, x_0 ("sample"), v = α ε − σ x_0 (arXiv:2202.00512), or the
-            mean of q(x_{t−1} | x_t, x_0) (DDPM, Eq. 7), for which diffusers has no name. Where ᾱ ends at 0, not ε.
+        prediction_type: what the network predicts: ε, x_0 ("sample"), v = α ε − σ x_0 (arXiv:2202.00512), or the mean
+            of q(x_{t−1} | x_t, x_0) (DDPM, Eq. 7), for which diffusers has no name. Where ᾱ ends at 0, not ε.
         timestep_spacing: how S inference steps are laid over T (arXiv:2305.08891, Table 2).
         steps_offset: added to the timesteps of "leading"; 1 is what diffusers makes of every Stable Diffusion.
         set_alpha_to_one: whether sampling ends at ᾱ = 1 or, as Stable Diffusion 1.x does, at ᾱ_0.
-
-    Raises:
-        ValueError: names the key, its value, and the range.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -99,11 +96,10 @@ class ScheduleConfig:
 
 
 class NoiseSchedule:
-    """ᾱ_t for t = 0 … T − 1, and what is derived from it. A value: nothing in it ever changes.
+    """ᾱ_t for t = 0 … T − 1, [T] strictly falling inside [0, 1], and what is derived from it. Nothing in it ever
+    changes.
 
-    Args:
-        alphas_cumprod: [T], strictly falling inside [0, 1], else ValueError; the last is 0 with zero terminal SNR.
-        final_alpha_cumprod: ᾱ at t_prev = −1, the end of sampling.
+    `final_alpha_cumprod` is ᾱ at t_prev = −1, the end of sampling.
     """
 
     def __init__(self, alphas_cumprod: Tensor, *, final_alpha_cumprod: float = 1.0) -> None:
@@ -165,8 +161,7 @@ class NoiseSchedule:
 
     @property
     def posterior_mean_coefficients(self) -> tuple[Tensor, Tensor]:
-        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64: DDPM, Eq. 7. At t = 0, before which stands the data, (1,
-        0).
+        """(a, b) of μ̃_t = a x_0 + b x_t, each [T] float64: DDPM, Eq. 7; (1, 0) at t = 0, before which stands the data.
 
         a = √ᾱ_{t−1} β_t / (1 − ᾱ_t) and b = √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t).
         """
@@ -213,8 +208,7 @@ class NoiseSchedule:
 
         "leading" takes every ⌊T/S⌋-th timestep from `steps_offset` on, "linspace" S evenly spaced ones from 0 to T − 1,
         "trailing" goes back from T − 1 in strides of T/S (arXiv:2305.08891, Table 2). Each is the grid that diffusers
-        prints, down to how its floating point falls at a half. ValueError if S is not 1 to T, or the grid leaves the
-        table.
+        prints, down to how its floating point falls at a half.
         """
         total, steps = self.num_train_timesteps, num_inference_steps
         if not 1 <= steps <= total:

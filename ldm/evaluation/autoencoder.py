@@ -54,15 +54,13 @@ ACTIONS: dict[Action, str] = {
 
 @dataclass(frozen=True)
 class ReconstructionQuality:
-    """What the advice depends on.
+    """What the advice depends on, of a first stage with a downsampling `factor`.
 
     Attributes:
-        name: of the first stage.
         resolution, images: pixels a side, and number of images to train on.
         psnr: of reconstructions, in dB, a mean over images; None if the factor does not divide the images.
         perceptual: mean distance of reconstructions to the images; None where it cannot be measured.
         readout: PSNR of a linear probe of the latents, in dB; None if not measured.
-        factor: downsampling factor.
     """
 
     name: str
@@ -187,9 +185,8 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
     """How well a linear map reconstructs images from latents and reconstruction: a lower bound for a better decoder.
 
     A ridge regression from 5×5 latents and the decoded pixels around to the block of pixels of one latent; each half of
-    the images uses the map fitted to the other. What it says of fine-tuning a decoder: docs/evaluation.md.
-
-    Images are [1, 3, H, W] in [−1, 1], of any sizes → PSNR [N] in dB; None for too few images.
+    the images uses the map fitted to the other (docs/evaluation.md). Images are [1, 3, H, W] in [−1, 1], of any sizes →
+    PSNR [N] in dB; None for too few images.
     """
     parts = [_probe_blocks(codec, image) for image in images]
     found = torch.empty(len(parts), dtype=torch.float32)
@@ -232,11 +229,9 @@ def _probe_blocks(codec: LatentCodec, image: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Of the latents that are diffused, over positions, images and posterior; ideally N(0, 1).
+    """Mean and std of each channel of the latents that are diffused, ideally 0 and 1.
 
-    Attributes:
-        mean, std: of each channel.
-        kl: KL(q(z|x) ‖ N(0, I)) in nats per latent value, before scaling; None without a posterior.
+    `kl` is KL(q(z|x) ‖ N(0, I)) in nats per latent value, before scaling; None without a posterior.
     """
 
     mean: tuple[float, ...]
@@ -248,11 +243,8 @@ class LatentStatistics:
 class ReconstructionFrechet:
     """The Fréchet distance between reconstructions and originals or, for few images, a ratio.
 
-    Attributes:
-        name: "reconstruction FID" only for FID itself.
-        is_ratio: the distance of `samples` reconstructions to `references` other images, over that of their originals
-            to the same: 1 is as good as the originals.
-        against: what they are compared with, in words.
+    The ratio is the distance of `samples` reconstructions to `references` other images, over that of their originals to
+    the same: 1 is as good as the originals. `against` says in words what they are compared with.
     """
 
     name: str
@@ -266,17 +258,13 @@ class ReconstructionFrechet:
 
 @dataclass(frozen=True)
 class AutoencoderReport:
-    """Means over images with 95 % intervals.
+    """Means over images with 95 % intervals; what is None was left out, for the reasons in `left_out`.
 
     Attributes:
         images, sizes: number of images, and their (height, width).
-        psnr: in dB.
-        ssim: None if an image has fewer than 11 pixels a side.
         perceptual: 0 for equal images, about 1 for two different ones.
-        frechet: None for too few images.
         readout: PSNR of a linear probe on up to 64 images; if there are fewer, it is fitted to training images too.
         worst: (id, perceptual distance) of the worst images, the worst first.
-        left_out: a sentence for each None.
     """
 
     name: str
@@ -314,16 +302,12 @@ def measure_autoencoder(
     """Measures reconstructions through the posterior's mean, of images of any sizes that the codec's factor divides.
 
     Args:
-        images: held-out images, or any that the autoencoder was not trained on.
-        training: other images to compare with, if `images` are too few for a Fréchet distance; None uses halves of
-            `images`.
-        space: of the Fréchet distance.
+        images: two or more held-out images, or any that the autoencoder was not trained on.
+        training: other images to compare with, if `images` are too few for a Fréchet distance in `space`; None uses
+            halves of `images`.
         training_images: number of images to train on, for the advice.
         seed: for subsets.
         progress: called with the number of images done since.
-
-    Raises:
-        ValueError: for fewer than two images, sizes that the factor does not divide, and images below 8 pixels.
     """
     if len(images) < MIN_IMAGES_OF_INTERVAL:
         raise ValueError(f"there is {len(images)} image to measure; an interval needs {MIN_IMAGES_OF_INTERVAL}")

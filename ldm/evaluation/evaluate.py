@@ -1,8 +1,7 @@
 """Evaluation of a model: generates images for captions of its data and measures them.
 
-Half of the captions are of held-out images, if there are any. Fidelity is that of all images; prompt alignment is
-measured for each half, since captions of training images may be memorized; copies are searched among the images for
-training captions.
+Half of the captions are of held-out images, if there are any. Fidelity is of all images; prompt alignment of each half,
+since captions of training images may be memorized; copies are searched among the images for training captions.
 """
 
 from __future__ import annotations
@@ -33,12 +32,8 @@ MIN_FIRST_CALL = 5.0  # seconds: a faster first call is timed again, since it in
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Images generated for captions of one side of the split.
-
-    Attributes:
-        side: "training" or "held-out".
-        captions, indices: N captions, and the indices of their images on that side.
-        images: uint8 [N, 3, H, W].
+    """Images uint8 [N, 3, H, W] for captions of one side, "training" or "held-out"; `indices` are those of their
+    images.
     """
 
     side: str
@@ -49,16 +44,13 @@ class GeneratedImages:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results.
+    """The results; what is None was not measured.
 
     Attributes:
         settings: samples, features, guidance, steps, sampler, seed, numbers of images.
         generated: for training captions and, if there are held-out images, for theirs.
-        fidelity: None where `left_out` has the reason.
         retrieval, digit_accuracy, clip_scores: by side; accuracy for the data `digits`, scores with a CLIP model.
-        copying: of the images for training captions; None with too few training images.
-        gap: None without held-out images.
-        baselines: None where `fidelity` is.
+        copying: of the images for training captions.
         left_out: sentences: what was not measured, and why.
     """
 
@@ -108,17 +100,13 @@ def evaluate_pipeline(
     cache: SampleCache | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Generates images and measures them.
+    """Generates `samples` images and measures them.
 
     Args:
-        samples: N, the number of images.
         seed: for captions, noise, and subsets.
         num_inference_steps, guidance_scale: None takes the defaults stored with the model.
         clip: for the CLIP score.
         cache: for generated images; None generates all of them.
-
-    Raises:
-        ValueError: for too few samples, a model of another image size than the data, and settings out of range.
     """
     check_samples(samples)
     (height, width), data = pipeline.default_size, reference.training.config

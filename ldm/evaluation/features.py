@@ -1,7 +1,6 @@
 """Image features for distances between sets of images, and their cache on disk.
 
-A distance depends on the network and on how images are resized for it: `FeatureSpace` has both, and its label is shown
-beside every number.
+A distance depends on the network and on how images are resized for it: the label of a `FeatureSpace` says both.
 """
 
 from __future__ import annotations
@@ -46,14 +45,9 @@ SHARD_ROWS = 256  # an interruption loses no more
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A function from images to features.
+    """A function from images [B, 3, H, W] in [−1, 1], on any device, to features [B, dimensions].
 
-    Attributes:
-        name: "efficientnet", "pixel", "inception" or "clip".
-        dimensions: D.
-        resize: side and filter that `extract` resizes images with, such as "128 bicubic"; or "none".
-        extract: images [B, 3, H, W] in [−1, 1], on any device → features [B, D].
-        title: name of the features in print.
+    `resize` are side and filter of its resizing, such as "128 bicubic", or "none"; `title` the name in print.
     """
 
     name: str
@@ -104,11 +98,7 @@ def feature_space(
             "inception": the 2048 pooled features of FID's network, on 8-bit images resized as it resizes them; only
             here is the Fréchet distance FID. "clip": image embeddings of an open_clip model, not normalized (with
             length 1 the kernel of KID would be almost linear).
-        device: of the network.
         weights: for "inception" the path of its weights; for "clip" MODEL:TAG or MODEL:PATH.safetensors.
-
-    Raises:
-        ValueError: for another name, weights that are missing, not needed or unknown, and missing packages.
     """
     known = ("efficientnet", "pixel", "inception", "clip")
     if name not in known:
@@ -150,9 +140,9 @@ def resized(images: Tensor, side: int) -> Tensor:
 def pixel_features(images: Tensor) -> Tensor:
     """Colors and edges without a network, projected to 64 random directions: [B, 1 or 3, H, W] → [B, 64].
 
-    Colors are averaged to 8×8 cells, absolute differences of gray along each axis to 4×4; fixed orthonormal directions
-    reduce these 224 numbers, so that a few hundred images suffice for a covariance. They show noise, blur, wrong colors
-    and missing variety, but not content. ValueError for images below 8×8.
+    Colors are averaged to 8×8 cells, absolute differences of gray along each axis to 4×4; orthonormal directions reduce
+    these 224 numbers, so that a few hundred images suffice for a covariance. They show noise, blur, wrong colors and
+    missing variety, but not content.
     """
     if min(images.shape[-2:]) < GRID:
         raise ValueError(
@@ -175,13 +165,8 @@ def random_directions(dimensions: int, count: int) -> Tensor:
 def load_inception(weights: str) -> nn.Module:
     """The frozen network of FID, from torch-fidelity: uint8 images [B, 3, H, W] → 2048 pooled features.
 
-    It resizes to 299 as FID does: bilinear without antialiasing (torchmetrics antialiases by default).
-
-    Args:
-        weights: path of `INCEPTION_FILE`. Other files are refused: torch-fidelity unpickles them.
-
-    Raises:
-        ValueError: for missing or other weights, and missing packages.
+    It resizes to 299 as FID does, bilinear without antialiasing. Its weights are a path of `INCEPTION_FILE`; other
+    files are refused, since torch-fidelity unpickles them.
     """
     if not weights:
         raise ValueError(
@@ -222,13 +207,8 @@ def cached_features(
 ) -> Tensor:
     """Features [N, D] float64 of every image, center-cropped and not flipped, in the order of `images`.
 
-    Args:
-        images: cached under `images.config.cache_folder`.
-        progress: called with the number of images done since, cached ones included.
-        log: is told of damaged files.
-
-    Raises:
-        ValueError: for an image that has become unreadable, or a cache that cannot be written.
+    They are cached under `images.config.cache_folder`. `progress` counts cached ones too; `log` is told of damaged
+    files.
     """
     if space.name == "clip":  # its label does not identify its weights
         found = torch.empty(len(images), space.dimensions, dtype=torch.float64)
@@ -265,14 +245,9 @@ def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP model.
+    """A frozen CLIP model, named as in open_clip, with the `size` (height, width) of its input.
 
-    Attributes:
-        name: as open_clip calls it, such as "ViT-B-32".
-        size: (height, width) of its input in pixels.
-        mean, std: [3, 1, 1], for the normalization of images in [0, 1].
-        filter: "bicubic" or "bilinear".
-        dimensions: of the embeddings.
+    `mean` and `std`, [3, 1, 1], are for images in [0, 1]; `filter` is "bicubic" or "bilinear".
     """
 
     name: str
@@ -312,11 +287,7 @@ class Clip:
 
 
 def load_clip(weights: str, device: torch.device) -> Clip:
-    """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`.
-
-    ValueError where open_clip is missing; for an unknown model or tag, and weights that are not safetensors or of
-    another model.
-    """
+    """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`."""
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:

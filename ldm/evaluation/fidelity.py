@@ -94,9 +94,8 @@ def distance_between(one: Gaussian, other: Gaussian) -> float:
 def frechet_interval(features: Tensor, reference: Tensor) -> Interval:
     """`frechet_distance` of features [N, D] to reference [M, D], with its 95 % interval for other N images.
 
-    The interval covers the mean distance of sets of N images, which is biased upward from that of their distribution.
-    It is a jackknife over 20 groups of images, of the logarithm, with Student's quantile. (A bootstrap would repeat
-    images, which lowers the rank and so raises the distance.) ValueError as in `Gaussian.fit`, for either side.
+    It covers the mean distance of sets of N images, which is biased upward from that of their distribution: a jackknife
+    over 20 groups of images, of the logarithm. (A bootstrap repeats images, which lowers the rank.)
     """
     one, other = check_features(features, reference, min_samples=MIN_FRECHET_IMAGES)
     Gaussian.fit(one)
@@ -106,12 +105,8 @@ def frechet_interval(features: Tensor, reference: Tensor) -> Interval:
 def frechet_ratio(features: Tensor, held_out: Tensor, reference: Tensor, *, seed: int = 0) -> Interval:
     """The distance of generated features [N, D] to reference [M, D], over that of held-out ones [H, D] to the same.
 
-    1 means: as far from the reference images as other real images are. Unlike the distance, the ratio is meaningful for
-    N <= D: both sides miss as many directions. Both distances use min(N, H) samples, of the larger side 8 subsets (by
-    `seed`), whose distances are averaged.
-
-    Raises:
-        ValueError: for other shapes, non-finite or different features, and fewer than 22 samples on a side.
+    1 means: as far from the reference images as other real images are. It is meaningful for N <= D too: both sides miss
+    as many directions. Both distances use min(N, H) samples, at least 22; of the larger side 8 subsets, averaged.
     """
     one, other = check_features(features, reference, min_samples=MIN_FRECHET_IMAGES)
     real, _ = check_features(held_out, reference, min_samples=MIN_FRECHET_IMAGES)
@@ -176,14 +171,11 @@ def _distances(features: Tensor, reference: Gaussian, groups: int) -> list[float
 
 
 def kid(features: Tensor, reference: Tensor) -> Interval:
-    """Kernel Inception Distance (arXiv:1801.01401, section 4) of features [N, D] and reference [M, D].
+    """Kernel Inception Distance (arXiv:1801.01401, section 4) of features [N, D] and reference [M, D], at least 3 each.
 
     The unbiased estimator of MMD² with k(x, y) = (x·y / D + 1)³: about 0 for two sets from one distribution, however
     few, and possibly negative. The 95 % interval is a jackknife over single images of both sides (Arvesen 1969),
     conservative where both sides have one distribution. Above 10,000 images it is the mean over blocks.
-
-    Raises:
-        ValueError: for other shapes, non-finite or different features, and fewer than three samples on a side.
     """
     one, other = check_features(features, reference, min_samples=3)
     blocks = math.ceil(max(len(one), len(other)) / KID_BLOCK_SIZE)
@@ -225,18 +217,10 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kid_leave_one_out(generated: Tensor, reference: Tensor, images: Tensor) -> tuple[float, Tensor]:
-    """KID of images generated for the captions of the reference images, and its values without each of these.
+    """KID of features [N, D] to reference [M, D], of the images for whose captions they were generated: int64 [N].
 
-    For paired comparisons: where two settings share captions, noise and reference, the jackknife of the difference of
-    their values is far narrower than either interval.
-
-    Args:
-        generated: features [N, D].
-        reference: features [M, D] of the images whose captions were used.
-        images: int64 [N], 0 to M − 1: the image whose caption each was generated for; each image occurs.
-
-    Returns:
-        The estimate, and float64 [M] without image j and the images generated for it.
+    Also float64 [M] without image j and those generated for it. Where two settings share captions, noise and reference,
+    the jackknife of the difference of these values is far narrower than either interval.
     """
     count, number = len(generated), len(reference)
     generated, reference = generated.double(), reference.double()
@@ -273,16 +257,12 @@ class PrecisionRecall:
 
 
 def precision_recall(features: Tensor, reference: Tensor) -> PrecisionRecall:
-    """Improved precision and recall (arXiv:1904.06991) of features [N, D] against reference [M, D].
+    """Improved precision and recall (arXiv:1904.06991) of features [N, D] against reference [M, D], at least 5 each.
 
     Each point has a ball that reaches to its third nearest neighbor. Precision is the fraction of generated points
     inside the balls of the real ones (Eqs. 1 and 2), recall the reverse. Recall grows with N: compare it at equal N.
-
-    The intervals are for other N images of the same model. Wilson's, for precision with count N, for recall with the
-    count that would give the jackknife's variance over 20 groups of generated images, and min(N, M) at most.
-
-    Raises:
-        ValueError: for other shapes, non-finite or different features, and fewer than five samples on a side.
+    The intervals, for other N images of the model, are Wilson's: for precision with count N, for recall with the count
+    that would give the jackknife's variance over 20 groups of generated images, and min(N, M) at most.
     """
     one, other = check_features(features, reference, min_samples=NEIGHBORS + 2)
     # Distances do not change, and lose less to rounding when computed from products.
@@ -312,8 +292,7 @@ def _fraction_inside(points: Tensor, centers: Tensor, squared_radii: Tensor) -> 
 def _squared_radii(points: Tensor, groups: int) -> Tensor:
     """Squared distance of each point to its third nearest other one, [P, 1 + groups].
 
-    The first column is among all points, the others are without one group each, whose points have −1 there: an empty
-    ball.
+    First among all points, then without one group each, whose points have −1 there: an empty ball.
     """
     parts, index, rows_at_once = [], torch.arange(len(points)), max(_MAX_ENTRIES // len(points), 1)
     for chunk, rows in zip(points.split(rows_at_once), index.split(rows_at_once), strict=True):
@@ -376,14 +355,9 @@ ImageKind = Literal["generated", "held-out"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number and what it was measured on.
+    """One number with its 95 % interval, the images it was measured on and those they were compared with.
 
-    Attributes:
-        name: "FID" only for FID itself.
-        value, low, high: with its 95 % interval.
-        images: which images were measured, and `samples` how many.
-        yardstick: for a ratio, the number of held-out images; None otherwise.
-        reference_samples: number of training images they were compared with.
+    `name` is "FID" only for FID itself; `yardstick`, for a ratio, the number of held-out images.
     """
 
     name: str
@@ -401,10 +375,8 @@ class Metric:
 class FidelityMetrics:
     """Of one kind of images against the training images.
 
-    Attributes:
-        frechet: None where either side has no more images than features.
-        kid, precision: on all images.
-        recall: on as many generated as held-out images, since it grows with their number.
+    `frechet` is None where either side has no more images than features; recall is on as many generated as held-out
+    images, since it grows with their number.
     """
 
     frechet: Metric | None
@@ -415,12 +387,7 @@ class FidelityMetrics:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Metrics of generated and of held-out images; without the latter some are None.
-
-    Attributes:
-        features: label of the features.
-        left_out: a sentence for each metric that is None, with what it would need.
-    """
+    """Metrics of generated and of held-out images; `left_out` has a sentence for each that is None."""
 
     features: str
     frechet_ratio: Metric | None
@@ -443,14 +410,9 @@ class Fidelity:
 def measure_fidelity(
     generated: Tensor, training: Tensor, held_out: Tensor | None, space: FeatureSpace, *, seed: int = 0
 ) -> Fidelity:
-    """Measures features of generated images [N, D] against those of training images [M, D].
+    """Measures features of generated images [N, D] against those of training images [M, D], at least 50 each.
 
-    Args:
-        held_out: features [H, D] of images that the model was not trained on; None leaves out what needs them.
-        seed: for subsets, where one side has more images than the other.
-
-    Raises:
-        ValueError: for fewer than 50 generated or training images, features of another space, and non-finite features.
+    Without held-out features [H, D] some metrics are left out. `seed` is for subsets of the larger side.
     """
     for name, features in (("generated", generated), ("training", training), ("held-out", held_out)):
         if features is not None and (features.ndim != 2 or features.shape[1] != space.dimensions):

@@ -63,17 +63,11 @@ def generate_images(
     first: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
-    """One image per caption, uint8 [N, 3, H, W] on the CPU, in the size of training.
+    """One image per caption, uint8 [N, 3, H, W] on the CPU, in the size of training; `first` is the number of the
+    first.
 
-    The noise of image i depends on (seed, i) only, so that models and settings are compared on the same noise.
-
-    Args:
-        num_inference_steps, guidance_scale: None takes the defaults stored with the model.
-        first: the number i of the first image.
-        progress: called with the number of images finished since.
-
-    Raises:
-        ValueError: without captions, for `batch_size` below 1, and for settings out of range.
+    The noise of image i depends on (seed, i) only, so that models and settings are compared on the same noise. Steps
+    and scale are by default those stored with the model; `progress` is called with the number of images finished since.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1 image")
@@ -153,7 +147,7 @@ class Reference:
         gallery: all images, for retrieval.
         digit_classifier: for the data `digits`, else None.
         mean_image: [3, R, R] float64 in [−1, 1] of the training images, R the resolution of the data.
-        colors: mean and std of each channel, [3] and [3], over all of their pixels.
+        colors: mean and std of each channel, [3] and [3].
         baselines: cache of `ldm.evaluation.verdict`.
     """
 

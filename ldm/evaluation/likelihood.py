@@ -1,7 +1,7 @@
 """Negative log-likelihood of images under a model of pixels: the variational bound of DDPM (arXiv:2006.11239), Eq. 5.
 
 −log₂ p(x_0 | caption) <= L_T + Σ L_t + L_0, in bits per dimension and averaged over images. Noise is a function of
-(seed, image, timestep), so that estimates from some and from all timesteps share it.
+(seed, image, timestep): estimates from some and from all timesteps share it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,10 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The bound over N images, bits per dimension.
+    """The bound over N images, bits per dimension: `total` is L_T, the sum of L_t over t > 0, and L_0.
 
-    Attributes:
-        prior, terms, decoder: L_T, the sum of L_t over t > 0, and L_0; they add up to `total`.
-        interval: half-width of the 95 % interval of `total` over images (and sampled timesteps); nan for one image.
-        timesteps_interval: half-width for the sampling of timesteps alone; 0 if all are evaluated.
-        per_image: [N] totals, in the order of `ids`.
-        curve: the terms over t.
-        evaluations: of the network, over all images.
+    `interval` is the half-width of its 95 % interval over images (and sampled timesteps), nan for one image;
+    `timesteps_interval` that for the sampling of timesteps alone. `curve` are the terms over t.
     """
 
     prior: float
@@ -105,16 +100,12 @@ def measure_likelihood(
     """The bound of captioned images under a model of pixels; the first caption of each is the condition (guidance 1).
 
     Args:
-        images: of the size of training, not augmented.
-        samples: number of images, sampled without replacement; None takes all.
+        images: of the size of training, not augmented; `samples` of them, without replacement, None takes all.
         steps_per_image: K: t = 0 and K more timesteps per image, two from each of K/2 strata of 1 … T − 1, which are
             shorter for small t; None takes all T.
         variance: σ² of p(x_{t−1} | x_t), β̃ or β; not for a network with learned variances.
         seed: for noise, images and timesteps.
         progress: called with the number of evaluations done since.
-
-    Raises:
-        ValueError: for a model of latents, images of another size, and numbers out of range.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be an integer from 0")

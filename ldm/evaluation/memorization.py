@@ -49,13 +49,10 @@ def color_layout(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NearestNeighbors:
-    """For each of n images, its nearest training image.
+    """For each of n images, the index of its nearest training image, and its distance.
 
-    Attributes:
-        index: int64 [n].
-        distance: [n].
-        ratio: [n], the distance over that to the nearest training image that is no variant of `index`; 1 without one.
-        closer: bool [n], whether the distance is below that of `index` to its own nearest non-variant.
+    `ratio` is the distance over that to the nearest training image that is no variant of `index`, 1 without one;
+    `closer` says whether the distance is below that of `index` to its own nearest non-variant. All are [n].
     """
 
     index: Tensor
@@ -66,12 +63,9 @@ class NearestNeighbors:
 
 @dataclass(frozen=True)
 class TrainingFeatures:
-    """Features of the training images, and which of them are variants of one another.
+    """Features of the training images, [N, D], also mirrored if training flips; and their groups, int64 [N].
 
-    Attributes:
-        variants: [N, D] features and, if training flips, those of mirrored images.
-        groups: int64 [N]; each image is its own unless `has_groups`.
-        radius: images closer than this are variants of one another.
+    Images closer than `radius` are variants of one another; each is its own group unless `has_groups`.
     """
 
     variants: tuple[Tensor, ...]
@@ -188,11 +182,10 @@ class Copying:
     """How close M generated images are to training images.
 
     Attributes:
-        nearest, distance, ratio: of `NearestNeighbors`, [M] each.
-        threshold: images with a ratio below it are `flagged`, a bool [M].
+        nearest, distance, ratio: of `NearestNeighbors`; `flagged` [M], with a ratio below the `threshold`.
         flagged_fraction: of all images; `expected` is that of unseen real images.
-        distinct: images that neither are near-duplicates of an earlier one nor have the same nearest training image;
-            only these are evidence.
+        distinct: images that neither are near-duplicates of an earlier one nor share its nearest training image; only
+            these are evidence.
         chance: p-value: the probability that as many of `distinct` unseen real images are flagged.
         variants: images that are flagged and as close to a training image as its variants are.
         held_out: flagged held-out images; None without any.
@@ -252,16 +245,12 @@ def find_copies(
     """Compares generated images with all training images, and with unseen real images.
 
     The threshold is the `QUANTILE` of the ratios of held-out images and, if these are fewer than `MIN_HELD_OUT`, of
-    training images, each compared with those of other groups.
+    training images, each compared with those of other groups (at most 2,048, by `seed`).
 
     Args:
         generated, training, held_out: features [M, D], [N, D], [H, D], such as `color_layout`.
         groups: `Sample.group` of the training images, None if each is its own; held-out images are of other groups.
         mirrored: [N, D], the training images flipped; give them if training flips.
-        seed: for the training images to leave out, at most 2,048.
-
-    Raises:
-        ValueError: for shapes that do not match, non-finite features, and fewer than 10 training groups.
     """
     known = TrainingFeatures.from_features(training, groups, mirrored)
     for name, features in (("generated", generated), ("held-out", held_out)):
@@ -328,12 +317,9 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class BandGap:
-    """Mean L_simple over timesteps `first` to `last`, both included.
+    """Mean L_simple over timesteps `first` to `last`, both included, of training and held-out images.
 
-    Attributes:
-        training, held_out: the two means.
-        gap: held_out − training.
-        interval: half-width of the 95 % interval of `gap` over images; nan where a side has a single image.
+    `interval` is the half-width of the 95 % interval of `gap` over images; nan where a side has a single image.
     """
 
     first: int
@@ -390,14 +376,8 @@ def loss_gap(
 ) -> LossGap:
     """L_simple (DDPM, Eq. 14) of `images` training and as many held-out images, or all where there are fewer.
 
-    Image i of either side gets the same timesteps and noise. Images are not augmented, latents are posterior means,
-    captions are the first of each image and never dropped.
-
-    Args:
-        images: per side, sampled without replacement, at least 1.
-        draws: evaluations of each image per band, at timesteps stratified over the band, at least 1.
-        seed: for images, timesteps and noise.
-        progress: called with the number of evaluations done since.
+    Image i of either side gets the same timesteps and noise, `draws` times a band, stratified over it. Images are not
+    augmented, latents are posterior means, captions are the first of each image and never dropped.
     """
     for name, value in (("images", images), ("draws", draws)):
         if value < 1:

@@ -31,13 +31,7 @@ CLIPSCORE_W = 2.5  # CLIPScore (arXiv:2104.08718), section 3
 
 @dataclass(frozen=True)
 class RetrievalGallery:
-    """All images of a data set, and which of them match a caption.
-
-    Attributes:
-        samples: M of them.
-        features: [M, D], float64.
-        pixel_hashes: of the images at the size of the model.
-    """
+    """All M images of a data set with features [M, D], float64, and hashes of their pixels at the size of the model."""
 
     samples: tuple[Sample, ...]
     features: Tensor
@@ -59,11 +53,11 @@ class RetrievalGallery:
         return [self._indices[sample.id] for sample in samples]
 
     def matches(self, captions: Sequence[str]) -> list[tuple[int, ...]]:
-        """For each caption the ascending indices of the images that match it; ValueError for a caption that no image
-        has.
+        """For each caption the ascending indices of the images with it, and of those with the same pixels as one of
+        them.
 
-        These are the images with this caption, and those with the same pixels as one of them. (In OpenMoji 65 of 1,918
-        have a duplicate: flags of one pattern, "astronaut" and "man astronaut".) Near-duplicates do not match.
+        (In OpenMoji 65 of 1,918 have a duplicate: flags of one pattern, "astronaut" and "man astronaut".)
+        Near-duplicates do not match. ValueError for a caption that no image has.
         """
         with_caption: dict[str, set[str]] = {}
         with_hash: dict[str, list[int]] = {}
@@ -89,14 +83,12 @@ def pixel_hash(image: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The rank of the caption's own image among all M, by similarity to the generated image.
+    """The rank of the caption's own image among all M (`gallery`), by similarity to the generated image.
 
     Attributes:
         ranks: float64 [N], from 1: one more than the non-matching images nearer than the nearest match; ties count
             half.
-        gallery: M.
-        within: for k = 1, 5, 10 the fraction of captions with a rank of at most k, with its 95 % interval over
-            captions.
+        within: for k = 1, 5, 10 the fraction of captions with a rank of at most k, with its 95 % interval.
         median: of the ranks, with its 95 % interval.
         chance, median_by_chance: of a model that ignores the caption.
     """
@@ -119,18 +111,10 @@ class Retrieval:
 
 
 def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int]], *, seed: int = 0) -> Retrieval:
-    """Ranks the gallery by its cosine to each generated image (why the cosine: docs/evaluation.md).
+    """Ranks the gallery [M, D] by its cosine to each generated image [N, D] (why the cosine: docs/evaluation.md).
 
-    Captions with the same matches are not independent: intervals are over the groups that they form.
-
-    Args:
-        generated: features [N, D].
-        gallery: features [M, D] of all images of the data, training and held-out.
-        matches: for each caption the indices of the images that match: `RetrievalGallery.matches`.
-        seed: for the bootstrap of the median.
-
-    Raises:
-        ValueError: for shapes that do not match, non-finite features, and indices outside the gallery.
+    `matches` are those of `RetrievalGallery.matches`. Captions with the same ones are not independent: intervals are
+    over the groups that they form, that of the median by a bootstrap.
     """
     if generated.ndim != 2 or gallery.ndim != 2 or generated.shape[1] != gallery.shape[1] or not len(generated):
         raise ValueError(
@@ -208,7 +192,6 @@ class ClipScore:
         score: CLIPScore, the mean of 2.5·max(cos, 0), arXiv:2104.08718, without the paper's prefix "A photo depicts".
         others: 100·cos of images with the captions of other images: what a model that ignores the text would have.
         model: of CLIP, and how images are resized for it.
-        pictures: N, the number of images.
     """
 
     hundred: Interval

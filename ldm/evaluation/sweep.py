@@ -70,16 +70,11 @@ def evaluations_per_image(guidance_scale: float, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """The results at one setting.
+    """The results at one setting, with the weights of a model of `sweep`.
 
-    Attributes:
-        weights: a key of the models of `sweep`.
-        evaluations: of the network per image, as counted.
-        seconds: per image.
-        kid: to the held-out images whose captions were used; `kid_without` its values without each of them.
-        log_rank: mean of ln(rank of the caption's own image), and `log_rank_without`; it distinguishes settings with
-            fewer captions than a median or recall does.
-        near: recall at 10.
+    `evaluations` of the network and `seconds` are per image; `kid` is to the held-out images whose captions were used,
+    `log_rank` the mean of ln(rank of the caption's own image), which needs fewer captions than a median or recall; both
+    also without each image. `near` is recall at 10.
     """
 
     weights: str
@@ -131,12 +126,9 @@ def mean_leave_one_out(values: Tensor, images: Tensor, number: int) -> tuple[flo
 
 @dataclass(frozen=True)
 class CellChoice:
-    """The result of `choose_cell`.
+    """The result of `choose_cell`, and the cell with the lowest KID.
 
-    Attributes:
-        best: the cell with the lowest KID.
-        equal: number of cells that are not distinguishable from the best, in fidelity and prompt alignment.
-        decided: whether any cell is distinguishable; otherwise more images are needed.
+    `equal` is the number of cells that are not distinguishable from the best; `decided` whether any is.
     """
 
     cell: Cell
@@ -183,12 +175,10 @@ def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All cells, and the choice.
+    """All cells, and the choice for each model, that of the folder first.
 
-    Attributes:
-        choices: for each model; the first model is that of the folder.
-        captions, images, gallery: number of captions, of held-out images they are of, and of all images.
-        stored: the folder whose defaults were changed, or None.
+    `captions`, `images` and `gallery` count captions, the held-out images they are of, and all images; `stored` is the
+    folder whose defaults were changed.
     """
 
     cells: tuple[Cell, ...]
@@ -257,13 +247,9 @@ def sweep(
         held_out: samples that training never saw.
         gallery: all images, training and held-out, in the features of `space`.
         count: captions, at least two, of at least 16 images.
-        seed: for captions and noise.
         record: a JSON file of measured cells, from which an interrupted sweep continues.
         store_in: the folder of the first model, whose defaults are set to the choice; None stores nothing.
         progress: called with the number of evaluations of the network done since, of `SweepGrid.evaluations`.
-
-    Raises:
-        ValueError: for arguments out of range, defaults that cannot be changed, and a `record` of another sweep.
     """
     captions, sources = sample_captions(held_out, count, seed)
     used = sorted(set(sources))
@@ -364,11 +350,7 @@ def _recorded_cells(record: Path, identity: dict[str, Any]) -> dict[tuple[str, f
 def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:
     """The pipeline, as a run exported it, with the weights of the last step instead of their EMA.
 
-    Args:
-        training: the folder `training` of the checkpoint that it was exported with.
-
-    Raises:
-        ValueError: for a checkpoint of another step, or of other weights (such as a LoRA).
+    `training` is that folder of the checkpoint that it was exported with; ValueError for another, or other weights.
     """
     here = pipeline.unet.state_dict()
     averaged, raw = (hub.load_tensors(training / f"{name}.safetensors") for name in ("ema", "model"))

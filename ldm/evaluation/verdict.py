@@ -45,10 +45,8 @@ Kind = Literal["far", "between", "near", "few"]
 class Closeness:
     """Precision and recall against the training images, 0 to 1.
 
-    Attributes:
-        precision: of all `samples`; its interval is for the number of distinct ones.
-        recall: of the distinct ones, since repeated images have balls of size zero.
-        distinct: samples that are no near-duplicates of an earlier one.
+    The interval of precision is for the `distinct` samples, those that are no near-duplicates of an earlier one; recall
+    is of these alone, since repeated images have balls of size zero.
     """
 
     precision: Interval
@@ -59,12 +57,9 @@ class Closeness:
 
 @dataclass(frozen=True)
 class BaselineComparison:
-    """Generated images between trivial baselines and unseen real images.
+    """Generated images between trivial baselines and unseen real images, by name and side.
 
-    Attributes:
-        generated, unseen: unseen are real images that are not among the `reference_samples` training images.
-        baselines: name → closeness of noise, the mean image, and blurred images.
-        retrieval: side → retrieval of the images' own captions.
+    Unseen are real images that are not among the `reference_samples` training images.
     """
 
     generated: Closeness
@@ -143,10 +138,7 @@ def compare_with_baselines(
 ) -> BaselineComparison:
     """Measures generated images, and baselines of the same size and number, against the same training images.
 
-    Args:
-        images: generated, uint8 [N, 3, H, W], N at least 50, of at least 50 training images.
-        features: [N, D] of them, in the space of the reference.
-        seed: for subsets of the training images and for noise.
+    Images are uint8 [N, 3, H, W], N at least 50, of at least 50 training images; features [N, D].
     """
     height, width = images.shape[-2:]
     baselines = baselines_of(reference, len(images), (height, width), seed)
@@ -161,13 +153,9 @@ def compare_with_baselines(
 
 @dataclass(frozen=True)
 class Baselines:
-    """What generated images are compared with.
+    """What generated images are compared with: baselines by name, and unseen real images.
 
-    Attributes:
-        closeness: of images with color layouts [n, K] and features [n, D].
-        figures: name → closeness of each baseline.
-        unseen: that of unseen real images.
-        reference_samples: number of training images that they are compared with.
+    `closeness` measures images with color layouts [n, K] and features [n, D] against the `reference_samples`.
     """
 
     closeness: Callable[[Tensor, Tensor], Closeness]
@@ -292,9 +280,7 @@ def verdict(
       loss far lower on training images;
     - learning: none of these.
 
-    Args:
-        copying: None with too few training images to find copies.
-        baselines: None where not compared, for the reason `not_compared`.
+    `copying` is None with too few training images, `baselines` where not compared, for the reason `not_compared`.
     """
     copies = "copies were not searched for" if copying is None else copying.describe()
     loss = "" if gap is None else f", and {gap.widest().describe()}"

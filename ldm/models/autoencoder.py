@@ -56,10 +56,10 @@ class FirstStageNetwork(nn.Module):
         return self.config.channels
 
     def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → moments: [B, 2 C, h, w] mean and log-variance; of a VQ model z [B, C, h, w].
+        """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w], mean and log-variance; of a VQ model z [B, C, h, w].
 
         With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
-        memory. ValueError if H or W is not divisible by `factor`.
+        memory.
         """
         self.config.check_size(images)
         moments = self.encoder(images) if strips is None else compute_in_strips(self.encoder, images, strips)
@@ -73,9 +73,9 @@ class FirstStageNetwork(nn.Module):
 
 
 class AutoencoderKL(FirstStageNetwork):
-    """Images to the moments of a normal posterior over latents, and latents to images.
+    """Images to the moments of a normal posterior over latents, and latents to images: Rombach et al. 2022, section
+    3.1.
 
-    High-resolution image synthesis with latent diffusion models (Rombach et al. 2022), section 3.1.
     Parameters are named as in diffusers' `AutoencoderKL`, so that weights load both ways.
     """
 
@@ -108,9 +108,7 @@ class AutoencoderKL(FirstStageNetwork):
         return mean, mean.square() + log_variance.exp()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images and noise → reconstructions and moments, in one call: wrappers such as DistributedDataParallel see no
-        other.
-        """
+        """Images and noise → reconstructions and moments, in the one call that DistributedDataParallel sees."""
         moments = self.encode(images)
         return self.decode(sample_posterior(moments, noise)), moments
 
@@ -119,8 +117,7 @@ class AutoencoderKL(FirstStageNetwork):
         """Rewrites the 1x1 convolutions so that latents become (latents - mean) / std and `decode` undoes it.
 
         mean [C] and std [C] are those of the latents that this network gives, before any scaling_factor. Exact up to
-        rounding, in float64. ValueError without both convolutions, for other shapes, and unless std is finite and above
-        zero.
+        rounding, in float64. ValueError without both convolutions, and for other statistics.
         """
         if self.quant_conv is None or self.post_quant_conv is None:
             raise ValueError("use_quant_conv and use_post_quant_conv must be true to fold statistics into them")
@@ -159,8 +156,8 @@ def kl_divergence(moments: Tensor) -> Tensor:
 def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an autoencoder under today's names.
 
-    Old files call the attention of the middle blocks query, key, value and proj_attn, and some keep its weights as 1x1
-    convolutions [C, C, 1, 1]; those become [C, C].
+    Old files call the attention of the middle blocks query, key, value and proj_attn, and may have it as 1x1
+    convolutions.
     """
     upgraded = {}
     for name, tensor in state_dict.items():

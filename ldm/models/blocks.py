@@ -30,11 +30,7 @@ class CheckpointedBlock(nn.Module):
 
 
 def enable_gradient_checkpointing(module: nn.Module, enabled: bool = True) -> None:
-    """Switches gradient checkpointing in all blocks of a network: less memory, about a third more time, equal
-    gradients.
-
-    ValueError for a network that has no such blocks.
-    """
+    """Switches gradient checkpointing in all blocks of a network: less memory, about a third more time."""
     blocks = [block for block in module.modules() if isinstance(block, CheckpointedBlock)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} has no blocks that can be checkpointed; leave it off")

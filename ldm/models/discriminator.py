@@ -19,9 +19,9 @@ class DiscriminatorConfig:
     """Shape of a discriminator.
 
     Args:
-        channels: of the first level; each level has twice as many as the one before, eight times these at most.
-        levels: how often height and width are halved. The patch that a logit judges is about 54 pixels wide with 3
-            levels, 26 with 2, 12 with 1.
+        channels: of the first level; each has twice as many as the one before, eight times these at most.
+        levels: how often height and width are halved. The patch of a logit is about 54, 26 or 12 pixels wide with 3, 2,
+            1.
         norm_num_groups: of the group normalization, which divides `channels`.
     """
 

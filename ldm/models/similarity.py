@@ -25,8 +25,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, Eq. 13), 1 for equal images: [B, 3, H, W] twice, in [−1, 1] → [B].
 
     As in torchmetrics: the mean over channels, a Gaussian window of 11 pixels with σ 1.5, mirrored edges, K₁ 0.01 and
-    K₂ 0.03. In float64 on the CPU, since variances are differences of squares. ValueError for fewer than 11 pixels a
-    side.
+    K₂ 0.03. In float64 on the CPU, since variances are differences of squares.
     """
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(
@@ -73,10 +72,10 @@ class PerceptualDistance:
         self.scales = tuple(scales)
 
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        """[B, 3, H, W] twice, in [−1, 1] → [B] float32.
+        """[B, 3, H, W] twice, in [−1, 1] → [B], always in float32.
 
-        Always in float32. Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, with 16
-        three, with 32 four; below 8 ValueError.
+        Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, with 16 three, with 32
+        four.
         """
         differences = self.differences(images, others)  # [B, L]
         return (differences / differences.new_tensor(self.scales[: differences.shape[1]])).mean(dim=1)

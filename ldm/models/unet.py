@@ -160,9 +160,8 @@ class UNetConfig(ComponentConfig):
 class UNetBlock(CheckpointedBlock):
     """One level of the way down or up, or the middle: residual blocks, and attention to the text after them.
 
-    `resnets` are the input and output channels of the residual blocks; the first `attentions` of them are followed by
-    attention. On the way down ("push") results go onto the stack of skip connections, which residual blocks on the way
-    up ("pop") read.
+    `resnets` are input and output channels of the residual blocks; attention follows the first `attentions` of them. On
+    the way down ("push") results go onto the stack of skip connections, which the way up ("pop") reads.
     """
 
     def __init__(
@@ -278,8 +277,8 @@ class UNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Predicts noise, or what else the network was trained for, at timesteps of the training schedule.
 
-        sample [B, in_channels, H, W], timestep [B] or a scalar (int64 or float), encoder_hidden_states [B, L, D] with D
-        = cross_attention_dim → [B, out_channels, H, W]. sample and encoder_hidden_states have the dtype of the weights.
+        sample [B, in_channels, H, W], timestep [B] or a scalar (int64 or float), encoder_hidden_states [B, L,
+        cross_attention_dim], all but the timestep in the dtype of the weights → [B, out_channels, H, W].
         """
         config, width = self.config, encoder_hidden_states.shape[-1]
         if sample.shape[1] != config.in_channels:

@@ -24,7 +24,7 @@ class VQConfig(CoderConfig):
 
     `vq_embed_dim` is C, the channels of codes and latents, by default `latent_channels`, those on the other side of the
     1x1 convolutions. `latents_mean` and `latents_std`, C numbers or null, are keys of our own: what is diffused is (z -
-    mean) · scaling_factor / std, as with other autoencoders of diffusers; its `VQModel` ignores them.
+    mean) · scaling_factor / std; diffusers' `VQModel` ignores them.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -71,12 +71,11 @@ class VQConfig(CoderConfig):
 
 
 class Quantized(NamedTuple):
-    """Latents z and their nearest codes e.
+    """Latents z and their nearest codes e, [B, C, h, w]; the gradient of `latents` is that of z (straight through).
 
     Attributes:
-        moments: z, [B, C, h, w], as the encoder gives them.
-        latents: e, [B, C, h, w], in the dtype of the codebook. Their gradient is that of z (straight through).
-        indices: which codes, [B, h, w] int64.
+        moments: z, as the encoder gives them.
+        latents: e, in the dtype of the codebook; `indices` [B, h, w] int64 says which.
         codebook: |sg(z) - e|² as a mean over the latents of a sample, [B] float32: it moves the codes.
         commitment: |z - sg(e)|², the same number; it moves the encoder.
     """
@@ -131,10 +130,9 @@ class VectorQuantizer(nn.Module):
 
 
 class VQModel(FirstStageNetwork):
-    """Images to latents, and latents by way of their nearest codes to images.
+    """Images to latents, and latents by way of their nearest codes to images: Rombach et al. 2022, section 3.1.
 
-    Latent diffusion (Rombach et al. 2022), section 3.1: what is diffused are the latents before quantization, which is
-    thus a layer of the decoder. Parameters are named as in diffusers' `VQModel`, so that weights load both ways.
+    The latents before quantization are diffused. Parameters are named as in diffusers' `VQModel`.
     """
 
     config: VQConfig
@@ -174,17 +172,14 @@ class VQModel(FirstStageNetwork):
         return moments, moments.square()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """Images → reconstructions, and the latents with their codes, in one call as in `AutoencoderKL`; noise is not
-        used.
-        """
+        """Images → reconstructions, and the latents with their codes, in one call; noise is not used."""
         quantized = self.quantize(self.encode(images))
         return self.decode_codes(quantized.latents), quantized
 
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Keeps mean [C] and std [C] of the latents in the config, in place of any scaling_factor.
 
-        In the 1x1 convolutions another scale per channel would change which codes are nearest. ValueError for other
-        shapes, and unless std is finite and above zero.
+        In the 1x1 convolutions another scale per channel would change which codes are nearest.
         """
         check_statistics(mean, std, self.channels)
         self.config = dataclasses.replace(
@@ -193,12 +188,10 @@ class VQModel(FirstStageNetwork):
 
 
 class CodebookUsage(NamedTuple):
-    """How a codebook of K codes is used.
+    """How a codebook of K codes is used: the fraction that is used at all, and the perplexity.
 
-    Attributes:
-        perplexity: exp of the entropy of how often each code is used, 1 to K: the number of equally used codes with the
-            same variety.
-        used: the fraction of codes that are used at all.
+    That is exp of the entropy of how often each is used, 1 to K: the number of equally used codes with the same
+    variety.
     """
 
     perplexity: float

@@ -50,11 +50,7 @@ class FiniteCheck:
         return watched
 
     def final_latents(self, states: Iterable[State], on_step: Callable[[State], None] | None = None) -> Tensor:
-        """The latents [B, C, h, w] of the last state, once sure that all of them are finite.
-
-        Raises:
-            NotFinite: naming the images, and the first step that was not finite.
-        """
+        """The latents [B, C, h, w] of the last state; `NotFinite` names images and the first step."""
         latents = None
         for state in states:
             latents = state.latents

@@ -71,8 +71,8 @@ class ProgressStrip:
 
     Args:
         preview: `Pipeline.preview`.
-        steps: states of the run: S, but `len(scheduler.timesteps)` with a scheduler of diffusers that evaluates more
-            often than that (Heun's, PNDM).
+        steps: states of the run: S, or `len(scheduler.timesteps)` of a scheduler that evaluates more often (Heun's,
+            PNDM).
     """
 
     def __init__(self, preview: Callable[[State], list[Image.Image]], steps: int) -> None:

@@ -1,7 +1,7 @@
 """How many images are computed at a time, and whether one fits into memory, estimated before anything is computed.
 
-As many images go through a network together as need `CHUNK_BYTES` by the estimate, at least one: a function of the
-model and the size, so that a call computes the same wherever it runs. Only where less memory is free there are fewer.
+As many images go through a network together as need `CHUNK_BYTES` by the estimate: a function of the model and the
+size, so that a call computes the same wherever it runs. Only where less memory is free there are fewer.
 """
 
 from __future__ import annotations
@@ -45,15 +45,12 @@ def chunk_sizes(
     held_bytes: int = 0,
     in_one_batch: bool = False,
 ) -> ChunkSizes:
-    """Divides `count` images of `size` (height, width) into chunks that fit.
+    """Divides `count` images of `size` (height, width) into chunks that fit; ValueError where that is impossible.
 
     Args:
         sample_bytes, image_bytes: what an image needs in the UNet, and in the first stage.
         held_bytes: what stays on the device all the while.
         in_one_batch: whether the images must not be divided.
-
-    Raises:
-        ValueError: where one of them does not fit, or not all of them as finished images.
     """
     here, name = available_bytes(torch.device("cpu")), "one image" if count == 1 else f"{count:,} images"
     free = here if device.type == "cpu" else available_bytes(device)

@@ -278,9 +278,6 @@ class Pipeline:
             seeds: two, for the ends; equal if only the prompt changes.
             steps: the number of images, ends included, at least 2.
             sampling: see `SamplingKwargs`; the sampler must be deterministic and is "ddim" by default.
-
-        Raises:
-            ValueError: naming the argument, its value and the range.
         """
         prompts = [prompt, prompt] if isinstance(prompt, str) else as_list("prompt", prompt, "one text, or two")
         if len(prompts) != 2:
@@ -337,9 +334,6 @@ class Pipeline:
             seed: of the noise after t, as in `__call__`.
             count: the number of images.
             sampling: see `SamplingKwargs`; the sampler must add noise: "ddpm" by default, "ddim" with eta above 0.
-
-        Raises:
-            ValueError: naming the argument, its value and the range.
         """
         count = as_int("count", count)
         if count < 1:
@@ -399,7 +393,7 @@ class Pipeline:
         prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
     ) -> Tensor:
-        """The x_T from which DDIM generates an image: DDIM inversion (arXiv:2010.02502, section 5.4).
+        """The x_T, [B, C, h, w], from which DDIM generates an image: DDIM inversion (arXiv:2010.02502, section 5.4).
 
         Without guidance (scale 1), because both directions must see the same predictions:
 
@@ -407,18 +401,11 @@ class Pipeline:
             pipeline("a cat", latents=x_T, guidance_scale=1)      # the image again; more steps bring it closer
             pipeline("a dog", latents=x_T)                        # the image, edited
 
-        A latent model reconstructs only as well as its autoencoder.
-
         Args:
-            image: RGB, or a list of one size; divisible by the codec's factor.
+            image: RGB, or a list of one size; divisible by the codec's factor. A latent model reconstructs only as well
+                as its autoencoder.
             prompt: its caption: one text, or one per image.
             num_inference_steps: S; reconstruct with the same.
-
-        Returns:
-            x_T, [B, C, h, w], for `latents` of `__call__`.
-
-        Raises:
-            ValueError: naming the image and what is wrong with it, or the argument.
         """
         images = [image] if isinstance(image, Image.Image) else as_list("image", image, "an image, or a list of them")
         texts = [prompt] * len(images) if isinstance(prompt, str) else as_list("prompt", prompt, "one text, or a list")
@@ -452,24 +439,17 @@ class Pipeline:
 
     @torch.inference_mode()
     def preview(self, state: State) -> list[Image.Image]:
-        """x̂_0 of a step as images, for `on_step` of `__call__`.
-
-        Raises:
-            ValueError: if it is not finite (`NotFinite`), or does not fit into memory.
-        """
+        """x̂_0 of a step as images, for `on_step` of `__call__`; ValueError if not finite (`NotFinite`) or too large."""
         height, width = (size * self.codec.factor for size in state.latents.shape[2:])
         batch_size = max(1, CHUNK_BYTES // self.codec.decode_bytes(height, width))
         with explain_out_of_memory("the preview", "preview smaller images, or fewer at a time"):
             return self._decode(state.pred_original_sample, batch_size)
 
     def tile(self, size: Tile) -> None:
-        """Sets how much of a large image the first stage computes at a time: about size² pixels.
+        """Sets how much of a large image the first stage computes at a time: about size² pixels, from 16² up.
 
-        The result is the same up to rounding. "auto", the default, does so if the whole image would need more than
-        3 GiB; "off" never. Pixel models ignore it.
-
-        Raises:
-            ValueError: for anything else, and a size below 16.
+        The result is the same up to rounding. "auto", the default, does so if the whole image would need more than 3
+        GiB; "off" never. Pixel models ignore it.
         """
         self.codec.tile(size)
 
@@ -483,9 +463,7 @@ class Pipeline:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
         """Moves every network to `device` (and `dtype`); returns the pipeline.
 
-        Raises:
-            ValueError: for a device that is not there or holds no numbers, a dtype that networks cannot have, and
-                where the memory of the device is too small.
+        ValueError for a device or dtype that cannot be used, and where its memory is too small.
         """
         if device is not None:
             device = usable_device(device)

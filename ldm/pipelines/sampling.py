@@ -47,11 +47,7 @@ from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, r
 class Sampler:
     """A row of the table.
 
-    Attributes:
-        run: a sampler of `ldm.diffusion`.
-        takes_eta: whether it takes η.
-        stochastic: whether it adds noise at every step, at η = 0 too.
-        options: what else `sampler_options` may set.
+    `stochastic` says whether it adds noise at every step, at η = 0 too; `options` what `sampler_options` may set.
     """
 
     run: Callable[..., Iterator[State]]
@@ -113,11 +109,7 @@ class SamplingKwargs(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters, apart from prompt, size and noise; `SamplingKwargs` explains each.
-
-    Raises:
-        ValueError: naming the parameter, its value and the range.
-    """
+    """Sampling parameters, apart from prompt, size and noise; `SamplingKwargs` explains each, ValueError its range."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -197,11 +189,7 @@ def describe_sampler(sampler: object) -> str:
 
 
 def x0_bounds(codec: Codec, percentile: float | None) -> ClipX0:
-    """What bounds x̂_0: the codec, or Imagen's dynamic threshold on the scale of images.
-
-    Raises:
-        ValueError: if a threshold is asked for latents.
-    """
+    """What bounds x̂_0: the codec, or Imagen's dynamic threshold on the scale of images; ValueError for latents."""
     if percentile is None:
         return codec.clip_x0
     if not codec.bounded:
@@ -272,10 +260,8 @@ def sample(
 ) -> Iterator[State]:
     """From `latents` [B, C, H, W] at the first step of `grid` to its end, with the sampler of the params.
 
-    Args:
-        generators: one an image, on the CPU, so that an image does not depend on its batch.
-        learned_variance: whether the network gives 2C channels; then "ddpm" takes its variance from them
-            ("ddpm-large" is β all the same).
+    There is one generator per image, on the CPU, so that an image does not depend on its batch. With `learned_variance`
+    the network gives 2C channels, from which "ddpm" takes its variance ("ddpm-large" is β all the same).
     """
     if not isinstance(params.sampler, str):
         check_scheduler(params.sampler, schedule, prediction_type, eta=params.eta)

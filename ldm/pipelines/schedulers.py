@@ -50,11 +50,7 @@ def is_scheduler(value: object) -> bool:
 def check_scheduler(
     scheduler: Scheduler, schedule: NoiseSchedule, prediction_type: PredictionType, *, eta: float
 ) -> None:
-    """Refuses a scheduler that would sample another process than the one the network was trained for.
-
-    Raises:
-        ValueError: naming the scheduler, the key and its value, and the way out.
-    """
+    """Raises ValueError for a scheduler that would sample another process than the network was trained for."""
     name = type(scheduler).__name__
     remedy = "build it with from_pretrained(MODEL, subfolder='scheduler')"
     table = getattr(scheduler, "alphas_cumprod", None)
@@ -108,22 +104,15 @@ def run_scheduler(
     prediction_type: PredictionType,
     learned_variance: bool,
 ) -> Iterator[State]:
-    """The loop that diffusers' pipelines run around a scheduler, as a generator of states.
+    """The loop that diffusers' pipelines run around a scheduler, as a generator of states, from `latents` [B, C, H, W].
 
     The scheduler is copied, because it keeps the state of a run. `scale_model_input` gives x_t = α x_0 + σ ε, so that
     x̂_0 follows for every scheduler alike; where `clip_x0` moves it, the prediction is made to agree. States hold
     `latents` as the scheduler does: x_t/α for Euler and its kin. A prediction of x_0, which some schedulers do not
     take, is passed to all of them as v.
 
-    Args:
-        latents: standard normal, [B, C, H, W].
-        num_inference_steps: as `set_timesteps` takes it; some schedulers evaluate more often than that.
-        generators: one per image, on the CPU.
-        learned_variance: whether the network gives 2C channels.
-
-    Raises:
-        ValueError: naming the scheduler: it goes from images to noise, leaves the timesteps or the noise levels of
-            training, takes noise that is not of `generators` or another number of steps, or needs other variances.
+    ValueError for one that goes from images to noise, leaves the timesteps or the noise levels of training, takes noise
+    that is not of `generators` or another number of steps, or needs other variances.
     """
     scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
     with _failing_as(f"{name} has no grid of {num_inference_steps} steps"):

@@ -54,11 +54,8 @@ def style(palette: Palette) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Finite (step, value) by rising step.
-
-    Attributes:
-        name: in the legend, unless empty.
-        raw: the values before smoothing, in a pale color below.
+    """Finite (step, value) by rising step; a name for the legend, and the values before smoothing, in a pale color
+    below.
     """
 
     name: str
@@ -146,10 +143,9 @@ def line_chart(
     axis: str = "step",
     standalone: bool = False,
 ) -> str:
-    """An SVG of lines over steps, from step 0.
+    """An SVG of one or more lines, each with at least one point, over steps from 0.
 
     Args:
-        lines: at least one, each with at least one point.
         title: for screen readers.
         logarithmic: if all values are positive, their axis is logarithmic.
         last_step: the steps reach at least this far, so that charts can share an axis.
@@ -209,15 +205,7 @@ def line_chart(
 
 
 def save_chart(path: Path, line: Line, *, axis: str) -> None:
-    """Writes one line as .svg or .png, its values on a logarithmic axis if all are positive.
-
-    Args:
-        line: its name is the title.
-        axis: label of the steps.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Writes one line, whose name is the title, as .svg or .png, on a logarithmic axis if all values are positive."""
     path, size = disk.expand_user(path), (640, 320)
     svg = line_chart([line], title=line.name, logarithmic=True, size=size, axis=axis, standalone=True)
     if path.suffix.lower() != ".png":

@@ -39,13 +39,8 @@ MIN_SIDE, MAX_SIDE = 96, 256
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResult:
-    """An evaluation and its context.
-
-    Attributes:
-        title: of the page: the model and its data.
-        about: model, run, data and their fingerprints.
-        notes: sentences to read before any number.
-        folder: of the files above.
+    """An evaluation and its context: title of the page, model and data (`about`), sentences to read first, folder of
+    the files above.
     """
 
     title: str
@@ -72,11 +67,7 @@ class EvaluationResult:
         return f'<iframe srcdoc="{page}" style="width:100%;height:40rem;border:0"></iframe>'
 
     def write(self) -> None:
-        """Writes all four files, each atomically.
-
-        Raises:
-            OSError: if they cannot be written.
-        """
+        """Writes all four files, each atomically; OSError if they cannot be written."""
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_json(folder / "evaluation.json", self.to_dict())

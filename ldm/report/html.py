@@ -50,13 +50,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in a page.
+    """An image in a page: a data URL of an image of `size`, `alt` for screen readers, caption and note.
 
-    Attributes:
-        name: shown with `fault` where the file cannot be read, since a page should not disclose paths.
-        source: a data URL of an image of `size`.
-        alt: for screen readers.
-        note: added to the caption if the image is not the file itself.
+    Where the file cannot be read, `name` is shown with `fault`, since a page should not disclose paths.
     """
 
     name: str
@@ -100,11 +96,8 @@ def _data_url(content: bytes, media: str) -> str:
 def encoded(path: Path, max_bytes: int) -> tuple[bytes, str, tuple[int, int], tuple[int, int]]:
     """A PNG file in at most `max_bytes`: unchanged, else as JPEG, else as ever smaller JPEG.
 
-    Returns:
-        The bytes, their media type, their size and that of the file (width, height in pixels).
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: for a file that cannot be decoded.
+    Returns the bytes, their media type, their size and that of the file (width, height); for a damaged file OSError,
+    ValueError, SyntaxError or Image.DecompressionBombError.
     """
     with Image.open(path, formats=["PNG"]) as file:
         file.load()  # detects a truncated file

@@ -58,12 +58,7 @@ def format_number(value: float) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: for anything else; it names the file.
-        FileNotFoundError: if there is no such file.
-    """
+    """A JSON object from a file; FileNotFoundError, or ValueError with its name for anything else."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -74,11 +69,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class Document:
-    """Any JSON object as tables and lists; long ones are shortened, and say so.
-
-    Args:
-        name: the file with all of it, which is named where something is left out.
-    """
+    """Any JSON object as tables and lists; long ones are shortened, and say in which file (`name`) all of it is."""
 
     def __init__(self, name: str) -> None:
         self.name = name

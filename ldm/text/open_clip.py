@@ -1,6 +1,5 @@
 """Text towers of open_clip, rewritten as the CLIP text model of transformers that computes the same.
 
-After the rewriting nothing knows of open_clip: the folders load, save and open in diffusers like any other.
 Both are the text transformer of CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.4).
 """
 
@@ -48,9 +47,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
             path of a safetensors file.
         layer: "last" or "penultimate": the states after which layer; the final layer norm follows either.
 
-    Raises:
-        ValueError: where open_clip is not installed, or does not know the model or the tag; where the weights are not
-            safetensors; and where the tower is not the plain text transformer of CLIP (other libraries, CoCa, SigLIP).
+    ValueError for what open_clip does not have, and a tower that is not CLIP's (other libraries, CoCa, SigLIP).
     """
     if layer not in _LAYERS_LEFT_OUT:
         raise ValueError(f"layer={layer!r} is not known: choose {' or '.join(_LAYERS_LEFT_OUT)}")
