@@ -24,8 +24,8 @@ from ldm.evaluation.memorization import nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
 from ldm.report.charts import Line, Point, line_chart
-from ldm.report.html import Figure, embedded, read_picture, write_page
-from ldm.report.markup import Document, escaped, format_number, shortened
+from ldm.report.html import Figure, document, embedded, read_picture, write_page
+from ldm.report.markup import Rows, escaped, format_number, shortened
 from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
 
 PAGE_PAIRS = 24  # of each side
@@ -166,7 +166,7 @@ class EvaluationResult:
             lines="\n".join(lines),
             sweep=sweep,
             sweep_lines="" if self.sweep is None else "\n".join(sweep_lines(self.sweep)),
-            about=Document("evaluation.json").render({**self.about, **evaluation.settings}),
+            about=document({**self.about, **evaluation.settings}, Rows("evaluation.json")),
         )
 
     def _side(self, side: GeneratedImages) -> dict[str, Any]:

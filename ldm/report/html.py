@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,12 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm import disk
 from ldm.report import charts
-from ldm.report.markup import visible
+from ldm.report.markup import Rows, format_number, is_nested, label, scalar, visible
 
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         finalize=lambda value: value if isinstance(value, Markup) else visible(value),
@@ -31,6 +32,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"scalar": scalar, "label": label, "number": format_number}
+    environment.tests["nested"] = is_nested
+    return environment
 
 
 def write_page(path: Path, template: str, title: str, **content: Any) -> None:
@@ -38,6 +42,11 @@ def write_page(path: Path, template: str, title: str, **content: Any) -> None:
     styles = {"light_charts": Markup(charts.style(charts.LIGHT)), "dark_charts": Markup(charts.style(charts.DARK))}
     page = _environment().get_template(template).render(title=title, **styles, **content)
     disk.write_text(disk.expand_user(path), page)
+
+
+def document(content: Mapping[str, Any], rows: Rows) -> Markup:
+    """Any JSON object: one table of the scalars, then each list and object below its name; long ones are shortened."""
+    return Markup(_environment().get_template("document.html").module.object(content, rows, 0))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from ldm import disk
 from ldm.evaluation.verdict import Verdict
 from ldm.progress import format_duration
 from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, line_chart, smooth
-from ldm.report.html import Figure, read_picture, write_page
-from ldm.report.markup import Document, format_number, read_object, shortened
+from ldm.report.html import Figure, document, read_picture, write_page
+from ldm.report.markup import Rows, format_number, read_object, shortened
 from ldm.training.checkpoints import resume_command
 from ldm.training.metrics import Metrics, describe_trend, metric_title, read_metrics
 
@@ -50,15 +50,15 @@ def write_report(run_folder: Path) -> Path:
         raise ValueError(f"{run_folder} is no folder; give a run folder, such as runs/openmoji")
     run = _Folder.read(run_folder)
     path = run_folder / "report.html"
-    plan = Document("plan.json").render(run.plan) if run.plan else ""
+    plan = document(run.plan, Rows("plan.json")) if run.plan else ""
     # What needs attention comes first; None where the file does not say.
-    data, document = dict(run.data), Document("data.json")
+    data, rows = dict(run.data), Rows("data.json")
     attention = data.pop("needs_attention", None)
     if attention is not None:
         is_list = isinstance(attention, list) and attention
-        attention = document.render({"needs_attention": attention}) if is_list else ""
+        attention = document({"needs_attention": attention}, rows) if is_list else ""
     content = _head(run) | _curves(run) | _sheets(run) | _use(run)
-    content |= {"attention": attention, "data": document.render(data) if run.data else ""}
+    content |= {"attention": attention, "data": document(data, rows) if run.data else ""}
     write_page(path, "run.html", run.name, **content, plan=plan, config=run.config_text)
     return path
 
