@@ -24,7 +24,7 @@ from ldm.data.rng import content_hash
 from ldm.models.efficientnet import DIMENSIONS as EFFICIENTNET_DIMENSIONS
 from ldm.models.efficientnet import EfficientNetLite0
 from ldm.requirements import pip_install
-from ldm.text.open_clip import PREFIX, weights_path
+from ldm.text.open_clip import PREFIX, find_open_clip
 
 PIXEL_DIMENSIONS = 64
 GRID, GRADIENT_GRID = 8, 4
@@ -288,18 +288,8 @@ class Clip:
 
 def load_clip(weights: str, device: torch.device) -> Clip:
     """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`."""
-    try:
-        open_clip = importlib.import_module("open_clip")
-    except ImportError as error:
-        raise ValueError(f"CLIP needs open_clip ({error}): {pip_install('open_clip')}") from None
-    name, _, source = weights.removeprefix(PREFIX).partition(":")
-    config = open_clip.get_model_config(name) if name else None
-    if config is None:
-        raise ValueError(
-            f"open_clip knows no model {name!r}: give MODEL:TAG or MODEL:PATH.safetensors, such as "
-            "ViT-B-32:laion2b_s34b_b79k; open_clip.list_models() lists all"
-        )
-    path = weights_path(open_clip, name, bool(config.get("quick_gelu")), source)
+    open_clip, name, _, path = find_open_clip(weights)
+    source = weights.removeprefix(PREFIX).partition(":")[2]
     # A tag has its own mean, std and filter; a path has not.
     known = source in open_clip.list_pretrained_tags_by_model(name)
     try:

@@ -51,14 +51,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     """
     if layer not in _LAYERS_LEFT_OUT:
         raise ValueError(f"layer={layer!r} is not known: choose {' or '.join(_LAYERS_LEFT_OUT)}")
-    try:
-        open_clip = importlib.import_module("open_clip")
-    except ImportError as error:
-        raise ValueError(f"{name} needs open_clip ({error}): {pip_install('open_clip')}") from None
-    model, _, source = name.removeprefix(PREFIX).partition(":")
-    config = open_clip.get_model_config(model)
-    if config is None:
-        raise ValueError(f"open_clip knows no model {model!r}: open_clip.list_models() lists all")
+    open_clip, model, config, path = find_open_clip(name)
     text = {"context_length": 77, "vocab_size": _VOCABULARY, "mlp_ratio": 4.0} | config["text_cfg"]
     unlike = [key for key, value in text.items() if key not in _READ | _AFTER_STATES and value]
     unlike += ["multimodal_cfg"] if "multimodal_cfg" in config else []
@@ -68,7 +61,6 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
             f"the text tower of open_clip's {model} is not the plain text transformer of CLIP "
             f"({', '.join(unlike)}): choose another, such as ViT-B-32 or ViT-L-14"
         )
-    path = weights_path(open_clip, model, bool(config.get("quick_gelu")), source)
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
     (folder / "text_encoder").mkdir()
@@ -95,12 +87,23 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     _write_tokenizer(open_clip, text["context_length"], folder / "tokenizer")
 
 
-def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> Path:
-    """The safetensors file of `source`: a path, or a tag whose weights open_clip downloads."""
+def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], Path]:
+    """open_clip, and model, config and safetensors file of "MODEL:WEIGHTS", where these are a path or a tag."""
+    try:
+        open_clip = importlib.import_module("open_clip")
+    except ImportError as error:
+        raise ValueError(f"{name} needs open_clip ({error}): {pip_install('open_clip')}") from None
+    model, _, source = name.removeprefix(PREFIX).partition(":")
+    config = open_clip.get_model_config(model) if model else None
+    if config is None:
+        raise ValueError(
+            f"open_clip knows no model {model!r}: give MODEL:TAG or MODEL:PATH.safetensors, such as "
+            "ViT-B-32:laion2b_s34b_b79k; open_clip.list_models() lists all"
+        )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if source in tags:
         tag = open_clip.get_pretrained_cfg(model, source)
-        if bool(tag.get("quick_gelu")) and not quick_gelu:
+        if tag.get("quick_gelu") and not config.get("quick_gelu"):
             raise ValueError(f"{source} was trained with QuickGELU: name it {PREFIX}{model}-quickgelu:{source}")
         try:
             path = Path(open_clip.pretrained.download_pretrained(tag))
@@ -115,7 +118,7 @@ def weights_path(open_clip: Any, model: str, quick_gelu: bool, source: str) -> P
         )
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} would have to be unpickled: convert it to safetensors or choose other weights")
-    return path
+    return open_clip, model, config, path
 
 
 def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tensor]:
