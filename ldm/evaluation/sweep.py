@@ -286,12 +286,7 @@ def sweep(
         started = time.perf_counter()
         with pipeline.unet.register_forward_pre_hook(count_inputs):
             generated = generate_images(
-                pipeline,
-                captions,
-                seed=seed,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                batch_size=batch_size,
+                pipeline, captions, seed=seed, num_inference_steps=steps, guidance_scale=scale, batch_size=batch_size
             )
         seconds = time.perf_counter() - started
         features = space.compute(to_signed(chunk) for chunk in generated.split(EXTRACT_BATCH))

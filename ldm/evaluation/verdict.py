@@ -266,11 +266,7 @@ class Verdict:
 
 
 def verdict(
-    copying: Copying | None,
-    gap: LossGap | None,
-    baselines: BaselineComparison | None = None,
-    *,
-    not_compared: str = "",
+    copying: Copying | None, gap: LossGap | None, baselines: BaselineComparison | None = None, *, not_compared: str = ""
 ) -> Verdict:
     """The first of these that holds; the loss gap alone never gives "memorizing".
 

@@ -1,12 +1,6 @@
 """The networks: plain `nn.Module`s built from frozen configs, with the names of diffusers."""
 
-from ldm.models.autoencoder import (
-    AutoencoderConfig,
-    AutoencoderKL,
-    kl_divergence,
-    sample_posterior,
-    upgrade_state_dict,
-)
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, kl_divergence, sample_posterior, upgrade_state_dict
 from ldm.models.blocks import enable_gradient_checkpointing, set_attention_backend
 from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.models.similarity import PerceptualDistance

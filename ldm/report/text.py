@@ -10,13 +10,7 @@ from PIL import Image
 
 from ldm.data import to_signed
 from ldm.evaluation.autoencoder import ACTIONS, MAX_MEAN, STD_RANGE, Advice, AutoencoderReport
-from ldm.evaluation.composition import (
-    IMAGES_PER_PROMPT,
-    MIN_REAL_ACCURACY,
-    AxesReport,
-    AxisAccuracy,
-    prompt_rows,
-)
+from ldm.evaluation.composition import IMAGES_PER_PROMPT, MIN_REAL_ACCURACY, AxesReport, AxisAccuracy, prompt_rows
 from ldm.evaluation.evaluate import Evaluation
 from ldm.evaluation.fidelity import Fidelity, Metric
 from ldm.evaluation.memorization import Copying, LossGap
