@@ -279,7 +279,7 @@ def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weigh
         setattr(model, _STATE, _State(trainable))
     state: _State = getattr(model, _STATE)
     keys = {f"{module}.lora_A.weight": lora.down for module, lora in loras.items()}  # peft reads the names only
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it draws numbers, which are overwritten here
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it samples numbers, which are overwritten
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # more than one adapter is meant
         peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(loras)), model, name, state_dict=keys)
     layers = {path: layer for path, layer in _lora_layers(model).items() if name in layer.lora_A}

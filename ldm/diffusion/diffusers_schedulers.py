@@ -87,7 +87,7 @@ IGNORED_KEYS = frozenset(
         *("tensor_format", "timestep_values"),
     )
 )
-"""Keys under which our samplers draw the same, whatever their values."""
+"""Keys that change nothing for our samplers."""
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {

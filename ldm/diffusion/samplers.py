@@ -140,7 +140,7 @@ def ddim(
         if eta > 0 and noise is not None:
             if variance == "sigma_hat":
                 std = stride_std if t_prev >= 0 else 0.0
-            # Drawn at the last step too, where the deviation is 0, so that the stream does not depend on it.
+            # At the last step too, where std is 0, so that the stream of numbers does not depend on it.
             latents = latents + std * noise()
         yield State(index, t, latents, x_0)
 
@@ -366,13 +366,13 @@ def langevin_corrector(
             for _ in range(num_corrector_steps):
                 prediction = denoise(latents, t_prev)
                 _, epsilon = predict(prediction, latents, alpha, sigma, prediction_type, clip_x0)
-                drawn = noise()
+                z = noise()
                 # Algorithm 5; √(ε/2) = √(1 − β_i) r ‖z‖ / ‖s‖, with s = −ε̂/σ
                 scale = math.sqrt(1 - betas[t_prev]) * snr * sigma
                 length = sample_norm(epsilon)
                 # Where ‖s‖ is 0 nothing says how long a step is: none is taken.
-                root = torch.where(length > 0, scale * sample_norm(drawn) / length, 0)  # [B, 1, …]
-                latents = latents - (2 / sigma) * root.square() * epsilon + 2 * root * drawn
+                root = torch.where(length > 0, scale * sample_norm(z) / length, 0)  # [B, 1, …]
+                latents = latents - (2 / sigma) * root.square() * epsilon + 2 * root * z
         yield State(index, t, latents, state.pred_original_sample)
 
 

@@ -1,1 +1,1 @@
-"""Whether a model draws what it is asked for."""
+"""Metrics of models and first stages: records; `ldm.report` renders them."""

@@ -8,5 +8,4 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, VQModel, codebook_usage
 
 FirstStage = AutoencoderKL | VQModel
-"""Networks between images and latents. Both have `config`, `factor`, `channels`, `statistics`, `encode`, `draw`,
-`expectations`, `decode` and `fold_statistics`, so that nobody has to ask which one it is."""
+"""Both also have `statistics`, `sample_latents`, `expectations` and `fold_statistics`: no caller asks which one it is."""

@@ -103,7 +103,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, or brings them to a given size, by nearest neighbours, then a 3x3 convolution."""
+    """Doubles height and width, or brings them to a given size, by nearest neighbors, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

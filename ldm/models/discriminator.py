@@ -1,4 +1,4 @@
-"""A patch discriminator, and the losses between it and the autoencoder whose reconstructions it judges."""
+"""A patch discriminator, and the losses between it and the autoencoder."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class VQConfig(CoderConfig):
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "act_fn": ("silu",),
         "norm_type": ("group",),
-        "lookup_from_codebook": (False, True),  # concerns decoding without quantisation, which is not done here
+        "lookup_from_codebook": (False, True),  # concerns decoding without quantization, which is not done here
     }
 
     latent_channels: int = 3

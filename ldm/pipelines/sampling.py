@@ -173,7 +173,7 @@ class SamplingParams:
 
     @property
     def stochastic(self) -> bool:
-        """Whether one of our own samplers draws noise after x_T."""
+        """Whether one of our own samplers adds noise after x_T."""
         return isinstance(self.sampler, str) and (SAMPLERS[self.sampler].stochastic or self.eta > 0)
 
 

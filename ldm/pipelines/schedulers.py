@@ -197,7 +197,7 @@ class _ForeignNoiseError(ValueError):
 
 
 class _Noise(TorchDispatchMode):
-    """Refuses noise that comes from anywhere but the generators of the images, for it could not be drawn again."""
+    """Refuses noise that comes from anywhere but the generators of the images, for no seed gives it again."""
 
     def __init__(self, name: str, generators: Sequence[torch.Generator]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
