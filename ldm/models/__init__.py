@@ -8,4 +8,4 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vq import CodebookUsage, Quantized, VectorQuantizer, VQConfig, VQModel, codebook_usage
 
 FirstStage = AutoencoderKL | VQModel
-"""Both also have `statistics`, `sample_latents`, `expectations` and `fold_statistics`: no caller asks which one it is."""
+"""Both have `statistics`, `sample_latents`, `expectations` and `fold_statistics`: no caller asks which one it is."""
