@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm.models.coder import CoderConfig, Decoder, Encoder, check_statistics
-from ldm.models.tiling import compute_in_strips
+from ldm.models.coder import CoderConfig, Decoder, Encoder, check_statistics, compute_in_strips
 
 
 @dataclass(frozen=True, kw_only=True)
