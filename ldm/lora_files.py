@@ -227,28 +227,6 @@ def _peft_name(name: str, part: str) -> str:
     return str(new)
 
 
-def _layer_names(names: Iterable[str], layers: Iterable[str], part: str) -> dict[str, str]:
-    """Layers as a file names them → as the network names them; those that it does not have are left out."""
-    known = {name.removeprefix("text_model."): name for name in layers}
-    for name, other in compvis_names(layers).items():
-        known |= {alias: name for alias in (other, other.replace(".", "_")) if alias not in known}
-    found = {}
-    for name in names:
-        plain = re.sub(r"\.to_out$", ".to_out.0", name.removeprefix("text_model."))
-        if plain not in known and "." not in name:  # kohya's `down_blocks_0_…` → `down_blocks.0.…`
-            from diffusers.loaders import lora_conversion_utils
-
-            convert: Any = lora_conversion_utils
-            start = "lora_unet_" if part == "unet" else "lora_te_"
-            both = {f"{start}{name}.lora_{end}.weight": None for end in ("down", "up")}
-            converted_names, _ = convert._convert_non_diffusers_lora_to_diffusers(both)
-            plain = _peft_name(min(converted_names).removeprefix(f"{part}."), part)
-            plain = plain.removesuffix(".lora_A.weight").removeprefix("text_model.")
-        if plain in known:
-            found[name] = known[plain]
-    return found
-
-
 def _loras(
     path: Path, found: Mapping[str, Mapping[str, Tensor]], network: nn.Module, part: str, settings: dict[str, Any]
 ) -> dict[str, Lora]:
@@ -256,7 +234,23 @@ def _loras(
     from peft.utils.other import get_pattern_key
 
     layers = adaptable_layers(network)
-    names = _layer_names(found, layers, part)
+    known = {name.removeprefix("text_model."): name for name in layers}
+    for name, other in compvis_names(layers).items():
+        known |= {alias: name for alias in (other, other.replace(".", "_")) if alias not in known}
+    names = {}  # of layers in the file → in the network
+    for name in found:
+        plain = re.sub(r"\.to_out$", ".to_out.0", name.removeprefix("text_model."))
+        if plain not in known and "." not in name:  # kohya's `down_blocks_0_…` → `down_blocks.0.…`
+            from diffusers.loaders import lora_conversion_utils
+
+            convert: Any = lora_conversion_utils
+            start = "lora_unet_" if part == "unet" else "lora_te_"
+            both = {f"{start}{name}.lora_{end}.weight": None for end in ("down", "up")}
+            new_names, _ = convert._convert_non_diffusers_lora_to_diffusers(both)
+            plain = _peft_name(min(new_names).removeprefix(f"{part}."), part)
+            plain = plain.removesuffix(".lora_A.weight").removeprefix("text_model.")
+        if plain in known:
+            names[name] = known[plain]
     if unknown := sorted(found.keys() - names.keys()):
         raise ValueError(
             f"{path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); it was made "

@@ -135,39 +135,34 @@ def classifier_guidance(
             factor = -sigma
         else:
             factor = sigma**2 / alpha if prediction_type == "sample" else -sigma / alpha
-        prediction = prediction + scale * factor * _gradient(log_likelihood, x_t, t)
+        # A tensor of inference mode cannot be differentiated; a copy made outside it can.
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_()
+            value = log_likelihood(x, t)
+            if not isinstance(value, Tensor) or value.shape != (len(x),):
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"the classifier gives {shape} for x_t of shape {list(x.shape)}; it must give [{len(x)}], the log "
+                    "probability of the wanted class for each image"
+                )
+            if not value.requires_grad:
+                raise ValueError(
+                    "the classifier's log probability does not depend on x_t, or was cut off from it; it must be "
+                    "differentiable in x_t"
+                )
+            # Images do not see one another, so the gradient of the sum holds the gradient of each.
+            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        if gradient is None:
+            raise ValueError("the classifier's log probability does not depend on x_t, only on other things")
+        if not bool(gradient.isfinite().all()):
+            raise ValueError(
+                f"the gradient of the classifier's log probability is not finite at timestep {t}; x_t is noisy there, "
+                "and the classifier must give a finite log p for noise too"
+            )
+        prediction = prediction + scale * factor * gradient.detach()  # [B, C, H, W]
         return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
     return guided
-
-
-def _gradient(log_likelihood: LogLikelihood, x_t: Tensor, t: int) -> Tensor:
-    """∇ log p(y | x_t) in x_t, [B, C, H, W]."""
-    # A tensor of inference mode cannot be differentiated; a copy made outside it can.
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x_t.detach().clone().requires_grad_()
-        value = log_likelihood(x, t)
-        if not isinstance(value, Tensor) or value.shape != (len(x),):
-            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"the classifier gives {shape} for x_t of shape {list(x.shape)}; it must give [{len(x)}], the log "
-                "probability of the wanted class for each image"
-            )
-        if not value.requires_grad:
-            raise ValueError(
-                "the classifier's log probability does not depend on x_t, or was cut off from it; it must be "
-                "differentiable in x_t"
-            )
-        # Images do not see one another, so the gradient of the sum holds the gradient of each.
-        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-    if gradient is None:
-        raise ValueError("the classifier's log probability does not depend on x_t, only on other things")
-    if not bool(gradient.isfinite().all()):
-        raise ValueError(
-            f"the gradient of the classifier's log probability is not finite at timestep {t}; x_t is noisy there, and "
-            "the classifier must give a finite log p for noise too"
-        )
-    return gradient.detach()
 
 
 def alpha_sigma_at(schedule: NoiseSchedule, t: float) -> tuple[float, float]:

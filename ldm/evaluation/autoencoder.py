@@ -75,25 +75,6 @@ class ReconstructionQuality:
     def good(self) -> bool:
         return self.psnr is not None and self.psnr >= GOOD_PSNR and (self.perceptual or 0.0) <= GOOD_PERCEPTUAL
 
-    @property
-    def latents_suffice(self) -> bool:
-        """Whether a better decoder would be good with these latents."""
-        return self.psnr is not None and self.readout is not None and self.readout >= GOOD_PROBE_PSNR
-
-    def describe(self) -> str:
-        """The measurements and their thresholds."""
-        if self.psnr is None:
-            return f"the factor {self.factor} of {self.name} does not divide {self.resolution}"
-        text = f"{self.name} reconstructs these images at {self.psnr:.1f} dB"
-        if self.perceptual is not None:
-            text += f" and a perceptual distance of {self.perceptual:.2f}"
-        if self.good:
-            limits = f"{GOOD_PSNR:g} or more" if self.perceptual is None else f"{GOOD_PSNR:g} and {GOOD_PERCEPTUAL:g}"
-            return f"{text}, where {limits} are good"
-        if self.psnr < GOOD_PSNR:
-            return f"{text}, below {GOOD_PSNR:g}"
-        return f"{text}, above {GOOD_PERCEPTUAL:g}"
-
 
 @dataclass(frozen=True)
 class Advice:
@@ -107,17 +88,22 @@ def advise(found: ReconstructionQuality) -> Advice:
     """The cheapest option that suffices."""
     if found.resolution <= MAX_PIXEL_RESOLUTION:
         return Advice("pixels", no_first_stage_reason(found.resolution))
-    why = found.describe()
-    if found.good:
-        return Advice("use", why)
-    if found.latents_suffice:
-        assert found.readout is not None
-        return Advice(
-            "tune",
-            f"{why}, but its latents hold more: a linear probe of them reaches {found.readout:.1f} dB; use "
-            "train/train_autoencoder.py with start_from and trained: decoder",
-        )
-    if found.psnr is not None:
+    if found.psnr is None:
+        why = f"the factor {found.factor} of {found.name} does not divide {found.resolution}"
+    else:
+        why = f"{found.name} reconstructs these images at {found.psnr:.1f} dB"
+        if found.perceptual is not None:
+            why += f" and a perceptual distance of {found.perceptual:.2f}"
+        if found.good:
+            limits = f"{GOOD_PSNR:g} or more" if found.perceptual is None else f"{GOOD_PSNR:g} and {GOOD_PERCEPTUAL:g}"
+            return Advice("use", f"{why}, where {limits} are good")
+        why += f", below {GOOD_PSNR:g}" if found.psnr < GOOD_PSNR else f", above {GOOD_PERCEPTUAL:g}"
+        if found.readout is not None and found.readout >= GOOD_PROBE_PSNR:
+            return Advice(
+                "tune",
+                f"{why}, but its latents hold more: a linear probe of them reaches {found.readout:.1f} dB; use "
+                "train/train_autoencoder.py with start_from and trained: decoder",
+            )
         if found.images >= MIN_TRAINING_IMAGES:
             return Advice(
                 "train",
@@ -188,19 +174,28 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
     the images uses the map fitted to the other (docs/evaluation.md). Images are [1, 3, H, W] in [−1, 1], of any sizes →
     PSNR [N] in dB; None for too few images.
     """
-    parts = [_probe_blocks(codec, image) for image in images]
+    parts = []  # what the blocks are predicted from [h·w, C · 25 + 3 (f + 2)²], and the blocks [h·w, 3 f²]
+    for image in images:
+        latents = codec.sample_latents(codec.moments(image))  # [1, C, h, w]
+        decoded = codec.decode(latents).clamp(-1, 1)
+        around = F.pad(latents.float(), (PROBE_LATENTS,) * 4, mode="replicate")
+        near = F.pad(decoded.float(), (PROBE_PIXELS,) * 4, mode="replicate")
+        size = codec.factor + 2 * PROBE_PIXELS
+        unfolded = [F.unfold(around, 2 * PROBE_LATENTS + 1), F.unfold(near, size, stride=codec.factor)]
+        blocks = F.unfold(image, codec.factor, stride=codec.factor)
+        parts.append((torch.cat(unfolded, dim=1)[0].T.cpu(), blocks[0].T.cpu()))
     found = torch.empty(len(parts), dtype=torch.float32)
     for own in (0, 1):
-        inputs, blocks = [], []  # of the other half
+        inputs, targets = [], []  # of the other half
         for index, (x, y) in enumerate(parts[1 - own :: 2]):
             rows = torch.arange(len(y))
             if len(y) > MAX_PROBE_BLOCKS:
                 rows = torch.from_numpy(generator(0, "readout", index).permutation(len(y))[:MAX_PROBE_BLOCKS])
             inputs.append(x[rows])
-            blocks.append(y[rows])
+            targets.append(y[rows])
         if not inputs or sum(map(len, inputs)) < MIN_BLOCKS_PER_INPUT * inputs[0].shape[1]:
             return None
-        x, y = torch.cat(inputs), torch.cat(blocks)
+        x, y = torch.cat(inputs), torch.cat(targets)
         center, middle = x.mean(dim=0), y.mean(dim=0)
         x, y = (x - center).double(), (y - middle).double()
         gram = x.T @ x / len(x)
@@ -211,17 +206,6 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
             x, y = parts[index]
             found[index] = psnr(((x - center) @ weight + middle).clamp(-1, 1)[None], y[None])[0]
     return found
-
-
-def _probe_blocks(codec: LatentCodec, image: Tensor) -> tuple[Tensor, Tensor]:
-    """What the blocks are predicted from [h·w, C · 25 + 3 (f + 2)²], and the blocks [h·w, 3 f²], one per latent."""
-    factor = codec.factor
-    latents = codec.sample_latents(codec.moments(image))  # [1, C, h, w]
-    decoded = codec.decode(latents).clamp(-1, 1)
-    around = F.pad(latents.float(), (PROBE_LATENTS,) * 4, mode="replicate")
-    near = F.pad(decoded.float(), (PROBE_PIXELS,) * 4, mode="replicate")
-    inputs = [F.unfold(around, 2 * PROBE_LATENTS + 1), F.unfold(near, factor + 2 * PROBE_PIXELS, stride=factor)]
-    return torch.cat(inputs, dim=1)[0].T.cpu(), F.unfold(image, factor, stride=factor)[0].T.cpu()
 
 
 # ---- the report

@@ -183,23 +183,20 @@ def kid(features: Tensor, reference: Tensor) -> Interval:
         raise ValueError(
             f"{len(one)} samples against {len(other)} are too unequal; give at least {3 * blocks} on either side"
         )
-    # Blocks take every n-th sample: features may be sorted by caption or class.
-    values, variances = zip(*(_mmd2(one[i::blocks], other[i::blocks]) for i in range(blocks)), strict=True)
-    mean, half_width = sum(values) / blocks, NORMAL_95 * math.sqrt(sum(variances)) / blocks
+    mean = variance = 0.0
+    for i in range(blocks):
+        x, y = one[i::blocks], other[i::blocks]  # features may be sorted by caption or class
+        n, m = len(x), len(y)
+        within_x, within_y = (_kernel_sums(z, z)[0] - (z.square().mean(dim=1) + 1).pow(3) for z in (x, y))  # [n], [m]
+        across_x, across_y = _kernel_sums(x, y)  # [n], [m]
+        sum_x, sum_y, across = within_x.sum(), within_y.sum(), across_x.sum()
+        mean += float(sum_x / (n * (n - 1)) + sum_y / (m * (m - 1)) - 2 * across / (n * m)) / blocks
+        # Without the i-th x, and without the j-th y.
+        without_x = (sum_x - 2 * within_x) / ((n - 1) * (n - 2)) - 2 * (across - across_x) / ((n - 1) * m)  # [n]
+        without_y = (sum_y - 2 * within_y) / ((m - 1) * (m - 2)) - 2 * (across - across_y) / (n * (m - 1))  # [m]
+        variance += (jackknife_variance(without_x) + jackknife_variance(without_y)) / blocks**2
+    half_width = NORMAL_95 * math.sqrt(variance)
     return Interval(mean, mean - half_width, mean + half_width)
-
-
-def _mmd2(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """MMD² of x [n, D] and y [m, D], float64, and its jackknife variance."""
-    n, m = len(x), len(y)
-    within_x, within_y = (_kernel_sums(z, z)[0] - (z.square().mean(dim=1) + 1).pow(3) for z in (x, y))  # [n], [m]
-    across_x, across_y = _kernel_sums(x, y)  # [n], [m]
-    across = across_x.sum()
-    value = within_x.sum() / (n * (n - 1)) + within_y.sum() / (m * (m - 1)) - 2 * across / (n * m)
-    # MMD² without the i-th x, and without the j-th y.
-    without_x = (within_x.sum() - 2 * within_x) / ((n - 1) * (n - 2)) - 2 * (across - across_x) / ((n - 1) * m)  # [n]
-    without_y = (within_y.sum() - 2 * within_y) / ((m - 1) * (m - 2)) - 2 * (across - across_y) / (n * (m - 1))  # [m]
-    return float(value), jackknife_variance(without_x) + jackknife_variance(without_y)
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,11 +143,22 @@ def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int
     numbers: dict[tuple[int, ...], int] = {}
     groups = torch.tensor([numbers.setdefault(tuple(sorted(indices)), len(numbers)) for indices in matches])
     counts = torch.tensor([len(set(indices)) for indices in matches], dtype=torch.float64)
+    # The median by a bootstrap over groups.
+    number, order = len(numbers), ranks.argsort()
+    resampled = torch.from_numpy(generator(seed, "median rank").integers(number, size=(RESAMPLES, number)))
+    ones = torch.ones_like(resampled, dtype=torch.float64)
+    times = torch.zeros(RESAMPLES, number, dtype=torch.float64).scatter_add_(1, resampled, ones)
+    weights = torch.cat([torch.ones(1, len(ranks), dtype=torch.float64), times[:, groups[order]]])  # [1 + resamples, N]
+    # Ranks repeated so many times: the mean of the two in the middle.
+    reached = weights.cumsum(dim=1)
+    half = reached[:, -1:] / 2
+    lower, upper = (reached < half).sum(dim=1), (reached <= half).sum(dim=1)
+    medians = (ranks[order][lower] + ranks[order][upper]) / 2
     return Retrieval(
         ranks=ranks,
         gallery=len(gallery),
         within={k: fraction_interval((ranks <= k).double(), groups) for k in RECALL_AT},
-        median=_median_interval(ranks, groups, seed),
+        median=bootstrap_interval(float(medians[0]), medians[1:]),
         chance={k: float(_chance(counts, len(gallery), k).mean()) for k in RECALL_AT},
         # The smallest rank that at least half of the captions reach by chance.
         median_by_chance=bisect_left(
@@ -162,22 +173,6 @@ def _chance(counts: Tensor, gallery: int, k: int) -> Tensor:
     for chosen in range(min(k, gallery)):
         missed = missed * ((gallery - counts - chosen).clamp(min=0) / (gallery - chosen))
     return 1 - missed
-
-
-def _median_interval(ranks: Tensor, groups: Tensor, seed: int) -> Interval:
-    """A bootstrap over groups."""
-    number = int(groups.max()) + 1
-    resampled = torch.from_numpy(generator(seed, "median rank").integers(number, size=(RESAMPLES, number)))
-    ones = torch.ones_like(resampled, dtype=torch.float64)
-    times = torch.zeros(RESAMPLES, number, dtype=torch.float64).scatter_add_(1, resampled, ones)
-    order = ranks.argsort()
-    weights = torch.cat([torch.ones(1, len(ranks), dtype=torch.float64), times[:, groups[order]]])  # [1 + resamples, N]
-    # Ranks repeated so many times: the mean of the two in the middle.
-    reached = weights.cumsum(dim=1)
-    half = reached[:, -1:] / 2
-    lower, upper = (reached < half).sum(dim=1), (reached <= half).sum(dim=1)
-    medians = (ranks[order][lower] + ranks[order][upper]) / 2
-    return bootstrap_interval(float(medians[0]), medians[1:])
 
 
 # ---- CLIP score

@@ -306,16 +306,30 @@ def sweep(
             log_rank_without=tuple(log_rank_without.tolist()),
         )
 
-    recorded, cells = _recorded_cells(record, identity), []
+    recorded: dict[tuple[str, float, int], Cell] = {}
+    content = hub.read_json(record) if record.exists() else {"of": identity, "cells": []}
+    if content.get("of") != identity:
+        raise ValueError(
+            f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
+            "another output folder"
+        )
+    try:
+        for fields in content["cells"]:
+            lists = {key: tuple(fields[key]) for key in ("kid_without", "log_rank_without")}
+            cell = Cell(**(fields | lists))
+            recorded[cell.setting] = cell
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is no record of a sweep ({error}); remove it") from None
+    cells = []
     for name, pipeline in models.items():
         for scale, steps in grid.pairs():
-            cell = recorded.get((name, scale, steps))
-            if cell is None:
+            if (name, scale, steps) in recorded:
+                cell = recorded[name, scale, steps]
+                progress(round(cell.evaluations * count))
+            else:
                 cell = recorded[name, scale, steps] = measure(name, pipeline, scale, steps)
                 record.parent.mkdir(parents=True, exist_ok=True)
                 hub.write_json(record, {"of": identity, "cells": [asdict(each) for each in recorded.values()]})
-            else:
-                progress(round(cell.evaluations * count))
             cells.append(cell)
     choices = {name: choose_cell([cell for cell in cells if cell.weights == name]) for name in models}
     chosen = next(iter(choices.values()))
@@ -323,23 +337,6 @@ def sweep(
     if stored is not None:
         store_defaults(stored, chosen.cell.guidance_scale, chosen.cell.num_inference_steps)
     return Sweep(tuple(cells), choices, count, len(used), len(gallery.samples), space.label(), seed, stored)
-
-
-def _recorded_cells(record: Path, identity: dict[str, Any]) -> dict[tuple[str, float, int], Cell]:
-    if not record.exists():
-        return {}
-    content = hub.read_json(record)
-    if content.get("of") != identity:
-        raise ValueError(
-            f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
-            "another output folder"
-        )
-    try:
-        lists = ("kid_without", "log_rank_without")
-        cells = [Cell(**(one | {key: tuple(one[key]) for key in lists})) for one in content["cells"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{record} is no record of a sweep ({error}); remove it") from None
-    return {cell.setting: cell for cell in cells}
 
 
 def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:

@@ -151,7 +151,15 @@ class SamplingParams:
         if isinstance(self.sampler, str):
             if not find_sampler(self.sampler).takes_eta and self.eta:
                 raise ValueError(f"eta is {self.eta}, which sampler {self.sampler!r} does not have; use sampler 'ddim'")
-            self._check_options(SAMPLERS[self.sampler].options)
+            given: Any = {} if self.sampler_options is None else self.sampler_options
+            known = SAMPLERS[self.sampler].options
+            if not isinstance(given, Mapping):
+                raise ValueError(f"sampler_options is {given!r}; give names with their numbers: {{'snr': 0.1}}")
+            for name, value in given.items():
+                if name not in known:
+                    has = f"has {' and '.join(sorted(known))}" if known else "has none"
+                    raise ValueError(f"sampler_options has {name!r}; sampler {self.sampler!r} {has}")
+                (as_int if name.startswith("num_") else as_float)(name, value)
         elif is_scheduler(self.sampler):
             if self.sampler_options:
                 raise ValueError(f"sampler_options is {self.sampler_options}; a scheduler object has its own settings")
@@ -160,16 +168,6 @@ class SamplingParams:
                 f"sampler is {describe_sampler(self.sampler)}; give a scheduler object of diffusers, or one of "
                 f"{', '.join(SAMPLERS)}"
             )
-
-    def _check_options(self, known: frozenset[str]) -> None:
-        given = {} if self.sampler_options is None else self.sampler_options
-        if not isinstance(given, Mapping):
-            raise ValueError(f"sampler_options is {given!r}; give names with their numbers: {{'snr': 0.1}}")
-        for name, value in given.items():
-            if name not in known:
-                has = f"has {' and '.join(sorted(known))}" if known else "has none"
-                raise ValueError(f"sampler_options has {name!r}; sampler {self.sampler!r} {has}")
-            (as_int if name.startswith("num_") else as_float)(name, value)
 
     @property
     def stochastic(self) -> bool:

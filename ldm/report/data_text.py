@@ -39,7 +39,27 @@ def _paragraphs(report: DatasetReport, shown: int | None) -> Iterator[tuple[str,
     for label, counts in (("shapes", sizes.shapes), ("formats", report.formats), ("modes", report.modes)):
         yield label, [", ".join(f"{count} {printable(name)}" for name, count in counts.items())] if counts else []
     yield "treated", [f"{count} {printable(name)}: {report.treatment[name]}" for name, count in report.traits.items()]
-    yield "captions", list(_caption_lines(report, shown))
+    lines = []
+    captions = report.captions
+    if captions.words:
+        minimum, median, maximum = captions.words
+        lines.append(
+            f"{captions.total} on {plural(report.used, 'image')}, {captions.distinct} different, "
+            f"{minimum} to {maximum} words, median {median:g}"
+            + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
+        )
+    if captions.missing or captions.empty:
+        lines.append(f"{captions.missing} missing, {captions.empty} empty")
+    if captions.repeated:
+        shared = [f"{quoted(text)} on {count}" for text, count in captions.repeated[: None if shown is None else 3]]
+        lines.append(f"shared by images: {', '.join(shared)}")
+    if captions.too_long:
+        lines.append(f"{len(captions.too_long)} too long for the text encoder:")
+        lost = [f"  {printable(entry.image)} loses {quoted(entry.lost)}" for entry in captions.too_long]
+        lines += _cut(lost, shown, "  ")
+    elif captions.too_long is not None:
+        lines.append("all fit into the text encoder")
+    yield "captions", lines
     if any(source.reason for source in report.caption_sources):
         sources = [
             f"{printable(source.name)}: {plural(source.images, 'image')}, {'not used' if source.reason else 'used'}"
@@ -59,28 +79,6 @@ def _paragraphs(report: DatasetReport, shown: int | None) -> Iterator[tuple[str,
     for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         lines += [f"{len(paths)} × {printable(reason)}", *_cut(paths, shown, "  ")]
     yield "skipped", lines
-
-
-def _caption_lines(report: DatasetReport, shown: int | None) -> Iterator[str]:
-    captions = report.captions
-    if captions.words:
-        minimum, median, maximum = captions.words
-        yield (
-            f"{captions.total} on {plural(report.used, 'image')}, {captions.distinct} different, "
-            f"{minimum} to {maximum} words, median {median:g}"
-            + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
-        )
-    if captions.missing or captions.empty:
-        yield f"{captions.missing} missing, {captions.empty} empty"
-    if captions.repeated:
-        shared = [f"{quoted(text)} on {count}" for text, count in captions.repeated[: None if shown is None else 3]]
-        yield f"shared by images: {', '.join(shared)}"
-    if captions.too_long:
-        yield f"{len(captions.too_long)} too long for the text encoder:"
-        lines = [f"  {printable(entry.image)} loses {quoted(entry.lost)}" for entry in captions.too_long]
-        yield from _cut(lines, shown, "  ")
-    elif captions.too_long is not None:
-        yield "all fit into the text encoder"
 
 
 def _cut(lines: list[str], shown: int | None, indent: str = "") -> list[str]:
