@@ -292,10 +292,12 @@ def find_copies(
     )
 
 
-def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Image], copying: Copying) -> Image.Image:
+def nearest_sheet(
+    generated: Sequence[Image.Image], training: Callable[[int], Image.Image], copying: Copying
+) -> Image.Image:
     """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first.
 
-    Images are those given to `find_copies`, in their order (else ValueError); only the training images shown are read.
+    Images are numbered as in `find_copies`; only the training images that are shown are opened.
     """
     if len(generated) != len(copying.ratio):
         raise ValueError(f"there are {len(generated)} images but {len(copying.ratio)} were compared; give the same")
@@ -303,7 +305,7 @@ def nearest_sheet(generated: Sequence[Image.Image], training: Sequence[Image.Ima
     rows, captions = [], []
     for start in range(0, len(order), SHEET_PAIRS):
         row = order[start : start + SHEET_PAIRS]
-        rows.append([image for i in row for image in (generated[i], training[int(copying.nearest[i])])])
+        rows.append([image for i in row for image in (generated[i], training(int(copying.nearest[i])))])
         ratios = ", ".join(f"{float(copying.ratio[i]):.2f}" for i in row)
         captions.append(f"generated | nearest: {ratios} (copies below {copying.threshold:.2f})")
     return contact_sheet(rows, captions, size=SHEET_SIDE)

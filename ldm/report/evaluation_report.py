@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from PIL import Image
 
 from ldm import disk
@@ -23,7 +23,7 @@ from ldm.evaluation.images import Reference
 from ldm.evaluation.memorization import nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
-from ldm.report.charts import Line, Point, line_chart
+from ldm.report.charts import Line
 from ldm.report.html import Figure, document, embedded, read_picture, write_page
 from ldm.report.markup import Rows, escaped, format_number, shortened
 from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
@@ -80,7 +80,8 @@ class EvaluationResult:
         save_png(contact_sheet(rows, size=_shown_size(rows[0][0])), folder / "samples.png", settings)
         if self.evaluation.copying is not None:
             generated = to_pil(to_signed(self.evaluation.generated[0].images))
-            sheet = nearest_sheet(generated, _LazyImages(self.reference.training), self.evaluation.copying)
+            opened = partial(_opened, self.reference.training)
+            sheet = nearest_sheet(generated, opened, self.evaluation.copying)
             save_png(sheet, folder / "nearest.png", settings)
         self._write_page()
 
@@ -108,10 +109,10 @@ class EvaluationResult:
 
     def _first_pairs(self, side: GeneratedImages, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
         """The first (caption, its own image, the image generated for it)."""
-        real = _LazyImages(self._real(side))
+        real = self._real(side)
         generated = to_pil(to_signed(side.images[:count]))
         rows = zip(side.captions[:count], side.indices[:count], generated, strict=True)
-        return [(caption, real[index], image) for caption, index, image in rows]
+        return [(caption, _opened(real, index), image) for caption, index, image in rows]
 
     def _write_page(self) -> None:
         evaluation = self.evaluation
@@ -129,23 +130,23 @@ class EvaluationResult:
         gap = sweep = None
         if evaluation.gap is not None:  # the loss of both sides over the noise, at the middle of each band
             bands = evaluation.gap.bands
-            sides = {
-                "training images": [((band.first + band.last + 1) // 2, band.training) for band in bands],
-                "held-out images": [((band.first + band.last + 1) // 2, band.held_out) for band in bands],
-            }
-            gap = _chart(
+            middles = [(band.first + band.last + 1) // 2 for band in bands]
+            sides = [("training images", (band.training for band in bands))]
+            sides += [("held-out images", (band.held_out for band in bands))]
+            gap = Figure.from_lines(
                 f"Loss by band of noise, on {evaluation.gap.training_images} training and "
                 f"{evaluation.gap.held_out_images} held-out images: a higher loss on held-out images is a sign of "
                 "memorization",
-                sides,
+                [Line(name, list(zip(middles, losses, strict=True))) for name, losses in sides],
                 logarithmic=True,
                 axis="timestep t (0 is no noise)",
                 last_step=bands[-1].last,
             )
         if self.sweep is not None:
             title = "KID to held-out images (lower is better) against evaluations of the network per image"
-            curves = {name: [(round(x), y) for x, y in sorted(points)] for name, points in self.sweep.curves().items()}
-            sweep = _chart(title, curves, axis="evaluations of the network")
+            curves = self.sweep.curves().items()
+            lines_of = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in curves]
+            sweep = Figure.from_lines(title, lines_of, axis="evaluations of the network")
         lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
         for side in evaluation.retrieval:
             lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
@@ -162,19 +163,25 @@ class EvaluationResult:
             closer=closer,
             nearest=nearest,
             gap=gap,
-            sides=[self._side(side) for side in reversed(evaluation.generated)],
+            sides=[
+                {
+                    "name": side.side,
+                    "count": len(side.captions),
+                    "pairs": [
+                        (
+                            shortened(caption, 120),
+                            embedded(contact_sheet([pair], size=_shown_size(pair[0])), MAX_IMAGE_BYTES),
+                        )
+                        for caption, *pair in self._first_pairs(side, PAGE_PAIRS)
+                    ],
+                }
+                for side in reversed(evaluation.generated)
+            ],
             lines="\n".join(lines),
             sweep=sweep,
             sweep_lines="" if self.sweep is None else "\n".join(sweep_lines(self.sweep)),
             about=document({**self.about, **evaluation.settings}, Rows("evaluation.json")),
         )
-
-    def _side(self, side: GeneratedImages) -> dict[str, Any]:
-        pairs = [
-            (shortened(caption, 120), embedded(contact_sheet([[real, made]], size=_shown_size(real)), MAX_IMAGE_BYTES))
-            for caption, real, made in self._first_pairs(side, PAGE_PAIRS)
-        ]
-        return {"name": side.side, "count": len(side.captions), "pairs": pairs}
 
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         """Headline numbers: name, value, text below it."""
@@ -210,23 +217,10 @@ class EvaluationResult:
             yield "Possible copies", f"{100 * flagged.fraction:.0f} %", below
 
 
-class _LazyImages(Sequence[Image.Image]):
-    """Images of a data set, each opened on access: all of them may not fit into memory."""
-
-    def __init__(self, images: CaptionedImages) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return to_pil(to_signed(self.images.image_at(int(index)))[None])[0]
+def _opened(images: CaptionedImages, index: int) -> Image.Image:
+    """One at a time: all of them may not fit into memory."""
+    return to_pil(to_signed(images.image_at(index))[None])[0]
 
 
 def _shown_size(image: Image.Image) -> int:
     return max(MIN_SIDE, min(MAX_SIDE, *image.size))
-
-
-def _chart(title: str, lines: Mapping[str, Sequence[Point]], **options: Any) -> Figure:
-    chart = line_chart([Line(name, points) for name, points in lines.items()], title=title, **options)
-    return Figure(title, Markup(chart))

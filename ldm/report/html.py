@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,6 +55,11 @@ class Figure:
 
     caption: str
     svg: Markup
+
+    @classmethod
+    def from_lines(cls, caption: str, lines: Sequence[charts.Line], **options: Any) -> Figure:
+        """By `line_chart`."""
+        return cls(caption, Markup(charts.line_chart(lines, title=caption, **options)))
 
 
 @dataclass(frozen=True)

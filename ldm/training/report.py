@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from markupsafe import Markup
 
 from ldm import disk
 from ldm.evaluation.verdict import Verdict
 from ldm.progress import format_duration
-from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, line_chart, smooth
+from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, smooth
 from ldm.report.html import Figure, document, read_picture, write_page
 from ldm.report.markup import Rows, format_number, read_object, shortened
 from ldm.training.checkpoints import resume_command
@@ -243,9 +242,7 @@ def _smoothed(points: list[Point]) -> Line:
 
 
 def _chart(run: _Folder, caption: str, lines: list[Line], **options: Any) -> Figure:
-    size = options.pop("size", (480, 280))
-    svg = line_chart(lines, title=caption, last_step=run.metrics.last_step, size=size, **options)
-    return Figure(caption, Markup(svg))
+    return Figure.from_lines(caption, lines, **{"size": (480, 280), "last_step": run.metrics.last_step} | options)
 
 
 def _sheets(run: _Folder) -> dict[str, Any]:

@@ -224,13 +224,13 @@ def test_sheet_shows_the_closest_first_beside_its_nearest(digits):
     found = find_copies(pictures, training, held_out)
     colours = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
     known = [Image.new("RGB", (8, 8), (0, 0, i % 256)) for i in range(len(training))]
-    sheet = nearest_sheet(colours, known, found)
+    sheet = nearest_sheet(colours, known.__getitem__, found)
     first, second = sheet.getpixel((52, 70)), sheet.getpixel((152, 70))
     assert first == (180, 0, 0)
     assert second == (0, 0, 7)
     assert sheet.size == (8 * (96 + 4) + 4, 96 + 4 + 18 + 4)
     with pytest.raises(ValueError, match="3 images but 4"):
-        nearest_sheet(colours[:3], known, found)
+        nearest_sheet(colours[:3], known.__getitem__, found)
 
 
 def test_result_is_plain_json(digits):
