@@ -256,8 +256,22 @@ def _loras(
             f"{path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); it was made "
             "for another model"
         )
-    settings = _settings_of(path, settings, part)
-    pattern = settings.get("alpha_pattern") or {}
+    # The settings for one network; in the file of a UNet alone they have no prefix.
+    prefix = f"{part}." if any(key.startswith(("unet.", "text_encoder.")) for key in settings) else ""
+    own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    pattern: Any = own.get("alpha_pattern") or {}
+    numbers = [own.get("lora_alpha", 1), *pattern.values()] if isinstance(pattern, dict) else [None]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{path}: lora_alpha or alpha_pattern in its settings is no number; save it again")
+    for expression in pattern:
+        try:
+            re.compile(expression)
+        except (re.error, TypeError):
+            raise ValueError(f"{path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
+        if len(_REPEATS.findall(expression)) > _MAX_REPEATS or _REPEATED_GROUP.search(expression):
+            raise ValueError(
+                f"{path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
+            )
     loras: dict[str, Lora] = {}
     for written, tensors in found.items():
         if not {"down", "up"} <= tensors.keys() or names[written] in loras:
@@ -280,33 +294,13 @@ def _loras(
             given_alpha = tensors["alpha"]
             alpha = float(given_alpha) if given_alpha.numel() == 1 and not given_alpha.is_complex() else math.nan
         else:  # as peft's settings say; without any the scale is 1
-            alpha = float(pattern.get(get_pattern_key(list(pattern), written), settings.get("lora_alpha", rank)))
-            if settings.get("use_rslora"):  # rank-stabilized LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r
+            alpha = float(pattern.get(get_pattern_key(list(pattern), written), own.get("lora_alpha", rank)))
+            if own.get("use_rslora"):  # rank-stabilized LoRA (Kalajdzievski 2023), Eq. 3: scaled by α / √r
                 alpha *= math.sqrt(rank)
         if not math.isfinite(alpha):
             raise ValueError(f"{path}: alpha of {written} is {alpha}; train or download it again")
         loras[names[written]] = Lora(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
     return loras
-
-
-def _settings_of(path: Path, settings: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The settings for one network; in the file of a UNet alone they have no prefix."""
-    prefix = f"{part}." if any(key.startswith(("unet.", "text_encoder.")) for key in settings) else ""
-    found = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-    alpha, pattern = found.get("lora_alpha", 1), found.get("alpha_pattern") or {}
-    numbers = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"{path}: lora_alpha or alpha_pattern in its settings is no number; save it again")
-    for expression in pattern:
-        try:
-            re.compile(expression)
-        except (re.error, TypeError):
-            raise ValueError(f"{path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
-        if len(_REPEATS.findall(expression)) > _MAX_REPEATS or _REPEATED_GROUP.search(expression):
-            raise ValueError(
-                f"{path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
-            )
-    return found
 
 
 def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

@@ -236,61 +236,117 @@ def _given(x: Tensor) -> _Map:
 @torch.no_grad()
 def compute_in_strips(coder: Coder, images: Tensor, pixels: int) -> Tensor:
     """`coder(images)` of an encoder or decoder, [B, C, H, W] → [B, C', H', W'], about `pixels` places at a time."""
-    computed = []
+    computed, strips = [], Strips(pixels)
     for image in images:
         x = _convolution(coder.conv_in, _given(image[None]))
         for block in coder.blocks():
-            x = _block(block, x, pixels)
-        x = _convolution(coder.conv_out, x, _normalization(coder.conv_norm_out, x, pixels))
-        computed.append(_stored(x, x.read, pixels).read(0, x.height))
+            x = strips.block(block, x)
+        x = _convolution(coder.conv_out, x, strips.normalization(coder.conv_norm_out, x))
+        computed.append(strips.stored(x, x.read).read(0, x.height))
     return torch.cat(computed)
 
 
-def _block(block: CoderBlock, x: _Map, pixels: int) -> _Map:
-    """`CoderBlock.forward`; a change of resolution is not stored, for it is larger than what follows from it."""
-    for index, resnet in enumerate(block.resnets):
-        x = _resnet(resnet, x, pixels)  # type: ignore[arg-type]
-        if index < len(block.attentions):
-            x = _attention(block.attentions[index], x, pixels)  # type: ignore[arg-type]
-    for downsample in block.downsamplers:
-        x = _downsampled(downsample, x)  # type: ignore[arg-type]
-    for upsample in block.upsamplers:
-        x = _upsampled(upsample, x)  # type: ignore[arg-type]
-    return x
+class Strips:
+    """Computes parts of a coder about `pixels` places at a time."""
 
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
 
-def _resnet(block: ResnetBlock, x: _Map, pixels: int) -> _Map:
-    """`ResnetBlock.forward` without time."""
-    first = _normalization(block.norm1, x, pixels)
-    second = _normalization(block.norm2, _convolution(block.conv1, x, first), pixels)
+    def block(self, block: CoderBlock, x: _Map) -> _Map:
+        """`CoderBlock.forward`; a change of resolution is not stored, for it is larger than what follows from it."""
+        for index, resnet in enumerate(block.resnets):
+            x = self.resnet(resnet, x)  # type: ignore[arg-type]
+            if index < len(block.attentions):
+                x = self.attention(block.attentions[index], x)  # type: ignore[arg-type]
+        for downsample in block.downsamplers:
+            x = _downsampled(downsample, x)  # type: ignore[arg-type]
+        for upsample in block.upsamplers:
+            x = _upsampled(upsample, x)  # type: ignore[arg-type]
+        return x
 
-    def rows(top: int, bottom: int) -> Tensor:
-        around = _part(x, max(top - 2, 0), min(bottom + 2, x.height))
-        residual = _convolution(block.conv2, _convolution(block.conv1, around, first), second).read(top, bottom)
-        before = around.read(top, bottom)
-        return residual + (before if block.conv_shortcut is None else block.conv_shortcut(before))
+    def resnet(self, block: ResnetBlock, x: _Map) -> _Map:
+        """`ResnetBlock.forward` without time."""
+        first = self.normalization(block.norm1, x)
+        second = self.normalization(block.norm2, _convolution(block.conv1, x, first))
 
-    return _stored(x, rows, pixels)
+        def rows(top: int, bottom: int) -> Tensor:
+            around = _part(x, max(top - 2, 0), min(bottom + 2, x.height))
+            residual = _convolution(block.conv2, _convolution(block.conv1, around, first), second).read(top, bottom)
+            before = around.read(top, bottom)
+            return residual + (before if block.conv_shortcut is None else block.conv_shortcut(before))
 
+        return self.stored(x, rows)
 
-def _attention(layer: ImageAttention, x: _Map, pixels: int) -> _Map:
-    """`ImageAttention.forward`: queries a strip at a time, to the keys and values of all places."""
-    normalize = _normalization(layer.group_norm, x, pixels, silu=False)
+    def attention(self, layer: ImageAttention, x: _Map) -> _Map:
+        """`ImageAttention.forward`: queries a strip at a time, to the keys and values of all places."""
+        normalize = self.normalization(layer.group_norm, x, silu=False)
 
-    def tokens(top: int, bottom: int) -> Tensor:
-        return normalize(x.read(top, bottom)).flatten(2).transpose(1, 2)  # [1, n, C]
+        def tokens(top: int, bottom: int) -> Tensor:
+            return normalize(x.read(top, bottom)).flatten(2).transpose(1, 2)  # [1, n, C]
 
-    parts = [tokens(top, bottom) for top, bottom in _strips(x, pixels)]
-    key = torch.cat([layer.to_k(part) for part in parts], dim=1).unflatten(2, (layer.heads, -1))  # [1, N, heads, d]
-    value = torch.cat([layer.to_v(part) for part in parts], dim=1).unflatten(2, (layer.heads, -1))
+        parts = [tokens(top, bottom) for top, bottom in self.strips(x)]
+        key = torch.cat([layer.to_k(part) for part in parts], dim=1).unflatten(2, (layer.heads, -1))  # [1, N, heads, d]
+        value = torch.cat([layer.to_v(part) for part in parts], dim=1).unflatten(2, (layer.heads, -1))
 
-    def rows(top: int, bottom: int) -> Tensor:
-        before = x.read(top, bottom)
-        query = layer.to_q(tokens(top, bottom)).unflatten(2, (layer.heads, -1))  # [1, n, heads, d]
-        attended = layer.to_out[0](layer.kernel(query, key, value).flatten(2))  # [1, n, C]
-        return before + attended.transpose(1, 2).reshape(before.shape)
+        def rows(top: int, bottom: int) -> Tensor:
+            before = x.read(top, bottom)
+            query = layer.to_q(tokens(top, bottom)).unflatten(2, (layer.heads, -1))  # [1, n, heads, d]
+            attended = layer.to_out[0](layer.kernel(query, key, value).flatten(2))  # [1, n, C]
+            return before + attended.transpose(1, 2).reshape(before.shape)
 
-    return _stored(x, rows, pixels)
+        return self.stored(x, rows)
+
+    def normalization(self, norm: nn.GroupNorm, x: _Map, *, silu: bool = True) -> Function:
+        """`norm` with the statistics of the whole of `x`, and SiLU behind it: a function of any rows."""
+        count, mean, variance = 0, torch.zeros(()), torch.zeros(())
+        for top, bottom in self.strips(x):
+            rows = x.read(top, bottom)
+            values = rows.to(torch.promote_types(rows.dtype, torch.float32)).reshape(norm.num_groups, -1)  # [G, n]
+            its_variance, its_mean = torch.var_mean(values, dim=1, correction=0)  # [G]
+            share = values.shape[1] / (count + values.shape[1])
+            if count == 0:
+                mean, variance = its_mean, its_variance
+            # Two sets make one (Chan, Golub and LeVeque 1983); a mean of squares would lose digits.
+            distance = its_mean - mean
+            mean = mean + share * distance
+            variance = torch.lerp(variance, its_variance, share) + share * (1 - share) * distance.square()
+            count += values.shape[1]
+        each = norm.num_channels // norm.num_groups
+        scale = (variance + norm.eps).rsqrt().repeat_interleave(each) * norm.weight  # [C]
+        shift = norm.bias - mean.repeat_interleave(each) * scale
+        scale, shift = scale[:, None, None], shift[:, None, None]
+
+        def apply(rows: Tensor) -> Tensor:
+            # In half precision torch's own normalization computes in float32, too.
+            normalized = torch.addcmul(shift, rows.to(scale.dtype), scale).to(rows.dtype)
+            return F.silu(normalized, inplace=True) if silu else normalized
+
+        return apply
+
+    def stored(self, x: _Map, rows: Rows) -> _Map:
+        """Computes all rows of what follows from `x`; over `x` itself where it is stored and no channels are added.
+
+        A strip is written when the next has been computed, which looks back at what it was before.
+        """
+        target, waiting = x.stored, None
+        for top, bottom in self.strips(x):
+            strip = rows(top, bottom)
+            if target is None or target.shape[1] != strip.shape[1]:
+                assert waiting is None
+                target = strip.new_empty(1, strip.shape[1], x.height, x.width)
+            if waiting is not None:
+                target[:, :, waiting[0] : waiting[0] + waiting[1].shape[2]] = waiting[1]
+            waiting = (top, strip)
+        assert target is not None and waiting is not None
+        target[:, :, waiting[0] :] = waiting[1]
+        whole = _given(target)
+        return dataclasses.replace(whole, stored=target)
+
+    def strips(self, x: _Map) -> Iterator[tuple[int, int]]:
+        """(top, bottom) of strips of about `pixels` places each, from top to bottom."""
+        height = max(MIN_ROWS, self.pixels // x.width)
+        for top in range(0, x.height, height):
+            yield top, min(top + height, x.height)
 
 
 def _convolution(layer: nn.Conv2d, x: _Map, before: Function | None = None) -> _Map:
@@ -327,58 +383,3 @@ def _upsampled(layer: Upsample, x: _Map) -> _Map:
         return rows[:, :, top - 2 * first : bottom - 2 * first]
 
     return _convolution(layer.conv, _Map(2 * x.height, 2 * x.width, doubled))
-
-
-def _normalization(norm: nn.GroupNorm, x: _Map, pixels: int, *, silu: bool = True) -> Function:
-    """`norm` with the statistics of the whole of `x`, and SiLU behind it: a function of any rows."""
-    count, mean, variance = 0, torch.zeros(()), torch.zeros(())
-    for top, bottom in _strips(x, pixels):
-        rows = x.read(top, bottom)
-        values = rows.to(torch.promote_types(rows.dtype, torch.float32)).reshape(norm.num_groups, -1)  # [G, n]
-        its_variance, its_mean = torch.var_mean(values, dim=1, correction=0)  # [G]
-        share = values.shape[1] / (count + values.shape[1])
-        if count == 0:
-            mean, variance = its_mean, its_variance
-        # Two sets make one (Chan, Golub and LeVeque 1983); a mean of squares would lose digits.
-        distance = its_mean - mean
-        mean = mean + share * distance
-        variance = torch.lerp(variance, its_variance, share) + share * (1 - share) * distance.square()
-        count += values.shape[1]
-    each = norm.num_channels // norm.num_groups
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(each) * norm.weight  # [C]
-    shift = norm.bias - mean.repeat_interleave(each) * scale
-    scale, shift = scale[:, None, None], shift[:, None, None]
-
-    def apply(rows: Tensor) -> Tensor:
-        # In half precision torch's own normalization computes in float32, too.
-        normalized = torch.addcmul(shift, rows.to(scale.dtype), scale).to(rows.dtype)
-        return F.silu(normalized, inplace=True) if silu else normalized
-
-    return apply
-
-
-def _stored(x: _Map, rows: Rows, pixels: int) -> _Map:
-    """Computes all rows of what follows from `x`; over `x` itself where it is stored and no channels are added.
-
-    A strip is written when the next has been computed, which looks back at what it was before.
-    """
-    target, waiting = x.stored, None
-    for top, bottom in _strips(x, pixels):
-        strip = rows(top, bottom)
-        if target is None or target.shape[1] != strip.shape[1]:
-            assert waiting is None
-            target = strip.new_empty(1, strip.shape[1], x.height, x.width)
-        if waiting is not None:
-            target[:, :, waiting[0] : waiting[0] + waiting[1].shape[2]] = waiting[1]
-        waiting = (top, strip)
-    assert target is not None and waiting is not None
-    target[:, :, waiting[0] :] = waiting[1]
-    whole = _given(target)
-    return dataclasses.replace(whole, stored=target)
-
-
-def _strips(x: _Map, pixels: int) -> Iterator[tuple[int, int]]:
-    """(top, bottom) of strips of about `pixels` places each, from top to bottom."""
-    height = max(MIN_ROWS, pixels // x.width)
-    for top in range(0, x.height, height):
-        yield top, min(top + height, x.height)

@@ -159,7 +159,22 @@ def line_chart(
     points = [point for line in lines for point in (*line.points, *line.raw)]
     steps = Axis(0, max(1, last_step, *(step for step, _ in points)), False)
     values = Axis.from_values([value for _, value in points], logarithmic=logarithmic, from_zero=from_zero)
-    legend, top = _legend(lines, right - LEFT)
+    legend, x, row = list[str](), 0.0, 0  # swatches and names above the plot, in as many rows as needed
+    for number, line in enumerate(lines):
+        if not line.name:
+            continue
+        name = shortened(line.name, 40)
+        needed = 30 + 7.5 * len(name) + 16
+        if x > 0 and x + needed > right - LEFT:
+            x, row = 0.0, row + 1
+        y, left, kind = row * LEGEND_ROW + 10, LEFT + x, number % len(DASHES)
+        legend.append(
+            f'<line class="c{kind}" stroke-width="2" stroke-dasharray="{DASHES[kind]}" '
+            f'x1="{left:.1f}" x2="{left + 24:.1f}" y1="{y}" y2="{y}"/>'
+            f'<text x="{left + 30:.1f}" y="{y + 5}">{escaped(name)}</text>'
+        )
+        x += needed
+    top = (row + 1) * LEGEND_ROW
 
     def positions(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         """(x, y) of each (step, value)."""
@@ -227,26 +242,6 @@ def save_chart(path: Path, line: Line, *, axis: str) -> None:
             sans_serif_family=font.getname()[0],
         )
     save_png(Image.open(io.BytesIO(bytes(png))).convert("RGB"), path, {"title": line.name})
-
-
-def _legend(lines: Sequence[Line], width: float) -> tuple[list[str], int]:
-    """Swatches and names above the plot, in as many rows as needed; and the top of the plot."""
-    parts, x, row = [], 0.0, 0
-    for number, line in enumerate(lines):
-        if not line.name:
-            continue
-        name = shortened(line.name, 40)
-        needed = 30 + 7.5 * len(name) + 16
-        if x > 0 and x + needed > width:
-            x, row = 0.0, row + 1
-        y, left, kind = row * LEGEND_ROW + 10, LEFT + x, number % len(DASHES)
-        parts.append(
-            f'<line class="c{kind}" stroke-width="2" stroke-dasharray="{DASHES[kind]}" '
-            f'x1="{left:.1f}" x2="{left + 24:.1f}" y1="{y}" y2="{y}"/>'
-            f'<text x="{left + 30:.1f}" y="{y + 5}">{escaped(name)}</text>'
-        )
-        x += needed
-    return parts, (row + 1) * LEGEND_ROW
 
 
 def value_label(value: float) -> str:

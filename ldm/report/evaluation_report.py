@@ -68,22 +68,79 @@ class EvaluationResult:
 
     def write(self) -> None:
         """Writes all four files, each atomically; OSError if they cannot be written."""
-        folder = self.folder
+        folder, evaluation = self.folder, self.evaluation
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_json(folder / "evaluation.json", self.to_dict())
-        settings = {"settings": self.evaluation.settings}
+        settings = {"settings": evaluation.settings}
         rows: list[list[Image.Image]] = []  # of pairs, held-out captions first
-        for side in reversed(self.evaluation.generated):
-            pairs = self._first_pairs(side, SHEET_PAIRS // len(self.evaluation.generated))
+        for side in reversed(evaluation.generated):
+            pairs = self._first_pairs(side, SHEET_PAIRS // len(evaluation.generated))
             for start in range(0, len(pairs), SHEET_COLUMNS):
                 rows.append([image for _, *both in pairs[start : start + SHEET_COLUMNS] for image in both])
         save_png(contact_sheet(rows, size=_shown_size(rows[0][0])), folder / "samples.png", settings)
-        if self.evaluation.copying is not None:
-            generated = to_pil(to_signed(self.evaluation.generated[0].images))
+        closer = nearest = None
+        if evaluation.copying is not None:
+            generated = to_pil(to_signed(evaluation.generated[0].images))
             opened = partial(_opened, self.reference.training)
-            sheet = nearest_sheet(generated, opened, self.evaluation.copying)
-            save_png(sheet, folder / "nearest.png", settings)
-        self._write_page()
+            save_png(nearest_sheet(generated, opened, evaluation.copying), folder / "nearest.png", settings)
+            closer = describe_closer(evaluation.copying).capitalize()
+            nearest = read_picture(
+                folder / "nearest.png",
+                name="nearest.png",
+                alt="generated images beside their nearest training images",
+                caption="Images generated for training captions, each beside its nearest training image; the likeliest "
+                "copies first",
+                max_bytes=MAX_SHEET_BYTES,
+            )
+        gap = sweep = None
+        if evaluation.gap is not None:  # the loss of both sides over the noise, at the middle of each band
+            bands = evaluation.gap.bands
+            middles = [(band.first + band.last + 1) // 2 for band in bands]
+            sides = [("training images", (band.training for band in bands))]
+            sides += [("held-out images", (band.held_out for band in bands))]
+            gap = Figure.from_lines(
+                f"Loss by band of noise, on {evaluation.gap.training_images} training and "
+                f"{evaluation.gap.held_out_images} held-out images: a higher loss on held-out images is a sign of "
+                "memorization",
+                [Line(kind, list(zip(middles, losses, strict=True))) for kind, losses in sides],
+                logarithmic=True,
+                axis="timestep t (0 is no noise)",
+                last_step=bands[-1].last,
+            )
+        if self.sweep is not None:
+            title = "KID to held-out images (lower is better) against evaluations of the network per image"
+            curves = self.sweep.curves().items()
+            lines_of = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in curves]
+            sweep = Figure.from_lines(title, lines_of, axis="evaluations of the network")
+        shown = []
+        for side in reversed(evaluation.generated):
+            images = [
+                (shortened(caption, 120), embedded(contact_sheet([pair], size=_shown_size(pair[0])), MAX_IMAGE_BYTES))
+                for caption, *pair in self._first_pairs(side, PAGE_PAIRS)
+            ]
+            shown.append({"name": side.side, "count": len(side.captions), "pairs": images})
+        lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
+        for name in evaluation.retrieval:
+            lines += [f"{name} captions", *(f"  {line}" for line in alignment_lines(evaluation, name)), ""]
+        lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
+        lines += evaluation.left_out
+        write_page(
+            self.page,
+            "evaluation.html",
+            self.title,
+            settings=describe_settings(evaluation),
+            notes=self.notes,
+            verdict=evaluation.verdict.sentence,
+            numbers=list(self._tiles()),
+            closer=closer,
+            nearest=nearest,
+            gap=gap,
+            sides=shown,
+            lines="\n".join(lines),
+            sweep=sweep,
+            sweep_lines="" if self.sweep is None else "\n".join(sweep_lines(self.sweep)),
+            about=document({**self.about, **evaluation.settings}, Rows("evaluation.json")),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -113,75 +170,6 @@ class EvaluationResult:
         generated = to_pil(to_signed(side.images[:count]))
         rows = zip(side.captions[:count], side.indices[:count], generated, strict=True)
         return [(caption, _opened(real, index), image) for caption, index, image in rows]
-
-    def _write_page(self) -> None:
-        evaluation = self.evaluation
-        closer = nearest = None
-        if evaluation.copying is not None:
-            closer = describe_closer(evaluation.copying).capitalize()
-            nearest = read_picture(
-                self.folder / "nearest.png",
-                name="nearest.png",
-                alt="generated images beside their nearest training images",
-                caption="Images generated for training captions, each beside its nearest training image; the likeliest "
-                "copies first",
-                max_bytes=MAX_SHEET_BYTES,
-            )
-        gap = sweep = None
-        if evaluation.gap is not None:  # the loss of both sides over the noise, at the middle of each band
-            bands = evaluation.gap.bands
-            middles = [(band.first + band.last + 1) // 2 for band in bands]
-            sides = [("training images", (band.training for band in bands))]
-            sides += [("held-out images", (band.held_out for band in bands))]
-            gap = Figure.from_lines(
-                f"Loss by band of noise, on {evaluation.gap.training_images} training and "
-                f"{evaluation.gap.held_out_images} held-out images: a higher loss on held-out images is a sign of "
-                "memorization",
-                [Line(name, list(zip(middles, losses, strict=True))) for name, losses in sides],
-                logarithmic=True,
-                axis="timestep t (0 is no noise)",
-                last_step=bands[-1].last,
-            )
-        if self.sweep is not None:
-            title = "KID to held-out images (lower is better) against evaluations of the network per image"
-            curves = self.sweep.curves().items()
-            lines_of = [Line(name, [(round(x), y) for x, y in sorted(points)]) for name, points in curves]
-            sweep = Figure.from_lines(title, lines_of, axis="evaluations of the network")
-        lines = [] if evaluation.fidelity is None else [*fidelity_lines(evaluation.fidelity), ""]
-        for side in evaluation.retrieval:
-            lines += [f"{side} captions", *(f"  {line}" for line in alignment_lines(evaluation, side)), ""]
-        lines += [] if evaluation.gap is None else gap_lines(evaluation.gap)
-        lines += evaluation.left_out
-        write_page(
-            self.page,
-            "evaluation.html",
-            self.title,
-            settings=describe_settings(evaluation),
-            notes=self.notes,
-            verdict=evaluation.verdict.sentence,
-            numbers=list(self._tiles()),
-            closer=closer,
-            nearest=nearest,
-            gap=gap,
-            sides=[
-                {
-                    "name": side.side,
-                    "count": len(side.captions),
-                    "pairs": [
-                        (
-                            shortened(caption, 120),
-                            embedded(contact_sheet([pair], size=_shown_size(pair[0])), MAX_IMAGE_BYTES),
-                        )
-                        for caption, *pair in self._first_pairs(side, PAGE_PAIRS)
-                    ],
-                }
-                for side in reversed(evaluation.generated)
-            ],
-            lines="\n".join(lines),
-            sweep=sweep,
-            sweep_lines="" if self.sweep is None else "\n".join(sweep_lines(self.sweep)),
-            about=document({**self.about, **evaluation.settings}, Rows("evaluation.json")),
-        )
 
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         """Headline numbers: name, value, text below it."""
