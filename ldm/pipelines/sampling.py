@@ -41,6 +41,7 @@ from ldm.diffusion import (
 from ldm.diffusion.guidance import check_interval, check_percentile, check_rescale
 from ldm.diffusion.samplers import ClipX0, check_sampler
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
+from ldm.text import check_text
 
 
 @dataclass(frozen=True)
@@ -322,24 +323,10 @@ def image_prompts(
         raise ValueError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
         )
-    for name, texts in (("prompt", prompts), ("negative prompt", negatives)):
+    for what, texts in (("a prompt", prompts), ("a negative prompt", negatives)):
         for text in texts:
-            check_text(name, text)
+            check_text(what, text)
     return prompts, negatives
-
-
-def check_text(name: str, text: Any) -> None:
-    """Raises ValueError unless a tokenizer takes it."""
-    if not isinstance(text, str):
-        raise ValueError(f"a {name} is {text!r}; prompts are texts")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        around = ascii(text[max(0, error.start - 20) : error.start + 20])
-        raise ValueError(
-            f"a {name} has half of a surrogate pair at place {error.start} ({around}), which is no text; write it in "
-            "UTF-8"
-        ) from None
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:

@@ -265,15 +265,21 @@ def _checked(captions: Sequence[str]) -> list[str]:
     if not captions:
         raise ValueError('the list of captions is empty: give at least one, [""] for no condition')
     for position, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(f"caption {position} is {caption!r}, not a string: captions must be strings")
-        try:
-            caption.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"caption {position} is {caption!a}, with half of a surrogate pair: no tokenizer takes it"
-            ) from None
+        check_text(f"caption {position}", caption)
     return captions
+
+
+def check_text(what: str, text: Any) -> None:
+    """Raises ValueError unless a tokenizer takes it."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {text!r}; it must be a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.start + 20])
+        raise ValueError(
+            f"{what} has half of a surrogate pair at place {error.start} ({around}), which is no text; write it in UTF-8"
+        ) from None
 
 
 def _tokenizer_class(tokenizer: Any) -> str:

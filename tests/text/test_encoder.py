@@ -140,9 +140,9 @@ def test_bad_captions_are_refused(save_encoder: Any) -> None:
             call([])
         with pytest.raises(ValueError, match="not one string"):
             call("a cat")
-        with pytest.raises(ValueError, match=r"caption 1 is 'b\\ud800', with half of a surrogate pair"):
+        with pytest.raises(ValueError, match=r"caption 1 has half of a surrogate pair at place 1 \('b\\ud800'\)"):
             call(["a", "b\ud800"])
-        with pytest.raises(ValueError, match="caption 1 is 3, not a string"):
+        with pytest.raises(ValueError, match="caption 1 is 3; it must be a text"):
             call(["a cat", 3])  # type: ignore[list-item]
 
 
