@@ -278,7 +278,7 @@ def check_text(what: str, text: Any) -> None:
     except UnicodeEncodeError as error:
         around = ascii(text[max(0, error.start - 20) : error.start + 20])
         raise ValueError(
-            f"{what} has half of a surrogate pair at place {error.start} ({around}), which is no text; write it in UTF-8"
+            f"{what} has half of a surrogate pair at place {error.start} ({around}), which is no text; write UTF-8"
         ) from None
 
 
