@@ -156,13 +156,6 @@ def adapter_loras(model: nn.Module, name: str) -> dict[str, Lora]:
     }
 
 
-def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The tensors of an adapter, not copied: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, by name."""
-    ends = {".lora_A.weight": "down", ".lora_B.weight": "up"}
-    loras = adapter_loras(model, name).items()
-    return dict(sorted((path + end, getattr(lora, part)) for path, lora in loras for end, part in ends.items()))
-
-
 def set_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Turns on the named adapters, each times its weight w, and turns off the others; {} is all off.
 
@@ -223,10 +216,7 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Undoes `merge_adapters` bit for bit, with what was done to the weights of adapted layers since.
-
-    ValueError if nothing is merged.
-    """
+    """Undoes `merge_adapters`, bit for bit; what was done to the weights of adapted layers since is lost."""
     if not is_merged(model):
         raise ValueError("no adapter is merged here; there is nothing to undo")
     state: _State = getattr(model, _STATE)

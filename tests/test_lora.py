@@ -12,7 +12,6 @@ from ldm.lora import (
     AdapterConfig,
     adaptable_layers,
     adapter_names,
-    adapter_tensors,
     adapter_weights,
     add_adapter,
     is_merged,
@@ -24,6 +23,7 @@ from ldm.lora import (
 )
 from ldm.lora_files import compvis_names, load_adapter, save_adapter
 from ldm.models import UNet, UNetConfig, enable_gradient_checkpointing, set_attention_backend
+from tests.tiny import adapter_tensors
 
 SHAPE = {
     "block_out_channels": (8, 16),

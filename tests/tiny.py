@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from ldm import models
 from ldm.codecs import LatentCodec, PixelCodec
 from ldm.diffusion import ScheduleConfig
+from ldm.lora import adapter_loras
 from ldm.pipelines import Pipeline
 from ldm.text import load_text_encoder_folders
 
@@ -135,3 +136,10 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Changes keys of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def adapter_tensors(model: torch.nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, not copied: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, by name."""
+    ends = {".lora_A.weight": "down", ".lora_B.weight": "up"}
+    loras = adapter_loras(model, name).items()
+    return dict(sorted((path + end, getattr(lora, part)) for path, lora in loras for end, part in ends.items()))

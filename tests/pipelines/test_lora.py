@@ -17,11 +17,11 @@ from ldm.lora import (
     AdapterConfig,
     adaptable_layers,
     adapter_names,
-    adapter_tensors,
     add_adapter,
 )
 from ldm.lora_files import compvis_names, load_adapter, save_adapter
 from tests import tiny
+from tests.tiny import adapter_tensors
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERY_KIND = [*ATTENTION, "proj_in", "proj_out", "conv1", "conv_shortcut", "time_emb_proj", "ff.net.0.proj", "conv_in"]
