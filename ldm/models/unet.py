@@ -37,29 +37,24 @@ class UNetConfig(ComponentConfig):
     __pydantic_config__ = {"extra": "forbid"}
     diffusers_class: ClassVar[str] = "UNet2DConditionModel"
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(
+            (
+                *("addition_embed_type", "addition_time_embed_dim", "class_embed_type", "cross_attention_norm"),
+                *("encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads", "num_class_embeds"),
+                *("projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block"),
+                *("time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act"),
+            ),
+            (None,),
+        ),
         "act_fn": ("silu",),
-        "addition_embed_type": (None,),
         "addition_embed_type_num_heads": (64,),
-        "addition_time_embed_dim": (None,),
         "attention_type": ("default",),
-        "class_embed_type": (None,),
         "class_embeddings_concat": (False,),
-        "cross_attention_norm": (None,),
         "dual_cross_attention": (False,),
-        "encoder_hid_dim": (None,),
-        "encoder_hid_dim_type": (None,),
         "mid_block_only_cross_attention": (None, False),
-        "num_attention_heads": (None,),
-        "num_class_embeds": (None,),
-        "projection_class_embeddings_input_dim": (None,),
         "resnet_out_scale_factor": (1.0, 1),
         "resnet_skip_time_act": (False,),
-        "reverse_transformer_layers_per_block": (None,),
-        "time_cond_proj_dim": (None,),
-        "time_embedding_act_fn": (None,),
-        "time_embedding_dim": (None,),
         "time_embedding_type": ("positional",),
-        "timestep_post_act": (None,),
     }
 
     sample_size: int | tuple[int, int] | None = None
