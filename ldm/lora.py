@@ -157,10 +157,7 @@ def adapter_loras(model: nn.Module, name: str) -> dict[str, Lora]:
 
 
 def set_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Turns on the named adapters, each times its weight w, and turns off the others; {} is all off.
-
-    ValueError for an unknown adapter or a weight that is not finite, and while adapters are merged.
-    """
+    """Turns on the named adapters, each times its finite weight w, and turns off the others; {} is all off."""
     for name, weight in weights.items():
         _unmerged_state(model, name)
         check_weight(name, weight)
@@ -259,9 +256,8 @@ def check_weight(name: str, weight: float) -> None:
 
 
 def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weight: float = 1.0) -> None:
-    """Adds an adapter with these tensors, on with this weight, frozen, in dtype and on device of the layers.
-
-    Layers are those of `adaptable_layers`, shapes of `lora_shapes`, and the name is checked.
+    """Adds an adapter under a checked name, on with this weight, frozen, in dtype and on device of the
+    `adaptable_layers`.
     """
     peft = import_peft()
     if not hasattr(model, _STATE):

@@ -372,10 +372,7 @@ def _choice(names: list[str], where: str) -> str:
 
 
 def check_plain_lora(path: Path, tensors: Mapping[str, Tensor], text_width: int | None) -> None:
-    """Raises ValueError where a file holds other things than A, B and α of layers, or another architecture.
-
-    `text_width` is that of the text states of the UNet, if known.
-    """
+    """Raises ValueError where a file holds other things than A, B and α of layers, or those of another architecture."""
     found: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
         kind = next((kind for kind, pattern in _ARCHITECTURES.items() if re.match(pattern, key)), None)

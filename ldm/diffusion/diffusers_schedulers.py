@@ -109,10 +109,7 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 
 
 def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The keys of `SCHEDULERS[name]` with the values of a file, or the defaults of that class where it has none.
-
-    ValueError for another kind of diffusion, or a key that asks for what our samplers do not do, with the way out.
-    """
+    """The keys of `SCHEDULERS[name]` with the values of a file or its defaults; ValueError for unsupported ones."""
     if name not in SCHEDULERS:
         if name.startswith(("LCM", "TCD")):
             raise ValueError(

@@ -88,10 +88,7 @@ def rescale_guidance(phi: float) -> Rescale:
 
 
 def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided: Denoise, unguided: Denoise) -> Denoise:
-    """`guided` where the noise level σ/α is in (low, high], `unguided` elsewhere: arXiv:2404.07724.
-
-    ValueError unless 0 <= low < high <= inf.
-    """
+    """`guided` where the noise level σ/α is in (low, high], `unguided` elsewhere: arXiv:2404.07724."""
     low, high = check_interval(interval)
 
     def denoise(x_t: Tensor, t: int) -> Tensor:
@@ -195,7 +192,7 @@ def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
-    """A `clip_x0`: x̂_0 clamped to [−s, s] and divided by s, a percentile of |x̂_0|. Imagen (arXiv:2205.11487), section
+    """A `clip_x0`: x̂_0 clamped to [−s, s], divided by s, a percentile of |x̂_0|. Imagen (arXiv:2205.11487), section
     2.3.
 
     s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is. 0.995 is usual.

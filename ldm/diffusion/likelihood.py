@@ -97,18 +97,14 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_lo
 
 
 def log_variances(schedule: NoiseSchedule, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(log β̃_t, log β_t), each [B, 1, …] at timesteps [B]. β̃ at timestep 0, which is 0, is replaced by the next one.
-
-    Improved DDPM (arXiv:2102.09672), section 3.1: the two differ at the first steps only.
-    """
+    """(log β̃_t, log β_t), each [B, 1, …] at timesteps [B], by `log_variance_tables`."""
     small, large = log_variance_tables(schedule)
     return extract(small, timesteps, like), extract(large, timesteps, like)
 
 
 def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """(log β̃, log β), each [T] float64, the first of β̃ replaced by the second.
-
-    ValueError where there is no second, or the first step adds no noise.
+    """(log β̃, log β), each [T] float64; β̃ at timestep 0, which is 0, is replaced by the next (arXiv:2102.09672,
+    section 3.1).
     """
     if schedule.num_train_timesteps < 2:
         raise ValueError("num_train_timesteps is 1; the posterior variance of the first step is 0, so T must be 2")
@@ -120,10 +116,7 @@ def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 
 
 def interpolated_log_variance(fraction: Tensor, small: Tensor | float, large: Tensor | float) -> Tensor:
-    """log Σ = v log β + (1 − v) log β̃ with v = (ν + 1) / 2. Improved DDPM, Eq. 15.
-
-    ν is `fraction`, [B, C, H, W]: −1 is β̃, 1 is β; the network may leave the two.
-    """
+    """log Σ = v log β + (1 − v) log β̃ with v = (ν + 1) / 2, ν the `fraction` [B, C, H, W]. Improved DDPM, Eq. 15."""
     share = (fraction + 1) / 2
     return share * large + (1 - share) * small
 

@@ -154,10 +154,7 @@ def convert(
 
 
 def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type: PredictionType) -> Denoise:
-    """A denoiser that predicts ε, made from one of any prediction type; learned variances are passed on.
-
-    μ̃ is that of one step of the schedule, t to t − 1, whatever the stride of the sampler.
-    """
+    """A denoiser of ε from one of any prediction type (μ̃: from t to t − 1); learned variances are passed on."""
     a, b = schedule.posterior_mean_coefficients
 
     def denoise_noise(x_t: Tensor, t: int) -> Tensor:
@@ -171,10 +168,7 @@ def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type:
 
 
 def split_variance(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a denoiser gives for x_t [B, C, …], as (prediction, ν): ν is None where it gives C channels and not 2C.
-
-    ValueError for any other shape.
-    """
+    """What a denoiser gives for x_t [B, C, …], as (prediction, ν): ν is None where it gives C channels and not 2C."""
     if output.shape == x_t.shape:
         return output, None
     doubled = (x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:])

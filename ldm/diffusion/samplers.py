@@ -72,9 +72,7 @@ class Transition(NamedTuple):
 
 
 def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transition]:
-    """The steps of a grid with their noise levels; ValueError unless it falls without gaps, from some noise, in the
-    table.
-    """
+    """The steps of a grid with their noise levels; ValueError unless it falls without gaps, from some noise."""
     total = schedule.num_train_timesteps
     if not 1 <= len(grid) <= total:
         raise ValueError(f"the grid has {len(grid)} steps; it must have 1 to {total}, the number of training timesteps")
@@ -383,10 +381,9 @@ def sample_norm(x: Tensor) -> Tensor:
 
 
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
-    """Spherical linear interpolation: on the arc between two points instead of the chord.
+    """Spherical linear interpolation, on the arc: `fraction` 0 is exactly `start`, 1 exactly `end`.
 
-    Noise of N dimensions lies near a sphere of radius √N; halfway along the chord it would be 1/√2 as long, which no
-    network was trained on. `fraction` 0 is exactly `start`, 1 exactly `end`. ValueError for opposite points.
+    Noise of N dimensions lies near a sphere of radius √N; halfway along the chord it would be 1/√2 as long.
     """
     if fraction in (0, 1):
         return end if fraction else start

@@ -96,8 +96,7 @@ class ScheduleConfig:
 
 
 class NoiseSchedule:
-    """ᾱ_t for t = 0 … T − 1, [T] strictly falling inside [0, 1], and what is derived from it. Nothing in it ever
-    changes.
+    """ᾱ_t for t = 0 … T − 1, [T] strictly falling inside [0, 1], and what follows from it. It never changes.
 
     `final_alpha_cumprod` is ᾱ at t_prev = −1, the end of sampling.
     """
@@ -234,8 +233,7 @@ class NoiseSchedule:
 
 
 def extract(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-    """The entries of a table [T] at timesteps [B] → [B, 1, …], on the device of `like` [B, …], in float64 if that
-    is float64, else in float32."""
+    """The entries of a table [T] at timesteps [B] → [B, 1, …] for `like` [B, …]: its device, and float64 or float32."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = table[timesteps.to("cpu")].to(dtype)
     return values.to(like.device).view((-1,) + (1,) * (like.ndim - 1))
@@ -265,10 +263,10 @@ def check_no_signal(prediction_type: str, t: int) -> None:
 
 
 def check_precision(prediction_type: str, dtype: str) -> None:
-    """Raises `ValueError` where a prediction or its weights have too few digits, "bf16" or "float16" for example.
+    """Raises ValueError where a prediction or its weights have too few digits, "bf16" or "float16" for example.
 
-    μ̃ differs from x_t by a fraction of about β_t / σ_t, so that rounding it is some hundred times as large in ε: 0.06
-    to 0.38 of ε in bfloat16, 0.01 to 0.05 in float16, for normal data and the default schedule.
+    μ̃ differs from x_t by about β_t / σ_t, so that rounding it is some hundred times as large in ε: 0.06 to 0.38 of ε
+    in bfloat16, 0.01 to 0.05 in float16, for normal data and the default schedule.
     """
     if prediction_type == "posterior_mean" and dtype in ("bf16", "fp16", "bfloat16", "float16"):
         raise ValueError(
@@ -317,8 +315,7 @@ def sigmoid_betas(steps: int, start: float, end: float) -> Tensor:
 
 
 def cosine_betas(steps: int) -> Tensor:
-    """β = 1 − f(t) / f(t − 1) ≤ 0.999 with f(t) = cos²((t/T + s) / (1 + s) · π/2). Improved DDPM
-    (arXiv:2102.09672), Eq. 17."""
+    """β = 1 − f(t) / f(t − 1) ≤ 0.999, f(t) = cos²((t/T + s) / (1 + s) · π/2). Improved DDPM, Eq. 17."""
     time = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((time + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)

@@ -124,10 +124,7 @@ def no_first_stage_reason(resolution: int) -> str:
 def measure_reconstruction(
     codec: LatentCodec, name: str, images: CaptionedImages, device: torch.device, perceptual: PerceptualDistance | None
 ) -> ReconstructionQuality:
-    """On up to 64 images, evenly from the data, through the posterior's mean.
-
-    The linear probe is measured only if reconstructions are not good: otherwise the advice does not depend on it.
-    """
+    """On up to 64 images, evenly from the data; the linear probe only if reconstructions are not good."""
     count, resolution = len(images), images.config.resolution
     found = ReconstructionQuality(name, resolution, count, None, None, None, factor=codec.factor)
     if any(side % codec.factor for size in images.buckets.sizes for side in size):
@@ -213,9 +210,8 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and std of each channel of the latents that are diffused, ideally 0 and 1.
-
-    `kl` is KL(q(z|x) ‖ N(0, I)) in nats per latent value, before scaling; None without a posterior.
+    """Mean and std of each channel of the latents that are diffused; KL(q(z|x) ‖ N(0, I)) in nats per value before
+    scaling.
     """
 
     mean: tuple[float, ...]

@@ -32,9 +32,7 @@ MIN_FIRST_CALL = 5.0  # seconds: a faster first call is timed again, since it in
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Images uint8 [N, 3, H, W] for captions of one side, "training" or "held-out"; `indices` are those of their
-    images.
-    """
+    """Images uint8 [N, 3, H, W] for captions of one side, "training" or "held-out", and the indices of theirs."""
 
     side: str
     captions: tuple[str, ...]
@@ -230,10 +228,7 @@ def measure_generated(
 def estimate_duration(
     pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None
 ) -> str:
-    """How long an evaluation takes at most, in words, from one image; images of a batch take less each.
-
-    ValueError for too few samples and settings out of range, before anything is generated.
-    """
+    """How long an evaluation takes at most, in words, from one image; images of a batch take less each."""
     check_samples(samples)
     settings = _settings(pipeline, num_inference_steps, guidance_scale)
 

@@ -67,10 +67,7 @@ class FeatureSpace:
         return f"{self.title or self.name} features ({self.dimensions}, images {resized})"
 
     def compute(self, images: Iterable[Tensor]) -> Tensor:
-        """Batches of images [B, 3, H, W] in [−1, 1], of any sizes → features [N, D], float64 on the CPU.
-
-        ValueError without images, for other shapes, and for values that are not floats in [−1, 1].
-        """
+        """Batches of images [B, 3, H, W] in [−1, 1], of any sizes → features [N, D], float64 on the CPU."""
         parts: list[Tensor] = []
         with torch.no_grad():
             for batch in images:
@@ -205,10 +202,8 @@ def cached_features(
     progress: Callable[[int], object] = lambda done: None,
     log: Callable[[str], None] = print,
 ) -> Tensor:
-    """Features [N, D] float64 of every image, center-cropped and not flipped, in the order of `images`.
-
-    They are cached under `images.config.cache_folder`. `progress` counts cached ones too; `log` is told of damaged
-    files.
+    """Features [N, D] float64 of every image, center-cropped and not flipped; cached under
+    `images.config.cache_folder`.
     """
     if space.name == "clip":  # its label does not identify its weights
         found = torch.empty(len(images), space.dimensions, dtype=torch.float64)
@@ -245,9 +240,8 @@ def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP model, named as in open_clip, with the `size` (height, width) of its input.
-
-    `mean` and `std`, [3, 1, 1], are for images in [0, 1]; `filter` is "bicubic" or "bilinear".
+    """A frozen CLIP model, named as in open_clip, and the size (height, width), mean, std [3, 1, 1] and filter of its
+    input.
     """
 
     name: str
@@ -267,10 +261,7 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [−1, 1] → [B, D], not normalized.
-
-        The shorter side is resized and the center cropped, as in open_clip.
-        """
+        """[B, 3, H, W] in [−1, 1] → [B, D], not normalized; resized and center-cropped as in open_clip."""
         images = images.to(self.mean) / 2 + 0.5
         height, width = self.size
         scale = max(height / images.shape[-2], width / images.shape[-1])

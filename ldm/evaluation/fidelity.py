@@ -71,10 +71,7 @@ class Gaussian:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """The Fréchet distance of features [N, D] to reference [M, D]; ValueError as in `Gaussian.fit`.
-
-    It is FID (arXiv:1706.08500) only on the features of one Inception network (`FeatureSpace.is_fid`).
-    """
+    """The Fréchet distance of features [N, D] to reference [M, D]; FID (arXiv:1706.08500) if `FeatureSpace.is_fid`."""
     one, other = check_features(features, reference, min_samples=1)
     return distance_between(Gaussian.fit(one), Gaussian.fit(other))
 
@@ -287,9 +284,8 @@ def _fraction_inside(points: Tensor, centers: Tensor, squared_radii: Tensor) -> 
 
 
 def _squared_radii(points: Tensor, groups: int) -> Tensor:
-    """Squared distance of each point to its third nearest other one, [P, 1 + groups].
-
-    First among all points, then without one group each, whose points have −1 there: an empty ball.
+    """Squared distance to the third nearest other point, [P, 1 + groups]: among all, and without each group (of which:
+    −1).
     """
     parts, index, rows_at_once = [], torch.arange(len(points)), max(_MAX_ENTRIES // len(points), 1)
     for chunk, rows in zip(points.split(rows_at_once), index.split(rows_at_once), strict=True):
@@ -319,10 +315,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def check_features(features: Tensor, reference: Tensor, min_samples: int) -> tuple[Tensor, Tensor]:
-    """Two sets of the same features [N, D] and [M, D], as float64 on the CPU.
-
-    ValueError for other shapes, non-finite values, and fewer than `min_samples` on a side.
-    """
+    """Two sets of the same finite features [N, D] and [M, D], at least `min_samples` each, as float64 on the CPU."""
     one, other = _finite(features), _finite(reference)
     if one.shape[1] != other.shape[1]:
         raise ValueError(
@@ -352,10 +345,7 @@ ImageKind = Literal["generated", "held-out"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number with its 95 % interval, the images it was measured on and those they were compared with.
-
-    `name` is "FID" only for FID itself; `yardstick`, for a ratio, the number of held-out images.
-    """
+    """One number with its 95 % interval and what it was measured on; `yardstick`: of a ratio, the held-out images."""
 
     name: str
     value: float
@@ -370,10 +360,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class FidelityMetrics:
-    """Of one kind of images against the training images.
-
-    `frechet` is None where either side has no more images than features; recall is on as many generated as held-out
-    images, since it grows with their number.
+    """Of one kind of images; no Fréchet distance of no more images than features, recall of equally many of either
+    kind.
     """
 
     frechet: Metric | None

@@ -90,10 +90,7 @@ def generate_images(
 
 
 class SampleCache:
-    """Generates only the images that are not in the cache yet: FOLDER/MODEL holds one row per image.
-
-    `model` is a hash of the weights: `ldm.evaluation.sweep.model_digest`.
-    """
+    """Generates only the images that are not in the cache yet, one row each; `model` is a hash of its weights."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self._store = RowCache(folder / content_hash(f"{CACHE_VERSION} {model}".encode()))
@@ -175,10 +172,7 @@ class Reference:
         progress: Progress = no_progress,
         log: Callable[[str], None] = print,
     ) -> Reference:
-        """Reads every image; features are cached on disk.
-
-        ValueError for an image that has become unreadable or is below 8×8, or a cache that cannot be written.
-        """
+        """Reads every image; features are cached on disk."""
         parts = [training] if held_out is None else [training, held_out]
         with progress("features of the data", sum(map(len, parts))) as update:
             features = [cached_features(images, space, progress=update, log=log) for images in parts]

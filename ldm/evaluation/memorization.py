@@ -36,10 +36,7 @@ _ROWS = 256
 
 
 def color_layout(images: Tensor) -> Tensor:
-    """Colors averaged to 8×8 cells: images [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64; ValueError below 8×8.
-
-    They hardly change under noise, blur or an autoencoder; in features of a network a noisy copy would be new.
-    """
+    """Colors averaged to 8×8 cells, which noise hardly changes: [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64."""
     if min(images.shape[-2:]) < LAYOUT_GRID:
         raise ValueError(
             f"images are {images.shape[-2]}x{images.shape[-1]}; to find copies they need {LAYOUT_GRID}x{LAYOUT_GRID}"
@@ -295,10 +292,7 @@ def find_copies(
 def nearest_sheet(
     generated: Sequence[Image.Image], training: Callable[[int], Image.Image], copying: Copying
 ) -> Image.Image:
-    """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first.
-
-    Images are numbered as in `find_copies`; only the training images that are shown are opened.
-    """
+    """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first."""
     if len(generated) != len(copying.ratio):
         raise ValueError(f"there are {len(generated)} images but {len(copying.ratio)} were compared; give the same")
     order = copying.ratio.argsort(stable=True)[:SHEET_IMAGES].tolist()

@@ -136,10 +136,7 @@ class BaselineComparison:
 def compare_with_baselines(
     images: Tensor, features: Tensor, retrieval: Mapping[str, Retrieval], reference: Reference, *, seed: int
 ) -> BaselineComparison:
-    """Measures generated images, and baselines of the same size and number, against the same training images.
-
-    Images are uint8 [N, 3, H, W], N at least 50, of at least 50 training images; features [N, D].
-    """
+    """Measures 50 or more images, uint8 [N, 3, H, W] with features [N, D], and as many of each baseline."""
     height, width = images.shape[-2:]
     baselines = baselines_of(reference, len(images), (height, width), seed)
     return BaselineComparison(
@@ -153,9 +150,8 @@ def compare_with_baselines(
 
 @dataclass(frozen=True)
 class Baselines:
-    """What generated images are compared with: baselines by name, and unseen real images.
-
-    `closeness` measures images with color layouts [n, K] and features [n, D] against the `reference_samples`.
+    """What images with color layouts [n, K] and features [n, D] are compared with (`closeness`), by baseline, and
+    unseen.
     """
 
     closeness: Callable[[Tensor, Tensor], Closeness]
@@ -165,10 +161,7 @@ class Baselines:
 
 
 def baselines_of(reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Baselines:
-    """What does not depend on the generated images, for `samples` of this (height, width); measured once.
-
-    Unseen images are held-out ones or, of few, training images that are left out.
-    """
+    """What does not depend on the generated images, measured once; unseen ones are held-out, or left out of training."""
     key = (samples, size, seed)
     if key in reference.baselines:
         known: Baselines = reference.baselines[key]

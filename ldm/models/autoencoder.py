@@ -57,8 +57,8 @@ class FirstStageNetwork(nn.Module):
     def encode(self, images: Tensor, strips: int | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w], mean and log-variance; of a VQ model z [B, C, h, w].
 
-        With `strips` about so many pixels are computed at a time, without gradients: the same up to rounding, in less
-        memory.
+        With `strips` about so many pixels are computed at a time, without gradients: less memory, the same up to
+        rounding.
         """
         self.config.check_size(images)
         moments = self.encoder(images) if strips is None else compute_in_strips(self.encoder, images, strips)
@@ -72,8 +72,7 @@ class FirstStageNetwork(nn.Module):
 
 
 class AutoencoderKL(FirstStageNetwork):
-    """Images to the moments of a normal posterior over latents, and latents to images: Rombach et al. 2022, section
-    3.1.
+    """Images to moments of a normal posterior over latents, and latents to images: Rombach et al. 2022, section 3.1.
 
     Parameters are named as in diffusers' `AutoencoderKL`, so that weights load both ways.
     """
@@ -153,11 +152,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
 
 
 def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an autoencoder under today's names.
-
-    Old files call the attention of the middle blocks query, key, value and proj_attn, and may have it as 1x1
-    convolutions.
-    """
+    """The weights under today's names: old files call the attention query, key, value and proj_attn."""
     upgraded = {}
     for name, tensor in state_dict.items():
         match = _ATTENTION_PARAMETER.fullmatch(name)

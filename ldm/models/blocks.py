@@ -18,10 +18,7 @@ class CheckpointedBlock(nn.Module):
     gradient_checkpointing = False
 
     def apply_layer(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
-        """Calls the layer; with `gradient_checkpointing` on, only its inputs stay until the backward pass.
-
-        Training deep nets with sublinear memory cost (Chen et al. 2016), section 4.
-        """
+        """Calls the layer; with `gradient_checkpointing` on, only its inputs are stored (Chen et al. 2016)."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
         else:
@@ -86,9 +83,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a 3x3 convolution of stride 2; padding 0 pads right and bottom only, as in LDM's
-    autoencoders.
-    """
+    """Halves height and width by a 3x3 convolution; padding 0 pads right and bottom only, as in LDM's autoencoders."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -154,10 +149,7 @@ TRAINING_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v by torch: query [B, N, heads, d], key, value [B, L, heads, d] → [B, N, heads, d].
-
-    Attention is all you need (Vaswani et al. 2017), Eq. 1.
-    """
+    """softmax(q kᵀ / √d) v, as `AttentionKernel`. Attention is all you need (Vaswani et al. 2017), Eq. 1."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, ., d]
     slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if slow and query.shape[2] * key.shape[2] <= SHORT:
@@ -233,9 +225,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention within the image (to the text with `only_cross_attention`) and to the text, a feed-forward network;
-    each residual on a norm.
-    """
+    """Attention within the image (or to the text alone), attention to the text, a feed-forward network, each residual."""
 
     def __init__(self, channels: int, *, heads: int, text_channels: int, only_cross_attention: bool) -> None:
         super().__init__()

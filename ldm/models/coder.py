@@ -19,10 +19,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class CoderConfig(ComponentConfig):
-    """Shape of encoder and decoder, which all first stages share.
-
-    `scaling_factor`, `sample_size` and `force_upcast` do not concern the network; they are for those who use it.
-    """
+    """Shape of encoder and decoder; `scaling_factor`, `sample_size` and `force_upcast` are for those who use them."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -77,10 +74,7 @@ class CoderConfig(ComponentConfig):
 
 
 class CoderBlock(CheckpointedBlock):
-    """One level of the encoder or the decoder, or the middle of either.
-
-    Residual blocks, with `attention` after the first of them, then a change of resolution.
-    """
+    """A level of encoder or decoder, or the middle: residual blocks, attention after the first, another resolution."""
 
     def __init__(
         self,

@@ -13,10 +13,7 @@ RANGE = 2.0  # of images in [−1, 1]
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, 10 log₁₀ (range² / mean squared error), in dB, at most 120.
-
-    [B, 3, H, W] twice, in [−1, 1] → [B].
-    """
+    """10 log₁₀ (range² / mean squared error) in dB, at most 120: [B, 3, H, W] twice, in [−1, 1] → [B]."""
     error = (images - others).square().flatten(1).mean(dim=1)  # [B]
     return 10 * torch.log10(RANGE**2 / error.clamp(min=RANGE**2 * 1e-12))
 
@@ -74,8 +71,7 @@ class PerceptualDistance:
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
         """[B, 3, H, W] twice, in [−1, 1] → [B], always in float32.
 
-        Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, with 16 three, with 32
-        four.
+        Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, 16 three, 32 four.
         """
         differences = self.differences(images, others)  # [B, L]
         return (differences / differences.new_tensor(self.scales[: differences.shape[1]])).mean(dim=1)

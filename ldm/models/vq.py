@@ -97,7 +97,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64; in float32 at least, in bounded
+        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64; at least in float32, in bounded
         parts.
         """
         channels = latents.shape[1]
@@ -177,10 +177,7 @@ class VQModel(FirstStageNetwork):
         return self.decode_codes(quantized.latents), quantized
 
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Keeps mean [C] and std [C] of the latents in the config, in place of any scaling_factor.
-
-        In the 1x1 convolutions another scale per channel would change which codes are nearest.
-        """
+        """Keeps mean [C] and std [C] in the config: the 1x1 convolutions would change which codes are nearest."""
         check_statistics(mean, std, self.channels)
         self.config = dataclasses.replace(
             self.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()), scaling_factor=1.0
@@ -188,10 +185,8 @@ class VQModel(FirstStageNetwork):
 
 
 class CodebookUsage(NamedTuple):
-    """How a codebook of K codes is used: the fraction that is used at all, and the perplexity.
-
-    That is exp of the entropy of how often each is used, 1 to K: the number of equally used codes with the same
-    variety.
+    """How a codebook of K codes is used: the fraction that is used, and exp of the entropy of how often each is, 1 to
+    K.
     """
 
     perplexity: float

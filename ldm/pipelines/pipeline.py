@@ -461,10 +461,7 @@ class Pipeline:
         return (height or 64) * self.codec.factor, (width or 64) * self.codec.factor
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
-        """Moves every network to `device` (and `dtype`); returns the pipeline.
-
-        ValueError for a device or dtype that cannot be used, and where its memory is too small.
-        """
+        """Moves every network to `device` (and `dtype`); returns the pipeline."""
         if device is not None:
             device = usable_device(device)
         if dtype is not None:

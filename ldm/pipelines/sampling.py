@@ -46,10 +46,7 @@ from ldm.text import check_text
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table.
-
-    `stochastic` says whether it adds noise at every step, at η = 0 too; `options` what `sampler_options` may set.
-    """
+    """A row of the table; `stochastic`: adds noise at every step, at η = 0 too; `options`: of `sampler_options`."""
 
     run: Callable[..., Iterator[State]]
     takes_eta: bool = False

@@ -54,9 +54,7 @@ def style(palette: Palette) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Finite (step, value) by rising step; a name for the legend, and the values before smoothing, in a pale color
-    below.
-    """
+    """Finite (step, value) by rising step, a name for the legend, and the values before smoothing, in a pale color."""
 
     name: str
     points: Sequence[Point]

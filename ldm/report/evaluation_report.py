@@ -39,9 +39,7 @@ MIN_SIDE, MAX_SIDE = 96, 256
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResult:
-    """An evaluation and its context: title of the page, model and data (`about`), sentences to read first, folder of
-    the files above.
-    """
+    """An evaluation and its context: title, model and data (`about`), sentences to read first, folder."""
 
     title: str
     about: Mapping[str, Any]

@@ -104,10 +104,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Hidden states of captions, which may be empty: [B, L, D] in `dtype` on `device`.
-
-        ValueError for a list that is empty or holds anything but strings of whole characters.
-        """
+        """Hidden states of captions, which may be empty: [B, L, D] in `dtype` on `device`."""
         captions = _checked(captions)
         return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
 

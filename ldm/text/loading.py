@@ -296,9 +296,7 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tuple[Any, tuple[Path, ...]]:
-    """The tokenizer and its files, except `tokenizer_config.json`; read from a folder of our own with the keys that we
-    know.
-    """
+    """The tokenizer and its files, except `tokenizer_config.json`, read from a folder of our own with known keys."""
     import transformers
 
     if not folder.is_dir():
