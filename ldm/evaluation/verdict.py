@@ -161,7 +161,7 @@ class Baselines:
 
 
 def baselines_of(reference: Reference, samples: int, size: tuple[int, int], seed: int) -> Baselines:
-    """What does not depend on the generated images, measured once; unseen ones are held-out, or left out of training."""
+    """What does not depend on the generated images, measured once; unseen images are held-out or left out."""
     key = (samples, size, seed)
     if key in reference.baselines:
         known: Baselines = reference.baselines[key]

@@ -225,7 +225,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention within the image (or to the text alone), attention to the text, a feed-forward network, each residual."""
+    """Attention within the image (or to the text alone) and to the text, a feed-forward network, each residual."""
 
     def __init__(self, channels: int, *, heads: int, text_channels: int, only_cross_attention: bool) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class EfficientNetLite0(nn.Module):
         return super().train(False)
 
     def maps(self, images: Tensor, levels: int = len(CHANNELS)) -> list[Tensor]:
-        """Images [B, 3, H, W] in [−1, 1] → up to five maps of 16, 24, 40, 112, 320 channels, at 1/2 … 1/32 of H and W."""
+        """Images [B, 3, H, W] in [−1, 1] → up to five maps: 16, 24, 40, 112, 320 channels, at 1/2 … 1/32 of H and W."""
         network, maps = self.network, []
         x = (images * 127.5 + 0.5) / 128  # (0 to 255 minus 127) / 128, as in the training of the Lite networks
         x = network._swish(network._bn0(network._conv_stem(x)))
