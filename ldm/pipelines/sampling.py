@@ -19,27 +19,14 @@ from ldm.codecs import Codec
 from ldm.diffusion import (
     Denoise,
     Denoiser,
-    LogLikelihood,
     NoiseSchedule,
     PredictionType,
     State,
     Step,
-    annealed_langevin,
-    classifier_free_guidance,
-    classifier_guidance,
-    ddim,
-    ddpm,
-    dpm_solver_pp_2m,
-    dynamic_threshold,
-    euler_maruyama,
-    guide_within,
-    langevin_corrector,
-    rescale_guidance,
+    guidance,
+    samplers,
     to_epsilon_model,
-    with_condition,
 )
-from ldm.diffusion.guidance import check_interval, check_percentile, check_rescale
-from ldm.diffusion.samplers import ClipX0, check_sampler
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 from ldm.text import check_text
 
@@ -56,22 +43,22 @@ class Sampler:
 
 def _langevin(grid: Sequence[Step], **inputs: Any) -> Iterator[State]:
     """Annealed Langevin dynamics; at the end of sampling x̂_0, for the sample has the noise of the last level."""
-    for state in annealed_langevin(grid=grid, **inputs):
+    for state in samplers.annealed_langevin(grid=grid, **inputs):
         ended = grid[state.index].t_prev == -1
         yield dataclasses.replace(state, latents=state.pred_original_sample) if ended else state
 
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
-        "ddim": Sampler(ddim, takes_eta=True),
-        "ddim-sigma-hat": Sampler(partial(ddim, eta=1.0, variance="sigma_hat"), stochastic=True),
-        "ddpm": Sampler(partial(ddpm, variance="small"), stochastic=True),
-        "ddpm-large": Sampler(partial(ddpm, variance="large"), stochastic=True),
-        "dpm++2m": Sampler(dpm_solver_pp_2m),
-        "euler-maruyama": Sampler(euler_maruyama, stochastic=True),
+        "ddim": Sampler(samplers.ddim, takes_eta=True),
+        "ddim-sigma-hat": Sampler(partial(samplers.ddim, eta=1.0, variance="sigma_hat"), stochastic=True),
+        "ddpm": Sampler(partial(samplers.ddpm, variance="small"), stochastic=True),
+        "ddpm-large": Sampler(partial(samplers.ddpm, variance="large"), stochastic=True),
+        "dpm++2m": Sampler(samplers.dpm_solver_pp_2m),
+        "euler-maruyama": Sampler(samplers.euler_maruyama, stochastic=True),
         "langevin": Sampler(_langevin, stochastic=True, options=frozenset({"step_size", "num_langevin_steps"})),
         "predictor-corrector": Sampler(
-            langevin_corrector, stochastic=True, options=frozenset({"snr", "num_corrector_steps"})
+            samplers.langevin_corrector, stochastic=True, options=frozenset({"snr", "num_corrector_steps"})
         ),
     }
 )
@@ -91,7 +78,7 @@ class SamplingKwargs(TypedDict, total=False):
     """(low, high), noise levels σ/α with 0 <= low < high; outside them the scale is 1 (arXiv:2404.07724)."""
     dynamic_threshold: float | None
     """p in (0, 1] of Imagen's dynamic thresholding of x̂_0, for pixel models; 0.995 is usual."""
-    classifier: LogLikelihood | None
+    classifier: guidance.LogLikelihood | None
     """(x_t [B, C, h, w], t) → log p(y | x_t), [B], whose gradient guides (arXiv:2105.05233); x_t is what is diffused.
     Such a call is not cut into chunks, as y may differ between images."""
     classifier_scale: float
@@ -117,7 +104,7 @@ class SamplingParams:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     dynamic_threshold: float | None = None
-    classifier: LogLikelihood | None = None
+    classifier: guidance.LogLikelihood | None = None
     classifier_scale: float = 1.0
 
     @classmethod
@@ -137,11 +124,11 @@ class SamplingParams:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; it must be a finite number (1 is no guidance, 7.5 usual)"
             )
-        check_rescale(self.guidance_rescale)
+        guidance.check_rescale(self.guidance_rescale)
         if self.guidance_interval is not None:
-            check_interval(self.guidance_interval)
+            guidance.check_interval(self.guidance_interval)
         if self.dynamic_threshold is not None:
-            check_percentile(as_float("dynamic_threshold", self.dynamic_threshold))
+            guidance.check_percentile(as_float("dynamic_threshold", self.dynamic_threshold))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; it must be 0 (deterministic DDIM) to 1 (the variance of DDPM)")
         if self.classifier is not None and not callable(self.classifier):
@@ -175,7 +162,7 @@ class SamplingParams:
 
 def find_sampler(name: str) -> Sampler:
     """The row of that name; ValueError with the nearest name where there is none."""
-    check_sampler(name, others=", and diffusers' schedulers")
+    samplers.check_sampler(name, others=", and diffusers' schedulers")
     return SAMPLERS[name]
 
 
@@ -184,7 +171,7 @@ def describe_sampler(sampler: object) -> str:
     return repr(sampler) if isinstance(sampler, str | int | float | type | None) else type(sampler).__name__
 
 
-def x0_bounds(codec: Codec, percentile: float | None) -> ClipX0:
+def x0_bounds(codec: Codec, percentile: float | None) -> samplers.ClipX0:
     """What bounds x̂_0: the codec, or Imagen's dynamic threshold on the scale of images; ValueError for latents."""
     if percentile is None:
         return codec.clip_x0
@@ -193,7 +180,7 @@ def x0_bounds(codec: Codec, percentile: float | None) -> ClipX0:
             f"dynamic_threshold is {percentile}, but this model diffuses latents, and no range bounds those: "
             "thresholding is for pixels in [-1, 1]; use guidance_rescale"
         )
-    threshold = dynamic_threshold(percentile)
+    threshold = guidance.dynamic_threshold(percentile)
     return lambda x_0: codec.sample_latents(threshold(codec.decode(x_0)))
 
 
@@ -230,15 +217,15 @@ def with_guidance(
     params: SamplingParams,
 ) -> Denoise:
     """The network with all guidance of the params around it. `condition` and `null` are [B, L, D]."""
-    rescale = rescale_guidance(params.guidance_rescale) if params.guidance_rescale > 0 else None
-    denoise = classifier_free_guidance(network, condition, null, params.guidance_scale, rescale=rescale)
+    rescale = guidance.rescale_guidance(params.guidance_rescale) if params.guidance_rescale > 0 else None
+    denoise = guidance.classifier_free_guidance(network, condition, null, params.guidance_scale, rescale=rescale)
     if params.classifier is not None:
-        denoise = classifier_guidance(
+        denoise = guidance.classifier_guidance(
             denoise, params.classifier, params.classifier_scale, schedule, prediction_type=prediction_type
         )
     if params.guidance_interval is not None:
-        unguided = with_condition(network, condition)
-        denoise = guide_within(schedule, params.guidance_interval, denoise, unguided)
+        unguided = guidance.with_condition(network, condition)
+        denoise = guidance.guide_within(schedule, params.guidance_interval, denoise, unguided)
     return denoise
 
 
@@ -250,7 +237,7 @@ def sample(
     grid: Sequence[Step],
     *,
     generators: Sequence[torch.Generator],
-    clip_x0: ClipX0,
+    clip_x0: samplers.ClipX0,
     prediction_type: PredictionType,
     learned_variance: bool,
 ) -> Iterator[State]:
