@@ -256,9 +256,7 @@ def check_weight(name: str, weight: float) -> None:
 
 
 def inject_adapter(model: nn.Module, loras: Mapping[str, Lora], name: str, weight: float = 1.0) -> None:
-    """Adds an adapter under a checked name, on with this weight, frozen, in dtype and on device of the
-    `adaptable_layers`.
-    """
+    """Adds an adapter under a checked name, on with this weight, frozen, in dtype and on device of its layers."""
     peft = import_peft()
     if not hasattr(model, _STATE):
         trainable = frozenset(n for n, parameter in model.named_parameters() if parameter.requires_grad)

@@ -103,8 +103,8 @@ def log_variances(schedule: NoiseSchedule, timesteps: Tensor, like: Tensor) -> t
 
 
 def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """(log β̃, log β), each [T] float64; β̃ at timestep 0, which is 0, is replaced by the next (arXiv:2102.09672,
-    section 3.1).
+    """(log β̃, log β), each [T] float64; the 0 at timestep 0 of β̃ is replaced by the next (Improved DDPM, section
+    3.1).
     """
     if schedule.num_train_timesteps < 2:
         raise ValueError("num_train_timesteps is 1; the posterior variance of the first step is 0, so T must be 2")

@@ -210,9 +210,7 @@ def linear_probe_psnr(codec: LatentCodec, images: Sequence[Tensor]) -> Tensor | 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and std of each channel of the latents that are diffused; KL(q(z|x) ‖ N(0, I)) in nats per value before
-    scaling.
-    """
+    """Mean and std of each channel of the latents that are diffused; KL(q(z|x) ‖ N(0, I)) in nats a value, unscaled."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -202,9 +202,7 @@ def cached_features(
     progress: Callable[[int], object] = lambda done: None,
     log: Callable[[str], None] = print,
 ) -> Tensor:
-    """Features [N, D] float64 of every image, center-cropped and not flipped; cached under
-    `images.config.cache_folder`.
-    """
+    """Features [N, D] float64 of every image, center-cropped and not flipped, from `images.config.cache_folder`."""
     if space.name == "clip":  # its label does not identify its weights
         found = torch.empty(len(images), space.dimensions, dtype=torch.float64)
         for chunk in images.chunks(SHARD_ROWS):
@@ -240,9 +238,7 @@ def _batches(images: CaptionedImages, indices: Sequence[int], progress: Callable
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP model, named as in open_clip, and the size (height, width), mean, std [3, 1, 1] and filter of its
-    input.
-    """
+    """A frozen CLIP model of open_clip, and the size (height, width), mean, std [3, 1, 1] and filter of its input."""
 
     name: str
     model: Any

@@ -284,9 +284,7 @@ def _fraction_inside(points: Tensor, centers: Tensor, squared_radii: Tensor) -> 
 
 
 def _squared_radii(points: Tensor, groups: int) -> Tensor:
-    """Squared distance to the third nearest other point, [P, 1 + groups]: among all, and without each group (of which:
-    −1).
-    """
+    """Squared distances to the third nearest other point, [P, 1 + groups]: of all, and without a group (of it: −1)."""
     parts, index, rows_at_once = [], torch.arange(len(points)), max(_MAX_ENTRIES // len(points), 1)
     for chunk, rows in zip(points.split(rows_at_once), index.split(rows_at_once), strict=True):
         squared = _squared_distances(chunk, points)  # [b, P]
@@ -360,9 +358,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class FidelityMetrics:
-    """Of one kind of images; no Fréchet distance of no more images than features, recall of equally many of either
-    kind.
-    """
+    """Of one kind of images; no Fréchet distance of no more images than features, recall of equally many of each."""
 
     frechet: Metric | None
     kid: Metric

@@ -150,9 +150,7 @@ def compare_with_baselines(
 
 @dataclass(frozen=True)
 class Baselines:
-    """What images with color layouts [n, K] and features [n, D] are compared with (`closeness`), by baseline, and
-    unseen.
-    """
+    """What images with color layouts [n, K] and features [n, D] are compared with, by name, and unseen images."""
 
     closeness: Callable[[Tensor, Tensor], Closeness]
     figures: Mapping[str, Closeness]

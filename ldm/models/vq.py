@@ -97,9 +97,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64; at least in float32, in bounded
-        parts.
-        """
+        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64; at least in float32, in parts."""
         channels = latents.shape[1]
         with torch.autocast(latents.device.type, enabled=False):
             wide = torch.promote_types(latents.dtype, torch.float32)
@@ -185,9 +183,7 @@ class VQModel(FirstStageNetwork):
 
 
 class CodebookUsage(NamedTuple):
-    """How a codebook of K codes is used: the fraction that is used, and exp of the entropy of how often each is, 1 to
-    K.
-    """
+    """How a codebook of K codes is used: the fraction that is, and exp of the entropy of how often each is, 1 to K."""
 
     perplexity: float
     used: float
