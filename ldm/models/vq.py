@@ -97,7 +97,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64, in float32 or more, in parts."""
+        """The first nearest code of each latent, Eq. 1: [B, C, h, w] → [B, h, w] int64; in float32 or more."""
         channels = latents.shape[1]
         with torch.autocast(latents.device.type, enabled=False):
             wide = torch.promote_types(latents.dtype, torch.float32)
