@@ -307,7 +307,7 @@ def sweep(
         )
 
     recorded: dict[tuple[str, float, int], Cell] = {}
-    content = hub.read_json(record) if record.exists() else {"of": identity, "cells": []}
+    content: dict[str, Any] = hub.read_json(record) if record.exists() else {"of": identity, "cells": []}
     if content.get("of") != identity:
         raise ValueError(
             f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "

@@ -165,11 +165,11 @@ def line_chart(
         needed = 30 + 7.5 * len(name) + 16
         if x > 0 and x + needed > right - LEFT:
             x, row = 0.0, row + 1
-        y, left, kind = row * LEGEND_ROW + 10, LEFT + x, number % len(DASHES)
+        middle, left, kind = row * LEGEND_ROW + 10, LEFT + x, number % len(DASHES)
         legend.append(
             f'<line class="c{kind}" stroke-width="2" stroke-dasharray="{DASHES[kind]}" '
-            f'x1="{left:.1f}" x2="{left + 24:.1f}" y1="{y}" y2="{y}"/>'
-            f'<text x="{left + 30:.1f}" y="{y + 5}">{escaped(name)}</text>'
+            f'x1="{left:.1f}" x2="{left + 24:.1f}" y1="{middle}" y2="{middle}"/>'
+            f'<text x="{left + 30:.1f}" y="{middle + 5}">{escaped(name)}</text>'
         )
         x += needed
     top = (row + 1) * LEGEND_ROW

@@ -33,10 +33,10 @@ def report_text(report: DatasetReport, *, full: bool = False) -> str:
     lines = []
     captions = report.captions
     if captions.words:
-        minimum, median, maximum = captions.words
+        fewest, typical, most = captions.words
         lines.append(
             f"{captions.total} on {plural(report.used, 'image')}, {captions.distinct} different, "
-            f"{minimum} to {maximum} words, median {median:g}"
+            f"{fewest} to {most} words, median {typical:g}"
             + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
         )
     if captions.missing or captions.empty:
