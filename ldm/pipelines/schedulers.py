@@ -115,12 +115,7 @@ def run_scheduler(
     that is not of `generators` or another number of steps, or needs other variances.
     """
     scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
-    with _failing_as(f"{name} has no grid of {num_inference_steps} steps"):
-        scheduler.set_timesteps(num_inference_steps, latents.device)
-        if scheduler.timesteps[-1] == -1:
-            # diffusers' `np.arange(T, 0, -T / S)` ("trailing") has S + 1 entries where T / S was rounded down; with the
-            # next larger stride the timesteps are the same and end in time.
-            scheduler.set_timesteps(_Strided(num_inference_steps), latents.device)
+    set_timesteps(scheduler, num_inference_steps, latents.device)
     if "Inverse" in name or scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(f"{name} goes from an image to noise, which pipeline.invert does; take one that generates")
     last = schedule.num_train_timesteps - 1
@@ -221,6 +216,18 @@ class _Strided(int):
 
     def __rtruediv__(self, total: float) -> float:
         return math.nextafter(total / int(self), math.inf)
+
+
+def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device) -> None:
+    """Lays the grid of a scheduler, without the timestep −1 that numpy appends to some "trailing" ones.
+
+    diffusers' `np.arange(T, 0, -T / S)` has S + 1 entries where T / S was rounded down; with the next larger stride
+    the timesteps are the same and end in time.
+    """
+    with _failing_as(f"{type(scheduler).__name__} has no grid of {num_inference_steps} steps"):
+        scheduler.set_timesteps(num_inference_steps, device)
+        if scheduler.timesteps[-1] == -1:
+            scheduler.set_timesteps(_Strided(num_inference_steps), device)
 
 
 def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -> tuple[float, float]:

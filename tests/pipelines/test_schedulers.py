@@ -13,7 +13,7 @@ from diffusers import EulerDiscreteScheduler, UnCLIPScheduler
 
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, alpha_sigma_at, ddim, ddpm
 from ldm.diffusion.diffusers_schedulers import SCHEDULERS
-from ldm.pipelines.schedulers import _set_timesteps, check_scheduler, run_scheduler
+from ldm.pipelines.schedulers import check_scheduler, run_scheduler, set_timesteps
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -193,7 +193,7 @@ def test_a_trailing_grid_ends_in_time_at_all_of_them(name):
     every = 20 if name.startswith("KDPM2") else 1  # which search a table for each timestep
     for steps in ONE_TOO_MANY[::every]:
         scheduler = made(name, timestep_spacing="trailing")
-        _set_timesteps(scheduler, steps, torch.device("cpu"))
+        set_timesteps(scheduler, steps, torch.device("cpu"))
         walked = list(dict.fromkeys(scheduler.timesteps.tolist()))
         grid = [step.t for step in SCHEDULE.grid(steps, "trailing")]
         assert min(walked) == grid[-1] >= 0
