@@ -202,9 +202,7 @@ def merge_adapters(model: nn.Module) -> None:
             layer.merge(safe_merge=True, adapter_names=list(state.weights))
         except ValueError:
             _restore(merged)
-            raise ValueError(
-                f"merging gives weights in {path} that are not finite; lower the adapters' weights"
-            ) from None
+            raise ValueError(f"merging gives weights in {path} that are not finite; lower those of adapters") from None
     for path, layer in layers.items():
         _replace(model, path, layer.get_base_layer())
     state.merged = merged

@@ -269,9 +269,7 @@ def _loras(
         except (re.error, TypeError):
             raise ValueError(f"{path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
         if len(_REPEATS.findall(expression)) > _MAX_REPEATS or _REPEATED_GROUP.search(expression):
-            raise ValueError(
-                f"{path}: {expression[:100]!r} in alpha_pattern could be searched for hours; write names of layers"
-            )
+            raise ValueError(f"{path}: {expression[:100]!r} in alpha_pattern could take hours; write names of layers")
     loras: dict[str, Lora] = {}
     for written, tensors in found.items():
         if not {"down", "up"} <= tensors.keys() or names[written] in loras:
@@ -350,9 +348,7 @@ def _find(source: str | os.PathLike[str]) -> Path:
     except ValueError as error:
         raise ValueError(f"hub model {text}: {error}") from None
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
-        raise ValueError(
-            f"there is no file or folder {text}, and the hub did not give it ({error_reason(error)})"
-        ) from None
+        raise ValueError(f"there is no file {text}, and the hub did not give it ({error_reason(error)})") from None
 
 
 def _choice(names: list[str], where: str) -> str:

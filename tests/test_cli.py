@@ -132,8 +132,8 @@ def test_options_of_a_sampler_and_an_endless_interval_are_written_down(model, tm
         (["--height", "1000000", "--width", "1000000"], "height and width are 1000000 and 1000000: an image of this"),
         (["--width", str(10**30)], f"height and width are 8 and {10**30}"),
         (["-n", str(10**14)], "100,000,000,000,000 images of 8x8"),
-        (["--device", "meta"], "device is 'meta', which cannot be used here"),
-        (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
+        (["--device", "meta"], "device is 'meta', which cannot be used"),
+        (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used"),
         (
             ["--negative-prompt", "a \udcff b"],
             r"a negative prompt has half of a surrogate pair at place 2 ('a \udcff b')",

@@ -411,7 +411,7 @@ def test_what_was_read_from_a_folder_is_saved_though_another_model_stands_there_
     first.save_pretrained(tmp_path / "model")
     read = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
     second.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"is not the file that the text encoder was read from: restore it"):
+    with pytest.raises(ValueError, match=r"is not the file that was read: restore it"):
         read.save_pretrained(tmp_path / "again")  # it may have been replaced by another one
     read.text_encoder = first.text_encoder
     read.save_pretrained(tmp_path / "again")

@@ -366,8 +366,8 @@ def broken(folder, how):
         "alpha that is a word": (json.dumps({"unet.lora_alpha": "x"}), "is no number"),
         "a pattern that is a list": (json.dumps({"unet.alpha_pattern": [1]}), "is no number"),
         "a pattern that is no expression": (json.dumps({"unet.alpha_pattern": {"(": 1}}), "is no pattern"),
-        "a pattern of groups": (json.dumps({"unet.alpha_pattern": {"((.)+)+!": 1}}), "searched for hours"),
-        "a pattern of many repeats": (json.dumps({"unet.alpha_pattern": {".*.*.*.*!": 1}}), "searched for hours"),
+        "a pattern of groups": (json.dumps({"unet.alpha_pattern": {"((.)+)+!": 1}}), "could take hours"),
+        "a pattern of many repeats": (json.dumps({"unet.alpha_pattern": {".*.*.*.*!": 1}}), "could take hours"),
         "settings that are too deep": ("[" * 100_000, "settings that are no JSON"),
     }
     save_file(good, path, {"lora_adapter_metadata": settings[how][0]})
@@ -445,7 +445,7 @@ def test_a_hub_id_is_downloaded_or_the_reason_told(unet, tmp_path, monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", fails)
-    with pytest.raises(ValueError, match=r"no file or folder someone/style, and the hub did not give it \(no route\)"):
+    with pytest.raises(ValueError, match=r"no file someone/style, and the hub did not give it \(no route\)"):
         load_adapter(other, "someone/style", "b")
 
 

@@ -213,6 +213,4 @@ def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
 
 def check_percentile(percentile: float) -> None:
     if not 0 < percentile <= 1:
-        raise ValueError(
-            f"dynamic_threshold is {percentile}; it must be a share of pixels, over 0 and at most 1 (0.995 is usual)"
-        )
+        raise ValueError(f"dynamic_threshold is {percentile}; it must be over 0 and at most 1 (0.995 is usual)")

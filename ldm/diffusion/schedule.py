@@ -74,9 +74,7 @@ class ScheduleConfig:
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
         if not 1 <= self.num_train_timesteps <= MAX_TIMESTEPS:
-            raise ValueError(
-                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1, at most {MAX_TIMESTEPS}"
-            )
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; it must be 1 to {MAX_TIMESTEPS}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; "
@@ -211,9 +209,7 @@ class NoiseSchedule:
         """
         total, steps = self.num_train_timesteps, num_inference_steps
         if not 1 <= steps <= total:
-            raise ValueError(
-                f"num_inference_steps is {steps}; it must be 1 to {total}, the number of training timesteps"
-            )
+            raise ValueError(f"num_inference_steps is {steps}; it must be 1 to {total}, the training timesteps")
         if spacing == "leading":
             timesteps = [i * (total // steps) + steps_offset for i in reversed(range(steps))]
         elif spacing == "linspace":

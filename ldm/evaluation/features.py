@@ -142,9 +142,7 @@ def pixel_features(images: Tensor) -> Tensor:
     missing variety, but not content.
     """
     if min(images.shape[-2:]) < GRID:
-        raise ValueError(
-            f"images are {images.shape[-2]}x{images.shape[-1]}; pixel features need at least {GRID}x{GRID}"
-        )
+        raise ValueError(f"images are {images.shape[-2]}x{images.shape[-1]}; pixel features need {GRID}x{GRID} or more")
     images = images.to(torch.float64).expand(-1, 3, -1, -1)
     gray = images.mean(dim=1, keepdim=True)  # [B, 1, H, W]
     parts = [F.adaptive_avg_pool2d(images, GRID)]

@@ -177,9 +177,7 @@ def kid(features: Tensor, reference: Tensor) -> Interval:
     one, other = check_features(features, reference, min_samples=3)
     blocks = math.ceil(max(len(one), len(other)) / KID_BLOCK_SIZE)
     if min(len(one), len(other)) < 3 * blocks:
-        raise ValueError(
-            f"{len(one)} samples against {len(other)} are too unequal; give at least {3 * blocks} on either side"
-        )
+        raise ValueError(f"{len(one)} samples against {len(other)} are too unequal; give {3 * blocks} on either side")
     mean = variance = 0.0
     for i in range(blocks):
         x, y = one[i::blocks], other[i::blocks]  # features may be sorted by caption or class
@@ -316,9 +314,7 @@ def check_features(features: Tensor, reference: Tensor, min_samples: int) -> tup
     """Two sets of the same finite features [N, D] and [M, D], at least `min_samples` each, as float64 on the CPU."""
     one, other = _finite(features), _finite(reference)
     if one.shape[1] != other.shape[1]:
-        raise ValueError(
-            f"the two sets have {one.shape[1]} and {other.shape[1]} features a sample; they must be the same features"
-        )
+        raise ValueError(f"the two sets have {one.shape[1]} and {other.shape[1]} features; they must be the same")
     if min(len(one), len(other)) < min_samples:
         raise ValueError(f"there are {len(one)} samples against {len(other)}; give at least {min_samples} on each side")
     return one, other

@@ -303,9 +303,7 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
     if backend == "xformers":
         device = next(module.parameters()).device
         if device.type != "cuda":
-            raise ValueError(
-                f"attention backend 'xformers' needs a CUDA device, but the network is on {device}; use 'sdpa'"
-            )
+            raise ValueError(f"attention backend 'xformers' needs CUDA, but the network is on {device}; use 'sdpa'")
         try:
             import xformers.ops
         except ImportError as error:

@@ -25,9 +25,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     K₂ 0.03. In float64 on the CPU, since variances are differences of squares.
     """
     if min(images.shape[-2:]) < WINDOW:
-        raise ValueError(
-            f"images are {images.shape[-2]}x{images.shape[-1]}; SSIM needs at least {WINDOW} pixels a side"
-        )
+        raise ValueError(f"images are {images.shape[-2]}x{images.shape[-1]}; SSIM needs {WINDOW} pixels a side")
     x, y = (values.to("cpu", torch.float64).flatten(0, 1)[:, None] for values in (images, others))  # [B·3, 1, H, W]
     offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     weights = (-offsets.square() / (2 * SIGMA**2)).exp()

@@ -273,7 +273,7 @@ class UNet(nn.Module):
         config, width = self.config, encoder_hidden_states.shape[-1]
         if sample.shape[1] != config.in_channels:
             raise ValueError(
-                f"latents have {sample.shape[1]} channels, but in_channels of the UNet is {config.in_channels}"
+                f"latents have {sample.shape[1]} channels, but the UNet has in_channels {config.in_channels}"
             )
         if width != config.cross_attention_dim:
             raise ValueError(

@@ -233,9 +233,7 @@ class Pipeline:
         seeds = image_seeds(seed, count)
         blank = self._blank(count, height, width)
         if latents is not None and latents.shape != blank.shape:
-            raise ValueError(
-                f"latents have shape {list(latents.shape)}; {count} images of this size need {list(blank.shape)}"
-            )
+            raise ValueError(f"latents have shape {list(latents.shape)}; {count} such images need {list(blank.shape)}")
         self._warn_of_cut(*prompts, *negatives)
         with explain_out_of_memory("the encoded prompts", "give fewer of them at a time"):
             condition, prompt_rows = self._encode_unique(prompts)
@@ -570,9 +568,7 @@ class Pipeline:
         """Turns on the LoRAs that are named, with these weights, and turns off the others; {} is all off."""
         loaded = [set(lora.adapter_names(part)) for part in self._adapted]
         for name in weights.keys() - set.union(*loaded):
-            raise ValueError(
-                f"there is no LoRA {name!r}; loaded are: {', '.join(sorted(set.union(*loaded))) or 'none'}"
-            )
+            raise ValueError(f"there is no LoRA {name!r}; loaded: {', '.join(sorted(set.union(*loaded))) or 'none'}")
         for name, weight in weights.items():
             lora.check_weight(name, weight)  # before anything is changed
         for part, names in zip(self._adapted, loaded, strict=True):
@@ -772,6 +768,4 @@ def usable_device(name: str | torch.device | None) -> torch.device:
         probe.item()  # the device "meta" gives no numbers back
         return probe.device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # the second without CUDA in torch
-        raise ValueError(
-            f"device is {str(name)!r}, which cannot be used here ({error_reason(error)}); cpu always can"
-        ) from None
+        raise ValueError(f"device is {str(name)!r}, which cannot be used ({error_reason(error)}); cpu can") from None

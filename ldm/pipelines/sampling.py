@@ -122,7 +122,7 @@ class SamplingParams:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(
-                f"guidance_scale is {self.guidance_scale}; it must be a finite number (1 is no guidance, 7.5 usual)"
+                f"guidance_scale is {self.guidance_scale}; it must be finite (1 is no guidance, 7.5 usual)"
             )
         guidance.check_rescale(self.guidance_rescale)
         if self.guidance_interval is not None:
@@ -304,9 +304,7 @@ def image_prompts(
     else:
         negatives = as_list("negative_prompt", negative, "a text, or a list of texts")
     if len(negatives) != len(prompts):
-        raise ValueError(
-            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt"
-        )
+        raise ValueError(f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one or as many")
     for what, texts in (("a prompt", prompts), ("a negative prompt", negatives)):
         for text in texts:
             check_text(what, text)

@@ -67,9 +67,7 @@ def check_scheduler(
             "from_pretrained(MODEL, subfolder='scheduler', prediction_type='epsilon')"
         )
     if predicted != prediction_type:
-        raise ValueError(
-            f"{name} has prediction_type {predicted!r}, but the model predicts {prediction_type}; {remedy}"
-        )
+        raise ValueError(f"{name} has prediction_type {predicted!r}; the model predicts {prediction_type}; {remedy}")
     for key in ("clip_sample", "thresholding"):
         if scheduler.config.get(key):
             raise ValueError(
@@ -135,9 +133,7 @@ def run_scheduler(
     if uses_variance and not learned_variance:
         raise ValueError(f"{name} has variance_type {kind!r}, but this model has no variances; set it to a fixed one")
     if uses_variance and kind != "learned_range":
-        raise ValueError(
-            f"{name} has variance_type {kind!r}, but this model has those of learned_range; set it to that"
-        )
+        raise ValueError(f"{name} has variance_type {kind!r}, but this model has that of learned_range; set that")
     given_as: PredictionType = "v_prediction" if prediction_type == "sample" else prediction_type
     if given_as != prediction_type:
         cast(Any, scheduler).register_to_config(prediction_type=given_as)
@@ -182,9 +178,7 @@ def _failing_as(what: str) -> Iterator[None]:
     except _ForeignNoiseError:
         raise
     except FAILURES as error:
-        raise ValueError(
-            f"{what} ({error_reason(error)}); take another number of steps, spacing or scheduler"
-        ) from error
+        raise ValueError(f"{what} ({error_reason(error)}); take other steps, another spacing or scheduler") from error
 
 
 class _ForeignNoiseError(ValueError):

@@ -212,9 +212,7 @@ class TextEncoder:
         """
         for path in self._files.tokenizer if changed else self._stamps:
             if disk.file_stamp(path) != self._stamps[path]:
-                raise ValueError(
-                    f"{path} is not the file that the text encoder was read from: restore it, or load the model again"
-                )
+                raise ValueError(f"{path} is not the file that was read: restore it, or load the model again")
         files, folder = self._files, disk.expand_user(folder)
         for target in (folder / "text_encoder", folder / "tokenizer"):
             if target.exists():

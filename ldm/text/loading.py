@@ -261,9 +261,7 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
         # Before time and memory are spent: tied weights are counted twice here, and a pooling head may be missing.
         held = sum(tensor.numel() for tensor in tensors.values())
         if built.num_hidden_layers > len(tensors):
-            raise ValueError(
-                f"config.json has {built.num_hidden_layers} layers, and the weights {len(tensors)} tensors"
-            )
+            raise ValueError(f"config.json has {built.num_hidden_layers} layers, the weights {len(tensors)} tensors")
         with torch.device("meta"):
             wanted = sum(parameter.numel() for parameter in model_class(built).parameters())
         if wanted > 2 * held:

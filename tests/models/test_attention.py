@@ -60,7 +60,7 @@ def test_an_unknown_backend_is_refused_by_name() -> None:
 
 
 def test_xformers_is_refused_off_cuda() -> None:
-    with pytest.raises(ValueError, match="needs a CUDA device, but the network is on cpu; use 'sdpa'"):
+    with pytest.raises(ValueError, match="needs CUDA, but the network is on cpu; use 'sdpa'"):
         set_attention_backend(network(), "xformers")
 
 

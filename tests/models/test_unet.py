@@ -289,7 +289,7 @@ def test_checkpointing_a_network_without_blocks_is_refused() -> None:
 @pytest.mark.parametrize(
     ("height", "width", "channels", "text_channels", "message"),
     [
-        (8, 8, 4, 6, "latents have 4 channels, but in_channels of the UNet is 3"),
+        (8, 8, 4, 6, "latents have 4 channels, but the UNet has in_channels 3"),
         (8, 8, 3, 7, "text states have width 7, but cross_attention_dim of the UNet is 6"),
     ],
 )

@@ -385,7 +385,7 @@ def test_mistakes_are_named(folder, two):
     for call in (ours.merge_lora, ours.unmerge_lora):
         with pytest.raises(ValueError, match="no LoRA is"):
             call()
-    with pytest.raises(ValueError, match=r"no LoRA 'x'; loaded are: none"):
+    with pytest.raises(ValueError, match=r"no LoRA 'x'; loaded: none"):
         ours.set_lora({"x": 1.0})
     with pytest.raises(ValueError, match=r"weight of adapter 'default' is nan"):
         ours.load_lora(two / "style", weight=float("nan"))

@@ -240,11 +240,11 @@ def test_a_device_that_cannot_be_used_is_named_and_nothing_moves(device, tmp_pat
     if str(device).startswith("cuda") and torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     pipeline = tiny.pipeline(tmp_path)
-    with pytest.raises(ValueError, match=r"device is .*, which cannot be used here") as caught:
+    with pytest.raises(ValueError, match=r"device is .*, which cannot be used") as caught:
         pipeline.to(device, torch.bfloat16)
     assert "\n" not in str(caught.value)
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float32}
-    with pytest.raises(ValueError, match="which cannot be used here"):
+    with pytest.raises(ValueError, match="which cannot be used"):
         Pipeline.from_pretrained("openmoji-64", device=device)
 
 

@@ -187,7 +187,7 @@ def test_saving_never_replaces_and_leaves_nothing_half_written(
             encoder.save(tmp_path / "later")
     assert list((tmp_path / "later").iterdir()) == []
     (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that the text encoder was read from"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was read"):
         encoder.save(tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
