@@ -204,7 +204,7 @@ def test_without_a_name_the_device_is_that_of_accelerate(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
         assert (usable_device(None).type, as_accelerate().type) == (expected, expected)
     assert usable_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here"):
+    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used"):
         usable_device("abacus")
 
 
