@@ -124,7 +124,7 @@ def test_inception_is_the_network_of_torch_fidelity_with_its_resize(tmp_path: Pa
 
 @pytest.mark.skipif(not WITHOUT_OPEN_CLIP, reason="open_clip is installed")
 def test_clip_names_the_package_it_needs():
-    with pytest.raises(ValueError, match=r"CLIP needs open_clip .*pip install 'open-clip-torch>=3.3'$"):
+    with pytest.raises(ValueError, match=r"needs open_clip .*pip install 'open-clip-torch>=3.3'$"):
         feature_space("clip", device=CPU, weights="ViT-B-32:laion2b_s34b_b79k")
 
 
