@@ -402,7 +402,7 @@ WORDS = {
     *("suspects", "guilty", "opinion", "meeting", "nobody", "asked", "nearness", "drawn"),
 }
 # Sizes of ldm/ and train/. A change that needs more raises the number in a commit of its own, and says what for.
-MAX_LINES, MAX_FILES = 28_560, 121
+MAX_LINES, MAX_FILES = 28_500, 121
 MAX_REACHED_LINES = 14_040  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
 PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "metrics", "report", "run_info"}
