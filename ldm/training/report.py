@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,9 +56,57 @@ def write_report(run_folder: Path) -> Path:
     if attention is not None:
         is_list = isinstance(attention, list) and attention
         attention = document({"needs_attention": attention}, rows) if is_list else ""
-    content = _head(run) | _curves(run) | _sheets(run) | _use(run)
-    content |= {"attention": attention, "data": document(data, rows) if run.data else ""}
-    write_page(path, "run.html", run.name, **content, plan=plan, config=run.config_text)
+    content = _curves(run) | {"attention": attention, "data": document(data, rows) if run.data else "", "plan": plan}
+    planned = run.count("train", "max_steps")
+    if planned is None:
+        status = f"Step {run.step:,}."
+    elif run.step >= planned:
+        status = f"Finished: all {planned:,} steps."
+    else:
+        status = f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): unfinished when this was written."
+    content |= {
+        "status": status,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "numbers": list(_tiles(run)),
+        "trend": describe_trend(run.metrics),
+        "verdicts": [(where, shortened(verdict.sentence, MAX_SENTENCE)) for where, verdict in run.verdicts],
+        "problems": run.problems,
+    }
+    prompts = run.setting("sample", "prompts")
+    texts = [text for text in prompts if isinstance(text, str)] if isinstance(prompts, list) else []
+    # Sample sheets by rising step: at most MAX_SHEETS, evenly over time, with the first and the last.
+    named = ((re.fullmatch(r"step_(\d{1,12})\.png", path.name, re.ASCII), path) for path in run.path.glob("samples/*"))
+    sheets = sorted((int(match[1]), path) for match, path in named if match)
+    last = len(sheets) - 1
+    shown = [sheets[round(i * last / (MAX_SHEETS - 1))] for i in range(MAX_SHEETS)] if last >= MAX_SHEETS else sheets
+    content["sheets"] = [
+        read_picture(
+            path,
+            name=f"samples/{path.name}",
+            alt=f"sample sheet of step {step:,}",
+            caption=f"step {step:,}",
+            max_bytes=MAX_SHEETS_BYTES // len(shown),
+        )
+        for step, path in reversed(shown)
+    ]
+    content["other_sheets"] = [f"{step:,}" for step, path in sheets if (step, path) not in shown]
+    commands: list[tuple[str, str]] = []  # that use the results
+    for inside, which in (("best", "with the lowest held-out loss"), ("", "newest weights")):
+        folder = run.path / inside
+        if (folder / "pipeline" / "model_index.json").is_file():
+            first = texts[0] if texts and texts[0].isprintable() and 0 < len(texts[0]) < 200 else "a prompt"
+            model = shlex.quote(str(folder / "pipeline"))
+            commands.append((f"Generate ({which}):", f"ldm generate {shlex.quote(first)} --model {model}"))
+        if (folder / "autoencoder" / "config.json").is_file():
+            setting = shlex.quote(f"first_stage={folder / 'autoencoder'}")
+            commands.append((f"Use as a first stage ({which}):", f"train/train_ldm.py --config … --set {setting}"))
+        if (folder / "lora").is_dir():
+            source = repr(str(folder / "lora"))
+            commands.append((f"Load the adapter in diffusers ({which}):", f"pipeline.load_lora_weights({source})"))
+    saved = sorted(path.name for path in run.path.glob("checkpoints/step_*"))[-20:]
+    content |= {"commands": commands, "checkpoints": saved, "resume": resume_command(run.path)}
+    content["prompts"] = [shortened(text) for text in texts[:50]]
+    write_page(path, "run.html", run.name, **content, config=run.config_text)
     return path
 
 
@@ -154,25 +202,6 @@ class _Folder:
 # ---- the parts of the page: what the template fills in
 
 
-def _head(run: _Folder) -> dict[str, Any]:
-    planned = run.count("train", "max_steps")
-    if planned is None:
-        status = f"Step {run.step:,}."
-    elif run.step >= planned:
-        status = f"Finished: all {planned:,} steps."
-    else:
-        status = f"Step {run.step:,} of {planned:,} ({100 * run.step // planned} %): unfinished when this was written."
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {
-        "status": status,
-        "written": written,
-        "numbers": list(_tiles(run)),
-        "trend": describe_trend(run.metrics),
-        "verdicts": [(where, shortened(verdict.sentence, MAX_SENTENCE)) for where, verdict in run.verdicts],
-        "problems": run.problems,
-    }
-
-
 def _tiles(run: _Folder) -> Iterator[tuple[str, str, str]]:
     """Headline numbers: name, value, text below it."""
     names = {"loss": "Training loss", "held_out_loss": "Held-out loss", "held_out_psnr": "Held-out PSNR"}
@@ -243,56 +272,3 @@ def _smoothed(points: list[Point]) -> Line:
 
 def _chart(run: _Folder, caption: str, lines: list[Line], **options: Any) -> Figure:
     return Figure.from_lines(caption, lines, **{"size": (480, 280), "last_step": run.metrics.last_step} | options)
-
-
-def _sheets(run: _Folder) -> dict[str, Any]:
-    found = find_sheets(run.path / "samples")
-    shown = spread(found)
-    prompts = run.setting("sample", "prompts")
-    texts = [text for text in prompts if isinstance(text, str)] if isinstance(prompts, list) else []
-    pictures = [
-        read_picture(
-            path,
-            name=f"samples/{path.name}",
-            alt=f"sample sheet of step {step:,}",
-            caption=f"step {step:,}",
-            max_bytes=MAX_SHEETS_BYTES // len(shown),
-        )
-        for step, path in reversed(shown)
-    ]
-    others = [f"{step:,}" for step, path in found if (step, path) not in shown]
-    return {"sheets": pictures, "prompts": [shortened(text) for text in texts[:50]], "other_sheets": others}
-
-
-def find_sheets(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the sheets `step_XXXXXXXX.png` of a folder, by rising step."""
-    named = ((re.fullmatch(r"step_(\d{1,12})\.png", path.name, re.ASCII), path) for path in folder.glob("step_*.png"))
-    return sorted((int(match[1]), path) for match, path in named if match)
-
-
-def spread(sheets: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """At most `MAX_SHEETS` of them, evenly over time, with the first and the last."""
-    if len(sheets) <= MAX_SHEETS:
-        return list(sheets)
-    return [sheets[round(i * (len(sheets) - 1) / (MAX_SHEETS - 1))] for i in range(MAX_SHEETS)]
-
-
-def _use(run: _Folder) -> dict[str, Any]:
-    """Commands that use the results of the run."""
-    commands: list[tuple[str, str]] = []
-    for inside, which in (("best", "with the lowest held-out loss"), ("", "newest weights")):
-        folder = run.path / inside
-        if (folder / "pipeline" / "model_index.json").is_file():
-            prompts = run.setting("sample", "prompts")
-            first = prompts[0] if isinstance(prompts, list) and prompts and isinstance(prompts[0], str) else ""
-            prompt = shlex.quote(first if first.isprintable() and 0 < len(first) < 200 else "a prompt")
-            model = shlex.quote(str(folder / "pipeline"))
-            commands.append((f"Generate ({which}):", f"ldm generate {prompt} --model {model}"))
-        if (folder / "autoencoder" / "config.json").is_file():
-            setting = shlex.quote(f"first_stage={folder / 'autoencoder'}")
-            commands.append((f"Use as a first stage ({which}):", f"train/train_ldm.py --config … --set {setting}"))
-        if (folder / "lora").is_dir():
-            source = repr(str(folder / "lora"))
-            commands.append((f"Load the adapter in diffusers ({which}):", f"pipeline.load_lora_weights({source})"))
-    saved = sorted(path.name for path in run.path.glob("checkpoints/step_*"))
-    return {"commands": commands, "checkpoints": saved[-20:], "resume": resume_command(run.path)}
