@@ -405,7 +405,7 @@ WORDS = {
 MAX_LINES, MAX_FILES = 28_500, 121
 MAX_REACHED_LINES = 14_040  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
-PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "metrics", "report", "run_info"}
+PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "report", "run_info"}
 MAX_SINGLE_USE = 0.065  # fraction of the lines that are private functions named at one place
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.report.charts import Line, Point, line_chart, smooth
-from ldm.training.metrics import read_metrics
+from ldm.training.report import read_metrics
 
 
 def read(run: Path, name: str) -> list[Point]:

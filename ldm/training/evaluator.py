@@ -21,7 +21,7 @@ from ldm.evaluation.fidelity import MIN_IMAGES
 from ldm.evaluation.images import Reference, subset
 from ldm.evaluation.verdict import baselines_of
 from ldm.pipelines import Pipeline
-from ldm.training.metrics import metric_name
+from ldm.training.report import metric_name
 from ldm.training.resume import VERDICT
 from ldm.training.run import Run
 

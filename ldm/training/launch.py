@@ -33,8 +33,7 @@ from ldm.training.checkpoints import resume_command
 from ldm.training.distributed import EXIT_CODE, Processes, Stopped, interruption, join_processes
 from ldm.training.estimate import estimate_run
 from ldm.training.evaluator import Evaluator
-from ldm.training.metrics import read_metrics
-from ldm.training.report import write_report
+from ldm.training.report import read_metrics, write_report
 from ldm.training.run import Hooks, Run, TrainingData
 
 HOOKS = Hooks(resolve=choose_space, estimate=estimate_run, evaluate=Evaluator, on_checkpoint=write_report)

@@ -17,7 +17,7 @@ from ldm.evaluation.features import feature_space
 from ldm.evaluation.images import Reference
 from ldm.pipelines import NotFinite, Pipeline
 from ldm.training.evaluator import Evaluator, log_values
-from ldm.training.metrics import EVALUATION_PREFIX, metric_name, metric_title
+from ldm.training.report import EVALUATION_PREFIX, metric_name, metric_title
 from ldm.training.run_info import find_run
 from tests.test_cli import call
 from tests.training.runs import ROOT, captioned_folder, evaluations, metrics, run_ldm, settings

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm.report import charts, html, markup
 from ldm.report.charts import Line
-from ldm.training import metrics
+from ldm.training import report as metrics
 from ldm.training.report import write_report
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
