@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config, to_yaml, with_overrides
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, to_yaml
+from ldm.config.overrides import load_config, with_overrides
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DIGITS = next(path for path in CONFIGS if path.name == "digits.yaml")

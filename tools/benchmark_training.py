@@ -17,7 +17,8 @@ from unittest import mock
 
 import torch
 
-from ldm.config import LDMConfig, load_config
+from ldm.config import LDMConfig
+from ldm.config.overrides import load_config
 from ldm.models import UNet, attention
 
 ROOT = Path(__file__).parents[1]

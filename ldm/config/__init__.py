@@ -1,6 +1,6 @@
-"""Training configs: a YAML file and `--set a.b=value` → validated, frozen objects."""
+"""Training configs: validated, frozen objects, and their YAML. `ldm.config.overrides` reads what a user gives."""
 
-from ldm.config.files import ConfigT, load_config, parse_config, read_config, to_yaml, with_overrides
+from ldm.config.files import ConfigT, parse_config, read_config, to_yaml
 from ldm.config.schema import (
     AutoencoderLossConfig,
     AutoencoderTrainingConfig,
@@ -27,10 +27,8 @@ __all__ = [
     "TrainConfig",
     "check_autoencoder",
     "check_objective",
-    "load_config",
     "parse_config",
     "read_config",
     "section_name",
     "to_yaml",
-    "with_overrides",
 ]

@@ -17,15 +17,8 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.config import (
-    AutoencoderTrainingConfig,
-    LDMConfig,
-    load_config,
-    parse_config,
-    read_config,
-    to_yaml,
-    with_overrides,
-)
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config, read_config, to_yaml
+from ldm.config.overrides import load_config, with_overrides
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report

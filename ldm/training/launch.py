@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, read_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig, split
 from ldm.data.composer import Composer
 from ldm.data.inspection import inspect

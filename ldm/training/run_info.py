@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ldm import hub
-from ldm.config import LDMConfig, load_config
+from ldm.config import LDMConfig
 from ldm.config.files import read_yaml
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline
 from ldm.training.checkpoints import checkpoint_step, list_checkpoints

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from ldm.config import LDMConfig, load_config, to_yaml
+from ldm.config import LDMConfig, to_yaml
+from ldm.config.overrides import load_config
 from ldm.evaluation.composition import AXES
 from ldm.evaluation.scene_classifier import FOLDER
 from ldm.training.run_info import find_run, scenes_after

@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
-from ldm.config import LDMConfig, load_config, to_yaml
+from ldm.config import LDMConfig, to_yaml
+from ldm.config.overrides import load_config
 from tests import tiny
 from tests.test_cli import call
 from tests.training.runs import ROOT, captioned_folder

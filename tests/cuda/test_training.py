@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.config import LDMConfig, load_config
+from ldm.config import LDMConfig
+from ldm.config.overrides import load_config
 from tests.training.runs import ROOT, digests, losses, run_autoencoder, run_ldm, settings
 
 STEPS = 6

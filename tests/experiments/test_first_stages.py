@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import first_stages
-from ldm.config import AutoencoderTrainingConfig, load_config
+from ldm.config import AutoencoderTrainingConfig
+from ldm.config.overrides import load_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,8 @@ import pytest
 
 from experiments import unseen_phrasings
 from ldm import Pipeline, hub
-from ldm.config import LDMConfig, load_config, to_yaml
+from ldm.config import LDMConfig, to_yaml
+from ldm.config.overrides import load_config
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
 from ldm.text import load_text_encoder, loading

@@ -12,7 +12,8 @@ import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
+from ldm.config.overrides import load_config
 from ldm.training.launch import HOOKS, run_training
 from ldm.training.run import Hooks
 

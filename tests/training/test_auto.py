@@ -16,7 +16,8 @@ from PIL import Image
 
 from ldm import Pipeline, cli
 from ldm.cli.train import NEW_RUN_ONLY, train_command
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config, parse_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
+from ldm.config.overrides import load_config
 from ldm.data import DataConfig
 from ldm.data.layouts import open_source
 from ldm.evaluation import autoencoder

@@ -9,7 +9,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.hub import load_model

@@ -9,7 +9,8 @@ import yaml
 
 from ldm import Pipeline, hub
 from ldm.codecs import LatentCodec
-from ldm.config import AutoencoderTrainingConfig, load_config, parse_config
+from ldm.config import AutoencoderTrainingConfig, parse_config
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.layouts import open_source
 from ldm.models import VectorQuantizer, VQModel

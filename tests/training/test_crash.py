@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 
 from ldm import disk, hub, weights
-from ldm.config import LDMConfig, load_config
+from ldm.config import LDMConfig
+from ldm.config.overrides import load_config
 from ldm.training import checkpoints, launch, resume, train_ldm
 from ldm.training.checkpoints import TrainingState, find_damage
 from ldm.training.distributed import EXIT_CODE, Stopped, interruption, join_processes

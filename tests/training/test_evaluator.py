@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.config import LDMConfig, load_config
+from ldm.config import LDMConfig
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, split
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
 from ldm.codecs import LatentCodec
-from ldm.config import LDMConfig, load_config, parse_config
+from ldm.config import LDMConfig, parse_config
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, split, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import ldm
-from ldm.config import LDMConfig, load_config, to_yaml
+from ldm.config import LDMConfig, to_yaml
+from ldm.config.overrides import load_config
 from ldm.training import auto, launch
 from ldm.training.distributed import EXIT_CODE, Stopped
 from tests.training.runs import ROOT, autoencoder_settings, captioned_folder, fresh_processes, metrics, settings

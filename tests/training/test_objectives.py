@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.config import LDMConfig, SampleConfig, load_config
+from ldm.config import LDMConfig, SampleConfig
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, generator, split, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source

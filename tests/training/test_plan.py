@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, split
 from ldm.data.layouts import open_source
 from ldm.progress import format_duration
@@ -130,7 +131,8 @@ import json, resource, sys, time
 time.perf_counter = time.process_time
 from pathlib import Path
 import torch
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig
+from ldm.config.overrides import load_config
 from ldm.training.launch import run_training
 torch.set_num_threads(1)
 config = load_config(Path(sys.argv[1]), sys.argv[2:], LDMConfig)

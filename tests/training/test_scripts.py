@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.config import AutoencoderTrainingConfig, LDMConfig, load_config
+from ldm.config import AutoencoderTrainingConfig, LDMConfig
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig, split, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source

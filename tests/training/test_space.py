@@ -8,7 +8,8 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
-from ldm.config import LDMConfig, load_config
+from ldm.config import LDMConfig
+from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig, to_signed
 from ldm.data.layouts import open_source
 from ldm.evaluation.autoencoder import GOOD_PSNR, advise, measure_reconstruction

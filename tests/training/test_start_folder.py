@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config import LDMConfig, load_config, to_yaml
+from ldm.config import LDMConfig, to_yaml
+from ldm.config.overrides import load_config
 from ldm.training.checkpoints import resume_command
 from ldm.training.run_folder import record_start
 from ldm.training.run_info import base_folder, data_config, find_run, with_absolute_paths
