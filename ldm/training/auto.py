@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from ldm.progress import printable
 from ldm.text.open_clip import PREFIX as OPEN_CLIP
 from ldm.training.auto_config import DEFAULT_FIRST_STAGE, FIRST_STAGE_SUFFIX, TrainOptions, choose_config
 from ldm.training.checkpoints import list_checkpoints, resume_command
-from ldm.training.run_folder import PATH_KEYS, check_new, is_relative_path, open_folder, remove_empty_run
+from ldm.training.run_folder import PATH_KEYS, START_FILE, check_new, is_relative_path, lock_folder, open_folder
 from ldm.training.run_info import base_folder
 from ldm.training.threads import THREAD_VARIABLES
 
@@ -119,6 +120,19 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     if code == 0:
         _print_next_steps(Path(options.output_dir).expanduser())
     return code
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove a run folder that holds only its config, unless another process has locked it."""
+    if not folder.is_dir():
+        return
+    try:
+        unlock = lock_folder(folder)
+    except ValueError:
+        return
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", START_FILE, ".lock"}:
+        shutil.rmtree(folder)
+    unlock()
 
 
 def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = ()) -> int:

@@ -198,19 +198,6 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> None:
         )
 
 
-def remove_empty_run(folder: Path) -> None:
-    """Remove a run folder that holds only its config, unless another process has locked it."""
-    if not folder.is_dir():
-        return
-    try:
-        unlock = lock_folder(folder)
-    except ValueError:
-        return
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", START_FILE, ".lock"}:
-        shutil.rmtree(folder)
-    unlock()
-
-
 # ---- relative paths
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from ldm.config import AutoencoderTrainingConfig, parse_config
 from ldm.training import run_folder as folders
+from ldm.training.auto import remove_empty_run
 from ldm.training.run_folder import lock_folder, open_folder
 
 
@@ -124,10 +125,10 @@ def test_a_locked_folder_is_not_removed(tmp_path, monkeypatch):
     opened(tmp_path / "run")()
     held = os.open(tmp_path / "run" / ".lock", os.O_RDWR)
     assert folders.try_lock(held)
-    folders.remove_empty_run(tmp_path / "run")
+    remove_empty_run(tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").is_file()
     os.close(held)
-    folders.remove_empty_run(tmp_path / "run")
+    remove_empty_run(tmp_path / "run")
     assert os.listdir(tmp_path) == []
-    folders.remove_empty_run(tmp_path / "run")
+    remove_empty_run(tmp_path / "run")
     assert os.listdir(tmp_path) == []
