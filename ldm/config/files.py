@@ -56,11 +56,8 @@ ConfigT = TypeVar("ConfigT", LDMConfig, AutoencoderTrainingConfig)
 
 
 def read_config(path: Path, kind: type | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, in which everything is text, None, or a list or mapping of these. Raises ValueError
-    as `load_config`.
-
-    Args:
-        kind: of config; keys of it that hold numbers have numbers then.
+    """The mapping in a YAML file, in which everything is text, None, or a list or mapping of these; with a `kind` of
+    config, its numbers are numbers. Raises ValueError as `load_config`.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -206,10 +203,7 @@ def read_yaml(text: str) -> Any:
 
 def typed(value: Any, hint: Any, path: str) -> Any:
     """What `read_yaml` gave, with numbers where the type `hint` of the key wants numbers. Raises ValueError naming the
-    key and the value.
-
-    Args:
-        path: of the key, with dots, for errors.
+    `path` of the key and the value.
     """
     members = members_of(hint)
     section, listed = section_of(hint), list_in(members)

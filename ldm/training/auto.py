@@ -137,10 +137,7 @@ def remove_empty_run(folder: Path) -> None:
 
 def resume_run(folder: Path, accept: Sequence[str], overrides: Sequence[str] = ()) -> int:
     """Resume a run from any working directory; returns the script's exit code. Raises ValueError if it is no run, or
-    the overrides do not fit it.
-
-    Args:
-        overrides: `key=value` for the config. Those of `data.` apply to its unfinished first stage too.
+    the overrides (`key=value`) do not fit it. Those of `data.` apply to its unfinished first stage too.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -192,12 +189,10 @@ def _resume(folder: Path, content: dict[str, Any], accept: Sequence[str], overri
 
 
 def run_script(script: str, arguments: list[str], threads: int | None = None) -> int:
-    """Run a training module in a process of its own, by `accelerate launch` if there are several GPUs.
+    """Run a training module in a process of its own, by `accelerate launch` if there are several GPUs. `threads` is for
+    the CPU; None lets it decide.
 
     SIGTERM and SIGINT are passed on: the script saves its state and exits with a code of its own.
-
-    Args:
-        threads: of a script on the CPU; None lets it decide.
     """
     command = [sys.executable, "-m"]
     if torch.cuda.device_count() > 1:

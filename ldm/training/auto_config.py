@@ -56,11 +56,8 @@ def choose_space(config: LDMConfig, images: CaptionedImages, device: torch.devic
 
 
 def decide_space(images: CaptionedImages, first_stage: str | None, device: torch.device) -> SpaceChoice:
-    """Choose the space for this data. Raises ValueError if the first stage cannot be opened, or the image size is not a
-    multiple of its downsampling factor and too large for pixels.
-
-    Args:
-        first_stage: the one to use; None for the built-in one.
+    """Choose the space for this data and a first stage (None: the built-in one). Raises ValueError if that cannot be
+    opened, or the image size is not a multiple of its downsampling factor and too large for pixels.
     """
     resolution = images.config.resolution
     if resolution <= MAX_PIXEL_RESOLUTION:
@@ -137,12 +134,8 @@ class TrainOptions:
 def choose_config(
     samples: Sequence[Sample], data: dict[str, Any], options: TrainOptions, device: torch.device
 ) -> ChosenConfig:
-    """Choose what the options leave open, by the data and short timings on this machine. Raises ValueError if there are
-    too few images, or an option cannot be met.
-
-    Args:
-        samples: all usable samples, inspected.
-        data: given keys of `data`, at least `path`.
+    """Choose what the options and the given keys of `data` leave open, by all usable samples, inspected, and short
+    timings on this machine. Raises ValueError if there are too few images, or an option cannot be met.
     """
     if len(samples) < MIN_IMAGES:
         raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {MIN_IMAGES}")

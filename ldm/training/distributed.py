@@ -126,10 +126,8 @@ def sync_step(
     """All-reduce the step's losses, finiteness and flags, and copy them to the host: the only sync of a step.
 
     Args:
-        losses: of the micro-batches of this process.
-        norm: of the gradient, the same in all processes.
-        extra: name → another number that has to be finite, the same in all processes.
-        stop, save: flags of this process.
+        losses, stop, save: of this process.
+        norm: of the gradient; `extra`: other numbers that have to be finite. Both are the same in all processes.
     """
     names = list(losses[0].figures)
     loss, *figures = (
@@ -179,11 +177,8 @@ def log_skipped_step(
 ) -> str:
     """Append a skipped step to `path` as a line of JSON; returns a message about it.
 
-    It names the samples with a non-finite loss, or all samples if only the gradient was not finite.
-
-    Args:
-        positions: (epoch, index) of each sample of the global batch.
-        losses: (loss, timestep or −1) of each, in the same order.
+    It names the samples with a non-finite loss, or all samples if only the gradient was not finite: `positions` and
+    `losses` are (epoch, index) and (loss, timestep or −1) of each sample of the global batch.
     """
     nonfinite: list[dict[str, Any]] = []
     finite: list[dict[str, Any]] = []

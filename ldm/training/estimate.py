@@ -519,12 +519,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 class Pace:
-    """Compares the first steps of a run with its plan.
-
-    Args:
-        threads: of a run on the CPU.
-        clock: seconds since any time.
-    """
+    """Compares the first steps of a run with its plan; `threads` are of a run on the CPU, `clock` gives seconds."""
 
     def __init__(self, plan: Plan, threads: int | None, clock: Callable[[], float] | None = None) -> None:
         self._plan, self._threads, self._clock = plan, threads, clock or time.perf_counter

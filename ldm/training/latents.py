@@ -57,13 +57,8 @@ class LatentCache:
     Pixels, and latents of random crops, are encoded batch by batch instead; only then the codec is held. Otherwise the
     caller may free both networks.
 
-    Args:
-        images: the data set; stops loading images if their moments are cached.
-        encoders: encode what is missing in the cache, in this constructor.
-
-    Attributes:
-        null: states of the empty caption, [1, L, D] float32.
-        new_images, new_captions: numbers of newly encoded ones.
+    The constructor encodes what is missing in the cache; `images` are not loaded if their moments are cached. `null`
+    are the states of the empty caption, [1, L, D] float32; `new_images` and `new_captions` count newly encoded ones.
     """
 
     def __init__(self, images: CaptionedImages, encoders: CachedEncoders) -> None:

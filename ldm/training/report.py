@@ -58,12 +58,8 @@ MAX_SHEETS_BYTES = 5_000_000  # of all of them; base64 adds a third
 
 
 def metric_name(metric: str, *, samples: int, features: str | None = None) -> str:
-    """Such as "evaluation_kid_efficientnet_n128".
-
-    Args:
-        metric: a key of `_TITLES`.
-        samples: N, the number of images.
-        features: name of the feature space, if the metric depends on it.
+    """Such as "evaluation_kid_efficientnet_n128": a key of `_TITLES`, the feature space if the metric depends on it,
+    and the number of images.
     """
     name = EVALUATION_PREFIX + metric + (f"_{features}" if features else "") + f"_n{samples}"
     assert _NAME.fullmatch(name), name
@@ -133,11 +129,8 @@ def read_metrics(path: Path) -> Metrics:
 class Trend:
     """The direction of a metric that should fall, by means of the last k values; k is three, or a tenth of them.
 
-    Attributes:
-        kind: "rising" if the last k are above the lowest value, "falling" if they are below the k before, else "flat".
-        change: relative to the lowest value, or to the k before.
-        best: step of the lowest value.
-        since: the step from which `change` counts.
+    "rising" if they are above the lowest value, "falling" if they are below the k before, else "flat"; `change` is
+    relative to these, `since` their step. `best` is the step of the lowest value.
     """
 
     kind: Literal["falling", "flat", "rising"]
@@ -224,13 +217,8 @@ def describe_trend(metrics: Metrics) -> str:
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes RUN/report.html atomically, from what the run has written so far. Raises ValueError if there is no such
-    folder.
-
-    Any part of the folder may be missing or damaged; the page then says so.
-
-    Returns:
-        The path of the page, which is below 8 MB.
+    """Writes RUN/report.html (below 8 MB) atomically, from what the run has written so far; returns its path. Raises
+    ValueError if there is no such folder. Any part of it may be missing or damaged; the page then says so.
     """
     run_folder = disk.expand_user(run_folder)
     if not run_folder.is_dir():

@@ -48,11 +48,8 @@ def find_differences(
     stored: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> Differences:
-    """Differences of config and environment from those of a checkpoint that change the run.
-
-    Args:
-        environment: of this process: `describe_environment`.
-        stored: `training/state.json` of the checkpoint.
+    """Differences of config and environment (`describe_environment`) from those of a checkpoint (`stored`, its
+    state.json) that change the run.
     """
     train, then = config.train, stored["config"]["train"]
     if train.lr_schedule == "cosine" and then["max_steps"] != train.max_steps:

@@ -126,14 +126,8 @@ def open_folder(
     damaged: list[Path],
     log: Callable[[str], None],
 ) -> Callable[[], None]:
-    """Create or continue a run folder at `step`; another run in it is moved aside. Raises ValueError if it is no run
-    folder, or another process is writing it.
-
-    Args:
-        damaged: checkpoints to rename.
-
-    Returns:
-        A function that unlocks the folder.
+    """Create or continue a run folder at `step`; another run in it is moved aside, and damaged checkpoints are renamed.
+    Returns a function that unlocks it. Raises ValueError if it is no run folder, or another process is writing it.
     """
     check_new(folder)
     unlock = lock_folder(folder)

@@ -55,11 +55,7 @@ class RunInfo:
 
 def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[str] = ()) -> Path:
     """The folder that a run's relative paths are read from: where it was started, or the working folder if the files
-    have moved there. Raises ValueError if a path exists in neither.
-
-    Args:
-        content: of its config.
-        overridden: keys that are set anew.
+    have moved there. Raises ValueError if a path in `content`, its config, exists in neither and is not overridden.
     """
     here = Path.cwd()
     if not (run / START_FILE).is_file():  # an older version

@@ -59,11 +59,8 @@ def available_threads() -> Threads:
 
 
 def resolve_threads(available: Threads, configured: int | None, stored: int | None) -> Threads:
-    """The number of threads as far as it is known without measuring.
-
-    Args:
-        configured: `train.cpu_threads`, which comes first.
-        stored: of the resumed run; the environment overrides it.
+    """The number of threads as far as it is known without measuring: as configured (`train.cpu_threads`), else as the
+    environment allows, else as stored by the resumed run.
     """
     if configured is not None:
         overridden = available.number not in (None, configured)
@@ -90,11 +87,8 @@ def agree_on_threads(found: Threads, accelerator: Accelerator) -> Threads:
 
 
 def measure_threads(available: Threads, seconds: Callable[[], float], what: str) -> Threads:
-    """Choose an undecided number: the smallest that is about as fast as any. Changes torch's number.
-
-    Args:
-        seconds: times one call. Processes that call together get the same result.
-        what: a description of the call.
+    """Choose an undecided number: the smallest that is about as fast as any. Changes torch's number. `seconds` times
+    `what`, one call; processes that call together get the same result.
     """
 
     def seconds_with(number: int) -> float:
