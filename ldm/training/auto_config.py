@@ -142,18 +142,9 @@ def choose_config(
     chosen = ChosenConfig({"output_dir": options.output_dir, "seed": 0, "data": dict(data)})
     if options.start_from is not None:
         _choose_finetuning(chosen, samples, options, device)
-    else:
-        _choose_new_model(chosen, samples, options, device)
-    parse_config(chosen.config, LDMConfig, "the chosen config")
-    if chosen.first_stage is not None:
-        parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
-    return chosen
+        parse_config(chosen.config, LDMConfig, "the chosen config")
+        return chosen
 
-
-def _choose_new_model(
-    chosen: ChosenConfig, samples: Sequence[Sample], options: TrainOptions, device: torch.device
-) -> None:
-    """Image size, space, network, batch size and steps of a new model."""
     config, reasons, data = chosen.config, chosen.reasons, chosen.config["data"]
     if options.resolution is not None:
         data["resolution"] = options.resolution
@@ -252,6 +243,10 @@ def _choose_new_model(
     config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
     _choose_steps(chosen, network, shape, text, _batch_size(len(images), 64), len(images), minutes, device)
     config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
+    parse_config(config, LDMConfig, "the chosen config")
+    if chosen.first_stage is not None:
+        parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
+    return chosen
 
 
 def _choose_finetuning(
