@@ -350,7 +350,7 @@ def test_a_classifier_leads_the_picture(pipeline):
         ({"eta": -0.5}, "eta is -0.5; it must be 0"),
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it must be 0"),
         ({"guidance_interval": (5.0, 0.3)}, r"guidance_interval is \(5, 0.3\), turned round"),
-        ({"dynamic_threshold": 99.5}, "dynamic_threshold is 99.5; it must be a share"),
+        ({"dynamic_threshold": 99.5}, "dynamic_threshold is 99.5; it must be over 0"),
         ({"classifier": lambda x, t: x, "classifier_scale": math.nan}, "classifier scale is nan"),
     ],
 )
