@@ -42,7 +42,7 @@ def measure(folder: Path, samples: int, steps: int) -> dict[str, Any]:
     found = json.loads(told)
     hub.write_json(folder.with_name(f"{folder.name}.json"), found)
     unseen = folder.with_name(f"{folder.name}-unseen.json")
-    script = ROOT / "tools" / "unseen_phrasings.py"
+    script = ROOT / "experiments" / "unseen_phrasings.py"
     model = ["--model", folder / "pipeline", "--steps", str(steps), "-o", unseen]
     subprocess.run([sys.executable, script, *model], check=True)
     return found | {"unseen": hub.read_json(unseen)}

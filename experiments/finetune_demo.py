@@ -1,4 +1,4 @@
-"""A model of OpenMoji learns a new style, line drawings, from 20 captioned pictures; and what it forgets meanwhile.
+"""A model of emoji learns a new style, line drawings, from 20 captioned pictures; and what it forgets meanwhile.
 
     python experiments/finetune_demo.py --method lora
 
@@ -81,7 +81,7 @@ def shifted(rows: list[list[Image.Image]]) -> list[list[Image.Image]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start-from", default="openmoji-64", help="a model of OpenMoji")
+    parser.add_argument("--start-from", default="scenes-64", help="a model")
     parser.add_argument("--method", choices=("full", "attention", "lora"), default="lora")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune-demo"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config")

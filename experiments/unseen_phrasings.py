@@ -1,6 +1,6 @@
-"""Does the built-in model understand what it was never told so? Known captions beside others for the same things.
+"""Does a model of OpenMoji understand what it was never told so? Known captions beside others for the same things.
 
-    python experiments/unseen_phrasings.py                             # prints; -o writes JSON
+    python experiments/unseen_phrasings.py --model MODEL                             # prints; -o writes JSON
 
 The hundred phrasings below were written down before the model had drawn any of them, and none is a caption of the data.
 What counts is the rank of the emoji that is meant among all 1,918, by features of the picture; both ways of saying it
@@ -126,7 +126,7 @@ PHRASINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openmoji-64")
+    parser.add_argument("--model", default="runs/openmoji-64/pipeline")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")

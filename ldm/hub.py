@@ -48,9 +48,10 @@ WEIGHTS = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "codec", "text_encoder", "tokenizer", "scheduler")
 ASSETS = Path(__file__).parent / "assets"
 # First stages and pipelines that are part of the package, by the name under which they are asked for. A folder of
-# such a name is written "./openmoji-64".
+# such a name is written "./scenes-64".
 BUILT_IN = {"openmoji-first-stage": ASSETS / "openmoji-first-stage"}
-BUILT_IN_PIPELINES = {"openmoji-64": ASSETS / "openmoji-64"}
+BUILT_IN_PIPELINES = {"scenes-64": ASSETS / "scenes-64"}
+FORMER = {"openmoji-64": "configs/openmoji-64.yaml"}  # models that were part of the package, by the config of each
 COMPONENTS: dict[str, tuple[type, type]] = {
     "UNet2DConditionModel": (UNet, UNetConfig),
     "AutoencoderKL": (AutoencoderKL, AutoencoderConfig),
@@ -373,6 +374,11 @@ def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
         raise ValueError(f"{folder} holds no {wanted}{hint}")
     if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
         known = BUILT_IN_PIPELINES if wanted == "model_index.json" else (*BUILT_IN, *BUILT_IN_PIPELINES)
+        if name in FORMER:
+            raise ValueError(
+                f"{text} is no longer part of the package; train it with accelerate launch train/train_ldm.py --config "
+                f"{FORMER[text]} and name runs/{text}/pipeline, or use {', '.join(BUILT_IN_PIPELINES)}"
+            )
         near = difflib.get_close_matches(text.lower(), known, n=1) if isinstance(name, str) else []
         hint = f'did you mean "{near[0]}"?' if near else "train one first, or name a folder or a hub id owner/name"
         raise ValueError(f"there is no model folder {text}; {hint}")

@@ -32,7 +32,7 @@ from safetensors.torch import load, save
 
 from ldm.data.scenes import captions as grammar
 from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.scene import COLORS, SINGLES_DECAY
+from ldm.data.scenes.scene import COLORS, FEW_SINGLES_FROM
 from ldm.data.scenes.source import TIERS, training_scene
 from ldm.text import load_text_encoder
 from ldm.training.resume import commit
@@ -104,7 +104,7 @@ def texts(count: int = CAPTIONS) -> list[str]:
     for node in ast.walk(ast.parse(inspect.getsource(grammar))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(re.sub(r"{\w+}", " ", node.value))
-    numbers = range(0, SINGLES_DECAY, SINGLES_DECAY // count)
+    numbers = range(0, 2 * FEW_SINGLES_FROM, 2 * FEW_SINGLES_FROM // count)
     said = {training_scene(number, tier)[1] for number in numbers}
     return sorted(words | said | set(PROMPTS.read_text(encoding="utf-8").splitlines()))
 

@@ -35,7 +35,7 @@ from tools import gpu_bundle
 
 ROOT = Path(__file__).parents[1]
 NAME = "scenes-64"  # of the config
-START = "openmoji-64"  # until a model of scenes is built in: its first stage and network fit
+START = "scenes-64"
 FILE_BYTES, ALL_BYTES = 15 * 2**20, 60 * 2**20
 CONSTANT_SHARE = 0.75
 RESERVED = 40.0  # seconds for what is not counted: this program's start, the last checkpoint, the export

@@ -1,6 +1,6 @@
 """Makes the built-in model of a run: half precision, files small enough for any host, the text encoder by its name.
 
-    python tools/release_model.py runs/openmoji-64 --guidance 3 --steps 50
+    python tools/release_model.py runs/scenes-64 --guidance 3 --steps 50
 
 Writes ldm/assets/NAME, with the model card docs/NAME.md as its README.md, and with the config of the run and the digest
 of its data, so that `ldm evaluate NAME` knows what was held out; of scenes also how many the model was shown, so that
@@ -52,7 +52,7 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--name", choices=hub.BUILT_IN_PIPELINES, default="openmoji-64")
+    parser.add_argument("--name", choices=hub.BUILT_IN_PIPELINES, default="scenes-64")
     parser.add_argument("--guidance", type=float, help="the default guidance scale; else that of the run")
     parser.add_argument("--steps", type=int, help="the default number of steps; else that of the run")
     arguments = parser.parse_args()

@@ -211,7 +211,7 @@ def loss_of(network: SceneClassifierNetwork, images: Tensor, objects: Objects) -
     wanted = torch.stack([x[which] - at_column, y[which] - at_row, *objects.box[which, 2:].T], dim=1)
     boxing = (boxes - wanted).abs() @ torch.tensor([0.5, 0.5, 2.0, 2.0])
     parts = [focal, *((one * weight).sum() for one in (naming, coloring, boxing))]
-    total = parts[0] + parts[1] + 0.5 * parts[2] + parts[3]
+    total = parts[0] + parts[1] + parts[2] + parts[3]
     return total, [float(part.detach()) for part in parts]
 
 
@@ -251,7 +251,7 @@ def train(
     *,
     samples: int,
     batch_size: int = 64,
-    rate: float = 3e-3,
+    rate: float,
     first: int = 0,
     go_on: bool = False,
 ) -> SceneClassifier:
@@ -337,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--samples", type=int, default=300_000, help="images to train on; a third are new scenes")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate; falls by a cosine")
     parser.add_argument("--first", type=int, default=0, help="number of the first scene of the classifier's stream")
     parser.add_argument("--things", choices=("common", "all"), default="common")
     parser.add_argument("--first-stages", nargs="*", default=["openmoji-first-stage"], help="names or folders")
@@ -356,6 +357,7 @@ def main() -> None:
             arguments.output,
             list(codecs.values()),
             samples=arguments.samples,
+            rate=arguments.rate,
             first=arguments.first,
             go_on=arguments.go_on,
         )

@@ -17,8 +17,8 @@ from ldm.cli.arguments import Device, Guidance, Steps, output_file
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A pipeline folder, a hub id, or the built-in openmoji-64.")
-    ] = "openmoji-64",
+        str, typer.Option("--model", "-m", help="A pipeline folder, a hub id, or the built-in scenes-64.")
+    ] = "scenes-64",
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA file, folder or hub id on top, NAME or NAME:WEIGHT; repeatable.")
     ] = None,

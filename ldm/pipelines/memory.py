@@ -18,7 +18,7 @@ import torch
 from ldm.models import UNetConfig
 from ldm.progress import error_reason
 
-# Five images of Stable Diffusion 1.5 with guidance in float32, or 760 of openmoji-64; more are slower on CPUs.
+# Five images of Stable Diffusion 1.5 with guidance in float32, or 760 of the built-in model; more are slower on CPUs.
 CHUNK_BYTES = 2 * 2**30
 _ENDLESS = 2**48  # where free memory is unknown; larger numbers overflow the sizes of torch
 

@@ -118,7 +118,7 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
     ) -> Pipeline:
-        """Opens a pipeline folder, ours or a Stable Diffusion 1.x/2.x one of diffusers, a hub id, or "openmoji-64".
+        """Opens a pipeline folder, ours or a Stable Diffusion 1.x/2.x one of diffusers, a hub id, or "scenes-64".
 
         Args:
             device: where it runs; None takes `default_device`.

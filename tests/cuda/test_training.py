@@ -184,7 +184,7 @@ def test_the_built_in_model_is_the_same_on_both(device):
     kind = {"seed": [0, 1], "num_inference_steps": 10}
     pictures = []
     for place in ("cpu", device):
-        pipeline = Pipeline.from_pretrained("openmoji-64", device=place)
+        pipeline = Pipeline.from_pretrained("scenes-64", device=place)
         pictures.append(pipeline(["a cat", "a corgi wearing a hat"], **kind).images)
     assert difference(*pictures) <= 2 * LEVELS
 

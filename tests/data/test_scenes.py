@@ -14,7 +14,16 @@ from ldm.data.scenes import captions
 from ldm.data.scenes.captions import CaptionWriter
 from ldm.data.scenes.catalog import load_catalog
 from ldm.data.scenes.render import render_scene, tint
-from ldm.data.scenes.scene import COLORS, HELD_OUT_FRACTIONS, PLACES, RELATIONS, Concept, SceneSampler, relation_concept
+from ldm.data.scenes.scene import (
+    COLORS,
+    FEW_SINGLES_FROM,
+    HELD_OUT_FRACTIONS,
+    PLACES,
+    RELATIONS,
+    Concept,
+    SceneSampler,
+    relation_concept,
+)
 from ldm.data.scenes.source import held_out_scene, training_scene
 from ldm.text import load_text_encoder
 from tests.training.runs import ROOT
@@ -22,12 +31,18 @@ from tests.training.runs import ROOT
 CONFIG = DataConfig(path="scenes", resolution=32, scenes=6, renew_every=2, held_out=0.5)
 # Over the course of a training, from single things to scenes.
 NUMBERS = range(0, 3_000_000, 1_000)
-MANY = range(100_000)
+MANY = range(FEW_SINGLES_FROM - 50_000, FEW_SINGLES_FROM + 50_000)
 
 
 @pytest.fixture(scope="module")
 def sampler():
     return SceneSampler(load_catalog())
+
+
+@pytest.mark.parametrize(("first", "expected"), [(0, 0.75), (FEW_SINGLES_FROM - 1000, 0.67), (FEW_SINGLES_FROM, 0.3)])
+def test_single_things_become_fewer(first, expected):
+    kinds = [training_scene(number)[0].kind for number in range(first, first + 1000)]
+    assert kinds.count("one") / len(kinds) == pytest.approx(expected, abs=0.05)
 
 
 def phrasings():

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ldm import hub
+from ldm.codecs import LatentCodec
 from ldm.data import CaptionedImages, DataConfig, split, to_uint8
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
@@ -15,7 +17,6 @@ from ldm.evaluation.evaluate import GeneratedImages, evaluate_pipeline, measure_
 from ldm.evaluation.features import feature_space
 from ldm.evaluation.images import Reference, subset
 from ldm.evaluation.verdict import baselines_of, compare_with_baselines
-from ldm.pipelines import Pipeline
 from ldm.report.text import evaluation_lines
 from tests import tiny
 from tests.training.runs import captioned_folder
@@ -251,7 +252,7 @@ def test_drawings(features, tmp_path, capsys):
     sides = opened("openmoji", 64, tmp_path / "cache", held_out=0.1)
     reference = Reference.from_data(*sides, feature_space(features, device=CPU))
     known = Known(*sides)
-    codec = Pipeline.from_pretrained("openmoji-64", device="cpu").codec
+    codec = LatentCodec(hub.load_autoencoder(hub.find_autoencoder("openmoji-first-stage")).eval())
     digits = F.interpolate(stack(opened("digits", 8, tmp_path / "cache")[0]).float(), 64, mode="bilinear").byte()
 
     def latents(side, own):

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from ldm import Pipeline, hub
 from tests.pipelines.test_diffusers import same_picture
 
-NAME = "openmoji-64"
+NAME = "scenes-64"
 FOLDER = hub.BUILT_IN_PIPELINES[NAME]
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def test_it_is_small_enough_for_any_host_and_has_its_card() -> None:
     assert {path.suffix for path in sizes} == {".json", ".safetensors", ".md", ".yaml"}
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert card == (ROOT / "docs" / f"{NAME}.md").read_text(encoding="utf-8")
-    for word in ("CC BY-SA 4.0", "configs/openmoji-64.yaml", "memoriz", "cannot"):
+    for word in ("CC BY-SA 4.0", "configs/scenes-64.yaml", "memoriz", "cannot"):
         assert word in card
 
 
@@ -35,10 +35,12 @@ def test_it_draws_by_its_name_and_a_seed_gives_its_picture_again(tmp_path: Path,
     assert first.shape == (64, 64, 3)
     assert (first == again).all()
     assert np.abs(first - other).mean() > 5
-    with pytest.raises(ValueError, match=r"openmoji-64 holds no model_index\.json"):
+    with pytest.raises(ValueError, match=r"scenes-64 holds no model_index\.json"):
         Pipeline.from_pretrained(f"./{NAME}")
-    with pytest.raises(ValueError, match='there is no model folder OpenMoji64; did you mean "openmoji-64"'):
-        Pipeline.from_pretrained("OpenMoji64")
+    with pytest.raises(ValueError, match='there is no model folder Scenes64; did you mean "scenes-64"'):
+        Pipeline.from_pretrained("Scenes64")
+    with pytest.raises(ValueError, match=r"openmoji-64 is no longer part of the package.*configs/openmoji-64\.yaml"):
+        Pipeline.from_pretrained("openmoji-64")
     assert hub.find_autoencoder(NAME) == FOLDER / "vae"
 
 

@@ -245,7 +245,7 @@ def test_a_device_that_cannot_be_used_is_named_and_nothing_moves(device, tmp_pat
     assert "\n" not in str(caught.value)
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match="which cannot be used"):
-        Pipeline.from_pretrained("openmoji-64", device=device)
+        Pipeline.from_pretrained("scenes-64", device=device)
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float8_e4m3fn, 16])

@@ -52,10 +52,10 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     size = release_model.release(tmp_path / "run", target, card, 3.0, 5)
     assert size == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     assert (target / "README.md").read_text() == "# A model"
-    monkeypatch.setitem(hub.BUILT_IN_PIPELINES, "openmoji-64", target)
-    known = find_run("openmoji-64")
+    monkeypatch.setitem(hub.BUILT_IN_PIPELINES, "scenes-64", target)
+    known = find_run("scenes-64")
     assert known is not None and (known.samples, known.sha256, known.config.data.path) == (7, "abc", "openmoji")
-    released = Pipeline.from_pretrained("openmoji-64")
+    released = Pipeline.from_pretrained("scenes-64")
     assert (released.guidance_scale, released.num_inference_steps) == (3.0, 5)
     assert json.loads((target / "text_encoder" / "reference.json").read_text())["name"] == "minilm"
 
@@ -64,7 +64,7 @@ def test_a_release_is_small_has_its_card_and_draws_by_its_defaults(tmp_path, mon
     config = load_config(ROOT / "configs" / "scenes-64.yaml", scenes, LDMConfig)
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
     release_model.release(tmp_path / "run", target, card, 3.0, 5)
-    assert find_run("openmoji-64").scenes == 10 + 2 * 6  # one step: a block of 12 samples, and one that was begun
+    assert find_run("scenes-64").scenes == 10 + 2 * 6  # one step: a block of 12 samples, and one that was begun
 
     monkeypatch.setattr(release_model, "ALL_BYTES", 1000)
     with pytest.raises(ValueError, match="bytes, and 1,000 may be; train a smaller one"):

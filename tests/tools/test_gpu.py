@@ -13,7 +13,7 @@ import yaml
 
 from ldm import hub
 from ldm.data import DataConfig
-from ldm.data.scenes.scene import SINGLES_DECAY
+from ldm.data.scenes.scene import FEW_SINGLES_FROM
 from ldm.data.scenes.source import held_out_scene, training_scene
 from ldm.models import UNetConfig
 from ldm.text import load_text_encoder
@@ -145,7 +145,7 @@ def test_a_bundle_knows_the_tokens_of_captions_that_it_was_not_made_from(count, 
     gpu_bundle.read_text_encoder(tmp_path, tmp_path / "text")
     few, all_of_them = (load_text_encoder(name, gpu_bundle.MAX_LENGTH) for name in (str(tmp_path / "text"), "minilm"))
     captions = [
-        training_scene(number)[1] for number in range(7, 2 * SINGLES_DECAY, max(1, SINGLES_DECAY // count // 2))
+        training_scene(number)[1] for number in range(7, 4 * FEW_SINGLES_FROM, max(1, 2 * FEW_SINGLES_FROM // count))
     ]
     captions += [held_out_scene(number)[1] for number in range(count)]
     kept, found = (
@@ -183,7 +183,7 @@ def test_a_rehearsal_ends_green(tmp_path):
     assert not [f for part in content["parts"].values() for f in part["figures"] if "failed" in f or "skipped" in f]
     from tools.gpu_training import join
 
-    folder = join(tmp_path / "out", tmp_path / "joined", hub.find_pipeline("openmoji-64"))
+    folder = join(tmp_path / "out", tmp_path / "joined", hub.find_pipeline("scenes-64"))
     assert (folder / "unet" / "config.json").is_file()
     assert json.loads((folder / "data.json").read_text())["scenes"] == 100 + 8
     data = yaml.safe_load((folder / "config.yaml").read_text())["data"]

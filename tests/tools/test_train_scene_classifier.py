@@ -35,7 +35,7 @@ def test_what_was_learned_of_things_is_kept_when_others_come(tiny, tmp_path):
 
 
 def test_training_saves_a_classifier(tmp_path):
-    classifier = train(TINY, tmp_path, [], samples=16, batch_size=8)
+    classifier = train(TINY, tmp_path, [], samples=16, batch_size=8, rate=3e-3)
     assert classifier.config == TINY and SceneClassifier.load(tmp_path).digest == classifier.digest
 
 

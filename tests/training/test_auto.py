@@ -383,7 +383,7 @@ def test_moved_and_changed_runs_resume_on_the_same_data_only(here, encoder_folde
         (["--plan"], "--plan is for a new one"),
         (["-o", "other"], "--output is for a new one"),
         (["--resolution", "16"], "--resolution is for a new one"),
-        (["--start-from", "openmoji-64"], "--start-from is for a new one"),
+        (["--start-from", "scenes-64"], "--start-from is for a new one"),
         (["--method", "lora"], "--method is for a new one"),
         (["--encoder", "minilm"], "--encoder is for a new one"),
         (["--image-column", "x"], "--image-column is for a new one"),

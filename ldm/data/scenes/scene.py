@@ -52,9 +52,9 @@ PLACES = ("grass", "sea", "night sky")
 KIND_FRACTIONS: dict[SceneKind, float]
 KIND_FRACTIONS = {"count": 0.2, "pair": 0.34, "three": 0.06, "worn": 0.22, "held": 0.1, "worn pair": 0.08}
 RELATION_FRACTIONS = (0.17, 0.13, 0.14, 0.12, 0.24, 0.11, 0.09)
-# The fraction of single things falls over SINGLES_DECAY scenes: layout is learned within 50,000 samples, things need a
-# million.
-INITIAL_SINGLES, FINAL_SINGLES, SINGLES_DECAY = 0.75, 0.45, 600_000
+# The fraction of single things falls slowly, until they are known, and is then low, so that the others are learned.
+INITIAL_SINGLES, DECREASE_OF_SINGLES, FINAL_SINGLES = 0.75, 0.5e-6, 0.3
+FEW_SINGLES_FROM = 38 * 4096  # number of the scene
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class SceneSampler:
 
     def sample(self, rng: np.random.Generator, number: int) -> Scene:
         """Training scene `number`, ≥ 0, without held-out concepts."""
-        singles = INITIAL_SINGLES + (FINAL_SINGLES - INITIAL_SINGLES) * min(1.0, number / SINGLES_DECAY)
+        singles = INITIAL_SINGLES - DECREASE_OF_SINGLES * number if number < FEW_SINGLES_FROM else FINAL_SINGLES
         kind: SceneKind = "one"
         if rng.random() >= singles:
             kind = list(KIND_FRACTIONS)[int(rng.choice(len(KIND_FRACTIONS), p=list(KIND_FRACTIONS.values())))]
