@@ -19,7 +19,7 @@ import torch
 
 from ldm.config import LDMConfig
 from ldm.config.overrides import load_config
-from ldm.models import UNet, attention
+from ldm.models import UNet, blocks
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {
@@ -44,7 +44,7 @@ def stepper(config: LDMConfig, torch_attention: bool, fused: bool) -> Callable[[
 
     def step() -> None:
         with (
-            mock.patch.object(attention, "SHORT", 0 if torch_attention else attention.SHORT),
+            mock.patch.object(blocks, "SHORT", 0 if torch_attention else blocks.SHORT),
             torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext(),
         ):
             loss = unet(latents, timesteps, states).float().square().mean()
