@@ -131,7 +131,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
     arguments = parser.parse_args()
-    pipeline = Pipeline.from_pretrained(arguments.model)
+    try:
+        pipeline = Pipeline.from_pretrained(arguments.model)
+    except ValueError as error:
+        parser.error(str(error))
     prompts = {"names": list(PHRASINGS), "unseen phrasings": list(PHRASINGS.values())}
     settings = {"seed": arguments.seed, "num_inference_steps": arguments.steps, "batch_size": 20}
     pictures = {kind: generate_images(pipeline, texts, **settings) for kind, texts in prompts.items()}
