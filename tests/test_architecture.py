@@ -402,8 +402,8 @@ WORDS = {
     *("suspects", "guilty", "opinion", "meeting", "nobody", "asked", "nearness", "drawn"),
 }
 # Sizes of ldm/ and train/. A change that needs more raises the number in a commit of its own, and says what for.
-MAX_LINES, MAX_FILES = 28_400, 121
-MAX_REACHED_LINES = 13_800  # what the training loop imports, itself included
+MAX_LINES, MAX_FILES = 28_450, 121
+MAX_REACHED_LINES = 13_850  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
 PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "report", "run_info"}
 MAX_SINGLE_USE = 0.065  # fraction of the lines that are private functions named at one place
