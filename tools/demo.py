@@ -9,6 +9,7 @@ for each of these a sheet of pictures beside real ones.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -92,6 +93,7 @@ def draw_first() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     draw_first()
     launch("train_ldm.py", "digits.yaml")
     pixel, real = generate_and_classify("digits")

@@ -254,5 +254,5 @@ def test_another_scheduler_is_no_misspelling_of_one_that_is_known(name):
 
 
 def test_a_schedule_that_fills_the_memory_is_refused():
-    with pytest.raises(ValueError, match=r"num_train_timesteps is 10000000000; it must be .* at most 1000000"):
+    with pytest.raises(ValueError, match=r"num_train_timesteps is 10000000000; it must be .*1000000"):
         config_from_diffusers({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**10})
