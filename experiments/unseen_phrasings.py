@@ -1,6 +1,6 @@
 """Does a model of OpenMoji understand what it was never told so? Known captions beside others for the same things.
 
-    python experiments/unseen_phrasings.py --model MODEL                             # prints; -o writes JSON
+    python experiments/unseen_phrasings.py --model MODEL               # prints; -o writes JSON
 
 The hundred phrasings below were written down before the model had drawn any of them, and none is a caption of the data.
 What counts is the rank of the emoji that is meant among all 1,918, by features of the picture; both ways of saying it

@@ -64,8 +64,9 @@ def sheet(images: Sequence[Image.Image], prompts: Sequence[str], layout: Layout 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-64")
-    parser.add_argument("--all", action="store_true", help="all forty prompts, smaller: docs/scenes-64-prompts.png")
-    parser.add_argument("--prompts", nargs="+", help="instead of the twelve")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="all forty prompts, smaller: docs/scenes-64-prompts.png")
+    which.add_argument("--prompts", nargs="+", help="instead of the twelve")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
