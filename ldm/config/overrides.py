@@ -59,7 +59,8 @@ def with_overrides(content: Mapping[str, Any], overrides: Sequence[str], kind: t
     """A copy of a nested mapping in which each `a.b=value` is set, by the types of the keys of `kind`."""
 
     def type_of(key: str, section: Any) -> Any:  # None if there is no such key, or section
-        return typing.get_type_hints(section).get(key) if (section := section and section_of(section)) else None
+        kind = section and section_of(section)
+        return typing.get_type_hints(kind).get(key) if kind else None
 
     changed = copy.deepcopy(dict(content))
     for override in overrides:

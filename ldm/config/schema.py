@@ -84,9 +84,10 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this 2-norm.
         ema_decay: d of the moving average of the weights, whose decay at update n is min(d, (1 + n)/(10 + n)).
         num_workers: processes that load images; 0 loads in the main one.
-        cpu_threads: per process on the CPU. None: OMP_NUM_THREADS or MKL_NUM_THREADS, else that of the resumed run,
-            else measured.
-        checkpoint_every, checkpoint_minutes: maximum steps and minutes between checkpoints; None counts steps only.
+        cpu_threads: threads per process on the CPU. None: OMP_NUM_THREADS or MKL_NUM_THREADS, else those of the
+            resumed run, else the measured fastest.
+        checkpoint_every, checkpoint_minutes: maximum steps and minutes between checkpoints, besides the last one; None
+            counts steps only.
         keep_checkpoints: number of newest checkpoints to keep; multiples of `keep_every` are kept too.
         max_nonfinite_steps: maximum number of steps in a row that are skipped because of a non-finite loss or gradient.
         validation_samples: maximum number of held-out images for the held-out loss.
@@ -154,7 +155,8 @@ class DiffusionTrainConfig(TrainConfig):
             size.
         timestep_density: "uniform", or "logit_normal" (arXiv:2403.03206): t / T = sigmoid(z), z normal with
             `logit_mean` and `logit_std`. A mean above 0 trains more on noisy latents, where the text decides most.
-        evaluate_every: steps between evaluations of `evaluation_samples` generated images; None evaluates never.
+        evaluate_every: steps between evaluations, besides the last one, of `evaluation_samples` generated images; None
+            evaluates never.
         evaluation_features: the network whose features compare images: see `ldm.evaluation.features`.
     """
 

@@ -203,9 +203,9 @@ def read_named_tables(
     """
     if paths is None:
         paths = [path for path in found.ending(*SUFFIXES) if not is_metadata(path)]
-        is_other = {path for path in paths if nfc(stem(path)) in found.image_stems}
-        is_other.update(path for path in paths if last_part(path).lower().startswith(DOCUMENTS))
-        paths = [path for path in paths if path not in is_other or suffix(path) not in (*LISTS, ".json")]
+        others = {path for path in paths if nfc(stem(path)) in found.image_stems}
+        others.update(path for path in paths if last_part(path).lower().startswith(DOCUMENTS))
+        paths = [path for path in paths if path not in others or suffix(path) not in (*LISTS, ".json")]
     files = FileNames(found)
     groups: list[list[NamingTable]] = []
     coco: list[NamingTable] = []
@@ -379,13 +379,9 @@ class FileNames:
         if alike:
             raise ValueError(f"{shown} may be {' or '.join(map(printable, alike[:2]))}; give the whole name")
         # A similar name that is not accepted as the same: other case, another suffix.
-        folded = nfc(meant).casefold()
-        names = (_last(folded), stem(_last(folded)))
-        near = min(
-            (path for name in names for path in self._last_parts.get(name, ())),
-            key=lambda path: nfc(stem(path)).casefold() != stem(folded),
-            default="",
-        )
+        folded = spelled.casefold()
+        ends = self._last_parts.get(folded, [""])
+        near = self._folded.get(folded) or self._folded.get(stem(folded)) or ends[0]
         raise ValueError(f"there is no file {shown}" + (f"; did you mean {printable(near)}?" if near else ""))
 
     def base_folder(self, table: str, names: Iterable[str]) -> tuple[str, bool] | None:
@@ -474,6 +470,11 @@ class FileNames:
         named = ((_last(nfc(path)).casefold(), path) for path in self.found.images)
         bare = ((_last(nfc(stem(path))).casefold(), path) for path in self.found.images)
         return _grouped((*named, *bare))
+
+    @cached_property
+    def _folded(self) -> dict[str, str]:
+        folded = {nfc(stem(path)).casefold(): path for path in self.found.images}
+        return folded | {nfc(path).casefold(): path for path in self.found.images}
 
     @cached_property
     def _numbers(self) -> dict[int, list[str]]:

@@ -54,7 +54,7 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
             colors = found or ignored_color_space(image)
             traits = {
                 "rotated": image.getexif().get(ExifTags.Base.Orientation) in range(2, 9),  # others are upright
-                colors or "": colors is not None,
+                str(colors): colors is not None,
                 "cmyk": image.mode == "CMYK" and colors != CONVERTED,
                 "16-bit": deep,
                 "palette": image.mode in ("P", "PA"),

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ldm.data import folder, shards
 from ldm.data.captions import ReadOptions, find_unread_captions
@@ -29,7 +30,6 @@ from ldm.data.files import IMAGES, FolderFiles, list_files, misnamed_image, stem
 from ldm.data.folder import FOLDERS, METADATA, SIDECARS
 from ldm.data.images import decode
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
-from ldm.data.shards import TableFile
 from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, Listing, NoCaptionsError, Skipped, Source
 from ldm.progress import plural, printable
 
@@ -135,7 +135,7 @@ class _Folder:
     """A folder of images, and what may caption them.
 
     Attributes:
-        tables: parquet and Arrow files with images; `broken` are those that cannot be read.
+        tables: the Arrow schemas of parquet and Arrow files with images; `broken` are those that cannot be read.
         shards: the tars or tables that are read if shards are chosen.
         in_shards: how many images these have, if there is a choice.
         listings: metadata, tables and sidecars, in order of preference.
@@ -163,13 +163,13 @@ class _Folder:
         self.classes = None if by_table else folder.read_classes(found, options)
         self.in_shards = 0
         if self.shards and (self.listings or self.classes):
-            with suppress(ValueError):
+            with suppress(OSError, ValueError):
                 listing = Listing()
                 for name in choose_split("", self.shards, config.subset, config.split)[0]:
                     if suffix(name) == ".tar":
                         shards.read_tar(path / name, name, replace(options, captioned=True), listing)
                     else:
-                        self.in_shards += self.tables[name].row_count
+                        self.in_shards += shards.row_count(path / name)
                 self.in_shards += len(listing.samples)
 
     def open(self) -> Source:
@@ -324,7 +324,7 @@ class _Folder:
 
 
 def _read_shards(
-    root: Path, names: Sequence[str], files: dict[str, TableFile], config: DataConfig, options: ReadOptions
+    root: Path, names: Sequence[str], schemas: dict[str, Any], config: DataConfig, options: ReadOptions
 ) -> Listing:
     listing = Listing(SHARDS, uncovered="no caption: the shards beside it count alone")
     tables = []
@@ -332,28 +332,33 @@ def _read_shards(
         path = root / name
         if suffix(name) == ".tar":
             shards.read_tar(path, name, options, listing)
-        elif files[name].dataset is None:
+        elif suffix(name) == ".parquet":
             copies = config.cache_folder / "tables"
-            tables.append(shards.open_parquet(path, name, files[name].schema, options, copies))
+            tables.append(shards.open_parquet(path, name, schemas[name], options, copies))
         else:
-            tables.append(shards.open_dataset(name, files[name].dataset, options))
+            try:
+                dataset = shards.read_arrow(path)
+            except ValueError as error:
+                listing.skipped.append(Skipped(name, str(error)))
+                continue
+            tables.append(shards.open_dataset(name, dataset, options))
     shards.read_tables(tables, root, options, listing)
     return listing
 
 
-def _image_tables(found: FolderFiles) -> tuple[dict[str, TableFile], list[Skipped]]:
-    """(parquet and Arrow files with images, broken files)."""
-    tables: dict[str, TableFile] = {}
+def _image_tables(found: FolderFiles) -> tuple[dict[str, Any], list[Skipped]]:
+    """(the Arrow schemas of parquet and Arrow files with images, broken files)."""
+    schemas: dict[str, Any] = {}
     broken: list[Skipped] = []
     for path in found.ending(".parquet", ".arrow"):
         try:
-            table = TableFile.open(found.root / path)
+            schema = shards.read_schema(found.root / path)
         except ValueError as error:
             broken.append(Skipped(path, str(error)))
         else:
-            if shards.image_columns(table.schema):
-                tables[path] = table
-    return tables, broken
+            if shards.image_columns(schema):
+                schemas[path] = schema
+    return schemas, broken
 
 
 def _source(

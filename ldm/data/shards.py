@@ -56,29 +56,29 @@ class ImageTable:
     classes: tuple[str, ...] | None
 
 
-class TableFile(NamedTuple):
-    """A .parquet or .arrow file: its Arrow schema and number of rows; an Arrow stream also as a `datasets.Dataset`."""
+def read_schema(path: Path) -> Any:
+    """The Arrow schema of a .parquet or .arrow file. Raises ValueError with the reason."""
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    schema: Any
-    row_count: int
-    dataset: Any
+    try:
+        if suffix(path.name) == ".parquet":
+            return parquet.read_schema(path)
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_stream(source).schema
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not a {suffix(path.name)} file that can be read: {error_reason(error)}") from error
 
-    @classmethod
-    def open(cls, path: Path) -> TableFile:
-        """Raises ValueError with the reason."""
-        import pyarrow as pa
-        from pyarrow import parquet
 
-        try:
-            if suffix(path.name) == ".parquet":
-                metadata = parquet.read_metadata(path)
-                return cls(metadata.schema.to_arrow_schema(), metadata.num_rows, None)
-            from datasets import Dataset
+def row_count(path: Path) -> int:
+    """The number of rows of a .parquet or .arrow file, by its metadata. Raises ValueError if it is damaged."""
+    import pyarrow as pa
+    from pyarrow import parquet
 
-            dataset = Dataset.from_file(str(path))
-            return cls(dataset.data.schema, len(dataset), dataset)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"not a {suffix(path.name)} file that can be read: {error_reason(error)}") from error
+    if suffix(path.name) == ".parquet":
+        return int(parquet.read_metadata(path).num_rows)
+    with pa.memory_map(str(path)) as source:
+        return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
 
 
 def image_columns(schema: Any) -> list[str]:
@@ -207,6 +207,16 @@ def open_parquet(path: Path, name: str, schema: Any, options: ReadOptions, cache
         raise ValueError(
             f"{path} cannot be copied into {cache}: {error}; set data.cache_dir to a disk with room"
         ) from error
+
+
+def read_arrow(path: Path) -> Any:
+    """An Arrow stream, as `datasets` writes them, as a `datasets.Dataset`. Raises ValueError with the reason."""
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_file(str(path))
+    except Exception as error:  # damaged features raise many types
+        raise ValueError(f"not an Arrow stream that can be read: {error_reason(error)}") from error
 
 
 def is_saved(folder: Path) -> bool:

@@ -29,7 +29,8 @@ class DataConfig:
         flip: mirror half of the images horizontally, at random in each epoch.
         crop: "center", or "random" in each epoch.
         buckets: batches of one aspect ratio instead of squares; None enables them above 128 pixels.
-        image_column, caption_column, split, subset: of tables and data sets; None guesses a column.
+        image_column, caption_column: columns of tables and data sets; None guesses them.
+        split, subset: the split of a data set that has several, and its configuration if it has several.
         cache_dir: folder of the caches; None is $LDM_CACHE or ~/.cache/ldm.
         held_out: fraction of the groups, in [0, 1), that is not trained on.
         background: CSS color behind transparent images ("white", "#f0f0f0").

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from PIL import Image
 from pyarrow import parquet
 
-from ldm.data import DataConfig
+from ldm.data import DataConfig, NoCaptionsError
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
@@ -143,6 +143,31 @@ def test_what_is_broken_in_parquet_costs_its_own_rows(tmp_path: Path) -> None:
         assert found["cut.parquet"].startswith("not a .parquet file that can be read: ")
     with pytest.raises(ValueError, match=r"cut\.parquet: "):
         opened(tmp_path / "cut.parquet")
+
+
+def test_a_broken_arrow_file_may_have_captions_that_would_be_lost(tmp_path: Path) -> None:
+    labelled().save_to_disk(tmp_path / "saved")
+    whole = next((tmp_path / "saved").glob("*.arrow")).read_bytes()
+    table = pa.table({"image": [png()], "text": ["a"]}).replace_schema_metadata({b"huggingface": b'{"info": 3}'})
+    with pa.OSFile(str(tmp_path / "odd"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    save(tmp_path / "data" / "cats" / "a.png")
+    for content in (whole[:-300], (tmp_path / "odd").read_bytes()):
+        (tmp_path / "data" / "cut.arrow").write_bytes(content)
+        with pytest.raises(NoCaptionsError, match=r"would be lost: shards captions 0 images"):
+            opened(tmp_path / "data")
+        with pytest.raises(NoCaptionsError, match=r"cut\.arrow: not an Arrow stream that can be read: "):
+            opened(tmp_path / "data" / "cut.arrow")
+
+
+def test_an_arrow_file_without_images_may_be_anything(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"]}).replace_schema_metadata({b"huggingface": b'{"info": 3}'})
+    save(tmp_path / "cats" / "a.png")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    source = opened(tmp_path)
+    assert captions(source) == {"cats/a.png": ("cats",)}
+    assert reasons(source) == {}
 
 
 def test_rows_without_a_name_are_reported_by_their_place(tmp_path: Path) -> None:
