@@ -77,7 +77,7 @@ class Codec(nn.Module):
 
     def latents_sampler(self) -> LatentsSampler:
         """`sample_latents` with the present statistics and without the network; it can be pickled."""
-        return self.sample_latents
+        raise NotImplementedError
 
     def fingerprint(self) -> str | None:
         """32 hexadecimal digits of the function `moments`; None for the identity."""
@@ -128,6 +128,9 @@ class PixelCodec(Codec):
 
     def sample_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return (moments - self.mean) / self.std
+
+    def latents_sampler(self) -> LatentsSampler:
+        return self.sample_latents
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents * self.std + self.mean

@@ -205,33 +205,36 @@ def _keep(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
                 (new / folder).mkdir()
                 (new / folder).chmod(stat.S_IMODE((old / folder).stat().st_mode) | stat.S_IRWXU)
             elif not (new / folder).is_dir():
-                raise ValueError(
-                    f"{old / folder} is a folder, not a file as in the new one; nothing was written, move it"
-                )
+                raise ValueError(f"{old / folder} is a folder where a file is written; nothing was written, move it")
         for name in kept:
             source, target = place / name, new / within / name
             mode = source.lstat().st_mode
-            if target.is_symlink() or target.exists():
-                same = os.path.samestat(source.lstat(), target.lstat())
-                same |= stat.S_ISLNK(mode) and target.is_symlink() and os.readlink(source) == os.readlink(target)
-                if not same and not (stat.S_ISREG(mode) and target.is_file()):
-                    raise ValueError(f"{source} is not what a model has under that name; nothing was written, move it")
+            if not (target.is_symlink() or target.exists()):
+                _link_or_copy(source, target)
+                changed.add(target.parent)
                 continue
-            changed.add(target.parent)
-            if stat.S_ISLNK(mode):
-                os.symlink(os.readlink(source), target)
-                continue
-            try:
-                os.link(source, target)
-            except OSError as error:
-                if error.errno == errno.EXDEV:
-                    raise ValueError(f"{source} is on a file system of its own; nothing was written, move it") from None
-                if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
-                    raise
-                shutil.copy2(source, target)
-                sync(target)
+            same = os.path.samestat(source.lstat(), target.lstat())
+            same |= stat.S_ISLNK(mode) and target.is_symlink() and os.readlink(source) == os.readlink(target)
+            if not same and not (stat.S_ISREG(mode) and target.is_file()):
+                raise ValueError(f"{source} is not what a model has under that name; nothing was written, move it")
     for folder in changed:
         sync(folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    mode = source.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink(source), target)
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise ValueError(f"{source} is on a file system of its own; nothing was written, move it") from None
+        if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
+            raise
+        shutil.copy2(source, target)
+        sync(target)
 
 
 def remove_folder(path: Path) -> None:

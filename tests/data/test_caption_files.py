@@ -248,7 +248,7 @@ def test_names_that_lead_to_one_file_or_to_none(tmp_path: Path) -> None:
         save(tmp_path / "data" / "images" / name)
     save(tmp_path / "outside.png")
     names = ["one.jpg", "two", "three", "v1.2", "four.png", "../../outside.png", str(tmp_path / "outside.png")]
-    names += ["IMAGES/two.PNG", "images/Two.webp", "other/two.png"]
+    names += ["IMAGES/Three.PNG", "images/Two.webp", "other/two.png"]
     write(tmp_path / "data" / "captions.csv", "file_name,text\n" + "".join(f"{name},{name[:3]}\n" for name in names))
     source = opened(tmp_path / "data")
     assert captions(source) == {"images/one.JPG": ("one",), "images/two.png": ("two",), "images/v1.2.png": ("v1.",)}
@@ -257,7 +257,7 @@ def test_names_that_lead_to_one_file_or_to_none(tmp_path: Path) -> None:
     assert found["captions.csv:6"] == "there is no file four.png; did you mean images/Four.png?"
     assert found["captions.csv:7"] == "../../outside.png is outside the folder"
     assert found["captions.csv:8"].endswith("is outside the folder")
-    assert found["captions.csv:9"].endswith("; did you mean images/two.png?")
+    assert found["captions.csv:9"].endswith("; did you mean images/three.png?")
     assert found["captions.csv:10"].endswith("; did you mean images/two.png?")
     assert found["captions.csv:11"] == "there is no file other/two.png"  # another folder's image may be another one
 
