@@ -1,3 +1,4 @@
+import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,6 +105,20 @@ def test_what_is_composed_is_never_mirrored_and_has_its_size(folder: Path, tmp_p
         assert item.image is not None and item.image.shape == (3, 32, 32) and item.image.dtype == torch.uint8
     bucketed = images(folder, tmp_path, buckets=True, resolution=48)
     assert {item.size for item in (bucketed[0, i] for i in range(len(bucketed)))} == {(48, 48)}
+
+
+def test_a_ground_takes_a_color_where_every_part_on_it_is_a_cutout(folder: Path, tmp_path: Path) -> None:
+    data = images(folder, tmp_path)
+    cutouts = {one.id for one in data.samples if one.cutout is not None}
+    keys = [
+        json.loads(one.read())
+        for epoch in range(0, 40, 2)
+        for index in range(len(data))
+        if (one := data.sample_at(epoch, index)) is not data.samples[index]
+    ]
+    colored = [(layout, parts) for parts, layout, color, *_ in keys if color is not None]
+    assert all(cutouts.issuperset(parts[:1] if layout == "inset" else parts) for layout, parts in colored)
+    assert any(layout == "inset" and parts[1] not in cutouts for layout, parts in colored)  # covers a part of it
 
 
 def sample(data: CaptionedImages, word: str) -> Sample:
