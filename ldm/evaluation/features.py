@@ -24,7 +24,7 @@ from ldm.data.rng import content_hash
 from ldm.models.efficientnet import DIMENSIONS as EFFICIENTNET_DIMENSIONS
 from ldm.models.efficientnet import EfficientNetLite0
 from ldm.requirements import pip_install
-from ldm.text.open_clip import PREFIX, find_open_clip
+from ldm.text.open_clip import find_open_clip, weights_path
 
 PIXEL_DIMENSIONS = 64
 GRID, GRADIENT_GRID = 8, 4
@@ -272,9 +272,12 @@ class Clip:
 
 
 def load_clip(weights: str, device: torch.device) -> Clip:
-    """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`."""
-    open_clip, name, _, path = find_open_clip(weights)
-    source = weights.removeprefix(PREFIX).partition(":")[2]
+    """The model of "MODEL:TAG" (open_clip downloads the tag) or "MODEL:PATH.safetensors", in float32 on `device`.
+
+    ValueError without open_clip, and for an unknown model or tag, or weights that are not safetensors of that model.
+    """
+    open_clip, name, config, source = find_open_clip(weights)
+    path = weights_path(open_clip, name, config, source)
     # A tag has its own mean, std and filter; a path has not.
     known = source in open_clip.list_pretrained_tags_by_model(name)
     try:

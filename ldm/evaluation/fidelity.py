@@ -149,14 +149,23 @@ def _distances(features: Tensor, reference: Gaussian, groups: int) -> list[float
     """
     x, trace = features - reference.mean, reference.covariance.trace()  # [n, D]
     y, rows, found = x @ reference.root, torch.arange(len(x)), []
+    few = len(x) <= x.shape[1]
+    # Once for all groups: sums, and the smaller one of the two products.
+    total, squares, product = x.sum(dim=0), x.square().sum(dim=1), y @ y.T if few else y.T @ y
     for group in range(-1, groups):
         # Groups take every 20th sample: features may be sorted by caption or class.
-        some = x if group < 0 else x[rows % groups != group]
-        product = y if group < 0 else y[rows % groups != group]
-        product = product - product.mean(dim=0)
-        product = product @ product.T if len(x) <= x.shape[1] else product.T @ product  # the smaller one
-        eigenvalues = torch.linalg.eigvalsh(product).clamp(min=0) / (len(some) - 1)  # below 0 is rounding
-        own = some.mean(dim=0).square().sum() + some.var(dim=0).sum()
+        out = rows % groups == group if group >= 0 else rows < 0
+        count = len(x) - int(out.sum())
+        mean = (total - x[out].sum(dim=0)) / count
+        if few:
+            centered = product[~out][:, ~out]  # [count, count]
+            centered = centered - centered.mean(dim=0)
+            centered = centered - centered.mean(dim=1, keepdim=True)
+        else:
+            of_mean = torch.outer(mean @ reference.root, mean @ reference.root)
+            centered = product - y[out].T @ y[out] - count * of_mean  # [D, D]
+        eigenvalues = torch.linalg.eigvalsh(centered).clamp(min=0) / (count - 1)  # below 0 is rounding
+        own = mean.square().sum() + (squares[~out].sum() - count * mean.square().sum()) / (count - 1)
         distance = float(own + trace - 2 * eigenvalues.sqrt().sum())
         if distance <= MIN_RELATIVE_DISTANCE * float(trace):
             raise ValueError("the features equal those of the reference; give other images than the reference")

@@ -47,11 +47,12 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
             path of a safetensors file.
         layer: "last" or "penultimate": the states after which layer; the final layer norm follows either.
 
-    ValueError for what open_clip does not have, and a tower that is not CLIP's (other libraries, CoCa, SigLIP).
+    ValueError without open_clip, for a model or tag that it does not know, weights that are not safetensors, and a
+    tower that is not CLIP's (other libraries, CoCa, SigLIP), before its weights are downloaded.
     """
     if layer not in _LAYERS_LEFT_OUT:
         raise ValueError(f"layer={layer!r} is not known: choose {' or '.join(_LAYERS_LEFT_OUT)}")
-    open_clip, model, config, path = find_open_clip(name)
+    open_clip, model, config, source = find_open_clip(name)
     text = {"context_length": 77, "vocab_size": _VOCABULARY, "mlp_ratio": 4.0} | config["text_cfg"]
     unlike = [key for key, value in text.items() if key not in _READ | _AFTER_STATES and value]
     unlike += ["multimodal_cfg"] if "multimodal_cfg" in config else []
@@ -61,6 +62,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
             f"the text tower of open_clip's {model} is not the plain text transformer of CLIP "
             f"({', '.join(unlike)}): choose another, such as ViT-B-32 or ViT-L-14"
         )
+    path = weights_path(open_clip, model, config, source)  # may download them
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
     (folder / "text_encoder").mkdir()
@@ -87,8 +89,8 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     _write_tokenizer(open_clip, text["context_length"], folder / "tokenizer")
 
 
-def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], Path]:
-    """open_clip, and model, config and safetensors file of "MODEL:WEIGHTS", where these are a path or a tag."""
+def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], str]:
+    """open_clip, and model, config and weights of "MODEL:WEIGHTS"; ValueError without open_clip or that model."""
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
@@ -100,6 +102,11 @@ def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], Path]:
             f"open_clip knows no model {model!r}: give MODEL:TAG or MODEL:PATH.safetensors, such as "
             "ViT-B-32:laion2b_s34b_b79k; open_clip.list_models() lists all"
         )
+    return open_clip, model, config, source
+
+
+def weights_path(open_clip: Any, model: str, config: dict[str, Any], source: str) -> Path:
+    """The safetensors file of `source`: a path, or a tag whose weights open_clip downloads; ValueError for others."""
     tags = open_clip.list_pretrained_tags_by_model(model)
     if source in tags:
         tag = open_clip.get_pretrained_cfg(model, source)
@@ -118,7 +125,7 @@ def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], Path]:
         )
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} would have to be unpickled: convert it to safetensors or choose other weights")
-    return open_clip, model, config, path
+    return path
 
 
 def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ldm.disk import read_json
 from ldm.text import load_text_encoder, load_text_encoder_folders
+from ldm.text.open_clip import convert_open_clip
 
 CAPTIONS = [
     "A corgi wearing a hat",
@@ -173,3 +175,18 @@ def test_without_open_clip_the_way_out_is_named(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ValueError, match=r"ViT-B-32:openai needs open_clip.*pip install 'open-clip-torch>=3.3'$"):
         load_text_encoder("open_clip:ViT-B-32:openai")
+
+
+def test_a_tower_is_refused_before_its_weights_are_downloaded(monkeypatch: Any, tmp_path: Path) -> None:
+    def download(*_: Any) -> None:
+        raise AssertionError("downloads")
+
+    known = SimpleNamespace(
+        get_model_config=lambda model: TINY | {"multimodal_cfg": {}},
+        list_pretrained_tags_by_model=lambda model: ["tag"],
+        get_pretrained_cfg=lambda model, tag: {},
+        pretrained=SimpleNamespace(download_pretrained=download),
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", known)
+    with pytest.raises(ValueError, match="multimodal_cfg"):
+        convert_open_clip("open_clip:coca:tag", "last", tmp_path)
