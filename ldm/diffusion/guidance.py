@@ -75,6 +75,7 @@ def rescale_guidance(phi: float) -> Rescale:
 
     arXiv:2305.08891, Eq. 14 to 16, on whatever the network predicts, as in diffusers. It works best for v, as in the
     paper (φ = 0.7): ε scaled by k leaves (1 − k) σ/α of the noise in x̂_0, so that an ε-model bears a small φ only.
+    ValueError for φ outside [0, 1].
     """
     check_rescale(phi)
 
@@ -88,7 +89,10 @@ def rescale_guidance(phi: float) -> Rescale:
 
 
 def guide_within(schedule: NoiseSchedule, interval: tuple[float, float], guided: Denoise, unguided: Denoise) -> Denoise:
-    """`guided` where the noise level σ/α is in (low, high], `unguided` elsewhere: arXiv:2404.07724."""
+    """`guided` where the noise level σ/α is in (low, high], `unguided` elsewhere: arXiv:2404.07724.
+
+    ValueError unless 0 <= low < high <= inf.
+    """
     low, high = check_interval(interval)
 
     def denoise(x_t: Tensor, t: int) -> Tensor:
@@ -192,10 +196,10 @@ def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def dynamic_threshold(percentile: float) -> Callable[[Tensor], Tensor]:
-    """A `clip_x0`: x̂_0 clamped to [−s, s], divided by s, a percentile of |x̂_0|. Imagen (arXiv:2205.11487), section
-    2.3.
+    """A `clip_x0`: x̂_0 clamped to [−s, s] and divided by s. Imagen (arXiv:2205.11487), section 2.3.
 
-    s is that of each sample and at least 1, so that an image inside its range [−1, 1] stays as it is. 0.995 is usual.
+    s is a percentile of |x̂_0| in (0, 1], usually 0.995, of each sample and at least 1, so that an image inside its
+    range [−1, 1] stays as it is.
     """
     check_percentile(percentile)
 

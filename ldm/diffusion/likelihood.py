@@ -103,9 +103,7 @@ def log_variances(schedule: NoiseSchedule, timesteps: Tensor, like: Tensor) -> t
 
 
 def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """(log β̃, log β), each [T] float64; the 0 at timestep 0 of β̃ is replaced by the next (Improved DDPM, section
-    3.1).
-    """
+    """(log β̃, log β), each [T] float64, with the next for the 0 at timestep 0 of β̃ (Improved DDPM, section 3.1)."""
     if schedule.num_train_timesteps < 2:
         raise ValueError("num_train_timesteps is 1; the posterior variance of the first step is 0, so T must be 2")
     if schedule.alphas_cumprod[0] == 1:
@@ -116,7 +114,7 @@ def log_variance_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 
 
 def interpolated_log_variance(fraction: Tensor, small: Tensor | float, large: Tensor | float) -> Tensor:
-    """log Σ = v log β + (1 − v) log β̃ with v = (ν + 1) / 2, ν the `fraction` [B, C, H, W]. Improved DDPM, Eq. 15."""
+    """log Σ = v log β + (1 − v) log β̃ with v = (ν + 1) / 2, ν the `fraction`, not clamped. Improved DDPM, Eq. 15."""
     share = (fraction + 1) / 2
     return share * large + (1 - share) * small
 

@@ -76,6 +76,9 @@ def diffusion_loss(
         timesteps: [B] int64, 0 to T − 1, on the CPU.
         noise: ε, [B, C, H, W], on the device of `latents`.
         decoder: log p(x_0 | x_1), the term of "hybrid" at timestep 0.
+
+    Raises:
+        ValueError: if the denoiser's channels do not fit the loss, or the schedule does not fit `prediction_type`.
     """
     schedule.check_prediction(prediction_type)
     alpha, sigma = schedule.coefficients(timesteps, latents)  # [B, 1, 1, 1]
@@ -146,8 +149,7 @@ def x0_error_gain(schedule: NoiseSchedule, prediction_type: PredictionType) -> T
 
 
 def stratified_timestep(index: int, batch_size: int, uniform: float, num_train_timesteps: int) -> int:
-    """The timestep of sample `index` of a global batch: ⌊T (index + u) / B⌋, one of the B strata of 0 … T − 1, u in [0,
-    1).
+    """The timestep of sample `index` of a global batch: ⌊T (index + u) / B⌋, u in [0, 1), one of B strata of 0 … T − 1.
 
     Over index and u each timestep is exactly equally likely, whether or not B divides T. VDM (arXiv:2107.00630) shifts
     all strata by one u; here each sample has its own and depends on no other.

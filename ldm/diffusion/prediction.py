@@ -168,7 +168,7 @@ def to_epsilon_model(denoise: Denoise, schedule: NoiseSchedule, prediction_type:
 
 
 def split_variance(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a denoiser gives for x_t [B, C, …], as (prediction, ν): ν is None where it gives C channels and not 2C."""
+    """What a denoiser gives for x_t [B, C, …], as (prediction, ν): ν is None for C channels, else they must be 2C."""
     if output.shape == x_t.shape:
         return output, None
     doubled = (x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:])

@@ -384,6 +384,7 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """Spherical linear interpolation, on the arc: `fraction` 0 is exactly `start`, 1 exactly `end`.
 
     Noise of N dimensions lies near a sphere of radius √N; halfway along the chord it would be 1/√2 as long.
+    ValueError for opposite points.
     """
     if fraction in (0, 1):
         return end if fraction else start

@@ -209,7 +209,7 @@ class NoiseSchedule:
         """
         total, steps = self.num_train_timesteps, num_inference_steps
         if not 1 <= steps <= total:
-            raise ValueError(f"num_inference_steps is {steps}; it must be 1 to {total}, the training timesteps")
+            raise ValueError(f"num_inference_steps is {steps}; it must be 1 to {total}, the number of timesteps")
         if spacing == "leading":
             timesteps = [i * (total // steps) + steps_offset for i in reversed(range(steps))]
         elif spacing == "linspace":

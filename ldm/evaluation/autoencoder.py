@@ -286,6 +286,9 @@ def measure_autoencoder(
         training_images: number of images to train on, for the advice.
         seed: for subsets.
         progress: called with the number of images done since.
+
+    Raises:
+        ValueError: for fewer than two images, sizes that the factor does not divide, and images below 8 pixels.
     """
     if len(images) < MIN_IMAGES_OF_INTERVAL:
         raise ValueError(f"there is {len(images)} image to measure; an interval needs {MIN_IMAGES_OF_INTERVAL}")

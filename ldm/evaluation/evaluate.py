@@ -98,7 +98,7 @@ def evaluate_pipeline(
     cache: SampleCache | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Generates `samples` images and measures them.
+    """Generates `samples` images and measures them; ValueError for too few, another image size, and other settings.
 
     Args:
         seed: for captions, noise, and subsets.
@@ -228,7 +228,7 @@ def measure_generated(
 def estimate_duration(
     pipeline: Pipeline, samples: int, *, num_inference_steps: int | None, guidance_scale: float | None
 ) -> str:
-    """How long an evaluation takes at most, in words, from one image; images of a batch take less each."""
+    """How long an evaluation takes at most, in words, from one image; ValueError as `evaluate_pipeline`."""
     check_samples(samples)
     settings = _settings(pipeline, num_inference_steps, guidance_scale)
 

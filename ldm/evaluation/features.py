@@ -67,7 +67,10 @@ class FeatureSpace:
         return f"{self.title or self.name} features ({self.dimensions}, images {resized})"
 
     def compute(self, images: Iterable[Tensor]) -> Tensor:
-        """Batches of images [B, 3, H, W] in [−1, 1], of any sizes → features [N, D], float64 on the CPU."""
+        """Batches of images [B, 3, H, W] in [−1, 1], of any sizes → features [N, D], float64 on the CPU.
+
+        ValueError without images, for other shapes, and for values that are not floats in [−1, 1].
+        """
         parts: list[Tensor] = []
         with torch.no_grad():
             for batch in images:
@@ -96,6 +99,9 @@ def feature_space(
             here is the Fréchet distance FID. "clip": image embeddings of an open_clip model, not normalized (with
             length 1 the kernel of KID would be almost linear).
         weights: for "inception" the path of its weights; for "clip" MODEL:TAG or MODEL:PATH.safetensors.
+
+    Raises:
+        ValueError: for another name, weights that are missing, not needed or unknown, and missing packages.
     """
     known = ("efficientnet", "pixel", "inception", "clip")
     if name not in known:
@@ -139,7 +145,7 @@ def pixel_features(images: Tensor) -> Tensor:
 
     Colors are averaged to 8×8 cells, absolute differences of gray along each axis to 4×4; orthonormal directions reduce
     these 224 numbers, so that a few hundred images suffice for a covariance. They show noise, blur, wrong colors and
-    missing variety, but not content.
+    missing variety, but not content. ValueError for images below 8×8.
     """
     if min(images.shape[-2:]) < GRID:
         raise ValueError(f"images are {images.shape[-2]}x{images.shape[-1]}; pixel features need {GRID}x{GRID} or more")
@@ -161,7 +167,7 @@ def load_inception(weights: str) -> nn.Module:
     """The frozen network of FID, from torch-fidelity: uint8 images [B, 3, H, W] → 2048 pooled features.
 
     It resizes to 299 as FID does, bilinear without antialiasing. Its weights are a path of `INCEPTION_FILE`; other
-    files are refused, since torch-fidelity unpickles them.
+    files are refused, since torch-fidelity unpickles them. ValueError for these, and missing packages.
     """
     if not weights:
         raise ValueError(
@@ -200,7 +206,11 @@ def cached_features(
     progress: Callable[[int], object] = lambda done: None,
     log: Callable[[str], None] = print,
 ) -> Tensor:
-    """Features [N, D] float64 of every image, center-cropped and not flipped, from `images.config.cache_folder`."""
+    """Features [N, D] float64 of every image, center-cropped and not flipped, cached in `images.config.cache_folder`.
+
+    `progress` is called with the number of images done since, `log` is told of damaged files. ValueError for an image
+    that has become unreadable, or a cache that cannot be written.
+    """
     if space.name == "clip":  # its label does not identify its weights
         found = torch.empty(len(images), space.dimensions, dtype=torch.float64)
         for chunk in images.chunks(SHARD_ROWS):

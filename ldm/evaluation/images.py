@@ -63,11 +63,11 @@ def generate_images(
     first: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
-    """One image per caption, uint8 [N, 3, H, W] on the CPU, in the size of training; `first` is the number of the
-    first.
+    """One image per caption, uint8 [N, 3, H, W] on the CPU, in the size of training.
 
-    The noise of image i depends on (seed, i) only, so that models and settings are compared on the same noise. Steps
-    and scale are by default those stored with the model; `progress` is called with the number of images finished since.
+    The noise of image i, counted from `first`, depends on (seed, i) only: models and settings are compared on the same
+    noise. Steps and scale are by default those stored with the model; `progress` is called with the number of images
+    finished since. ValueError without captions, for a batch size below 1, and for settings out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1 image")
@@ -172,7 +172,7 @@ class Reference:
         progress: Progress = no_progress,
         log: Callable[[str], None] = print,
     ) -> Reference:
-        """Reads every image; features are cached on disk."""
+        """Reads every image; features are cached on disk. ValueError as in `cached_features`, and below 8×8."""
         parts = [training] if held_out is None else [training, held_out]
         with progress("features of the data", sum(map(len, parts))) as update:
             features = [cached_features(images, space, progress=update, log=log) for images in parts]
@@ -199,7 +199,7 @@ class Reference:
 
 
 def subset(images: CaptionedImages, max_count: int, seed: int) -> CaptionedImages:
-    """All images or, if there are more, `max_count` of them, sampled without replacement, in their order."""
+    """All images or, if more, `max_count` of them, sampled without replacement, in order; ValueError below 1."""
     if max_count < 1:
         raise ValueError(f"{max_count} images to compare with were requested; give at least 1")
     if len(images) <= max_count:

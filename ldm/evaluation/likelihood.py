@@ -106,6 +106,9 @@ def measure_likelihood(
         variance: σ² of p(x_{t−1} | x_t), β̃ or β; not for a network with learned variances.
         seed: for noise, images and timesteps.
         progress: called with the number of evaluations done since.
+
+    Raises:
+        ValueError: for a model of latents, images of another size, and numbers out of range.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be an integer from 0")

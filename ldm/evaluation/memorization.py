@@ -248,6 +248,9 @@ def find_copies(
         generated, training, held_out: features [M, D], [N, D], [H, D], such as `color_layout`.
         groups: `Sample.group` of the training images, None if each is its own; held-out images are of other groups.
         mirrored: [N, D], the training images flipped; give them if training flips.
+
+    Raises:
+        ValueError: for shapes that do not match, non-finite features, and fewer than 10 training groups.
     """
     known = TrainingFeatures.from_features(training, groups, mirrored)
     for name, features in (("generated", generated), ("held-out", held_out)):
@@ -292,7 +295,10 @@ def find_copies(
 def nearest_sheet(
     generated: Sequence[Image.Image], training: Callable[[int], Image.Image], copying: Copying
 ) -> Image.Image:
-    """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first."""
+    """The 24 generated images with the lowest ratios, each beside its nearest training image, the closest first.
+
+    `generated` are all, `training` opens one by its index. ValueError for another number of images than in `copying`.
+    """
     if len(generated) != len(copying.ratio):
         raise ValueError(f"there are {len(generated)} images but {len(copying.ratio)} were compared; give the same")
     order = copying.ratio.argsort(stable=True)[:SHEET_IMAGES].tolist()
@@ -373,7 +379,8 @@ def loss_gap(
     """L_simple (DDPM, Eq. 14) of `images` training and as many held-out images, or all where there are fewer.
 
     Image i of either side gets the same timesteps and noise, `draws` times a band, stratified over it. Images are not
-    augmented, latents are posterior means, captions are the first of each image and never dropped.
+    augmented, latents are posterior means, captions are the first of each image and never dropped. `progress` is called
+    with the number of evaluations done since. ValueError for numbers below 1.
     """
     for name, value in (("images", images), ("draws", draws)):
         if value < 1:

@@ -53,8 +53,7 @@ class RetrievalGallery:
         return [self._indices[sample.id] for sample in samples]
 
     def matches(self, captions: Sequence[str]) -> list[tuple[int, ...]]:
-        """For each caption the ascending indices of the images with it, and of those with the same pixels as one of
-        them.
+        """For each caption the ascending indices of the images with it, or with the same pixels as one of these.
 
         (In OpenMoji 65 of 1,918 have a duplicate: flags of one pattern, "astronaut" and "man astronaut".)
         Near-duplicates do not match. ValueError for a caption that no image has.
@@ -114,7 +113,8 @@ def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int
     """Ranks the gallery [M, D] by its cosine to each generated image [N, D] (why the cosine: docs/evaluation.md).
 
     `matches` are those of `RetrievalGallery.matches`. Captions with the same ones are not independent: intervals are
-    over the groups that they form, that of the median by a bootstrap.
+    over the groups that they form, that of the median by a bootstrap. ValueError for shapes that do not match,
+    non-finite features, and indices outside the gallery.
     """
     if generated.ndim != 2 or gallery.ndim != 2 or generated.shape[1] != gallery.shape[1] or not len(generated):
         raise ValueError(
@@ -201,7 +201,7 @@ class ClipScore:
 
 
 def clip_score(clip: Clip, images: Tensor, captions: Sequence[str]) -> ClipScore:
-    """Of images uint8 [N, 3, H, W] and the caption of each, N at least 2."""
+    """Of images uint8 [N, 3, H, W] and the caption of each, N at least 2 (ValueError)."""
     if len(captions) != len(images) or len(captions) < 2:
         raise ValueError(f"there are {len(images)} images and {len(captions)} captions; give as many, at least 2")
     image_parts, text_parts = [], []

@@ -250,6 +250,9 @@ def sweep(
         record: a JSON file of measured cells, from which an interrupted sweep continues.
         store_in: the folder of the first model, whose defaults are set to the choice; None stores nothing.
         progress: called with the number of evaluations of the network done since, of `SweepGrid.evaluations`.
+
+    Raises:
+        ValueError: for arguments out of range, `store_in` as in `check_storable`, and a `record` of another sweep.
     """
     captions, sources = sample_captions(held_out, count, seed)
     used = sorted(set(sources))
@@ -266,14 +269,13 @@ def sweep(
         check_storable(store_in)
     images = torch.tensor([used.index(index) for index in sources])  # the image of each caption
     reference = gallery.features[gallery.indices([held_out[index] for index in used])]
-    digest = hashlib.blake2b(digest_size=16)
-    ids = [sample.id for sample in gallery.samples]
-    for text in (*captions, "", *ids, "", *gallery.pixel_hashes):
-        digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-    digest.update(images.numpy().tobytes())
     # What cells must have in common to be compared.
-    identity = {"seed": seed, "features": space.label(), "captions_and_images": digest.hexdigest()}
-    identity["models"] = {name: model_digest(model) for name, model in models.items()}
+    identity = {
+        "seed": seed,
+        "features": space.label(),
+        "captions_and_images": _captions_digest(captions, images, gallery),
+        "models": {name: model_digest(model) for name, model in models.items()},
+    }
 
     def measure(name: str, pipeline: Pipeline, scale: float, steps: int) -> Cell:
         evaluations = 0  # counted, since samplers differ in their evaluations per step
@@ -306,20 +308,7 @@ def sweep(
             log_rank_without=tuple(log_rank_without.tolist()),
         )
 
-    recorded: dict[tuple[str, float, int], Cell] = {}
-    content: dict[str, Any] = hub.read_json(record) if record.exists() else {"of": identity, "cells": []}
-    if content.get("of") != identity:
-        raise ValueError(
-            f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
-            "another output folder"
-        )
-    try:
-        for fields in content["cells"]:
-            lists = {key: tuple(fields[key]) for key in ("kid_without", "log_rank_without")}
-            cell = Cell(**(fields | lists))
-            recorded[cell.setting] = cell
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{record} is no record of a sweep ({error}); remove it") from None
+    recorded = _read_record(record, identity) if record.exists() else {}
     cells = []
     for name, pipeline in models.items():
         for scale, steps in grid.pairs():
@@ -337,6 +326,34 @@ def sweep(
     if stored is not None:
         store_defaults(stored, chosen.cell.guidance_scale, chosen.cell.num_inference_steps)
     return Sweep(tuple(cells), choices, count, len(used), len(gallery.samples), space.label(), seed, stored)
+
+
+def _captions_digest(captions: Sequence[str], images: Tensor, gallery: RetrievalGallery) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    ids = [sample.id for sample in gallery.samples]
+    for text in (*captions, "", *ids, "", *gallery.pixel_hashes):
+        digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+    digest.update(images.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_record(record: Path, identity: dict[str, Any]) -> dict[tuple[str, float, int], Cell]:
+    """The cells of an interrupted sweep, by setting; ValueError if the file is of another one or damaged."""
+    content = hub.read_json(record)
+    if content.get("of") != identity:
+        raise ValueError(
+            f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
+            "another output folder"
+        )
+    recorded = {}
+    try:
+        for fields in content["cells"]:
+            lists = {key: tuple(fields[key]) for key in ("kid_without", "log_rank_without")}
+            cell = Cell(**(fields | lists))
+            recorded[cell.setting] = cell
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is no record of a sweep ({error}); remove it") from None
+    return recorded
 
 
 def raw_model(pipeline: Pipeline, training: Path) -> Pipeline:

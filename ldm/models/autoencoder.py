@@ -58,7 +58,7 @@ class FirstStageNetwork(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] → moments [B, 2 C, h, w], mean and log-variance; of a VQ model z [B, C, h, w].
 
         With `strips` about so many pixels are computed at a time, without gradients: less memory, the same up to
-        rounding.
+        rounding. ValueError if `factor` does not divide H and W.
         """
         self.config.check_size(images)
         moments = self.encoder(images) if strips is None else compute_in_strips(self.encoder, images, strips)
@@ -152,7 +152,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
 
 
 def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under today's names: old files call the attention query, key, value and proj_attn."""
+    """The weights under today's names: old files have query, key, value and proj_attn, some [C, C, 1, 1] for [C, C]."""
     upgraded = {}
     for name, tensor in state_dict.items():
         match = _ATTENTION_PARAMETER.fullmatch(name)

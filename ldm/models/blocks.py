@@ -27,7 +27,10 @@ class CheckpointedBlock(nn.Module):
 
 
 def enable_gradient_checkpointing(module: nn.Module, enabled: bool = True) -> None:
-    """Switches gradient checkpointing in all blocks of a network: less memory, about a third more time."""
+    """Switches gradient checkpointing in all blocks of a network: less memory, about a third more time.
+
+    Gradients stay the same, dropout included. ValueError for a network without such blocks.
+    """
     blocks = [block for block in module.modules() if isinstance(block, CheckpointedBlock)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} has no blocks that can be checkpointed; leave it off")

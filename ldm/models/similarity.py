@@ -22,7 +22,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, Eq. 13), 1 for equal images: [B, 3, H, W] twice, in [−1, 1] → [B].
 
     As in torchmetrics: the mean over channels, a Gaussian window of 11 pixels with σ 1.5, mirrored edges, K₁ 0.01 and
-    K₂ 0.03. In float64 on the CPU, since variances are differences of squares.
+    K₂ 0.03. In float64 on the CPU, since variances are differences of squares. ValueError below 11 pixels a side.
     """
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"images are {images.shape[-2]}x{images.shape[-1]}; SSIM needs {WINDOW} pixels a side")
@@ -69,7 +69,8 @@ class PerceptualDistance:
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
         """[B, 3, H, W] twice, in [−1, 1] → [B], always in float32.
 
-        Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, 16 three, 32 four.
+        Below 64 pixels a side only maps with 2 x 2 places or more count: with 8 pixels two, 16 three, 32 four; below
+        8 pixels ValueError.
         """
         differences = self.differences(images, others)  # [B, L]
         return (differences / differences.new_tensor(self.scales[: differences.shape[1]])).mean(dim=1)

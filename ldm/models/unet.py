@@ -268,7 +268,8 @@ class UNet(nn.Module):
         """Predicts noise, or what else the network was trained for, at timesteps of the training schedule.
 
         sample [B, in_channels, H, W], timestep [B] or a scalar (int64 or float), encoder_hidden_states [B, L,
-        cross_attention_dim], all but the timestep in the dtype of the weights → [B, out_channels, H, W].
+        cross_attention_dim], all but the timestep in the dtype of the weights → [B, out_channels, H, W]. ValueError for
+        wrong channels.
         """
         config, width = self.config, encoder_hidden_states.shape[-1]
         if sample.shape[1] != config.in_channels:

@@ -233,7 +233,7 @@ class Pipeline:
         seeds = image_seeds(seed, count)
         blank = self._blank(count, height, width)
         if latents is not None and latents.shape != blank.shape:
-            raise ValueError(f"latents have shape {list(latents.shape)}; {count} such images need {list(blank.shape)}")
+            raise ValueError(f"latents have shape {list(latents.shape)}; {count} images need {list(blank.shape)}")
         self._warn_of_cut(*prompts, *negatives)
         with explain_out_of_memory("the encoded prompts", "give fewer of them at a time"):
             condition, prompt_rows = self._encode_unique(prompts)
@@ -276,6 +276,9 @@ class Pipeline:
             seeds: two, for the ends; equal if only the prompt changes.
             steps: the number of images, ends included, at least 2.
             sampling: see `SamplingKwargs`; the sampler must be deterministic and is "ddim" by default.
+
+        Raises:
+            ValueError: naming the argument, its value and the range; so do `variations` and `invert`.
         """
         prompts = [prompt, prompt] if isinstance(prompt, str) else as_list("prompt", prompt, "one text, or two")
         if len(prompts) != 2:
@@ -444,7 +447,7 @@ class Pipeline:
             return self._decode(state.pred_original_sample, batch_size)
 
     def tile(self, size: Tile) -> None:
-        """Sets how much of a large image the first stage computes at a time: about size² pixels, from 16² up.
+        """Sets how much of a large image the first stage computes at a time: about size² pixels (ValueError below 16²).
 
         The result is the same up to rounding. "auto", the default, does so if the whole image would need more than 3
         GiB; "off" never. Pixel models ignore it.
@@ -459,7 +462,10 @@ class Pipeline:
         return (height or 64) * self.codec.factor, (width or 64) * self.codec.factor
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
-        """Moves every network to `device` (and `dtype`); returns the pipeline."""
+        """Moves every network to `device` (and `dtype`); returns the pipeline.
+
+        ValueError for a device that is not there or too small, and a dtype that networks cannot have.
+        """
         if device is not None:
             device = usable_device(device)
         if dtype is not None:

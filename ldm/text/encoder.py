@@ -104,7 +104,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Hidden states of captions, which may be empty: [B, L, D] in `dtype` on `device`."""
+        """Hidden states of captions, "" included: [B, L, D] in `dtype` on `device`; ValueError as in `check_text`."""
         captions = _checked(captions)
         return torch.cat([self._encode(captions[i : i + _CHUNK]) for i in range(0, len(captions), _CHUNK)])  # [B, L, D]
 

@@ -99,6 +99,9 @@ def load_text_encoder(name: str, max_length: int | None = None, *, layer: str = 
             CLIP, T5 or BERT model of transformers, or the folder of a whole pipeline.
         max_length: tokens to which captions are padded or cut; None is what the tokenizer states (77 for MiniLM).
         layer: "last", or for open_clip also "penultimate", as Stable Diffusion 2 uses it.
+
+    Raises:
+        ValueError: where nothing of that name can be loaded, or the length does not suit the model.
     """
     if name.startswith(OPEN_CLIP):
         scratch = TemporaryDirectory(prefix="ldm-open-clip-")
@@ -135,6 +138,7 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
 
     Length and attention mask are those of `tokenizer_config.json` and `config.json`, as in diffusers; without a length
     it is that of the model's positions. A `reference.json` names an encoder of a package in place of both.
+    ValueError where a file is missing, damaged, or does not suit the others.
     """
     folder, tokenizer = disk.expand_user(text_encoder_folder), disk.expand_user(tokenizer_folder)
     if (folder / REFERENCE).is_file():
