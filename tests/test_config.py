@@ -62,6 +62,11 @@ def test_overrides_change_one_key_each():
     assert config.train.batch_size == load_config(DIGITS, [], LDMConfig).train.batch_size
 
 
+def test_an_unknown_key_is_named_before_wrong_values():
+    with pytest.raises(ValueError, match=r"unknown key train\.max_step;"):
+        load_config(DIGITS, ["data.resolution=-1", "train.max_step=5"], LDMConfig)
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

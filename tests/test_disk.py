@@ -146,6 +146,18 @@ def test_what_comes_while_a_folder_is_replaced_stays(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "f")) == ["late", "new"]
 
 
+def test_what_stays_is_synced_before_the_new_folder_is_named(events, tmp_path):
+    (tmp_path / "f" / "notes").mkdir(parents=True)
+    (tmp_path / "f" / "notes" / "a").write_text("mine")
+    (tmp_path / "f" / "link").symlink_to("notes")
+    events.clear()
+    with disk.new_folder(tmp_path / "f", lambda name: False) as aside:
+        (aside / "new").write_text("1")
+    named = next(i for i, (what, _) in enumerate(events) if what == "name")
+    assert ("sync", (tmp_path / "f" / "notes").stat().st_ino) in events[:named]
+    assert os.readlink(tmp_path / "f" / "link") == "notes"
+
+
 def test_where_there_are_no_hard_links_what_stays_is_copied(tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(errno.EPERM, "no links here")

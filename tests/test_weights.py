@@ -11,7 +11,7 @@ from torch import nn
 from ldm import Pipeline, hub, lora, lora_files
 from ldm.training.checkpoints import TrainingState
 from ldm.training.trainable import make_ema
-from ldm.weights import find_weights, plain_name, plain_names
+from ldm.weights import find_weights, plain_name, plain_names, save_tensors
 from tests import tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,6 +35,11 @@ def test_names_of_wrappers_are_left_out_wherever_they_stand():
     assert plain_name("submodule.my_module.weight") == "submodule.my_module.weight"
     with pytest.raises(ValueError, match=r"^here has a twice"):
         plain_names({"a": 1, "_orig_mod.a": 2}, "here")
+
+
+def test_saved_tensors_are_readable_like_other_files(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.fixture

@@ -556,12 +556,12 @@ def test_a_quote_that_is_never_closed_swallows_no_row(tmp_path: Path) -> None:
         'a.png,"never closed',
         "b.png,fine",
         'c.png,closes"',
-        'd.png,"two\nlines, of e.png"',
+        'd.png,"two\ne.png\nlines, of e.png"',
         "e.png,last",
     ]
     write(tmp_path / "metadata.csv", "\n".join(rows))
     source = opened(tmp_path)
-    assert captions(source) == {"b.png": ("fine",), "d.png": ("two\nlines, of e.png",), "e.png": ("last",)}
+    assert captions(source) == {"b.png": ("fine",), "d.png": ("two\ne.png\nlines, of e.png",), "e.png": ("last",)}
     found = reasons(source)
     assert found["metadata.csv:2"] == "a quote that opens here is not closed before line 3; close it"
     assert found["metadata.csv:4"] == "a quote that nothing opens; line 2 lacks one"

@@ -54,6 +54,17 @@ def test_16_bits_are_reported_of_colors_too(color_type: int, channels: int) -> N
     assert decode(eight.getvalue(), WHITE).traits == ()
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_of_images_that_are_not_opaque(mode: str) -> None:
+    for alpha, expected in ((255, None), (254, (254, 254))):
+        data = io.BytesIO()
+        image = Image.new("L", (2, 2), 100).convert(mode)
+        image.putalpha(alpha)
+        image.save(data, "PNG")
+        decoded = decode(data.getvalue(), WHITE)
+        assert (decoded.alpha.getextrema() if decoded.alpha else None) == expected
+
+
 def test_transparent_pixels_blend_with_the_background(tmp_path: Path) -> None:
     rgba = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [200, 0, 0, 128]]], dtype=np.uint8), "RGBA")
     rgba.save(tmp_path / "a.png")

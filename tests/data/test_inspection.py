@@ -252,7 +252,8 @@ def test_curated_source_is_inspected_on_request_only() -> None:
     untouched = replace(digits, samples=tuple(replace(one, decode=refuse) for one in digits.samples))
     seen = inspect(untouched, DataConfig(path="digits", resolution=8))
     assert seen.used is untouched.samples and seen.formats == () and seen.total == 1797
-    few = replace(digits, samples=(*digits.samples[:40], replace(digits.samples[3], id="digits/again")))
+    again = replace(digits.samples[3], id="digits/again", group="digits/again")
+    few = replace(digits, samples=(*digits.samples[:40], again))
     everything = inspect(few, DataConfig(path="digits", resolution=8), include_curated=True)
     assert everything.used == few.samples
     assert everything.near_duplicates == (("digits/0003", "digits/again"),)

@@ -11,7 +11,7 @@ import pytest
 from ldm.data import DataConfig, Sample
 from ldm.data.inspection import Duplicate, ImageFormat, Inspection
 from ldm.data.report import DatasetReport, dataset_report, quoted
-from ldm.data.sources import Decoded, Skipped
+from ldm.data.sources import CaptionSource, Decoded, Skipped
 from ldm.progress import plural
 from ldm.report.data_text import report_text
 
@@ -227,6 +227,19 @@ def test_report_is_printable() -> None:
         lines = report_text(report, full=everything).split("\n")
         assert all(line.isprintable() for line in lines), [ascii(line) for line in lines if not line.isprintable()]
     json.dumps(report.to_dict(), allow_nan=False).encode("ascii")
+
+
+def test_unused_captions_may_be_missed_if_no_other_source_has_them_or_their_images_are_unknown() -> None:
+    sources = (
+        CaptionSource("used", 4, 0),
+        CaptionSource("more.csv", 4, 2, "because", doubtful=True),
+        CaptionSource("renamed.csv", 0, 0, "because", doubtful=True),
+        CaptionSource("same.csv", 4, 0, "because", doubtful=True),
+        CaptionSource("numbers.csv", 4, 2, "because"),
+    )
+    report = dataset_report(replace(whole(), caption_sources=sources), CONFIG)
+    assert [line.split()[0] for line in report.unused_captions()] == ["more.csv", "renamed.csv"]
+    assert [line.split()[0] for line in report.unused_captions(harmless=True)] == ["same.csv", "numbers.csv"]
 
 
 def test_merged_split_folders_are_noted() -> None:

@@ -145,6 +145,18 @@ def test_what_is_broken_in_parquet_costs_its_own_rows(tmp_path: Path) -> None:
         opened(tmp_path / "cut.parquet")
 
 
+def test_the_rest_of_a_broken_row_group_is_one_entry(tmp_path: Path) -> None:
+    images = [png(name) + os.urandom(1000) for name in (*COLORS, "tan")]
+    path = write(tmp_path / "a.parquet", {"png": images, "text": list("abcd")}, row_group_size=3, compression="gzip")
+    data = bytearray(path.read_bytes())
+    start = parquet.read_metadata(path).row_group(0).column(0).data_page_offset
+    data[start : start + 40] = bytes([255]) * 40
+    path.write_bytes(data)
+    source = opened(tmp_path)
+    assert list(captions(source).values()) == [("d",)]
+    assert list(reasons(source)) == ["a.parquet:1-3"]
+
+
 def test_a_broken_arrow_file_may_have_captions_that_would_be_lost(tmp_path: Path) -> None:
     labelled().save_to_disk(tmp_path / "saved")
     whole = next((tmp_path / "saved").glob("*.arrow")).read_bytes()

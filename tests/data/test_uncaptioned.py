@@ -47,6 +47,18 @@ def test_a_folder_of_images_and_nothing_else(tmp_path: Path) -> None:
         opened(tmp_path / "sub")
 
 
+def test_groups_are_named_as_those_with_captions(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "b.jpg"):
+        save(tmp_path / name)
+    config = DataConfig(path=str(tmp_path), resolution=8)
+    for file, text, groups in (
+        ("a.txt", "a caption", {"a", "b"}),
+        ("metadata.csv", "file_name,text\na.png,a caption", {"a.png", "b.png", "b.jpg"}),
+    ):
+        (tmp_path / file).write_text(text)
+        assert {sample.group for sample in open_source(config, captioned=False).samples} == groups
+
+
 def test_captions_may_come_later_and_move_nothing(tmp_path: Path) -> None:
     for number in range(40):
         save(tmp_path / f"{number}.png", f"#0000{number:02x}")
