@@ -127,10 +127,14 @@ def read_metrics(path: Path) -> Metrics:
 
 @dataclass(frozen=True)
 class Trend:
-    """The direction of a metric that should fall, by means of the last k values; k is three, or a tenth of them.
+    """The direction of a metric that should fall.
 
-    "rising" if they are above the lowest value, "falling" if they are below the k before, else "flat"; `change` is
-    relative to these, `since` their step. `best` is the step of the lowest value.
+    Attributes:
+        kind: "rising" if the mean of the last values (three, or a tenth) is above the lowest; otherwise "falling" or
+            "flat", by a straight line through the last third.
+        change: relative to the lowest value (rising), or along that line (falling, flat).
+        best: step of the lowest value.
+        since: the step from which `change` counts.
     """
 
     kind: Literal["falling", "flat", "rising"]
@@ -140,24 +144,28 @@ class Trend:
 
 
 def find_trend(points: Sequence[Point]) -> Trend | None:
-    """The trend of positive values; None with too few of them. A change counts above `MIN_CHANGE` and chance."""
-    steps, values = [step for step, _ in points], [value for _, value in points]
+    """The trend of positive values; None with too few. A change counts above `MIN_CHANGE` and three standard errors."""
+    values = [value for _, value in points]
     if len(points) < MIN_POINTS or min(values) <= 0:
         return None
-    # A robust standard deviation: third differences remove slope and curvature, and their variance is 20 σ².
+    lowest = min(range(len(values)), key=values.__getitem__)
+    best = points[lowest][0]
+    # A robust standard deviation around the curve: third differences remove its slope and curvature, and their variance
+    # is 20 σ².
     fours = zip(values, values[1:], values[2:], values[3:], strict=False)
     noise = 1.4826 * statistics.median(abs(d - 3 * c + 3 * b - a) for a, b, c, d in fours) / math.sqrt(20)
-    count = max(3, len(values) // 10)
-    last, before = statistics.fmean(values[-count:]), statistics.fmean(values[-2 * count : -count])
-    lowest = min(range(len(values)), key=values.__getitem__)
-    rise = last / values[lowest] - 1
+    recent = max(3, len(values) // 10)
+    rise = statistics.fmean(values[-recent:]) - values[lowest]
     # The lowest of n values is expected √(2 ln n) standard deviations below the mean.
-    chance = noise * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(count))
-    if lowest < len(values) - count and rise > max(MIN_CHANGE, chance / values[lowest]):
-        return Trend("rising", rise, steps[lowest], steps[lowest])
-    fall = 1 - last / before
-    is_falling = fall > max(MIN_CHANGE, 3 * noise * math.sqrt(2 / count) / before)
-    return Trend("falling" if is_falling else "flat", -fall, steps[lowest], steps[max(0, len(values) - 2 * count)])
+    chance = noise * (math.sqrt(2 * math.log(len(values))) + 3 / math.sqrt(recent))
+    if lowest < len(values) - recent and rise > max(MIN_CHANGE * values[lowest], chance):
+        return Trend("rising", rise / values[lowest], best, best)
+    steps, losses = zip(*points[-max(3, math.ceil(len(points) / 3)) :], strict=True)
+    slope, start = statistics.linear_regression(steps, losses)
+    change = slope * (steps[-1] - steps[0]) / max(statistics.fmean(losses), start + slope * steps[0])
+    error = noise / (statistics.pstdev(steps) * math.sqrt(len(steps)))  # of the slope
+    is_falling = change < -MIN_CHANGE and slope < -3 * error
+    return Trend("falling" if is_falling else "flat", change, best, steps[0])
 
 
 def training_change(points: Sequence[Point], since: int) -> float | None:
@@ -198,7 +206,9 @@ def describe_trend(metrics: Metrics) -> str:
         return f"{title} is still {better}, by {change} since step {found.since:,}: more steps may help."
     best = f"The best step was {found.best:,}."
     if found.kind == "flat":
-        return f"{title} has no clear trend since step {found.since:,} ({change}): more steps may change little. {best}"
+        if abs(found.change) > MIN_CHANGE:
+            return f"{title} shows no trend since step {found.since:,} beyond its scatter. {best}"
+        return f"{title} hardly changes since step {found.since:,} ({change}): more steps will change little. {best}"
     start = f"{title} has been {worse} since step {found.best:,}, by {change}"
     training = training_change(metrics.points("loss"), found.since)
     if training is None:
