@@ -403,8 +403,8 @@ def step_seconds(run: Run, model: nn.Module, state: TrainingState, losses_of: Lo
         model: the network as the script calls it: `state.model`, or what accelerate wrapped around it.
     """
     train = run.config.train
-    batch = _micro_batch(run)
-    loading = _mean_seconds(run, lambda: _micro_batch(run))
+    load = _micro_batch_loader(run)
+    batch, loading = load(), _mean_seconds(run, load)
     try:
         learning = _mean_seconds(run, lambda: losses_of(model, batch).backward(run.accelerator))
     except torch.OutOfMemoryError as error:
@@ -444,7 +444,7 @@ def step_seconds(run: Run, model: nn.Module, state: TrainingState, losses_of: Lo
 @torch.no_grad()
 def evaluation_seconds(run: Run, network: nn.Module, evaluate: Callable[[nn.Module, Batch], object]) -> float:
     """Seconds per image of one evaluation of a network on a batch, without gradients."""
-    batch = _micro_batch(run)
+    batch = _micro_batch_loader(run)()
     with weight_precision(network):
         return _mean_seconds(run, lambda: evaluate(network, batch), collective=False) / len(batch.ids)
 
@@ -464,10 +464,11 @@ def write_seconds(folder: Path, written: int, hashed: int) -> float:
     """Seconds to write and sync `written` bytes in a folder and to hash `hashed` bytes, measured on 16 MB."""
     block = os.urandom(WRITTEN_BYTES)
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
 
             def write() -> None:
                 file.write(block)
+                file.flush()
                 os.fsync(file.fileno())
 
             writing = timed_call(write)
@@ -489,10 +490,10 @@ def peak_memory(run: Run, state: TrainingState) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + moments
 
 
-def _micro_batch(run: Run) -> Batch:
-    """This process's first micro-batch of the present step."""
-    images = run.data.train
-    return collate([images[position] for position in next(iter(run.micro_batches(run.step, run.step + 1)))])
+def _micro_batch_loader(run: Run) -> Callable[[], Batch]:
+    """Loads this process's first micro-batch of the present step. The order of all images is found once, before."""
+    positions = next(iter(run.micro_batches(run.step, run.step + 1)))
+    return lambda: collate([run.data.train[position] for position in positions])
 
 
 def _mean_seconds(run: Run, action: Callable[[], object], collective: bool = True) -> float:

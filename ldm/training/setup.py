@@ -207,16 +207,16 @@ def save_frozen_components(pipeline: Pipeline, config: LDMConfig, run: Run) -> F
         folder, codec = hub.find_pipeline(config.start_from), pipeline.codec
         assert isinstance(codec, nn.Module)
         settings: dict[str, Any] = codec.autoencoder.config.to_dict() if isinstance(codec, LatentCodec) else {}
-        hashes = {
-            "text_encoder": pipeline.text_encoder.fingerprint(),
-            "codec": tensors_hash(codec.state_dict()),
-            "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
-            "schedule": dataclasses.asdict(pipeline.schedule),
-        }
-        # Only for VQ models: runs of others may be older than these keys.
-        hashes |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
 
         def write_hashes(path: Path) -> None:
+            hashes = {
+                "text_encoder": pipeline.text_encoder.fingerprint(),
+                "codec": tensors_hash(codec.state_dict()),
+                "scaling": [settings.get("scaling_factor"), settings.get("shift_factor")],
+                "schedule": dataclasses.asdict(pipeline.schedule),
+            }
+            # Only for VQ models: runs of others may be older than these keys.
+            hashes |= {key: settings[key] for key in ("latents_mean", "latents_std") if key in settings}
             path.mkdir()
             hub.write_json(path / "model.json", hashes)
 

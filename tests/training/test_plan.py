@@ -111,6 +111,17 @@ def test_a_sample_grid_is_foreseen_from_short_ones(monkeypatch):
     assert timing.grid_seconds(draw, 1) == pytest.approx(0.35)
 
 
+def test_a_disk_that_takes_a_part_alone_is_an_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write 17 MB: File too large") as caught:
+            timing.write_seconds(tmp_path, 1, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path)
+
+
 def test_moments_are_foreseen_until_they_are_there():
     config, _, _ = digits()
     model = nn.Linear(10**4, 3000)  # 30 M parameters, 120 MB
