@@ -92,7 +92,7 @@ def check_data(
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which data is read, and where is computed.
+    """How data is read, and on which device to compute.
 
     Args:
         image_column, caption_column, caption_source: as in `DataConfig`; None detects them.

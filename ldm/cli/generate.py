@@ -81,14 +81,7 @@ def generate(
             options[key] = int(float(value)) if float(value).is_integer() else float(value)
         except ValueError:
             raise ValueError(f"--sampler-option is {entry!r}; write KEY=NUMBER, such as snr=0.1") from None
-    weighted: list[tuple[str, float]] = []
-    for entry in lora or []:  # "style.safetensors:0.7", or a name alone
-        source, _, factor = entry.rpartition(":")
-        try:
-            source, weight = (source, float(factor)) if source else (entry, 1.0)
-        except ValueError:
-            source, weight = entry, 1.0
-        weighted.append((str(disk.expand_user(source)) if source.startswith("~") else source, weight))
+    weighted = [_source_and_weight(entry) for entry in lora or []]
     from ldm.codecs import check_tile
     from ldm.lora import check_weight
     from ldm.pipelines import Pipeline, ProgressStrip, contact_sheet, save_png
@@ -160,3 +153,13 @@ def generate(
     rows = [result.images[start : start + 8] for start in range(0, count, 8)]
     save_png(contact_sheet(rows, size=max(result.images[0].width, 96)), output, text | {"seed": result.seeds})
     print(output)
+
+
+def _source_and_weight(entry: str) -> tuple[str, float]:
+    """Of a LoRA: "style.safetensors:0.7"; the weight is 1 without a number."""
+    source, _, number = entry.rpartition(":")
+    try:
+        source, weight = (source, float(number)) if source else (entry, 1.0)
+    except ValueError:
+        source, weight = entry, 1.0
+    return str(disk.expand_user(source)) if source.startswith("~") else source, weight

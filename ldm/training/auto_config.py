@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -134,8 +135,8 @@ class TrainOptions:
 def choose_config(
     samples: Sequence[Sample], data: dict[str, Any], options: TrainOptions, device: torch.device
 ) -> ChosenConfig:
-    """Choose what the options and the given keys of `data` leave open, by all usable samples, inspected, and short
-    timings on this machine. Raises ValueError if there are too few images, or an option cannot be met.
+    """Choose what the options and the given keys of `data` (at least `path`) leave open, by all usable samples,
+    inspected, and short timings on this machine. Raises ValueError for too few images or an option that cannot be met.
     """
     if len(samples) < MIN_IMAGES:
         raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {MIN_IMAGES}")
@@ -146,18 +147,7 @@ def choose_config(
         return chosen
 
     config, reasons, data = chosen.config, chosen.reasons, chosen.config["data"]
-    if options.resolution is not None:
-        data["resolution"] = options.resolution
-    else:  # the largest that the median image fills and that this machine trains in hours
-        # Curated sets are not inspected; a few of their images represent all.
-        inspected = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
-        median = sorted(min(sample.size or sample.load().size) for sample in inspected)[len(inspected) // 2]
-        max_side = GPU_RESOLUTION if device.type == "cuda" else CPU_RESOLUTION
-        side = max((r for r in RESOLUTIONS if r <= min(median, max_side)), default=RESOLUTIONS[0])
-        data["resolution"] = side
-        limited = median > max_side == CPU_RESOLUTION
-        limit = f"; without a GPU {max_side} is what trains in reasonable time" if limited else ""
-        reasons.append(f"image size: {side}, since half of the images have a shorter side of {median} or more{limit}")
+    data["resolution"] = options.resolution or _choose_resolution(samples, device, reasons)
     few = (
         f"; {len(samples)} images teach a new model little more than themselves, so expect it to repeat them; "
         "fine-tuning a model (--start-from) needs far fewer"
@@ -214,32 +204,8 @@ def choose_config(
         else {"beta_schedule": "cosine", "prediction_type": "v_prediction"}
     )
 
-    # The largest network, and in pixel space the largest images, for which enough samples fit into the time.
-    needed = min(MAX_SAMPLES_NEEDED, max(MIN_SAMPLES_NEEDED, EPOCHS_NEEDED * len(images)))
-    resolution = data["resolution"]
     fixed = space == "latent" or options.resolution is not None
-    sides = [resolution >> halving for halving in range(1 if fixed else max(1, int(math.log2(resolution)) - 3))]
-    candidates = [(side, base) for side in sides for base in ((128, 64) if device.type == "cuda" else (64, 32))]
-    for side, base in candidates:
-        if space == "pixel":
-            shape = (3, side, side)
-        elif name is None:  # it will be trained: see `_first_stage_config`
-            shape = (4, side // 4, side // 4)
-        else:
-            shape = load_first_stage(name).latent_shape(side, side)
-        config["unet"], data["resolution"] = unet_keys(shape[1], base), side
-        network = _make_unet(config["unet"], shape[0], text[1], device)
-        possible = int(minutes * 60 * TIMED_IMAGES / unet_seconds(network, shape, text, TIMED_IMAGES, device, "no"))
-        if possible >= needed:
-            break
-    if side < resolution:
-        reasons.append(
-            f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {len(images)} images "
-            f"need, would fit into --minutes {minutes:g}"
-        )
-    size = format_millions(sum(p.numel() for p in network.parameters()))
-    slow = f"; too slow for the {needed} samples needed: raise --minutes" if possible < needed else ""
-    reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
+    network, shape = _choose_network(chosen, name, text, len(images), minutes, device, keeps_size=fixed)
     config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4, "guidance_scale": 3.0}
     _choose_steps(chosen, network, shape, text, _batch_size(len(images), 64), len(images), minutes, device)
     config["train"] |= {"learning_rate": 4e-4, "lr_schedule": "cosine"}
@@ -247,6 +213,58 @@ def choose_config(
     if chosen.first_stage is not None:
         parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
     return chosen
+
+
+def _choose_resolution(samples: Sequence[Sample], device: torch.device, reasons: list[str]) -> int:
+    """The largest of RESOLUTIONS that the median image fills and that this machine trains in hours."""
+    # Curated sets are not inspected; a few of their images represent all.
+    inspected = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
+    median = sorted(min(sample.size or sample.load().size) for sample in inspected)[len(inspected) // 2]
+    max_side = GPU_RESOLUTION if device.type == "cuda" else CPU_RESOLUTION
+    side = max((r for r in RESOLUTIONS if r <= min(median, max_side)), default=RESOLUTIONS[0])
+    limited = median > max_side == CPU_RESOLUTION
+    limit = f"; without a GPU {max_side} is what trains in reasonable time" if limited else ""
+    reasons.append(f"image size: {side}, since half of the images have a shorter side of {median} or more{limit}")
+    return side
+
+
+def _choose_network(
+    chosen: ChosenConfig,
+    first_stage: str | None,
+    text: tuple[int, int],
+    count: int,
+    minutes: float,
+    device: torch.device,
+    *,
+    keeps_size: bool,
+) -> tuple[UNet, tuple[int, int, int]]:
+    """The largest network, and without `keeps_size` the largest images, for which enough samples fit into the time:
+    (the network, its latent shape (C, h, w)). Sets `unet` and `data.resolution`.
+    """
+    config, resolution = chosen.config, chosen.config["data"]["resolution"]
+    needed = min(MAX_SAMPLES_NEEDED, max(MIN_SAMPLES_NEEDED, EPOCHS_NEEDED * count))
+    sides = [resolution >> halving for halving in range(1 if keeps_size else max(1, int(math.log2(resolution)) - 3))]
+    for side, base in itertools.product(sides, (128, 64) if device.type == "cuda" else (64, 32)):
+        if config["space"] == "pixel":
+            shape = (3, side, side)
+        elif first_stage is None:  # it will be trained: see `_first_stage_config`
+            shape = (4, side // 4, side // 4)
+        else:
+            shape = load_first_stage(first_stage).latent_shape(side, side)
+        config["unet"], config["data"]["resolution"] = unet_keys(shape[1], base), side
+        network = _make_unet(config["unet"], shape[0], text[1], device)
+        possible = int(minutes * 60 * TIMED_IMAGES / unet_seconds(network, shape, text, TIMED_IMAGES, device, "no"))
+        if possible >= needed:
+            break
+    if side < resolution:
+        chosen.reasons.append(
+            f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {count} images need, "
+            f"would fit into --minutes {minutes:g}"
+        )
+    size = format_millions(sum(p.numel() for p in network.parameters()))
+    slow = f"; too slow for the {needed} samples needed: raise --minutes" if possible < needed else ""
+    chosen.reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
+    return network, shape
 
 
 def _choose_finetuning(
@@ -306,7 +324,9 @@ def _choose_threads(
 def unet_seconds(
     unet: UNet, shape: tuple[int, int, int], text: tuple[int, int], batch: int, device: torch.device, precision: str
 ) -> float:
-    """Seconds of forward and backward for `batch` latents of a shape (C, h, w) and text states of (tokens, width)."""
+    """Seconds of forward and backward for `batch` latents of a shape (C, h, w), text states of (tokens, width), and a
+    precision "no" or "bf16", as `train.mixed_precision`.
+    """
     return seconds_per_call(threads.unet_pass(unet, shape, text, batch, device, precision), unet, device)
 
 

@@ -123,7 +123,8 @@ class TrainingState:
             )
         network = self.adversary.discriminator
         weights = hub.load_tensors(folder / "discriminator.safetensors")
-        assert len(weights) == len(network.state_dict()), "a resumed run has the same discriminator"
+        if weights.keys() != {plain_name(name) for name in network.state_dict()}:
+            raise ValueError(f"{folder} holds another discriminator than this config describes; start a new run")
         load_weights(network, weights)
         moments = hub.load_tensors(folder / "discriminator_optimizer.safetensors")
         restore_optimizer(network, self.optimizer, moments)

@@ -236,15 +236,9 @@ def main(script: str) -> None:
         else:
             raise
     except Stopped as stopped:
-        code, line = (
-            EXIT_CODE,
-            "stopped: "
-            + (
-                str(stopped)
-                or "nothing was lost: no step was made since the newest checkpoint, and the cache is complete; go on "
-                f"with {resume_command(run) if arguments.resume else 'the same command'}"
-            ),
-        )
+        again = resume_command(run) if arguments.resume else "the same command"
+        nothing_lost = "nothing was lost: no step was made since the newest checkpoint, and the cache is complete"
+        code, line = EXIT_CODE, f"stopped: {str(stopped) or f'{nothing_lost}; continue with {again}'}"
         if is_distributed:  # the launcher ends the others once the first process ends
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if line:

@@ -78,7 +78,9 @@ def base_folder(run: Path, content: Mapping[str, Any], overridden: Collection[st
 
 
 def with_absolute_paths(config: LDMConfig, run: Path) -> LDMConfig:
-    """The config of a run, with absolute paths of data and start model if it was started in another folder."""
+    """The config of a run, with absolute paths of data and start model if it was started in another folder. Raises
+    ValueError as `base_folder`.
+    """
     base = base_folder(run, dataclasses.asdict(config), set(PATH_KEYS) - {"data.path", "start_from"})
     if base == Path.cwd():
         return config

@@ -244,7 +244,8 @@ def held_out_loss(
 
     It is unweighted and of the prediction alone, so that runs with different losses compare. Timesteps are spread
     evenly over the schedule, one per image; few images are repeated. Posteriors are taken at their mean; the first
-    caption of each image is used and never dropped. Names: `held_out_loss`, `held_out_loss_t000_249`, and so on.
+    caption of each image is used and never dropped. Returns `held_out_loss`, and means over up to four bands of
+    timesteps, such as `held_out_loss_t000_249`.
     """
     held_out, steps = cache.images, schedule.num_train_timesteps
     count = min(len(held_out), config.train.validation_samples)

@@ -57,7 +57,7 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
             shape=cache.latent_shape(*batch.size),
             num_train_timesteps=schedule.num_train_timesteps,
             caption_dropout=config.train.caption_dropout,
-            positions=BatchPositions.find(order, batch, run.step) if order else None,
+            positions=None if order is None else BatchPositions.find(order, batch, run.step),
             logit_normal=config.train.logit_normal,
             device=run.device,
         )
