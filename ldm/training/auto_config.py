@@ -436,10 +436,10 @@ def _choose_steps(
     # Two evaluations of the network per image and sampling step, each a third of a training step (Kaplan et al. 2020,
     # section 2.1: backward costs two forward passes).
     sample = chosen.config["sample"]
-    per_sample = 2 * sample.get("num_inference_steps", 50) * per_step / batch / 3
+    evaluations, seconds_each = 2 * sample.get("num_inference_steps", 50), per_step / batch / 3
 
     def grid() -> float:
-        return per_sample * sample["images_per_prompt"] * len(sample["prompts"])
+        return evaluations * sample["images_per_prompt"] * len(sample["prompts"]) * seconds_each
 
     while grid() > available * GRID_FRACTION / 2 and sample["images_per_prompt"] > 1:
         sample["images_per_prompt"] //= 2

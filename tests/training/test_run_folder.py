@@ -1,5 +1,6 @@
 """Who may write a run folder: one at a time, whatever is moved aside meanwhile."""
 
+import fcntl
 import os
 import time
 
@@ -99,6 +100,21 @@ def test_the_lock_of_a_moved_folder_is_not_that_of_the_new_one(tmp_path, monkeyp
         monkeypatch.setattr(time, "sleep", lambda _: None)
 
     monkeypatch.setattr(time, "sleep", moved)
+    unlock = lock_folder(tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").read_text().startswith("process ")
+    assert (tmp_path / "run.1" / ".lock").read_text() == ""
+    unlock()
+
+
+def test_a_folder_may_be_moved_between_opening_its_lock_and_holding_it(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def moved(file, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.rename(tmp_path / "run", tmp_path / "run.1")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", moved)
     unlock = lock_folder(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").read_text().startswith("process ")
     assert (tmp_path / "run.1" / ".lock").read_text() == ""
