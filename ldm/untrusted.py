@@ -60,7 +60,7 @@ def refuse_untrusted(folder: Path) -> None:
         except (OSError, ValueError, RecursionError):
             continue  # refused where it is used
         for place, key, value in _entries(content):
-            # Libraries accept an empty quantization_config; an empty value of another key is none.
+            # Libraries act on an empty quantization_config too; an empty value of another key is as good as none.
             is_set = value is not None if key == "quantization_config" else bool(value)
             if key in _KEYS and is_set:
                 raise ValueError(f"{path} has the key {place}: {_KEYS[key]}")
