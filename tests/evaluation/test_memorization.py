@@ -201,6 +201,16 @@ def test_pictures_of_something_else_that_are_nearest_to_one_odd_image_are_no_cop
     assert verdict(found, None).kind != "memorizing"
 
 
+def test_of_images_with_one_nearest_the_first_is_evidence(digits):
+    training, held_out = features(*digits)
+    found = find_copies(held_out, training, held_out)
+    own = int(found.flagged.logical_not().nonzero()[0])
+    both = torch.stack([training[int(found.nearest[own])], held_out[own]])
+    first, last = (find_copies(images, training, held_out) for images in (both, both.flip(0)))
+    assert first.distinct == last.distinct == 1
+    assert first.chance < 0.1 and last.chance == 1
+
+
 def test_a_verdict_is_read_as_it_is_stored_now_and_as_it_was(digits):
     training, held_out = features(*digits)
     now = verdict(find_copies(training[:20], training, held_out), None)
