@@ -401,7 +401,7 @@ def evaluate_axes(
     Raises:
         ValueError: for a model whose data is unknown or is not scenes.
     """
-    from ldm.data.scenes.source import TIERS
+    from ldm.data.builtin import TIERS
     from ldm.evaluation.composition import evaluate_composition
     from ldm.evaluation.scene_classifier import load_scene_classifier
     from ldm.report.text import axes_sheet

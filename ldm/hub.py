@@ -31,7 +31,6 @@ from ldm.disk import write_json as write_json
 from ldm.models import AutoencoderConfig, AutoencoderKL, FirstStage, UNet, UNetConfig, VQConfig, VQModel
 from ldm.models.autoencoder import upgrade_state_dict
 from ldm.progress import error_reason
-from ldm.untrusted import refuse_untrusted
 from ldm.weights import (
     check_dtype,
     converted,
@@ -39,6 +38,7 @@ from ldm.weights import (
     find_weights,
     plain_names,
     read_tensors,
+    refuse_untrusted,
     shard_names,
 )
 from ldm.weights import load_tensors as load_tensors

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.requirements import pip_install
+from ldm.environment import pip_install
 from ldm.weights import plain_name
 
 Adaptable = nn.Linear | nn.Conv2d

@@ -21,11 +21,9 @@ TREES = ("ldm", "train", "tools", "experiments")
 LEVELS = {
     "ldm.diffusion": 1,
     "ldm.models": 1,
-    "ldm.requirements": 0,
+    "ldm.environment": 0,
     "ldm.disk": 0,
-    "ldm.untrusted": 1,
     "ldm.weights": 1,
-    "ldm.cores": 1,
     "ldm.progress": 1,
     "ldm.text": 2,
     "ldm.lora": 2,
@@ -51,7 +49,7 @@ KNOWN_WEIGHTS = "ldm.models.efficientnet"
 # Who may call what others may not: what is here counts cores for all, a run knows what its user allows, and a tool may
 # say what machine it ran on and fix its own conditions.
 PROGRAMS = ("tools.", "experiments.")
-MAY_CALL = {"os.cpu_count": ("ldm.cores", *PROGRAMS), "torch.set_num_threads": ("ldm.training.", *PROGRAMS)}
+MAY_CALL = {"os.cpu_count": ("ldm.environment", *PROGRAMS), "torch.set_num_threads": ("ldm.training.", *PROGRAMS)}
 TOP = 9  # programs: they import everything, nothing imports them
 
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
@@ -65,7 +63,7 @@ FORBIDDEN_CALLS = {
     "os.system": "runs text as commands",
     "pandas.read_pickle": "unpickles",
     "torch.set_num_threads": "overrides what the user says; ldm.training.threads decides, for runs alone",
-    "os.cpu_count": "counts cores that this process may not use; ask ldm.cores",
+    "os.cpu_count": "counts cores that this process may not use; ask ldm.environment",
     "eval": "runs text as code",
     "exec": "runs text as code",
     "builtins.eval": "runs text as code",
@@ -217,7 +215,7 @@ def dangerous_calls(tree: ast.AST, module: str, is_package: bool) -> Iterator[tu
             elif called.split(".")[-1] in FORBIDDEN_METHODS:
                 yield node.lineno, f"{called} {FORBIDDEN_METHODS[called.split('.')[-1]]}"
         elif isinstance(node, ast.Call) and ast.unparse(node) == "ThreadPoolExecutor()":
-            yield node.lineno, "ThreadPoolExecutor without a number takes all cores; ask ldm.cores"
+            yield node.lineno, "ThreadPoolExecutor without a number takes all cores; ask ldm.environment"
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
             # Our own pipelines and tokenizers have no weights that could be pickled; models of transformers do.
             receiver = ast.unparse(node.func).removesuffix(".from_pretrained").split(".")[-1]

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from ldm import cores
-from ldm.cores import usable_cores
+from ldm import environment
+from ldm.environment import usable_cores
 
 
 def machine(root, group, files):
@@ -42,12 +42,12 @@ def machine(root, group, files):
     ],
 )
 def test_a_control_group_grants_fewer_cores(tmp_path, monkeypatch, group, files, expected):
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert usable_cores(machine(tmp_path, group, files)) == expected
 
 
 def test_a_process_uses_the_cores_that_it_is_bound_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     assert usable_cores(tmp_path) == 2
-    monkeypatch.delattr(cores.os, "sched_getaffinity")
+    monkeypatch.delattr(environment.os, "sched_getaffinity")
     assert usable_cores(tmp_path) == os.cpu_count()

@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from ldm.requirements import OPTIONAL, pip_install
+from ldm.environment import OPTIONAL, pip_install
 
 ROOT = Path(__file__).resolve().parent.parent
 

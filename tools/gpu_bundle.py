@@ -30,10 +30,9 @@ import torch
 import transformers
 from safetensors.torch import load, save
 
+from ldm.data.builtin import TIERS, training_scene
+from ldm.data.scenes import COLORS, FEW_SINGLES_FROM, load_catalog
 from ldm.data.scenes import captions as grammar
-from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.scene import COLORS, FEW_SINGLES_FROM
-from ldm.data.scenes.source import TIERS, training_scene
 from ldm.text import load_text_encoder
 from ldm.training.resume import commit
 

@@ -27,7 +27,7 @@ import yaml
 
 from ldm import Pipeline, hub
 from ldm.codecs import LatentCodec
-from ldm.cores import usable_cores
+from ldm.environment import usable_cores
 from ldm.text import load_text_encoder
 from ldm.training import run_info
 from ldm.training.distributed import EXIT_CODE as STOPPED

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ldm.data.scenes.scene import COLORS
+from ldm.data.scenes import COLORS
 
 STANDS = ("ground", "sky", "water", "any")
 WEARS = ("head", "face", "neck")

@@ -31,10 +31,9 @@ from torch import Tensor
 from ldm import hub
 from ldm.codecs import LatentCodec
 from ldm.data import generator, to_signed
-from ldm.data.scenes.catalog import load_catalog
+from ldm.data.builtin import TIERS
+from ldm.data.scenes import COLORS, Part, Scene, SceneKind, SceneSampler, invisible_colors, load_catalog
 from ldm.data.scenes.render import RenderedPart, render_parts
-from ldm.data.scenes.scene import COLORS, Part, Scene, SceneKind, SceneSampler, invisible_colors
-from ldm.data.scenes.source import TIERS
 from ldm.evaluation.composition import AXES, axis_prompts, measure_axis, real_scenes
 from ldm.evaluation.scene_classifier import (
     ALL_COLORS,

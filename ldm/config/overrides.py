@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.config.files import (
+from ldm.config import (
     SCRIPTS,
     ConfigT,
     element_hints,

@@ -16,8 +16,7 @@ from ldm.diffusion.likelihood import log_variance_tables
 from ldm.diffusion.samplers import check_sampler
 from ldm.diffusion.schedule import check_first_step, check_precision
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig
-from ldm.models.discriminator import AdversarialLoss
-from ldm.models.similarity import MIN_IMAGE_SIZE
+from ldm.models.similarity import MIN_IMAGE_SIZE, AdversarialLoss
 
 
 def _positive(config: object, *keys: str) -> None:

@@ -4,7 +4,6 @@ What finds the samples of a path is not imported here: `layouts.open_source`, `i
 `report.dataset_report`.
 """
 
-from ldm.data.batching import SampleOrder, micro_batches
 from ldm.data.dataset import (
     Batch,
     CaptionedImages,
@@ -15,7 +14,7 @@ from ldm.data.dataset import (
     to_signed,
     to_uint8,
 )
-from ldm.data.rng import generator
+from ldm.data.rng import SampleOrder, generator, micro_batches
 from ldm.data.sources import DataConfig, NoCaptionsError, Sample
 
 __all__ = [

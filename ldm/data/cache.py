@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm import disk
-from ldm.cores import usable_cores
+from ldm.environment import usable_cores
 
 KEY_BYTES = 16
 SUFFIX, DAMAGED = ".safetensors", ".damaged"

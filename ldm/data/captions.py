@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.data.files import CAPTION_FILES, DOCUMENTS, IMAGES, FolderFiles, last_part, nfc, parent_prefix, stem, suffix
+from ldm.data.images import CAPTION_FILES, DOCUMENTS, IMAGES, FolderFiles, last_part, nfc, parent_prefix, stem, suffix
 from ldm.data.sources import CaptionSource, Decode
 from ldm.progress import printable
 

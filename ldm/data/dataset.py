@@ -1,4 +1,4 @@
-"""The training data set: captioned images as tensors, the held-out split, and channel statistics."""
+"""The training data set: captioned images as tensors of one or a few sizes, the held-out split, channel statistics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,106 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.cores import usable_cores
-from ldm.data.batching import BatchOrder, Buckets, assign_buckets, bucket_sizes
 from ldm.data.images import resize_and_crop
-from ldm.data.rng import generator
+from ldm.data.rng import BatchOrder, generator
 from ldm.data.sources import DataConfig, Sample
+from ldm.environment import usable_cores
+
+# Aspect ratios 2^(k/4), from 1:2 to 2:1, so that cropping removes at most 8 % before rounding.
+_STEPS_TO_TWO = 4
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The training sizes of images.
+
+    Attributes:
+        sizes: distinct (height, width) in pixels, from the tallest to the widest, all in use.
+        assignment: index into `sizes` per image; `moved` images are not at their nearest size, as too few others are.
+        cropped, cropped_as_squares: mean fraction of the pixels that cropping removes; None for squares.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    assignment: tuple[int, ...]
+    moved: int = 0
+    cropped: float | None = None
+    cropped_as_squares: float | None = None
+
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of the images of each size, ascending."""
+        members: list[list[int]] = [[] for _ in self.sizes]
+        for index, bucket in enumerate(self.assignment):
+            members[bucket].append(index)
+        return tuple(map(tuple, members))
+
+    def summary(self) -> str:
+        """One line for users."""
+        counts = np.bincount(self.assignment, minlength=len(self.sizes))
+        sizes = ", ".join(f"{h}x{w} ({count})" for (h, w), count in zip(self.sizes, counts, strict=True))
+        text = f"sizes, height x width (and how many images): {sizes}"
+        if self.cropped is not None and self.cropped_as_squares is not None:
+            text += f"; {self.cropped:.1%} of an image is cropped away (of squares {self.cropped_as_squares:.1%})"
+        if self.moved:
+            text += f"; moved to the next size, since too few at their own make a batch: {self.moved}"
+        return text
+
+
+def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of about R² pixels with aspect ratios up to about 2, tallest first, for the square side R.
+
+    Sides are multiples of `bucket_step`; each size occurs in both orientations.
+    """
+    step = bucket_step(resolution)
+    exponents = range(-_STEPS_TO_TWO, _STEPS_TO_TWO + 1)
+    ideal = {k: resolution * 2 ** (k / (2 * _STEPS_TO_TWO)) for k in exponents}
+    sides = {k: max(1, math.floor(side / step + 0.5)) * step for k, side in ideal.items()}
+    sizes = {(sides[-k], sides[k]) for k in exponents}
+    return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
+
+
+def bucket_step(resolution: int) -> int:
+    """The largest power of two up to R/8 and 64 (as in Stable Diffusion) that divides R; 8 where that is at most R/4,
+    as most first stages divide by 8.
+    """
+    largest = max(1, min(64, max(resolution // 8, min(8, resolution // 4))))
+    return max(step for step in (1, 2, 4, 8, 16, 32, 64) if step <= largest and resolution % step == 0)
+
+
+def assign_buckets(shapes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]], batch_size: int) -> Buckets:
+    """Assigns each image to the size with the nearest log aspect ratio, which crops least.
+
+    While a size has fewer images than a batch, the one with the fewest is given up, and its images go to the nearest
+    remaining size. The order of the images does not matter.
+
+    Args:
+        shapes: (width, height) of the images.
+        sizes: possible (height, width), tallest first.
+        batch_size: 1 keeps every nearest size.
+    """
+    # Differences of logarithms are exactly symmetric in the orientation.
+    aspects = -np.diff(np.log(shapes))[:, 0]  # [N], log(width / height)
+    targets = np.diff(np.log(sizes))[:, 0]  # [K]
+    distance = np.abs(aspects[:, None] - targets)  # [N, K]
+    nearest = distance.argmin(axis=1)
+    chosen = nearest
+    left = sorted(set(nearest.tolist()))
+    while True:
+        counts = np.bincount(chosen, minlength=len(sizes))
+        # At a tie, the most extreme aspect ratio, then the taller.
+        smallest = min(left, key=lambda k: (counts[k], -abs(targets[k]), k))
+        if counts[smallest] >= batch_size or len(left) == 1:
+            break
+        left.remove(smallest)
+        chosen = np.array(left)[distance[:, left].argmin(axis=1)]
+    place = {k: i for i, k in enumerate(left)}
+    return Buckets(
+        sizes=tuple(sizes[k] for k in left),
+        assignment=tuple(place[k] for k in chosen.tolist()),
+        moved=int((chosen != nearest).sum()),
+        cropped=float(np.mean(1 - np.exp(-np.abs(aspects - targets[chosen])))),
+        cropped_as_squares=float(np.mean(1 - np.exp(-np.abs(aspects)))),
+    )
+
 
 # One gray level in [-1, 1].
 MIN_STD = 1 / 127.5

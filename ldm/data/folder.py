@@ -25,7 +25,7 @@ from ldm.data.captions import (
     parse_list,
     sidecar_captions,
 )
-from ldm.data.files import (
+from ldm.data.images import (
     CAPTION_FILES,
     DOCUMENTS,
     IMAGES,

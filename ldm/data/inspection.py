@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from ldm.cores import usable_cores
 from ldm.data.cache import RowCache
 from ldm.data.images import FORMATS, cutout_color
 from ldm.data.rng import content_hash
 from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source
+from ldm.environment import usable_cores
 
 THUMBNAIL = 16
 # Images between two writes of the cache, which an interruption loses.

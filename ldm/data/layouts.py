@@ -26,9 +26,8 @@ from typing import Any
 
 from ldm.data import folder, shards
 from ldm.data.captions import ReadOptions, find_unread_captions
-from ldm.data.files import IMAGES, FolderFiles, list_files, misnamed_image, stem, suffix, unsupported_reason
 from ldm.data.folder import FOLDERS, METADATA, SIDECARS
-from ldm.data.images import decode
+from ldm.data.images import IMAGES, FolderFiles, decode, list_files, misnamed_image, stem, suffix, unsupported_reason
 from ldm.data.rows import SUFFIXES as TEXT_TABLES
 from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, Listing, NoCaptionsError, Skipped, Source
 from ldm.progress import plural, printable
@@ -65,7 +64,7 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
             config.resolution, config.background_rgb, skin_tones=config.skin_tones, cutouts=config.compose > 0
         )
     elif config.path == "scenes":
-        from ldm.data.scenes.source import open_scenes
+        from ldm.data.builtin import open_scenes
 
         source = open_scenes(config)
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, decode_text, match_column
-from ldm.data.files import IMAGES, suffix
+from ldm.data.images import IMAGES, suffix
 from ldm.progress import error_reason
 
 # Plain lists of file names and captions: img.jpg#0, a tab and the caption.

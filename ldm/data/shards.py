@@ -24,7 +24,7 @@ from ldm.data.captions import (
     match_column,
     sidecar_captions,
 )
-from ldm.data.files import CAPTION_FILES, IMAGES, nfc, read_file, suffix, unsupported_reason
+from ldm.data.images import CAPTION_FILES, IMAGES, nfc, read_file, suffix, unsupported_reason
 from ldm.data.rng import content_hash
 from ldm.data.rows import is_text, is_texts, to_python
 from ldm.data.sources import Listing, Sample, Skipped

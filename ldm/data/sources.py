@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from PIL import Image, ImageColor
 
-from ldm.requirements import pip_install
+from ldm.environment import pip_install
 
 BUILT_IN = ("digits", "openmoji", "scenes")
 MIN_COMPOSED_RESOLUTION = 16  # pixels

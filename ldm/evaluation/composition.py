@@ -19,6 +19,20 @@ from torch import Tensor
 
 from ldm.codecs import Codec
 from ldm.data import generator, to_signed, to_uint8
+from ldm.data.builtin import render_training_scene
+from ldm.data.scenes import (
+    COLORS,
+    INVERSE_RELATIONS,
+    RELATIONS,
+    Concept,
+    Drawing,
+    Part,
+    Scene,
+    SceneSampler,
+    Thing,
+    load_catalog,
+    relation_concept,
+)
 from ldm.data.scenes.captions import (
     COUNT_CLAUSES,
     COUNT_PHRASES,
@@ -34,19 +48,7 @@ from ldm.data.scenes.captions import (
     WORN_PHRASES,
     CaptionWriter,
 )
-from ldm.data.scenes.catalog import Drawing, Thing, load_catalog
 from ldm.data.scenes.render import render_scene
-from ldm.data.scenes.scene import (
-    COLORS,
-    INVERSE_RELATIONS,
-    RELATIONS,
-    Concept,
-    Part,
-    Scene,
-    SceneSampler,
-    relation_concept,
-)
-from ldm.data.scenes.source import render_training_scene
 from ldm.evaluation.images import SampleCache, default_batch_size, generate_images
 from ldm.evaluation.memorization import Copying, TrainingFeatures, color_layout, find_copies
 from ldm.evaluation.scene_classifier import Detection, SceneClassifier, ScenePrediction

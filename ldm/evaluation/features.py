@@ -21,10 +21,10 @@ from ldm.data import CaptionedImages, to_signed, to_uint8
 from ldm.data.cache import RowCache
 from ldm.data.images import TRANSFORM_VERSION
 from ldm.data.rng import content_hash
+from ldm.environment import pip_install
 from ldm.models.efficientnet import DIMENSIONS as EFFICIENTNET_DIMENSIONS
 from ldm.models.efficientnet import EfficientNetLite0
-from ldm.requirements import pip_install
-from ldm.text.open_clip import find_open_clip, weights_path
+from ldm.text.loading import find_open_clip, weights_path
 
 PIXEL_DIMENSIONS = 64
 GRID, GRADIENT_GRID = 8, 4

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ldm import hub
 from ldm.data import to_signed
-from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.scene import COLORS
+from ldm.data.scenes import COLORS, load_catalog
 from ldm.weights import converted
 
 FOLDER = hub.ASSETS / "scenes-classifier"

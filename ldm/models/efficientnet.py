@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.environment import pip_install
 from ldm.models.similarity import PerceptualDistance
-from ldm.requirements import pip_install
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CHANNELS = (16, 24, 40, 112, 320)

@@ -42,8 +42,7 @@ from ldm.pipelines.sampling import (
 )
 from ldm.progress import error_reason
 from ldm.text import REFERENCE, CutPromptWarning, TextEncoder, load_text_encoder_folders, reference_to
-from ldm.untrusted import refuse_untrusted
-from ldm.weights import check_dtype, check_weights, converted
+from ldm.weights import check_dtype, check_weights, converted, refuse_untrusted
 
 OnStep = Callable[[State], None]
 

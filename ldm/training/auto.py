@@ -26,7 +26,7 @@ from ldm.data.report import dataset_report
 from ldm.hub import find_pipeline
 from ldm.pipelines.pipeline import default_device
 from ldm.progress import printable
-from ldm.text.open_clip import PREFIX as OPEN_CLIP
+from ldm.text.loading import OPEN_CLIP
 from ldm.training.auto_config import DEFAULT_FIRST_STAGE, FIRST_STAGE_SUFFIX, TrainOptions, choose_config
 from ldm.training.checkpoints import list_checkpoints, resume_command
 from ldm.training.run_folder import PATH_KEYS, START_FILE, check_new, is_relative_path, lock_folder, open_folder

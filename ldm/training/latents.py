@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.codecs import Codec
-from ldm.cores import usable_cores
 from ldm.data import Batch, CaptionedImages, Sample, ignore_signals, to_signed
 from ldm.data.cache import CachedRows, RowCache
 from ldm.data.images import TRANSFORM_VERSION, resize_and_crop
 from ldm.data.rng import content_hash
+from ldm.environment import usable_cores
 from ldm.text import TextEncoder
 
 # Increase it when rows of the same key change.

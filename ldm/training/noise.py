@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import Batch, generator
-from ldm.data.batching import BatchOrder
+from ldm.data.rng import BatchOrder
 from ldm.diffusion import logit_normal_timesteps, stratified_timestep
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ldm import disk, hub
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, read_config, to_yaml
 from ldm.data.sources import BUILT_IN as BUILT_IN_DATA
-from ldm.text.open_clip import PREFIX as OPEN_CLIP
+from ldm.text.loading import OPEN_CLIP
 from ldm.training.checkpoints import (
     checkpoint_step,
     file_hashes,

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ldm import hub
-from ldm.config import LDMConfig
-from ldm.config.files import read_yaml
+from ldm.config import LDMConfig, read_yaml
 from ldm.config.overrides import load_config
 from ldm.data import CaptionedImages, DataConfig
 from ldm.pipelines import Pipeline

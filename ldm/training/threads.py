@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ldm.cores import usable_cores
+from ldm.environment import usable_cores
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # if they differ, torch takes the second
 ROUNDS, MEASURE_SECONDS = 5, 3.0

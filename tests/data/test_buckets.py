@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from ldm.data.batching import Buckets, assign_buckets, bucket_sizes, bucket_step
+from ldm.data.dataset import Buckets, assign_buckets, bucket_sizes, bucket_step
 
 SIZES = bucket_sizes(512)
 

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from ldm.data import SampleOrder, generator, micro_batches
-from ldm.data.batching import BatchOrder
+from ldm.data.rng import BatchOrder
 
 SIZES = ((16, 8), (8, 8), (8, 16))
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from ldm.data import generator
-from ldm.data.scenes.catalog import load_catalog
+from ldm.data.scenes import Part, Scene, SceneSampler, load_catalog
 from ldm.data.scenes.render import render_parts, render_scene
-from ldm.data.scenes.scene import Part, Scene, SceneSampler
 
 
 @pytest.fixture(scope="module")

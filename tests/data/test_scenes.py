@@ -8,12 +8,9 @@ import pytest
 import yaml
 
 from ldm.data import CaptionedImages, DataConfig, generator, split
+from ldm.data.builtin import held_out_scene, training_scene
 from ldm.data.layouts import open_source
-from ldm.data.scenes import captions
-from ldm.data.scenes.captions import CaptionWriter
-from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.render import render_scene, tint
-from ldm.data.scenes.scene import (
+from ldm.data.scenes import (
     COLORS,
     FEW_SINGLES_FROM,
     HELD_OUT_FRACTIONS,
@@ -21,9 +18,12 @@ from ldm.data.scenes.scene import (
     RELATIONS,
     Concept,
     SceneSampler,
+    captions,
+    load_catalog,
     relation_concept,
 )
-from ldm.data.scenes.source import held_out_scene, training_scene
+from ldm.data.scenes.captions import CaptionWriter
+from ldm.data.scenes.render import render_scene, tint
 from ldm.text import load_text_encoder
 from tests.training.runs import ROOT
 

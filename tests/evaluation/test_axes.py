@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from ldm.data import generator
-from ldm.data.scenes.catalog import load_catalog
+from ldm.data.scenes import Concept, SceneSampler, load_catalog
 from ldm.data.scenes.render import render_parts
-from ldm.data.scenes.scene import Concept, SceneSampler
 from ldm.evaluation.composition import AXES, axis_prompts, correctness, is_on, is_placed, with_other_drawings
 from ldm.evaluation.scene_classifier import OWN, Detection, ScenePrediction
 

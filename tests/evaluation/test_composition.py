@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.scene import SceneSampler
+from ldm.data.scenes import SceneSampler, load_catalog
 from ldm.evaluation.composition import (
     AXES,
     IMAGES_PER_PROMPT,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ldm.data import generator
-from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.scene import SceneSampler
+from ldm.data.scenes import SceneSampler, load_catalog
 from ldm.evaluation.scene_classifier import (
     FOLDER,
     SceneClassifier,

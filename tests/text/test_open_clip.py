@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.disk import read_json
 from ldm.text import load_text_encoder, load_text_encoder_folders
-from ldm.text.open_clip import convert_open_clip
+from ldm.text.loading import convert_open_clip
 
 CAPTIONS = [
     "A corgi wearing a hat",

@@ -13,8 +13,8 @@ import yaml
 
 from ldm import hub
 from ldm.data import DataConfig
-from ldm.data.scenes.scene import FEW_SINGLES_FROM
-from ldm.data.scenes.source import held_out_scene, training_scene
+from ldm.data.builtin import held_out_scene, training_scene
+from ldm.data.scenes import FEW_SINGLES_FROM
 from ldm.models import UNetConfig
 from ldm.text import load_text_encoder
 from tools import gpu, gpu_benchmark, gpu_bundle

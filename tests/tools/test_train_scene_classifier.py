@@ -7,8 +7,7 @@ import torch
 
 from ldm.codecs import PixelCodec
 from ldm.data import generator, to_signed
-from ldm.data.scenes.catalog import load_catalog
-from ldm.data.scenes.scene import SceneSampler
+from ldm.data.scenes import SceneSampler, load_catalog
 from ldm.evaluation.composition import AXES
 from ldm.evaluation.scene_classifier import ALL_COLORS, SceneClassifier, SceneClassifierConfig, SceneClassifierNetwork
 from tools.train_scene_classifier import Stream, best_peak, changed, initial_network, loss_of, scores, train

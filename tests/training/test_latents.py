@@ -19,7 +19,7 @@ from PIL import Image
 
 from ldm.codecs import LatentCodec, PixelCodec
 from ldm.data import CaptionedImages, DataConfig, collate, to_signed
-from ldm.data.batching import Buckets
+from ldm.data.dataset import Buckets
 from ldm.data.layouts import open_source
 from ldm.diffusion import drop_conditioning
 from ldm.models import AutoencoderConfig, AutoencoderKL

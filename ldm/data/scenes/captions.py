@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ldm.data.rng import pick
-from ldm.data.scenes.catalog import CLIP_ART, Thing
-from ldm.data.scenes.scene import INVERSE_RELATIONS, PLACES, Concept, Part, Scene
+from ldm.data.scenes import CLIP_ART, INVERSE_RELATIONS, PLACES, Concept, Part, Scene, Thing
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
 

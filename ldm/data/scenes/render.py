@@ -8,8 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.scenes.catalog import Anchor, Drawing, rasterize
-from ldm.data.scenes.scene import PLACES, Part, Scene
+from ldm.data.scenes import PLACES, Anchor, Drawing, Part, Scene, rasterize
 
 # sRGB, distinct enough to be named alike by people.
 RGB = {
