@@ -9,7 +9,7 @@ import torch
 from diffusers import VQModel as DiffusersVQModel
 from torch import Tensor
 
-from ldm.models import VectorQuantizer, VQConfig, VQModel, codebook_usage, vq
+from ldm.models import VectorQuantizer, VQConfig, VQModel, autoencoder, codebook_usage
 
 TWO_LEVELS = {
     "block_out_channels": (8, 16),
@@ -118,7 +118,7 @@ def test_the_nearest_code_is_found_far_from_zero_and_with_a_small_table(
 
     multiply = torch.addmm
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(vq, "MAX_DISTANCES", 350)
+    monkeypatch.setattr(autoencoder, "MAX_DISTANCES", 350)
     assert torch.equal(quantizer.nearest(latents).flatten(), expected)
     assert [len(table) for table in tables] == [7] * 10
     assert max(table.numel() for table in tables) == 350
