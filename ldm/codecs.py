@@ -62,9 +62,7 @@ class Codec(nn.Module):
         if height < factor or width < factor or height % factor or width % factor:
             nearest = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
             size = f"{height}x{width}"
-            raise ValueError(
-                f"image size {size} is not divisible by the codec's factor {factor}; the nearest size is {nearest}"
-            )
+            raise ValueError(f"image size {size} is not divisible by the codec's factor {factor}; take {nearest}")
         return self.channels, height // factor, width // factor
 
     def moments(self, images: Tensor) -> Tensor:
@@ -116,9 +114,7 @@ class PixelCodec(Codec):
         # In float32, where a tiny deviation is 0.
         is_valid = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
         if len(mean) != len(std) or not is_valid:
-            raise ValueError(
-                f"PixelCodec mean {mean} and std {std} must have one entry per channel, finite, std positive"
-            )
+            raise ValueError(f"PixelCodec mean {mean} and std {std}: one finite number a channel, std above 0")
         self.channels = len(mean)
         self.mean: Tensor
         self.std: Tensor

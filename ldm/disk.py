@@ -105,9 +105,7 @@ def writable_folder(name: str | os.PathLike[str]) -> Path:
         raise ValueError("the name of the folder is empty; name one, or . for the present one")
     given = expand_user(name)
     if given.is_symlink() and not given.exists():
-        raise ValueError(
-            f"{given} is a link to {os.readlink(given)}, where nothing is; remove it or name another folder"
-        )
+        raise ValueError(f"{given} is a link to {os.readlink(given)}, where nothing is; name another folder")
     folder = given.resolve()
     standing = next(path for path in (folder, *folder.parents) if path.exists())
     if not standing.is_dir():
@@ -125,9 +123,7 @@ def expand_user(name: str | os.PathLike[str]) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError:
-        raise ValueError(
-            f"{os.fspath(name)} names the home folder of a user that does not exist; write ./{os.fspath(name)}"
-        ) from None
+        raise ValueError(f"{name} names the home folder of a user that does not exist; write ./{name}") from None
 
 
 @contextmanager
@@ -210,8 +206,21 @@ def _keep(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
             source, target = place / name, new / within / name
             mode = source.lstat().st_mode
             if not (target.is_symlink() or target.exists()):
-                _link_or_copy(source, target)
                 changed.add(target.parent)
+                if stat.S_ISLNK(mode):
+                    os.symlink(os.readlink(source), target)
+                    continue
+                try:
+                    os.link(source, target)
+                except OSError as error:
+                    if error.errno == errno.EXDEV:
+                        raise ValueError(
+                            f"{source} is on a file system of its own; nothing was written, move it"
+                        ) from None
+                    if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
+                        raise
+                    shutil.copy2(source, target)
+                    sync(target)
                 continue
             same = os.path.samestat(source.lstat(), target.lstat())
             same |= stat.S_ISLNK(mode) and target.is_symlink() and os.readlink(source) == os.readlink(target)
@@ -219,22 +228,6 @@ def _keep(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
                 raise ValueError(f"{source} is not what a model has under that name; nothing was written, move it")
     for folder in changed:
         sync(folder)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    mode = source.lstat().st_mode
-    if stat.S_ISLNK(mode):
-        os.symlink(os.readlink(source), target)
-        return
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno == errno.EXDEV:
-            raise ValueError(f"{source} is on a file system of its own; nothing was written, move it") from None
-        if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
-            raise
-        shutil.copy2(source, target)
-        sync(target)
 
 
 def remove_folder(path: Path) -> None:
@@ -306,7 +299,4 @@ def check_not_pointer(path: Path) -> None:
         return
     with suppress(OSError), path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
-            raise ValueError(
-                f"{path} is a git-LFS pointer, not the file itself; run `git lfs install` once and "
-                f"`git lfs pull` in {path.parent}"
-            )
+            raise ValueError(f"{path} is a git-LFS pointer, not the file; run `git lfs pull` in {path.parent}")

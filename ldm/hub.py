@@ -109,7 +109,13 @@ def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Ite
     place = disk.writable_folder(folder)
     mark, names = FORMATS[kind]
     other = next((path.name for path in sorted(place.glob("*")) if path.name not in _COMPANIONS), None)
-    if other is not None and not _is_model(place, mark):
+    is_model = (place / mark).is_file()
+    if is_model and mark == "config.json":  # other programs have files of this name
+        try:
+            is_model = read_json(place / mark).get("_class_name") in FIRST_STAGES
+        except ValueError:
+            is_model = False
+    if other is not None and not is_model:
         raise ValueError(
             f"{folder} holds files that are no model, such as {other}, and no {mark} of one; nothing was written, "
             "choose another folder"
@@ -117,15 +123,6 @@ def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Ite
     pattern = re.compile(names)
     with disk.new_folder(place, lambda name: pattern.fullmatch(name) is not None) as aside:
         yield aside
-
-
-def _is_model(folder: Path, mark: str) -> bool:
-    if mark != "config.json":
-        return (folder / mark).is_file()
-    try:  # other programs have files of this name
-        return read_json(folder / mark).get("_class_name") in FIRST_STAGES
-    except ValueError:
-        return False
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -249,9 +246,8 @@ def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> FirstS
     folder = disk.expand_user(folder)
     name = _read_config(folder).get("_class_name", "AutoencoderKL")
     if name not in FIRST_STAGES:
-        raise ValueError(
-            f"{folder / 'config.json'} describes {_a(name)}; a first stage is {' or '.join(map(_a, FIRST_STAGES))}"
-        )
+        known = " or ".join(map(_a, FIRST_STAGES))
+        raise ValueError(f"{folder / 'config.json'} describes {_a(name)}; a first stage is {known}")
     model = load_model(folder, name, dtype)
     assert not isinstance(model, UNet)
     return model
@@ -360,9 +356,8 @@ def _find_local(name: str | os.PathLike[str], wanted: str) -> Path | None:
     if not folder.is_dir() and folder.suffix.lower() in SINGLE_FILES:
         theirs = "StableDiffusionPipeline" if wanted == "model_index.json" else "AutoencoderKL"
         raise ValueError(
-            f"{text} is a single file, and a model here is a folder in the layout of diffusers; convert it once with "
-            f"diffusers.{theirs}.from_single_file(...).save_pretrained(FOLDER) and name that folder (a LoRA is loaded "
-            "onto a model, with load_lora or --lora)"
+            f"{text} is a single file, and a model is a folder; convert it once with diffusers.{theirs}."
+            "from_single_file(...).save_pretrained(FOLDER) (a LoRA is loaded with load_lora or --lora)"
         )
     if folder.is_file():
         raise ValueError(f"{text} is a file; name the folder of a model, which holds {wanted}")
@@ -394,11 +389,9 @@ def _download(hub_id: str, patterns: list[str], *places: str) -> Path:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=never))
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
         raise ValueError(
-            f"there is no model folder {hub_id}, and the hub did not give a model of that id ({error_reason(error)})"
+            f"there is no model folder {hub_id}, and no such model on the hub ({error_reason(error)})"
         ) from None
     for place in places:
         if any((snapshot / place / name).is_file() for name in ("model_index.json", "config.json")):
             return snapshot / place
-    raise ValueError(
-        f"the hub model {hub_id} holds no {' or '.join(patterns[:1])}; it is not in the layout of diffusers"
-    )
+    raise ValueError(f"the hub model {hub_id} holds no {patterns[0]}; it is not in the layout of diffusers")

@@ -60,8 +60,7 @@ def refuse_untrusted(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if _ADAPTER.fullmatch(path.name):
             raise ValueError(
-                f"{path} is an adapter, which libraries silently apply to the weights beside it: move it out of "
-                "this folder (a LoRA is loaded with load_lora or --lora)"
+                f"{path} is an adapter, which libraries silently apply: move it away (a LoRA is loaded with load_lora)"
             )
         is_config = path.name.endswith("config.json") or path.name == "model_index.json"
         if not is_config or not path.is_file():  # a pipe would be waited for
@@ -150,15 +149,11 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
         pickles = sorted(path.name for end in (".bin", ".ckpt") for path in folder.glob(f"*{end}*"))
         if pickles:
             raise ValueError(
-                f"{folder} holds pickled weights ({pickles[0]}), which are never opened here; convert them to "
-                f"{target.name} with the tool that made them"
+                f"{folder} holds pickled weights ({pickles[0]}), which are never opened; convert them to {target.name}"
             )
         raise ValueError(f"{target} is missing; the model folder is incomplete, copy or train it again")
     if len(found) > 1 and variant not in _PREFERRED:
-        raise ValueError(
-            f"{folder} holds the variants {' and '.join(sorted(found))} of its weights; rename one of them to "
-            f"{stem}.safetensors"
-        )
+        raise ValueError(f"{folder} holds the variants {' and '.join(sorted(found))}; rename one to {stem}.safetensors")
     path = found[variant]
     if path.suffix == ".safetensors":
         return WeightFiles((path,), None)
@@ -209,10 +204,8 @@ def check_weights(weights: Mapping[str, Tensor], where: str | Path) -> None:
     """
     for name, tensor in weights.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{where}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, but weights are {_NAMES}; "
-                "quantized files are not read here, take one that is not"
-            )
+            stored = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{where}: {name} is stored as {stored} (quantized files are not read); take {_NAMES}")
         if not _all_finite(tensor):
             raise ValueError(f"{where}: {name} holds numbers that are not finite; train, save or download it again")
 
@@ -245,9 +238,7 @@ def plain_names(weights: Mapping[str, Value], where: str | os.PathLike[str] = "t
     plain: dict[str, Value] = {}
     for name, value in weights.items():
         if plain_name(name) in plain:
-            raise ValueError(
-                f"{where} has {plain_name(name)} twice, with and without the prefix of a wrapper; save it again"
-            )
+            raise ValueError(f"{where} has {plain_name(name)} twice, with and without the prefix of a wrapper")
         plain[plain_name(name)] = value
     return plain
 

@@ -37,25 +37,6 @@ from ldm.config.schema import (
     section_name,
 )
 
-__all__ = [
-    "AutoencoderLossConfig",
-    "AutoencoderTrainingConfig",
-    "ConfigT",
-    "DiffusionTrainConfig",
-    "FinetuneConfig",
-    "LDMConfig",
-    "SampleConfig",
-    "TextConfig",
-    "TrainConfig",
-    "check_autoencoder",
-    "check_objective",
-    "parse_config",
-    "read_config",
-    "section_name",
-    "to_yaml",
-]
-
-
 _MEASURED = "the statistics of the latents, which training measures"
 _FOLDED = "the statistics of the latents, which training folds into quant_conv"
 # Keys that a config leaves out, and what they follow from.
@@ -114,9 +95,7 @@ def parse_config(content: Mapping[str, Any], kind: type[ConfigT], where: str) ->
     """Validates a nested mapping as a config of `kind`; `where` names its origin in errors."""
     if content.get("start_from") is not None:
         for key in sorted(FROM_START & content.keys()):
-            raise ValueError(
-                f"{where}: {key} follows from start_from, the model that training goes on from; leave it out"
-            )
+            raise ValueError(f"{where}: {key} follows from start_from, the model that is trained; leave it out")
     elif "finetune" in content:
         raise ValueError(f"{where}: finetune says how to go on from a model; name that model in start_from")
     for section, derived in DERIVED.items():
@@ -213,9 +192,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value} stands in line {lines[key.value]} and again in line {line}; leave one out"
-                )
+                problem = f"{key.value} stands in line {lines[key.value]} and again in line {line}; leave one out"
+                raise yaml.MarkedYAMLError(problem=problem)
             lines[key.value] = line
             if key.tag.endswith(":null"):
                 key.tag = "tag:yaml.org,2002:str"

@@ -95,17 +95,14 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
             inside = content.get(section) if section else content
             if isinstance(inside, Mapping) and last in inside:
                 raise ValueError(
-                    f"{where} has {key}, a key of {tool}; ldm does not read such configs: start from one of the files "
-                    "in configs/, and name a model to go on from in start_from"
+                    f"{where} has {key}, a key of {tool}, whose configs are not read; start from a file in configs/"
                 )
     other = next(one for one in SCRIPTS if one is not kind)
     known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
     foreign = sorted(map(str, content.keys() - known))
     if foreign and theirs.issuperset(foreign):
-        raise ValueError(
-            f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {' and no '.join(foreign)}; run "
-            "it with that script"
-        )
+        missing = " and no ".join(foreign)
+        raise ValueError(f"{where} is for {SCRIPTS[other]}, run that: {SCRIPTS[kind]} has no {missing}")
 
 
 def from_text(text: str, hint: Any, path: str) -> Any:
@@ -128,19 +125,31 @@ def from_text(text: str, hint: Any, path: str) -> Any:
         return bare[1:-1] if quoted else text
     if section is not None:
         if not (bare.startswith("{") and bare.endswith("}")):
-            raise ValueError(
-                f"{path} is {text!r}, and it is a section; set one of its keys, "
-                f"{path}.{dataclasses.fields(section)[0].name}=…"
-            )
+            one = dataclasses.fields(section)[0].name
+            raise ValueError(f"{path} is {text!r}, and it is a section; set one of its keys, {path}.{one}=…")
         return typed(_read_value(bare, path), hint, path)
     if listed is not None and bare.startswith("["):
-        items = _elements(bare, path)
+        # "[a, 'b, c']" → the elements, quotes and all
+        if not bare.endswith("]") or len(bare) < 2:
+            raise ValueError(f"{path} is {text!r}, a list without its closing bracket; write [a, b]")
+        inside, items, at = bare[1:-1].strip(), [], 0
+        while at < len(inside):
+            element = _ELEMENT.match(inside, at)
+            if element is None:
+                raise ValueError(
+                    f"{path} is {text!r}, in which a quote is not closed, or not at the end of its element"
+                )
+            if not element[1] or element[1][0] == "[":
+                what = "has an empty element" if not element[1] else "has a list in it"
+                raise ValueError(f'{path} is {text!r}, which {what}; put texts in quotes, such as ["", "[a]"]')
+            items.append(element[1])
+            at = element.end()
         hints = element_hints(listed, len(items))
         found = []
         for i, item in enumerate(items):
-            element, key = members_of(hints[i]), f"{path}.{i}"
+            types_of, key = members_of(hints[i]), f"{path}.{i}"
             inside = str(_read_value(item, key)) if item[0] in "\"'" else item
-            found.append(inside if takes_text(element) else number_of(inside, element, key))
+            found.append(inside if takes_text(types_of) else number_of(inside, types_of, key))
         return found
     return number_of(bare, members, path)
 
@@ -150,20 +159,3 @@ def _read_value(text: str, path: str) -> Any:
         return read_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path} is {text!r}, which is no value in YAML ({error})") from None
-
-
-def _elements(text: str, path: str) -> list[str]:
-    """ "[a, 'b, c']" → the elements, quotes and all."""
-    if not text.endswith("]") or len(text) < 2:
-        raise ValueError(f"{path} is {text!r}, a list without its closing bracket; write [a, b]")
-    inside, items, at = text[1:-1].strip(), [], 0
-    while at < len(inside):
-        found = _ELEMENT.match(inside, at)
-        if found is None:
-            raise ValueError(f"{path} is {text!r}, in which a quote is not closed, or not at the end of its element")
-        if not found[1] or found[1][0] == "[":
-            what = "has an empty element" if not found[1] else "has a list in it"
-            raise ValueError(f'{path} is {text!r}, which {what}; put texts in quotes, such as ["", "[a]"]')
-        items.append(found[1])
-        at = found.end()
-    return items

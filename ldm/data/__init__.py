@@ -16,20 +16,3 @@ from ldm.data.dataset import (
 )
 from ldm.data.rng import SampleOrder, generator, micro_batches
 from ldm.data.sources import DataConfig, NoCaptionsError, Sample
-
-__all__ = [
-    "Batch",
-    "CaptionedImages",
-    "DataConfig",
-    "NoCaptionsError",
-    "Sample",
-    "SampleOrder",
-    "collate",
-    "generator",
-    "ignore_signals",
-    "image_statistics",
-    "micro_batches",
-    "split",
-    "to_signed",
-    "to_uint8",
-]

@@ -108,8 +108,7 @@ class RowCache:
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise ValueError(
-                    f"the cache {self.folder} needs {_size(needed)} more and its disk has {_size(free)} left; "
-                    f"free some, or {WAY_OUT}"
+                    f"{self.folder} needs {_size(needed)} more, its disk has {_size(free)}; free some, or {WAY_OUT}"
                 )
             with disk.new_file(path) as aside:
                 aside.write_bytes(content)
@@ -171,7 +170,23 @@ class RowCache:
             path = self.folder / name
             if name.endswith(SUFFIX) and not name.startswith("."):
                 try:
-                    self._shards[name] = _read_header(path, self._name)
+                    with open(path, "rb") as file:
+                        size = os.fstat(file.fileno()).st_size
+                        (length,) = struct.unpack("<Q", file.read(8))
+                        if length > size:
+                            raise ValueError("ends early")
+                        header: dict[str, Any] = json.loads(file.read(length))
+                        if header["__metadata__"]["store"] != self._name:
+                            raise ValueError(f"belongs to {header['__metadata__']['store']}")
+                        count, *shape = header["rows"]["shape"]
+                        key_start, key_end = header["keys"]["data_offsets"]
+                        start, end = header["rows"]["data_offsets"]
+                        if 8 + length + max(key_end, end) != size or key_end - key_start != KEY_BYTES * count:
+                            raise ValueError("ends early")
+                        file.seek(8 + length + key_start)
+                        keys = np.frombuffer(file.read(KEY_BYTES * count), f"S{KEY_BYTES}")
+                    dtype, each = DTYPES[header["rows"]["dtype"]], (end - start) // count
+                    self._shards[name] = _Shard(path, keys, 8 + length + start, each, dtype, tuple(shape))
                 except Exception as error:  # foreign files raise many types
                     self._refuse(path, error)
             elif name.startswith(".") and SUFFIX in name:
@@ -224,8 +239,7 @@ class CachedRows:
                             raise ValueError("ends early")
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"the cache file {shard.path} was changed during the run: it {_reason(error)}; start again to "
-                    "compute its rows"
+                    f"the cache file {shard.path} was changed during the run: it {_reason(error)}; start again"
                 ) from None
         return found
 
@@ -235,27 +249,6 @@ def _packed(keys: Sequence[str]) -> np.ndarray:
     packed = bytes.fromhex("".join(keys))
     assert len(packed) == KEY_BYTES * len(keys), "a key has 32 hexadecimal digits"
     return np.frombuffer(packed, f"S{KEY_BYTES}")
-
-
-def _read_header(path: Path, store: str) -> _Shard:
-    """The header and the keys of a shard; invalid files raise any exception."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size:
-            raise ValueError("ends early")
-        header: dict[str, Any] = json.loads(file.read(length))
-        if header["__metadata__"]["store"] != store:
-            raise ValueError(f"belongs to {header['__metadata__']['store']}")
-        count, *shape = header["rows"]["shape"]
-        key_start, key_end = header["keys"]["data_offsets"]
-        start, end = header["rows"]["data_offsets"]
-        if 8 + length + max(key_end, end) != size or key_end - key_start != KEY_BYTES * count:
-            raise ValueError("ends early")
-        file.seek(8 + length + key_start)
-        keys = np.frombuffer(file.read(KEY_BYTES * count), f"S{KEY_BYTES}")
-    dtype = DTYPES[header["rows"]["dtype"]]
-    return _Shard(path, keys, 8 + length + start, (end - start) // count, dtype, tuple(shape))
 
 
 def _hash_name(digest: Any) -> str:

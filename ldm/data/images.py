@@ -209,9 +209,7 @@ def list_files(folder: Path) -> FolderFiles:
                         skipped.append(Skipped(below + entry.name, f"cannot be read: {error.strerror}"))
         except OSError as error:
             if not below:
-                raise ValueError(
-                    f"the folder {folder} cannot be read: {error.strerror}; fix its permissions"
-                ) from error
+                raise ValueError(f"the folder {folder} cannot be read: {error.strerror}; fix that") from error
             skipped.append(Skipped(below, f"the folder cannot be read: {error.strerror}"))
     return FolderFiles(folder, sorted(files), skipped)
 
@@ -259,11 +257,11 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
                 "transparent": image.has_transparency_data,
                 "animated": getattr(image, "n_frames", 1) > 1,
             }
-            found_traits = tuple(trait for trait, applies in traits.items() if applies)
             rgb = to_rgb(upright, background)
             alpha = upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
             if alpha is not None and alpha.getextrema()[0] == 255:
                 alpha = None
+            found_traits = tuple(trait for trait, applies in traits.items() if applies)
             return Decoded(rgb, image.format or "", image.mode, found_traits, alpha)
     except UnidentifiedImageError as error:
         reason = unsupported_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})"

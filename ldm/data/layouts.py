@@ -108,8 +108,8 @@ def _open_path(config: DataConfig, captioned: bool) -> Source:
             named, _ = folder.read_named_tables(list_files(path.parent), options, [path.name])
             if not named:
                 raise ValueError(
-                    f"no row of {path} names an image beside or below it; look at its column of file names, or give "
-                    f"the folder that holds both, and data.caption_source {path.name}"
+                    f"no row of {path} names an image beside or below it; give the folder that holds both, and "
+                    f"data.caption_source {path.name}"
                 )
             listing = named[0]
             if listing.error is not None:
@@ -270,16 +270,14 @@ class _Folder:
             if error is not None and self.options.captioned:
                 raise error
             if self.config.image_column is not None:
-                raise ValueError(
-                    f'data.image_column is "{self.config.image_column}", but {root} holds no table; leave it out'
-                )
+                column = self.config.image_column
+                raise ValueError(f'data.image_column is "{column}", but {root} holds no table; leave it out')
             return None
         same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
         if self.options.captioned and best in same and any(one.images != best.images for one in same):
             names = "; ".join(one.name for one in same)
             raise ValueError(
-                f"{root} has several tables that name images, as many each but not the same: {names}; set "
-                "data.caption_source to one of them, or call those that count metadata.csv or metadata.jsonl"
+                f"{root} has several tables that name as many images: {names}; set data.caption_source to one of them"
             )
         return best.name
 
@@ -394,10 +392,8 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         chosen = [path for path in paths if subset in PurePosixPath(path).with_suffix("").parts]
         if not chosen:
             folders = sorted({PurePosixPath(path).parent.as_posix() for path in paths})
-            raise ValueError(
-                f'{where} has no files of the subset "{subset}"; its files are in '
-                f"{', '.join(map(printable, folders))}; set data.subset to one of these, or leave it out"
-            )
+            known = ", ".join(map(printable, folders))
+            raise ValueError(f'{where} has no subset "{subset}"; set data.subset to one of {known}, or leave it out')
         paths = chosen
     splits: dict[str, list[str]] = {}
     for path in paths:
@@ -406,7 +402,6 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), "train"), []).append(path)
     wanted = _SPLITS.get(split, split)
     if wanted not in splits:
-        raise ValueError(
-            f'{where} has no split "{split}"; it has {", ".join(sorted(splits))}; set data.split to one of these'
-        )
+        known = ", ".join(sorted(splits))
+        raise ValueError(f'{where} has no split "{split}"; set data.split to one of {known}')
     return splits[wanted], wanted if len(splits) > 1 else None

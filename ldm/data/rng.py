@@ -155,13 +155,12 @@ def micro_batches(
     batch_size = order.batch_size
     if slices < 1 or batch_size < 1 or batch_size % slices:
         raise ValueError(
-            f"train.batch_size {batch_size} does not split evenly into {slices} parts (accumulation steps "
-            f"{accumulation} × processes {world}); choose a positive multiple of {slices}"
+            f"train.batch_size {batch_size} does not split evenly into {accumulation} accumulation steps × {world} "
+            f"processes; choose a positive multiple of {slices}"
         )
     if order.length < batch_size:
         raise ValueError(
-            f"fewer images than a batch needs: {order.length} training images, "
-            f"train.batch_size {batch_size}; set train.batch_size to at most {order.length} or add images"
+            f"fewer images ({order.length}) than train.batch_size {batch_size}; set that to at most {order.length}"
         )
     size = batch_size // slices
     starts = [(micro_batch * world + rank) * size for micro_batch in range(accumulation)]

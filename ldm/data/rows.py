@@ -58,7 +58,26 @@ def open_table(path: Path) -> Table:
     if kind not in SUFFIXES:
         raise ValueError(f"tables end in {', '.join(SUFFIXES)}")
     if kind == ".parquet":
-        return _open_parquet(path)
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            schema = parquet.read_schema(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"not parquet: {error_reason(error)}") from error
+
+        def read(columns: Sequence[str]) -> Iterator[Row]:
+            number = 0
+            with parquet.ParquetFile(path) as file:
+                try:
+                    for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
+                        for values in zip(*(to_python(batch.column(name)) for name in columns), strict=True):
+                            number += 1
+                            yield Row(number, dict(zip(columns, values, strict=True)))
+                except (pa.ArrowException, OSError) as error:
+                    yield Row(number + 1, {}, f"this row and those after it cannot be read: {error_reason(error)}")
+
+        return Table([field.name for field in schema if is_text(field.type) or is_texts(field.type)], read)
     # Invalid UTF-8 makes one row unusable, not the table; in file names it matches the names on disk.
     text = decode_text(path.read_bytes(), "surrogateescape")
     if kind == ".json":
@@ -172,29 +191,6 @@ def is_image_name(cell: str) -> bool:
     return suffix(name) in IMAGES and "\n" not in name
 
 
-def _open_parquet(path: Path) -> Table:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        schema = parquet.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"not parquet: {error_reason(error)}") from error
-
-    def read(columns: Sequence[str]) -> Iterator[Row]:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            try:
-                for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-                    for values in zip(*(to_python(batch.column(name)) for name in columns), strict=True):
-                        number += 1
-                        yield Row(number, dict(zip(columns, values, strict=True)))
-            except (pa.ArrowException, OSError) as error:
-                yield Row(number + 1, {}, f"this row and those after it cannot be read: {error_reason(error)}")
-
-    return Table([field.name for field in schema if is_text(field.type) or is_texts(field.type)], read)
-
-
 def to_python(array: Any) -> list[Any]:
     """An Arrow array as Python values; invalid UTF-8 becomes lone surrogates."""
 
@@ -272,10 +268,20 @@ def _open_json(text: str) -> Table:
     Raises:
         ValueError: with the reason, if it is none of these.
     """
+
+    def joined(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # values under a repeated key become one list
+        plain = dict(pairs)
+        if len(plain) == len(pairs):
+            return plain
+        several: dict[str, list[Any]] = {}
+        for key, value in pairs:
+            several.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+        return {key: value if len(value) > 1 else value[0] for key, value in several.items()}
+
     records: list[Record]
     is_coco = False
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=joined)
     except (ValueError, RecursionError) as error:
         records = [record for _, record in _json_lines(text)]
         if not any(isinstance(record, dict) and record for record in records):
@@ -311,17 +317,6 @@ def _open_json(text: str) -> Table:
         else:
             records = list(_records(value))
     return _json_table(lambda: enumerate(records, start=1), "no list or object of captions", is_coco)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; values under a repeated key become one list."""
-    plain = dict(pairs)
-    if len(plain) == len(pairs):
-        return plain
-    several: dict[str, list[Any]] = {}
-    for key, value in pairs:
-        several.setdefault(key, []).extend(value if isinstance(value, list) else [value])
-    return {key: value if len(value) > 1 else value[0] for key, value in several.items()}
 
 
 def _numbered(number: int | str) -> str:

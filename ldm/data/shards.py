@@ -124,10 +124,9 @@ def find_columns(
 
     def check(name: str, possible: list[str], key: str, what: str) -> None:
         if name not in possible:
-            raise ValueError(
-                f'{where}: column "{name}" holds {schema.field(name).type}, not {what}; set data.{key}_column to one '
-                f"of {', '.join(possible) or 'another table'}"
-            )
+            known = ", ".join(possible) or "another table"
+            kind = schema.field(name).type
+            raise ValueError(f'{where}: column "{name}" holds {kind}, not {what}; set data.{key}_column to {known}')
 
     columns, images = list(schema.names), image_columns(schema)
     image = choose_column(where, columns, images, IMAGE_NAMES, "image", options.image)
@@ -204,9 +203,7 @@ def open_parquet(path: Path, name: str, schema: Any, options: ReadOptions, cache
                         row = last if fault is None else end
         return ImageTable(name, Dataset.from_file(str(copy)), image, caption, key, classes)
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be copied into {cache}: {error}; set data.cache_dir to a disk with room"
-        ) from error
+        raise ValueError(f"{path} cannot be copied into {cache}: {error}; set data.cache_dir") from error
 
 
 def read_arrow(path: Path) -> Any:

@@ -108,9 +108,7 @@ class DataConfig:
             refuse("flip", ', but would turn "left of" into "right of"; leave it out for data.path "scenes"')
         for template in self.caption_templates:
             if not isinstance(template, str) or template.count("{}") != 1:
-                raise ValueError(
-                    f'data.caption_templates has "{template}"; each needs one {{}} for the caption: "a photo of {{}}"'
-                )
+                raise ValueError(f'data.caption_templates has "{template}"; each needs one {{}}: "a photo of {{}}"')
         for key in ("image_column", "caption_column", "caption_source", "subset"):
             if getattr(self, key) is not None and self.path in BUILT_IN:
                 kind = "folders" if key == "caption_source" else "tables and data sets of the hub"
@@ -212,9 +210,8 @@ class Sample:
         except UnreadableError:  # of a part of a composition
             raise
         except (OSError, ValueError) as error:
-            raise UnreadableError(
-                f"{self.display_name} could be read before, and now cannot: {error}; restore or remove it"
-            ) from error
+            reason = f"could be read before, and now cannot: {error}; restore or remove it"
+            raise UnreadableError(f"{self.display_name} {reason}") from error
 
 
 @dataclass(frozen=True)

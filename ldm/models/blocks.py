@@ -310,9 +310,7 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
         try:
             import xformers.ops
         except ImportError as error:
-            raise ValueError(
-                f"attention backend 'xformers' cannot be loaded ({error}); pip install xformers, or use 'sdpa'"
-            ) from error
+            raise ValueError(f"attention backend 'xformers' cannot be loaded ({error}); use 'sdpa'") from error
         kernel = xformers.ops.memory_efficient_attention  # of the same layout
     for layer in module.modules():
         if isinstance(layer, Attention):

@@ -67,10 +67,7 @@ class CoderConfig(ComponentConfig):
         """Raises ValueError unless `factor` divides height and width of images [B, 3, H, W]."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"image of height {height} and width {width}: both must be divisible by {self.factor}, "
-                "by which the autoencoder reduces images"
-            )
+            raise ValueError(f"image of height {height} and width {width}: {self.factor} must divide both")
 
 
 class CoderBlock(CheckpointedBlock):
@@ -185,10 +182,8 @@ class Decoder(Coder):
 def check_statistics(mean: Tensor, std: Tensor, channels: int) -> None:
     """Raises ValueError unless there is one finite mean and one finite std above zero for each channel."""
     if mean.shape != (channels,) or std.shape != (channels,):
-        raise ValueError(
-            f"mean and deviation of shapes {tuple(mean.shape)} and {tuple(std.shape)}: must be "
-            f"{(channels,)}, one number a channel of the latents"
-        )
+        shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
+        raise ValueError(f"mean and std of shapes {shapes}: must be {(channels,)}, one number a channel")
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise ValueError(
             f"mean {mean.tolist()} and deviation {std.tolist()}: must be finite, the latter above zero; "

@@ -272,9 +272,7 @@ def check_text(what: str, text: Any) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         around = ascii(text[max(0, error.start - 20) : error.start + 20])
-        raise ValueError(
-            f"{what} has half of a surrogate pair at place {error.start} ({around}), which is no text; write UTF-8"
-        ) from None
+        raise ValueError(f"{what} has half of a surrogate pair ({around}), which is no text; write UTF-8") from None
 
 
 def _tokenizer_class(tokenizer: Any) -> str:

@@ -205,8 +205,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_DOWNLOADS))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"text encoder {name!r} is neither a folder nor can it be had from the hub "
-            f"({error_reason(error)}): {_CHOICES}"
+            f"text encoder {name!r} is no folder, and not on the hub ({error_reason(error)}): {_CHOICES}"
         ) from None
 
 
@@ -225,10 +224,8 @@ def _load(
     config = read_json(model_folder / "config.json")
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        raise ValueError(
-            f"{model_folder / 'config.json'} has model_type {config.get('model_type')!r}, which is no text "
-            f"encoder known here: choose one of {', '.join(_FAMILIES)}"
-        )
+        where, known = model_folder / "config.json", ", ".join(_FAMILIES)
+        raise ValueError(f"{where} has model_type {config.get('model_type')!r}: choose a text encoder of {known}")
     weights = find_weights(model_folder, STEM)
     for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
         disk.check_not_pointer(tokenizer_folder / file)
@@ -310,8 +307,7 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} weights of a {family.model} ({missing[0]}, ...): "
-            "save or download the model again"
+            f"{folder} lacks {len(missing)} weights of a {family.model} ({missing[0]}, ...): save it again"
         )
     return model
 
@@ -326,10 +322,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
     # The class by its name, as diffusers loads it: AutoTokenizer takes another where it deems it wrong.
     name = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or family.tokenizer)
     if name.removesuffix("Fast") not in _TOKENIZERS:
-        raise ValueError(
-            f"{folder} asks for the tokenizer {name[:200]!r}, which is none known here: choose a model with one of "
-            f"{', '.join(sorted(_TOKENIZERS))}"
-        )
+        known = ", ".join(sorted(_TOKENIZERS))
+        raise ValueError(f"{folder} asks for the tokenizer {name[:200]!r}, which is not one of {known}")
     tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
     files = _tokenizer_files(folder, tokenizer_class)
     with TemporaryDirectory(prefix="ldm-tokenizer-") as scratch:
@@ -460,8 +454,7 @@ def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], str]:
     config = open_clip.get_model_config(model) if model else None
     if config is None:
         raise ValueError(
-            f"open_clip knows no model {model!r}: give MODEL:TAG or MODEL:PATH.safetensors, such as "
-            "ViT-B-32:laion2b_s34b_b79k; open_clip.list_models() lists all"
+            f"open_clip knows no model {model!r}: give MODEL:TAG or MODEL:PATH.safetensors of open_clip.list_models()"
         )
     return open_clip, model, config, source
 
