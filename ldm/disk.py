@@ -214,9 +214,8 @@ def _keep(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
                     os.link(source, target)
                 except OSError as error:
                     if error.errno == errno.EXDEV:
-                        raise ValueError(
-                            f"{source} is on a file system of its own; nothing was written, move it"
-                        ) from None
+                        why = "is on a file system of its own; nothing was written, move it"
+                        raise ValueError(f"{source} {why}") from None
                     if error.errno not in _NO_LINKS or not stat.S_ISREG(mode):
                         raise
                     shutil.copy2(source, target)

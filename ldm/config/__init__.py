@@ -53,10 +53,7 @@ DERIVED = {
 }
 # What a model that training starts from brings with it.
 FROM_START = {"space", "first_stage", "unet", "text", "schedule"}
-SCRIPTS: dict[type, str] = {
-    LDMConfig: "train/train_ldm.py",
-    AutoencoderTrainingConfig: "train/train_autoencoder.py",
-}
+SCRIPTS: dict[type, str] = {LDMConfig: "train/train_ldm.py", AutoencoderTrainingConfig: "train/train_autoencoder.py"}
 NEAR = 0.7  # of difflib: max_step and max_steps have 0.94, model and method 0.55
 
 # What is shown of a wrong value: aliases of YAML can make it larger than memory.

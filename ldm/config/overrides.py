@@ -136,9 +136,7 @@ def from_text(text: str, hint: Any, path: str) -> Any:
         while at < len(inside):
             element = _ELEMENT.match(inside, at)
             if element is None:
-                raise ValueError(
-                    f"{path} is {text!r}, in which a quote is not closed, or not at the end of its element"
-                )
+                raise ValueError(f"{path} is {text!r}, in which a quote is open, or not at the end of an element")
             if not element[1] or element[1][0] == "[":
                 what = "has an empty element" if not element[1] else "has a list in it"
                 raise ValueError(f'{path} is {text!r}, which {what}; put texts in quotes, such as ["", "[a]"]')

@@ -420,7 +420,7 @@ class AutoencoderTrainingConfig:
         loss, side = self.loss, self.data.resolution
         if loss.perceptual_weight > 0 and side < MIN_IMAGE_SIZE:
             raise ValueError(
-                f"data.resolution is {side}, and loss.perceptual_weight needs {MIN_IMAGE_SIZE}; set that to 0, or raise it"
+                f"data.resolution is {side}, below {MIN_IMAGE_SIZE}; set loss.perceptual_weight=0, or raise it"
             )
         if loss.adversarial_weight == 0:
             return

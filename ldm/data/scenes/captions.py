@@ -15,81 +15,38 @@ NUMBERS = ("", "one", "two", "three", "four", "five")
 
 # Phrases can be parts of other phrases, clauses cannot. The first of each list is the plain one.
 ONE_PHRASES = (
-    "{a}",
-    "{a}",
-    "{bare}",
-    "a picture of {a}",
-    "a drawing of {a}",
-    "an image of {a}",
-    "an illustration of {a}",
-    "an icon of {a}",
-    "a simple drawing of {a}",
-    "{a} alone",
-    "a cartoon of {a}",
+    *("{a}", "{a}", "{bare}", "a picture of {a}", "a drawing of {a}", "an image of {a}", "an illustration of {a}"),
+    *("an icon of {a}", "a simple drawing of {a}", "{a} alone", "a cartoon of {a}"),
 )
 ONE_CLAUSES = ("here is {a}", "this is {a}", "only {a}")
 COUNT_PHRASES = (
-    "{n} {many}",
-    "{n} {many}",
-    "a group of {n} {many}",
-    "a picture of {n} {many}",
-    "exactly {n} {many}",
-    "{n} {many} together",
-    "a drawing of {n} {many}",
-    "a set of {n} {many}",
+    *("{n} {many}", "{n} {many}", "a group of {n} {many}", "a picture of {n} {many}", "exactly {n} {many}"),
+    *("{n} {many} together", "a drawing of {n} {many}", "a set of {n} {many}"),
 )
 COUNT_CLAUSES = ("there are {n} {many}", "here are {n} {many}")
 THREE_PHRASES = (
-    "{a}, {b} and {c}",
-    "{a}, {b}, and {c}",
-    "{a} next to {b} next to {c}",
-    "{a}, {b} and {c} in a row",
-    "{b} between {a} and {c}",
-    "a picture of {a}, {b} and {c}",
+    *("{a}, {b} and {c}", "{a}, {b}, and {c}", "{a} next to {b} next to {c}", "{a}, {b} and {c} in a row"),
+    *("{b} between {a} and {c}", "a picture of {a}, {b} and {c}"),
 )
 THREE_CLAUSES = ("from left to right: {a}, {b}, {c}",)
 # Every relation is named from both sides; the order of "next to" is random.
 RELATION_PHRASES = {
     "left of": (
-        "{a} to the left of {b}",
-        "{a} left of {b}",
-        "{a} on the left side of {b}",
-        "{a} on the left and {b} on the right",
-        "{a} on the left of {b}",
-        "{b} to the right of {a}",
-        "{b} right of {a}",
-        "{b} on the right side of {a}",
-        "{b} on the right and {a} on the left",
+        *("{a} to the left of {b}", "{a} left of {b}", "{a} on the left side of {b}"),
+        *("{a} on the left and {b} on the right", "{a} on the left of {b}", "{b} to the right of {a}"),
+        *("{b} right of {a}", "{b} on the right side of {a}", "{b} on the right and {a} on the left"),
     ),
     "above": (
-        "{a} above {b}",
-        "{a} over {b}",
-        "{a} on top of {b}",
-        "{b} under {a}",
-        "{b} below {a}",
-        "{b} beneath {a}",
-        "{a} at the top and {b} at the bottom",
-        "{a} higher than {b}",
-        "{b} underneath {a}",
+        *("{a} above {b}", "{a} over {b}", "{a} on top of {b}", "{b} under {a}", "{b} below {a}"),
+        *("{b} beneath {a}", "{a} at the top and {b} at the bottom", "{a} higher than {b}", "{b} underneath {a}"),
     ),
     "next to": (
-        "{a} next to {b}",
-        "{a} and {b}",
-        "{a} and {b}",
-        "{a} beside {b}",
-        "{a} with {b}",
-        "{a} by {b}",
-        "{a} near {b}",
-        "{a} and {b} side by side",
-        "{a} together with {b}",
+        *("{a} next to {b}", "{a} and {b}", "{a} and {b}", "{a} beside {b}", "{a} with {b}", "{a} by {b}"),
+        *("{a} near {b}", "{a} and {b} side by side", "{a} together with {b}"),
     ),
     "in front of": (
-        "{a} in front of {b}",
-        "{b} behind {a}",
-        "{a} with {b} behind it",
-        "{a} before {b}",
-        "{b} in the back and {a} in front",
-        "{a} in the foreground, {b} in the background",
+        *("{a} in front of {b}", "{b} behind {a}", "{a} with {b} behind it", "{a} before {b}"),
+        *("{b} in the back and {a} in front", "{a} in the foreground, {b} in the background"),
     ),
 }
 RELATION_CLAUSES = {
@@ -100,28 +57,15 @@ RELATION_CLAUSES = {
 }
 WORN_PHRASES = {
     "head": (
-        "{a} wearing {w}",
-        "{a} wearing {w}",
-        "{a} in {w}",
-        "{a} with {w} on its head",
-        "{a} with {w}",
-        "{a} that wears {w}",
-        "{a} with {w} on",
+        *("{a} wearing {w}", "{a} wearing {w}", "{a} in {w}", "{a} with {w} on its head", "{a} with {w}"),
+        *("{a} that wears {w}", "{a} with {w} on"),
     ),
     "face": (
-        "{a} wearing {w}",
-        "{a} wearing {w}",
-        "{a} with {w}",
-        "{a} in {w}",
-        "{a} that wears {w}",
+        *("{a} wearing {w}", "{a} wearing {w}", "{a} with {w}", "{a} in {w}", "{a} that wears {w}"),
         "{a} with {w} on",
     ),
     "neck": (
-        "{a} wearing {w}",
-        "{a} wearing {w}",
-        "{a} with {w}",
-        "{a} in {w}",
-        "{a} that wears {w}",
+        *("{a} wearing {w}", "{a} wearing {w}", "{a} with {w}", "{a} in {w}", "{a} that wears {w}"),
         "{a} with {w} around its neck",
     ),
 }
@@ -130,29 +74,17 @@ WORN_CLAUSES = {
     "face": ("{a} wears {w}", "{w} on the face of {a}", "{a} has {w} on"),
     "neck": ("{a} wears {w}", "{a} has {w} around its neck"),
 }
-HELD_PHRASES = (
-    "{a} holding {w}",
-    "{a} holding {w}",
-    "{a} with {w}",
-    "{a} carrying {w}",
-    "{a} that holds {w}",
-)
+HELD_PHRASES = ("{a} holding {w}", "{a} holding {w}", "{a} with {w}", "{a} carrying {w}", "{a} that holds {w}")
 HELD_CLAUSES = ("{a} holds {w}", "{a} is holding {w}")
 ON_COLOR = (
-    "{text} on {a_color} background",
-    "{text} on {color}",
-    "{text} in front of {a_color} background",
-    "{text}, {color} background",
-    "{text} against {a_color} background",
+    *("{text} on {a_color} background", "{text} on {color}", "{text} in front of {a_color} background"),
+    *("{text}, {color} background", "{text} against {a_color} background"),
 )
 ON_PLACE = {
     "grass": ("{text} on the grass", "{text} in a meadow", "{text} on a green meadow", "{text} on a lawn"),
     "sea": ("{text} at sea", "{text} on the water", "{text} in the sea", "{text} on the ocean"),
     "night sky": (
-        "{text} in the night sky",
-        "{text} at night",
-        "{text} under the stars",
-        "{text} in front of the stars",
+        *("{text} in the night sky", "{text} at night", "{text} under the stars", "{text} in front of the stars"),
     ),
 }
 STYLE = ("{text}, {style} style", "{text} in {style} style", "{text} in the style of {style}")

@@ -92,10 +92,7 @@ def _boxes(scene: Scene, rng: np.random.Generator) -> list[tuple[Part, Box, bool
         top, low, ht, hl = (first, second, a, b) if how == "above" else (second, first, b, a)
         ht, hl = 0.46 * ht, 0.46 * hl
         x = 0.5 + rng.uniform(-0.05, 0.05)
-        return [
-            (top, (x - 0.34, 0.48 - ht, x + 0.34, 0.48), False),
-            (low, (x - 0.34, 0.99 - hl, x + 0.34, 0.99), True),
-        ]
+        return [(top, (x - 0.34, 0.48 - ht, x + 0.34, 0.48), False), (low, (x - 0.34, 0.99 - hl, x + 0.34, 0.99), True)]
     front, back, f, k = (first, second, a, b) if how == "in front of" else (second, first, b, a)
     shift = rng.uniform(-0.12, 0.12)
     k, f = 0.68 * k, 0.46 * f
