@@ -221,8 +221,7 @@ class LatentCodec(Codec):
 
 
 def _in_float32(compute: Compute, network: FirstStage, x: Tensor) -> Tensor:
-    # A copy: later results must not depend on this one.
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):  # a copy: later results must not depend on this one
         return compute(copy.deepcopy(network).float(), x.float())
 
 

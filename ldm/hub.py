@@ -388,9 +388,7 @@ def _download(hub_id: str, patterns: list[str], *places: str) -> Path:
     try:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=never))
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
-        raise ValueError(
-            f"there is no model folder {hub_id}, and no such model on the hub ({error_reason(error)})"
-        ) from None
+        raise ValueError(f"there is no model {hub_id}, neither here nor on the hub ({error_reason(error)})") from None
     for place in places:
         if any((snapshot / place / name).is_file() for name in ("model_index.json", "config.json")):
             return snapshot / place

@@ -60,7 +60,7 @@ def refuse_untrusted(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if _ADAPTER.fullmatch(path.name):
             raise ValueError(
-                f"{path} is an adapter, which libraries silently apply: move it away (a LoRA is loaded with load_lora)"
+                f"{path} is an adapter, which libraries silently apply: move it away, and give it to load_lora"
             )
         is_config = path.name.endswith("config.json") or path.name == "model_index.json"
         if not is_config or not path.is_file():  # a pipe would be waited for
@@ -149,7 +149,7 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
         pickles = sorted(path.name for end in (".bin", ".ckpt") for path in folder.glob(f"*{end}*"))
         if pickles:
             raise ValueError(
-                f"{folder} holds pickled weights ({pickles[0]}), which are never opened; convert them to {target.name}"
+                f"{folder} holds pickled weights ({pickles[0]}), never opened; convert them to {target.name}"
             )
         raise ValueError(f"{target} is missing; the model folder is incomplete, copy or train it again")
     if len(found) > 1 and variant not in _PREFERRED:

@@ -167,8 +167,7 @@ def to_yaml(config: LDMConfig | AutoencoderTrainingConfig) -> str:
 
 # ---- YAML, read by the types of the keys
 
-# torch and numpy count in 64 bits.
-MAX_INT = 2**63 - 1
+MAX_INT = 2**63 - 1  # torch and numpy count in 64 bits
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 _DOTTED = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 
@@ -221,9 +220,7 @@ def typed(value: Any, hint: Any, path: str) -> Any:
         }
     if isinstance(value, list) and listed is not None:
         elements = element_hints(listed, len(value))
-        return [
-            typed(item, element, f"{path}.{i}") for i, (item, element) in enumerate(zip(value, elements, strict=True))
-        ]
+        return [typed(item, elements[i], f"{path}.{i}") for i, item in enumerate(value)]
     return number_of(value, members, path) if isinstance(value, str) else value
 
 
@@ -266,8 +263,7 @@ def number_of(text: str, members: Sequence[Any], path: str) -> Any:
         except ValueError:
             with suppress(ValueError):
                 number = float(_DOTTED.sub(r"\1\2", bare))
-                # 1e3 is a whole number; beyond 2^53 a float says nothing of the last digit.
-                if not fractions:
+                if not fractions:  # 1e3 is a whole number; beyond 2^53 a float says nothing of the last digit
                     is_whole = math.isfinite(number) and number.is_integer() and abs(number) < 2**53
                     number = int(number) if is_whole else None
     if number is None:

@@ -94,9 +94,7 @@ def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
             section, _, last = key.rpartition(".")
             inside = content.get(section) if section else content
             if isinstance(inside, Mapping) and last in inside:
-                raise ValueError(
-                    f"{where} has {key}, a key of {tool}, whose configs are not read; start from a file in configs/"
-                )
+                raise ValueError(f"{where} has {key}, a key of {tool}; start from one of the files in configs/")
     other = next(one for one in SCRIPTS if one is not kind)
     known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
     foreign = sorted(map(str, content.keys() - known))

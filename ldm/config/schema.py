@@ -419,9 +419,7 @@ class AutoencoderTrainingConfig:
             self.check_regularizer(self.network)
         loss, side = self.loss, self.data.resolution
         if loss.perceptual_weight > 0 and side < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"data.resolution is {side}, below {MIN_IMAGE_SIZE}; set loss.perceptual_weight=0, or raise it"
-            )
+            raise ValueError(f"data.resolution is {side}, below {MIN_IMAGE_SIZE}; set loss.perceptual_weight=0")
         if loss.adversarial_weight == 0:
             return
         if loss.adversarial_start >= self.train.max_steps:
@@ -431,13 +429,9 @@ class AutoencoderTrainingConfig:
             )
         if side < self.discriminator.min_image_size:
             levels = self.discriminator.levels
-            raise ValueError(
-                f"data.resolution is {side}, which discriminator.levels {levels} halves to nothing; lower it"
-            )
+            raise ValueError(f"data.resolution is {side}, which discriminator.levels {levels} halves to nothing")
         if self.train.mixed_precision == "fp16":
-            raise ValueError(
-                "train.mixed_precision fp16 does not hold the gradients of loss.adversarial_weight; choose bf16 or no"
-            )
+            raise ValueError("train.mixed_precision fp16 overflows with loss.adversarial_weight; choose bf16 or no")
 
     @property
     def network(self) -> AutoencoderConfig | VQConfig | None:

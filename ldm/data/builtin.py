@@ -70,8 +70,7 @@ def _decode(stored: bytes) -> Decoded:
 CUTOUT_PIXELS = 16
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 _JOINER = 0x200D
-# U+FE0F asks for the colored form of a character; file names and emoji tables use it differently.
-_COLORED = 0xFE0F
+_COLORED = 0xFE0F  # U+FE0F asks for the colored form of a character; file names and emoji tables use it differently
 _REGIONAL_INDICATORS = frozenset(range(0x1F1E6, 0x1F200))
 _TAG_END = 0xE007F  # ends the flag of a part of a country
 
@@ -133,8 +132,7 @@ def open_openmoji(
     for path in sorted((Path(spec.origin).parent / "openmoji" / "svg").glob("*.svg")):
         codes = _codes("".join(chr(int(code, 16)) for code in path.stem.split("-")))
         if codes in names and (skin_tones or not _SKIN_TONES.intersection(codes)):
-            # OpenMoji 16 has one emoji twice, once with U+FE0F.
-            drawings.setdefault(codes, path)
+            drawings.setdefault(codes, path)  # OpenMoji 16 has one emoji twice, once with U+FE0F
     name_counts = Counter(name for entry in names.values() for name in set(_names(entry)))
     samples = []
     for codes, path in drawings.items():
@@ -205,8 +203,7 @@ def _captions(codes: tuple[int, ...], entry: dict[str, Any], name_counts: Counte
     return name, *distinct.values()
 
 
-# Raised when numbers give other scenes.
-SCENES_VERSION = 2
+SCENES_VERSION = 2  # raised when numbers give other scenes
 TIERS = {"common": 1, "all": 2}
 
 
@@ -228,8 +225,7 @@ def training_sample(config: DataConfig, number: int, renew: partial[Sample] | No
     return _sample(config, f"scenes/{number}", caption, {"number": number}, held_out=False, renew=renew)
 
 
-# Used for the caption, the name and the image of a sample.
-@lru_cache(maxsize=2**13)
+@lru_cache(maxsize=2**13)  # used for the caption, the name and the image of a sample
 def training_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
     """Training scene `number` and its caption."""
     rng = generator(SCENES_VERSION, "scene", number)

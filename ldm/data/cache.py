@@ -31,8 +31,7 @@ from ldm.environment import usable_cores
 KEY_BYTES = 16
 SUFFIX, DAMAGED = ".safetensors", ".damaged"
 VERIFIERS = min(8, usable_cores())
-# Temporary files that are older belong to killed processes.
-STALE_SECONDS = 3600
+STALE_SECONDS = 3600  # temporary files that are older belong to killed processes
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 WAY_OUT = "choose another folder with $LDM_CACHE or data.cache_dir"
 
@@ -99,8 +98,7 @@ class RowCache:
         assert len(keys) == len(rows) > 0, (len(keys), len(rows))
         packed = np.frombuffer(_packed(keys).tobytes(), np.uint8).reshape(-1, KEY_BYTES)
         tensors = {"keys": torch.from_numpy(packed.copy()), "rows": rows.detach().cpu().contiguous()}
-        # A single metadata entry, as safetensors does not sort them.
-        content = save(tensors, {"store": self._name})
+        content = save(tensors, {"store": self._name})  # a single metadata entry, as safetensors does not sort them
         path = self.folder / f"{_hash_name(hashlib.sha256(content))}{SUFFIX}"
         needed = len(content) + to_come * rows[0].nbytes
         try:
@@ -238,9 +236,7 @@ class CachedRows:
                         if file.readinto(places[place].data) != shard.row_bytes:
                             raise ValueError("ends early")
             except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"the cache file {shard.path} was changed during the run: it {_reason(error)}; start again"
-                ) from None
+                raise ValueError(f"{shard.path} was changed during the run: it {_reason(error)}; start again") from None
         return found
 
 

@@ -17,8 +17,7 @@ from ldm.progress import printable
 
 # In order of preference; case is ignored, "-" and " " count as "_".
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
-# For tables that name image files; Flickr30k has "comment".
-TABLE_CAPTION_NAMES = (*CAPTION_NAMES, "comment")
+TABLE_CAPTION_NAMES = (*CAPTION_NAMES, "comment")  # for tables that name image files; Flickr30k has "comment"
 FILE_NAMES = (
     *("file_name", "filename", "file", "image_file_name", "image_file", "image_path", "img_path", "image_name"),
     *("image", "img", "file_path", "filepath", "path"),
@@ -26,8 +25,7 @@ FILE_NAMES = (
 
 MAX_TEXT_BYTES = 2**20
 
-# YOLO: a class number, and a box or a polygon.
-_BOX = re.compile(r"\d+( [01]?\.\d+(e-?\d+)?){4,}")
+_BOX = re.compile(r"\d+( [01]?\.\d+(e-?\d+)?){4,}")  # YOLO: a class number, and a box or a polygon
 
 _KINDS: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
@@ -48,8 +46,7 @@ def caption(text: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"the caption is not a text but {_KINDS.get(type(text), type(text).__name__)}")
     text = text.strip()
-    # str.strip keeps zero-width characters.
-    if not any(character.isprintable() for character in text):
+    if not any(character.isprintable() for character in text):  # str.strip keeps zero-width characters
         raise ValueError("empty caption")
     # Undecodable bytes (surrogateescape), or half of a surrogate pair in JSON; no tokenizer accepts them.
     if any("\udc80" <= character <= "\udcff" for character in text):
@@ -120,8 +117,7 @@ def sidecar_captions(
                 raise ValueError(f"longer than {most} ({size}), the most that a caption file may have")
             text = decode_text(data)
             if texts:
-                # ASCII as UTF-16 without a mark is valid UTF-8 with NULs.
-                if "\0" in text:
+                if "\0" in text:  # ASCII as UTF-16 without a mark is valid UTF-8 with NULs
                     raise ValueError("not UTF-8 text")
                 lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
                 lines = [line for line in lines if any(map(str.isprintable, line))]
@@ -301,5 +297,4 @@ def _text(path: Path) -> str:
             return decode_text(data[: len(data) // 4 * 4], "surrogateescape")
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return ""
-    # UTF-16 without a mark has a NUL beside each letter.
-    return data.replace(b"\0", b"").decode("utf-8", "replace")
+    return data.replace(b"\0", b"").decode("utf-8", "replace")  # UTF-16 without a mark has a NUL beside each letter

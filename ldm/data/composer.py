@@ -30,10 +30,8 @@ LAYOUT_FRACTIONS: dict[Layout, float] = {"beside": 0.38, "above": 0.24, "inset":
 COLORED = 0.5  # fraction of pairs of cutouts on a plain color
 MAX_TRIES = 4
 COUNTED = 1024  # samples for the summary
-# The minimum visible fraction of a cropped part; a square one keeps half.
-MIN_VISIBLE = 0.45
-# The minimum RGB distance of a cutout's mean color and the ground.
-MIN_CONTRAST = 90.0
+MIN_VISIBLE = 0.45  # the minimum visible fraction of a cropped part; a square one keeps half
+MIN_CONTRAST = 90.0  # the minimum RGB distance of a cutout's mean color and the ground
 # A border is plain if this fraction of it is within the tolerance; scanned digits touch the edge.
 PLAIN_BORDER, PLAIN_TOLERANCE = 0.6, 14
 
@@ -60,9 +58,7 @@ class Composer:
         for _ in range(MAX_TRIES):
             partner = self.samples[int(rng.integers(len(self.samples)))]
             wording, place, swapped = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
-            is_alike = sample.group == partner.group or not set(_own_captions(sample)).isdisjoint(
-                _own_captions(partner)
-            )
+            is_alike = sample.group == partner.group or bool({*_own_captions(sample)} & {*_own_captions(partner)})
             layout = _layout(rng.random(), sample, None if is_alike else partner, size)
             if layout is None:
                 continue
@@ -197,11 +193,30 @@ class _Piece:
     alpha: Image.Image | None
     behind: tuple[int, int, int] | None
 
+    @classmethod
+    def from_decoded(cls, decoded: Decoded, background: tuple[int, int, int]) -> _Piece:
+        """Crops an image to its motif, if that has a transparent or plain border."""
+        image, alpha = decoded.image, decoded.alpha
+        if alpha is not None and is_clear(alpha):
+            box = alpha.point(lambda value: 255 * (value >= CLEAR_ALPHA)).getbbox() or (0, 0, *alpha.size)
+            return cls(image.crop(box), alpha.crop(box), background)
+        pixels = np.asarray(image)
+        border = border_pixels(pixels).astype(np.int16)  # [N, 3]
+        plain = np.median(border, axis=0)
+        if float(np.mean(np.abs(border - plain).max(axis=1) <= PLAIN_TOLERANCE)) < PLAIN_BORDER:
+            return cls(image, None, None)
+        motif = np.abs(pixels.astype(np.int16) - plain).max(axis=2) > PLAIN_TOLERANCE  # [h, w]
+        rows, columns = np.flatnonzero(motif.any(axis=1)), np.flatnonzero(motif.any(axis=0))
+        red, green, blue = plain.astype(int).tolist()
+        if len(rows):
+            image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+        return cls(image, None, (red, green, blue))
+
 
 def _render(key: bytes, composition: Composition, size: Size) -> Decoded:
     del key  # `composition` has all of it
     height, width = size
-    pieces = [_piece(part.load_decoded(), composition.background) for part in composition.parts]
+    pieces = [_Piece.from_decoded(part.load_decoded(), composition.background) for part in composition.parts]
     color = composition.background if composition.color is None else RGB[composition.color]
     x, y, z = composition.places
     if composition.layout == "inset" and composition.color is None:
@@ -228,25 +243,6 @@ def _render(key: bytes, composition: Composition, size: Size) -> Decoded:
             # Both at the same height, or exactly below each other.
             _paste(canvas, piece, cell, color, (0.3 + 0.4 * x, 0.3 + 0.4 * y), 0.9 + 0.08 * z)
     return Decoded(canvas, "", "RGB")
-
-
-def _piece(decoded: Decoded, background: tuple[int, int, int]) -> _Piece:
-    """Crops an image to its motif, if that has a transparent or plain border."""
-    image, alpha = decoded.image, decoded.alpha
-    if alpha is not None and is_clear(alpha):
-        box = alpha.point(lambda value: 255 * (value >= CLEAR_ALPHA)).getbbox() or (0, 0, *alpha.size)
-        return _Piece(image.crop(box), alpha.crop(box), background)
-    pixels = np.asarray(image)
-    border = border_pixels(pixels).astype(np.int16)  # [N, 3]
-    plain = np.median(border, axis=0)
-    if float(np.mean(np.abs(border - plain).max(axis=1) <= PLAIN_TOLERANCE)) < PLAIN_BORDER:
-        return _Piece(image, None, None)
-    motif = np.abs(pixels.astype(np.int16) - plain).max(axis=2) > PLAIN_TOLERANCE  # [h, w]
-    rows, columns = np.flatnonzero(motif.any(axis=1)), np.flatnonzero(motif.any(axis=0))
-    red, green, blue = plain.astype(int).tolist()
-    if len(rows):
-        image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
-    return _Piece(image, None, (red, green, blue))
 
 
 def _paste(
@@ -371,8 +367,8 @@ def grounded(captions: Sequence[str], wording: Wording, color: str) -> Iterator[
 
 def names_ground(caption: str) -> bool:
     """Whether a caption names the background."""
-    return bool(
-        re.search(r"\bbackgrounds?\b|\bbackdrop\b|\b(on|against) (an? )?(white|black|gr[ae]y)\b", caption, re.I)
+    return (
+        re.search(r"\b(backgrounds?|backdrop|(on|against) (an? )?(white|black|gr[ae]y))\b", caption, re.I) is not None
     )
 
 
@@ -406,8 +402,7 @@ def _join(layout: Pair, a: str, b: str, wording: Wording, corner: str, color: st
         pairs = _CLAUSES[layout]
         pair = min(pairs, key=lambda pair: len("".join(pair))) if shortest else _pick(pairs, wording.template)
         clauses = [clause.format(a=_lowered(_bare(a)), b=_lowered(_bare(b)), corner=corner) for clause in pair]
-        # The large image comes first.
-        if wording.swapped and layout != "inset":
+        if wording.swapped and layout != "inset":  # the large image comes first
             clauses.reverse()
         text = "; ".join(clauses)
         if sentence:
@@ -424,8 +419,7 @@ def _on_color(text: str, phrase: bool, sentence: bool, color: str, place: float 
         return template.format(text=text, color=color, a_color=with_article(color))
     if sentence:
         return f"{text}. The background is {color}."
-    # A separate clause, not a part of the last one.
-    return f"{text}{';' if '; ' in text else ','} {color} background"
+    return f"{text}{';' if '; ' in text else ','} {color} background"  # a separate clause, not a part of the last one
 
 
 def _pick(things: Sequence[T], place: float) -> T:

@@ -21,8 +21,7 @@ from ldm.data.rng import BatchOrder, generator
 from ldm.data.sources import DataConfig, Sample
 from ldm.environment import usable_cores
 
-# Aspect ratios 2^(k/4), from 1:2 to 2:1, so that cropping removes at most 8 % before rounding.
-_STEPS_TO_TWO = 4
+_STEPS_TO_TWO = 4  # aspect ratios 2^(k/4), from 1:2 to 2:1, so that cropping removes at most 8 % before rounding
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,7 @@ def assign_buckets(shapes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int,
     )
 
 
-# One gray level in [-1, 1].
-MIN_STD = 1 / 127.5
+MIN_STD = 1 / 127.5  # one gray level in [-1, 1]
 
 
 @dataclass(frozen=True)

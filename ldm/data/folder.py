@@ -54,8 +54,7 @@ _CONTAINERS = frozenset(
 _ID_NAMES = ("image_id", "img_id", "id", "name")
 _ROWS_TO_TRY = 100
 _FOLDERS_TO_TRY = 50
-# COCO's bounding boxes have hundreds of MiB and no captions; parsing them takes many times the memory.
-_LARGE = 2**26
+_LARGE = 2**26  # COCO's bounding boxes have hundreds of MiB and no captions; parsing them takes many times the memory
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 Key = TypeVar("Key")
 
@@ -151,11 +150,10 @@ class NamingTable:
 
     def names(self) -> Iterator[str]:
         """The names in the column of files."""
-        column = self.column
-        if column is not None:
-            yield from (
-                name for row in self.rows.read([column]) if isinstance(name := row.cells.get(column), str) and name
-            )
+        for row in () if self.column is None else self.rows.read([self.column]):
+            name = row.cells.get(self.column)
+            if isinstance(name, str) and name:
+                yield name
 
 
 def is_metadata(path: str) -> bool:
@@ -173,8 +171,7 @@ def read_metadata(found: FolderFiles, with_images: Collection[str], options: Rea
         try:
             rows = open_table(found.root / path)
         except (OSError, ValueError) as error:
-            # A metadata.json may be anything.
-            if suffix(path) != ".json":
+            if suffix(path) != ".json":  # a metadata.json may be anything
                 skipped.append(Skipped(path, _reason(error)))
             continue
         table = NamingTable(path, rows, _file_column(rows, options), parent_prefix(path))

@@ -22,11 +22,9 @@ from torch import Tensor
 
 from ldm.data.sources import Decoded, Skipped
 
-# Not every build of Pillow has libavif.
-AVIF = bool(features.check("avif"))
+AVIF = bool(features.check("avif"))  # not every build of Pillow has libavif
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", *([".avif"] * AVIF)})
-# Browsers save JPEG files as .jfif and .jpe.
-IMAGES = SUFFIXES | {".jfif", ".jpe"}
+IMAGES = SUFFIXES | {".jfif", ".jpe"}  # browsers save JPEG files as .jfif and .jpe
 CAPTION_FILES = (".txt", ".caption")
 # Text files that explain a folder, by the beginning of their names.
 DOCUMENTS = ("readme", "license", "licence", "notice", "copying", "changelog", "credits", "attribution", "classes")
@@ -227,8 +225,7 @@ _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 # LittleCMS samples gray curves too coarsely otherwise: linear 1 of 255 would become 6 instead of 13.
 _EXACT = ImageCms.Flags.NOOPTIMIZE
-# A profile that changes no color by more than this is sRGB.
-_SAME = 2
+_SAME = 2  # a profile that changes no color by more than this is sRGB
 _GRAYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 _SRGB_WHITE_AND_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 
@@ -341,10 +338,8 @@ def border_pixels(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
-# Text chunks that may hold the orientation.
-_UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-# Printer profiles have a few MiB, more than Pillow accepts in a PNG.
-_MAX_PROFILE = 2**24
+_UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # text chunks that may hold the orientation
+_MAX_PROFILE = 2**24  # printer profiles have a few MiB, more than Pillow accepts in a PNG
 
 
 def strip_text_chunks(data: bytes) -> tuple[bytes, bytes | None]:

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -25,11 +25,9 @@ from ldm.data.sources import CaptionSource, DataConfig, Sample, Skipped, Source
 from ldm.environment import usable_cores
 
 THUMBNAIL = 16
-# Images between two writes of the cache, which an interruption loses.
-_BLOCK = 256
+_BLOCK = 256  # images between two writes of the cache, which an interruption loses
 WORKERS = usable_cores()  # threads; the result does not depend on them
-# Raised when the record or the result of `decode` changes.
-_VERSION = 6
+_VERSION = 6  # raised when the record or the result of `decode` changes
 # Of an image in the cache; `rest` is JSON: size, format, cutout.
 _RECORD = np.dtype([("pixels", "u1", 16), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3)), ("rest", "S240")])
 
@@ -126,7 +124,18 @@ def inspect(source: Source, config: DataConfig, *, progress: bool = False, inclu
         members[of_cluster].append(one)
     clusters = [cluster for _, cluster in sorted(members.items()) if len(cluster) > 1]
     ties += [(cluster[0].sample.group, one.sample.group) for cluster in clusters for one in cluster[1:]]
-    groups = _merged([one.sample.group for one in by_name], () if source.curated else ties)
+    merged = {one.sample.group: one.sample.group for one in by_name}  # group → one that it was merged into (union-find)
+    rank = {group: place for place, group in enumerate(merged)}
+
+    def root(group: str) -> str:
+        while merged[group] != group:
+            merged[group] = merged[merged[group]]
+            group = merged[group]
+        return group
+
+    for tie in () if source.curated else ties:
+        earlier, later = sorted(map(root, tie), key=rank.__getitem__)
+        merged[later] = earlier
     used = [one for one in found if one.sample.id not in copies]
     inspection = Inspection(
         source.name,
@@ -134,7 +143,7 @@ def inspect(source: Source, config: DataConfig, *, progress: bool = False, inclu
             replace(
                 one.sample,
                 captions=captions.get(one.sample.id, one.sample.captions),
-                group=groups[one.sample.group],
+                group=root(one.sample.group),
                 digest=one.digest,
                 size=one.size,
                 cutout=one.sample.cutout if source.curated else one.cutout,
@@ -150,23 +159,6 @@ def inspect(source: Source, config: DataConfig, *, progress: bool = False, inclu
     )
     assert inspection.total == len(source.samples) + len(source.skipped), "every sample is counted once"
     return inspection
-
-
-def _merged(groups: Iterable[str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Group → its first one, after each tie has joined two (union-find)."""
-    parent = {group: group for group in groups}
-    rank = {group: place for place, group in enumerate(parent)}
-
-    def root(group: str) -> str:
-        while parent[group] != group:
-            parent[group] = parent[parent[group]]
-            group = parent[group]
-        return group
-
-    for tie in ties:
-        earlier, later = sorted(map(root, tie), key=rank.__getitem__)
-        parent[later] = earlier
-    return {group: root(group) for group in parent}
 
 
 def natural_order(path: str) -> tuple[object, ...]:
@@ -229,11 +221,9 @@ def _decode_all(source: Source, config: DataConfig, progress: bool) -> tuple[lis
     formats: dict[ImageFormat, ImageFormat] = {}  # share equal objects
     cache_error = ""
     with (
-        # Pillow warns on stderr, without a name; problems that matter are in the report.
-        warnings.catch_warnings(),
+        warnings.catch_warnings(),  # Pillow warns on stderr, without a name; problems that matter are in the report
         tqdm(total=len(samples), desc="inspecting images", unit=" images", disable=not progress, delay=2) as bar,
-        # Decoding, hashing and resizing release the interpreter lock.
-        ThreadPoolExecutor(WORKERS) as pool,
+        ThreadPoolExecutor(WORKERS) as pool,  # decoding, hashing and resizing release the interpreter lock
     ):
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
         for start in range(0, len(samples), _BLOCK):
@@ -316,13 +306,10 @@ _SIDE = THUMBNAIL // _CELLS
 # Calibrated on the table in docs/data.md.
 _OVERALL, _CELL = 0.10, 0.30
 _TOUCHED_OVERALL, _TOUCHED_CELL, _TOUCHED_CELLS = 0.20, 0.05, 4
-# Noise of flat images, in gray levels.
-_NOISE = 7.0
+_NOISE = 7.0  # noise of flat images, in gray levels
 _GAIN = 1.33
-# The distance of a member from the first of its cluster, so that chains of similar images end.
-_RADIUS = 0.25
-# Members of a cluster that later images are compared with, so that large clusters stay cheap.
-_COMPARED = 16
+_RADIUS = 0.25  # the distance of a member from the first of its cluster, so that chains of similar images end
+_COMPARED = 16  # members of a cluster that later images are compared with, so that large clusters stay cheap
 
 _ROWS, _COLUMNS, _PAIRS = 256, 8192, 4096
 
@@ -373,8 +360,7 @@ class _Embeddings:
     def __init__(self, thumbnails: Bytes, sizes: Sequence[tuple[int, int]]) -> None:
         self.thumbnails = thumbnails.reshape(len(thumbnails), THUMBNAIL * THUMBNAIL, 3)
         self.log_aspect = np.log([width / height for width, height in sizes])
-        # A resized image has whole pixels.
-        self.slack = np.array([0.025 + 1 / min(size) for size in sizes])
+        self.slack = np.array([0.025 + 1 / min(size) for size in sizes])  # a resized image has whole pixels
         self.mean = np.empty((len(thumbnails), 3), np.float32)
         self.contrast = np.empty(len(thumbnails), np.float32)
         self.coarse = np.empty((len(thumbnails), _CELLS * _CELLS * 3), np.float32)
@@ -412,12 +398,12 @@ class _Embeddings:
                 row, column = rows[row[before]], part[column[before]]
                 for first in range(0, len(row), _PAIRS):
                     pair = row[first : first + _PAIRS], column[first : first + _PAIRS]
-                    near = self._are_near(*pair, mirrored)
+                    near = self.are_near(*pair, mirrored)
                     for one, other in zip(pair[0][near].tolist(), pair[1][near].tolist(), strict=True):
                         found.setdefault(one, set()).add(other)
         return {row: sorted(others) for row, others in found.items()}
 
-    def _are_near(self, rows: Indices, columns: Indices, mirrored: bool) -> NDArray[np.bool_]:
+    def are_near(self, rows: Indices, columns: Indices, mirrored: bool) -> NDArray[np.bool_]:
         difference = self._embedded(rows) - self._embedded(columns, mirrored)  # [n, 256, 3]
         cells = np.sqrt(np.square(difference).reshape(len(rows), -1) @ _POOL)  # [n, 64]
         overall = np.sqrt(np.square(cells).mean(1))

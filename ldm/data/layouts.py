@@ -60,9 +60,8 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
     elif config.path == "openmoji":
         from ldm.data.builtin import open_openmoji
 
-        source = open_openmoji(
-            config.resolution, config.background_rgb, skin_tones=config.skin_tones, cutouts=config.compose > 0
-        )
+        tones, cutouts = config.skin_tones, config.compose > 0
+        source = open_openmoji(config.resolution, config.background_rgb, skin_tones=tones, cutouts=cutouts)
     elif config.path == "scenes":
         from ldm.data.builtin import open_scenes
 
@@ -80,9 +79,8 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
 
 
 def _open_path(config: DataConfig, captioned: bool) -> Source:
-    options = ReadOptions(
-        config.image_column, config.caption_column, partial(decode, background=config.background_rgb), captioned
-    )
+    decoder = partial(decode, background=config.background_rgb)
+    options = ReadOptions(config.image_column, config.caption_column, decoder, captioned)
     path = Path(config.path).expanduser().absolute()  # samples stay readable when the working directory changes
     if path.is_dir() and not shards.is_saved(path):
         return _Folder(path, config, options).open()
@@ -146,8 +144,7 @@ class _Folder:
         self.found, self.config, self.options = list_files(path), config, options
         found, given = self.found, config.caption_source
         self.tables, self.broken = _image_tables(found)
-        # `image_column` asks for a table.
-        by_table = config.image_column is not None
+        by_table = config.image_column is not None  # `image_column` asks for a table
         self.shards = list(self.tables) if by_table else found.ending(".tar") or list(self.tables)
         if given in found.files:
             self.listings, self.reasons = folder.read_named_tables(found, options, [given])
@@ -276,9 +273,7 @@ class _Folder:
         same = [one for one in worded if one.name not in (METADATA, SIDECARS) and len(one.images) == len(best.images)]
         if self.options.captioned and best in same and any(one.images != best.images for one in same):
             names = "; ".join(one.name for one in same)
-            raise ValueError(
-                f"{root} has several tables that name as many images: {names}; set data.caption_source to one of them"
-            )
+            raise ValueError(f"{root} has several tables of as many images: {names}; set data.caption_source to one")
         return best.name
 
     def _with_classes(

@@ -19,11 +19,9 @@ _MAX_REPEATED = 10  # captions shared by most images
 _FEW_IMAGES = 100
 # Width to height; an image counts for the nearest ratio.
 _SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
-# A larger fraction of images below half of the resolution needs attention.
-_MAX_SMALL = 0.1
+_MAX_SMALL = 0.1  # a larger fraction of images below half of the resolution needs attention
 _MIN_RESOLUTION = 8  # for advice
-# Beyond this ratio cropping removes more than half of an image, even with buckets.
-_EXTREME = 4
+_EXTREME = 4  # beyond this ratio cropping removes more than half of an image, even with buckets
 _NARROWER, _WIDER = f"narrower than 1:{_EXTREME}", f"wider than {_EXTREME}:1"
 _SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
 # Colors that are not converted, although they are not sRGB.

@@ -16,14 +16,11 @@ from ldm.data.captions import CAPTION_NAMES, FILE_NAMES, decode_text, match_colu
 from ldm.data.images import IMAGES, suffix
 from ldm.progress import error_reason
 
-# Plain lists of file names and captions: img.jpg#0, a tab and the caption.
-LISTS = (".txt", ".token")
+LISTS = (".txt", ".token")  # plain lists of file names and captions: img.jpg#0, a tab and the caption
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", *LISTS)
 
-# In order of preference.
-_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"} | dict.fromkeys(LISTS, "\t|,;")
-# Missing values, as in pandas.
-_NO_VALUE = frozenset({"nan", "null", "none", "n/a", "<na>", "#n/a"})
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"} | dict.fromkeys(LISTS, "\t|,;")  # in order of preference
+_NO_VALUE = frozenset({"nan", "null", "none", "n/a", "<na>", "#n/a"})  # missing values, as in pandas
 _ROWS_FOR_COLUMNS = 1000
 
 
@@ -98,8 +95,7 @@ class _Csv:
     """
 
     def __init__(self, text: str, delimiters: str, plain: bool) -> None:
-        # StringIO splits lines as editors do.
-        self.lines = list(io.StringIO(text, newline=None))
+        self.lines = list(io.StringIO(text, newline=None))  # StringIO splits lines as editors do
         self.plain = plain
         filled = [number for number, line in enumerate(self.lines) if line.strip()]
         # Excel's declaration of the delimiter.
@@ -288,9 +284,8 @@ def _open_json(text: str) -> Table:
             raise ValueError(f"not JSON: {error}") from error
     else:
         parts = value if isinstance(value, dict) else {}
-        images, annotations = (
-            [] if not isinstance(parts.get(k), list) else parts[k] for k in ("images", "annotations")
-        )
+        lists = {key: entry for key, entry in parts.items() if isinstance(entry, list)}
+        images, annotations = lists.get("images", []), lists.get("annotations", [])
         entries = [entry for entry in annotations if isinstance(entry, dict)]
         is_coco = any({"image_id", "caption"} <= entry.keys() for entry in entries)
         if is_coco:

@@ -167,8 +167,7 @@ def open_parquet(path: Path, name: str, schema: Any, options: ReadOptions, cache
     image, caption, key, classes = find_columns(printable(name), schema, options)
     columns = list(dict.fromkeys(column for column in (image, caption, key) if column is not None))
     stat = path.stat()
-    # Unlike mtime, ctime cannot be set by users.
-    times = stat.st_mtime_ns, stat.st_ctime_ns
+    times = stat.st_mtime_ns, stat.st_ctime_ns  # unlike mtime, ctime cannot be set by users
     state = repr((_COPY_VERSION, os.path.realpath(path), stat.st_size, *times, columns))
     copy = cache / f"{content_hash(state.encode('utf-8', 'surrogatepass'))}.rows"
     kinds = {column: schema.field(column).type for column in columns}
@@ -245,8 +244,7 @@ def read_hub(name: str, subset: str | None, split: str) -> Any:
     """
     from datasets import load_dataset
 
-    # It logs every retry; the error below has the outcome.
-    logger = logging.getLogger("huggingface_hub")
+    logger = logging.getLogger("huggingface_hub")  # it logs every retry; the error below has the outcome
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -320,8 +318,7 @@ def _rows(table: ImageTable) -> Iterator[_Row]:
 
     images = table.dataset.select_columns([table.image]).with_format("arrow")
     index = 0
-    # Stored batches; joining them would read all images.
-    for batch in table.dataset.data.to_batches():
+    for batch in table.dataset.data.to_batches():  # stored batches; joining them would read all images
         nothing = [None] * batch.num_rows
         stored, paths = batch.column(table.image), nothing
         if pa.types.is_struct(stored.type):
@@ -430,8 +427,7 @@ def _tar_groups(file: BinaryIO, name: str, skipped: list[Skipped]) -> dict[str, 
 
     count = 0
     try:
-        # "r:" rejects compression, which has no random access.
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # "r:" rejects compression, which has no random access
             for member in tar:
                 if not member.isdir():
                     count += 1

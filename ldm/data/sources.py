@@ -48,8 +48,7 @@ class DataConfig:
         ValueError: naming the key and its value.
     """
 
-    # Without it, pydantic ignores unknown keys.
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # without it, pydantic ignores unknown keys
 
     path: str
     resolution: int

@@ -161,10 +161,8 @@ def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             upgraded[name] = tensor
             continue
         prefix, layer, parameter = match.groups()
-        is_convolution = tensor.shape[2:] == (1, 1)
-        upgraded[f"{prefix}.{_RENAMED_LAYERS.get(layer, layer)}.{parameter}"] = (
-            tensor.flatten(1) if is_convolution else tensor
-        )
+        is_convolution, layer = tensor.shape[2:] == (1, 1), _RENAMED_LAYERS.get(layer, layer)
+        upgraded[f"{prefix}.{layer}.{parameter}"] = tensor.flatten(1) if is_convolution else tensor
     return upgraded
 
 
@@ -191,8 +189,7 @@ def _copy_into(convolution: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     convolution.bias.copy_(bias)
 
 
-# Of the table of distances that is held at once: 16 MB in float32.
-MAX_DISTANCES = 2**22
+MAX_DISTANCES = 2**22  # of the table of distances that is held at once: 16 MB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,9 +351,8 @@ class VQModel(FirstStageNetwork):
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Keeps mean [C] and std [C] in the config: the 1x1 convolutions would change which codes are nearest."""
         check_statistics(mean, std, self.channels)
-        self.config = dataclasses.replace(
-            self.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()), scaling_factor=1.0
-        )
+        values = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
+        self.config = dataclasses.replace(self.config, **values, scaling_factor=1.0)
 
 
 class CodebookUsage(NamedTuple):

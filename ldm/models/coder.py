@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ldm.models.blocks import CheckpointedBlock, Downsample, ImageAttention, ResnetBlock, Upsample
 from ldm.models.component_config import ComponentConfig, refuse
 
-# Encoder and decoder of LDM; no config key of diffusers reaches it.
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # encoder and decoder of LDM; no config key of diffusers reaches it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +89,8 @@ class CoderBlock(CheckpointedBlock):
             ResnetBlock(in_channels if index == 0 else out_channels, out_channels, groups=groups, eps=NORM_EPS)
             for index in range(layers)
         )
-        self.attentions = nn.ModuleList(
-            [ImageAttention(out_channels, groups=groups, eps=NORM_EPS)] if attention else []
-        )
+        attentions = [ImageAttention(out_channels, groups=groups, eps=NORM_EPS)] if attention else []
+        self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 

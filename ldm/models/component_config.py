@@ -50,8 +50,7 @@ class ComponentConfig:
                 supported[key] = _tuples(value)
                 _check_type(key, supported[key], hints[key])
             elif key in cls.neutral_values:
-                # True == 1 in Python, but not in a config; JSON may write 1.0 as 1.
-                neutral = cls.neutral_values[key]
+                neutral = cls.neutral_values[key]  # True == 1 in Python, but not in a config; JSON may write 1.0 as 1
                 if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
                     accepted = " or ".join(map(repr, neutral))
                     refuse(key, value, f"this option of diffusers is not supported and must be {accepted}")

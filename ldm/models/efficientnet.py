@@ -26,8 +26,7 @@ DIMENSIONS = 1280
 # (0.99, 1.06, 1.13, 1.01, 1.14) and of 192 pairs of crops of photographs (1.84, 1.60, 1.66, 1.58, 1.31). At 128x128
 # both differ by less than 15 %; at 32x32 by less than 10 % in the first three maps and 25 % in the fourth.
 PERCEPTUAL_SCALES = (1.41, 1.33, 1.39, 1.29, 1.22)
-# After these blocks (of 16) the map is halved, or is the last.
-_ENDS = (0, 2, 4, 10, 15)
+_ENDS = (0, 2, 4, 10, 15)  # after these blocks (of 16) the map is halved, or is the last
 
 
 class EfficientNetLite0(nn.Module):

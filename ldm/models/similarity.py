@@ -50,8 +50,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 MIN_IMAGE_SIZE = 8
-# A map of a single place says nothing of where things are, and its padding is most of what it sees.
-MIN_MAP_SIZE = 2
+MIN_MAP_SIZE = 2  # a map of a single place says nothing of where things are, and its padding is most of what it sees
 
 
 class PerceptualDistance:

@@ -118,9 +118,8 @@ class UNetConfig(ComponentConfig):
         for level, name in enumerate(reversed(self.up_block_types)):
             attention[level] |= name.startswith("CrossAttn")
         attention[-1] |= self.mid_block_type == "UNetMidBlock2DCrossAttn"
-        for channels, heads, has_attention in zip(
-            self.block_out_channels, self.per_level(self.attention_head_dim), attention, strict=True
-        ):
+        all_heads = self.per_level(self.attention_head_dim)
+        for channels, heads, has_attention in zip(self.block_out_channels, all_heads, attention, strict=True):
             if channels % self.norm_num_groups:
                 refuse("norm_num_groups", self.norm_num_groups, f"must divide the {channels} channels of every level")
             if has_attention and channels % heads:

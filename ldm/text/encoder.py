@@ -249,8 +249,7 @@ class TextEncoder:
 
 
 def _quoted(text: str) -> str:
-    # repr: on one line, whatever the text holds.
-    return repr(text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…")
+    return repr(text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…")  # repr: on one line, whatever the text holds
 
 
 def _checked(captions: Sequence[str]) -> list[str]:

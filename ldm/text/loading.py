@@ -11,6 +11,7 @@ import gzip
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -166,8 +167,7 @@ def load_text_encoder_folders(text_encoder_folder: Path | str, tokenizer_folder:
 
 
 def _minilm_folder() -> Path:
-    # Importing the package would import sentence_transformers.
-    spec = importlib.util.find_spec(_MINILM)
+    spec = importlib.util.find_spec(_MINILM)  # importing the package would import sentence_transformers
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"the text encoder minilm is not installed: {pip_install(_MINILM)}")
     return Path(spec.submodule_search_locations[0]) / "model"
@@ -204,9 +204,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_DOWNLOADS))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"text encoder {name!r} is no folder, and not on the hub ({error_reason(error)}): {_CHOICES}"
-        ) from None
+        raise ValueError(f"text encoder {name!r} is no folder or hub id ({error_reason(error)}): {_CHOICES}") from None
 
 
 def _load(
@@ -306,9 +304,7 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
     # Only the states are used: a model saved without its pooling head lacks nothing.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} weights of a {family.model} ({missing[0]}, ...): save it again"
-        )
+        raise ValueError(f"{folder} lacks {len(missing)} weights of a {family.model} ({missing[0]}, …): save it again")
     return model
 
 
@@ -325,7 +321,19 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
         known = ", ".join(sorted(_TOKENIZERS))
         raise ValueError(f"{folder} asks for the tokenizer {name[:200]!r}, which is not one of {known}")
     tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
-    files = _tokenizer_files(folder, tokenizer_class)
+    # transformers itself makes a wordless tokenizer of no files.
+    vocabulary = set(tokenizer_class.vocab_files_names.values())
+    lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
+    if lacking and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} holds no vocabulary, neither tokenizer.json nor {' and '.join(lacking)}")
+    files = tuple(folder / name for name in sorted(vocabulary | _TOKENIZER_FILES) if (folder / name).is_file())
+    for path in files:  # they are copied into whatever is saved, and shared
+        refuse_link_out(path)
+    tokens = folder / _SPECIAL_TOKENS
+    for key, value in read_json(tokens).items() if tokens in files else ():
+        # transformers takes any key from here, the paths of other files too.
+        if not _is_special_token(key, value) and key not in ("additional_special_tokens", "extra_special_tokens"):
+            raise ValueError(f"{tokens} has the key {key!r}, which is no special token: remove it")
     with TemporaryDirectory(prefix="ldm-tokenizer-") as scratch:
         for path in files:
             shutil.copyfile(path, Path(scratch) / path.name)
@@ -349,26 +357,6 @@ def _is_special_token(key: str, value: Any) -> bool:
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / _TOKENIZER_CONFIG  # old tokenizers have none
     return read_json(path) if path.is_file() else {}
-
-
-def _tokenizer_files(folder: Path, tokenizer_class: Any) -> tuple[Path, ...]:
-    """All its files but `tokenizer_config.json`; transformers itself makes a wordless tokenizer of none.
-
-    ValueError for a link that leads out of the folder: they are copied into whatever is saved, and shared.
-    """
-    vocabulary = set(tokenizer_class.vocab_files_names.values())
-    lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
-    if lacking and not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} holds no vocabulary, neither tokenizer.json nor {' and '.join(lacking)}")
-    paths = tuple(folder / name for name in sorted(vocabulary | _TOKENIZER_FILES) if (folder / name).is_file())
-    for path in paths:
-        refuse_link_out(path)
-    tokens = folder / _SPECIAL_TOKENS
-    for key, value in read_json(tokens).items() if tokens in paths else ():
-        # transformers takes any key from here, the paths of other files too.
-        if not _is_special_token(key, value) and key not in ("additional_special_tokens", "extra_special_tokens"):
-            raise ValueError(f"{tokens} has the key {key!r}, which is no special token: remove it")
-    return paths
 
 
 OPEN_CLIP = "open_clip:"
@@ -421,8 +409,22 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
     (folder / "text_encoder").mkdir()
-    tensors = _converted(_read_tower(path, model, text), layers)
-    save_tensors(folder / "text_encoder" / WEIGHTS_NAME, tensors)
+    tower = _read_tower(path, model, text)
+    tensors = {
+        "embeddings.token_embedding.weight": tower["token_embedding.weight"],  # [V, D]
+        "embeddings.position_embedding.weight": tower["positional_embedding"],  # [L, D]
+        "final_layer_norm.weight": tower["ln_final.weight"],
+        "final_layer_norm.bias": tower["ln_final.bias"],
+    }
+    for i, kind in itertools.product(range(layers), ("weight", "bias")):
+        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for there, here in _LAYER_NAMES.items():
+            tensors[f"{ours}.{here}.{kind}"] = tower[f"{theirs}.{there}.{kind}"]
+        joined = tower[f"{theirs}.attn.in_proj_{kind}"]  # [3D, D] or [3D]
+        for part, tensor in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
+            tensors[f"{ours}.self_attn.{part}.{kind}"] = tensor  # [D, D] or [D]
+    named = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    save_tensors(folder / "text_encoder" / WEIGHTS_NAME, named)
     clip_config = {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -508,25 +510,6 @@ def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tenso
     return tower
 
 
-def _converted(tower: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The first `layers` layers of a tower under the names of transformers."""
-    tensors = {
-        "embeddings.token_embedding.weight": tower["token_embedding.weight"],  # [V, D]
-        "embeddings.position_embedding.weight": tower["positional_embedding"],  # [L, D]
-        "final_layer_norm.weight": tower["ln_final.weight"],
-        "final_layer_norm.bias": tower["ln_final.bias"],
-    }
-    for i in range(layers):
-        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-        for kind in ("weight", "bias"):
-            for there, here in _LAYER_NAMES.items():
-                tensors[f"{ours}.{here}.{kind}"] = tower[f"{theirs}.{there}.{kind}"]
-            joined = tower[f"{theirs}.attn.in_proj_{kind}"]  # [3D, D] or [3D]
-            for part, tensor in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
-                tensors[f"{ours}.self_attn.{part}.{kind}"] = tensor  # [D, D] or [D]
-    return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-
-
 def _write_tokenizer(open_clip: Any, context_length: int, folder: Path) -> None:
     """A CLIP tokenizer with the vocabulary of open_clip, which pads with id 0."""
     from transformers import CLIPTokenizer
@@ -540,7 +523,6 @@ def _write_tokenizer(open_clip: Any, context_length: int, folder: Path) -> None:
         merges=merges,
         pad_token=words[0],
         model_max_length=context_length,
-        # Id 0 is the exclamation mark: where a caption holds one it is text, not padding.
-        split_special_tokens=True,
+        split_special_tokens=True,  # id 0 is the exclamation mark: where a caption holds one it is text, not padding
     )
     tokenizer.save_pretrained(folder)

@@ -121,38 +121,33 @@ def load_catalog() -> Catalog:
     content = json.loads(lzma.decompress(packed))
     drawings: dict[str, list[Drawing]] = {}
     for entry in content["drawings"]:
-        anchors = {name: _anchor(values) for name, values in entry.get("anchors", {}).items()}
+        # A hand has a side ("left", "right") instead of a width.
+        numbers = {
+            name: [n for n in values if not isinstance(n, str)] for name, values in entry.get("anchors", {}).items()
+        }
+        anchors = {name: Anchor(*map(float, values)) for name, values in numbers.items()}
         drawing = Drawing(entry["id"], entry["family"], entry["svg"], anchors, tuple(entry.get("colors", ())))
         drawings.setdefault(entry["thing"], []).append(drawing)
-    things = [_thing(entry, tuple(drawings[entry["name"]])) for entry in content["things"]]
+    things = [
+        Thing(
+            name=entry["name"],
+            forms={word: (article, plural) for word, (article, plural) in entry["forms"].items()},
+            group=entry["group"],
+            tier=entry["tier"],
+            synonyms=tuple(entry.get("synonyms") or ()),
+            kinds=tuple(entry.get("kinds") or ()),
+            classes=tuple(entry.get("classes") or ()),
+            colors=tuple(entry.get("color") or ()),
+            tint=bool(entry.get("tint")),
+            wears=entry.get("wears"),
+            held=bool(entry.get("held")),
+            is_character=bool(entry.get("bearer")),
+            stands=entry.get("stands", "any"),
+            drawings=tuple(drawings[entry["name"]]),
+        )
+        for entry in content["things"]
+    ]
     return Catalog(tuple(sorted(things, key=lambda thing: thing.name)), content_hash(packed))
-
-
-def _anchor(values: list[float | str]) -> Anchor:
-    # A hand has a side ("left", "right") instead of a width.
-    return Anchor(*(float(value) for value in values if not isinstance(value, str)))
-
-
-def _thing(entry: dict[str, Any], drawings: tuple[Drawing, ...]) -> Thing:
-    def words(key: str) -> tuple[str, ...]:
-        return tuple(str(word) for word in entry.get(key) or ())
-
-    return Thing(
-        name=str(entry["name"]),
-        forms={word: (str(article), str(plural)) for word, (article, plural) in entry["forms"].items()},
-        group=str(entry["group"]),
-        tier=int(entry["tier"]),
-        synonyms=words("synonyms"),
-        kinds=words("kinds"),
-        classes=words("classes"),
-        colors=words("color"),
-        tint=bool(entry.get("tint")),
-        wears=entry.get("wears"),
-        held=bool(entry.get("held")),
-        is_character=bool(entry.get("bearer")),
-        stands=str(entry.get("stands", "any")),
-        drawings=drawings,
-    )
 
 
 @lru_cache(maxsize=6000)
@@ -276,17 +271,11 @@ class Scene:
             for part in self.all_parts
             if (color := part.shown_color) is not None and color not in part.thing.colors
         ]
-        concepts += [
-            Concept("worn", (part.thing.name, part.worn.thing.name)) for part in self.parts if part.worn is not None
-        ]
+        concepts += [Concept("worn", (part.thing.name, part.worn.thing.name)) for part in self.parts if part.worn]
         names = [part.thing.name for part in self.parts]
         if self.kind == "three":
-            for first, second in ((0, 1), (1, 2), (0, 2)):
-                concepts.append(relation_concept(names[first], "left of", names[second]))
-            concepts += [
-                relation_concept(names[0], "next to", names[1]),
-                relation_concept(names[1], "next to", names[2]),
-            ]
+            concepts += [relation_concept(names[a], "left of", names[b]) for a, b in ((0, 1), (1, 2), (0, 2))]
+            concepts += [relation_concept(names[a], "next to", names[b]) for a, b in ((0, 1), (1, 2))]
         elif len(names) == 2:
             concepts.append(relation_concept(names[0], self.relation, names[1]))
             if self.relation in ("left of", "right of"):
@@ -299,9 +288,8 @@ class SceneSampler:
 
     def __init__(self, catalog: Catalog, tier: int = 1) -> None:
         self.things = [thing for thing in catalog.things if thing.tier <= tier]
-        self.characters = [
-            thing for thing in self.things if thing.is_character and any(d.anchors for d in thing.drawings)
-        ]
+        characters = [thing for thing in self.things if thing.is_character]
+        self.characters = [thing for thing in characters if any(drawing.anchors for drawing in thing.drawings)]
         self.worn = [thing for thing in self.things if thing.wears is not None]
         self.held = [thing for thing in self.things if thing.held]
         self.tinted = [thing for thing in self.things if thing.tint]
@@ -337,15 +325,20 @@ class SceneSampler:
         if kind == "worn":
             return self._on_background(Scene(kind, (self._wearing(family, rng),)), rng)
         if kind == "held":
-            return self._on_background(Scene(kind, (self._holding(family, rng),)), rng)
+            able = [thing for thing in self.characters if any("hand" in drawing.anchors for drawing in thing.drawings)]
+            held = pick(self.held, rng)
+            holder = pick([thing for thing in able if thing is not held], rng)
+            anchored = [drawing for drawing in holder.drawings if "hand" in drawing.anchors]
+            first = self._on(holder, anchored, family, rng)
+            first = replace(first, held=replace(self._part(held, family, rng, colored=0.25), mirrored=False))
+            return self._on_background(Scene(kind, (first,)), rng)
         how = RELATIONS[int(rng.choice(len(RELATIONS), p=RELATION_FRACTIONS))]
         if kind == "worn pair":
             first = self._wearing(family, rng)
             others = [thing for thing in self.things if thing not in (first.thing, first.worn and first.worn.thing)]
             parts = (first, self._part(pick(others, rng), family, rng, colored=0.2))
         else:
-            # Two colors in 40 %, as attribute binding is hardest to learn.
-            both = rng.random() < 0.4
+            both = rng.random() < 0.4  # two colors in 40 %, as attribute binding is hardest to learn
             chosen = _some(self.tinted if both else self.things, 2, rng)
             parts = tuple(self._part(thing, family, rng, colored=1.0 if both else 0.15) for thing in chosen)
             if rng.random() < 0.1:
@@ -358,19 +351,12 @@ class SceneSampler:
         self, thing: Thing, family: str | None, rng: np.random.Generator, *, colored: float = 0.0, sized: float = 0.0
     ) -> Part:
         drawings = [drawing for drawing in thing.drawings if drawing.family == family]
-        color = None
-        if thing.tint and rng.random() < colored:
-            color = pick(COLORS, rng)
+        color = pick(COLORS, rng) if thing.tint and rng.random() < colored else None
         size: Size | None = None
         if rng.random() < sized:
             size = "small" if rng.random() < 0.6 else "big"
-        return Part(
-            thing,
-            pick(drawings, rng) if drawings else _by_family(thing.drawings, rng),
-            color,
-            size,
-            mirrored=bool(rng.random() < 0.5),
-        )
+        drawing = pick(drawings, rng) if drawings else _by_family(thing.drawings, rng)
+        return Part(thing, drawing, color, size, mirrored=bool(rng.random() < 0.5))
 
     def _wearing(self, family: str | None, rng: np.random.Generator) -> Part:
         worn = pick(self.worn, rng)
@@ -378,14 +364,6 @@ class SceneSampler:
         anchored = [drawing for drawing in wearer.drawings if worn.anchor in drawing.anchors]
         part = self._on(wearer, anchored, family, rng)
         return replace(part, worn=replace(self._part(worn, family, rng, colored=0.35), mirrored=False))
-
-    def _holding(self, family: str | None, rng: np.random.Generator) -> Part:
-        able = [thing for thing in self.characters if any("hand" in drawing.anchors for drawing in thing.drawings)]
-        held = pick(self.held, rng)
-        wearer = pick([thing for thing in able if thing is not held], rng)
-        anchored = [drawing for drawing in wearer.drawings if "hand" in drawing.anchors]
-        part = self._on(wearer, anchored, family, rng)
-        return replace(part, held=replace(self._part(held, family, rng, colored=0.25), mirrored=False))
 
     def _on(self, wearer: Thing, anchored: Sequence[Drawing], family: str | None, rng: np.random.Generator) -> Part:
         of_family = [drawing for drawing in anchored if drawing.family == family]

@@ -136,10 +136,18 @@ class CaptionWriter:
             caption.text = self._long(text, scene, caption)
             return caption
         if not plain:
-            if scene.background and self.rng.random() < 0.85:
-                text = self._on_ground(text, scene.background, caption)
-            if scene.family is not None and self.rng.random() < 0.15:
-                text = self._styled(text, scene.family, caption, phrase=not may_be_clause)
+            ground, family = scene.background, scene.family
+            if ground and self.rng.random() < 0.85:
+                templates = ON_PLACE[ground] if ground in PLACES else ON_COLOR
+                template = self._template(templates, caption)
+                text = template.format(text=text, color=ground, a_color=with_article(ground))
+            if family is not None and self.rng.random() < 0.15:
+                is_art = family == CLIP_ART
+                styles, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if is_art else (STYLE, STYLE_PHRASES)
+                # Avoid "a noto drawing of a cartoon of a dog".
+                is_phrase = not may_be_clause and not _PICTURED.match(text)
+                template = self._template((*styles, *phrases) if is_phrase else styles, caption)
+                text = template.format(text=text, style=family, a_style=with_article(family))
         caption.text = text
         return caption
 
@@ -161,8 +169,7 @@ class CaptionWriter:
             how = INVERSE_RELATIONS.get(scene.relation, scene.relation)
             swapped = how != scene.relation
             a, b = parts[::-1] if swapped else parts
-            # "left of" implies "next to".
-            if how == "left of" and not plain and self.rng.random() < 0.15:
+            if how == "left of" and not plain and self.rng.random() < 0.15:  # "left of" implies "next to"
                 how = "next to"
             template = self._choice(RELATION_PHRASES[how], RELATION_CLAUSES[how], clause, plain, caption)
             second = template.startswith("{b}")  # the subject of a clause
@@ -249,19 +256,6 @@ class CaptionWriter:
             return thing.name
         caption.concepts.append(pick(others, self.rng))
         return caption.concepts[-1].names[1]
-
-    def _on_ground(self, text: str, background: str, caption: Caption) -> str:
-        if background in PLACES:
-            return self._template(ON_PLACE[background], caption).format(text=text)
-        a_color = with_article(background)
-        return self._template(ON_COLOR, caption).format(text=text, color=background, a_color=a_color)
-
-    def _styled(self, text: str, family: str, caption: Caption, *, phrase: bool) -> str:
-        any_text, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if family == CLIP_ART else (STYLE, STYLE_PHRASES)
-        # Avoid "a noto drawing of a cartoon of a dog".
-        templates = (*any_text, *phrases) if phrase and not _PICTURED.match(text) else any_text
-        a_style = with_article(family)
-        return self._template(templates, caption).format(text=text, style=family, a_style=a_style)
 
     def _long(self, text: str, scene: Scene, caption: Caption) -> str:
         """Sentences of up to thirty words."""

@@ -139,7 +139,7 @@ def _paste(canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side:
 
 def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
     """A part with attached parts as cropped RGBA, and the box of each in pixels."""
-    body = _sprite(part, side)
+    body = _sprite(part.drawing, part.color, side)
     boxes: list[tuple[Part, Box]] = [(part, (0, 0, *body.size))]
     if part.worn is not None or part.held is not None:
         margin = side
@@ -150,7 +150,7 @@ def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
             boxes.append((part.worn, _attach(joined, part.drawing, part.worn, body.size, margin, side)))
         if part.held is not None:
             hand = part.drawing.anchors["hand"]
-            held = _sprite(part.held, max(1, round(HELD_SIZE * max(body.size))))
+            held = _sprite(part.held.drawing, part.held.color, max(1, round(HELD_SIZE * max(body.size))))
             x, y = margin + hand.x * body.width, margin + hand.y * body.height
             left, top = round(x - held.width / 2), round(y - 0.75 * held.height)
             joined.alpha_composite(held, (left, top))
@@ -175,7 +175,7 @@ def _attach(joined: Image.Image, wearer: Drawing, worn: Part, size: tuple[int, i
     own = worn.drawing.anchors.get("worn", WORN_ANCHORS[place])
     wide = WORN_WIDTH * anchor.width * size[0] / own.width
     width = max(2, round(max(wide, MIN_WORN_SIZE[place] * max(size))))
-    sprite = _sprite(worn, side)
+    sprite = _sprite(worn.drawing, worn.color, side)
     height = max(2, round(sprite.height * width / sprite.width))
     limit = round(0.9 * max(size))
     if height > limit:
@@ -194,20 +194,15 @@ def _attach(joined: Image.Image, wearer: Drawing, worn: Part, size: tuple[int, i
     top = round(margin + anchor.y * size[1] - y)
     left, top = max(0, left), max(0, top)
     joined.alpha_composite(sprite, (left, top))
-    # Rotation leaves empty corners.
-    inner = sprite.getbbox() if angle else None
+    inner = sprite.getbbox() if angle else None  # rotation leaves empty corners
     inner = inner or (0, 0, *sprite.size)
     return left + inner[0], top + inner[1], left + inner[2], top + inner[3]
 
 
 @lru_cache(maxsize=512)
-def _tinted(drawing: Drawing, side: int, color: str | None) -> Image.Image:
+def _sprite(drawing: Drawing, color: str | None, side: int) -> Image.Image:
     pixels = rasterize(drawing, side)
     return Image.fromarray(pixels if color is None else tint(pixels, RGB[color]), "RGBA")
-
-
-def _sprite(part: Part, side: int) -> Image.Image:
-    return _tinted(part.drawing, side, part.color)
 
 
 def tint(pixels: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
