@@ -59,9 +59,7 @@ def refuse_untrusted(folder: Path) -> None:
         return
     for path in sorted(folder.iterdir()):
         if _ADAPTER.fullmatch(path.name):
-            raise ValueError(
-                f"{path} is an adapter, which libraries silently apply: move it away, and give it to load_lora"
-            )
+            raise ValueError(f"{path} is an adapter, which libraries silently apply: move it away (load_lora takes it)")
         is_config = path.name.endswith("config.json") or path.name == "model_index.json"
         if not is_config or not path.is_file():  # a pipe would be waited for
             continue
@@ -148,9 +146,7 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
         target = folder / f"{stem}.safetensors"
         pickles = sorted(path.name for end in (".bin", ".ckpt") for path in folder.glob(f"*{end}*"))
         if pickles:
-            raise ValueError(
-                f"{folder} holds pickled weights ({pickles[0]}), never opened; convert them to {target.name}"
-            )
+            raise ValueError(f"{folder} holds pickled weights ({pickles[0]}), never read; convert to {target.name}")
         raise ValueError(f"{target} is missing; the model folder is incomplete, copy or train it again")
     if len(found) > 1 and variant not in _PREFERRED:
         raise ValueError(f"{folder} holds the variants {' and '.join(sorted(found))}; rename one to {stem}.safetensors")

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,17 +213,31 @@ def open_scenes(config: DataConfig) -> Source:
     held-out scenes.
     """
     samples = [
-        training_sample(config, config.first_scene + place, partial(_renewed, config, place))
-        for place in range(config.scenes)
+        replace(_renewed(config, place, 0), renew=partial(_renewed, config, place)) for place in range(config.scenes)
     ]
-    samples += [held_out_sample(config, place) for place in range(round(config.held_out * config.scenes))]
+    samples += [_sample(config, number, held_out=True) for number in range(round(config.held_out * config.scenes))]
     return Source("scenes", tuple(samples), curated=True)
 
 
-def training_sample(config: DataConfig, number: int, renew: partial[Sample] | None = None) -> Sample:
-    """Training scene `number`, 0 or more."""
-    _, caption = training_scene(number, TIERS[config.things])
-    return _sample(config, f"scenes/{number}", caption, {"number": number}, held_out=False, renew=renew)
+def _renewed(config: DataConfig, place: int, epoch: int) -> Sample:
+    return _sample(config, config.first_scene + epoch // config.renew_every * config.scenes + place)
+
+
+def _sample(config: DataConfig, number: int, *, held_out: bool = False) -> Sample:
+    tier, name = TIERS[config.things], f"scenes/{'held-out/' * held_out}{number}"
+    _, caption = held_out_scene(number, tier) if held_out else training_scene(number, tier)
+    key = {"held_out" if held_out else "number": number, "tier": tier, "version": SCENES_VERSION}
+    stored = json.dumps({**key, "catalog": load_catalog().digest}).encode()
+    return Sample(
+        id=name,
+        captions=(caption,),
+        group=name,
+        read=partial(bytes, stored),
+        decode=partial(decode_scene, resolution=config.resolution, tier=tier),
+        digest=content_hash(stored),
+        size=(config.resolution, config.resolution),
+        held_out=held_out,
+    )
 
 
 @lru_cache(maxsize=2**13)  # used for the caption, the name and the image of a sample
@@ -233,14 +248,8 @@ def training_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
     return scene, CaptionWriter(rng).caption(scene).text
 
 
-def held_out_sample(config: DataConfig, number: int) -> Sample:
-    """Held-out scene `number`; kinds alternate."""
-    _, caption = held_out_scene(number, TIERS[config.things])
-    return _sample(config, f"scenes/held-out/{number}", caption, {"held_out": number}, held_out=True)
-
-
 def held_out_scene(number: int, tier: int = 1) -> tuple[Scene, str]:
-    """A scene with a concept that no training scene shows."""
+    """A scene with a concept that no training scene shows; kinds alternate."""
     rng = generator(SCENES_VERSION, "held-out scene", number)
     kinds = [kind for kind in KIND_FRACTIONS if kind != "held"]
     kind = "one" if number % 3 == 0 else kinds[number % len(kinds)]
@@ -265,35 +274,6 @@ def render_training_scene(number: int, resolution: int, tier: int = 1) -> Image.
     """The RGB image of training scene `number`."""
     scene, _ = training_scene(number, tier)
     return render_scene(scene, generator(SCENES_VERSION, "pixels", number), resolution)
-
-
-def _renewed(config: DataConfig, place: int, epoch: int) -> Sample:
-    block = epoch // config.renew_every
-    return training_sample(config, config.first_scene + block * config.scenes + place)
-
-
-def _sample(
-    config: DataConfig,
-    id: str,
-    caption: str,
-    name: dict[str, int],
-    *,
-    held_out: bool,
-    renew: partial[Sample] | None = None,
-) -> Sample:
-    tier = TIERS[config.things]
-    key = json.dumps({**name, "tier": tier, "version": SCENES_VERSION, "catalog": load_catalog().digest}).encode()
-    return Sample(
-        id=id,
-        captions=(caption,),
-        group=id,
-        read=partial(bytes, key),
-        decode=partial(decode_scene, resolution=config.resolution, tier=tier),
-        digest=content_hash(key),
-        size=(config.resolution, config.resolution),
-        held_out=held_out,
-        renew=renew,
-    )
 
 
 @cache

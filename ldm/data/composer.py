@@ -130,9 +130,40 @@ class Composition:
             captions=(caption,) if caption else (),
             group=self.parts[0].group,
             read=partial(bytes, key),
-            decode=partial(_render, composition=self, size=size),
+            decode=partial(self.render, size=size),
             size=size[::-1],
         )
+
+    def render(self, key: bytes, *, size: Size) -> Decoded:
+        """The image of `size` (height, width); the key of the sample is not needed."""
+        height, width = size
+        pieces = [_Piece.from_decoded(part.load_decoded(), self.background) for part in self.parts]
+        color = self.background if self.color is None else RGB[self.color]
+        x, y, z = self.places
+        if self.layout == "inset" and self.color is None:
+            canvas = Image.fromarray(resize_and_crop(self.parts[0].load(), size).permute(1, 2, 0).numpy())
+        else:
+            canvas = Image.new("RGB", (width, height), color)
+        if self.layout == "inset":
+            if self.color is not None:
+                _paste(canvas, pieces[0], (0, 0, width, height), color, (0.5, 0.5), 0.92)
+            inset = pieces[1]
+            # The root of its area is a fraction of the canvas's shorter side.
+            ratio = min(2.0, max(0.5, inset.pixels.width / inset.pixels.height))
+            side = (0.3 + 0.15 * z) * min(width, height)
+            w, h = max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))
+            left, top = width - w if y >= 0.5 else 0, height - h if x >= 0.5 else 0
+            _paste(canvas, inset, (left, top, left + w, top + h), None, (0.5, 0.5), 0.96)
+        elif self.layout == "ground":
+            _paste(canvas, pieces[0], (0, 0, width, height), color, (x, y), 0.6 + 0.36 * z)
+        else:
+            cells = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
+            if self.layout == "above":
+                cells = [(0, 0, width, height // 2), (0, height // 2, width, height)]
+            for piece, cell in zip(pieces, cells, strict=True):
+                # Both at the same height, or exactly below each other.
+                _paste(canvas, piece, cell, color, (0.3 + 0.4 * x, 0.3 + 0.4 * y), 0.9 + 0.08 * z)
+        return Decoded(canvas, "", "RGB")
 
 
 # ---- choosing
@@ -211,38 +242,6 @@ class _Piece:
         if len(rows):
             image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
         return cls(image, None, (red, green, blue))
-
-
-def _render(key: bytes, composition: Composition, size: Size) -> Decoded:
-    del key  # `composition` has all of it
-    height, width = size
-    pieces = [_Piece.from_decoded(part.load_decoded(), composition.background) for part in composition.parts]
-    color = composition.background if composition.color is None else RGB[composition.color]
-    x, y, z = composition.places
-    if composition.layout == "inset" and composition.color is None:
-        canvas = Image.fromarray(resize_and_crop(composition.parts[0].load(), size).permute(1, 2, 0).numpy())
-    else:
-        canvas = Image.new("RGB", (width, height), color)
-    if composition.layout == "inset":
-        if composition.color is not None:
-            _paste(canvas, pieces[0], (0, 0, width, height), color, (0.5, 0.5), 0.92)
-        inset = pieces[1]
-        # The root of its area is a fraction of the canvas's shorter side.
-        ratio = min(2.0, max(0.5, inset.pixels.width / inset.pixels.height))
-        side = (0.3 + 0.15 * z) * min(width, height)
-        w, h = max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))
-        left, top = width - w if y >= 0.5 else 0, height - h if x >= 0.5 else 0
-        _paste(canvas, inset, (left, top, left + w, top + h), None, (0.5, 0.5), 0.96)
-    elif composition.layout == "ground":
-        _paste(canvas, pieces[0], (0, 0, width, height), color, (x, y), 0.6 + 0.36 * z)
-    else:
-        cells = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
-        if composition.layout == "above":
-            cells = [(0, 0, width, height // 2), (0, height // 2, width, height)]
-        for piece, cell in zip(pieces, cells, strict=True):
-            # Both at the same height, or exactly below each other.
-            _paste(canvas, piece, cell, color, (0.3 + 0.4 * x, 0.3 + 0.4 * y), 0.9 + 0.08 * z)
-    return Decoded(canvas, "", "RGB")
 
 
 def _paste(
