@@ -25,7 +25,6 @@ from ldm.weights import update_hash
 LatentsSampler = Callable[[Tensor, Tensor | None], Tensor]
 Compute = Callable[[FirstStage, Tensor], Tensor]
 Tile = int | Literal["auto", "off"]
-
 # Up to this many bytes, by an estimate, an image is computed as a whole: 512 and 768 pixels of Stable Diffusion are.
 WHOLE_BYTES = 3 * 2**30
 STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which is larger where strips set in
@@ -35,7 +34,6 @@ PIXEL_MAPS = 6  # decoding, clamping and rounding, each into a new one
 MIN_TILE = 16  # pixels; below, most of a strip is rows of its neighbors
 # "high resolution" of `force_upcast`: where diffusers' pipelines apply it; those of 512 or 768 pixels do not.
 HIGH_RESOLUTION = 1024**2
-
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
 _NOT_IN_MOMENTS = frozenset(
     {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "scaling_factor", "shift_factor",

@@ -116,10 +116,7 @@ def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Ite
         except ValueError:
             is_model = False
     if other is not None and not is_model:
-        raise ValueError(
-            f"{folder} holds files that are no model, such as {other}, and no {mark} of one; nothing was written, "
-            "choose another folder"
-        )
+        raise ValueError(f"{folder} holds no {mark} of a model, but {other}; choose another folder")
     pattern = re.compile(names)
     with disk.new_folder(place, lambda name: pattern.fullmatch(name) is not None) as aside:
         yield aside

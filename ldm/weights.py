@@ -25,7 +25,6 @@ from ldm import disk
 
 # transformers applies these to the weights beside them wherever peft is installed.
 _ADAPTER = re.compile(r"adapter_(config|model)\b.*", re.IGNORECASE)
-
 # Why a key is refused at any depth of a config, and which keys.
 _REASONS = {
     "it asks for code that comes with a model, which is never run here": (
@@ -107,7 +106,6 @@ def refuse_link_out(path: Path) -> None:
 
 
 Value = TypeVar("Value")
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 # Wrappers of torch: compile, data parallelism, FSDP, checkpointing. They can be nested, and wrap any layer.
@@ -212,10 +210,8 @@ def converted(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str | Pa
     for name, tensor in weights.items():
         found[name] = tensor.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not _all_finite(found[name]):
-            raise ValueError(
-                f"{where}: {name} holds {float(tensor.abs().max()):.3g}, which is too large for "
-                f"{str(dtype).removeprefix('torch.')}; take bfloat16 or float32"
-            )
+            largest, kind = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
+            raise ValueError(f"{where}: {name} holds {largest:.3g}, too large for {kind}; take bfloat16 or float32")
     return found
 
 

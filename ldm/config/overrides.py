@@ -50,7 +50,19 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[ConfigT]) -> Co
     """Reads a YAML file, applies `a.b=value` overrides, and validates the whole. Raises
     ValueError in one line that names the file or the dotted key, the cause and the way out.
     """
-    check_scripts(read_config(path), kind, f"config {path}")
+    given, where = read_config(path), f"config {path}"
+    for tool, keys in FOREIGN_KEYS.items():
+        for key in keys:
+            section, _, last = key.rpartition(".")
+            inside = given.get(section) if section else given
+            if isinstance(inside, Mapping) and last in inside:
+                raise ValueError(f"{where} has {key}, a key of {tool}; start from one of the files in configs/")
+    other = next(one for one in SCRIPTS if one is not kind)
+    known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
+    foreign = sorted(map(str, given.keys() - known))
+    if foreign and theirs.issuperset(foreign):
+        missing = " and no ".join(foreign)
+        raise ValueError(f"{where} is for {SCRIPTS[other]}, run that: {SCRIPTS[kind]} has no {missing}")
     content = read_config(path, kind)
     return parse_config(with_overrides(content, overrides, kind), kind, str(path))
 
@@ -83,24 +95,6 @@ def with_overrides(content: Mapping[str, Any], overrides: Sequence[str], kind: t
         except ValueError as error:
             raise ValueError(f"--set {error}") from None
     return changed
-
-
-def check_scripts(content: Mapping[str, Any], kind: type, where: str) -> None:
-    """Refuses a config of another tool, and one of the other script. Raises ValueError naming the keys, and the tool or
-    script.
-    """
-    for tool, keys in FOREIGN_KEYS.items():
-        for key in keys:
-            section, _, last = key.rpartition(".")
-            inside = content.get(section) if section else content
-            if isinstance(inside, Mapping) and last in inside:
-                raise ValueError(f"{where} has {key}, a key of {tool}; start from one of the files in configs/")
-    other = next(one for one in SCRIPTS if one is not kind)
-    known, theirs = ({item.name for item in dataclasses.fields(one)} for one in (kind, other))
-    foreign = sorted(map(str, content.keys() - known))
-    if foreign and theirs.issuperset(foreign):
-        missing = " and no ".join(foreign)
-        raise ValueError(f"{where} is for {SCRIPTS[other]}, run that: {SCRIPTS[kind]} has no {missing}")
 
 
 def from_text(text: str, hint: Any, path: str) -> Any:

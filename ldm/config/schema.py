@@ -277,8 +277,7 @@ def check_objective(
         )
     if sample.sampler == "langevin":
         raise ValueError(
-            "sample.sampler is langevin, which walks in x/alpha and cannot start where alpha is 0 "
-            "(schedule.rescale_betas_zero_snr); choose another sampler"
+            "sample.sampler langevin cannot start where alpha is 0 (schedule.rescale_betas_zero_snr); choose another"
         )
 
 
@@ -325,10 +324,8 @@ class LDMConfig:
             raise ValueError(f"first_stage is {self.first_stage!r} but space is pixel; set space: latent or drop it")
         spacing, offset = self.schedule.timestep_spacing, self.schedule.steps_offset
         if self.space != "pixel" and spacing == "leading" and offset != 1:
-            raise ValueError(
-                f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
-                "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
-            )
+            why = "but diffusers opens latent models with 1; set that, or schedule.timestep_spacing=trailing"
+            raise ValueError(f"schedule.steps_offset is {offset} with leading timesteps, {why}")
         check_precision(self.schedule.prediction_type, self.train.mixed_precision)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_objective(self.train.loss, schedule, self.schedule.prediction_type, self.sample)
@@ -423,10 +420,8 @@ class AutoencoderTrainingConfig:
         if loss.adversarial_weight == 0:
             return
         if loss.adversarial_start >= self.train.max_steps:
-            raise ValueError(
-                f"loss.adversarial_start is {loss.adversarial_start} and train.max_steps {self.train.max_steps}: the "
-                "discriminator would never start; start it earlier, or set loss.adversarial_weight=0"
-            )
+            why = f"train.max_steps {self.train.max_steps}; start it earlier, or set loss.adversarial_weight=0"
+            raise ValueError(f"loss.adversarial_start {loss.adversarial_start} is not before {why}")
         if side < self.discriminator.min_image_size:
             levels = self.discriminator.levels
             raise ValueError(f"data.resolution is {side}, which discriminator.levels {levels} halves to nothing")

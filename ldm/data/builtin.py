@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from ldm.data.sources import DataConfig
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
 SIZE = (8, 8)
-
 _PHRASINGS = (
     *("a handwritten {word}", "a handwritten {numeral}", "{word}", "{numeral}", "the digit {word}"),
     *("the digit {numeral}", "the number {word}", "the number {numeral}", "a scan of the number {word}"),

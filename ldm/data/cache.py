@@ -105,16 +105,12 @@ class RowCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
             if free < needed:
-                raise ValueError(
-                    f"{self.folder} needs {_size(needed)} more, its disk has {_size(free)}; free some, or {WAY_OUT}"
-                )
+                raise ValueError(f"{self.folder} needs {_size(needed)}, {_size(free)} are free; {WAY_OUT}")
             with disk.new_file(path) as aside:
                 aside.write_bytes(content)
         except OSError as error:
-            raise ValueError(
-                f"the cache {self.folder} cannot be written: {error.strerror or error} ({_size(needed)} more are "
-                f"needed); fix that, or {WAY_OUT}"
-            ) from None
+            reason = f"{error.strerror or error} ({_size(needed)} more are needed)"
+            raise ValueError(f"the cache {self.folder} cannot be written: {reason}; {WAY_OUT}") from None
         self._refused.discard(path.name)
         self._verified.add(path.name)
 

@@ -22,13 +22,9 @@ FILE_NAMES = (
     *("file_name", "filename", "file", "image_file_name", "image_file", "image_path", "img_path", "image_name"),
     *("image", "img", "file_path", "filepath", "path"),
 )
-
 MAX_TEXT_BYTES = 2**20
-
 _BOX = re.compile(r"\d+( [01]?\.\d+(e-?\d+)?){4,}")  # YOLO: a class number, and a box or a polygon
-
 _KINDS: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list"}
-
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -216,9 +216,7 @@ def _ground(parts: Sequence[Sample], chance: float) -> str | None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part to be pasted: RGB `pixels` on the color `behind`, None if the motif fills its image; `alpha`, mode L, of a
-    cutout.
-    """
+    """A part to paste: RGB `pixels` on the color `behind` (None: the motif fills it); `alpha`, mode L, of a cutout."""
 
     pixels: Image.Image
     alpha: Image.Image | None
@@ -252,12 +250,8 @@ def _paste(
     where: tuple[float, float],
     fraction: float,
 ) -> None:
-    """Pastes an image into a box: cropped to fill it, or with its ground around it.
-
-    Args:
-        ground: fills the box behind a cutout; None keeps the canvas.
-        where: position in the remaining room, each in [0, 1].
-        fraction: of the box that a motif with a ground takes.
+    """Pastes an image into a box: cropped to fill it, or as a motif that takes a `fraction` of it, at `where` in [0, 1]
+    of the remaining room, on its own ground, or as a cutout on `ground` (None keeps the canvas).
     """
     left, top, right, bottom = box
     room = right - left, bottom - top

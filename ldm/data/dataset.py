@@ -311,9 +311,8 @@ class CaptionedImages(Dataset[Item]):
 
 
 class _Cache:
-    """The resized first images of a data set, and a byte per image that says whether it is filled.
-
-    An anonymous shared mapping: forked workers share it, empty pages use no memory, and /dev/shm does not limit it.
+    """The resized first images of a data set, and whether each is filled, in an anonymous mapping: forked workers share
+    it, empty pages use no memory, and /dev/shm does not limit it.
     """
 
     def __init__(self, buckets: Buckets, budget: int) -> None:

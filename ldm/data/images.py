@@ -28,7 +28,6 @@ IMAGES = SUFFIXES | {".jfif", ".jpe"}  # browsers save JPEG files as .jfif and .
 CAPTION_FILES = (".txt", ".caption")
 # Text files that explain a folder, by the beginning of their names.
 DOCUMENTS = ("readme", "license", "licence", "notice", "copying", "changelog", "credits", "attribution", "classes")
-
 _UNSUPPORTED = frozenset(
     (
         *(".heic", ".heif", ".avif", ".svg", ".jxl", ".jp2", ".psd", ".xcf", ".ico", ".tga", ".eps", ".exr", ".hdr"),
@@ -39,7 +38,6 @@ _UNSUPPORTED = frozenset(
 _VIDEOS = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp"))
 _ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 _TEXTS = frozenset((*CAPTION_FILES, ".json", ".jsonl", ".csv", ".tsv"))
-
 _IMAGE_SIGNATURES = (
     (re.compile(rb"\x89PNG\r\n\x1a\n"), ".png"),
     (re.compile(rb"\xff\xd8\xff"), ".jpg"),

@@ -178,9 +178,7 @@ def natural_order(path: str) -> tuple[object, ...]:
 
 
 class _Info(NamedTuple):
-    """What decoding tells of an image: a hash of the size and the RGB pixels, size, format, cutout (`Sample`) and
-    `duplicates.thumbnail`.
-    """
+    """What decoding tells of an image; `pixels` is a hash of the size and the RGB pixels."""
 
     pixels: bytes
     size: tuple[int, int]
@@ -352,9 +350,8 @@ def near_duplicate_clusters(thumbnails: Bytes, sizes: Sequence[tuple[int, int]])
 
 
 class _Embeddings:
-    """Thumbnails minus their mean color, divided by their contrast; candidates are found at 8×8 by matrix products.
-
-    Averaging cells never increases a distance, so no pair is lost at 8×8.
+    """Thumbnails minus their mean color, divided by their contrast. Candidates are found at 8×8 by matrix products:
+    averaging cells never increases a distance, so no pair is lost.
     """
 
     def __init__(self, thumbnails: Bytes, sizes: Sequence[tuple[int, int]]) -> None:

@@ -105,10 +105,8 @@ def _open_path(config: DataConfig, captioned: bool) -> Source:
         elif suffix(path.name) in TEXT_TABLES:
             named, _ = folder.read_named_tables(list_files(path.parent), options, [path.name])
             if not named:
-                raise ValueError(
-                    f"no row of {path} names an image beside or below it; give the folder that holds both, and "
-                    f"data.caption_source {path.name}"
-                )
+                where = f"data.caption_source {path.name}"
+                raise ValueError(f"no row of {path} names an image below it; give the folder of both, and {where}")
             listing = named[0]
             if listing.error is not None:
                 raise listing.error
@@ -129,15 +127,8 @@ def check_path(name: str) -> None:
 
 
 class _Folder:
-    """A folder of images, and what may caption them.
-
-    Attributes:
-        tables: the Arrow schemas of parquet and Arrow files with images; `broken` are those that cannot be read.
-        shards: the tars or tables that are read if shards are chosen.
-        in_shards: how many images these have, if there is a choice.
-        listings: metadata, tables and sidecars, in order of preference.
-        reasons: why other tables are not used.
-        classes: images captioned by sub-folders.
+    """A folder of images, and what may caption them: `tables` are the Arrow schemas of tables with images, `shards` the
+    tars or tables that may be read, `listings` metadata, tables and sidecars by preference, `classes` sub-folders.
     """
 
     def __init__(self, path: Path, config: DataConfig, options: ReadOptions) -> None:
@@ -279,11 +270,8 @@ class _Folder:
     def _with_classes(
         self, classes: Listing, listing: Listing, chosen: str | None, sources: list[CaptionSource]
     ) -> Listing:
-        """The listing to use, if the names of sub-folders may be captions too: they are, if there are no others.
-
-        Raises:
-            NoCaptionsError: if unreadable files may have captions, or written captions cover less than half as many
-                images.
+        """The listing to use, if sub-folders may caption too: they do, if nothing else does. `NoCaptionsError` if
+        unreadable files may have captions, or written captions cover less than half as many images.
         """
         count, captioned_count = len(classes.samples), len(listing.samples)
         more = len({sample.id for sample in classes.samples}.difference(sample.id for sample in listing.samples))
@@ -308,10 +296,8 @@ class _Folder:
             skipped = [Skipped(sample.id, f"no caption: {why}") for sample in classes.samples]
             skipped = sorted([*skipped, *classes.skipped, *listing.skipped], key=lambda entry: entry.path)
             unused = [source if source.reason else replace(source, reason="it has few captions") for source in sources]
-            raise NoCaptionsError(
-                f"{root} may have captions that would be lost: {printable(why)}",
-                Source(str(root), (), tuple(skipped), caption_sources=tuple(unused)),
-            )
+            lost = Source(str(root), (), tuple(skipped), caption_sources=tuple(unused))
+            raise NoCaptionsError(f"{root} may have captions that would be lost: {printable(why)}", lost)
         return listing
 
 

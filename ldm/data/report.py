@@ -30,7 +30,6 @@ _UNCERTAIN = {
     GAMMA: "gAMA or cHRM of another space than sRGB, and no color profile",
     ADOBE: "Adobe RGB in EXIF, and no color profile",
 }
-
 Size = tuple[int, int]
 
 
@@ -310,18 +309,16 @@ def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
     training = sorted(top for top in tops if top.rstrip("0123456789") == "train")  # COCO's is train2017
     others = sorted(top for top in tops if top.rstrip("0123456789") in _SPLITS)
     if training and others:
+        rest = ", ".join(f"{name}/" for name in others)
         yield (
-            f"the images of {training[0]}/ and {', '.join(f'{name}/' for name in others)} are used together; name the "
-            f"folder {training[0]}/ itself, or with data.caption_source its captions, to leave the rest out"
+            f"the images of {training[0]}/ and {rest} are used together; name {training[0]}/ itself, or with "
+            "data.caption_source its captions, to leave the rest out"
         )
     if not report.captions.without:
         yield from report.unused_captions(harmless=True)
     if report.composed:
         cutouts = sum(sample.cutout is not None for sample in inspection.used)
-        yield (
-            f"{cutouts} of {plural(report.used, 'image')} have a transparent background, and can be composed on a "
-            "colored one"
-        )
+        yield f"{cutouts} of {plural(report.used, 'image')} have a transparent background, and can be laid on a color"
     if inspection.cache_error:
         yield f"image info is not cached: {inspection.cache_error}"
 
@@ -347,10 +344,8 @@ def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Insp
             )
     if captions.too_long:
         first = captions.too_long[0]
-        yield (
-            f"{plural(len(captions.too_long), 'caption')} longer than the text encoder reads: {first.image} loses "
-            f"{quoted(first.lost)}; shorten them, or raise text.max_length (--max-length)"
-        )
+        lost = f"{first.image} loses {quoted(first.lost)}; shorten them, or raise text.max_length (--max-length)"
+        yield f"{plural(len(captions.too_long), 'caption')} longer than the text encoder reads: {lost}"
     if report.contradictory:
         copy = next(copy for copy in report.duplicate_files if copy.captions)
         yield (
@@ -359,17 +354,12 @@ def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Insp
             "used, so remove those that are wrong"
         )
     if report.used > 1 and captions.distinct == 1 and not captions.without:
-        yield (
-            f"all {report.used} images have one caption, {quoted(captions.repeated[0][0])}: the text cannot tell them "
-            "apart; describe what each shows"
-        )
+        yield f"all {report.used} images have one caption, {quoted(captions.repeated[0][0])}; describe what each shows"
     if report.used and config.held_out > 0 and not report.held_out:
         yield "nothing can be held out, as all images are of one group; add other images, or set data.held_out to 0"
     if sizes.much_enlarged > _MAX_SMALL * report.used:
         sides = sorted(_side(sample.size, config) for sample in used if sample.size)
         fitting = max(1, int(sides[int(_MAX_SMALL * len(sides))]))
         choice = f"choose a resolution of about {fitting}, or" if fitting >= _MIN_RESOLUTION else "remove them, or take"
-        yield (
-            f"{plural(sizes.much_enlarged, 'image')} below half of {report.resolution} pixels would be blurred; "
-            f"{choice} larger images"
-        )
+        small = plural(sizes.much_enlarged, "image")
+        yield f"{small} below half of {report.resolution} pixels would be blurred; {choice} larger images"

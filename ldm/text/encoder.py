@@ -131,8 +131,7 @@ class TextEncoder:
         largest, known = int(tokens.input_ids.max()), config.vocab_size
         if largest >= known:
             raise ValueError(
-                f"the tokenizer gives the token {largest}, but the text encoder has {known}: "
-                "the two are not of one model, save or download them again"
+                f"the tokenizer gives the token {largest} and the text encoder has {known}: save both again"
             )
         mask = tokens.attention_mask.to(self.device) if self.uses_attention_mask else None
         # Output 0 is the last hidden state; in a CLIP, after its final layer norm.

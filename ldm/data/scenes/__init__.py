@@ -22,7 +22,6 @@ from ldm.data.sources import require
 
 PATH = Path(__file__).parents[2] / "assets" / "scenes" / "drawings.json.xz"
 CLIP_ART = "clipart"  # the family with drawings of many styles
-
 Place = Literal["head", "face", "neck"]
 
 
@@ -166,7 +165,6 @@ def rasterize(drawing: Drawing, side: int) -> np.ndarray:
 
 
 ConceptKind = Literal["color", "relation", "worn", "synonym", "phrasing"]
-
 HELD_OUT_FRACTIONS = {"color": 0.1, "relation": 0.1, "worn": 0.1, "synonym": 0.05, "phrasing": 0.1}
 # Relations, and the equivalent ones with exchanged things that are used as keys.
 INVERSE_RELATIONS = {"right of": "left of", "under": "above", "behind": "in front of"}
@@ -197,7 +195,6 @@ def relation_concept(first: str, how: str, second: str) -> Concept:
 
 SceneKind = Literal["one", "count", "pair", "three", "worn", "held", "worn pair"]
 Size = Literal["small", "big"]
-
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 RELATIONS = ("left of", "right of", "above", "under", "next to", "in front of", "behind")
 PLACES = ("grass", "sea", "night sky")

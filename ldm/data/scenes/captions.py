@@ -12,7 +12,6 @@ from ldm.data.rng import pick
 from ldm.data.scenes import CLIP_ART, INVERSE_RELATIONS, PLACES, Concept, Part, Scene, Thing
 
 NUMBERS = ("", "one", "two", "three", "four", "five")
-
 # Phrases can be parts of other phrases, clauses cannot. The first of each list is the plain one.
 ONE_PHRASES = (
     *("{a}", "{a}", "{bare}", "a picture of {a}", "a drawing of {a}", "an image of {a}", "an illustration of {a}"),

@@ -120,11 +120,7 @@ def _grid(count: int, rng: np.random.Generator) -> list[Box]:
 
 
 def _paste(canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side: int) -> tuple[int, int, int, int]:
-    """Pastes an image into a box of the canvas, as large as it fits, centered or at the bottom.
-
-    Returns:
-        (left, top, width, height) in pixels of the canvas.
-    """
+    """Pastes an image into a box, as large as it fits, centered or at the bottom → its (left, top, width, height)."""
     left, top, right, low = (edge * side for edge in box)
     scale = min((right - left) / unit.width, (low - top) / unit.height)
     width, height = max(1, round(unit.width * scale)), max(1, round(unit.height * scale))
