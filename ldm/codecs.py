@@ -32,8 +32,7 @@ STRIP_BYTES = 2**28  # what a strip takes beside the map that is stored, which i
 DECODER_MAPS, ENCODER_MAPS = 4, 6
 PIXEL_MAPS = 6  # decoding, clamping and rounding, each into a new one
 MIN_TILE = 16  # pixels; below, most of a strip is rows of its neighbors
-# "high resolution" of `force_upcast`: where diffusers' pipelines apply it; those of 512 or 768 pixels do not.
-HIGH_RESOLUTION = 1024**2
+HIGH_RESOLUTION = 1024**2  # of `force_upcast`, as in diffusers' pipelines; 512 or 768 pixels are below
 # Keys of an autoencoder's config that its moments do not depend on: what concerns the decoder, or its users.
 _NOT_IN_MOMENTS = frozenset(
     {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "scaling_factor", "shift_factor",
@@ -109,7 +108,6 @@ class PixelCodec(Codec):
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-        # In float32, where a tiny deviation is 0.
         is_valid = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
         if len(mean) != len(std) or not is_valid:
             raise ValueError(f"PixelCodec mean {mean} and std {std}: one finite number a channel, std above 0")

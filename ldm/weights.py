@@ -113,8 +113,7 @@ WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoin
 STEM = "model"  # of the files of transformers
 WEIGHTS_NAME = f"{STEM}.safetensors"
 _COUNTERS = ("position_ids", "token_type_ids")  # that old files of transformers hold beside the weights
-# Variants of weights (`NAME.VARIANT.safetensors`), best first; "" has no name.
-_PREFERRED = ("", "fp32", "fp16", "bf16")
+_PREFERRED = ("", "fp32", "fp16", "bf16")  # variants (`NAME.VARIANT.safetensors`), best first; "" has no name
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,7 @@ DERIVED = {
     "vq": {"sample_size": "data.resolution"}
     | dict.fromkeys(("scaling_factor", "latents_mean", "latents_std"), _MEASURED),
 }
-# What a model that training starts from brings with it.
-FROM_START = {"space", "first_stage", "unet", "text", "schedule"}
+FROM_START = {"space", "first_stage", "unet", "text", "schedule"}  # what that model brings with it
 SCRIPTS: dict[type, str] = {LDMConfig: "train/train_ldm.py", AutoencoderTrainingConfig: "train/train_autoencoder.py"}
 NEAR = 0.7  # of difflib: max_step and max_steps have 0.94, model and method 0.55
 

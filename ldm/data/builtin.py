@@ -210,9 +210,8 @@ def open_scenes(config: DataConfig) -> Source:
     """`config.scenes` training scenes, replaced every `config.renew_every` epochs, and `config.held_out` times as many
     held-out scenes.
     """
-    samples = [
-        replace(_renewed(config, place, 0), renew=partial(_renewed, config, place)) for place in range(config.scenes)
-    ]
+    places = range(config.scenes)
+    samples = [replace(_renewed(config, place, 0), renew=partial(_renewed, config, place)) for place in places]
     samples += [_sample(config, number, held_out=True) for number in range(round(config.held_out * config.scenes))]
     return Source("scenes", tuple(samples), curated=True)
 

@@ -87,8 +87,7 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
     """Bytes → text, in UTF-8 or the encoding of the byte order mark. Raises ValueError with the reason."""
     name = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
-        # Errors in UTF-16 and UTF-32 are not repaired.
-        return data.decode(name, errors if name.startswith("utf-8") else "strict")
+        return data.decode(name, errors if name.startswith("utf-8") else "strict")  # those are not repaired
     except UnicodeDecodeError as error:
         raise ValueError(f"not {name.upper().removesuffix('-SIG')} text") from error
 
@@ -251,8 +250,7 @@ def find_unread_captions(
         owners = (re.sub(r"[._ -]+[^\W\d_]+$", "", bare), re.sub(r"^[^\W\d_]+[._ -]+", "", bare))
         if not text and kind in _SHEETS:
             add(path, set(), "", f"it cannot be opened; {advice}")
-        # A table may also name images that were moved or renamed.
-        elif images or (path in reasons and _IMAGE_NAME.search(text)):
+        elif images or (path in reasons and _IMAGE_NAME.search(text)):  # of images that were moved
             add(path, images, text, reasons.get(path, advice))
         elif kind and (image := next((one for one in owners if one in by_stem), None)) is not None:
             named_after.setdefault(key, []).append((path, image))

@@ -32,8 +32,7 @@ MAX_TRIES = 4
 COUNTED = 1024  # samples for the summary
 MIN_VISIBLE = 0.45  # the minimum visible fraction of a cropped part; a square one keeps half
 MIN_CONTRAST = 90.0  # the minimum RGB distance of a cutout's mean color and the ground
-# A border is plain if this fraction of it is within the tolerance; scanned digits touch the edge.
-PLAIN_BORDER, PLAIN_TOLERANCE = 0.6, 14
+PLAIN_BORDER, PLAIN_TOLERANCE = 0.6, 14  # a plain border: this fraction is within the tolerance (scans touch the edge)
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -88,10 +87,8 @@ class Composer:
         text = f"{100 * made / len(indices):.3g} % of the samples are composed of others, anew every {every} epochs"
         if made > self.config.compose * len(indices) / 2:
             return text
-        return (
-            f"{text}; data.compose is {100 * self.config.compose:g} %, but joined captions are longer than "
-            "text.max_length, or most images have the same caption"
-        )
+        why = "but joined captions are longer than text.max_length, or most images have the same caption"
+        return f"{text}; data.compose is {100 * self.config.compose:g} %, {why}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,6 @@ class Composition:
             if self.color is not None:
                 _paste(canvas, pieces[0], (0, 0, width, height), color, (0.5, 0.5), 0.92)
             inset = pieces[1]
-            # The root of its area is a fraction of the canvas's shorter side.
             ratio = min(2.0, max(0.5, inset.pixels.width / inset.pixels.height))
             side = (0.3 + 0.15 * z) * min(width, height)
             w, h = max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))
@@ -360,18 +356,13 @@ def grounded(captions: Sequence[str], wording: Wording, color: str) -> Iterator[
 
 def names_ground(caption: str) -> bool:
     """Whether a caption names the background."""
-    return (
-        re.search(r"\b(backgrounds?|backdrop|(on|against) (an? )?(white|black|gr[ae]y))\b", caption, re.I) is not None
-    )
+    return bool(re.search(r"\b(backgrounds?|backdrop|(on|against) (an? )?(white|black|gr[ae]y))\b", caption, re.I))
 
 
 def is_phrase(caption: str) -> bool:
     """Whether a caption is a short noun phrase, which can be a part of a longer one."""
-    return (
-        len(caption.split()) <= _MAX_PHRASE_WORDS
-        and not _PUNCTUATION.search(caption)
-        and not _NO_PHRASE.search(caption)
-    )
+    is_short = len(caption.split()) <= _MAX_PHRASE_WORDS
+    return is_short and not _PUNCTUATION.search(caption) and not _NO_PHRASE.search(caption)
 
 
 def brief(caption: str) -> str:

@@ -100,8 +100,7 @@ def assign_buckets(shapes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int,
     left = sorted(set(nearest.tolist()))
     while True:
         counts = np.bincount(chosen, minlength=len(sizes))
-        # At a tie, the most extreme aspect ratio, then the taller.
-        smallest = min(left, key=lambda k: (counts[k], -abs(targets[k]), k))
+        smallest = min(left, key=lambda k: (counts[k], -abs(targets[k]), k))  # at a tie, the most extreme
         if counts[smallest] >= batch_size or len(left) == 1:
             break
         left.remove(smallest)
@@ -279,8 +278,7 @@ class CaptionedImages(Dataset[Item]):
         for height, width in self.buckets.sizes:
             if height % factor == 0 and width % factor == 0:
                 continue
-            # Sides of buckets are multiples of an eighth of the resolution (`bucket_step`).
-            unit = 8 * factor if self.config.bucketed else factor
+            unit = 8 * factor if self.config.bucketed else factor  # see `bucket_step`
             nearest = max(unit, round(self.config.resolution / unit) * unit)
             advice = f"set data.resolution to a multiple of {unit}, such as {nearest}"
             if self.config.bucketed and self.config.resolution % factor == 0:

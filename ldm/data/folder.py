@@ -110,11 +110,8 @@ def read_classes(found: FolderFiles, options: ReadOptions) -> Listing | None:
 
     `_` and `-` become spaces, and the `10_` of "10_my dog" is dropped.
     """
-    listing = Listing(
-        FOLDERS,
-        uncovered="no caption: it is in no sub-folder that names its class; put it into one, "
-        "or a .txt with its caption beside it",
-    )
+    listing = Listing(FOLDERS)
+    listing.uncovered = "no caption: it is in no sub-folder that names its class; put it into one, or a .txt beside it"
     for image in [path for path in found.images if "/" in path]:
         folder = PurePosixPath(image).parent.name
         listing.covered.add(image)
@@ -344,8 +341,7 @@ class FileNames:
         shown = printable(name)[:200]
         if re.match(r"[a-z][a-z0-9+.-]+://|data:", name, re.IGNORECASE):
             raise ValueError(f"{shown[:80]} is a URL; URLs are not downloaded, give the name of a file")
-        # A backslash is a letter on Linux, and the separator on Windows, where many tables are made.
-        slashed = name.replace("\\", "/")
+        slashed = name.replace("\\", "/")  # the separator on Windows, where many tables are made
         meant = None
         for meant in (self._within(base, name), self._within(base, slashed)):
             if meant is not None and self._is_file(meant):
@@ -363,8 +359,7 @@ class FileNames:
         meant = without_number(meant)
         if self._is_file(meant):
             return meant
-        # The same name in another normal form, suffix in another case, or with a suffix.
-        spelled, kind = nfc(meant), suffix(meant)
+        spelled, kind = nfc(meant), suffix(meant)  # in another normal form or suffix
         alike = [path for path in self._decomposed.get(spelled, ()) if suffix(path) == kind]
         if not alike and kind in IMAGES:
             alike = [path for path in self._stems.get(stem(spelled), ()) if suffix(path) == kind]

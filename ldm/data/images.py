@@ -212,17 +212,13 @@ def list_files(folder: Path) -> FolderFiles:
 
 # Pillow detects formats by their bytes and would start other programs for some (Ghostscript for EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] * AVIF))
-# Raised when any source decodes the same bytes to other pixels; a part of the cache key of encoded images.
-TRANSFORM_VERSION = 2
-# Alpha below CLEAR_ALPHA of 255 is transparent; a cutout has at least this fraction of transparent border.
-CLEAR_ALPHA, CLEAR_BORDER = 8, 0.5
+TRANSFORM_VERSION = 2  # raised when bytes are decoded to other pixels; in the cache key of encoded images
+CLEAR_ALPHA, CLEAR_BORDER = 8, 0.5  # of 255; fraction of the border of a cutout that is below
 CONVERTED, UNUSABLE, GAMMA, ADOBE = "color-profile", "bad-profile", "png-gamma", "adobe-rgb"
 
-# Relative colorimetric with black point compensation, the default of image editors.
-_INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
+_INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC  # as in image editors
 _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
-# LittleCMS samples gray curves too coarsely otherwise: linear 1 of 255 would become 6 instead of 13.
-_EXACT = ImageCms.Flags.NOOPTIMIZE
+_EXACT = ImageCms.Flags.NOOPTIMIZE  # LittleCMS samples gray curves too coarsely otherwise: 1 of 255 would be 6, not 13
 _SAME = 2  # a profile that changes no color by more than this is sRGB
 _GRAYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 _SRGB_WHITE_AND_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
@@ -264,8 +260,7 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of Pillow's error
         raise ValueError(f"more than {limit:,} pixels, which would fill memory; save it smaller") from error
-    # Pillow's decoders raise many types for broken bytes: OSError, SyntaxError, struct.error, IndexError ….
-    except Exception as error:
+    except Exception as error:  # broken bytes raise many types in Pillow
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(reason or type(error).__name__) from error
 
@@ -296,8 +291,7 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], place: float = 0.
     The crop is at `place` in [0, 1), 0.5 for the center.
     """
     (height, width), (native_width, native_height) = size, image.size
-    # Crop at whole pixels of the resized image, so that nothing is blurred at scale 1.
-    if native_width * height > native_height * width:
+    if native_width * height > native_height * width:  # at whole pixels: no blur at scale 1
         spare = native_width * height // native_height - width
         scale, extent = native_height / height, native_height * width / height
         left, top = int(place * (spare + 1)) * scale, 0.0
@@ -390,8 +384,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     try:
         convert = _conversion(image.info.get("icc_profile"), image.mode == "LAB")
         return (image, None) if convert is None else (convert(image), CONVERTED)
-    # Errors of Pillow and LittleCMS for broken profiles.
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):  # broken profiles
         return (_lab(None)(image), UNUSABLE) if image.mode == "LAB" else (image, UNUSABLE)
 
 

@@ -381,8 +381,7 @@ class _Embeddings:
         found: dict[int, set[int]] = {}
         # -|a - b|² / 2 as one product: [a, -|a|² / 2, 1] · [b, 1, -|b|² / 2].
         halves, ones = self.squares[:, None] / -2, np.ones((len(self.squares), 1), np.float32)
-        # 1 % more than the bound, as products are rounded.
-        minimum = -self.coarse.shape[1] * (_TOUCHED_OVERALL * 1.01) ** 2 / 2
+        minimum = -self.coarse.shape[1] * (_TOUCHED_OVERALL * 1.01) ** 2 / 2  # products are rounded
         coarse = self.coarse[rows]
         flipped = coarse.reshape(-1, _CELLS, _CELLS, 3)[:, :, ::-1].reshape(coarse.shape)
         for mirrored, seen in ((False, coarse), (True, flipped)):

@@ -33,8 +33,7 @@ from ldm.data.sources import BUILT_IN, WAYS_OUT, CaptionSource, DataConfig, List
 from ldm.progress import plural, printable
 
 SHARDS = "shards"
-# How messages call what a folder is read by.
-_KINDS = {SIDECARS: "captions beside images", FOLDERS: "the names of sub-folders"}
+_KINDS = {SIDECARS: "captions beside images", FOLDERS: "the names of sub-folders"}  # in messages
 # The names of splits that `datasets` knows.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -142,8 +141,7 @@ class _Folder:
         else:
             metadata = folder.read_metadata(found, list(self.tables), options)
             named, self.reasons = folder.read_named_tables(found, options)
-            # At a tie, the shorter name: Flickr8k.token.txt, not Flickr8k.lemma.token.txt.
-            named.sort(key=lambda one: (len(one.name), one.name))
+            named.sort(key=lambda one: (len(one.name), one.name))  # at a tie, the shorter
             sidecars = None if by_table else folder.read_sidecars(found, options)
             strong, weak = ([one for one in named if one.weak == which] for which in (False, True))
             self.listings = [one for one in (metadata, *strong, sidecars, *weak) if one is not None]
@@ -205,10 +203,9 @@ class _Folder:
             by_stem = chosen in (None, SIDECARS, SHARDS, FOLDERS)  # how the layout names groups
             taken = {sample.id for sample in listing.samples}
             images = [path for path in found.images if path not in taken]
-            listing.samples += [
-                folder.file_sample(found, path, [], stem(path) if by_stem else path, self.options.decode)
-                for path in images
-            ]
+            for path in images:
+                group = stem(path) if by_stem else path
+                listing.samples.append(folder.file_sample(found, path, [], group, self.options.decode))
             known = set(images)
             if listing.name != SHARDS:  # skipped entries of shards remain
                 listing.samples.sort(key=lambda sample: sample.id)

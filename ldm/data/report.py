@@ -196,8 +196,7 @@ class DatasetReport:
         what = {"sidecars": "text beside images (sidecars)", "folders": "the name of its sub-folder (folders)"}
         lines = []
         for one in self.caption_sources:
-            # Captions may be lost if no other source has them, or the images are unknown.
-            missed = one.doubtful and (one.more > 0 or not one.images)
+            missed = one.doubtful and (one.more > 0 or not one.images)  # no other source has them
             if not one.reason or missed == harmless:
                 continue
             about = f"{what.get(one.name, one.name)} {'captions' if one.name in what else 'names'}"

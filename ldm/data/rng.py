@@ -103,8 +103,7 @@ class BatchOrder:
 
     @cached_property
     def _streams(self) -> list[SampleOrder]:
-        # A single bucket has the order of squares, whatever its size.
-        keys = self.sizes if len(self.sizes) > 1 else [()]
+        keys = self.sizes if len(self.sizes) > 1 else [()]  # one bucket has the order of squares
         return [SampleOrder(len(of), self.seed, key) for of, key in zip(self.members, keys, strict=True)]
 
     @property
@@ -116,8 +115,7 @@ class BatchOrder:
         """The (epoch, index) of the global batch `step`, from 0; epochs are those of the bucket."""
         if step < 0:
             raise ValueError(f"steps start at 0, not {step}")
-        # r rounds have at most r·N/B steps, and at most one less per bucket.
-        number = step * self.batch_size // self.length
+        number = step * self.batch_size // self.length  # or at most one less per bucket
         while self._batches_before(number + 1).sum() <= step:
             number += 1
         before = self._batches_before(number)

@@ -111,8 +111,7 @@ class _Csv:
 
         self.delimiter = max(heads, key=lambda mark: (names_files(heads[mark]), len(heads[mark])))
         self.columns = [cell.strip() for cell in heads[self.delimiter]]
-        # Flickr's lists number the captions: img.jpg| 0| a caption.
-        counted = len(self.columns) > 2 and self.columns[1].isdigit()
+        counted = len(self.columns) > 2 and self.columns[1].isdigit()  # Flickr: img.jpg| 0| a caption
         self.headless = is_image_name(self.columns[0]) and (
             len(self.columns) == 2 or (len(self.columns) > 2 and plain) or (len(self.columns) == 3 and counted)
         )

@@ -31,8 +31,7 @@ from ldm.data.sources import Listing, Sample, Skipped
 from ldm.progress import error_reason, printable
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-# Columns that name rows whose images have no name.
-KEY_NAMES = ("__key__", "key", "id", "image_id", "file_name", "filename")
+KEY_NAMES = ("__key__", "key", "id", "image_id", "file_name", "filename")  # of images without a name
 # Of an Arrow copy: the number of a row in the parquet file, and why it and those after it up to a number are unusable.
 _ROW, _FAULT = "__row__", "__fault__"
 _COPY_VERSION = 2
@@ -136,11 +135,8 @@ def find_columns(
         for name, feature in _features(schema).items()
         if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
     }
-    texts = [
-        field.name
-        for field in schema
-        if field.name != image and (is_text(field.type) or is_texts(field.type) or field.name in classes)
-    ]
+    texts = [one.name for one in schema if is_text(one.type) or is_texts(one.type) or one.name in classes]
+    texts = [name for name in texts if name != image]
     keys = [field.name for field in schema if is_text(field.type) or pa.types.is_integer(field.type)]
     caption = None
     try:
@@ -374,8 +370,7 @@ def read_tar(path: Path, name: str, options: ReadOptions, listing: Listing) -> N
 
             def read_sidecar(kind: str, members: dict[str, tarfile.TarInfo] = members) -> bytes:
                 file.seek(members[kind].offset_data)
-                # One byte more than allowed, so that the size is checked.
-                return file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))
+                return file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))  # one more, so that the size is checked
 
             sidecars = [kind for kind in (*CAPTION_FILES, ".json") if kind in members]
             good, faults = sidecar_captions(sidecars, read_sidecar, options.caption)
@@ -434,7 +429,6 @@ def _tar_groups(file: BinaryIO, name: str, skipped: list[Skipped]) -> dict[str, 
                     add(member)
         if not count:
             skipped.append(Skipped(name, "no files in it"))
-    # Broken headers raise many types.
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
         cause = f"cut off or broken after {count} members" if count else "not an uncompressed tar file"
         skipped.append(Skipped(name, f"{cause}: {error}"))

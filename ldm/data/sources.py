@@ -96,11 +96,8 @@ class DataConfig:
         if self.compose > 0 and self.path == "scenes":
             refuse("compose", ', which is not for data.path "scenes": they are composed already; leave it out')
         if self.compose > 0 and self.resolution < MIN_COMPOSED_RESOLUTION:
-            refuse(
-                "compose",
-                f", which needs data.resolution {MIN_COMPOSED_RESOLUTION} or more, not {self.resolution}: two images "
-                "in one would be too small; raise it, or leave data.compose out",
-            )
+            why = f"needs data.resolution {MIN_COMPOSED_RESOLUTION} or more, not {self.resolution}"
+            refuse("compose", f", which {why}; raise it, or leave data.compose out")
         if self.compose == 0 and self.path != "scenes" and self.renew_every != type(self).renew_every:
             refuse("renew_every", f', which is for scenes or data.compose above 0, not for "{self.path}"; leave it out')
         if self.path == "scenes" and self.flip:
@@ -182,8 +179,7 @@ class Sample:
     id: str
     captions: tuple[str, ...]
     group: str
-    # Functions are equal only to themselves, so they do not count in comparisons.
-    read: Callable[[], bytes] = field(compare=False, repr=False)
+    read: Callable[[], bytes] = field(compare=False, repr=False)  # equal only to itself
     decode: Callable[[bytes], Decoded] = field(compare=False, repr=False)
     digest: str | None = None
     size: tuple[int, int] | None = None

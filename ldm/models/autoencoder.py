@@ -72,6 +72,15 @@ class FirstStageNetwork(nn.Module):
         return self.decoder(latents) if strips is None else compute_in_strips(self.decoder, latents, strips)
 
 
+def sample_posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Latents mean + σ · noise from moments [B, 2 C, h, w] and noise [B, C, h, w]; the mode without noise.
+
+    Auto-encoding variational Bayes (Kingma and Welling 2014), section 2.4; the log-variance is clamped to [-30, 20].
+    """
+    mean, log_variance = _mean_and_log_variance(moments)
+    return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+
+
 class AutoencoderKL(FirstStageNetwork):
     """Images to moments of a normal posterior over latents, and latents to images: Rombach et al. 2022, section 3.1.
 
@@ -79,6 +88,7 @@ class AutoencoderKL(FirstStageNetwork):
     """
 
     config: AutoencoderConfig
+    sample_latents = staticmethod(sample_posterior)
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -94,11 +104,6 @@ class AutoencoderKL(FirstStageNetwork):
         """Mean and std that users of this network assume of each channel of its latents: from the config."""
         config = self.config
         return (config.shift_factor or 0.0,) * self.channels, (1 / config.scaling_factor,) * self.channels
-
-    @staticmethod
-    def sample_latents(moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents from moments: `sample_posterior`."""
-        return sample_posterior(moments, noise)
 
     @staticmethod
     def expectations(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,15 +135,6 @@ class AutoencoderKL(FirstStageNetwork):
         # V z + c = (V s) z' + (V m + c).
         weight, bias = _as_float64(self.post_quant_conv)
         _copy_into(self.post_quant_conv, weight * std, bias + weight @ mean)
-
-
-def sample_posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Latents mean + σ · noise from moments [B, 2 C, h, w] and noise [B, C, h, w]; the mode without noise.
-
-    Auto-encoding variational Bayes (Kingma and Welling 2014), section 2.4; the log-variance is clamped to [-30, 20].
-    """
-    mean, log_variance = _mean_and_log_variance(moments)
-    return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
 
 
 def kl_divergence(moments: Tensor) -> Tensor:

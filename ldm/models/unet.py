@@ -63,14 +63,9 @@ class UNetConfig(ComponentConfig):
     center_input_sample: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    down_block_types: tuple[str, ...] = (
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
-    )
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     only_cross_attention: bool | tuple[bool, ...] = False
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
@@ -109,11 +104,8 @@ class UNetConfig(ComponentConfig):
                 refuse(key, value, f"needs {levels} values, one for each of block_out_channels, but has {len(value)}")
         first = self.block_out_channels[0]
         if first % 2 or first // 2 <= self.freq_shift:
-            refuse(
-                "block_out_channels",
-                self.block_out_channels,
-                f"the first must be even and above twice freq_shift = {self.freq_shift} (time embedding)",
-            )
+            why = f"the first must be even and above twice freq_shift = {self.freq_shift} (time embedding)"
+            refuse("block_out_channels", self.block_out_channels, why)
         attention = [name.startswith("CrossAttn") for name in self.down_block_types]
         for level, name in enumerate(reversed(self.up_block_types)):
             attention[level] |= name.startswith("CrossAttn")
@@ -123,11 +115,8 @@ class UNetConfig(ComponentConfig):
             if channels % self.norm_num_groups:
                 refuse("norm_num_groups", self.norm_num_groups, f"must divide the {channels} channels of every level")
             if has_attention and channels % heads:
-                refuse(
-                    "attention_head_dim",
-                    self.attention_head_dim,
-                    f"is the number of heads, but {heads} does not divide the {channels} channels there",
-                )
+                why = f"is the number of heads, but {heads} does not divide the {channels} channels there"
+                refuse("attention_head_dim", self.attention_head_dim, why)
         if not 0 <= self.dropout < 1:
             refuse("dropout", self.dropout, "must be at least 0 and below 1")
         if self.downsample_padding not in (0, 1):

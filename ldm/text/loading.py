@@ -69,10 +69,7 @@ _DOWNLOADS = ["config.json", "adapter_config.json", "model*.safetensors", "model
 _DOWNLOADS += ["special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"]
 _DOWNLOADS += ["model_index.json", "text_encoder/*.json", "text_encoder/model*.safetensors", "tokenizer/*"]
 
-_CHOICES = (
-    'give "minilm", "open_clip:MODEL:WEIGHTS", or the folder or hub id of a CLIP, T5 or BERT text encoder '
-    "of transformers"
-)
+_CHOICES = 'give "minilm", "open_clip:MODEL:WEIGHTS", or the folder or hub id of a CLIP, T5 or BERT of transformers'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +167,7 @@ def _minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-# The encoders that are part of a package, by the names under which configs and folders know them.
-_PACKAGED = {"minilm": _minilm_folder}
+_PACKAGED = {"minilm": _minilm_folder}  # encoders that are part of a package
 
 
 def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
@@ -309,8 +305,7 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
         known = ", ".join(sorted(_TOKENIZERS))
         raise ValueError(f"{folder} asks for the tokenizer {name[:200]!r}, which is not one of {known}")
     tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
-    # transformers itself makes a wordless tokenizer of no files.
-    vocabulary = set(tokenizer_class.vocab_files_names.values())
+    vocabulary = {*tokenizer_class.vocab_files_names.values()}  # of none, transformers would make a wordless one
     lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
     if lacking and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no vocabulary, neither tokenizer.json nor {' and '.join(lacking)}")

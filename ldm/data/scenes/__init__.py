@@ -121,10 +121,10 @@ def load_catalog() -> Catalog:
     drawings: dict[str, list[Drawing]] = {}
     for entry in content["drawings"]:
         # A hand has a side ("left", "right") instead of a width.
-        numbers = {
-            name: [n for n in values if not isinstance(n, str)] for name, values in entry.get("anchors", {}).items()
+        anchors = {
+            name: Anchor(*(float(value) for value in values if not isinstance(value, str)))
+            for name, values in entry.get("anchors", {}).items()
         }
-        anchors = {name: Anchor(*map(float, values)) for name, values in numbers.items()}
         drawing = Drawing(entry["id"], entry["family"], entry["svg"], anchors, tuple(entry.get("colors", ())))
         drawings.setdefault(entry["thing"], []).append(drawing)
     things = [
@@ -305,8 +305,7 @@ class SceneSampler:
 
     def sample_kind(self, kind: SceneKind, rng: np.random.Generator) -> Scene:
         """A scene of a kind, with or without held-out concepts."""
-        # The style of most scenes; None mixes styles.
-        family = None if rng.random() < 0.25 else pick(self.families, rng)
+        family = None if rng.random() < 0.25 else pick(self.families, rng)  # None mixes styles
         parts: tuple[Part, ...]
         if kind == "one":
             parts = (self._part(pick(self.things, rng), family, rng, colored=0.3, sized=0.15),)

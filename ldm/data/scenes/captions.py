@@ -143,8 +143,7 @@ class CaptionWriter:
             if family is not None and self.rng.random() < 0.15:
                 is_art = family == CLIP_ART
                 styles, phrases = (STYLE_OF_MANY, STYLE_OF_MANY_PHRASES) if is_art else (STYLE, STYLE_PHRASES)
-                # Avoid "a noto drawing of a cartoon of a dog".
-                is_phrase = not may_be_clause and not _PICTURED.match(text)
+                is_phrase = not may_be_clause and not _PICTURED.match(text)  # no "drawing of a cartoon of"
                 template = self._template((*styles, *phrases) if is_phrase else styles, caption)
                 text = template.format(text=text, style=family, a_style=with_article(family))
         caption.text = text
@@ -190,11 +189,8 @@ class CaptionWriter:
     def _template(self, templates: Sequence[str], caption: Caption, *, plain_first: bool = True) -> str:
         concepts = [Concept("phrasing", (template,)) for template in templates]
         # The first phrase is never held out.
-        unseen = [
-            place
-            for place, concept in enumerate(concepts)
-            if concept.is_held_out and not (plain_first and concept == concepts[0])
-        ]
+        may_be_unseen = [not (plain_first and concept == concepts[0]) for concept in concepts]
+        unseen = [place for place, may in enumerate(may_be_unseen) if may and concepts[place].is_held_out]
         allowed = [place for place in range(len(templates)) if place not in unseen]
         if unseen and "phrasing" in self.held_out:
             allowed = unseen

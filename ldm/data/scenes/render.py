@@ -27,8 +27,7 @@ RGB = {
 # Default anchors of worn things. Their width becomes WORN_WIDTH times that of the head, eyes or neck.
 WORN_ANCHORS = {"head": Anchor(0.5, 0.88, 0.9), "face": Anchor(0.5, 0.5, 0.9), "neck": Anchor(0.5, 0.25, 0.8)}
 WORN_WIDTH = 1.05
-# The minimum width as a fraction of the wearer, visible at 64 pixels.
-MIN_WORN_SIZE = {"head": 0.36, "face": 0.32, "neck": 0.3}
+MIN_WORN_SIZE = {"head": 0.36, "face": 0.32, "neck": 0.3}  # of the wearer's width: visible at 64 pixels
 HELD_SIZE = 0.5
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -126,8 +125,7 @@ def _paste(canvas: Image.Image, unit: Image.Image, box: Box, bottom: bool, side:
     width, height = max(1, round(unit.width * scale)), max(1, round(unit.height * scale))
     x = round((left + right - width) / 2)
     y = round(low - height) if bottom else round((top + low - height) / 2)
-    # Move tall things down into the canvas.
-    x, y = min(max(x, 0), max(0, side - width)), min(max(y, 0), max(0, side - height))
+    x, y = min(max(x, 0), max(0, side - width)), min(max(y, 0), max(0, side - height))  # tall things move down
     resized = unit.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
     canvas.paste(resized, (x, y), resized)
     return x, y, width, height
@@ -143,7 +141,32 @@ def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
         joined.alpha_composite(body, (margin, margin))
         boxes = [(part, (margin, margin, margin + body.width, margin + body.height))]
         if part.worn is not None:
-            boxes.append((part.worn, _attach(joined, part.drawing, part.worn, body.size, margin, side)))
+            worn, place, name = part.worn, part.worn.thing.wears, part.worn.thing.anchor
+            assert place is not None and name is not None
+            anchor, own = part.drawing.anchors[name], worn.drawing.anchors.get("worn", WORN_ANCHORS[place])
+            wide, longest = WORN_WIDTH * anchor.width * body.width / own.width, max(body.size)
+            width = max(2, round(max(wide, MIN_WORN_SIZE[place] * longest)))
+            sprite = _sprite(worn.drawing, worn.color, side)
+            height = max(2, round(sprite.height * width / sprite.width))
+            limit = round(0.9 * longest)
+            if height > limit:
+                width, height = max(2, round(width * limit / height)), limit
+            sprite = sprite.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            x, y = own.x * width, own.y * height
+            angle = anchor.angle - own.angle
+            if angle:
+                rotated = sprite.rotate(-angle, Image.Resampling.BILINEAR, expand=True)
+                radians = np.deg2rad(angle)
+                dx, dy = x - width / 2, y - height / 2
+                x = rotated.width / 2 + dx * np.cos(radians) - dy * np.sin(radians)
+                y = rotated.height / 2 + dx * np.sin(radians) + dy * np.cos(radians)
+                sprite = rotated
+            left = max(0, round(margin + anchor.x * body.width - x))
+            top = max(0, round(margin + anchor.y * body.height - y))
+            joined.alpha_composite(sprite, (left, top))
+            # Rotation leaves empty corners.
+            inner = (sprite.getbbox() if angle else None) or (0, 0, *sprite.size)
+            boxes.append((worn, (left + inner[0], top + inner[1], left + inner[2], top + inner[3])))
         if part.held is not None:
             hand = part.drawing.anchors["hand"]
             held = _sprite(part.held.drawing, part.held.color, max(1, round(HELD_SIZE * max(body.size))))
@@ -160,39 +183,6 @@ def _unit(part: Part, side: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
         body = body.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         boxes = [(one, (body.width - box[2], box[1], body.width - box[0], box[3])) for one, box in boxes]
     return body, boxes
-
-
-def _attach(joined: Image.Image, wearer: Drawing, worn: Part, size: tuple[int, int], margin: int, side: int) -> Box:
-    """Pastes a worn thing on its wearer and returns its box in pixels."""
-    place, name = worn.thing.wears, worn.thing.anchor
-    assert place is not None
-    assert name is not None
-    anchor = wearer.anchors[name]
-    own = worn.drawing.anchors.get("worn", WORN_ANCHORS[place])
-    wide = WORN_WIDTH * anchor.width * size[0] / own.width
-    width = max(2, round(max(wide, MIN_WORN_SIZE[place] * max(size))))
-    sprite = _sprite(worn.drawing, worn.color, side)
-    height = max(2, round(sprite.height * width / sprite.width))
-    limit = round(0.9 * max(size))
-    if height > limit:
-        width, height = max(2, round(width * limit / height)), limit
-    sprite = sprite.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    x, y = own.x * width, own.y * height
-    angle = anchor.angle - own.angle
-    if angle:
-        rotated = sprite.rotate(-angle, Image.Resampling.BILINEAR, expand=True)
-        radians = np.deg2rad(angle)
-        dx, dy = x - width / 2, y - height / 2
-        x = rotated.width / 2 + dx * np.cos(radians) - dy * np.sin(radians)
-        y = rotated.height / 2 + dx * np.sin(radians) + dy * np.cos(radians)
-        sprite = rotated
-    left = round(margin + anchor.x * size[0] - x)
-    top = round(margin + anchor.y * size[1] - y)
-    left, top = max(0, left), max(0, top)
-    joined.alpha_composite(sprite, (left, top))
-    inner = sprite.getbbox() if angle else None  # rotation leaves empty corners
-    inner = inner or (0, 0, *sprite.size)
-    return left + inner[0], top + inner[1], left + inner[2], top + inner[3]
 
 
 @lru_cache(maxsize=512)
