@@ -147,10 +147,10 @@ class NamingTable:
 
     def names(self) -> Iterator[str]:
         """The names in the column of files."""
-        for row in () if self.column is None else self.rows.read([self.column]):
-            name = row.cells.get(self.column)
-            if isinstance(name, str) and name:
-                yield name
+        column = self.column
+        if column is not None:
+            names = (row.cells.get(column) for row in self.rows.read([column]))
+            yield from (name for name in names if isinstance(name, str) and name)
 
 
 def is_metadata(path: str) -> bool:

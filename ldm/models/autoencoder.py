@@ -347,8 +347,8 @@ class VQModel(FirstStageNetwork):
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Keeps mean [C] and std [C] in the config: the 1x1 convolutions would change which codes are nearest."""
         check_statistics(mean, std, self.channels)
-        values = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
-        self.config = dataclasses.replace(self.config, **values, scaling_factor=1.0)
+        means, stds = tuple(mean.tolist()), tuple(std.tolist())
+        self.config = dataclasses.replace(self.config, latents_mean=means, latents_std=stds, scaling_factor=1.0)
 
 
 class CodebookUsage(NamedTuple):

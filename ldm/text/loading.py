@@ -302,8 +302,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
     # The class by its name, as diffusers loads it: AutoTokenizer takes another where it deems it wrong.
     name = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or family.tokenizer)
     if name.removesuffix("Fast") not in _TOKENIZERS:
-        known = ", ".join(sorted(_TOKENIZERS))
-        raise ValueError(f"{folder} asks for the tokenizer {name[:200]!r}, which is not one of {known}")
+        names = ", ".join(sorted(_TOKENIZERS))
+        raise ValueError(f"{folder} asks for the tokenizer {name[:200]!r}, which is not one of {names}")
     tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
     vocabulary = {*tokenizer_class.vocab_files_names.values()}  # of none, transformers would make a wordless one
     lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
