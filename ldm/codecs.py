@@ -59,7 +59,9 @@ class Codec(nn.Module):
         if height < factor or width < factor or height % factor or width % factor:
             nearest = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
             size = f"{height}x{width}"
-            raise ValueError(f"image size {size} is not divisible by the codec's factor {factor}; take {nearest}")
+            raise ValueError(
+                f"image size {size} is not divisible by the codec's factor {factor}; the nearest size is {nearest}"
+            )
         return self.channels, height // factor, width // factor
 
     def moments(self, images: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class PixelCodec(Codec):
         means, deviations = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
         is_valid = bool(means.isfinite().all() and deviations.isfinite().all() and (deviations > 0).all())
         if len(mean) != len(std) or not is_valid:
-            raise ValueError(f"PixelCodec mean {mean} and std {std}: one finite number a channel, std above 0")
+            raise ValueError(f"PixelCodec mean {mean} and std {std}: one entry per channel, finite, std above 0")
         self.channels = len(mean)
         self.mean: Tensor
         self.std: Tensor

@@ -116,7 +116,9 @@ def atomic_folder(folder: str | os.PathLike[str], kind: str = "pipeline") -> Ite
         except ValueError:
             is_model = False
     if other is not None and not is_model:
-        raise ValueError(f"{folder} holds no {mark} of a model, but {other}; choose another folder")
+        raise ValueError(
+            f"{folder} holds files that are no model, such as {other}, and no {mark}; nothing was written, name another"
+        )
     pattern = re.compile(names)
     with disk.new_folder(place, lambda name: pattern.fullmatch(name) is not None) as aside:
         yield aside
@@ -385,7 +387,9 @@ def _download(hub_id: str, patterns: list[str], *places: str) -> Path:
     try:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=never))
     except Exception as error:  # the hub client raises many kinds; each means "not to be had"
-        raise ValueError(f"there is no model {hub_id}, neither here nor on the hub ({error_reason(error)})") from None
+        raise ValueError(
+            f"there is no model folder {hub_id}, and the hub did not give a model of that id ({error_reason(error)})"
+        ) from None
     for place in places:
         if any((snapshot / place / name).is_file() for name in ("model_index.json", "config.json")):
             return snapshot / place

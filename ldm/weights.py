@@ -146,7 +146,8 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
             raise ValueError(f"{folder} holds pickled weights ({pickles[0]}), never read; convert to {target.name}")
         raise ValueError(f"{target} is missing; the model folder is incomplete, copy or train it again")
     if len(found) > 1 and variant not in _PREFERRED:
-        raise ValueError(f"{folder} holds the variants {' and '.join(sorted(found))}; rename one to {stem}.safetensors")
+        variants = " and ".join(sorted(found))
+        raise ValueError(f"{folder} holds the variants {variants} of its weights; rename one to {stem}.safetensors")
     path = found[variant]
     if path.suffix == ".safetensors":
         return WeightFiles((path,), None)
@@ -198,7 +199,7 @@ def check_weights(weights: Mapping[str, Tensor], where: str | Path) -> None:
     for name, tensor in weights.items():
         if tensor.dtype not in DTYPES:
             stored = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{where}: {name} is stored as {stored} (quantized files are not read); take {_NAMES}")
+            raise ValueError(f"{where}: {name} is stored as {stored}, but weights are {_NAMES}; take another file")
         if not _all_finite(tensor):
             raise ValueError(f"{where}: {name} holds numbers that are not finite; train, save or download it again")
 
@@ -210,7 +211,9 @@ def converted(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str | Pa
         found[name] = tensor.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not _all_finite(found[name]):
             largest, kind = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
-            raise ValueError(f"{where}: {name} holds {largest:.3g}, too large for {kind}; take bfloat16 or float32")
+            raise ValueError(
+                f"{where}: {name} holds {largest:.3g}, which is too large for {kind}; take bfloat16 or float32"
+            )
     return found
 
 

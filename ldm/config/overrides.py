@@ -62,7 +62,8 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[ConfigT]) -> Co
     foreign = sorted(map(str, given.keys() - known))
     if foreign and theirs.issuperset(foreign):
         missing = " and no ".join(foreign)
-        raise ValueError(f"{where} is for {SCRIPTS[other]}, run that: {SCRIPTS[kind]} has no {missing}")
+        missing = " and no ".join(foreign)
+        raise ValueError(f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {missing}")
     content = read_config(path, kind)
     return parse_config(with_overrides(content, overrides, kind), kind, str(path))
 
@@ -128,7 +129,8 @@ def from_text(text: str, hint: Any, path: str) -> Any:
         while at < len(inside):
             element = _ELEMENT.match(inside, at)
             if element is None:
-                raise ValueError(f"{path} is {text!r}, in which a quote is open, or not at the end of an element")
+                why = "in which a quote is not closed, or not at the end of its element"
+                raise ValueError(f"{path} is {text!r}, {why}")
             if not element[1] or element[1][0] == "[":
                 what = "has an empty element" if not element[1] else "has a list in it"
                 raise ValueError(f'{path} is {text!r}, which {what}; put texts in quotes, such as ["", "[a]"]')

@@ -129,7 +129,9 @@ class TrainConfig:
         )
         _not_negative(self, "warmup_steps", "cooldown_steps", "weight_decay", "num_workers")
         if self.cooldown_steps and self.lr_schedule != "constant":
-            raise ValueError(f"cooldown_steps is for lr_schedule constant, not {self.lr_schedule}; leave it out")
+            raise ValueError(
+                f'cooldown_steps is for lr_schedule "constant", and lr_schedule is "{self.lr_schedule}"; leave it out'
+            )
         if self.cooldown_steps and self.warmup_steps + self.cooldown_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and cooldown_steps {self.cooldown_steps} are more than max_steps "
@@ -175,13 +177,17 @@ class DiffusionTrainConfig(TrainConfig):
         _positive(self, "evaluation_samples", "evaluate_every")
         for key, weighting in (("gamma", "min_snr"), ("vlb_weight", "hybrid"), ("variance", "vlb")):
             if self.loss.weighting != weighting and getattr(self.loss, key) != getattr(LossConfig(), key):
-                raise ValueError(f"loss.{key} is for weighting {weighting}, not {self.loss.weighting}; leave it out")
+                raise ValueError(
+                    f"loss.{key} is for weighting {weighting}, and weighting is {self.loss.weighting}; leave it out"
+                )
         if not -10 <= self.logit_mean <= 10:
             raise ValueError(f"logit_mean is {self.logit_mean}; it must be -10 to 10")
         if not 0 < self.logit_std <= 10:
             raise ValueError(f"logit_std is {self.logit_std}; it must be above 0 and at most 10")
         if self.timestep_density == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
-            raise ValueError("logit_mean and logit_std are for timestep_density logit_normal; leave them out")
+            raise ValueError(
+                "logit_mean and logit_std are for timestep_density logit_normal; set that too, or leave them out"
+            )
         if self.timestep_density != "uniform" and self.loss.weighting in ("vlb", "hybrid"):
             raise ValueError(
                 f"timestep_density is {self.timestep_density}, but loss.weighting {self.loss.weighting} estimates the "
@@ -265,19 +271,21 @@ def check_objective(
         weights = loss_weights(schedule, prediction_type, loss)
         if float(weights[-1]) == 0:
             raise ValueError(
-                f"train.loss.weighting {loss.weighting} never trains the last timestep, where SNR is 0 "
-                "(schedule.rescale_betas_zero_snr) and sampling starts; choose simple or vlb"
+                f"train.loss.weighting is {loss.weighting}, whose weight is 0 where SNR is 0, at the last timestep of "
+                "schedule.rescale_betas_zero_snr: sampling starts there, and it would never be trained; choose simple "
+                "or vlb"
             )
     if schedule.alphas_cumprod[-1] > 0:
         return
     if prediction_type == "posterior_mean":
         raise ValueError(
-            "schedule.prediction_type posterior_mean is read as noise, which says nothing about x_0 where alpha is 0 "
-            "(schedule.rescale_betas_zero_snr); choose v_prediction or sample"
+            "schedule.prediction_type is posterior_mean, which samplers read as noise, and where alpha is 0 "
+            "(schedule.rescale_betas_zero_snr) noise says nothing about x_0; choose v_prediction or sample"
         )
     if sample.sampler == "langevin":
         raise ValueError(
-            "sample.sampler langevin cannot start where alpha is 0 (schedule.rescale_betas_zero_snr); choose another"
+            "sample.sampler is langevin, which walks in x/alpha and cannot start where alpha is 0 "
+            "(schedule.rescale_betas_zero_snr); choose another sampler"
         )
 
 
@@ -321,11 +329,15 @@ class LDMConfig:
         if self.space == "latent" and self.first_stage is None:
             raise ValueError("space is latent but first_stage is not set; name the folder of a trained autoencoder")
         if self.space == "pixel" and self.first_stage is not None:
-            raise ValueError(f"first_stage is {self.first_stage!r} but space is pixel; set space: latent or drop it")
+            raise ValueError(
+                f"first_stage is {self.first_stage!r} but space is pixel, which has none; set space: latent or drop it"
+            )
         spacing, offset = self.schedule.timestep_spacing, self.schedule.steps_offset
         if self.space != "pixel" and spacing == "leading" and offset != 1:
-            why = "but diffusers opens latent models with 1; set that, or schedule.timestep_spacing=trailing"
-            raise ValueError(f"schedule.steps_offset is {offset} with leading timesteps, {why}")
+            raise ValueError(
+                f"schedule.steps_offset is {offset} with leading timesteps, but diffusers opens every latent model "
+                "with 1; set schedule.steps_offset=1, or schedule.timestep_spacing=trailing"
+            )
         check_precision(self.schedule.prediction_type, self.train.mixed_precision)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_objective(self.train.loss, schedule, self.schedule.prediction_type, self.sample)
@@ -404,29 +416,46 @@ class AutoencoderTrainingConfig:
     def __post_init__(self) -> None:
         _check_paths(self.output_dir, self.data, start_from=self.start_from)
         if self.autoencoder is not None and self.vq is not None:
-            raise ValueError("autoencoder (a normal posterior) and vq (a codebook) are both set; leave one out")
+            raise ValueError(
+                "autoencoder and vq are both set; a first stage has a normal posterior (autoencoder) or a codebook (vq)"
+            )
         if self.start_from is None:
             if self.network is None:
-                raise ValueError("autoencoder is missing; describe it (or vq), or name one to go on from in start_from")
+                raise ValueError(
+                    "autoencoder is missing; describe the network, or name one that training goes on from in "
+                    "start_from (a network with a codebook is described in vq)"
+                )
             if self.trained == "decoder":
-                raise ValueError("trained is decoder, but a new network has none to keep; name a model in start_from")
+                raise ValueError(
+                    "trained is decoder, but a new network has no encoder to leave as it is; name a model in start_from"
+                )
         _positive(self, "revive_codes_after")
         if self.network is not None:
             check_autoencoder(self.network, self.trained)
             self.check_regularizer(self.network)
         loss, side = self.loss, self.data.resolution
         if loss.perceptual_weight > 0 and side < MIN_IMAGE_SIZE:
-            raise ValueError(f"data.resolution is {side}, below {MIN_IMAGE_SIZE}; set loss.perceptual_weight=0")
+            raise ValueError(
+                f"data.resolution is {side}, and the perceptual distance needs {MIN_IMAGE_SIZE} pixels a side; set "
+                "loss.perceptual_weight=0"
+            )
         if loss.adversarial_weight == 0:
             return
         if loss.adversarial_start >= self.train.max_steps:
-            why = f"train.max_steps {self.train.max_steps}; start it earlier, or set loss.adversarial_weight=0"
-            raise ValueError(f"loss.adversarial_start {loss.adversarial_start} is not before {why}")
+            raise ValueError(
+                f"loss.adversarial_start is {loss.adversarial_start} and train.max_steps {self.train.max_steps}: the "
+                "discriminator would never start; start it earlier, or set loss.adversarial_weight=0"
+            )
         if side < self.discriminator.min_image_size:
-            levels = self.discriminator.levels
-            raise ValueError(f"data.resolution is {side}, which discriminator.levels {levels} halves to nothing")
+            raise ValueError(
+                f"data.resolution is {side}, which discriminator.levels {self.discriminator.levels} would halve to "
+                "nothing; lower it"
+            )
         if self.train.mixed_precision == "fp16":
-            raise ValueError("train.mixed_precision fp16 overflows with loss.adversarial_weight; choose bf16 or no")
+            raise ValueError(
+                "train.mixed_precision is fp16, whose range does not hold the gradients between autoencoder and "
+                "discriminator (loss.adversarial_weight); choose bf16 or no"
+            )
 
     @property
     def network(self) -> AutoencoderConfig | VQConfig | None:
@@ -442,7 +471,9 @@ class AutoencoderTrainingConfig:
             if getattr(self.loss, key) != getattr(AutoencoderLossConfig(), key):
                 raise ValueError(f"loss.{key} is set, but a first stage with {kind} has no such term; leave it out")
         if is_kl and self.revive_codes_after != type(self).revive_codes_after:
-            raise ValueError("revive_codes_after is set, but a normal posterior has no codes; leave it out")
+            raise ValueError(
+                "revive_codes_after is set, but a first stage with a normal posterior has no codes; leave it out"
+            )
 
 
 def section_name(network: AutoencoderConfig | VQConfig) -> str:
@@ -457,5 +488,6 @@ def check_autoencoder(autoencoder: AutoencoderConfig | VQConfig, trained: Litera
             raise ValueError(f"autoencoder.{key} is false; the statistics of the latents are folded into it, leave it")
     for key in ("in_channels", "out_channels"):
         if getattr(autoencoder, key) != 3:
-            name = f"{section_name(autoencoder)}.{key}"
-            raise ValueError(f"{name} is {getattr(autoencoder, key)}; images are RGB, leave it at 3")
+            raise ValueError(
+                f"{section_name(autoencoder)}.{key} is {getattr(autoencoder, key)}; images are RGB, leave it at 3"
+            )

@@ -232,7 +232,8 @@ class CachedRows:
                         if file.readinto(places[place].data) != shard.row_bytes:
                             raise ValueError("ends early")
             except (OSError, ValueError) as error:
-                raise ValueError(f"{shard.path} was changed during the run: it {_reason(error)}; start again") from None
+                why = f"was changed during the run: it {_reason(error)}; start again to compute its rows"
+                raise ValueError(f"the cache file {shard.path} {why}") from None
         return found
 
 

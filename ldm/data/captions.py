@@ -176,7 +176,9 @@ def choose_column(
         return found
     if len(possible) == 1:
         return possible[0]
-    raise ValueError(f"{where}: which of the columns {listed} holds the {what}s? set data.{what}_column")
+    raise ValueError(
+        f"{where}: which column holds the {what}s cannot be told from the columns {listed}; set data.{what}_column"
+    )
 
 
 # ---- files that look like captions and are not read

@@ -50,7 +50,7 @@ class Composer:
 
     def compose(self, epoch: int, index: int, size: Size) -> Sample | None:
         """The composition of `size` (height, width) that replaces a sample in an epoch; None keeps the sample."""
-        sample = self.samples[index]
+        sample, (height, width) = self.samples[index], size
         rng = generator(self.seed, "compose", epoch // self.config.renew_every, sample.id)
         if rng.random() >= self.config.compose:
             return None
@@ -58,7 +58,19 @@ class Composer:
             partner = self.samples[int(rng.integers(len(self.samples)))]
             wording, place, swapped = Wording.sample(rng), rng.random(4), bool(rng.integers(2))
             is_alike = sample.group == partner.group or bool({*_own_captions(sample)} & {*_own_captions(partner)})
-            layout = _layout(rng.random(), sample, None if is_alike else partner, size)
+            possible: dict[Layout, bool] = {
+                "beside": not is_alike and all(_fills(part, height, width / 2) for part in (sample, partner)),
+                "above": not is_alike and all(_fills(part, height / 2, width) for part in (sample, partner)),
+                "inset": not is_alike,
+                "ground": sample.cutout is not None,
+            }
+            layouts = [layout for layout, can in possible.items() if can]
+            left = rng.random() * sum(LAYOUT_FRACTIONS[layout] for layout in layouts)
+            layout: Layout | None = None
+            for layout in layouts:
+                left -= LAYOUT_FRACTIONS[layout]
+                if left < 0:
+                    break
             if layout is None:
                 continue
             parts = (sample,) if layout == "ground" else (sample, partner)
@@ -170,31 +182,12 @@ def _own_captions(sample: Sample) -> tuple[str, ...]:
     return sample.captions[: len(sample.captions) - sample.templated]
 
 
-def _layout(chance: float, sample: Sample, partner: Sample | None, size: Size) -> Layout | None:
-    """A random possible layout."""
-
-    def is_visible(part: Sample | None, height: float, width: float) -> bool:  # enough of an image that fills a cell
-        if part is None or part.cutout is not None or part.size is None:
-            return part is not None
-        ratio = part.size[0] / part.size[1] * height / width
-        return min(ratio, 1 / ratio) >= MIN_VISIBLE
-
-    height, width = size
-    possible: list[Layout] = []
-    if all(is_visible(part, height, width / 2) for part in (sample, partner)):
-        possible.append("beside")
-    if all(is_visible(part, height / 2, width) for part in (sample, partner)):
-        possible.append("above")
-    if partner is not None:
-        possible.append("inset")
-    if sample.cutout is not None:
-        possible.append("ground")
-    left = chance * sum(LAYOUT_FRACTIONS[layout] for layout in possible)
-    for layout in possible:
-        left -= LAYOUT_FRACTIONS[layout]
-        if left < 0:
-            return layout
-    return possible[-1] if possible else None
+def _fills(part: Sample, height: float, width: float) -> bool:
+    """Whether enough is visible of an image that fills a cell."""
+    if part.cutout is not None or part.size is None:
+        return True
+    ratio = part.size[0] / part.size[1] * height / width
+    return min(ratio, 1 / ratio) >= MIN_VISIBLE
 
 
 def _ground(parts: Sequence[Sample], chance: float) -> str | None:

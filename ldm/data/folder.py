@@ -110,8 +110,8 @@ def read_classes(found: FolderFiles, options: ReadOptions) -> Listing | None:
 
     `_` and `-` become spaces, and the `10_` of "10_my dog" is dropped.
     """
-    listing = Listing(FOLDERS)
-    listing.uncovered = "no caption: it is in no sub-folder that names its class; put it into one, or a .txt beside it"
+    where = "in no sub-folder that names its class; put it into one, or a .txt with its caption beside it"
+    listing = Listing(FOLDERS, uncovered=f"no caption: it is {where}")
     for image in [path for path in found.images if "/" in path]:
         folder = PurePosixPath(image).parent.name
         listing.covered.add(image)

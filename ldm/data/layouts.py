@@ -371,7 +371,10 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         if not chosen:
             folders = sorted({PurePosixPath(path).parent.as_posix() for path in paths})
             known = ", ".join(map(printable, folders))
-            raise ValueError(f'{where} has no subset "{subset}"; set data.subset to one of {known}, or leave it out')
+            known = ", ".join(map(printable, folders))
+            raise ValueError(
+                f'{where} has no subset "{subset}"; its files are in {known}; set data.subset, or leave it out'
+            )
         paths = chosen
     splits: dict[str, list[str]] = {}
     for path in paths:
@@ -381,5 +384,6 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
     wanted = _SPLITS.get(split, split)
     if wanted not in splits:
         known = ", ".join(sorted(splits))
-        raise ValueError(f'{where} has no split "{split}"; set data.split to one of {known}')
+        known = ", ".join(sorted(splits))
+        raise ValueError(f'{where} has no split "{split}"; it has {known}; set data.split to one of these')
     return splits[wanted], wanted if len(splits) > 1 else None

@@ -157,7 +157,9 @@ def micro_batches(
             f"processes; choose a positive multiple of {slices}"
         )
     if order.length < batch_size:
-        raise ValueError(f"fewer images than train.batch_size {batch_size}; set it to at most {order.length}")
+        needed = f"{order.length} training images, train.batch_size {batch_size}"
+        needed = f"{order.length} training images, train.batch_size {batch_size}"
+        raise ValueError(f"fewer images than a batch needs: {needed}; set that to at most {order.length}")
     size = batch_size // slices
     starts = [(micro_batch * world + rank) * size for micro_batch in range(accumulation)]
     batches = map(order.batch, range(first_step, last_step))

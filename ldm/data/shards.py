@@ -125,7 +125,9 @@ def find_columns(
         if name not in possible:
             known = ", ".join(possible) or "another table"
             kind = schema.field(name).type
-            raise ValueError(f'{where}: column "{name}" holds {kind}, not {what}; set data.{key}_column to {known}')
+            raise ValueError(
+                f'{where}: column "{name}" holds {kind}, not {what}; set data.{key}_column to one of {known}'
+            )
 
     columns, images = list(schema.names), image_columns(schema)
     image = choose_column(where, columns, images, IMAGE_NAMES, "image", options.image)

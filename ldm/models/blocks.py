@@ -310,7 +310,8 @@ def set_attention_backend(module: nn.Module, backend: str) -> None:
         try:
             import xformers.ops
         except ImportError as error:
-            raise ValueError(f"attention backend 'xformers' cannot be loaded ({error}); use 'sdpa'") from error
+            why = "pip install xformers, or use 'sdpa'"
+            raise ValueError(f"attention backend 'xformers' cannot be loaded ({error}); {why}") from error
         kernel = xformers.ops.memory_efficient_attention  # of the same layout
     for layer in module.modules():
         if isinstance(layer, Attention):

@@ -66,7 +66,7 @@ class CoderConfig(ComponentConfig):
         """Raises ValueError unless `factor` divides height and width of images [B, 3, H, W]."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"image of height {height} and width {width}: {self.factor} must divide both")
+            raise ValueError(f"image of height {height} and width {width}: both must be divisible by {self.factor}")
 
 
 class CoderBlock(CheckpointedBlock):
@@ -174,7 +174,7 @@ def check_statistics(mean: Tensor, std: Tensor, channels: int) -> None:
         raise ValueError(f"mean and std of shapes {shapes}: must be {(channels,)}, one number a channel")
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         values = f"mean {mean.tolist()} and std {std.tolist()}"
-        raise ValueError(f"{values}: must be finite, std above 0; train with fewer latent_channels")
+        raise ValueError(f"{values}: must be finite, the latter above zero; train with fewer latent_channels")
 
 
 # ---- in strips of rows: the same result up to rounding, in less memory

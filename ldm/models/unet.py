@@ -261,10 +261,11 @@ class UNet(nn.Module):
         """
         config, width = self.config, encoder_hidden_states.shape[-1]
         if sample.shape[1] != config.in_channels:
-            raise ValueError(f"latents have {sample.shape[1]} channels, but in_channels is {config.in_channels}")
+            channels = sample.shape[1]
+            raise ValueError(f"latents have {channels} channels, but the UNet has in_channels {config.in_channels}")
         if width != config.cross_attention_dim:
-            wanted = f"cross_attention_dim {config.cross_attention_dim}"
-            raise ValueError(f"text states have width {width}, not {wanted}; use the text encoder of this model")
+            wanted = f"cross_attention_dim of the UNet is {config.cross_attention_dim}"
+            raise ValueError(f"text states have width {width}, but {wanted}; use the text encoder of this model")
         if config.center_input_sample:
             sample = 2 * sample - 1
         sinusoids = timestep_sinusoids(

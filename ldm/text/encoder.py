@@ -131,7 +131,7 @@ class TextEncoder:
         largest, known = int(tokens.input_ids.max()), config.vocab_size
         if largest >= known:
             raise ValueError(
-                f"the tokenizer gives the token {largest} and the text encoder has {known}: save both again"
+                f"the tokenizer gives the token {largest}, but the text encoder has {known}: save or download both again"
             )
         mask = tokens.attention_mask.to(self.device) if self.uses_attention_mask else None
         # Output 0 is the last hidden state; in a CLIP, after its final layer norm.
@@ -270,7 +270,9 @@ def check_text(what: str, text: Any) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         around = ascii(text[max(0, error.start - 20) : error.start + 20])
-        raise ValueError(f"{what} has half of a surrogate pair ({around}), which is no text; write UTF-8") from None
+        raise ValueError(
+            f"{what} has half of a surrogate pair at place {error.start} ({around}); write UTF-8"
+        ) from None
 
 
 def _tokenizer_class(tokenizer: Any) -> str:

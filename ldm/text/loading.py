@@ -303,7 +303,9 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], family: _Family) -> tu
     name = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or family.tokenizer)
     if name.removesuffix("Fast") not in _TOKENIZERS:
         names = ", ".join(sorted(_TOKENIZERS))
-        raise ValueError(f"{folder} asks for the tokenizer {name[:200]!r}, which is not one of {names}")
+        raise ValueError(
+            f"{folder} asks for the tokenizer {name[:200]!r}, which is none known here: take one of {names}"
+        )
     tokenizer_class = getattr(transformers, name, None) or getattr(transformers, family.tokenizer)
     vocabulary = {*tokenizer_class.vocab_files_names.values()}  # of none, transformers would make a wordless one
     lacking = [name for name in sorted(vocabulary - {"tokenizer.json"}) if not (folder / name).is_file()]
@@ -382,7 +384,7 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
     unlike += [f"vocab_size={text['vocab_size']}"] if text["vocab_size"] != _VOCABULARY else []
     if unlike:
         why = ", ".join(unlike)
-        raise ValueError(f"open_clip's {model} has no plain text transformer of CLIP ({why}): choose another")
+        raise ValueError(f"open_clip's {model} is not the plain text transformer of CLIP ({why}): choose another")
     path = weights_path(open_clip, model, config, source)  # may download them
     layers = text["layers"] - _LAYERS_LEFT_OUT[layer]
 
@@ -421,7 +423,20 @@ def convert_open_clip(name: str, layer: str, folder: Path) -> None:
         "pad_token_id": 0,
     }
     disk.write_json(folder / "text_encoder" / "config.json", clip_config)
-    _write_tokenizer(open_clip, text["context_length"], folder / "tokenizer")
+    from transformers import CLIPTokenizer
+
+    lines = gzip.decompress(Path(open_clip.tokenizer.default_bpe()).read_bytes()).decode("utf-8").split("\n")
+    merges: Any = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]  # the first line is a header
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    words = letters + [f"{letter}</w>" for letter in letters] + ["".join(merge) for merge in merges]
+    tokenizer = CLIPTokenizer(
+        vocab={word: i for i, word in enumerate([*words, _START, _END])},
+        merges=merges,
+        pad_token=words[0],
+        model_max_length=text["context_length"],
+        split_special_tokens=True,  # id 0 is the exclamation mark: where a caption holds one it is text, not padding
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def find_open_clip(name: str) -> tuple[Any, str, dict[str, Any], str]:
@@ -481,21 +496,3 @@ def _read_tower(path: Path, model: str, text: dict[str, Any]) -> dict[str, Tenso
     if found != expected:
         raise ValueError(f"{path} has width and layers {found}, not {expected}: it is not the text tower of {model}")
     return tower
-
-
-def _write_tokenizer(open_clip: Any, context_length: int, folder: Path) -> None:
-    """A CLIP tokenizer with the vocabulary of open_clip, which pads with id 0."""
-    from transformers import CLIPTokenizer
-
-    lines = gzip.decompress(Path(open_clip.tokenizer.default_bpe()).read_bytes()).decode("utf-8").split("\n")
-    merges: Any = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]  # the first line is a header
-    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
-    words = letters + [f"{letter}</w>" for letter in letters] + ["".join(merge) for merge in merges]
-    tokenizer = CLIPTokenizer(
-        vocab={word: i for i, word in enumerate([*words, _START, _END])},
-        merges=merges,
-        pad_token=words[0],
-        model_max_length=context_length,
-        split_special_tokens=True,  # id 0 is the exclamation mark: where a caption holds one it is text, not padding
-    )
-    tokenizer.save_pretrained(folder)
