@@ -62,7 +62,6 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[ConfigT]) -> Co
     foreign = sorted(map(str, given.keys() - known))
     if foreign and theirs.issuperset(foreign):
         missing = " and no ".join(foreign)
-        missing = " and no ".join(foreign)
         raise ValueError(f"{where} is for {SCRIPTS[other]}, not for {SCRIPTS[kind]}, which has no {missing}")
     content = read_config(path, kind)
     return parse_config(with_overrides(content, overrides, kind), kind, str(path))

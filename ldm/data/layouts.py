@@ -371,10 +371,7 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         if not chosen:
             folders = sorted({PurePosixPath(path).parent.as_posix() for path in paths})
             known = ", ".join(map(printable, folders))
-            known = ", ".join(map(printable, folders))
-            raise ValueError(
-                f'{where} has no subset "{subset}"; its files are in {known}; set data.subset, or leave it out'
-            )
+            raise ValueError(f'{where} has no subset "{subset}"; its files are in {known}; set data.subset to one')
         paths = chosen
     splits: dict[str, list[str]] = {}
     for path in paths:
@@ -383,7 +380,6 @@ def choose_split(where: str, paths: Sequence[str], subset: str | None, split: st
         splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), "train"), []).append(path)
     wanted = _SPLITS.get(split, split)
     if wanted not in splits:
-        known = ", ".join(sorted(splits))
         known = ", ".join(sorted(splits))
         raise ValueError(f'{where} has no split "{split}"; it has {known}; set data.split to one of these')
     return splits[wanted], wanted if len(splits) > 1 else None

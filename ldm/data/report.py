@@ -309,7 +309,6 @@ def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
     others = sorted(top for top in tops if top.rstrip("0123456789") in _SPLITS)
     if training and others:
         rest = ", ".join(f"{name}/" for name in others)
-        rest = ", ".join(f"{name}/" for name in others)
         yield (
             f"the images of {training[0]}/ and {rest} are used together; name the folder {training[0]}/ itself, or with "
             "data.caption_source its captions, to leave the rest out"

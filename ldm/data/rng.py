@@ -158,7 +158,6 @@ def micro_batches(
         )
     if order.length < batch_size:
         needed = f"{order.length} training images, train.batch_size {batch_size}"
-        needed = f"{order.length} training images, train.batch_size {batch_size}"
         raise ValueError(f"fewer images than a batch needs: {needed}; set that to at most {order.length}")
     size = batch_size // slices
     starts = [(micro_batch * world + rank) * size for micro_batch in range(accumulation)]

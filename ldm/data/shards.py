@@ -124,10 +124,8 @@ def find_columns(
     def check(name: str, possible: list[str], key: str, what: str) -> None:
         if name not in possible:
             known = ", ".join(possible) or "another table"
-            kind = schema.field(name).type
-            raise ValueError(
-                f'{where}: column "{name}" holds {kind}, not {what}; set data.{key}_column to one of {known}'
-            )
+            why = f"not {what}; set data.{key}_column to one of {known}"
+            raise ValueError(f'{where}: column "{name}" holds {schema.field(name).type}, {why}')
 
     columns, images = list(schema.names), image_columns(schema)
     image = choose_column(where, columns, images, IMAGE_NAMES, "image", options.image)

@@ -130,9 +130,8 @@ class TextEncoder:
         config: Any = self.model.config
         largest, known = int(tokens.input_ids.max()), config.vocab_size
         if largest >= known:
-            raise ValueError(
-                f"the tokenizer gives the token {largest}, but the text encoder has {known}: save or download both again"
-            )
+            why = f"but the text encoder has {known}: save or download both again"
+            raise ValueError(f"the tokenizer gives the token {largest}, {why}")
         mask = tokens.attention_mask.to(self.device) if self.uses_attention_mask else None
         # Output 0 is the last hidden state; in a CLIP, after its final layer norm.
         return self.model(tokens.input_ids.to(self.device), attention_mask=mask)[0]  # [b, L, D]
