@@ -310,8 +310,8 @@ def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
     if training and others:
         rest = ", ".join(f"{name}/" for name in others)
         yield (
-            f"the images of {training[0]}/ and {rest} are used together; name the folder {training[0]}/ itself, or with "
-            "data.caption_source its captions, to leave the rest out"
+            f"the images of {training[0]}/ and {rest} are used together; name the folder {training[0]}/ itself, or "
+            "with data.caption_source its captions, to leave the rest out"
         )
     if not report.captions.without:
         yield from report.unused_captions(harmless=True)
