@@ -16,7 +16,7 @@ from typing import Any
 from ldm import disk, hub
 from ldm.evaluation.stats import student_interval
 from ldm.report.charts import DASHES, LIGHT, Axis, style
-from ldm.report.markup import escaped
+from ldm.report.html import escaped
 
 READING = "## Reading"
 COLUMNS = {"0": "η = 0", "0.2": "η = 0.2", "0.5": "η = 0.5", "1": "η = 1", "sigma_hat": "σ̂"}

@@ -113,10 +113,9 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default", 
             ends = {".".join(name.split(".")[-count:]) for name in layers for count in (1, 2, 3)}
             near = difflib.get_close_matches(target, sorted(ends), n=3)
             usual = ", ".join(AdapterConfig.target_modules)
-            raise ValueError(
-                f"target_modules has {target!r}, which is the end of no linear layer's or convolution's name here; "
-                + (f"near it are {', '.join(near)}" if near else f"usual are {usual}")
-            )
+            advice = f"near it are {', '.join(near)}" if near else f"usual are {usual}"
+            what = f"target_modules has {target!r}, which is the end of no linear layer's or convolution's name"
+            raise ValueError(f"{what} here; {advice}")
         chosen |= matches
     loras = {}
     for module in sorted(chosen):

@@ -20,19 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm import disk
-from ldm.lora import (
-    Lora,
-    adaptable_layers,
-    adapter_loras,
-    adapter_names,
-    check_new_name,
-    check_weight,
-    import_peft,
-    inject_adapter,
-    lora_shapes,
-    peft_settings,
-)
+from ldm import disk, lora
 from ldm.progress import error_reason
 from ldm.weights import check_weights, converted, plain_names
 
@@ -42,28 +30,13 @@ METADATA = "lora_adapter_metadata"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # The end of a name says which tensor of a layer it is.
-_ROLES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-}
+_ROLES = {".lora_A.weight": "down", ".lora_B.weight": "up", ".alpha": "alpha"}
+_ROLES |= {".lora_down.weight": "down", ".lora_up.weight": "up"}
 # The beginning says which network; what has none of these is of a UNet alone.
-_PREFIXES = {
-    "unet.": "unet",
-    "unet.base_model.model.": "unet",
-    "diffusion_model.": "unet",
-    "model.diffusion_model.": "unet",
-    "lora_unet_": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder.base_model.model.": "text_encoder",
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "cond_stage_model.transformer.": "text_encoder",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "base_model.model.": "unet",
-}
+_PREFIXES = dict.fromkeys(("unet.", "unet.base_model.model.", "diffusion_model.", "model.diffusion_model."), "unet")
+_PREFIXES |= dict.fromkeys(("lora_unet_", "base_model.model."), "unet")
+_PREFIXES |= dict.fromkeys(("text_encoder.", "text_encoder.base_model.model.", "lora_te_", "lora_te1_"), "text_encoder")
+_PREFIXES |= dict.fromkeys(("text_encoders.clip_l.transformer.", "cond_stage_model.transformer."), "text_encoder")
 # Layers of CLIP, which a UNet does not have: files of a text encoder alone have no other prefix either.
 _OF_TEXT_ENCODER = re.compile(r"text_model[._]|encoder[._]layers[._]")
 
@@ -108,18 +81,10 @@ _XL_WIDTH = 2048
 _TO_TEXT = re.compile(r".*attn2[._](?:processor[._])?to_[kv][._]lora(?:_A|[._]down|_linear_layer\.down)\..*")
 
 # In a residual block and outside of all blocks: the name in diffusers, the name in the code of CompVis.
-_IN_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTSIDE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-}
+_IN_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3"}
+_IN_RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+_OUTSIDE = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+_OUTSIDE |= {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
 
 
 def save_adapter(
@@ -134,18 +99,18 @@ def save_adapter(
     parts: dict[str, nn.Module] = {"unet": unet}
     if text_encoder is not None:
         parts["text_encoder"] = text_encoder
-    adapted = {part: model for part, model in parts.items() if name in adapter_names(model)}
+    adapted = {part: model for part, model in parts.items() if name in lora.adapter_names(model)}
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for part, model in (adapted or {"unet": unet}).items():
         # Versions of transformers differ in this prefix of CLIP's layers; files have it.
         clip = part == "text_encoder" and str(getattr(model.config, "model_type", "")).startswith("clip")
         inner = "text_model." if clip else ""
-        loras = {path.removeprefix(inner): lora for path, lora in sorted(adapter_loras(model, name).items())}
-        for path, lora in loras.items():
-            for end, tensor in (("A", lora.down), ("B", lora.up)):
+        loras = {path.removeprefix(inner): one for path, one in sorted(lora.adapter_loras(model, name).items())}
+        for path, one in loras.items():
+            for end, tensor in (("A", one.down), ("B", one.up)):
                 tensors[f"{part}.{inner}{path}.lora_{end}.weight"] = tensor.float().cpu().contiguous()
-        settings |= {f"{part}.{key}": value for key, value in peft_settings(loras).items()}
+        settings |= {f"{part}.{key}": value for key, value in lora.peft_settings(loras).items()}
     target = disk.writable_folder(folder) / WEIGHTS
     if target.is_symlink():
         raise ValueError(f"{target} is a link; remove it, or name another folder for the adapter")
@@ -182,8 +147,8 @@ def load_adapter(
         ValueError: naming the file, if it is missing, damaged, pickled, of another kind or model; nothing is changed
             then.
     """
-    check_weight(name, weight)
-    import_peft()
+    lora.check_weight(name, weight)
+    lora.import_peft()
     path, tensors, settings = _read(source)
     networks = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
     check_plain_lora(path, tensors, getattr(getattr(unet, "config", None), "cross_attention_dim", None))
@@ -196,25 +161,20 @@ def load_adapter(
             name_of_tensor = _peft_name(name_of_tensor, part)
         end = next((end for end in _ROLES if name_of_tensor.endswith(end)), None)
         if end is None:
-            raise ValueError(
-                f"{path}: {key} is no weight of a LoRA; whole models and other adapters are not read here, choose a "
-                "plain LoRA"
-            )
+            raise ValueError(f"{path}: {key} is no weight of a LoRA; only plain LoRAs are read, choose one")
         layer = name_of_tensor.removesuffix(end)
         roles = parts.setdefault(part, {}).setdefault(layer, {})
         if _ROLES[end] in roles:
             raise ValueError(f"{path} holds weights of {layer} under two names; save or download it again")
         roles[_ROLES[end]] = tensor
     if absent := parts.keys() - networks.keys():
-        raise ValueError(
-            f"{path} also changes the text encoder ({len(parts[min(absent)])} layers); load it into a pipeline "
-            "(load_lora)"
-        )
+        layers = len(parts[min(absent)])
+        raise ValueError(f"{path} also changes the text encoder ({layers} layers); load it into a pipeline (load_lora)")
     loras = {part: _loras(path, found, networks[part], part, settings) for part, found in parts.items()}
     for part in loras:
-        check_new_name(networks[part], name)
+        lora.check_new_name(networks[part], name)
     for part, found in loras.items():
-        inject_adapter(networks[part], found, name, weight)
+        lora.inject_adapter(networks[part], found, name, weight)
 
 
 def _peft_name(name: str, part: str) -> str:
@@ -229,11 +189,11 @@ def _peft_name(name: str, part: str) -> str:
 
 def _loras(
     path: Path, found: Mapping[str, Mapping[str, Tensor]], network: nn.Module, part: str, settings: dict[str, Any]
-) -> dict[str, Lora]:
+) -> dict[str, lora.Lora]:
     """Layer → its adapter, for one network; every layer of the file is there and every tensor fits."""
     from peft.utils.other import get_pattern_key
 
-    layers = adaptable_layers(network)
+    layers = lora.adaptable_layers(network)
     known = {name.removeprefix("text_model."): name for name in layers}
     for name, other in compvis_names(layers).items():
         known |= {alias: name for alias in (other, other.replace(".", "_")) if alias not in known}
@@ -252,10 +212,8 @@ def _loras(
         if plain in known:
             names[name] = known[plain]
     if unknown := sorted(found.keys() - names.keys()):
-        raise ValueError(
-            f"{path} changes {len(unknown)} layers that this {part} does not have (first: {unknown[0]}); it was made "
-            "for another model"
-        )
+        what = f"{len(unknown)} layers that this {part} does not have (first: {unknown[0]})"
+        raise ValueError(f"{path} changes {what}; it was made for another model")
     # The settings for one network; in the file of a UNet alone they have no prefix.
     prefix = f"{part}." if any(key.startswith(("unet.", "text_encoder.")) for key in settings) else ""
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
@@ -270,22 +228,20 @@ def _loras(
             raise ValueError(f"{path}: {expression!r} in alpha_pattern is no pattern; save it again") from None
         if len(_REPEATS.findall(expression)) > _MAX_REPEATS or _REPEATED_GROUP.search(expression):
             raise ValueError(f"{path}: {expression[:100]!r} in alpha_pattern could take hours; write names of layers")
-    loras: dict[str, Lora] = {}
+    loras: dict[str, lora.Lora] = {}
     for written, tensors in found.items():
         if not {"down", "up"} <= tensors.keys() or names[written] in loras:
             raise ValueError(f"{path}: {written} has not exactly one A and one B; save or download it again")
         layer, down, up = layers[names[written]], tensors["down"], tensors["up"]
         rank = down.shape[0] if down.ndim else 0
-        shapes = lora_shapes(layer, rank)
+        shapes = lora.lora_shapes(layer, rank)
         for tensor, wanted in zip((down, up), shapes, strict=True):
             # A 1x1 convolution and a linear layer are one function; files have either shape for either.
             flat = wanted[:2] if math.prod(wanted[2:]) == 1 else wanted
             given = tuple(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tuple(tensor.shape)
             if rank == 0 or given != flat:
-                raise ValueError(
-                    f"{path}: {written} has a weight of shape {list(tensor.shape)}, but this model needs "
-                    f"{list(wanted)}; it was made for another model"
-                )
+                what = f"a weight of shape {list(tensor.shape)}, but this model needs {list(wanted)}"
+                raise ValueError(f"{path}: {written} has {what}; it was made for another model")
             check_weights({written: tensor}, path)
             converted({written: tensor}, layer.weight.dtype, path)
         if "alpha" in tensors:
@@ -297,7 +253,7 @@ def _loras(
                 alpha *= math.sqrt(rank)
         if not math.isfinite(alpha):
             raise ValueError(f"{path}: alpha of {written} is {alpha}; train or download it again")
-        loras[names[written]] = Lora(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
+        loras[names[written]] = lora.Lora(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
     return loras
 
 

@@ -400,11 +400,11 @@ WORDS = {
     *("suspects", "guilty", "opinion", "meeting", "nobody", "asked", "nearness", "drawn"),
 }
 # Sizes of ldm/ and train/. A change that needs more raises the number in a commit of its own, and says what for.
-MAX_LINES, MAX_FILES = 27_930, 110
-MAX_REACHED_LINES = 13_570  # what the training loop imports, itself included
+MAX_LINES, MAX_FILES = 27_400, 102
+MAX_REACHED_LINES = 13_370  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
 PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "report", "run_info"}
-MAX_SINGLE_USE = 0.05  # fraction of the lines that are private functions named at one place
+MAX_SINGLE_USE = 0.043  # fraction of the lines that are private functions named at one place
 
 
 def sources() -> dict[str, str]:

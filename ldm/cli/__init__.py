@@ -1,4 +1,4 @@
-"""The `ldm` command, a module a command. Parses its arguments before it imports anything heavy."""
+"""The `ldm` command. Parses its arguments before it imports anything heavy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Annotated
 import typer
 
 import ldm
-from ldm.cli import data
 from ldm.cli.arguments import RepeatedOptionsCommand
-from ldm.cli.evaluate import autoencoder_app, evaluate_command, nll
-from ldm.cli.generate import generate
-from ldm.cli.train import train_command
+from ldm.cli.commands import autoencoder_app, data_app, evaluate_command, generate, nll, train_command
 
 app = typer.Typer(
     help="Turn captioned images into a text-to-image model, and text into images.",
@@ -25,7 +22,7 @@ app.command()(generate)
 app.command("train", cls=RepeatedOptionsCommand)(train_command)
 app.command()(nll)
 app.command("evaluate")(evaluate_command)
-app.add_typer(data.app, name="data")
+app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
 
 

@@ -20,15 +20,13 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps; the 
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; the model's default otherwise.")]
 ImageColumn = Annotated[str | None, typer.Option(help="The column with images; detected by default.")]
 CaptionColumn = Annotated[str | None, typer.Option(help="The column with captions; detected by default.")]
-CaptionSource = Annotated[
-    str | None, typer.Option(help="Which source of captions to use, if there are several: see docs/data.md.")
-]
+CaptionSource = Annotated[str | None, typer.Option(help="Which source of captions to use, if several: docs/data.md.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; an accelerator by default if there is one.")]
 HeldOut = Annotated[float, typer.Option(help="The fraction that training held out: data.held_out.")]
 Samples = Annotated[int | None, typer.Option(help="Number of images, sampled by --seed; all by default.")]
 Weights = Annotated[
-    str | None, typer.Option(help="With --features inception or clip: the file, or MODEL:TAG of open_clip.")
+    str | None, typer.Option(help="For --features inception or clip: a file, or open_clip's MODEL:TAG.")
 ]
 Background = Annotated[str, typer.Option(help="Color behind transparent images.")]
 
@@ -109,6 +107,5 @@ def _check_writable(option: str, path: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{option} is {path}, and nothing can be written in {folder} ({error.strerror}); choose another place"
-        ) from None
+        why = f"nothing can be written in {folder} ({error.strerror})"
+        raise ValueError(f"{option} is {path}, and {why}; choose another place") from None

@@ -12,7 +12,7 @@ from ldm import disk
 from ldm.data import DataConfig
 from ldm.data.sources import BUILT_IN
 from ldm.diffusion import LossConfig, NoiseSchedule, PredictionType, ScheduleConfig, loss_weights
-from ldm.diffusion.likelihood import log_variance_tables
+from ldm.diffusion.losses import log_variance_tables
 from ldm.diffusion.samplers import check_sampler
 from ldm.diffusion.schedule import check_first_step, check_precision
 from ldm.models import AutoencoderConfig, DiscriminatorConfig, UNetConfig, VQConfig

@@ -1,7 +1,10 @@
 """The mathematics of the papers. Imports torch and nothing else."""
 
-from ldm.diffusion.guidance import (
+from ldm.diffusion.denoiser import (
+    Denoise,
+    Denoiser,
     LogLikelihood,
+    add_noise,
     alpha_sigma_at,
     classifier_free_guidance,
     classifier_guidance,
@@ -9,27 +12,25 @@ from ldm.diffusion.guidance import (
     dynamic_threshold,
     guide_within,
     rescale_guidance,
+    split_variance,
+    to_epsilon_model,
+    training_target,
     with_condition,
+    x0_and_epsilon,
 )
-from ldm.diffusion.likelihood import Decoder, discretized_decoder, gaussian_decoder, variational_terms
 from ldm.diffusion.losses import (
     NOISE_BANDS,
+    Decoder,
     LossConfig,
     diffusion_loss,
+    discretized_decoder,
+    gaussian_decoder,
     logit_normal_timesteps,
     loss_weights,
     noise_bands,
     stratified_timestep,
+    variational_terms,
     without_variance,
-)
-from ldm.diffusion.prediction import (
-    Denoise,
-    Denoiser,
-    add_noise,
-    split_variance,
-    to_epsilon_model,
-    training_target,
-    x0_and_epsilon,
 )
 from ldm.diffusion.samplers import (
     State,

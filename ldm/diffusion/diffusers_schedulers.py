@@ -17,14 +17,8 @@ import torch
 
 from ldm.diffusion.schedule import BetaSchedule, ScheduleConfig, make_betas
 
-COMMON: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-}
+COMMON: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
+COMMON |= {"beta_schedule": "linear", "trained_betas": None, "prediction_type": "epsilon"}
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
 LINSPACE: dict[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0}
 LEADING: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 0}
@@ -143,17 +137,14 @@ def read_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             elif key == "thresholding":
                 way_out += " (for models of pixels there is dynamic_threshold)"
             else:
-                way_out += (
-                    ", and to sample as it says give the scheduler itself as sampler: "
-                    f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler', {key}=...)"
-                )
+                its_own = f"diffusers.{name}.from_pretrained(FOLDER, subfolder='scheduler', {key}=...)"
+                way_out += f", and to sample as it says give the scheduler itself as sampler: {its_own}"
             raise ValueError(f"scheduler {name} has {key} {value!r}, {REFUSED[key]}; {way_out}")
         if key not in REFUSED:
             _check_type(name, key, value, known[key])
     if found.get("variance_type", VARIANCES[0]) not in VARIANCES:
-        raise ValueError(
-            f"scheduler {name} has variance_type {found['variance_type']!r}; supported are {', '.join(VARIANCES)}"
-        )
+        kind = found["variance_type"]
+        raise ValueError(f"scheduler {name} has variance_type {kind!r}; supported are {', '.join(VARIANCES)}")
     return found
 
 
@@ -211,19 +202,13 @@ def config_from_diffusers(config: dict[str, Any], class_name: str | None = None)
     named = replace(named, trained_betas=None)
     # The last digits of a cosine differ between machines.
     if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
-        raise ValueError(
-            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
-        )
+        raise ValueError(f"scheduler trained_betas are not those of {OUR_KEY} {named.beta_schedule!r}; drop {OUR_KEY}")
     return named
 
 
 # What diffusers' files call our schedules. Its DDIMScheduler does not know "sigmoid"; its DDPMScheduler does.
-NAMES: dict[str, BetaSchedule] = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid",
-}
+NAMES: dict[str, BetaSchedule] = {"linear": "linear", "scaled_linear": "scaled_linear"}
+NAMES |= {"squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 OUR_KEY = "_ldm"  # diffusers leaves keys alone that begin with an underscore
 
 

@@ -15,8 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.likelihood import interpolated_log_variance
-from ldm.diffusion.prediction import Denoise, convert, epsilon_from_x0, split_variance, x0_and_epsilon
+from ldm.diffusion.denoiser import Denoise, convert, epsilon_from_x0, log_variance_at, split_variance, x0_and_epsilon
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType, Step
 
 # log β̃ is −∞ where the step ends without noise; diffusers and the code of Improved DDPM clip it too.
@@ -81,10 +80,8 @@ def transitions(schedule: NoiseSchedule, grid: Sequence[Step]) -> list[Transitio
         if t <= t_prev:
             raise ValueError(f"step {index} of the grid goes from timestep {t} to {t_prev}; t_prev must be below t")
         if index and t != grid[index - 1].t_prev:
-            raise ValueError(
-                f"step {index} of the grid starts at timestep {t} but the one before ends at "
-                f"{grid[index - 1].t_prev}; each step must start where the last one ended"
-            )
+            last = f"the one before ends at {grid[index - 1].t_prev}"
+            raise ValueError(f"step {index} of the grid starts at timestep {t} but {last}; it must start there")
         found.append(Transition(t, t_prev, *schedule.alpha_sigma(t), *schedule.alpha_sigma(t_prev)))
         if found[-1].sigma == 0:
             raise ValueError(f"alphas_cumprod is 1 at timestep {t}: no noise is left there to step down from")
@@ -192,10 +189,8 @@ def ddpm(
     for index, (t, t_prev, alpha, sigma, alpha_prev, sigma_prev) in enumerate(transitions(schedule, grid)):
         prediction, interpolation = split_variance(denoise(latents, t), latents)
         if variance == "learned" and interpolation is None:
-            raise ValueError(
-                f"variance is learned but the network gives {prediction.shape[1]} channels for as many of the latents, "
-                "so that none are left for the variance; choose variance small or large"
-            )
+            channels = f"the network gives {prediction.shape[1]} channels for as many of the latents"
+            raise ValueError(f"variance is learned but {channels}; choose variance small or large")
         x_0 = clip_x0(convert(prediction, latents, prediction_type, "sample", alpha=alpha, sigma=sigma))
         # β of the whole stride from t_prev to t; on the full grid it is β_t.
         ratio = alpha / alpha_prev
@@ -209,7 +204,7 @@ def ddpm(
             assert interpolation is not None
             # Improved DDPM, Eq. 15
             log_small, log_large = math.log(max(posterior, MIN_VARIANCE)), math.log(beta)
-            log_variance = interpolated_log_variance(interpolation, log_small, log_large)
+            log_variance = log_variance_at(interpolation, log_small, log_large)
             latents = mean + torch.exp(0.5 * log_variance) * noise()
         else:
             latents = mean + math.sqrt(posterior if variance == "small" else beta) * noise()
@@ -313,10 +308,8 @@ def annealed_langevin(
         raise ValueError(f"num_langevin_steps is {num_langevin_steps}; it must be at least 1")
     steps = transitions(schedule, grid)
     if steps[0].alpha == 0:
-        raise ValueError(
-            f"annealed Langevin dynamics cannot start at timestep {steps[0].t}, where alphas_cumprod is 0 and the "
-            "noise of x/alpha infinite; start lower (timestep_spacing leading does), or take another sampler"
-        )
+        where = f"timestep {steps[0].t}, where alphas_cumprod is 0"
+        raise ValueError(f"annealed Langevin dynamics cannot start at {where}; start lower, or take another sampler")
     for index, (t, _, alpha, sigma, alpha_prev, _) in enumerate(steps):
         drift, std = 0.5 * step_size * sigma, math.sqrt(step_size) * sigma
         for _ in range(num_langevin_steps):
@@ -356,9 +349,8 @@ def langevin_corrector(
         raise ValueError(f"num_corrector_steps is {num_corrector_steps}; it must be at least 1")
     betas = schedule.betas.tolist()
     for index, (t, t_prev, _, _, alpha, sigma) in enumerate(transitions(schedule, grid)):
-        (state,) = predictor(
-            denoise, latents, schedule, [Step(t, t_prev)], noise=noise, clip_x0=clip_x0, prediction_type=prediction_type
-        )
+        shared = {"noise": noise, "clip_x0": clip_x0, "prediction_type": prediction_type}
+        (state,) = predictor(denoise, latents, schedule, [Step(t, t_prev)], **shared)
         latents = state.latents
         if t_prev >= 0:
             for _ in range(num_corrector_steps):

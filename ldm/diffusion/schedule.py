@@ -76,17 +76,13 @@ class ScheduleConfig:
         if not 1 <= self.num_train_timesteps <= MAX_TIMESTEPS:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; it must be 1 to {MAX_TIMESTEPS}")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"beta_start is {self.beta_start} and beta_end is {self.beta_end}; "
-                "they must satisfy 0 < beta_start <= beta_end < 1"
-            )
+            ends = f"beta_start is {self.beta_start} and beta_end is {self.beta_end}"
+            raise ValueError(f"{ends}; they must satisfy 0 < beta_start <= beta_end < 1")
         if self.steps_offset < 0:
             raise ValueError(f"steps_offset is {self.steps_offset}; it must not be negative")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise ValueError(
-                f"trained_betas has {len(self.trained_betas)} entries but num_train_timesteps is "
-                f"{self.num_train_timesteps}; give one beta a timestep"
-            )
+            found, wanted = len(self.trained_betas), self.num_train_timesteps
+            raise ValueError(f"trained_betas has {found} entries but num_train_timesteps is {wanted}; give as many")
         if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
             raise ValueError("num_train_timesteps is 1; rescale_betas_zero_snr keeps the first step, so it needs 2")
         if self.rescale_betas_zero_snr or (self.trained_betas is not None and self.trained_betas[-1] == 1):
@@ -106,10 +102,8 @@ class NoiseSchedule:
         for t in torch.nonzero(~((table >= 0) & (table <= 1))).flatten().tolist():
             raise ValueError(f"alphas_cumprod is {float(table[t])} at timestep {t}; it must be inside [0, 1]")
         for t in torch.nonzero(table.diff() >= 0).flatten().tolist():
-            raise ValueError(
-                f"alphas_cumprod goes from {float(table[t])} to {float(table[t + 1])} at timestep {t + 1}; "
-                "it must fall strictly from step to step"
-            )
+            here = f"from {float(table[t])} to {float(table[t + 1])} at timestep {t + 1}"
+            raise ValueError(f"alphas_cumprod goes {here}; it must fall strictly from step to step")
         self.alphas_cumprod = table  # [T]
         self.alpha = table.sqrt()  # [T]
         self.sigma = (1 - table).sqrt()  # [T]
@@ -125,10 +119,8 @@ class NoiseSchedule:
             raise ValueError(f"betas have shape {list(table.shape)}; they must be one row of T numbers")
         for t in torch.nonzero(~((table > 0) & (table < 1))).flatten().tolist():
             if t < len(table) - 1 or table[t] != 1:
-                raise ValueError(
-                    f"beta is {float(table[t])} at timestep {t}; it must be strictly between 0 and 1 "
-                    "(1 at the last timestep alone, for zero terminal SNR)"
-                )
+                wanted = "strictly between 0 and 1, or 1 at the last timestep (zero terminal SNR)"
+                raise ValueError(f"beta is {float(table[t])} at timestep {t}; it must be {wanted}")
         alphas_cumprod = torch.cumprod(1 - table, dim=0)
         if zero_snr:
             alphas_cumprod = zero_terminal_snr(alphas_cumprod)
@@ -137,9 +129,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> NoiseSchedule:
-        return cls.from_betas(
-            make_betas(config), set_alpha_to_one=config.set_alpha_to_one, zero_snr=config.rescale_betas_zero_snr
-        )
+        zero_snr = config.rescale_betas_zero_snr
+        return cls.from_betas(make_betas(config), set_alpha_to_one=config.set_alpha_to_one, zero_snr=zero_snr)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -265,10 +256,8 @@ def check_precision(prediction_type: str, dtype: str) -> None:
     in bfloat16, 0.01 to 0.05 in float16, for normal data and the default schedule.
     """
     if prediction_type == "posterior_mean" and dtype in ("bf16", "fp16", "bfloat16", "float16"):
-        raise ValueError(
-            f"prediction_type is posterior_mean, of which {dtype} leaves noise alone: it is x_t but for a few "
-            "thousandths; take float32 (dtype, or train.mixed_precision=no), or train with epsilon or v_prediction"
-        )
+        why = f"prediction_type is posterior_mean, of which {dtype} leaves noise alone: it is nearly x_t"
+        raise ValueError(f"{why}; take float32 (dtype, or train.mixed_precision=no), or predict epsilon or v")
 
 
 def check_first_step(

@@ -44,12 +44,7 @@ MIN_TRAINING_IMAGES = 1000  # from here on a new first stage generalizes (docs/o
 ADVICE_IMAGES = 64
 
 Action = Literal["use", "tune", "train", "pixels"]
-ACTIONS: dict[Action, str] = {
-    "use": "use it",
-    "tune": "fine-tune its decoder",
-    "train": "train one",
-    "pixels": "diffuse pixels",
-}
+ACTIONS = {"use": "use it", "tune": "fine-tune its decoder", "train": "train one", "pixels": "diffuse pixels"}
 
 
 @dataclass(frozen=True)
@@ -99,17 +94,11 @@ def advise(found: ReconstructionQuality) -> Advice:
             return Advice("use", f"{why}, where {limits} are good")
         why += f", below {GOOD_PSNR:g}" if found.psnr < GOOD_PSNR else f", above {GOOD_PERCEPTUAL:g}"
         if found.readout is not None and found.readout >= GOOD_PROBE_PSNR:
-            return Advice(
-                "tune",
-                f"{why}, but its latents hold more: a linear probe of them reaches {found.readout:.1f} dB; use "
-                "train/train_autoencoder.py with start_from and trained: decoder",
-            )
+            why += f", but its latents hold more: a linear probe of them reaches {found.readout:.1f} dB"
+            return Advice("tune", f"{why}; use train/train_autoencoder.py with start_from and trained: decoder")
         if found.images >= MIN_TRAINING_IMAGES:
-            return Advice(
-                "train",
-                f"{why}, and {found.images} images suffice to train a new first stage (or to train this one longer): "
-                "train/train_autoencoder.py",
-            )
+            why += f", and {found.images} images suffice to train a new first stage (or to train this one longer)"
+            return Advice("train", f"{why}: train/train_autoencoder.py")
         why += f" and {found.images} images are too few to train a first stage"
     if found.resolution <= MAX_SLOW_PIXEL_RESOLUTION:
         return Advice("pixels", why)
@@ -135,11 +124,8 @@ def measure_reconstruction(
         ratios.append(psnr(image, decoded))
         if perceptual is not None:
             distances.append(perceptual(image, decoded))
-    found = dataclasses.replace(
-        found,
-        psnr=float(torch.cat(ratios).mean()),
-        perceptual=float(torch.cat(distances).mean()) if distances else None,
-    )
+    mean = float(torch.cat(distances).mean()) if distances else None
+    found = dataclasses.replace(found, psnr=float(torch.cat(ratios).mean()), perceptual=mean)
     return found if found.good else dataclasses.replace(found, readout=_mean_probe_psnr(codec, pixels))
 
 
@@ -233,6 +219,40 @@ class ReconstructionFrechet:
     against: str
     features: str
 
+    @classmethod
+    def from_features(
+        cls,
+        originals: Tensor,
+        decoded: Tensor,
+        training: CaptionedImages | None,
+        space: FeatureSpace,
+        device: torch.device,
+        seed: int,
+    ) -> ReconstructionFrechet | str:
+        """The distance, or a ratio of distances, or the reason that there is neither; from features [N, D]."""
+        count, label = len(originals), space.label()
+        if count > space.dimensions:
+            name = "reconstruction FID" if space.is_fid else "reconstruction Fréchet"
+            interval = frechet_interval(decoded, originals)
+            return cls(name, interval, False, count, count, f"their {count:,} originals", label)
+        if training is not None:
+            order = generator(seed, "references").permutation(len(training))
+            chosen = set(order[:MAX_REFERENCE_IMAGES].tolist())
+            chunks = ([index for index in chunk if index in chosen] for chunk in _chunks(training))
+            reference = space.compute(_pixels(training, chunk, device) for chunk in chunks if chunk)
+            against = f"{len(reference):,} training images"
+        else:
+            halves = torch.from_numpy(generator(seed, "halves").permutation(count)).tensor_split([count // 2])
+            originals, decoded, reference = originals[halves[0]], decoded[halves[0]], originals[halves[1]]
+            against = f"{len(reference):,} other originals"
+        count = min(len(originals), len(reference))
+        if count < MIN_FRECHET_IMAGES:
+            needed = f"at least {MIN_FRECHET_IMAGES} are needed (and as many other images to compare with)"
+            return f"Left out: the Fréchet ratio, for there are {count} images on a side; {needed}."
+        interval = frechet_ratio(decoded, originals, reference, seed=seed)
+        name = "reconstruction FID ratio" if space.is_fid else "Fréchet ratio"
+        return cls(name, interval, True, len(originals), len(reference), against, label)
+
 
 @dataclass(frozen=True)
 class AutoencoderReport:
@@ -318,7 +338,7 @@ def measure_autoencoder(
             kl += (kl_divergence(moments) / latents[0].numel()).tolist()
         progress(len(chunk))
     originals, reconstructions = (torch.cat(side) for side in zip(*features, strict=True))  # [N, D]
-    frechet = _frechet(originals, reconstructions, training, space, device, seed)
+    frechet = ReconstructionFrechet.from_features(originals, reconstructions, training, space, device, seed)
     if isinstance(frechet, str):
         left_out.append(frechet)
     # A probe fitted to fewer images would be worse, so training images make up for missing ones.
@@ -350,41 +370,6 @@ def measure_autoencoder(
         ),
         left_out=tuple(left_out),
     )
-
-
-def _frechet(
-    originals: Tensor,
-    decoded: Tensor,
-    training: CaptionedImages | None,
-    space: FeatureSpace,
-    device: torch.device,
-    seed: int,
-) -> ReconstructionFrechet | str:
-    """The distance, or a ratio of distances, or the reason that there is neither; from features [N, D]."""
-    count, label = len(originals), space.label()
-    if count > space.dimensions:
-        name = "reconstruction FID" if space.is_fid else "reconstruction Fréchet"
-        interval = frechet_interval(decoded, originals)
-        return ReconstructionFrechet(name, interval, False, count, count, f"their {count:,} originals", label)
-    if training is not None:
-        order = generator(seed, "references").permutation(len(training))
-        chosen = set(order[:MAX_REFERENCE_IMAGES].tolist())
-        chunks = ([index for index in chunk if index in chosen] for chunk in _chunks(training))
-        reference = space.compute(_pixels(training, chunk, device) for chunk in chunks if chunk)
-        against = f"{len(reference):,} training images"
-    else:
-        halves = torch.from_numpy(generator(seed, "halves").permutation(count)).tensor_split([count // 2])
-        originals, decoded, reference = originals[halves[0]], decoded[halves[0]], originals[halves[1]]
-        against = f"{len(reference):,} other originals"
-    count = min(len(originals), len(reference))
-    if count < MIN_FRECHET_IMAGES:
-        return (
-            f"Left out: the Fréchet ratio, for there are {count} images on a side; at least {MIN_FRECHET_IMAGES} "
-            "are needed (and as many other images to compare with)."
-        )
-    interval = frechet_ratio(decoded, originals, reference, seed=seed)
-    name = "reconstruction FID ratio" if space.is_fid else "Fréchet ratio"
-    return ReconstructionFrechet(name, interval, True, len(originals), len(reference), against, label)
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ same captions after encoding and decoding by the model's first stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -33,21 +33,8 @@ from ldm.data.scenes import (
     load_catalog,
     relation_concept,
 )
-from ldm.data.scenes.captions import (
-    COUNT_CLAUSES,
-    COUNT_PHRASES,
-    HELD_CLAUSES,
-    HELD_PHRASES,
-    ONE_CLAUSES,
-    ONE_PHRASES,
-    RELATION_CLAUSES,
-    RELATION_PHRASES,
-    THREE_CLAUSES,
-    THREE_PHRASES,
-    WORN_CLAUSES,
-    WORN_PHRASES,
-    CaptionWriter,
-)
+from ldm.data.scenes import captions as phrases
+from ldm.data.scenes.captions import CaptionWriter
 from ldm.data.scenes.render import render_scene
 from ldm.evaluation.images import SampleCache, default_batch_size, generate_images
 from ldm.evaluation.memorization import Copying, TrainingFeatures, color_layout, find_copies
@@ -87,10 +74,14 @@ def axis_prompts(axis: Axis, count: int | None, seed: int, sampler: SceneSampler
     max_count = (len(sampler.things) if axis == "one thing" else 100) if count is None else count
     found: list[Prompt] = []
     captions: set[str] = set()
-    for scene, caption in _SCENES[axis](sampler, rng):
+    for scene, caption in getattr(AxisScenes(sampler, rng), axis.replace(" ", "_"))():
         if caption not in captions:
             captions.add(caption)
-            found.append(Prompt(axis, caption, _with_visible_background(scene)))
+            colors = {part.color for part in scene.all_parts}
+            background = ""  # white, or another color if that would hide something
+            if "white" in colors:
+                background = next(color for color in ("blue", "red", "green", "yellow") if color not in colors)
+            found.append(Prompt(axis, caption, replace(scene, background=background)))
         if len(found) == max_count:
             break
     return found
@@ -137,11 +128,10 @@ def is_placed(relation: str, first: Detection, second: Detection) -> bool:
     if relation == "above":
         return down > MIN_OFFSET and down > abs(across)
     # In front: lower, and overlapping or touching the other.
-    return (
-        -down > MIN_OFFSET
-        and _overlap(first.box[::2], second.box[::2]) > 0
-        and _overlap(first.box[1::2], second.box[1::2]) > -0.05
-    )
+    # Lengths of the overlap of both boxes, across and down; negative for a gap.
+    one, other = first.box, second.box
+    beside, below = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    return -down > MIN_OFFSET and beside > 0 and below > -0.05
 
 
 def is_on(worn: Detection, wearer: Detection, margin: float) -> bool:
@@ -157,183 +147,133 @@ def _center(detection: Detection) -> tuple[float, float]:
     return (left + right) / 2, (top + bottom) / 2
 
 
-def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Length of the overlap of two intervals; negative for a gap."""
-    return min(one[1], other[1]) - max(one[0], other[0])
-
-
-def _with_visible_background(scene: Scene) -> Scene:
-    """White, or another color if that would hide something."""
-    if all(part.color != "white" for part in scene.all_parts):
-        return replace(scene, background="")
-    tints = {part.color for part in scene.all_parts}
-    return replace(scene, background=next(color for color in ("blue", "red", "green", "yellow") if color not in tints))
-
-
-# ---- scenes of each axis with captions, endless or all there are
+# ---- scenes of each axis
 
 Scenes = Iterator[tuple[Scene, str]]
+T = TypeVar("T")
 
 
-def _one_thing(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    for place in rng.permutation(len(sampler.things)).tolist():
-        scene = Scene("one", (_part(sampler.things[place], rng),))
-        yield scene, _plain(scene, rng)
+@dataclass(frozen=True)
+class AxisScenes:
+    """Scenes of each axis with captions, endless or all there are: a method an axis."""
 
+    sampler: SceneSampler
+    rng: np.random.Generator
 
-def _unseen_synonym(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    pairs = [
-        (thing, word)
-        for thing in sampler.things
-        for word in (*thing.synonyms, *thing.kinds)
-        if Concept("synonym", (thing.name, word)).is_held_out
-    ]
-    writer = CaptionWriter(rng, frozenset({"synonym"}))
-    for place in rng.permutation(len(pairs)).tolist():
-        thing, word = pairs[place]
-        scene = Scene("one", (_part(thing, rng),))
-        captions = (writer.caption(scene).text for _ in range(MAX_TRIES))
-        article = thing.forms[word][0]
-        alone = {f"{article} {word}" if article else word}
-        caption = next((text for text in captions if text in alone), None)
-        if caption is not None:
-            yield scene, caption
+    def one_thing(self) -> Scenes:
+        for thing in self._shuffled(self.sampler.things):
+            scene = Scene("one", (self._part(thing),))
+            yield scene, self._plain(scene)
 
+    def unseen_synonym(self) -> Scenes:
+        pairs = [(thing, word) for thing in self.sampler.things for word in (*thing.synonyms, *thing.kinds)]
+        unseen = [(thing, word) for thing, word in pairs if Concept("synonym", (thing.name, word)).is_held_out]
+        writer = CaptionWriter(self.rng, frozenset({"synonym"}))
+        for thing, word in self._shuffled(unseen):
+            scene = Scene("one", (self._part(thing),))
+            captions = (writer.caption(scene).text for _ in range(MAX_TRIES))
+            article = thing.forms[word][0]
+            alone = {f"{article} {word}" if article else word}
+            caption = next((text for text in captions if text in alone), None)
+            if caption is not None:
+                yield scene, caption
 
-def _color(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    pairs = [(thing, color) for thing in sampler.tinted for color in COLORS if _is_new(thing, color)]
-    for place in rng.permutation(len(pairs)).tolist():
-        thing, color = pairs[place]
-        scene = Scene("one", (_part(thing, rng, color),))
-        yield scene, _plain(scene, rng)
+    def color(self) -> Scenes:
+        pairs = [(thing, color) for thing in self.sampler.tinted for color in COLORS if color not in thing.colors]
+        unseen = [(thing, color) for thing, color in pairs if Concept("color", (thing.name, color)).is_held_out]
+        for thing, color in self._shuffled(unseen):
+            scene = Scene("one", (self._part(thing, color),))
+            yield scene, self._plain(scene)
 
+    def relation(self) -> Scenes:
+        for _ in range(MAX_TRIES * len(self.sampler.things)):
+            first, second = self._two(self.sampler.things)
+            relation = RELATIONS[int(self.rng.integers(len(RELATIONS)))]
+            if relation_concept(first.name, relation, second.name).is_held_out:
+                scene = Scene("pair", (self._part(first), self._part(second)), relation)
+                yield scene, self._plain(scene)
 
-def _relation(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    for _ in range(MAX_TRIES * len(sampler.things)):
-        first, second = _two(sampler.things, rng)
-        relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
-        if relation_concept(first.name, relation, second.name).is_held_out:
-            scene = Scene("pair", (_part(first, rng), _part(second, rng)), relation)
-            yield scene, _plain(scene, rng)
+    def worn(self) -> Scenes:
+        animals = [thing for thing in self.sampler.characters if thing.group == "animal"]
+        pairs = [(animal, worn) for animal in animals for worn in self.sampler.worn if animal.can_wear(worn)]
+        unseen = [(animal, worn) for animal, worn in pairs if Concept("worn", (animal.name, worn.name)).is_held_out]
+        for animal, worn in self._shuffled(unseen):
+            scene = with_other_drawings(Scene("worn", (replace(self._part(animal), worn=self._part(worn)),)), self.rng)
+            yield scene, self._plain(scene)
 
+    def two_colors(self) -> Scenes:
+        for _ in range(MAX_TRIES * len(self.sampler.tinted)):
+            first, second = self._two(self.sampler.tinted)
+            colors = [COLORS[place] for place in self.rng.choice(len(COLORS), 2, replace=False).tolist()]
+            scene = Scene("pair", (self._part(first, colors[0]), self._part(second, colors[1])), "next to")
+            if any(concept.is_held_out for concept in scene.concepts()):
+                yield scene, " and ".join(self._plain(Scene("one", (part,))) for part in scene.parts)
 
-def _worn(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    animals = [thing for thing in sampler.characters if thing.group == "animal"]
-    pairs = [
-        (animal, worn)
-        for animal in animals
-        for worn in sampler.worn
-        if animal.can_wear(worn) and Concept("worn", (animal.name, worn.name)).is_held_out
-    ]
-    for place in rng.permutation(len(pairs)).tolist():
-        animal, worn = pairs[place]
-        scene = with_other_drawings(Scene("worn", (replace(_part(animal, rng), worn=_part(worn, rng)),)), rng)
-        yield scene, _plain(scene, rng)
+    def count(self) -> Scenes:
+        things = self._shuffled(self.sampler.things)
+        for place in range(len(COUNTS) * len(things)):
+            thing = things[place % len(things)]
+            # Another number each time that the things begin again.
+            number = COUNTS[(place + place // len(things)) % len(COUNTS)]
+            scene = Scene("count", (self._part(thing),), count=number)
+            yield scene, self._plain(scene)
 
+    def unseen_phrasing(self) -> Scenes:
+        """Scenes of all kinds without held-out concepts, in held-out phrasings."""
+        writer = CaptionWriter(self.rng, frozenset({"phrasing"}))
+        families = {drawing.family for thing in load_catalog().things for drawing in thing.drawings}
+        templates: list[tuple[str, str, Sequence[str]]] = [
+            ("one", "", (*phrases.ONE_PHRASES[1:], *phrases.ONE_CLAUSES)),
+            ("count", "", (*phrases.COUNT_PHRASES[1:], *phrases.COUNT_CLAUSES)),
+            ("three", "", (*phrases.THREE_PHRASES[1:], *phrases.THREE_CLAUSES)),
+            ("held", "", (*phrases.HELD_PHRASES[1:], *phrases.HELD_CLAUSES)),
+            *(
+                ("pair", name, (*own[1:], *phrases.RELATION_CLAUSES[name]))
+                for name, own in phrases.RELATION_PHRASES.items()
+            ),
+            *(("worn", place, (*own[1:], *phrases.WORN_CLAUSES[place])) for place, own in phrases.WORN_PHRASES.items()),
+        ]
+        every = [(kind, about, template) for kind, about, phrasings in templates for template in phrasings]
+        unseen = [row for row in every if Concept("phrasing", row[2:]).is_held_out]
+        for place in range(MAX_TRIES if unseen else 0):
+            kind, about, template = unseen[place % len(unseen)]
+            scene = self.of_kind(kind, about)
+            if scene is None:
+                continue
+            names = [part.thing.plural if kind == "count" else part.thing.name for part in scene.all_parts]
+            for _ in range(MAX_TRIES):  # until it has the main name of each thing, no style and no further sentences
+                caption = writer.caption(scene)
+                plain = not caption.text.endswith(".") and not any(family in caption.text for family in families)
+                wanted = caption.concepts == [Concept("phrasing", (template,))]
+                if wanted and plain and all(name in caption.text for name in names):
+                    yield scene, caption.text
+                    break
 
-def _two_colors(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    for _ in range(MAX_TRIES * len(sampler.tinted)):
-        first, second = _two(sampler.tinted, rng)
-        colors = [COLORS[place] for place in rng.choice(len(COLORS), 2, replace=False).tolist()]
-        scene = Scene("pair", (_part(first, rng, colors[0]), _part(second, rng, colors[1])), "next to")
-        if any(concept.is_held_out for concept in scene.concepts()):
-            yield scene, " and ".join(_plain(Scene("one", (part,)), rng) for part in scene.parts)
-
-
-def _count(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    things = rng.permutation(len(sampler.things)).tolist()
-    for place in range(len(COUNTS) * len(things)):
-        thing = sampler.things[things[place % len(things)]]
-        # Another number each time that the things begin again.
-        number = COUNTS[(place + place // len(things)) % len(COUNTS)]
-        scene = Scene("count", (_part(thing, rng),), count=number)
-        yield scene, _plain(scene, rng)
-
-
-def _unseen_phrasing(sampler: SceneSampler, rng: np.random.Generator) -> Scenes:
-    """Scenes of all kinds without held-out concepts, in held-out phrasings."""
-    writer = CaptionWriter(rng, frozenset({"phrasing"}))
-    templates: list[tuple[str, str, Sequence[str]]] = [
-        ("one", "", (*ONE_PHRASES[1:], *ONE_CLAUSES)),
-        ("count", "", (*COUNT_PHRASES[1:], *COUNT_CLAUSES)),
-        ("three", "", (*THREE_PHRASES[1:], *THREE_CLAUSES)),
-        ("held", "", (*HELD_PHRASES[1:], *HELD_CLAUSES)),
-        *(("pair", name, (*RELATION_PHRASES[name][1:], *RELATION_CLAUSES[name])) for name in RELATION_PHRASES),
-        *(("worn", place, (*WORN_PHRASES[place][1:], *WORN_CLAUSES[place])) for place in WORN_PHRASES),
-    ]
-    unseen = [
-        (kind, about, template)
-        for kind, about, phrasings in templates
-        for template in phrasings
-        if Concept("phrasing", (template,)).is_held_out
-    ]
-    for place in range(MAX_TRIES if unseen else 0):
-        kind, about, template = unseen[place % len(unseen)]
-        scene = _of_kind(kind, about, sampler, rng)
-        if scene is None:
-            continue
+    def of_kind(self, kind: str, about: str) -> Scene | None:
+        """A scene without held-out concepts or tints; `about`: the relation of a pair, or where a thing is worn."""
         for _ in range(MAX_TRIES):
-            caption = writer.caption(scene)
-            if caption.concepts == [Concept("phrasing", (template,))] and _names_all(scene, caption.text):
-                yield scene, caption.text
-                break
+            scene = self.sampler.sample_kind(kind, self.rng)  # type: ignore[arg-type]
+            scene = replace(scene, parts=tuple(_bare(part) for part in scene.parts), background="")
+            if kind == "pair":
+                scene = replace(scene, relation=about)
+            worn = scene.parts[0].worn
+            fits = (kind != "worn" or (worn is not None and worn.thing.wears == about)) and scene.count <= max(COUNTS)
+            if fits and not any(concept.is_held_out for concept in scene.concepts()):
+                return scene
+        return None
 
+    def _plain(self, scene: Scene) -> str:
+        return CaptionWriter(self.rng).caption(scene, plain=True).text
 
-def _of_kind(kind: str, about: str, sampler: SceneSampler, rng: np.random.Generator) -> Scene | None:
-    """A scene without held-out concepts or tints; `about`: the relation of a pair, or where a thing is worn."""
-    for _ in range(MAX_TRIES):
-        scene = sampler.sample_kind(kind, rng)  # type: ignore[arg-type]
-        scene = replace(scene, parts=tuple(_bare(part) for part in scene.parts), background="")
-        if kind == "pair":
-            scene = replace(scene, relation=about)
-        worn = scene.parts[0].worn
-        fits = (kind != "worn" or (worn is not None and worn.thing.wears == about)) and scene.count <= max(COUNTS)
-        if fits and not any(concept.is_held_out for concept in scene.concepts()):
-            return scene
-    return None
+    def _shuffled(self, items: Sequence[T]) -> list[T]:
+        return [items[place] for place in self.rng.permutation(len(items)).tolist()]
 
+    def _two(self, things: Sequence[Thing]) -> tuple[Thing, Thing]:
+        first, second = self.rng.choice(len(things), 2, replace=False).tolist()
+        return things[first], things[second]
 
-_SCENES: dict[Axis, Callable[[SceneSampler, np.random.Generator], Scenes]] = {
-    "one thing": _one_thing,
-    "unseen synonym": _unseen_synonym,
-    "color": _color,
-    "relation": _relation,
-    "worn": _worn,
-    "two colors": _two_colors,
-    "count": _count,
-    "unseen phrasing": _unseen_phrasing,
-}
-
-
-# ---- their parts
-
-
-def _plain(scene: Scene, rng: np.random.Generator) -> str:
-    return CaptionWriter(rng).caption(scene, plain=True).text
-
-
-def _names_all(scene: Scene, text: str) -> bool:
-    """Whether a caption has the main name of each thing, no style and no further sentences."""
-    names = [part.thing.plural if scene.kind == "count" else part.thing.name for part in scene.all_parts]
-    return all(name in text for name in names) and not text.endswith(".") and not _is_styled(text)
-
-
-def _is_styled(text: str) -> bool:
-    families = {drawing.family for thing in load_catalog().things for drawing in thing.drawings}
-    return any(family in text for family in families)
-
-
-def _is_new(thing: Thing, color: str) -> bool:
-    return color not in thing.colors and Concept("color", (thing.name, color)).is_held_out
-
-
-def _two(things: Sequence[Thing], rng: np.random.Generator) -> tuple[Thing, Thing]:
-    first, second = rng.choice(len(things), 2, replace=False).tolist()
-    return things[first], things[second]
-
-
-def _part(thing: Thing, rng: np.random.Generator, color: str | None = None) -> Part:
-    return Part(thing, thing.drawings[int(rng.integers(len(thing.drawings)))], color)
+    def _part(self, thing: Thing, color: str | None = None) -> Part:
+        return Part(thing, thing.drawings[int(self.rng.integers(len(thing.drawings)))], color)
 
 
 def _bare(part: Part) -> Part:
@@ -423,6 +363,36 @@ class CombinationCopies:
     real_distance: float
     nearer: Interval
 
+    @classmethod
+    def from_results(
+        cls, parts: Sequence[AxisResult], seen: int, tier: int, seed: int, resolution: int, progress: Progress
+    ) -> CombinationCopies | None:
+        """None without an axis of combinations; `seen` is how many training scenes the run saw, of this `tier`."""
+        of_combinations = [part for part in parts if part.axis in COMBINATIONS]
+        if not of_combinations:
+            return None
+        numbers = generator(seed, "scenes seen").permutation(seen)[:MAX_TRAINING_SCENES].tolist()
+        layouts = []
+        with progress("training scenes", len(numbers)) as update:
+            for start in range(0, len(numbers), BATCH_SIZE):
+                batch = numbers[start : start + BATCH_SIZE]
+                images = np.stack([np.asarray(render_training_scene(number, resolution, tier)) for number in batch])
+                layouts.append(color_layout(to_signed(torch.from_numpy(images).permute(0, 3, 1, 2))))
+                update(len(batch))
+        training = torch.cat(layouts)
+        both = ([getattr(part, name) for part in of_combinations] for name in ("images", "real"))
+        generated, real = (color_layout(to_signed(torch.cat(images))) for images in both)
+        known = TrainingFeatures.from_features(training)
+        distances, real_distances = known.nearest(generated).distance, known.nearest(real).distance
+        nearer = distances < torch.quantile(real_distances, 0.05)
+        return cls(
+            (len(numbers), seen),
+            find_copies(generated, training, real, seed=seed),
+            float(distances.median()),
+            float(real_distances.median()),
+            fraction_interval(nearer.double(), _prompt_groups(nearer)),
+        )
+
 
 @dataclass(frozen=True)
 class AxesReport:
@@ -507,7 +477,9 @@ def evaluate_composition(
                 progress=update,
             )
             parts.append(measure_axis(axis, prompts, images, pipeline.codec, classifier, seed))
-    nearest = None if scenes_seen is None else _combination_copies(parts, scenes_seen, tier, seed, height, progress)
+    nearest = None
+    if scenes_seen is not None:
+        nearest = CombinationCopies.from_results(parts, scenes_seen, tier, seed, height, progress)
     settings = {
         "seed": seed,
         "num_inference_steps": steps,
@@ -574,52 +546,16 @@ def _repeated(prompts: Sequence[Prompt]) -> list[Prompt]:
 def axis_accuracy(axis: Axis, what: str, generated: Tensor, real: Tensor, untouched: Tensor, seed: int) -> AxisAccuracy:
     """From bool [4P] of generated images, of decoded real scenes, and of real scenes."""
     fractions = [fraction_interval(values.double(), _prompt_groups(values)) for values in (generated, real)]
-    mean = float(untouched.double().mean())
-    return AxisAccuracy(axis, what, fractions[0], fractions[1], mean, _ratio(generated, real, seed))
+    ratio = None
+    if bool(real.any()):  # prompts are resampled, since both sides have the same
+        by_prompt = [values.double().view(-1, IMAGES_PER_PROMPT).mean(dim=1) for values in (generated, real)]  # [P]
+        count = len(by_prompt[0])
+        resampled = torch.from_numpy(generator(seed, "ratio").integers(count, size=(RESAMPLES, count)))
+        above, below = (values[resampled].mean(dim=1) for values in by_prompt)
+        ratios = above / below.clamp(min=1 / (2 * IMAGES_PER_PROMPT * count))
+        ratio = bootstrap_interval(float(by_prompt[0].mean() / by_prompt[1].mean()), ratios)
+    return AxisAccuracy(axis, what, fractions[0], fractions[1], float(untouched.double().mean()), ratio)
 
 
 def _prompt_groups(values: Tensor) -> Tensor:
     return torch.arange(len(values) // IMAGES_PER_PROMPT).repeat_interleave(IMAGES_PER_PROMPT)
-
-
-def _ratio(generated: Tensor, real: Tensor, seed: int) -> Interval | None:
-    """Of two fractions for the same prompts, which are resampled together."""
-    by_prompt = [values.double().view(-1, IMAGES_PER_PROMPT).mean(dim=1) for values in (generated, real)]  # [P]
-    if not bool(real.any()):
-        return None
-    count = len(by_prompt[0])
-    resampled = torch.from_numpy(generator(seed, "ratio").integers(count, size=(RESAMPLES, count)))
-    above, below = (values[resampled].mean(dim=1) for values in by_prompt)
-    ratios = above / below.clamp(min=1 / (2 * IMAGES_PER_PROMPT * count))
-    return bootstrap_interval(float(by_prompt[0].mean() / by_prompt[1].mean()), ratios)
-
-
-def _combination_copies(
-    parts: Sequence[AxisResult], seen: int, tier: int, seed: int, resolution: int, progress: Progress
-) -> CombinationCopies | None:
-    of_combinations = [part for part in parts if part.axis in COMBINATIONS]
-    if not of_combinations:
-        return None
-    numbers = generator(seed, "scenes seen").permutation(seen)[:MAX_TRAINING_SCENES].tolist()
-    layouts = []
-    with progress("training scenes", len(numbers)) as update:
-        for start in range(0, len(numbers), BATCH_SIZE):
-            batch = numbers[start : start + BATCH_SIZE]
-            images = np.stack([np.asarray(render_training_scene(number, resolution, tier)) for number in batch])
-            layouts.append(color_layout(to_signed(torch.from_numpy(images).permute(0, 3, 1, 2))))
-            update(len(batch))
-    training = torch.cat(layouts)
-    generated, real = (
-        color_layout(to_signed(torch.cat([getattr(part, name) for part in of_combinations])))
-        for name in ("images", "real")
-    )
-    known = TrainingFeatures.from_features(training)
-    distances, real_distances = known.nearest(generated).distance, known.nearest(real).distance
-    nearer = distances < torch.quantile(real_distances, 0.05)
-    return CombinationCopies(
-        (len(numbers), seen),
-        find_copies(generated, training, real, seed=seed),
-        float(distances.median()),
-        float(real_distances.median()),
-        fraction_interval(nearer.double(), _prompt_groups(nearer)),
-    )

@@ -109,23 +109,16 @@ def evaluate_pipeline(
     check_samples(samples)
     (height, width), data = pipeline.default_size, reference.training.config
     if not data.bucketed and (height, width) != (data.resolution, data.resolution):
-        raise ValueError(
-            f"the data has {data.resolution}x{data.resolution} pixels but the model generates {width}x{height}; "
-            "resizing alone would make them differ: set data.resolution to the size of training"
-        )
+        sizes = f"the data has {data.resolution}x{data.resolution} pixels but the model generates {width}x{height}"
+        raise ValueError(f"{sizes}; set data.resolution to the size of training")
     settings: dict[str, Any] = _settings(pipeline, num_inference_steps, guidance_scale)
     make = generate_images if cache is None else cache.generate
     generated = []
     for side, (captions, indices) in select_captions(reference, samples, seed).items():
         with progress(f"images for {side} captions", len(captions)) as update:
-            images = make(
-                pipeline,
-                captions,
-                seed=_side_seed(seed, side),
-                batch_size=default_batch_size(height, width),
-                progress=update,
-                **settings,
-            )
+            batch_size = default_batch_size(height, width)
+            noise = _side_seed(seed, side)
+            images = make(pipeline, captions, seed=noise, batch_size=batch_size, progress=update, **settings)
         generated.append(GeneratedImages(side, tuple(captions), tuple(indices), images))
     gap = None
     if with_loss_gap and reference.held_out is not None:
@@ -172,21 +165,14 @@ def measure_generated(
     except ValueError as error:  # too few training images
         left_out.append(f"Left out: whether images are copies of training images, for {error}.")
     features, gallery = torch.cat(list(by_side.values())), reference.gallery
-    found = {
-        side.side: retrieval(by_side[side.side], gallery.features, gallery.matches(side.captions), seed=seed)
-        for side in generated
-    }
+    matches = {side.side: gallery.matches(side.captions) for side in generated}
+    found = {side: retrieval(by_side[side], gallery.features, matches[side], seed=seed) for side in matches}
     fidelity, baselines, not_compared = None, None, ""
     counts = {"training images": len(reference.features), "generated images": len(features)}
     if few := next((f"{count} {what}" for what, count in counts.items() if count < MIN_IMAGES), None):
-        left_out.append(
-            f"Left out: all metrics of fidelity, for there are {few}; at least {MIN_IMAGES} are needed for useful "
-            "intervals."
-        )
-        not_compared = (
-            f"{len(features)} images and {len(reference.features)} training images are too few to compare them with "
-            f"baselines, which needs {MIN_IMAGES} of both"
-        )
+        left_out.append(f"Left out: all metrics of fidelity, for there are {few}; at least {MIN_IMAGES} are needed.")
+        sizes = f"{len(features)} images and {len(reference.features)} training images"
+        not_compared = f"{sizes} are too few to compare them with baselines, which needs {MIN_IMAGES} of both"
     else:
         held_out = reference.held_out_features if len(reference.held_out_features) else None
         fidelity = measure_fidelity(features, reference.features, held_out, reference.space, seed=seed)
@@ -242,10 +228,9 @@ def estimate_duration(
         seconds = time_one()
     evaluations = evaluations_per_image(settings["guidance_scale"], settings["num_inference_steps"])
     losses = 2 * GAP_IMAGES * NOISE_BANDS * GAP_DRAWS / evaluations
-    return (
-        f"{samples} images at {format_duration(seconds)} each or less, and the loss of {2 * GAP_IMAGES} images: at "
-        f"most {format_duration((samples + losses) * seconds)}"
-    )
+    most = format_duration((samples + losses) * seconds)
+    images = f"{samples} images at {format_duration(seconds)} each or less"
+    return f"{images}, and the loss of {2 * GAP_IMAGES} images: at most {most}"
 
 
 def _settings(pipeline: Pipeline, num_inference_steps: int | None, guidance_scale: float | None) -> dict[str, Any]:

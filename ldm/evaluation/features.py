@@ -75,9 +75,7 @@ class FeatureSpace:
         with torch.no_grad():
             for batch in images:
                 if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
-                    raise ValueError(
-                        f"images are {batch.dtype} {list(batch.shape)}; they must be floats [B, 3, H, W] in [-1, 1]"
-                    )
+                    raise ValueError(f"images are {batch.dtype} {list(batch.shape)}; they must be floats [B, 3, H, W]")
                 largest = float(batch.abs().max()) if batch.numel() else 0.0
                 if not largest <= 1 + 1e-3:  # also for nan
                     raise ValueError(f"images reach {largest:g}; they must be finite and in [-1, 1]")
@@ -170,27 +168,22 @@ def load_inception(weights: str) -> nn.Module:
     files are refused, since torch-fidelity unpickles them. ValueError for these, and missing packages.
     """
     if not weights:
-        raise ValueError(
-            f"Inception features need their weights, a file of 91 MiB that is not downloaded here: fetch "
-            f"{INCEPTION_URL} and give its path"
-        )
+        what = "their weights, a file of 91 MiB that is not downloaded here"
+        raise ValueError(f"Inception features need {what}: fetch {INCEPTION_URL} and give its path")
     path = disk.expand_user(weights)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); give the path of {INCEPTION_FILE}") from None
     if digest != INCEPTION_SHA256:
-        raise ValueError(
-            f"{path} has SHA-256 {digest}, not {INCEPTION_SHA256}: it is damaged, or another network, which does not "
-            f"give FID; fetch {INCEPTION_URL}"
-        )
+        why = f"SHA-256 {digest}, not {INCEPTION_SHA256}: it is damaged, or not the network of FID"
+        raise ValueError(f"{path} has {why}; fetch {INCEPTION_URL}")
     try:
         importlib.import_module("torch_fidelity")  # torchmetrics misses it only when it builds the network
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        raise ValueError(
-            f"Inception features need torch-fidelity ({error}): {pip_install('torch_fidelity', 'torchmetrics')}"
-        ) from None
+        how = pip_install("torch_fidelity", "torchmetrics")
+        raise ValueError(f"Inception features need torch-fidelity ({error}): {how}") from None
     name = str(INCEPTION_DIMENSIONS)
     network: nn.Module = NoTrainInceptionV3("inception-v3-compat", [name], str(path), antialias=False)
     return network.requires_grad_(False)
@@ -297,15 +290,12 @@ def load_clip(weights: str, device: torch.device) -> Clip:
     model.eval().requires_grad_(False)
     wanted = model.visual.preprocess_cfg
     if wanted["resize_mode"] != "shortest" or wanted["interpolation"] not in ("bicubic", "bilinear"):
-        raise ValueError(
-            f"{name} wants images resized by {wanted['resize_mode']}, {wanted['interpolation']}, which is not "
-            "supported; choose a model that takes the shortest side, bicubic or bilinear, such as ViT-B-32"
-        )
+        how = f"{wanted['resize_mode']}, {wanted['interpolation']}"
+        raise ValueError(f"{name} resizes images by {how}; choose one that takes the shortest side, bicubic/bilinear")
     size = wanted["size"]
     height, width = (size, size) if isinstance(size, int) else size
     mean, std = (torch.tensor(wanted[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         dimensions = model.encode_image(torch.zeros(1, 3, height, width, device=device)).shape[1]
-    return Clip(
-        name, model, open_clip.get_tokenizer(name), (height, width), mean, std, wanted["interpolation"], dimensions
-    )
+    tokenizer, kind = open_clip.get_tokenizer(name), wanted["interpolation"]
+    return Clip(name, model, tokenizer, (height, width), mean, std, kind, dimensions)

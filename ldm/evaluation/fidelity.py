@@ -15,19 +15,13 @@ import torch
 from torch import Tensor
 
 from ldm.data import generator
+from ldm.evaluation import stats
 from ldm.evaluation.features import FeatureSpace
-from ldm.evaluation.stats import (
-    JACKKNIFE_GROUPS,
-    NORMAL_95,
-    Interval,
-    jackknife_variance,
-    student_quantile,
-    wilson_interval,
-)
+from ldm.evaluation.stats import Interval
 
 MIN_IMAGES = 50
 """Nothing is measured on fewer generated or training images: the intervals would be too wide (docs/evaluation.md)."""
-MIN_FRECHET_IMAGES = JACKKNIFE_GROUPS + 2
+MIN_FRECHET_IMAGES = stats.JACKKNIFE_GROUPS + 2
 """What the jackknife of a Fréchet distance needs on each side."""
 RATIO_SUBSETS = 8
 MIN_RELATIVE_DISTANCE = 1e-9  # a distance below this fraction of the trace is rounding
@@ -52,10 +46,8 @@ class Gaussian:
         values = _finite(features)
         count, dimensions = values.shape
         if count <= dimensions:
-            raise ValueError(
-                f"there are {count} samples of {dimensions} features each; their covariance needs at least "
-                f"{dimensions + 1}: give more samples, or project the features to fewer dimensions"
-            )
+            needed = f"their covariance needs at least {dimensions + 1}: give more samples"
+            raise ValueError(f"there are {count} samples of {dimensions} features each; {needed}")
         return cls.from_samples(values)
 
     @classmethod
@@ -133,12 +125,12 @@ def _subset_log_distance(
 
 def _log_distance(features: Tensor, reference: Gaussian) -> tuple[float, float]:
     """The logarithm of the distance of samples [n, D], and its variance."""
-    distance, *without = _distances(features, reference, JACKKNIFE_GROUPS)
-    return math.log(distance), jackknife_variance(torch.tensor(without, dtype=torch.float64).log())
+    distance, *without = _distances(features, reference, stats.JACKKNIFE_GROUPS)
+    return math.log(distance), stats.jackknife_variance(torch.tensor(without, dtype=torch.float64).log())
 
 
 def _exp_interval(value: float, variance: float) -> Interval:
-    half_width = student_quantile(0.95, JACKKNIFE_GROUPS - 1) * math.sqrt(variance)
+    half_width = stats.student_quantile(0.95, stats.JACKKNIFE_GROUPS - 1) * math.sqrt(variance)
     return Interval(*(math.exp(value + sign * half_width) for sign in (0, -1, 1)))
 
 
@@ -198,8 +190,8 @@ def kid(features: Tensor, reference: Tensor) -> Interval:
         # Without the i-th x, and without the j-th y.
         without_x = (sum_x - 2 * within_x) / ((n - 1) * (n - 2)) - 2 * (across - across_x) / ((n - 1) * m)  # [n]
         without_y = (sum_y - 2 * within_y) / ((m - 1) * (m - 2)) - 2 * (across - across_y) / (n * (m - 1))  # [m]
-        variance += (jackknife_variance(without_x) + jackknife_variance(without_y)) / blocks**2
-    half_width = NORMAL_95 * math.sqrt(variance)
+        variance += (stats.jackknife_variance(without_x) + stats.jackknife_variance(without_y)) / blocks**2
+    half_width = stats.NORMAL_95 * math.sqrt(variance)
     return Interval(mean, mean - half_width, mean + half_width)
 
 
@@ -225,9 +217,8 @@ def kid_leave_one_out(generated: Tensor, reference: Tensor, images: Tensor) -> t
     """
     count, number = len(generated), len(reference)
     generated, reference = generated.double(), reference.double()
-    among, across, within = (
-        _kernel(x, y) for x, y in ((generated, generated), (generated, reference), (reference, reference))
-    )
+    pairs = (generated, generated), (generated, reference), (reference, reference)
+    among, across, within = (_kernel(x, y) for x, y in pairs)
     among.fill_diagonal_(0)  # the unbiased estimate compares no image with itself
     within.fill_diagonal_(0)
     of_image = torch.zeros(number, count, dtype=torch.float64)
@@ -270,15 +261,15 @@ def precision_recall(features: Tensor, reference: Tensor) -> PrecisionRecall:
     center = other.mean(dim=0)
     one, other = one - center, other - center
     precision = float(_fraction_inside(one, other, _squared_radii(other, groups=0))[0])
-    groups = min(JACKKNIFE_GROUPS, len(one))
+    groups = min(stats.JACKKNIFE_GROUPS, len(one))
     fractions = _fraction_inside(other, one, _squared_radii(one, groups))  # [1 + groups]
-    recall, variance = float(fractions[0]), jackknife_variance(fractions[1:])
+    recall, variance = float(fractions[0]), stats.jackknife_variance(fractions[1:])
     count: float = min(len(one), len(other))
     if variance > 0:
         # A fraction of M images is known to half an image, at 0 and 1 too.
         inner = min(max(recall, 0.5 / len(other)), 1 - 0.5 / len(other))
         count = min(count, inner * (1 - inner) / variance)
-    return PrecisionRecall(wilson_interval(precision, len(one)), wilson_interval(recall, count))
+    return PrecisionRecall(stats.wilson_interval(precision, len(one)), stats.wilson_interval(recall, count))
 
 
 def _fraction_inside(points: Tensor, centers: Tensor, squared_radii: Tensor) -> Tensor:
@@ -298,10 +289,8 @@ def _squared_radii(points: Tensor, groups: int) -> Tensor:
         squared[torch.arange(len(rows)), rows] = math.inf
         columns = [squared.kthvalue(NEIGHBORS, dim=1).values]
         # Three of each group are enough to find three of all groups but one.
-        nearest = [
-            members.topk(min(NEIGHBORS, members.shape[1]), dim=1, largest=False).values
-            for members in (squared[:, group::groups] for group in range(groups))
-        ]
+        members = [squared[:, group::groups] for group in range(groups)]
+        nearest = [each.topk(min(NEIGHBORS, each.shape[1]), dim=1, largest=False).values for each in members]
         for group in range(groups):
             others = torch.cat(nearest[:group] + nearest[group + 1 :], dim=1)
             radii = others.kthvalue(NEIGHBORS, dim=1).values
@@ -334,10 +323,8 @@ def _finite(features: Tensor) -> Tensor:
         raise ValueError(f"features have shape {list(features.shape)}; they must be [samples, dimensions]")
     values = features.detach().to("cpu", torch.float64)
     if not bool(values.isfinite().all()):
-        raise ValueError(
-            f"{int((~values.isfinite()).any(dim=1).sum())} of {len(values)} samples have features that "
-            "are not finite; check their images"
-        )
+        wrong = int((~values.isfinite()).any(dim=1).sum())
+        raise ValueError(f"{wrong} of {len(values)} samples have features that are not finite; check their images")
     return values
 
 
@@ -402,22 +389,16 @@ def measure_fidelity(
     """
     for name, features in (("generated", generated), ("training", training), ("held-out", held_out)):
         if features is not None and (features.ndim != 2 or features.shape[1] != space.dimensions):
-            raise ValueError(
-                f"features of the {name} images have shape {list(features.shape)}; {space.name} features are "
-                f"[images, {space.dimensions}]"
-            )
+            wanted = f"{space.name} features are [images, {space.dimensions}]"
+            raise ValueError(f"features of the {name} images have shape {list(features.shape)}; {wanted}")
         if features is not None and name != "held-out" and len(features) < MIN_IMAGES:
-            raise ValueError(
-                f"there are {len(features)} {name} images; at least {MIN_IMAGES} are needed for useful intervals"
-            )
+            raise ValueError(f"there are {len(features)} {name} images; at least {MIN_IMAGES} are needed")
     found = 0 if held_out is None else len(held_out)
     left_out: list[str] = []
     if held_out is None or found < MIN_IMAGES:
         held_out = None
-        left_out.append(
-            f"Left out: the Fréchet ratio and all metrics of held-out images, of which there are {found}; at least "
-            f"{MIN_IMAGES} are needed."
-        )
+        what = "the Fréchet ratio and all metrics of held-out images"
+        left_out.append(f"Left out: {what}, of which there are {found}; at least {MIN_IMAGES} are needed.")
     equal_count = len(generated) if held_out is None else min(len(generated), found)
 
     def metric(name: str, value: Interval, images: ImageKind, samples: int, yardstick: int | None = None) -> Metric:
@@ -435,10 +416,9 @@ def measure_fidelity(
             name = "FID" if space.is_fid else "Fréchet distance"
             frechet = metric(name, frechet_interval(features, training), images, count)
         else:
-            left_out.append(
-                f"Left out: the Fréchet distance of {count:,} {images} images to {len(training):,} training images; "
-                f"with {space.dimensions:,} features it needs at least {space.dimensions + 1:,} of both."
-            )
+            what = f"{count:,} {images} images to {len(training):,} training images"
+            needed = f"with {space.dimensions:,} features it needs at least {space.dimensions + 1:,} of both"
+            left_out.append(f"Left out: the Fréchet distance of {what}; {needed}.")
         return FidelityMetrics(
             frechet=frechet,
             kid=metric("KID", kid(features, training), images, count),

@@ -74,16 +74,12 @@ def generate_images(
     if not captions:
         raise ValueError("there are no captions; give at least one")
     seeds = [int(generator(seed, "drawn", i).integers(2**63 - 1)) for i in range(first, first + len(captions))]
+    settings: Any = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     parts = []
     for start in range(0, len(captions), batch_size):
         batch = slice(start, start + batch_size)
         with ignore_cut_prompts():  # the caller knows the data, and warns once
-            images = pipeline(
-                list(captions[batch]),
-                seed=seeds[batch],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            ).images
+            images = pipeline(list(captions[batch]), seed=seeds[batch], **settings).images
         parts.append(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
         progress(len(images))
     return torch.cat(parts).permute(0, 3, 1, 2).contiguous()  # [N, 3, H, W]
@@ -107,24 +103,17 @@ class SampleCache:
         progress: Callable[[int], object],
     ) -> Tensor:
         """As `generate_images`: uint8 [N, 3, H, W]."""
-        settings = (seed, num_inference_steps, guidance_scale, *pipeline.default_size)
-        keys = [content_hash(repr((*settings, i, caption)).encode()) for i, caption in enumerate(captions)]
+        settings: Any = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        key = (seed, *settings.values(), *pipeline.default_size)
+        keys = [content_hash(repr((*key, i, caption)).encode()) for i, caption in enumerate(captions)]
         missing = self._store.missing(keys)
         first = min(missing, default=len(keys))  # the first n images do not depend on their number
         progress(first)
         shard = max(1, SHARD_IMAGES // batch_size) * batch_size
         for start in range(first, len(keys), shard):
             part = slice(start, start + shard)
-            images = generate_images(
-                pipeline,
-                captions[part],
-                first=start,
-                seed=seed,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                batch_size=batch_size,
-                progress=progress,
-            )
+            settings |= {"first": start, "seed": seed, "batch_size": batch_size, "progress": progress}
+            images = generate_images(pipeline, captions[part], **settings)
             self._store.add(keys[part], images, max(0, len(keys) - start - shard))
         rows = self._store.open(keys)
         return rows[range(len(keys))] if keys else torch.empty(0, dtype=torch.uint8)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.codecs import PixelCodec, decoder_of
 from ldm.data import CaptionedImages, generator, to_signed
 from ldm.diffusion import NoiseSchedule, add_noise, variational_terms
-from ldm.diffusion.likelihood import prior_term
+from ldm.diffusion.losses import prior_term
 from ldm.evaluation.stats import NORMAL_95, student_quantile
 from ldm.pipelines import Pipeline
 
@@ -68,10 +68,8 @@ class Likelihood:
         spread = float(per_image.std()) if count > 1 else math.nan
         quantile = student_quantile(0.95, count - 1) if count > 1 else math.nan
         curve = [Stratum(0, 0, float(decoded.mean()))]
-        curve += [
-            Stratum(stratum[0], stratum[-1], float(bits))
-            for stratum, bits in zip(strata, evaluated.mean(dim=(0, 2)), strict=True)
-        ]
+        bits = evaluated.mean(dim=(0, 2)).tolist()
+        curve += [Stratum(stratum[0], stratum[-1], value) for stratum, value in zip(strata, bits, strict=True)]
         return cls(
             prior=float(prior.mean()),
             terms=float(summed.mean()),
@@ -114,16 +112,11 @@ def measure_likelihood(
         raise ValueError(f"seed is {seed}; it must be an integer from 0")
     codec, schedule, unet = pipeline.codec, NoiseSchedule.from_config(pipeline.schedule), pipeline.unet
     if not isinstance(codec, PixelCodec):
-        raise ValueError(
-            "this model diffuses latents, and an autoencoder has no likelihood of pixels, so there is no bound in "
-            "bits of an image; use a model of pixels"
-        )
+        raise ValueError("this model diffuses latents, which give no bound in bits of an image; use a model of pixels")
     (height, width), side = pipeline.default_size, images.config.resolution
     if (height, width) != (side, side):
-        raise ValueError(
-            f"data.resolution is {side} but the model was trained on {width}x{height} pixels; set it to the size of "
-            "training"
-        )
+        trained = f"the model was trained on {width}x{height} pixels"
+        raise ValueError(f"data.resolution is {side} but {trained}; set it to the size of training")
     if samples is not None and not 1 <= samples <= len(images):
         raise ValueError(f"samples is {samples}; it must be 1 to {len(images)}, the number of images")
     chosen = set(range(len(images)))
@@ -179,10 +172,8 @@ def _strata(total: int, steps_per_image: int | None) -> list[range]:
     if steps_per_image is None:
         return [range(t, t + 1) for t in range(1, total)]
     if steps_per_image % 2 or not 2 <= steps_per_image < total:
-        raise ValueError(
-            f"steps per image is {steps_per_image}; it must be an even number from 2 to {total - 1}; leave it out "
-            "to evaluate all timesteps"
-        )
+        wanted = f"an even number from 2 to {total - 1}, or left out for all timesteps"
+        raise ValueError(f"steps per image is {steps_per_image}; it must be {wanted}")
     strata, start = [], 1
     for left in reversed(range(1, steps_per_image // 2 + 1)):  # strata, including this one
         ratio = (total / start) ** (1 / left)

@@ -38,9 +38,8 @@ _ROWS = 256
 def color_layout(images: Tensor) -> Tensor:
     """Colors averaged to 8×8 cells, which noise hardly changes: [B, 1 or 3, H, W] in [−1, 1] → [B, 192] float64."""
     if min(images.shape[-2:]) < LAYOUT_GRID:
-        raise ValueError(
-            f"images are {images.shape[-2]}x{images.shape[-1]}; copies need {LAYOUT_GRID}x{LAYOUT_GRID} to be found"
-        )
+        height, width = images.shape[-2:]
+        raise ValueError(f"images are {height}x{width}; to find copies give {LAYOUT_GRID}x{LAYOUT_GRID} or more")
     return F.adaptive_avg_pool2d(images.to(torch.float64).expand(-1, 3, -1, -1), LAYOUT_GRID).flatten(1)
 
 

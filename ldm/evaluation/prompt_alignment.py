@@ -67,10 +67,8 @@ class RetrievalGallery:
         for caption in captions:
             if caption not in with_caption:
                 raise ValueError(f"no image of the data has the caption {caption!r}; use captions of its images")
-        known = {
-            text: tuple(sorted(i for pixels in with_caption[text] for i in with_hash[pixels])) for text in set(captions)
-        }
-        return [known[caption] for caption in captions]
+        images = {text: [i for pixels in with_caption[text] for i in with_hash[pixels]] for text in set(captions)}
+        return [tuple(sorted(images[caption])) for caption in captions]
 
 
 def pixel_hash(image: Tensor) -> str:
@@ -117,10 +115,8 @@ def retrieval(generated: Tensor, gallery: Tensor, matches: Sequence[Sequence[int
     non-finite features, and indices outside the gallery.
     """
     if generated.ndim != 2 or gallery.ndim != 2 or generated.shape[1] != gallery.shape[1] or not len(generated):
-        raise ValueError(
-            f"generated features have shape {list(generated.shape)} and those of the gallery {list(gallery.shape)}; "
-            "they must be [N, D] and [M, D], of the same features"
-        )
+        shapes = f"{list(generated.shape)} and those of the gallery {list(gallery.shape)}"
+        raise ValueError(f"generated features have shape {shapes}; they must be [N, D] and [M, D]")
     if len(matches) != len(generated):
         raise ValueError(f"there are {len(matches)} captions for {len(generated)} images; give one per image")
     for indices in matches:

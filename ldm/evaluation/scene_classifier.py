@@ -70,9 +70,8 @@ class SceneClassifierNetwork(nn.Module):
         self.things = nn.Conv2d(third, len(config.things), 1)
         self.features = nn.Conv2d(third, config.query, 1)
         self.queries = nn.Embedding(len(config.things), config.query)
-        self.attributes = nn.Sequential(
-            nn.Linear(config.query, config.query), nn.ReLU(), nn.Linear(config.query, len(ALL_COLORS) + 4)
-        )
+        width, outputs = config.query, len(ALL_COLORS) + 4
+        self.attributes = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
         # Near 1, all things start with the same attributes; with random signs each would have to learn its own.
         nn.init.normal_(self.queries.weight, 1.0, 0.1)
         nn.init.constant_(self.center.bias, -3.0)  # type: ignore[arg-type]  # few cells are centers
@@ -164,10 +163,7 @@ class SceneClassifier:
         catalog = {thing.name for thing in load_catalog().things if thing.tier <= config.tier}
         if catalog != set(config.things):
             different = min(catalog ^ set(config.things))
-            raise ValueError(
-                f'the scene classifier in {folder} has other things than the catalog, such as "{different}"; '
-                f"{HOW_TO_TRAIN}"
-            )
+            raise ValueError(f'{folder} has other things than the catalog, such as "{different}"; {HOW_TO_TRAIN}')
         return cls(config, network)
 
     def save(self, folder: Path) -> None:
@@ -183,8 +179,7 @@ class SceneClassifier:
         """A hash of the weights, to be stored with results."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.to(torch.float32).contiguous().numpy().tobytes())
+            digest.update(name.encode() + value.to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
@@ -206,28 +201,23 @@ class SceneClassifier:
             batch = to_signed(images[part])
             if batch.shape[-2:] != (SIZE, SIZE):
                 batch = F.interpolate(batch, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
-            found += self._predict(batch, queries[part])
+            center, things, features = self.network(batch)
+            center = center.sigmoid()  # [B, 8, 8]
+            scores, cells = (things.softmax(dim=1) * center[:, None]).flatten(2).max(dim=2)  # [B, K]
+            counts = peaks(center, self.config.peak).flatten(1).sum(dim=1).tolist()
+            for row, names in enumerate(queries[part]):
+                top = scores[row].topk(min(5, scores.shape[1])).indices.tolist()
+                numbers = torch.tensor([self._numbers[name] for name in names], dtype=torch.int64)
+                at = cells[row][numbers]  # [n]
+                colors, boxes = self.network.describe(features[row].flatten(1).T[at], numbers)
+                ranks = 1 + (scores[row][None] > scores[row][numbers][:, None]).sum(dim=1)
+                detections = tuple(
+                    Detection(int(rank), ALL_COLORS[int(color)], box_of(int(cell), box.tolist()))
+                    for rank, color, cell, box in zip(ranks, colors.argmax(dim=1), at, boxes, strict=True)
+                )
+                names_of_top = tuple(self.config.things[i] for i in top)
+                found.append(ScenePrediction(int(counts[row]), names_of_top, detections))
         return found
-
-    def _predict(self, images: Tensor, queries: Sequence[Sequence[str]]) -> list[ScenePrediction]:
-        center, things, features = self.network(images)
-        center = center.sigmoid()  # [B, 8, 8]
-        scores, cells = (things.softmax(dim=1) * center[:, None]).flatten(2).max(dim=2)  # [B, K]
-        counts = peaks(center, self.config.peak).flatten(1).sum(dim=1).tolist()
-        predictions = []
-        for row, names in enumerate(queries):
-            top = scores[row].topk(min(5, scores.shape[1])).indices.tolist()
-            numbers = torch.tensor([self._numbers[name] for name in names], dtype=torch.int64)
-            at = cells[row][numbers]  # [n]
-            colors, boxes = self.network.describe(features[row].flatten(1).T[at], numbers)
-            ranks = 1 + (scores[row][None] > scores[row][numbers][:, None]).sum(dim=1)
-            detections = tuple(
-                Detection(int(rank), ALL_COLORS[int(color)], box_of(int(cell), box.tolist()))
-                for rank, color, cell, box in zip(ranks, colors.argmax(dim=1), at, boxes, strict=True)
-            )
-            names_of_top = tuple(self.config.things[i] for i in top)
-            predictions.append(ScenePrediction(int(counts[row]), names_of_top, detections))
-        return predictions
 
 
 def peaks(center: Tensor, min_value: float) -> Tensor:

@@ -60,11 +60,8 @@ def wilson_interval(fraction: float, count: float) -> Interval:
     middle = (fraction + z * z / (2 * count)) / (1 + z * z / count)
     half_width = z / (1 + z * z / count) * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
     # At 0 and 1 the ends are exact except for rounding.
-    return Interval(
-        fraction,
-        max(middle - half_width, 0.0) if fraction > 0 else 0.0,
-        min(middle + half_width, 1.0) if fraction < 1 else 1.0,
-    )
+    low, high = max(middle - half_width, 0.0), min(middle + half_width, 1.0)
+    return Interval(fraction, low if fraction > 0 else 0.0, high if fraction < 1 else 1.0)
 
 
 def fraction_interval(hits: Tensor, groups: Tensor | None = None) -> Interval:

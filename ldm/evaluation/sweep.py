@@ -257,10 +257,8 @@ def sweep(
     captions, sources = sample_captions(held_out, count, seed)
     used = sorted(set(sources))
     if len(used) < MIN_IMAGES_OF_SWEEP:
-        raise ValueError(
-            f"the captions are of {len(used)} held-out images; a sweep needs at least {MIN_IMAGES_OF_SWEEP} to "
-            "distinguish its cells: use more captions, or hold out more (data.held_out)"
-        )
+        few = f"the captions are of {len(used)} held-out images; a sweep needs at least {MIN_IMAGES_OF_SWEEP}"
+        raise ValueError(f"{few}: use more captions, or hold out more (data.held_out)")
     for pipeline in models.values():
         timesteps = pipeline.schedule.num_train_timesteps
         if max(grid.steps) > timesteps:
@@ -330,8 +328,7 @@ def sweep(
 
 def _captions_digest(captions: Sequence[str], images: Tensor, gallery: RetrievalGallery) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    ids = [sample.id for sample in gallery.samples]
-    for text in (*captions, "", *ids, "", *gallery.pixel_hashes):
+    for text in (*captions, "", *(sample.id for sample in gallery.samples), "", *gallery.pixel_hashes):
         digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
     digest.update(images.numpy().tobytes())
     return digest.hexdigest()
@@ -341,10 +338,8 @@ def _read_record(record: Path, identity: dict[str, Any]) -> dict[tuple[str, floa
     """The cells of an interrupted sweep, by setting; ValueError if the file is of another one or damaged."""
     content = hub.read_json(record)
     if content.get("of") != identity:
-        raise ValueError(
-            f"{record} holds a sweep of another model, or of other captions, features or seed; remove it, or choose "
-            "another output folder"
-        )
+        what = f"{record} holds a sweep of another model, or of other captions, features or seed"
+        raise ValueError(f"{what}; remove it, or choose another output folder")
     recorded = {}
     try:
         for fields in content["cells"]:
@@ -395,15 +390,11 @@ def check_storable(folder: Path) -> dict[str, Any]:
     index = hub.read_json(folder / INDEX)
     if not isinstance(index.get("_ldm"), dict):
         # The key also determines how the scheduler's offset is read: it cannot just be added.
-        raise ValueError(
-            f"{folder / INDEX} has no defaults of ldm, as models of diffusers; open it with Pipeline.from_pretrained, "
-            "save_pretrained() it to a new folder, and store them there"
-        )
+        how = "open it with Pipeline.from_pretrained, and save_pretrained() it to a new folder"
+        raise ValueError(f"{folder / INDEX} has no defaults of ldm, as models of diffusers; {how}")
     if (folder.parent / "manifest.json").exists():
-        raise ValueError(
-            f"{folder} is part of the checkpoint {folder.parent}, which must match its manifest; store the defaults in "
-            "the exported pipeline of the run"
-        )
+        where = f"the checkpoint {folder.parent}, which must match its manifest"
+        raise ValueError(f"{folder} is part of {where}; store the defaults in the exported pipeline of the run")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written; copy the model to a folder of your own")
     return index

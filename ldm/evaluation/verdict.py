@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data import CaptionedImages, generator, to_signed, to_uint8
+from ldm.data import generator, to_signed, to_uint8
 from ldm.evaluation.fidelity import MIN_IMAGES, NEIGHBORS, precision_recall
 from ldm.evaluation.images import Reference
 from ldm.evaluation.memorization import Copying, LossGap, TrainingFeatures, color_layout, distinct
@@ -139,13 +139,9 @@ def compare_with_baselines(
     """Measures 50 or more images, uint8 [N, 3, H, W] with features [N, D], and as many of each baseline."""
     height, width = images.shape[-2:]
     baselines = baselines_of(reference, len(images), (height, width), seed)
-    return BaselineComparison(
-        generated=baselines.closeness(color_layout(to_signed(images)), features),
-        unseen=baselines.unseen,
-        baselines=baselines.figures,
-        reference_samples=baselines.reference_samples,
-        retrieval=retrieval,
-    )
+    generated = baselines.closeness(color_layout(to_signed(images)), features)
+    figures, count = baselines.figures, baselines.reference_samples
+    return BaselineComparison(generated, baselines.unseen, figures, count, retrieval)
 
 
 @dataclass(frozen=True)
@@ -170,7 +166,18 @@ def baselines_of(reference: Reference, samples: int, size: tuple[int, int], seed
         rest = torch.from_numpy(generator(seed, "training").permutation(len(reference.features))[:MAX_TRAINING])
     else:
         features, layouts, images = reference.features, reference.layouts, reference.training
-        unseen, rest = _leave_out(images, samples, seed)
+        # Some training images are left out; groups stay on one side, as in a split.
+        left, groups = min(samples, MAX_SAMPLES, len(images) // 2), [one.group for one in images.samples]
+        if min(Counter(groups).values()) > left:
+            groups = [one.id for one in images.samples]
+        order, sizes, chosen = generator(seed, "unseen").permutation(len(images)), Counter(groups), set[str]()
+        for index in order:
+            group = groups[index]
+            if group not in chosen and sizes[group] <= left:
+                chosen.add(group)
+                left -= sizes[group]
+        out = torch.tensor([groups[index] in chosen for index in order])
+        unseen, rest = torch.from_numpy(order)[out], torch.from_numpy(order)[~out][:MAX_TRAINING]
     training, radius = reference.features[rest], TrainingFeatures.from_features(reference.layouts).radius
     count = min(samples, len(unseen), MAX_SAMPLES)
 
@@ -201,21 +208,6 @@ def baselines_of(reference: Reference, samples: int, size: tuple[int, int], seed
     found = Baselines(closeness, figures, closeness(layouts[unseen], features[unseen]), len(training))
     reference.baselines[key] = found
     return found
-
-
-def _leave_out(images: CaptionedImages, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of training images to leave out, and of others; groups stay on one side, as in a split."""
-    left, groups = min(samples, MAX_SAMPLES, len(images) // 2), [one.group for one in images.samples]
-    if min(Counter(groups).values()) > left:
-        groups = [one.id for one in images.samples]
-    order, sizes, chosen = generator(seed, "unseen").permutation(len(images)), Counter(groups), set[str]()
-    for index in order:
-        group = groups[index]
-        if group not in chosen and sizes[group] <= left:
-            chosen.add(group)
-            left -= sizes[group]
-    out = torch.tensor([groups[index] in chosen for index in order])
-    return torch.from_numpy(order)[out], torch.from_numpy(order)[~out][:MAX_TRAINING]
 
 
 # ---- the verdict
@@ -282,16 +274,12 @@ def verdict(
             return Verdict("memorizing", sentence)
     where = None if baselines is None else baselines.kind
     if where == "far":
-        return Verdict(
-            "not yet a model of this data",
-            f"Not yet a model of this data: {copies}{compared}; trivial baselines are as close to the data.",
-        )
+        compared += "; trivial baselines are as close to the data"
+        return Verdict("not yet a model of this data", f"Not yet a model of this data: {copies}{compared}.")
     if doubt := not_compared or _doubt(copying, gap, where):
         return Verdict("undecided", f"Undecided: {copies}{loss}{compared}; {doubt}.")
-    return Verdict(
-        "learning",
-        f"Learning: {copies}{loss}{compared}; the images are no closer to training images than unseen real images are.",
-    )
+    compared += "; the images are no closer to training images than unseen real images are"
+    return Verdict("learning", f"Learning: {copies}{loss}{compared}.")
 
 
 def _doubt(copying: Copying | None, gap: LossGap | None, where: str | None) -> str:

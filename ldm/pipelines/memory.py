@@ -57,10 +57,9 @@ def chunk_sizes(
     needed = max(sample_bytes * (count if in_one_batch else 1), image_bytes)
     if needed > free:
         which = f"{name} at once (a classifier is asked about all)" if in_one_batch and count > 1 else "an image"
-        raise ValueError(
-            f"height and width are {size[0]} and {size[1]}: {which} of this size needs about {_size(needed)} of "
-            f"memory, and {_size(free)} are free on {device}; choose a smaller size"
-        )
+        memory = f"{_size(needed)} of memory, and {_size(free)} are free on {device}"
+        sides = f"height and width are {size[0]} and {size[1]}"
+        raise ValueError(f"{sides}: {which} of this size needs about {memory}; choose a smaller size")
     finished = 3 * count * size[0] * size[1]  # as PIL images, in the memory of the CPU
     free -= held_bytes + (finished if device.type == "cpu" else 0)
     if needed > free or finished > here:
@@ -134,9 +133,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "_alloc_failed",
         "size calculation overflowed", "failed to allocate", "cannot allocate memory",
     )  # fmt: skip
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in said for sign in signs)
-    )
+    kinds = MemoryError | torch.OutOfMemoryError
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(sign in said for sign in signs))
 
 
 @contextmanager

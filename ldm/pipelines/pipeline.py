@@ -20,11 +20,12 @@ from ldm.diffusion import NoiseSchedule, ScheduleConfig, State, Step, ddim_inver
 from ldm.diffusion.diffusers_schedulers import scheduler_class
 from ldm.diffusion.schedule import check_precision
 from ldm.models import UNet, set_attention_backend
-from ldm.pipelines.finite import FiniteCheck, NotFinite, image_names, is_finite, remedy
 from ldm.pipelines.images import check_images, contact_sheet, from_pil, png_bytes, to_pil
 from ldm.pipelines.memory import CHUNK_BYTES, ChunkSizes, chunk_sizes, explain_out_of_memory, unet_bytes
 from ldm.pipelines.sampling import (
     SAMPLERS,
+    FiniteCheck,
+    NotFinite,
     SamplingKwargs,
     SamplingParams,
     as_epsilon_model,
@@ -33,8 +34,11 @@ from ldm.pipelines.sampling import (
     cpu_generators,
     describe_sampler,
     find_sampler,
+    image_names,
     image_prompts,
     image_seeds,
+    is_finite,
+    remedy,
     sample,
     sample_noise,
     with_guidance,
@@ -90,15 +94,13 @@ class Pipeline:
         sampler: str = "ddim",
     ) -> None:
         if unet.config.in_channels != codec.channels:
-            raise ValueError(
-                f"unet/config.json says in_channels {unet.config.in_channels} but the codec makes {codec.channels} "
-                "channels; the parts are from different models"
-            )
+            says, makes = unet.config.in_channels, codec.channels
+            what = f"in_channels {says} but the codec makes {makes} channels"
+            raise ValueError(f"unet/config.json says {what}; they are from different models")
         if unet.config.cross_attention_dim != text_encoder.hidden_size:
-            raise ValueError(
-                f"unet/config.json says cross_attention_dim {unet.config.cross_attention_dim} but the text encoder "
-                f"makes states of size {text_encoder.hidden_size}; the parts are from different models"
-            )
+            says, makes = unet.config.cross_attention_dim, text_encoder.hidden_size
+            what = f"cross_attention_dim {says} but the text encoder makes states of size {makes}"
+            raise ValueError(f"unet/config.json says {what}; they are from different models")
         find_sampler(sampler)
         self.unet = unet
         self.codec = codec
@@ -135,22 +137,16 @@ class Pipeline:
         index = hub.read_json(folder / "model_index.json")
         index_file, name_of_class = folder / "model_index.json", index.get("_class_name")
         if name_of_class not in CLASSES.values():
-            raise ValueError(
-                f"{index_file} describes a {name_of_class}; supported are {LATENT_CLASS} (1.x and 2.x) and the models "
-                "of ldm itself"
-            )
+            supported = f"{LATENT_CLASS} (1.x and 2.x) and the models of ldm itself"
+            raise ValueError(f"{index_file} describes a {name_of_class}; supported are {supported}")
         parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0] is not None}
         if unknown := parts - READ - SKIPPED:
-            raise ValueError(
-                f"{index_file} has the component {min(unknown)}, which is not supported; supported are "
-                f"{', '.join(sorted(READ))}"
-            )
+            known = ", ".join(sorted(READ))
+            raise ValueError(f"{index_file} has the component {min(unknown)}; supported are {known}")
         for part in sorted(parts & READ):
             if index[part][0] not in LIBRARIES:
-                raise ValueError(
-                    f"{index_file} takes the {part} from {index[part][0]!r}, code that comes with the model, which is "
-                    f"never run here; components are of {', '.join(LIBRARIES)}"
-                )
+                why = f"takes the {part} from {index[part][0]!r}, code that comes with the model, which is never run"
+                raise ValueError(f"{index_file} {why}; components are of {', '.join(LIBRARIES)}")
         if missing := {"unet", "text_encoder", "tokenizer", "scheduler"} - parts:
             raise ValueError(f"{index_file} has no {min(missing)}; the model folder is incomplete")
         unet = hub.load_model(folder / "unet", "UNet2DConditionModel", dtype)
@@ -293,10 +289,8 @@ class Pipeline:
             raise ValueError(f"eta is {params.eta}, which adds noise; interpolation needs none: leave it out")
         if params.stochastic or not isinstance(params.sampler, str):
             known = ", ".join(name for name, row in SAMPLERS.items() if not row.stochastic)
-            raise ValueError(
-                f"sampler is {describe_sampler(params.sampler)}; interpolation needs one without noise: choose one of "
-                f"{known}"
-            )
+            name = describe_sampler(params.sampler)
+            raise ValueError(f"sampler is {name}; interpolation needs one without noise: choose one of {known}")
         chunks = self._chunk_sizes(steps, height, width, params)
         blank = self._blank(1, height, width)
         start, end = (sample_noise(cpu_generators([seed]), blank) for seed in ends)
@@ -344,27 +338,21 @@ class Pipeline:
         params = self.sampling_params(**sampling)
         if not params.stochastic:
             known = ", ".join(name for name, row in SAMPLERS.items() if row.stochastic)
-            raise ValueError(
-                f"sampler is {describe_sampler(params.sampler)} with eta {params.eta}, which adds no noise, so "
-                f"that all images would be the same; choose {known}, or ddim with eta above 0"
-            )
+            what = f"sampler is {describe_sampler(params.sampler)} with eta {params.eta}, which adds no noise"
+            raise ValueError(f"{what}, so that all images would be the same; choose {known}, or ddim with eta above 0")
         shared_until, shared_seed = as_int("shared_until", shared_until), as_int("shared_seed", shared_seed)
         grid = self._grid(params)
         if not grid[-1].t <= shared_until <= grid[0].t:
-            raise ValueError(
-                f"shared_until is {shared_until}; it must be a timestep from {grid[-1].t} (the last of these "
-                f"{len(grid)} steps) to {grid[0].t} (only x_T is shared)"
-            )
+            ends = f"from {grid[-1].t} (the last of these {len(grid)} steps) to {grid[0].t} (only x_T is shared)"
+            raise ValueError(f"shared_until is {shared_until}; it must be a timestep {ends}")
         own_grid = [step for step in grid if step.t <= shared_until]
         shared_grid = grid[: len(grid) - len(own_grid)]
         chunks = self._chunk_sizes(count, height, width, params)
         generators = cpu_generators(image_seeds(shared_seed, 1))
         seeds = image_seeds(seed, count)
         if shared_seed in seeds:
-            raise ValueError(
-                f"shared_seed is {shared_seed}, and so is the seed of image {seeds.index(shared_seed)}, whose own "
-                "noise would start with x_T again; choose another"
-            )
+            own = f"the seed of image {seeds.index(shared_seed)}, whose noise would start with x_T again"
+            raise ValueError(f"shared_seed is {shared_seed}, and so is {own}; choose another")
         self._warn_of_cut(*prompts, *negatives)
         condition, null = self._encode(prompts), self._encode(negatives)  # [1, L, D]
         shared = sample_noise(generators, self._blank(1, height, width))  # [1, C, h, w]
@@ -374,15 +362,8 @@ class Pipeline:
         def final_latents(images: range) -> Tensor:
             generators = cpu_generators(seeds[images.start : images.stop])
             shape = (len(images), -1, -1)
-            return self._sample(
-                condition.expand(shape),
-                null.expand(shape),
-                shared.expand(*shape, -1),
-                params,
-                generators,
-                grid=own_grid,
-                first=images.start,
-            )
+            texts, noise = (condition.expand(shape), null.expand(shape)), shared.expand(*shape, -1)
+            return self._sample(*texts, noise, params, generators, grid=own_grid, first=images.start)
 
         return PipelineOutput(self._generate(count, chunks, final_latents), seeds)
 
@@ -504,10 +485,8 @@ class Pipeline:
             raise ValueError(f"text_encoder is {text_encoder!r}; it is 'files' or 'reference'")
         loaded = {name for part in self._adapted for name in lora.adapter_names(part) if not lora.is_merged(part)}
         if loaded:
-            raise ValueError(
-                f"the LoRA {min(loaded)!r} is loaded; merge_lora() to save the model with it, unload_lora() to save it "
-                "without"
-            )
+            how = "merge_lora() to save the model with it, unload_lora() to save it without"
+            raise ValueError(f"the LoRA {min(loaded)!r} is loaded; {how}")
         check_dtype(dtype)
         check_precision(self.schedule.prediction_type, str(dtype).removeprefix("torch."))
         weights = self.unet.state_dict()
@@ -630,17 +609,14 @@ class Pipeline:
         schedule = NoiseSchedule.from_config(self.schedule)
         if not isinstance(params.sampler, str):
             return schedule.grid(params.num_inference_steps)  # only its length counts: a scheduler object has its own
-        return schedule.grid(
-            params.num_inference_steps, self.schedule.timestep_spacing, steps_offset=self.schedule.steps_offset
-        )
+        spacing, offset = self.schedule.timestep_spacing, self.schedule.steps_offset
+        return schedule.grid(params.num_inference_steps, spacing, steps_offset=offset)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels; the training size where they are not given."""
         default_height, default_width = self.default_size
-        return (
-            default_height if height is None else as_int("height", height),
-            default_width if width is None else as_int("width", width),
-        )
+        height = default_height if height is None else as_int("height", height)
+        return height, default_width if width is None else as_int("width", width)
 
     def _blank(self, images: int, height: int | None, width: int | None) -> Tensor:
         """Zeros [images, C, h, w] with the dtype and device of the UNet."""
@@ -684,10 +660,8 @@ class Pipeline:
             decoded = self.codec.decode(batch)
             sound = is_finite(decoded).tolist()
             if not all(sound):
-                raise NotFinite(
-                    f"{image_names(sound, first + len(images))} left the finite numbers (nan or inf) when decoded; "
-                    f"{remedy(decoded.dtype)}"
-                )
+                names = image_names(sound, first + len(images))
+                raise NotFinite(f"{names} left the finite numbers (nan or inf) when decoded; {remedy(decoded.dtype)}")
             images += to_pil(decoded)
         return images
 
@@ -708,10 +682,9 @@ class Pipeline:
         states = self.text_encoder(list(rows)).to(self.unet.conv_in.weight.dtype)
         sound = is_finite(states).tolist()
         if not all(sound):
-            raise NotFinite(
-                f"the text encoder left the finite numbers (nan or inf) at {list(rows)[sound.index(False)]!r}; "
-                f"{remedy(states.dtype)}"
-            )
+            text = list(rows)[sound.index(False)]
+            where = f"the text encoder left the finite numbers (nan or inf) at {text!r}"
+            raise NotFinite(f"{where}; {remedy(states.dtype)}")
         return states, [rows[prompt] for prompt in prompts]
 
     def _sample(

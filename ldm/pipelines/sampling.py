@@ -1,4 +1,4 @@
-"""Sampling parameters and arguments, checked in one place, and the table of samplers."""
+"""Sampling: parameters and arguments, checked in one place, the table of samplers, and the check of their samples."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ import torch
 from torch import Tensor
 
 from ldm.codecs import Codec
-from ldm.diffusion import (
-    Denoise,
-    Denoiser,
-    NoiseSchedule,
-    PredictionType,
-    State,
-    Step,
-    guidance,
-    samplers,
-    to_epsilon_model,
-)
+from ldm.diffusion import Denoise, Denoiser, NoiseSchedule, PredictionType, State, Step, denoiser, samplers
 from ldm.pipelines.schedulers import Scheduler, check_scheduler, is_scheduler, run_scheduler
 from ldm.text import check_text
+
+USUAL_SCALE = 30  # of guidance; what is above is the likely cause of numbers that are not finite
+MAX_NAMED = 5  # images in an error
+# Where states are checked at every step: elsewhere the CPU would wait for the device.
+CHECKED_AT_ONCE = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class SamplingKwargs(TypedDict, total=False):
     """(low, high), noise levels σ/α with 0 <= low < high; outside them the scale is 1 (arXiv:2404.07724)."""
     dynamic_threshold: float | None
     """p in (0, 1] of Imagen's dynamic thresholding of x̂_0, for pixel models; 0.995 is usual."""
-    classifier: guidance.LogLikelihood | None
+    classifier: denoiser.LogLikelihood | None
     """(x_t [B, C, h, w], t) → log p(y | x_t), [B], whose gradient guides (arXiv:2105.05233); x_t is what is diffused.
     Such a call is not cut into chunks, as y may differ between images."""
     classifier_scale: float
@@ -104,7 +99,7 @@ class SamplingParams:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     dynamic_threshold: float | None = None
-    classifier: guidance.LogLikelihood | None = None
+    classifier: denoiser.LogLikelihood | None = None
     classifier_scale: float = 1.0
 
     @classmethod
@@ -121,14 +116,12 @@ class SamplingParams:
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         if not math.isfinite(self.guidance_scale):
-            raise ValueError(
-                f"guidance_scale is {self.guidance_scale}; it must be finite (1 is no guidance, 7.5 usual)"
-            )
-        guidance.check_rescale(self.guidance_rescale)
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be finite (1 is no guidance)")
+        denoiser.check_rescale(self.guidance_rescale)
         if self.guidance_interval is not None:
-            guidance.check_interval(self.guidance_interval)
+            denoiser.check_interval(self.guidance_interval)
         if self.dynamic_threshold is not None:
-            guidance.check_percentile(as_float("dynamic_threshold", self.dynamic_threshold))
+            denoiser.check_percentile(as_float("dynamic_threshold", self.dynamic_threshold))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; it must be 0 (deterministic DDIM) to 1 (the variance of DDPM)")
         if self.classifier is not None and not callable(self.classifier):
@@ -149,10 +142,8 @@ class SamplingParams:
             if self.sampler_options:
                 raise ValueError(f"sampler_options is {self.sampler_options}; a scheduler object has its own settings")
         else:
-            raise ValueError(
-                f"sampler is {describe_sampler(self.sampler)}; give a scheduler object of diffusers, or one of "
-                f"{', '.join(SAMPLERS)}"
-            )
+            described, ours = describe_sampler(self.sampler), ", ".join(SAMPLERS)
+            raise ValueError(f"sampler is {described}; give a scheduler object of diffusers, or one of {ours}")
 
     @property
     def stochastic(self) -> bool:
@@ -176,11 +167,9 @@ def x0_bounds(codec: Codec, percentile: float | None) -> samplers.ClipX0:
     if percentile is None:
         return codec.clip_x0
     if not codec.bounded:
-        raise ValueError(
-            f"dynamic_threshold is {percentile}, but this model diffuses latents, and no range bounds those: "
-            "thresholding is for pixels in [-1, 1]; use guidance_rescale"
-        )
-    threshold = guidance.dynamic_threshold(percentile)
+        why = "this model diffuses latents, and thresholding is for pixels in [-1, 1]"
+        raise ValueError(f"dynamic_threshold is {percentile}, but {why}; use guidance_rescale")
+    threshold = denoiser.dynamic_threshold(percentile)
     return lambda x_0: codec.sample_latents(threshold(codec.decode(x_0)))
 
 
@@ -194,16 +183,13 @@ def as_epsilon_model(
     def predicts_noise(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         t = int(timesteps[0])  # samplers ask about one timestep at a time
         if t != float(timesteps[0]):
-            raise ValueError(
-                f"the sampler asks at timestep {float(timesteps[0])}, but a posterior mean is known at whole ones; "
-                "take another spacing, or one of our own samplers"
-            )
+            where = f"timestep {float(timesteps[0])}, but a posterior mean is known at whole ones"
+            raise ValueError(f"the sampler asks at {where}; take another spacing, or one of our own samplers")
         if schedule.alphas_cumprod[t] == 0:
-            raise ValueError(
-                f"this model predicts posterior_mean, which samplers read as noise, and at timestep {t}, where alpha "
-                "is 0, noise says nothing about x_0; set timestep_spacing to leading, or train with v_prediction"
-            )
-        return to_epsilon_model(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)(x_t, t)
+            why = f"this model predicts posterior_mean, which samplers read as noise, and at timestep {t} alpha is 0"
+            raise ValueError(f"{why}; set timestep_spacing to leading, or train with v_prediction")
+        model = denoiser.to_epsilon_model(lambda x, _: network(x, timesteps, condition), schedule, prediction_type)
+        return model(x_t, t)
 
     return predicts_noise, "epsilon"
 
@@ -217,15 +203,15 @@ def with_guidance(
     params: SamplingParams,
 ) -> Denoise:
     """The network with all guidance of the params around it. `condition` and `null` are [B, L, D]."""
-    rescale = guidance.rescale_guidance(params.guidance_rescale) if params.guidance_rescale > 0 else None
-    denoise = guidance.classifier_free_guidance(network, condition, null, params.guidance_scale, rescale=rescale)
+    rescale = denoiser.rescale_guidance(params.guidance_rescale) if params.guidance_rescale > 0 else None
+    denoise = denoiser.classifier_free_guidance(network, condition, null, params.guidance_scale, rescale=rescale)
     if params.classifier is not None:
-        denoise = guidance.classifier_guidance(
+        denoise = denoiser.classifier_guidance(
             denoise, params.classifier, params.classifier_scale, schedule, prediction_type=prediction_type
         )
     if params.guidance_interval is not None:
-        unguided = guidance.with_condition(network, condition)
-        denoise = guidance.guide_within(schedule, params.guidance_interval, denoise, unguided)
+        unguided = denoiser.with_condition(network, condition)
+        denoise = denoiser.guide_within(schedule, params.guidance_interval, denoise, unguided)
     return denoise
 
 
@@ -246,20 +232,11 @@ def sample(
     There is one generator per image, on the CPU, so that an image does not depend on its batch. With `learned_variance`
     the network gives 2C channels, from which "ddpm" takes its variance ("ddpm-large" is β all the same).
     """
+    shared: dict[str, Any] = {"clip_x0": clip_x0, "prediction_type": prediction_type}
     if not isinstance(params.sampler, str):
         check_scheduler(params.sampler, schedule, prediction_type, eta=params.eta)
-        return run_scheduler(
-            params.sampler,
-            denoise,
-            latents,
-            schedule,
-            params.num_inference_steps,
-            eta=params.eta,
-            generators=generators,
-            clip_x0=clip_x0,
-            prediction_type=prediction_type,
-            learned_variance=learned_variance,
-        )
+        shared |= {"eta": params.eta, "generators": generators, "learned_variance": learned_variance}
+        return run_scheduler(params.sampler, denoise, latents, schedule, params.num_inference_steps, **shared)
     row = SAMPLERS[params.sampler]
     inputs: dict[str, Any] = {**(params.sampler_options or {})}
     if row.stochastic or row.takes_eta:
@@ -268,15 +245,88 @@ def sample(
         inputs["eta"] = params.eta
     if params.sampler == "ddpm" and learned_variance:
         inputs["variance"] = "learned"
-    return row.run(
-        denoise=denoise,
-        latents=latents,
-        schedule=schedule,
-        grid=grid,
-        clip_x0=clip_x0,
-        prediction_type=prediction_type,
-        **inputs,
-    )
+    return row.run(denoise=denoise, latents=latents, schedule=schedule, grid=grid, **shared, **inputs)
+
+
+# ---- samples that are not finite end in an error that names the step, not in a black image
+
+
+class NotFinite(ValueError):
+    """A sample, its text states or its image hold nan or inf."""
+
+
+class FiniteCheck:
+    """Checks what a sampler computes for a batch of images, at every step; on an accelerator at the end.
+
+    An `on_step` sees finite states alone. The guidance scale and the number of the first image are for the error.
+    """
+
+    def __init__(self, guidance_scale: float = 1.0, first: int = 0) -> None:
+        self._scale, self._first = guidance_scale, first
+        self._predictions: list[Tensor] = []  # [B] bool each, since the last step
+        self._seen: list[tuple[int, int, Tensor]] = []  # number and timestep of a step, and what was finite: [B] bool
+
+    def wrap(self, denoise: Denoise) -> Denoise:
+        """The same function, its predictions checked: where pixels bound x̂_0, states do not show an infinite one."""
+
+        def watched(x_t: Tensor, t: int) -> Tensor:
+            prediction = denoise(x_t, t)
+            self._predictions = [torch.stack([*self._predictions, is_finite(prediction)]).all(dim=0)]
+            return prediction
+
+        return watched
+
+    def final_latents(self, states: Iterable[State], on_step: Callable[[State], None] | None = None) -> Tensor:
+        """The latents [B, C, h, w] of the last state; `NotFinite` names images and the first step."""
+        latents = None
+        for state in states:
+            latents = state.latents
+            sound = [is_finite(latents), is_finite(state.pred_original_sample), *self._predictions]
+            self._predictions = []
+            self._seen.append((state.index + 1, state.timestep, torch.stack(sound).all(dim=0)))
+            if on_step is not None or latents.device.type in CHECKED_AT_ONCE:
+                self._check(latents.dtype)
+            if on_step is not None:
+                on_step(state)
+        assert latents is not None
+        self._check(latents.dtype)
+        return latents
+
+    def _check(self, dtype: torch.dtype) -> None:
+        if not self._seen:
+            return
+        sound = torch.stack([is_finite for *_, is_finite in self._seen]).tolist()
+        for (number, timestep, _), finite in zip(self._seen, sound, strict=True):
+            if not all(finite):
+                where = f"left the finite numbers (nan or inf) at step {number}, timestep {timestep}"
+                raise NotFinite(f"{image_names(finite, self._first)} {where}; {remedy(dtype, self._scale)}")
+        self._seen = []
+
+
+def is_finite(values: Tensor) -> Tensor:
+    """Which of the entries of [B, ...] are finite in all of their numbers: [B] bool."""
+    return values.isfinite().flatten(1).all(dim=1)
+
+
+def image_names(sound: Sequence[bool], first: int) -> str:
+    """ "image 3", "images 0, 1, …": those that are not finite, counted from `first`."""
+    wrong = [str(first + place) for place, good in enumerate(sound) if not good]
+    more = ", …" if len(wrong) > MAX_NAMED else ""
+    return f"image{'s' if len(wrong) > 1 else ''} {', '.join(wrong[:MAX_NAMED])}{more}"
+
+
+def remedy(dtype: torch.dtype, guidance_scale: float = 1.0) -> str:
+    """What the likely cause is, and what to do."""
+    likely = []
+    if dtype == torch.float16:
+        likely.append("float16 ends at 65504: open the model in bfloat16 or float32")
+    if abs(guidance_scale) > USUAL_SCALE:
+        likely.append(f"guidance_scale is {guidance_scale:g}: lower it")
+    usual = "lower guidance_scale and the weights of LoRAs, or train or download the model again"
+    return ", or ".join(likely) or f"its numbers are too large for this model: {usual}"
+
+
+# ---- the arguments of a call
 
 
 def cpu_generators(seeds: Iterable[int]) -> list[torch.Generator]:

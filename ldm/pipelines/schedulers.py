@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.diffusion import (
-    Denoise,
-    NoiseSchedule,
-    PredictionType,
-    State,
-    alpha_sigma_at,
-    split_variance,
-    training_target,
-    x0_and_epsilon,
-)
-from ldm.diffusion.prediction import epsilon_from_x0
+from ldm.diffusion import Denoise, NoiseSchedule, PredictionType, State, denoiser
 from ldm.diffusion.samplers import ClipX0
 from ldm.progress import error_reason
 
@@ -62,24 +52,18 @@ def check_scheduler(
         raise ValueError(f"{name} has other betas than this model was trained with; {remedy}")
     predicted = scheduler.config.get("prediction_type", "epsilon")
     if predicted == "posterior_mean":
-        raise ValueError(
-            f"{name} has prediction_type 'posterior_mean', which diffusers does not know; give it as noise: "
-            "from_pretrained(MODEL, subfolder='scheduler', prediction_type='epsilon')"
-        )
+        remedy = "give it as noise: from_pretrained(MODEL, subfolder='scheduler', prediction_type='epsilon')"
+        raise ValueError(f"{name} has prediction_type 'posterior_mean', which diffusers does not know; {remedy}")
     if predicted != prediction_type:
         raise ValueError(f"{name} has prediction_type {predicted!r}; the model predicts {prediction_type}; {remedy}")
     for key in ("clip_sample", "thresholding"):
         if scheduler.config.get(key):
-            raise ValueError(
-                f"{name} has {key} {scheduler.config[key]!r}, which bounds latents as if they were pixels in [-1, 1]; "
-                f"set it to False (pixel models are bounded by their codec)"
-            )
+            why = "bounds latents as if they were pixels in [-1, 1]; set it to False"
+            raise ValueError(f"{name} has {key} {scheduler.config[key]!r}, which {why} (the codec bounds pixels)")
     for key, wanted in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
         if scheduler.config.get(key, wanted) != wanted:
-            raise ValueError(
-                f"{name} has {key} {scheduler.config[key]!r}: it samples another kind of diffusion than a DDPM "
-                f"schedule; set it to {wanted!r}"
-            )
+            why = f"it samples another kind of diffusion than a DDPM schedule; set it to {wanted!r}"
+            raise ValueError(f"{name} has {key} {scheduler.config[key]!r}: {why}")
     takes = inspect.signature(scheduler.step).parameters
     needed = [key for key, value in takes.items() if value.default is value.empty and value.kind in POSITIONAL][3:]
     needed += ["prev_timestep"] if "prev_timestep" in takes else []  # without it UnCLIPScheduler steps to t − 1
@@ -119,10 +103,8 @@ def run_scheduler(
     last = schedule.num_train_timesteps - 1
     for t in scheduler.timesteps.tolist():
         if not 0 <= t <= last:
-            raise ValueError(
-                f"{name} asks at timestep {t:g} with {num_inference_steps} steps, outside 0 to {last}; take another "
-                "number of steps, or another timestep_spacing"
-            )
+            where = f"timestep {t:g} with {num_inference_steps} steps, outside 0 to {last}"
+            raise ValueError(f"{name} asks at {where}; take another number of steps, or timestep_spacing")
     # Whether it samples with the variance of the network.
     kind = str(scheduler.config.get("variance_type"))
     uses_variance = kind.startswith("learned")
@@ -147,22 +129,20 @@ def run_scheduler(
         alpha, sigma = _level(scheduler, index, timestep, schedule)
         # Some ask between two timesteps of training; what guidance builds answers there.
         output = denoise(x_t, cast(int, int(t) if t.is_integer() else t))
-        prediction, variance = split_variance(output, x_t)
-        x_0, _ = x0_and_epsilon(prediction, x_t, alpha, sigma, prediction_type)
+        prediction, variance = denoiser.split_variance(output, x_t)
+        x_0, _ = denoiser.x0_and_epsilon(prediction, x_t, alpha, sigma, prediction_type)
         projected = clip_x0(x_0)
         if projected is not x_0 or given_as != prediction_type:
             x_0 = projected
-            noise = epsilon_from_x0(x_t, x_0, alpha, sigma)
-            prediction = training_target(x_0, noise, alpha, sigma, given_as)
+            noise = denoiser.epsilon_from_x0(x_t, x_0, alpha, sigma)
+            prediction = denoiser.training_target(x_0, noise, alpha, sigma, given_as)
         if uses_variance and variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
         with _failing_as(f"{name} fails at timestep {t:g} of {num_inference_steps} steps"), _Noise(name, generators):
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
         if not latents.isfinite().all() and prediction.isfinite().all():
-            raise ValueError(
-                f"{name} gives numbers that are not finite at timestep {t:g} of {num_inference_steps} steps, as where "
-                "two steps have one noise level; take fewer steps, or another timestep_spacing"
-            )
+            where = f"timestep {t:g} of {num_inference_steps} steps, as where two steps have one noise level"
+            raise ValueError(f"{name} gives numbers that are not finite at {where}; take fewer, or another spacing")
         yield State(index, round(t), latents, x_0)
 
 
@@ -198,10 +178,8 @@ class _Noise(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             source = kwargs.get("generator")
             if source is None or source.initial_seed() not in self.seeds:
-                raise _ForeignNoiseError(
-                    f"{self.name} draws noise of its own, which depends on the batch and which no seed gives again; "
-                    "take another scheduler, such as EulerAncestralDiscreteScheduler"
-                )
+                why = "draws noise of its own, which depends on the batch and which no seed gives again"
+                raise _ForeignNoiseError(f"{self.name} {why}; take another, such as EulerAncestralDiscreteScheduler")
         return func(*args, **kwargs)
 
 
@@ -230,7 +208,7 @@ def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -
     `ValueError` where they are not those of the timestep, up to rounding: that is no schedule of DDPM.
     """
     t, last = float(timestep), schedule.num_train_timesteps - 1
-    expected = alpha_sigma_at(schedule, t)
+    expected = denoiser.alpha_sigma_at(schedule, t)
     # Those that hold x_t/α scale by α.
     alpha = float(scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep))
     if alpha == 1:
@@ -242,8 +220,7 @@ def _level(scheduler: Any, index: int, timestep: Any, schedule: NoiseSchedule) -
     most = 1.0 if t < 1 else schedule.alpha_sigma(below)[0]
     least = 0.0 if t > last - 1 else schedule.alpha_sigma(above)[0]
     if not least - 1e-3 <= alpha <= most + 1e-3:
-        raise ValueError(
-            f"{type(scheduler).__name__} asks at timestep {t:g} about alpha {alpha:.3g}, where this model was trained "
-            f"with {expected[0]:.3g}: it samples another kind of diffusion; choose one of DDPM's"
-        )
+        name, trained = type(scheduler).__name__, f"where this model was trained with {expected[0]:.3g}"
+        asks = f"{name} asks at timestep {t:g} about alpha {alpha:.3g}, {trained}"
+        raise ValueError(f"{asks}: it samples another kind of diffusion; choose one of DDPM's")
     return alpha, math.sqrt(1 - alpha**2)

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from markupsafe import Markup
 from PIL import Image, ImageFont
 
 from ldm import disk
 from ldm.pipelines import save_png
-from ldm.report.markup import escaped, shortened
+from ldm.report.html import LIGHT, escaped, shortened, style
 
 Point = tuple[int, float]
 Size = tuple[int, int]
@@ -21,35 +23,8 @@ Size = tuple[int, int]
 LEFT, RIGHT, BOTTOM, LEGEND_ROW = 60, 10, 40, 20
 MAX_POINTS = 500
 MAX_MARKED_POINTS = 60  # up to so many points get a dot each
-PNG_SCALE = 2  # pixels of a PNG per pixel of an SVG
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Lines have a contrast of at least 3 : 1 to the background (WCAG 2, 1.4.11), text 4.5 : 1."""
-
-    background: str
-    ink: str
-    grid: str
-    lines: tuple[str, ...]
-
-
-LIGHT = Palette("#ffffff", "#3c4350", "#dfe3ea", ("#2b66b1", "#b4531a", "#2f7a4d", "#7c4c9e", "#52606f", "#8a6a12"))
-DARK = Palette("#16191f", "#c3cad6", "#303641", ("#7db0ee", "#ee9a63", "#74c795", "#c49be4", "#a5b3c4", "#d8b95c"))
 DASHES = ("none", "9 4", "3 3", "12 3 3 3", "6 6", "2 5")  # lines differ in color and in dashes
-
-
-def style(palette: Palette) -> str:
-    """The CSS rules of the charts."""
-    lines = "".join(f".curve .c{i}{{stroke:{c}}}.curve .d{i}{{fill:{c}}}" for i, c in enumerate(palette.lines))
-    return (
-        f".curve text{{fill:{palette.ink};font:14px sans-serif}}"
-        f".curve .paper{{fill:{palette.background}}}.curve .grid{{stroke:{palette.grid}}}"
-        f".curve .mark{{stroke:{palette.ink};stroke-dasharray:2 3}}"
-        f".curve .halo{{stroke:{palette.background};stroke-width:4px;paint-order:stroke}}"
-        f".curve polyline{{fill:none;stroke-width:1.8;stroke-linejoin:round}}"
-        f".curve .raw{{stroke-width:1;opacity:.35}}{lines}"
-    )
+PNG_SCALE = 2  # pixels of a PNG per pixel of an SVG
 
 
 @dataclass(frozen=True)
@@ -176,10 +151,8 @@ def line_chart(
 
     def positions(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         """(x, y) of each (step, value)."""
-        return [
-            (LEFT + (right - LEFT) * steps.fraction(step), top + (bottom - top) * (1 - values.fraction(value)))
-            for step, value in points
-        ]
+        across, up = right - LEFT, bottom - top
+        return [(LEFT + across * steps.fraction(x), top + up * (1 - values.fraction(y))) for x, y in points]
 
     def path(points: Sequence[Point]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in positions(thinned(points)))
@@ -217,6 +190,19 @@ def line_chart(
     return "\n".join([*parts, *legend, "</svg>"]) + "\n"
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A chart, and the caption above it."""
+
+    caption: str
+    svg: Markup
+
+    @classmethod
+    def from_lines(cls, caption: str, lines: Sequence[Line], **options: Any) -> Figure:
+        """By `line_chart`."""
+        return cls(caption, Markup(line_chart(lines, title=caption, **options)))
+
+
 def save_chart(path: Path, line: Line, *, axis: str) -> None:
     """Writes one line, whose name is the title, as .svg or .png, on a logarithmic axis if all values are positive."""
     path, size = disk.expand_user(path), (640, 320)
@@ -232,13 +218,8 @@ def save_chart(path: Path, line: Line, *, axis: str) -> None:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "font.ttf"
         file.write_bytes(font.font_bytes)
-        png = svg_to_bytes(
-            svg_string=svg,
-            width=size[0] * PNG_SCALE,
-            skip_system_fonts=True,
-            font_files=[str(file)],
-            sans_serif_family=font.getname()[0],
-        )
+        fonts: Any = {"skip_system_fonts": True, "font_files": [str(file)], "sans_serif_family": font.getname()[0]}
+        png = svg_to_bytes(svg_string=svg, width=size[0] * PNG_SCALE, **fonts)
     save_png(Image.open(io.BytesIO(bytes(png))).convert("RGB"), path, {"title": line.name})
 
 

@@ -23,9 +23,8 @@ from ldm.evaluation.images import Reference
 from ldm.evaluation.memorization import nearest_sheet
 from ldm.evaluation.sweep import Sweep
 from ldm.pipelines import contact_sheet, save_png, to_pil
-from ldm.report.charts import Line
-from ldm.report.html import Figure, document, embedded, read_picture, write_page
-from ldm.report.markup import Rows, escaped, format_number, shortened
+from ldm.report.charts import Figure, Line
+from ldm.report.html import Rows, document, embedded, escaped, format_number, read_picture, shortened, write_page
 from ldm.report.text import alignment_lines, describe_closer, describe_settings, fidelity_lines, gap_lines, sweep_lines
 
 PAGE_PAIRS = 24  # of each side
@@ -173,11 +172,8 @@ class EvaluationResult:
         """Headline numbers: name, value, text below it."""
         evaluation = self.evaluation
         metrics = [] if evaluation.fidelity is None else evaluation.fidelity.metrics()
-        real = {
-            metric.name: f"held-out images {format_number(metric.value)}; "
-            for metric in metrics
-            if metric.images == "held-out"
-        }
+        of_real = [metric for metric in metrics if metric.images == "held-out"]
+        real = {metric.name: f"held-out images {format_number(metric.value)}; " for metric in of_real}
         for metric in (metric for metric in metrics if metric.images == "generated"):
             compared = "1 is as good as held-out images; " if metric.yardstick else real.get(metric.name, "")
             below = (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 
 from ldm.data import to_signed
+from ldm.data.report import DatasetReport, quoted
 from ldm.evaluation.autoencoder import ACTIONS, MAX_MEAN, STD_RANGE, Advice, AutoencoderReport
 from ldm.evaluation.composition import IMAGES_PER_PROMPT, MIN_REAL_ACCURACY, AxesReport, AxisAccuracy, prompt_rows
 from ldm.evaluation.evaluate import Evaluation
@@ -19,9 +21,11 @@ from ldm.evaluation.stats import Interval
 from ldm.evaluation.sweep import RECALL_K, Cell, Sweep, paired_difference, pareto_front
 from ldm.models.similarity import WINDOW
 from ldm.pipelines import contact_sheet, to_pil
+from ldm.progress import plural, printable
 
 INDENT = "  "
 SHEET_PROMPTS = 3  # of each axis
+SHOWN_ENTRIES, LABEL_WIDTH = 10, 12  # of the lists of a data report
 
 
 # ---- evaluations
@@ -101,10 +105,8 @@ def metric_line(metric: Metric) -> str:
     measured = f"{metric.samples:,} {metric.images}"
     if metric.yardstick:
         measured += f" over {metric.yardstick:,} held-out"
-    return (
-        f"{metric.name:<17} {metric.value:9.4g}  ({metric.low:.4g} to {metric.high:.4g})  {measured} against "
-        f"{metric.reference_samples:,} training images, {metric.features}"
-    )
+    measured += f" against {metric.reference_samples:,} training images, {metric.features}"
+    return f"{metric.name:<17} {metric.value:9.4g}  ({metric.low:.4g} to {metric.high:.4g})  {measured}"
 
 
 def fidelity_lines(fidelity: Fidelity) -> list[str]:
@@ -114,10 +116,8 @@ def fidelity_lines(fidelity: Fidelity) -> list[str]:
 
 def retrieval_lines(found: Retrieval, label: str) -> list[str]:
     """As text; `label` names the features."""
-    head = (
-        f"retrieval: the rank of the caption's own image among all {found.gallery}, by the cosine of {label}; "
-        f"{len(found.ranks)} captions, 95 % intervals"
-    )
+    head = f"retrieval: the rank of the caption's own image among all {found.gallery}, by the cosine of {label}; "
+    head += f"{len(found.ranks)} captions, 95 % intervals"
     table = [
         f"  among the {k:2d} nearest  {100 * recall.mean:5.1f} %  ({100 * recall.low:.1f} to "
         f"{100 * recall.high:.1f}; by chance {100 * found.chance[k]:.2g} %)"
@@ -166,10 +166,8 @@ def sweep_lines(sweep: Sweep) -> list[str]:
         lines.append(f"chosen: {_setting(mine.cell)} ({evaluations}): {why}{stored}")
     for name, other in list(sweep.choices.items())[1:]:
         kid, error = paired_difference(other.cell, mine.cell, "kid")
-        lines.append(
-            f"with {name} weights: {_setting(other.cell)}, KID {kid:+.5f} ± {error:.5f} relative to that. A sweep "
-            "does not change the weights: the defaults are for those that the model has"
-        )
+        difference = f"KID {kid:+.5f} ± {error:.5f} relative to that"
+        lines.append(f"with {name} weights: {_setting(other.cell)}, {difference}. A sweep does not change the weights")
     return lines
 
 
@@ -204,10 +202,8 @@ def autoencoder_lines(report: AutoencoderReport) -> list[str]:
         if abs(mean) > MAX_MEAN or not STD_RANGE[0] <= std <= STD_RANGE[1]
     ]
     if far:
-        lines.append(
-            f"Channels of the latents that are far from mean 0 and std 1: {', '.join(far)}. Noise schedules assume 0 "
-            "and 1: see scaling_factor in config.json."
-        )
+        channels = ", ".join(far)
+        lines.append(f"Channels of the latents not near mean 0, std 1: {channels}. See scaling_factor in config.json.")
     return [*lines, *report.left_out, advice_line(report.advice)]
 
 
@@ -290,3 +286,80 @@ def axes_sheet(found: AxesReport) -> Image.Image:
             right = f"{int(part.correct[what][own].sum())} of {IMAGES_PER_PROMPT}"
             captions.append(f"{part.axis}: {prompt.caption} ({what} in {right} | real scenes)")
     return contact_sheet(rows, captions)
+
+
+# ---- data
+
+
+def report_text(report: DatasetReport, *, full: bool = False) -> str:
+    """The report as printable text; lists are cut at ten entries unless `full`."""
+    shown = None if full else SHOWN_ENTRIES
+    paragraphs: dict[str, list[str]] = {}
+    sizes = report.sizes
+    lines = []
+    if sizes.smallest and sizes.median and sizes.largest:
+        smallest, median, largest = (f"{w}x{h}" for w, h in (sizes.smallest, sizes.median, sizes.largest))
+        lines.append(f"all {smallest}" if smallest == largest else f"{smallest} to {largest}, median {median}")
+    if sizes.enlarged:
+        lines.append(f"{plural(sizes.enlarged, 'image')} smaller than {report.resolution} pixels: enlarged")
+    paragraphs["sizes"] = lines
+    for label, counts in (("shapes", sizes.shapes), ("formats", report.formats), ("modes", report.modes)):
+        line = ", ".join(f"{count} {printable(name)}" for name, count in counts.items())
+        paragraphs[label] = [line] if line else []
+    traits = report.traits.items()
+    paragraphs["treated"] = [f"{count} {printable(name)}: {report.treatment[name]}" for name, count in traits]
+    lines = []
+    captions = report.captions
+    if captions.words:
+        fewest, typical, most = captions.words
+        lines.append(
+            f"{captions.total} on {plural(report.used, 'image')}, {captions.distinct} different, "
+            f"{fewest} to {most} words, median {typical:g}"
+            + (f"; {captions.templated} of them by data.caption_templates" if captions.templated else "")
+        )
+    if captions.missing or captions.empty:
+        lines.append(f"{captions.missing} missing, {captions.empty} empty")
+    if captions.repeated:
+        shared = [f"{quoted(text)} on {count}" for text, count in captions.repeated[: None if shown is None else 3]]
+        lines.append(f"shared by images: {', '.join(shared)}")
+    if captions.too_long:
+        lines.append(f"{len(captions.too_long)} too long for the text encoder:")
+        lost = [f"  {printable(entry.image)} loses {quoted(entry.lost)}" for entry in captions.too_long]
+        lines += _cut(lost, shown, "  ")
+    elif captions.too_long is not None:
+        lines.append("all fit into the text encoder")
+    paragraphs["captions"] = lines
+    if any(source.reason for source in report.caption_sources):
+        used = [(source, "not used" if source.reason else "used") for source in report.caption_sources]
+        sources = [f"{printable(source.name)}: {plural(source.images, 'image')}, {how}" for source, how in used]
+        paragraphs["sources"] = _cut(sources, shown)
+    alike = []
+    for names in report.near_duplicates:
+        more = 0 if shown is None else len(names) - shown
+        alike.append(", ".join(map(printable, names[:shown])) + (f", … and {more} more" if more > 0 else ""))
+    paragraphs["alike"] = _cut(alike, shown)
+    copies = [f"{printable(copy.path)} = {printable(copy.of)}" for copy in report.duplicate_files]
+    paragraphs["copies"] = _cut(copies, shown)
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for entry in report.skipped_files:
+        by_reason[entry.reason].append(f"  {printable(entry.path)}")
+    lines = []
+    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        lines += [f"{len(paths)} × {printable(reason)}", *_cut(paths, shown, "  ")]
+    paragraphs["skipped"] = lines
+    lines = [report.summary(), ""]
+    for label, texts in paragraphs.items():
+        lines += [f"{label if not number else '':<{LABEL_WIDTH}}{text}" for number, text in enumerate(texts)]
+    if report.notes:
+        lines += ["", "Good to know", *(f"  - {line}" for line in report.notes)]
+    if report.needs_attention:
+        lines += ["", "Needs attention", *(f"  - {line}" for line in report.needs_attention)]
+    else:
+        lines += ["", "Nothing needs attention."]
+    return "\n".join(lines)
+
+
+def _cut(lines: list[str], shown: int | None, indent: str = "") -> list[str]:
+    if shown is None or len(lines) <= shown:
+        return lines
+    return [*lines[:shown], f"{indent}… and {len(lines) - shown} more (--all shows them)"]

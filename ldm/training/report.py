@@ -21,9 +21,8 @@ import yaml
 from ldm import disk
 from ldm.evaluation.verdict import Verdict
 from ldm.progress import format_duration
-from ldm.report.charts import MAX_MARKED_POINTS, Line, Point, smooth
-from ldm.report.html import Figure, document, read_picture, write_page
-from ldm.report.markup import Rows, format_number, read_object, shortened
+from ldm.report.charts import MAX_MARKED_POINTS, Figure, Line, Point, smooth
+from ldm.report.html import Rows, document, format_number, read_object, read_picture, shortened, write_page
 from ldm.training.checkpoints import resume_command
 from ldm.training.resume import EVALUATION_PREFIX, VERDICT
 

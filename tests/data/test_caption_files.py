@@ -15,7 +15,7 @@ from ldm.data import DataConfig, NoCaptionsError
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
-from ldm.report.data_text import report_text
+from ldm.report.text import report_text
 from tests.data.image_files import captions, opened, png, reasons, save
 from tests.data.test_tars import write_tar
 

@@ -17,7 +17,7 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.pipelines.images import from_pil
-from ldm.report.data_text import report_text
+from ldm.report.text import report_text
 from tests.data import profiles
 
 WHITE = (255, 255, 255)

@@ -18,7 +18,7 @@ from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.data.scenes.render import RGB
-from ldm.report.data_text import report_text
+from ldm.report.text import report_text
 
 WORDS = (
     "ant",

@@ -13,7 +13,7 @@ from ldm.data.inspection import Duplicate, ImageFormat, Inspection
 from ldm.data.report import DatasetReport, dataset_report, quoted
 from ldm.data.sources import CaptionSource, Decoded, Skipped
 from ldm.progress import plural
-from ldm.report.data_text import report_text
+from ldm.report.text import report_text
 
 
 def refuse(_: bytes) -> Decoded:

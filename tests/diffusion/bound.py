@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.likelihood import Decoder, Variance, prior_term, variational_terms
-from ldm.diffusion.prediction import Denoise, add_noise
+from ldm.diffusion.denoiser import Denoise, add_noise
+from ldm.diffusion.losses import Decoder, Variance, prior_term, variational_terms
 from ldm.diffusion.schedule import NoiseSchedule, PredictionType
 
 

@@ -15,9 +15,8 @@ from ldm.diffusion import (
     gaussian_decoder,
     variational_terms,
 )
-from ldm.diffusion.likelihood import log_normal_between, log_variance_tables
-from ldm.diffusion.losses import LossConfig
-from ldm.diffusion.prediction import convert
+from ldm.diffusion.denoiser import convert
+from ldm.diffusion.losses import LossConfig, log_normal_between, log_variance_tables
 from tests.diffusion.bound import variational_bound
 
 MEAN, DEVIATION = 0.1, 0.7

@@ -21,7 +21,7 @@ from ldm.diffusion import (
     training_target,
     variational_terms,
 )
-from ldm.diffusion.prediction import convert, score_from_epsilon
+from ldm.diffusion.denoiser import convert, score_from_epsilon
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
 KINDS = ["epsilon", "sample", "v_prediction", "posterior_mean"]

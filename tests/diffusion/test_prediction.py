@@ -14,7 +14,7 @@ from ldm.diffusion import (
     training_target,
     x0_and_epsilon,
 )
-from ldm.diffusion.prediction import Quantity, convert, score_from_epsilon
+from ldm.diffusion.denoiser import Quantity, convert, score_from_epsilon
 from ldm.diffusion.schedule import BetaSchedule
 
 QUANTITIES = get_args(Quantity)

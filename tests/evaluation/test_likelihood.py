@@ -12,7 +12,7 @@ from ldm.data import CaptionedImages, DataConfig, image_statistics, to_signed
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.diffusion import NoiseSchedule, ScheduleConfig, diffusion_loss
-from ldm.diffusion.likelihood import log_variance_tables, prior_term
+from ldm.diffusion.losses import log_variance_tables, prior_term
 from ldm.evaluation.likelihood import measure_likelihood
 from ldm.models import UNet
 from tests import tiny

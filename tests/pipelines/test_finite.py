@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.diffusion import NoiseSchedule, State
 from ldm.pipelines import NotFinite
-from ldm.pipelines.finite import FiniteCheck, remedy
+from ldm.pipelines.sampling import FiniteCheck, remedy
 from tests import tiny
 
 
@@ -99,7 +99,7 @@ def states(broken=(), seen=None):
 
 
 def test_where_a_gpu_would_wait_the_first_step_is_found_at_the_end(monkeypatch):
-    monkeypatch.setattr("ldm.pipelines.finite.CHECKED_AT_ONCE", ())
+    monkeypatch.setattr("ldm.pipelines.sampling.CHECKED_AT_ONCE", ())
     seen = []
     assert torch.equal(FiniteCheck().final_latents(states()), torch.zeros(3, 2, 2, 2))
     with pytest.raises(NotFinite, match=r"image 8 left .* at step 2, timestep 899"):

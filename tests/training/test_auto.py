@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from ldm import Pipeline, cli
-from ldm.cli.train import NEW_RUN_ONLY, train_command
+from ldm.cli.commands import NEW_RUN_ONLY, train_command
 from ldm.config import AutoencoderTrainingConfig, LDMConfig, parse_config
 from ldm.config.overrides import load_config
 from ldm.data import DataConfig

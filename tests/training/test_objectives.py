@@ -24,8 +24,8 @@ from ldm.diffusion import (
     stratified_timestep,
     variational_terms,
 )
-from ldm.diffusion.likelihood import log_variance_tables
-from ldm.diffusion.prediction import velocity
+from ldm.diffusion.denoiser import velocity
+from ldm.diffusion.losses import log_variance_tables
 from ldm.diffusion.samplers import SAMPLER_NAMES
 from ldm.pipelines import SAMPLERS, contact_sheet
 from ldm.training.noise import step_noise

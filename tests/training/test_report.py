@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.report import charts, html, markup
+from ldm.report import charts, html
 from ldm.report.charts import Line
 from ldm.training import report as metrics
 from ldm.training.report import write_report
@@ -170,7 +170,7 @@ def test_nothing_from_outside_leaves_its_place(tmp_path, hostile):
     for element in trees[1].iter():
         assert not any(name.startswith("on") or name == "href" for name in element.attrib)
         assert element.attrib.get("src", "data:").startswith("data:")
-    visible = markup.shortened("".join(markup._visible(character) for character in hostile))
+    visible = html.shortened(html.visible(hostile))
     assert text_of(trees[1]).count(visible) >= 5
     assert (attacked / "report.html").stat().st_size < 400_000
 
@@ -197,9 +197,9 @@ def test_the_last_verdict_of_training_and_that_of_the_run_folder_are_shown(tmp_p
 
 
 def test_invisible_characters_are_written_out_and_letters_are_not():
-    assert markup.escaped("a\x1b\u202e\ud800\U000e0041\n") == "a\\x1b\\u202e\\ud800\\U000e0041\n"
-    assert markup.escaped("می‌خواهم 👩‍🚀 ß é") == "می‌خواهم 👩‍🚀 ß é"
-    assert markup.escaped("<'\">&") == "&lt;&#x27;&quot;&gt;&amp;"
+    assert html.escaped("a\x1b\u202e\ud800\U000e0041\n") == "a\\x1b\\u202e\\ud800\\U000e0041\n"
+    assert html.escaped("می‌خواهم 👩‍🚀 ß é") == "می‌خواهم 👩‍🚀 ß é"
+    assert html.escaped("<'\">&") == "&lt;&#x27;&quot;&gt;&amp;"
 
 
 def test_metrics_are_read_as_far_as_they_can_be(tmp_path):
@@ -432,7 +432,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("palette", [charts.LIGHT, charts.DARK])
+@pytest.mark.parametrize("palette", [html.LIGHT, html.DARK])
 def test_lines_and_text_can_be_told_from_the_page(palette):
     def contrast(colour):
         light, dark = sorted((luminance(colour), luminance(palette.background)), reverse=True)
