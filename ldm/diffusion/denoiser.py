@@ -332,7 +332,8 @@ def classifier_guidance(
             if not isinstance(value, Tensor) or value.shape != (len(x),):
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 wanted = f"[{len(x)}], the log probability of the wanted class for each image"
-                raise ValueError(f"the classifier gives {shape} for x_t of {list(x.shape)}; it must give {wanted}")
+                given = f"{shape} for x_t of shape {list(x.shape)}"
+                raise ValueError(f"the classifier gives {given}; it must give {wanted}")
             if not value.requires_grad:
                 raise ValueError("the classifier's log probability must be differentiable in x_t, and is not")
             # Images do not see one another, so the gradient of the sum holds the gradient of each.
