@@ -23,7 +23,7 @@ FIXED = "a run cannot change it; leave it out, or start a new run"
 NEW_RUN_ONLY = {
     "--output": "leave it out; a run folder may be moved while nothing runs in it",
     "--minutes": "its length is set in steps, --set train.max_steps=N",
-    **dict.fromkeys(("--resolution", "--start-from", "--method", "--encoder"), FIXED),
+    **dict.fromkeys(("--resolution", "--start-from", "--anyway", "--method", "--encoder"), FIXED),
     **dict.fromkeys(("--image-column", "--caption-column", "--caption-source"), FIXED),
     "--plan": "its plan is plan.json in the run folder, and its config config.yaml; leave it out",
 }
@@ -74,8 +74,11 @@ def train_command(
     minutes: Annotated[float | None, typer.Option(help=f"About how long to train; {MINUTES} by default.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; chosen by default.")] = None,
     start_from: Annotated[
-        str | None, typer.Option(help="A model to fine-tune: a pipeline folder or hub id; a new one by default.")
+        str | None, typer.Option(help="A model to fine-tune: a pipeline folder or hub id; chosen by default.")
     ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Train a new model, even where it is not expected to work.")
+    ] = False,
     method: Annotated[str | None, typer.Option(help="With --start-from: full, attention or lora.")] = None,
     encoder: Annotated[str | None, typer.Option(help=f"The text encoder of a new model; {ENCODER} by default.")] = None,
     image_column: arguments.ImageColumn = None,
@@ -98,7 +101,7 @@ def train_command(
     if resume is not None:
         if path is not None:
             raise ValueError(f"--resume {resume} continues on the data of that run; leave {path} out")
-        given = {**locals(), "plan": plan or None}
+        given = {**locals(), "plan": plan or None, "anyway": anyway or None}
         for option in NEW_RUN_ONLY:
             if given[option.removeprefix("--").replace("-", "_")] is not None:
                 raise ValueError(f"{option} is for a new run, but --resume continues {resume}; {NEW_RUN_ONLY[option]}")
@@ -112,6 +115,8 @@ def train_command(
         raise ValueError(f"--minutes is {minutes}; it must be more than 0")
     if method is not None and (start_from is None or method not in ("full", "attention", "lora")):
         raise ValueError(f"--method is {method}; it is full, attention or lora, and needs --start-from")
+    if anyway and start_from is not None:
+        raise ValueError(f"--anyway trains a new model, and --start-from names {start_from}; leave one of them out")
     from ldm.training.auto_config import TrainOptions
 
     where = disk.expand_user(path).resolve()

@@ -157,6 +157,8 @@ class DiffusionTrainConfig(TrainConfig):
         evaluate_every: steps between evaluations, besides the last one, of `evaluation_samples` generated images; None
             evaluates never.
         evaluation_features: the network whose features compare images: see `ldm.evaluation.features`.
+        final_weights: which weights the model in the run folder has after the last step: the "last", or the "best" by
+            the held-out loss.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -171,6 +173,7 @@ class DiffusionTrainConfig(TrainConfig):
     evaluate_every: int | None = None
     evaluation_samples: int = 128
     evaluation_features: Literal["efficientnet", "pixel"] = "efficientnet"
+    final_weights: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,12 +239,14 @@ class SampleConfig:
 
     Args:
         prompts: a row of the sample grid each; image j of every row has seed `seed` + j.
+        captions: as many captions of the data are rows before them; when a run starts, they become prompts.
         sampler: a name of `ldm.diffusion.samplers.SAMPLER_NAMES`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    captions: int = 0
     images_per_prompt: int = 4
     seed: int = 0
     num_inference_steps: int = 50
@@ -250,8 +255,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler)
-        if not self.prompts:
-            raise ValueError("prompts is empty; give at least one text")
+        if not self.prompts and not self.captions:
+            raise ValueError("prompts is empty; give at least one text, or captions, the number of captions to use")
+        _not_negative(self, "captions")
         _positive(self, "images_per_prompt", "num_inference_steps")
         if not 0 <= self.seed < 2**63 - self.images_per_prompt:
             raise ValueError(f"seed is {self.seed}; it must be a whole number from 0 on, below 2**63 for all pictures")

@@ -29,6 +29,7 @@ from ldm.progress import printable
 from ldm.text.loading import OPEN_CLIP
 from ldm.training.auto_config import DEFAULT_FIRST_STAGE, FIRST_STAGE_SUFFIX, TrainOptions, choose_config
 from ldm.training.checkpoints import list_checkpoints, resume_command
+from ldm.training.report import read_metrics
 from ldm.training.run_folder import PATH_KEYS, START_FILE, check_new, is_relative_path, lock_folder, open_folder
 from ldm.training.run_info import base_folder
 from ldm.training.threads import THREAD_VARIABLES
@@ -75,6 +76,7 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
         space=draft.space,
         first_stage=draft.first_stage,
         cpu_threads=draft.train.cpu_threads,
+        new_model=any(key.split(".")[0] in ("unet", "text", "schedule") for key in keys),
     )
     if options.start_from is not None:
         find_pipeline(options.start_from)
@@ -218,6 +220,12 @@ def _print_next_steps(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     prompt = shlex.quote(printable(config["sample"]["prompts"][0]))
     grids = sorted((folder / "samples").glob("step_*.png"))
+    verdict = read_metrics(folder / "metrics.jsonl").verdict
+    if verdict is not None and verdict[1].kind == "not yet a model of this data":
+        print(
+            "result:   this is no model of these images yet: what it generates is as close to them as noise or mean "
+            "colors are. Train longer, use more images, or fine-tune a model that knows such images (--start-from)"
+        )
     print(f"samples:  {grids[-1]}" if grids else "no sample grid was written")
     print(f"report:   {folder / 'report.html'}")
     if (folder / "pipeline").is_dir():

@@ -30,6 +30,7 @@ from ldm.text import load_text_encoder
 from ldm.training import threads
 from ldm.training.estimate import format_millions, seconds_per_call
 from ldm.training.setup import load_first_stage
+from ldm.training.starting_model import choose_start
 from ldm.training.trainable import attention_layers
 
 DEFAULT_FIRST_STAGE = "openmoji-first-stage"
@@ -47,8 +48,15 @@ class SpaceChoice:
     advice: Action | None = None
 
 
-def choose_space(config: LDMConfig, images: CaptionedImages, device: torch.device) -> tuple[LDMConfig, str | None]:
-    """(the config with `space: auto` resolved, the reason); any other config unchanged, and None."""
+def resolve_config(config: LDMConfig, images: CaptionedImages, device: torch.device) -> tuple[LDMConfig, str | None]:
+    """(the config with `space: auto` and `sample.captions` resolved, the reason of the space); or unchanged, and None.
+
+    Raises ValueError as `decide_space`.
+    """
+    if config.sample.captions:
+        captions = sample_prompts(images.samples, config.sample.captions)
+        sample = dataclasses.replace(config.sample, prompts=(*captions, *config.sample.prompts), captions=0)
+        config = dataclasses.replace(config, sample=sample)
     if config.start_from is not None or config.space != "auto":
         return config, None
     choice = decide_space(images, config.first_stage, device)
@@ -87,14 +95,16 @@ MIN_STEPS = 100
 EPOCHS_NEEDED, MIN_SAMPLES_NEEDED, MAX_SAMPLES_NEEDED = 75, 8_000, 200_000
 TIMED_IMAGES = 4
 TIMED_RESOLUTION, TIMED_TEXT = 32, (16, 384)  # before network and text are chosen
-MIN_IMAGES, FEW_IMAGES = 2, 1000
+MIN_IMAGES = 2
 FIRST_STAGE_SUFFIX = "-first-stage"  # of the run folder of a first stage
 FIRST_STAGE_FRACTION = 0.4
 # A decoder that starts from another first stage has most of its gain after 120 steps: docs/evaluation.md.
 MAX_FIRST_STAGE_STEPS, MAX_DECODER_STEPS = 10_000, 2_000
-GRID_FRACTION = 0.2
+GRID_FRACTION = 0.2  # of the time, at most, and as much for evaluations
 MAX_GRIDS = 4
+EVALUATED_IMAGES = 64
 PROMPTS, LONG_PROMPT = 6, 80
+OTHER_PROMPTS = ("a dog", "a red car")
 LARGE = 200_000_000  # parameters: Stable Diffusion has 860 million, ours have 10
 CHECKPOINT_SECONDS = 600
 
@@ -119,6 +129,8 @@ class TrainOptions:
         start_from: a pipeline to fine-tune; `method` is "full", "attention" or "lora".
         space, first_stage: of a new model, as in `LDMConfig`; "auto" is chosen automatically.
         cpu_threads: as in `TrainConfig`.
+        anyway: train a new model even where that is not expected to work.
+        new_model: the config is given keys that only a new model takes.
     """
 
     output_dir: str
@@ -130,6 +142,8 @@ class TrainOptions:
     space: str = "auto"
     first_stage: str | None = None
     cpu_threads: int | None = None
+    anyway: bool = False
+    new_model: bool = False
 
 
 def choose_config(
@@ -141,22 +155,21 @@ def choose_config(
     if len(samples) < MIN_IMAGES:
         raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {MIN_IMAGES}")
     chosen = ChosenConfig({"output_dir": options.output_dir, "seed": 0, "data": dict(data)})
+    config, reasons, data = chosen.config, chosen.reasons, chosen.config["data"]
+    if options.start_from is None:
+        size_reasons: list[str] = []
+        data["resolution"] = options.resolution or _choose_resolution(samples, device, size_reasons)
+        images = _training_images(samples, data)
+        start, reason = _choose_start(chosen, images, options, device)
+        reasons.append(f"start: {reason}")
+        options = dataclasses.replace(options, start_from=start)
+    else:
+        reasons.append(f"start: {options.start_from}, as --start-from says")
     if options.start_from is not None:
         _choose_finetuning(chosen, samples, options, device)
-        parse_config(chosen.config, LDMConfig, "the chosen config")
+        parse_config(config, LDMConfig, "the chosen config")
         return chosen
-
-    config, reasons, data = chosen.config, chosen.reasons, chosen.config["data"]
-    data["resolution"] = options.resolution or _choose_resolution(samples, device, reasons)
-    few = (
-        f"; {len(samples)} images teach a new model little more than themselves, so expect it to repeat them; "
-        "fine-tuning a model (--start-from) needs far fewer"
-    )
-    reasons.append(f"start: a new UNet, since there is no --start-from{few if len(samples) < FEW_IMAGES else ''}")
-    images = _training_images(samples, data)
-    side = min(data["resolution"], TIMED_RESOLUTION)
-    network = _make_unet(unet_keys(side, 64), 3, TIMED_TEXT[1], device)
-    _choose_threads(chosen, network, (3, side, side), TIMED_TEXT, options, device)
+    reasons += size_reasons
 
     name, minutes, space = options.first_stage, options.minutes, options.space
     if options.space == "auto":
@@ -213,6 +226,33 @@ def choose_config(
     if chosen.first_stage is not None:
         parse_config(chosen.first_stage, AutoencoderTrainingConfig, "the chosen config")
     return chosen
+
+
+def _choose_start(
+    chosen: ChosenConfig, images: CaptionedImages, options: TrainOptions, device: torch.device
+) -> tuple[str | None, str]:
+    """As `choose_start`, by the speed of the smallest new network; that of the CPU's threads is measured before."""
+    if options.first_stage is not None:
+        load_first_stage(options.first_stage)  # refused now, if it cannot be opened
+    resolution = images.config.resolution
+    side = min(resolution, TIMED_RESOLUTION)
+    network = _make_unet(unet_keys(side, 64), 3, TIMED_TEXT[1], device)
+    _choose_threads(chosen, network, (3, side, side), TIMED_TEXT, options, device)
+    if options.anyway:
+        return None, "a new UNet, since --anyway asks for it"
+    # On latents of a quarter of the size where there may be a first stage.
+    side = resolution if resolution <= MAX_PIXEL_RESOLUTION else resolution // 4
+    shape, base = (4, side, side), 64 if device.type == "cuda" else 32
+    network = _make_unet(unet_keys(side, base), shape[0], TIMED_TEXT[1], device)
+    seconds = unet_seconds(network, shape, TIMED_TEXT, 4 * TIMED_IMAGES, device, "no")
+    given = (options.space, options.first_stage, options.encoder, options.resolution) != ("auto", None, "minilm", None)
+    return choose_start(
+        images,
+        minutes=options.minutes,
+        samples_per_second=4 * TIMED_IMAGES / seconds,
+        device=device,
+        may_fine_tune=not (given or options.new_model),
+    )
 
 
 def _choose_resolution(samples: Sequence[Sample], device: torch.device, reasons: list[str]) -> int:
@@ -283,9 +323,10 @@ def _choose_finetuning(
     large = parameters > LARGE
     method = options.method or ("lora" if large or len(samples) < 50 else "full")
     why = "as given" if options.method else f"for {len(samples)} images and {format_millions(parameters)} parameters"
-    chosen.reasons.append(f"start: {options.start_from}, method {method}, {why}")
+    chosen.reasons.append(f"method: {method}, {why}")
     config |= {"start_from": options.start_from, "finetune": {"method": method}}
-    config["sample"] = {"prompts": sample_prompts(samples), "images_per_prompt": 4}
+    # Captions of the data, and what the model should still know.
+    config["sample"] = {"prompts": [*sample_prompts(samples, PROMPTS - 2), *OTHER_PROMPTS], "images_per_prompt": 4}
     config["sample"] |= {key: getattr(pipeline, key) for key in ("guidance_scale", "num_inference_steps", "sampler")}
     if method != "full":  # an adapter takes little time itself; what counts is where gradients are needed
         unet.requires_grad_(False)
@@ -296,7 +337,7 @@ def _choose_finetuning(
     batch = _batch_size(count, 4 if large else 16)
     _choose_steps(chosen, unet, shape, text, batch, count, options.minutes, device)
     rate = (1e-4 if large else 1e-3) if method == "lora" else (1e-5 if large else 1e-4)
-    config["train"] |= {"learning_rate": rate, "lr_schedule": "constant"}
+    config["train"] |= {"learning_rate": rate, "lr_schedule": "constant", "final_weights": "best"}
 
 
 def _choose_threads(
@@ -307,8 +348,8 @@ def _choose_threads(
     options: TrainOptions,
     device: torch.device,
 ) -> None:
-    """On a CPU: the number of threads of all later timings and of training, measured with a similar network."""
-    if device.type != "cpu":
+    """On a CPU, once: the number of threads of all later timings and of training, measured with a similar network."""
+    if device.type != "cpu" or chosen.threads is not None:
         return
     found = threads.resolve_threads(threads.available_threads(), options.cpu_threads, None)
     if found.number is None:
@@ -441,12 +482,17 @@ def _choose_steps(
     def grid() -> float:
         return evaluations * sample["images_per_prompt"] * len(sample["prompts"]) * seconds_each
 
+    # Of a model to fine-tune before the first step too.
+    rounds = 1 if chosen.config.get("start_from") is None else 2
+    evaluating = rounds * evaluations * EVALUATED_IMAGES * seconds_each
+    if count < EVALUATED_IMAGES or evaluating > available * GRID_FRACTION:
+        evaluating = 0.0
     while grid() > available * GRID_FRACTION / 2 and sample["images_per_prompt"] > 1:
         sample["images_per_prompt"] //= 2
     while grid() > available * GRID_FRACTION and len(sample["prompts"]) > 2:
         sample["prompts"] = sample["prompts"][::2]
     grids = max(1, min(MAX_GRIDS, int(available * GRID_FRACTION / grid())))
-    possible = _round_steps(int((available - grids * grid()) / per_step))
+    possible = _round_steps(int((available - grids * grid() - evaluating) / per_step))
     steps = min(max_steps, max(MIN_STEPS, possible))
     if possible < MIN_STEPS:
         why = f"the fewest that make sense; --minutes {minutes:g} is not enough"
@@ -455,9 +501,10 @@ def _choose_steps(
     else:
         why = f"{MAX_EPOCHS} times through the data"
     chosen.reasons.append(
-        f"steps: {steps} of {batch} images, about {format_duration(steps * per_step + grids * grid())} at "
+        f"steps: {steps} of {batch} images, about "
+        f"{format_duration(steps * per_step + grids * grid() + evaluating)} at "
         f"{per_step:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured) with "
-        f"{plural(grids, 'sample grid')}: {why}"
+        f"{plural(grids, 'sample grid')}{' and an evaluation' if evaluating else ''}: {why}"
     )
     chosen.config["train"] = {
         "max_steps": steps,
@@ -470,11 +517,17 @@ def _choose_steps(
         "checkpoint_every": min(steps // 4, max(50, int(CHECKPOINT_SECONDS / per_step))),
         "log_every": min(20, steps // 10),
     }
+    if evaluating:
+        chosen.config["train"] |= {
+            "evaluate_every": steps,
+            "evaluation_samples": EVALUATED_IMAGES,
+            "evaluation_features": "efficientnet" if is_installed() else "pixel",
+        }
 
 
-def sample_prompts(samples: Sequence[Sample]) -> list[str]:
+def sample_prompts(samples: Sequence[Sample], max_count: int = PROMPTS) -> list[str]:
     """A few different captions, spread evenly over the data, for sample grids; long ones only if all are long."""
     captions = list(dict.fromkeys(min(sample.captions, key=len) for sample in samples))
     captions = [caption for caption in captions if len(caption) <= LONG_PROMPT] or captions
-    count = min(PROMPTS, len(captions))
+    count = min(max_count, len(captions))
     return [captions[i * len(captions) // count] for i in range(count)]

@@ -172,27 +172,32 @@ def count_due(first: int, last: int, every: int | None) -> int:
 
 
 def expected_result(config: LDMConfig | AutoencoderTrainingConfig, images: CaptionedImages) -> str:
-    """The result of the measured run that is nearest in image size, images and samples seen (as ratios)."""
+    """What the nearest measured run of this kind, image size and space gave, by images and samples seen (as ratios)."""
+    space = None
     if isinstance(config, AutoencoderTrainingConfig):
         kind = "first stage" if config.start_from is None else "first stage from another"
         kind += " with a codebook" if config.vq is not None else ""
     else:
         kind = "new" if config.start_from is None else "fine-tuning"
-    samples = config.train.max_steps * config.train.batch_size
+        space = config.space if kind == "new" else None  # that of the model
+    samples, side = config.train.max_steps * config.train.batch_size, config.data.resolution
 
     def distance(run: dict[str, Any]) -> float:
-        pairs = ((run["resolution"], config.data.resolution), (run["images"], len(images)), (run["samples"], samples))
-        return sum(abs(math.log(a / b)) for a, b in pairs)
+        return abs(math.log(run["images"] / len(images))) + abs(math.log(run["samples"] / samples))
 
-    runs = [run for run in json.loads(MEASURED_RUNS.read_text(encoding="utf-8")) if run["kind"] == kind]
+    runs = [
+        run
+        for run in json.loads(MEASURED_RUNS.read_text(encoding="utf-8"))
+        if run["kind"] == kind and run["resolution"] == side and space in (None, run["space"])
+    ]
     if not runs:
-        return "no run of this kind has been measured yet"
+        return f"we have measured no run of this kind ({kind}{', ' + space if space else ''}) on {side} pixels"
     nearest = min(runs, key=distance)
     factor = nearest["samples"] / samples
     less = f"; this run sees {factor:.2g} times fewer samples: expect less" if factor > 1.5 else ""
     return (
-        f"the nearest measured run ({nearest['name']}: {nearest['images']} images, {nearest['resolution']} pixels, "
-        f"{nearest['samples']} samples): {nearest['result']}{less}"
+        f"on other images, {nearest['name']} ({nearest['images']} {nearest['data']}, {side} pixels, "
+        f"{nearest['samples']} samples) gave: {nearest['result']}{less}"
     )
 
 

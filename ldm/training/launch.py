@@ -29,7 +29,7 @@ from ldm.data.layouts import open_source
 from ldm.data.report import dataset_report
 from ldm.progress import printable
 from ldm.training import train_autoencoder, train_ldm
-from ldm.training.auto_config import choose_space
+from ldm.training.auto_config import resolve_config
 from ldm.training.checkpoints import resume_command
 from ldm.training.distributed import EXIT_CODE, Processes, Stopped, interruption, join_processes
 from ldm.training.estimate import estimate_run
@@ -37,7 +37,7 @@ from ldm.training.evaluator import Evaluator
 from ldm.training.report import read_metrics, write_report
 from ldm.training.run import Hooks, Run, TrainingData
 
-HOOKS = Hooks(resolve=choose_space, estimate=estimate_run, evaluate=Evaluator, on_checkpoint=write_report)
+HOOKS = Hooks(resolve=resolve_config, estimate=estimate_run, evaluate=Evaluator, on_checkpoint=write_report)
 CONFIGS = Path(__file__).parents[2] / "configs"  # of a checkout
 MAX_SKIPPED_LINES = 10
 Config = LDMConfig | AutoencoderTrainingConfig

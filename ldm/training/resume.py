@@ -28,6 +28,7 @@ IGNORED_KEYS = (
     *("train.sample_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
     *("train.cooldown_steps", "train.keep_every", "train.num_workers", "train.max_nonfinite_steps", "sample."),
     *("train.evaluate_every", "train.evaluation_samples", "train.evaluation_features"),
+    "train.final_weights",
     *("train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.cpu_threads"),
     *("data.path", "data.cache_dir"),
 )

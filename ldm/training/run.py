@@ -537,11 +537,31 @@ class Run:
             hub.link_tree(newest / self.export, folder)
         checkpoints.prune_checkpoints(self.folder, self.config.train.keep_checkpoints, self.config.train.keep_every)
 
+    def _publish_best(self) -> None:
+        """Link the best export into the run folder, if there is one and it is not of the last step."""
+        path = self.folder / "best" / "best.json"
+        if not path.is_file():
+            return
+        best = json.loads(path.read_text(encoding="utf-8"))
+        if best["step"] == self.step:
+            return
+        with hub.atomic_folder(self.folder / self.export, self.export) as folder:
+            hub.link_tree(path.parent / self.export, folder)
+        last = logged_values(self.folder, "held_out_loss")[-1][1]
+        why = f"{self.export}/ holds step {best['step']}, whose held-out loss is lowest: {best['held_out_loss']:.4f}"
+        if best["step"] == 0:
+            why += ", before fine-tuning; more images, or a lower train.learning_rate, may help"
+        self.print(f"{why} ({last:.4f} at step {self.step})")
+
     def finish(self, state: TrainingState, export: Callable[[Path], None]) -> None:
         """End the run: save, log the time taken, write the report. Raises Stopped if a signal stopped it; it is saved
         first.
         """
         self.save_if_due(state, export)
+        train = self.config.train
+        is_best = isinstance(train, DiffusionTrainConfig) and train.final_weights == "best"
+        if self.is_main and is_best and not self.stopping:
+            self._publish_best()
         if self.is_main and self._plan is not None and not self.stopping:
             seconds = time.perf_counter() - self._planned_at
             hub.write_json(self.folder / "plan.json", self._plan | {"took_seconds": seconds})

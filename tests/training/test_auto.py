@@ -111,7 +111,7 @@ def test_auto_trains_a_first_stage(here, encoder_folder, in_this_process, monkey
     monkeypatch.setattr(autoencoder, "MIN_TRAINING_IMAGES", 20)
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
-    arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
+    arguments = [data, "--anyway", "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
     assert call(monkeypatch, *arguments, overrides=[*SMALL, "unet.norm_num_groups=8"]) == 0
     out = capfd.readouterr().out
     assert "first stage: a new one is trained on these images before, 10 steps" in out
@@ -133,7 +133,7 @@ def test_resuming_continues_first_stage_and_run(here, encoder_folder, in_this_pr
     monkeypatch.setattr(autoencoder, "MIN_TRAINING_IMAGES", 20)
     monkeypatch.setattr(auto_config, "MIN_STEPS", 10)
     data = captioned_folder(here / "data", 28, 36)
-    arguments = [data, "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
+    arguments = [data, "--anyway", "--encoder", encoder_folder, "--resolution", 36, "--minutes", 0.0001, "-o", "out"]
     whole, called = auto.run_script, []
 
     def killed(script, arguments, threads=None):
@@ -185,7 +185,7 @@ def test_a_model_learns_a_style_as_a_lora(here, stable_diffusion, in_this_proces
     data = captioned_folder(here / "data", 8)
     assert call(monkeypatch, data, "--start-from", stable_diffusion, overrides=SMALL) == 0
     out = capfd.readouterr().out
-    assert "method lora, for 8 images" in out
+    assert "method: lora, for 8 images" in out
     assert f"--model {stable_diffusion} --lora runs/data/lora" in out.splitlines()[-1]
     picture = here / "drawn.png"
     arguments = ["noise number 1", "--model", stable_diffusion, "--lora", "runs/data/lora:0.5", "--steps", 2]
@@ -203,7 +203,7 @@ def test_what_is_set_counts_before_anything_is_chosen(here, encoder_folder, monk
     (data / "7.txt").write_text("nothing")
     options = [f"text.encoder={encoder_folder}", "data.resolution=40", "data.held_out=0.5", "space=latent"]
     options += ["output_dir=elsewhere", "train.batch_size=2", "data.background=black"]
-    assert call(monkeypatch, data, "--plan", overrides=options) == 0
+    assert call(monkeypatch, data, "--plan", "--anyway", overrides=options) == 0
     out = capfd.readouterr().out
     config = parse_config(printed_configs(out)["train_ldm.py"], LDMConfig, "the plan")
     assert (config.space, config.first_stage) == ("latent", "openmoji-first-stage")
@@ -244,6 +244,11 @@ def wrong(here):
         (["one"], "one holds 1 image that can be used; training needs 2"),
         (["data", "--method", "lora"], "--method is lora; it is full, attention or lora, and needs --start-from"),
         (["data", "--method", "some", "--start-from", "data"], "--method is some"),
+        (
+            ["data", "--anyway", "--start-from", "scenes-64"],
+            "--anyway trains a new model, and --start-from names scenes-64",
+        ),
+        (["data", "--minutes", "0.001", "--resolution", "64"], "give it the time (--minutes"),
         (["data", "--start-from", "./no_model"], "there is no model folder ./no_model"),
         (["data", "--minutes", "0"], "--minutes is 0"),
         (["data", "--minutes", "nan"], "--minutes is nan"),

@@ -54,7 +54,7 @@ def used(path, **data):
 
 
 def chosen(path, samples=None, **options):
-    options = {"output_dir": "runs/test"} | options
+    options = {"output_dir": "runs/test", "anyway": "start_from" not in options} | options
     choice = choose_config(samples or used(path), {"path": str(path)}, TrainOptions(**options), CPU)
     config = parse_config(choice.config, LDMConfig, "the test")
     sane(config)
@@ -84,8 +84,7 @@ def test_a_few_photos(tmp_path, speed):
     choice, config, reasons = chosen(folder_of(tmp_path / "photos", 40, 300))
     assert config.data.resolution == 64 and config.space == "pixel" and choice.first_stage is None
     assert "image size: 64, " in reasons and " 300 or more; without a GPU" in reasons
-    assert "; 40 images teach a new model little" in reasons
-    assert "start: a new UNet" in reasons and "--start-from" in reasons
+    assert "start: a new UNet, since --anyway asks for it" in reasons
     assert config.schedule.prediction_type == "v_prediction"
     assert config.text.max_length == 16 and "captions: 16 tokens; none is longer" in reasons
     # Thirty minutes, of which grids take up to a fifth.
@@ -163,12 +162,13 @@ def test_a_model_to_go_on_from(tmp_path, speed, stable_diffusion):
     pictures = folder_of(tmp_path / "pictures", 24, 24)
     _, config, reasons = chosen(pictures, start_from=str(stable_diffusion))
     assert config.finetune.method == "lora" and config.export == "lora"
+    assert config.train.final_weights == "best" and config.sample.prompts[-2:] == module.OTHER_PROMPTS
     assert config.data.resolution == 16 and f"image size: 16, that of {stable_diffusion}" in reasons
-    assert "method lora, for 24 images" in reasons
+    assert "method: lora, for 24 images" in reasons
     assert config.sample.guidance_scale == 7.5 and config.train.learning_rate == 1e-3
     _, config, reasons = chosen(pictures, start_from=str(stable_diffusion), method="full", resolution=24)
     assert config.finetune.method == "full" and config.data.resolution == 24
-    assert "method full, as given" in reasons and "image size: 24, as given" in reasons
+    assert "method: full, as given" in reasons and "image size: 24, as given" in reasons
     with pytest.raises(ValueError, match="15x15 is not divisible"):
         chosen(pictures, start_from=str(stable_diffusion), resolution=15)
     ours = tiny.pipeline(tmp_path / "parts", num_inference_steps=7, sampler="ddpm")

@@ -15,7 +15,7 @@ from ldm.data.layouts import open_source
 from ldm.evaluation.autoencoder import GOOD_PSNR, advise, measure_reconstruction
 from ldm.models.efficientnet import perceptual_distance
 from ldm.training import auto_config as space
-from ldm.training.auto_config import choose_space, decide_space
+from ldm.training.auto_config import decide_space, resolve_config
 from ldm.training.setup import load_first_stage
 from tests.training.runs import ROOT, captioned_folder, digests, losses, run_ldm, settings
 
@@ -135,7 +135,7 @@ def test_a_first_stage_that_does_not_divide_the_images(plain):
 
 def test_a_space_that_is_said_is_not_asked(plain):
     config = load_config(ROOT / "configs" / "digits.yaml", [], LDMConfig)
-    assert choose_space(config, images(plain, 40), CPU) == (config, None)
+    assert resolve_config(config, images(plain, 40), CPU) == (config, None)
 
 
 def auto(folder, encoder_folder, *overrides):
