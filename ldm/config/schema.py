@@ -215,6 +215,9 @@ class FinetuneConfig:
         rank: of the additions.
         alpha: they are scaled by alpha / rank; None is alpha = rank.
         target_modules: the layers that get one, by the ends of their names.
+        prior_weight: of the squared difference to the predictions before fine-tuning, on `prior_prompts`; 0 is none.
+        prior_prompts: a text file with one prompt per line, of what the model should still know; None takes captions
+            of its data, for the built-in model.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -223,13 +226,17 @@ class FinetuneConfig:
     rank: int = 8
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    prior_weight: float = 0.0
+    prior_prompts: str | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "rank", "alpha")
+        _not_negative(self, "prior_weight")
         if not self.target_modules or not all(self.target_modules):
             raise ValueError("target_modules is empty or names nothing; name at least one layer, such as to_q")
         for item in dataclasses.fields(self):
-            if self.method != "lora" and item.name != "method" and getattr(self, item.name) != item.default:
+            is_general = item.name == "method" or item.name.startswith("prior_")
+            if self.method != "lora" and not is_general and getattr(self, item.name) != item.default:
                 raise ValueError(f"{item.name} is for method lora, and method is {self.method}; leave it out")
 
 
@@ -329,6 +336,8 @@ class LDMConfig:
     def __post_init__(self) -> None:
         _check_paths(self.output_dir, self.data, first_stage=self.first_stage, start_from=self.start_from)
         if self.start_from is not None:
+            if self.finetune.prior_weight > 0 and self.train.loss.weighting == "hybrid":
+                raise ValueError("finetune.prior_weight is not for loss.weighting hybrid; set one of them otherwise")
             return
         if self.unet is None:
             raise ValueError("unet is missing; describe the network, or name a model to go on from in start_from")

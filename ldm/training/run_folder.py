@@ -30,7 +30,7 @@ from ldm.training.resume import config_differences, flatten
 LOCK_SECONDS, RETRY_SECONDS = 3.0, 0.1
 START_FILE = "started.json"
 # Keys that may hold a path.
-PATH_KEYS = ("data.path", "data.cache_dir", "first_stage", "start_from", "text.encoder")
+PATH_KEYS = ("data.path", "data.cache_dir", "first_stage", "start_from", "finetune.prior_prompts", "text.encoder")
 BUILT_IN_NAMES = {*BUILT_IN_DATA, *hub.BUILT_IN, *hub.BUILT_IN_PIPELINES, "minilm"}
 
 _lock_files: dict[Path, int] = {}

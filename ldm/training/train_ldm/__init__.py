@@ -3,6 +3,7 @@
 accelerate launch train/train_ldm.py --config configs/digits.yaml --set train.max_steps=500
 """
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +17,8 @@ from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.latents import LatentCache
 from ldm.training.noise import BatchPositions, step_noise
+from ldm.training.prior import FRACTION as PRIOR_FRACTION
+from ldm.training.prior import make_prior
 from ldm.training.run import Hooks, Run
 from ldm.training.trainable import make_ema, make_optimizer, select_trainable
 
@@ -27,6 +30,8 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
     prediction_type = pipeline.schedule.prediction_type
     decoder = decoder_of(pipeline.codec)
     evaluator = hooks.evaluate(run) if hooks.evaluate and config.train.evaluate_every else None
+
+    prior = make_prior(config, pipeline, run)  # what fine-tuning should not change
 
     # The trainable weights, and their EMA, which is exported.
     unet = select_trainable(pipeline.unet, config)
@@ -63,18 +68,22 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
         )
         latents = cache.latents(batch, noise.posterior)
         condition = drop_conditioning(cache.text(batch.captions), cache.null, noise.dropped)
-        losses = diffusion_loss(
-            network,
-            schedule,
-            latents,
-            condition,
-            timesteps=noise.timesteps,
-            noise=noise.noise,
-            prediction_type=prediction_type,
-            loss=config.train.loss,
-            decoder=decoder,
+        loss = partial(
+            diffusion_loss, network, schedule, prediction_type=prediction_type, loss=config.train.loss, decoder=decoder
         )
-        return StepLosses(losses, noise.timesteps)
+        losses = loss(latents, condition, timesteps=noise.timesteps, noise=noise.noise)
+        if prior is None:
+            return StepLosses(losses, noise.timesteps)
+
+        # Per image of the batch, as the loss is: its share of images brings one prediction of the model before.
+        held = prior.rows(config.seed, batch)
+        difference = losses.new_zeros(())
+        if len(held):
+            x_0, epsilon, states = (part[held].to(losses) for part in (prior.latents, prior.noise, prior.condition))
+            difference = loss(x_0, states, timesteps=prior.timesteps[held], noise=epsilon).sum()
+            difference = difference / (PRIOR_FRACTION * len(losses))
+        objective = losses.mean() + config.finetune.prior_weight * difference
+        return StepLosses(losses, noise.timesteps, {"prior_loss": difference}, (objective,))
 
     def export(folder: Path) -> None:
         setup.export(folder, ema.module, frozen, config)
