@@ -90,9 +90,7 @@ def auto_train(data: dict[str, Any], options: TrainOptions, overrides: Sequence[
     data_overrides = [override for override in overrides if override.startswith("data.")]
     given = with_overrides({"data": data}, data_overrides)["data"]
     given.pop("resolution", None)
-    chosen = choose_config(inspection.used, given, options, device)
-    for reason in chosen.reasons:
-        print(reason)
+    chosen = choose_config(inspection.used, given, options, device, log=lambda reason: print(reason, flush=True))
     final = parse_config(with_overrides(chosen.config, overrides), LDMConfig, "the chosen config")
     stages, first = [("train_ldm", to_yaml(final))], None
     if chosen.first_stage is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -117,6 +117,12 @@ class ChosenConfig:
     first_stage: dict[str, Any] | None = None  # is trained before
     reasons: list[str] = field(default_factory=list)
     threads: int | None = None  # CPU threads that were measured and have to be used; None on a GPU
+    log: Callable[[str], None] = lambda line: None
+
+    def explain(self, reason: str) -> None:
+        """Add a reason, and show it at once: the next choice may take seconds to measure."""
+        self.reasons.append(reason)
+        self.log(reason)
 
 
 @dataclass(frozen=True)
@@ -147,48 +153,54 @@ class TrainOptions:
 
 
 def choose_config(
-    samples: Sequence[Sample], data: dict[str, Any], options: TrainOptions, device: torch.device
+    samples: Sequence[Sample],
+    data: dict[str, Any],
+    options: TrainOptions,
+    device: torch.device,
+    log: Callable[[str], None] = lambda line: None,
 ) -> ChosenConfig:
     """Choose what the options and the given keys of `data` (at least `path`) leave open, by all usable samples,
     inspected, and short timings on this machine. Raises ValueError for too few images or an option that cannot be met.
     """
     if len(samples) < MIN_IMAGES:
         raise ValueError(f"{data['path']} holds {len(samples)} image that can be used; training needs {MIN_IMAGES}")
-    chosen = ChosenConfig({"output_dir": options.output_dir, "seed": 0, "data": dict(data)})
-    config, reasons, data = chosen.config, chosen.reasons, chosen.config["data"]
+    chosen = ChosenConfig({"output_dir": options.output_dir, "seed": 0, "data": dict(data)}, log=log)
+    config, explain, data = chosen.config, chosen.explain, chosen.config["data"]
     if options.start_from is None:
-        size_reasons: list[str] = []
-        data["resolution"] = options.resolution or _choose_resolution(samples, device, size_reasons)
+        data["resolution"], size_reason = options.resolution, None
+        if options.resolution is None:
+            data["resolution"], size_reason = _choose_resolution(samples, device)
         images = _training_images(samples, data)
         start, reason = _choose_start(chosen, images, options, device)
-        reasons.append(f"start: {reason}")
+        explain(f"start: {reason}")
         options = dataclasses.replace(options, start_from=start)
     else:
-        reasons.append(f"start: {options.start_from}, as --start-from says")
+        explain(f"start: {options.start_from}, as --start-from says")
     if options.start_from is not None:
         _choose_finetuning(chosen, samples, options, device)
         parse_config(config, LDMConfig, "the chosen config")
         return chosen
-    reasons += size_reasons
+    if size_reason is not None:
+        explain(size_reason)
 
     name, minutes, space = options.first_stage, options.minutes, options.space
     if options.space == "auto":
         choice = decide_space(images, name, device)
         trains = choice.advice in ("tune", "train")
         space, name = ("latent" if trains else choice.space), choice.first_stage
-        reasons.append(f"space: {space}, because {choice.reason}")
+        explain(f"space: {space}, because {choice.reason}")
         if trains:
             name = (options.first_stage or DEFAULT_FIRST_STAGE) if choice.advice == "tune" else None
             chosen.first_stage = _first_stage_config(data, options, len(images), device, name)
             minutes *= 1 - FIRST_STAGE_FRACTION
             what = "a new one is trained" if name is None else f"the decoder of {name} is fine-tuned"
-            reasons.append(
+            explain(
                 f"first stage: {what} on these images before, {chosen.first_stage['train']['max_steps']} steps in "
                 f"up to {FIRST_STAGE_FRACTION:.0%} of the time"
             )
     else:
         name = (name or DEFAULT_FIRST_STAGE) if space == "latent" else None
-        reasons.append(f"space: {space}, as given")
+        explain(f"space: {space}, as given")
     config["space"] = space
     if chosen.first_stage is not None:
         config["first_stage"] = f"{chosen.first_stage['output_dir']}/autoencoder"
@@ -207,7 +219,7 @@ def choose_config(
             if longer <= len(captions) / 100:
                 break
         lose = "; none is longer" if not longer else f"; {longer} of {len(captions)} are longer and lose their end"
-        reasons.append(f"captions: {length} tokens{lose}")
+        explain(f"captions: {length} tokens{lose}")
     config["text"] = {"encoder": options.encoder, "max_length": length if is_minilm else None}
     text = (length, encoder.hidden_size)
     # In pixel space x_0 is clipped to known bounds, so a schedule may end in pure noise, and v leaves no specks.
@@ -255,8 +267,8 @@ def _choose_start(
     )
 
 
-def _choose_resolution(samples: Sequence[Sample], device: torch.device, reasons: list[str]) -> int:
-    """The largest of RESOLUTIONS that the median image fills and that this machine trains in hours."""
+def _choose_resolution(samples: Sequence[Sample], device: torch.device) -> tuple[int, str]:
+    """The largest of RESOLUTIONS that the median image fills and that this machine trains in hours; the reason."""
     # Curated sets are not inspected; a few of their images represent all.
     inspected = [sample for sample in samples if sample.size] or samples[:: max(1, len(samples) // 100)]
     median = sorted(min(sample.size or sample.load().size) for sample in inspected)[len(inspected) // 2]
@@ -264,8 +276,7 @@ def _choose_resolution(samples: Sequence[Sample], device: torch.device, reasons:
     side = max((r for r in RESOLUTIONS if r <= min(median, max_side)), default=RESOLUTIONS[0])
     limited = median > max_side == CPU_RESOLUTION
     limit = f"; without a GPU {max_side} is what trains in reasonable time" if limited else ""
-    reasons.append(f"image size: {side}, since half of the images have a shorter side of {median} or more{limit}")
-    return side
+    return side, f"image size: {side}, since half of the images have a shorter side of {median} or more{limit}"
 
 
 def _choose_network(
@@ -297,13 +308,13 @@ def _choose_network(
         if possible >= needed:
             break
     if side < resolution:
-        chosen.reasons.append(
+        chosen.explain(
             f"image size: {side} after all; at {resolution} fewer than {needed} samples, which {count} images need, "
             f"would fit into --minutes {minutes:g}"
         )
     size = format_millions(sum(p.numel() for p in network.parameters()))
     slow = f"; too slow for the {needed} samples needed: raise --minutes" if possible < needed else ""
-    chosen.reasons.append(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
+    chosen.explain(f"network: {size} parameters on {shape[1]}x{shape[2]}{slow}")
     return network, shape
 
 
@@ -317,13 +328,13 @@ def _choose_finetuning(
     side = options.resolution or pipeline.default_size[0]
     config["data"]["resolution"] = side
     of = "as given" if options.resolution is not None else f"that of {options.start_from}"
-    chosen.reasons.append(f"image size: {side}, {of}")
+    chosen.explain(f"image size: {side}, {of}")
     shape = pipeline.codec.latent_shape(side, side)
     parameters = sum(p.numel() for p in unet.parameters())
     large = parameters > LARGE
     method = options.method or ("lora" if large or len(samples) < 50 else "full")
     why = "as given" if options.method else f"for {len(samples)} images and {format_millions(parameters)} parameters"
-    chosen.reasons.append(f"method: {method}, {why}")
+    chosen.explain(f"method: {method}, {why}")
     config |= {"start_from": options.start_from, "finetune": {"method": method}}
     # Captions of the data, and what the model should still know.
     config["sample"] = {"prompts": [*sample_prompts(samples, PROMPTS - 2), *OTHER_PROMPTS], "images_per_prompt": 4}
@@ -359,7 +370,7 @@ def _choose_threads(
     assert found.number is not None
     torch.set_num_threads(found.number)
     chosen.threads = found.number
-    chosen.reasons.append(f"threads: {found}")
+    chosen.explain(f"threads: {found}")
 
 
 def unet_seconds(
@@ -500,7 +511,7 @@ def _choose_steps(
         why = f"--minutes {minutes:g}"
     else:
         why = f"{MAX_EPOCHS} times through the data"
-    chosen.reasons.append(
+    chosen.explain(
         f"steps: {steps} of {batch} images, about "
         f"{format_duration(steps * per_step + grids * grid() + evaluating)} at "
         f"{per_step:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured) with "

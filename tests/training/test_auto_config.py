@@ -114,6 +114,16 @@ def test_slow_machines_get_smaller_images(tmp_path, speed):
     assert (short.sample.images_per_prompt, len(short.sample.prompts)) == (1, 2)
 
 
+def test_enough_images_are_evaluated_at_the_end(tmp_path, speed):
+    pictures = folder_of(tmp_path / "pictures", 80, 16)
+    _, config, reasons = chosen(pictures)
+    assert (config.train.evaluate_every, config.train.evaluation_samples) == (config.train.max_steps, 64)
+    assert "and an evaluation" in reasons
+    assert chosen(pictures, used(pictures)[:50])[1].train.evaluate_every is None
+    speed["factor"] = 1000.0  # it would take too much of the time
+    assert chosen(pictures)[1].train.evaluate_every is None
+
+
 def test_icons(tmp_path, speed):
     icons = folder_of(tmp_path / "icons", 40, 24)
     _, config, reasons = chosen(icons)

@@ -421,3 +421,23 @@ def test_best_holds_the_export_of_the_lowest_held_out_loss(tmp_path, stable_diff
     assert best != (tmp_path / "run/pipeline" / UNET).read_bytes()
     assert drawn_by(Pipeline.from_pretrained(tmp_path / "run/best/pipeline"), (4, 8, 8)).shape == (16, 16, 3)
     assert next(wanted, None) is None
+
+
+def test_the_weights_of_the_lowest_held_out_loss_are_the_result(made, pictures, tmp_path, capfd):
+    one = made("full")
+    settings = {"train__final_weights": "best", "train__learning_rate": 10.0}
+    run_config(one.config("full", tmp_path / "worse", pictures, **settings))
+    before = load_file(one.model / UNET)
+    assert not moved(before, load_file(tmp_path / "worse" / "pipeline" / UNET))
+    assert moved(before, load_file(tmp_path / "worse" / "checkpoints" / "step_00000004" / "pipeline" / UNET))
+    assert "pipeline/ holds step 0, whose held-out loss is lowest" in capfd.readouterr().out
+    run_config(
+        one.config("full", tmp_path / "better", pictures, train__final_weights="best", train__learning_rate=1e-4)
+    )
+    logged = [entry["held_out_loss"] for entry in metrics(tmp_path / "better") if "held_out_loss" in entry]
+    best = (0, 2, 4)[logged.index(min(logged))]
+    expected = tmp_path / "better" / ("best" if best < 4 else "checkpoints/step_00000004") / "pipeline" / UNET
+    assert (tmp_path / "better" / "pipeline" / UNET).read_bytes() == expected.read_bytes()
+    # Without held-out images there is no best.
+    run_config(one.config("full", tmp_path / "none", pictures, train__final_weights="best", data__held_out=0.0))
+    assert (tmp_path / "none" / "pipeline" / UNET).is_file()
