@@ -16,10 +16,10 @@ from torch import Tensor
 from ldm import hub
 from ldm.config import LDMConfig
 from ldm.data import Batch, generator
-from ldm.data.scenes.source import training_scene
+from ldm.data.builtin import training_scene
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.losses import without_variance
-from ldm.diffusion.prediction import add_noise, x0_and_epsilon
+from ldm.diffusion.denoiser import add_noise, x0_and_epsilon
 from ldm.pipelines import Pipeline
 from ldm.text.encoder import ignore_cut_prompts
 from ldm.training.run import Run
@@ -77,7 +77,7 @@ def make_prior(config: LDMConfig, pipeline: Pipeline, run: Run) -> Prior | None:
             sampler="ddim",
             on_step=lambda state: latents.append(state.latents) if state.index == SAMPLING_STEPS - 1 else None,
         )
-    return predict(pipeline, torch.cat(latents), prompts, config.seed)
+    return frozen_predictions(pipeline, torch.cat(latents), prompts, config.seed)
 
 
 def read_prompts(config: LDMConfig) -> list[str]:
@@ -99,7 +99,7 @@ def read_prompts(config: LDMConfig) -> list[str]:
 
 
 @torch.no_grad()
-def predict(pipeline: Pipeline, latents: Tensor, prompts: Sequence[str], seed: int) -> Prior:
+def frozen_predictions(pipeline: Pipeline, latents: Tensor, prompts: Sequence[str], seed: int) -> Prior:
     """Predictions for samples x_0 [N, C, h, w] at `TIMESTEPS_PER_SAMPLE` timesteps each, spread over the schedule."""
     schedule, prediction_type = NoiseSchedule.from_config(pipeline.schedule), pipeline.schedule.prediction_type
     denoiser, total = without_variance(pipeline.unet), schedule.num_train_timesteps

@@ -215,8 +215,8 @@ def test_noise_is_told_where_all_training_images_are_variants_of_a_few(digits):
     assert measured(grouped, Known(*sides), "unseen", 64).verdict.kind == UNDECIDED
 
 
-def test_images_of_one_group_are_left_out_one_by_one(openmoji):
-    reference, sides = openmoji
+def test_images_of_one_group_are_left_out_one_by_one(digits):
+    reference, sides = digits
     alike = [dataclasses.replace(sample, group="one") for sample in sides[0].samples]
     one = Reference.from_data(CaptionedImages(alike, sides[0].config, 0), None, reference.space)
     found = baselines_of(one, 64, (8, 8), 0)

@@ -57,7 +57,7 @@ def test_the_model_before_has_no_difference_and_another_has(model, pictures, pre
     pipeline = Pipeline.from_pretrained(model)
     pipeline.schedule = dataclasses.replace(pipeline.schedule, prediction_type=prediction)
     latents = torch.randn(5, *pipeline.codec.latent_shape(16, 16))
-    prior = module.predict(pipeline, latents, ["a", "", "b", "c", "d"], seed=0)
+    prior = module.frozen_predictions(pipeline, latents, ["a", "", "b", "c", "d"], seed=0)
     assert len(prior.timesteps) == 5 * TIMESTEPS_PER_SAMPLE
     assert prior.timesteps.min() < 125 and prior.timesteps.max() >= 875
 
