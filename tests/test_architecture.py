@@ -400,8 +400,9 @@ WORDS = {
     *("suspects", "guilty", "opinion", "meeting", "nobody", "asked", "nearness", "drawn"),
 }
 # Sizes of ldm/ and train/. A change that needs more raises the number in a commit of its own, and says what for.
-MAX_LINES, MAX_FILES = 27_400, 102
-MAX_REACHED_LINES = 13_370  # what the training loop imports, itself included
+# 380 lines and two files are for what `ldm train` starts from, prior preservation, and the best weights.
+MAX_LINES, MAX_FILES = 27_780, 104
+MAX_REACHED_LINES = 13_530  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
 PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "report", "run_info"}
 MAX_SINGLE_USE = 0.043  # fraction of the lines that are private functions named at one place

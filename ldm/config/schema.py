@@ -216,8 +216,8 @@ class FinetuneConfig:
         alpha: they are scaled by alpha / rank; None is alpha = rank.
         target_modules: the layers that get one, by the ends of their names.
         prior_weight: of the squared difference to the predictions before fine-tuning, on `prior_prompts`; 0 is none.
-        prior_prompts: a text file with one prompt per line, of what the model should still know; None takes captions
-            of its data, for the built-in model.
+        prior_prompts: a text file with one prompt per line, of what the model should still know; None takes
+            `prompts.txt` in its folder, which the built-in model has.
     """
 
     __pydantic_config__ = {"extra": "forbid"}

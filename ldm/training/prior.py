@@ -16,7 +16,6 @@ from torch import Tensor
 from ldm import hub
 from ldm.config import LDMConfig
 from ldm.data import Batch, generator
-from ldm.data.builtin import training_scene
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.losses import without_variance
 from ldm.diffusion.denoiser import add_noise, x0_and_epsilon
@@ -81,20 +80,17 @@ def make_prior(config: LDMConfig, pipeline: Pipeline, run: Run) -> Prior | None:
 
 
 def read_prompts(config: LDMConfig) -> list[str]:
-    """`SAMPLES` prompts, one in `EMPTY_EVERY` empty: of `finetune.prior_prompts`, or captions of the built-in data."""
-    path = config.finetune.prior_prompts
-    if path is not None:
-        lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
-        known = [line for line in lines if line]
-        if not known:
-            raise ValueError(f"finetune.prior_prompts {path} is empty; write a prompt per line")
-    elif config.start_from in hub.BUILT_IN_PIPELINES:
-        known = [training_scene(number)[1] for number in range(SAMPLES)]
-    else:
+    """`SAMPLES` prompts, one in `EMPTY_EVERY` empty: of `finetune.prior_prompts`, or `prompts.txt` of the model."""
+    assert config.start_from is not None
+    path = Path(config.finetune.prior_prompts or hub.find_pipeline(config.start_from) / "prompts.txt").expanduser()
+    if config.finetune.prior_prompts is None and not path.is_file():
         raise ValueError(
             f"finetune.prior_weight is {config.finetune.prior_weight:g}, which needs prompts that {config.start_from} "
             "can draw: set finetune.prior_prompts to a text file with one per line, or the weight to 0"
         )
+    known = [line for line in map(str.strip, path.read_text(encoding="utf-8").splitlines()) if line]
+    if not known:
+        raise ValueError(f"{path} (finetune.prior_prompts) is empty; write a prompt per line")
     return ["" if i % EMPTY_EVERY == 0 else known[i % len(known)] for i in range(SAMPLES)]
 
 
