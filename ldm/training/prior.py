@@ -17,8 +17,8 @@ from ldm import hub
 from ldm.config import LDMConfig
 from ldm.data import Batch, generator
 from ldm.diffusion import NoiseSchedule
-from ldm.diffusion.losses import without_variance
 from ldm.diffusion.denoiser import add_noise, x0_and_epsilon
+from ldm.diffusion.losses import without_variance
 from ldm.pipelines import Pipeline
 from ldm.text.encoder import ignore_cut_prompts
 from ldm.training.run import Run
