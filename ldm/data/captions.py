@@ -7,8 +7,9 @@ import codecs
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.data.images import CAPTION_FILES, DOCUMENTS, IMAGES, FolderFiles, last_part, nfc, parent_prefix, stem, suffix
@@ -16,6 +17,7 @@ from ldm.data.sources import CaptionSource, Decode
 from ldm.progress import printable
 
 # In order of preference; case is ignored, "-" and " " count as "_".
+ENGLISH = "en"
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "title")
 TABLE_CAPTION_NAMES = (*CAPTION_NAMES, "comment")  # for tables that name image files; Flickr30k has "comment"
 FILE_NAMES = (
@@ -92,14 +94,47 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         raise ValueError(f"not {name.upper().removesuffix('-SIG')} text") from error
 
 
+# "de.utf8=Ein Hund", "pt_BR=Um cachorro": a line in another language, as Tux Paint has them.
+_KEYED = re.compile(
+    r"(?P<language>[a-z]{2,3}([_-][A-Za-z]{2,4})?(@\w+)?)(?P<encoding>\.utf-?8)?\s*=\s*(?P<text>.*)", re.I
+)
+
+
+def in_language(lines: Sequence[str], options: ReadOptions) -> list[str]:
+    """The lines in the language of the options (`data.caption_language`); lines without a key are taken as English.
+
+    None takes English, or all lines if there are none; lines of a file that do not look keyed are returned as they are.
+    `options.languages` counts the lines by language.
+    """
+    found = [(_KEYED.fullmatch(line), line) for line in lines]
+    keyed = [match for match, _ in found if match]
+    if len(keyed) < 2 and not any(match["encoding"] for match in keyed):
+        return list(lines)
+    by_language: dict[str, list[str]] = {}
+    for match, line in found:
+        language = match["language"].replace("-", "_") if match else ENGLISH
+        by_language.setdefault(language, []).append(match["text"].strip() if match else line)
+    options.languages.update({language: len(texts) for language, texts in by_language.items()})
+    if options.language is None:
+        return by_language.get(ENGLISH) or [text for texts in by_language.values() for text in texts]
+    wanted = options.language.replace("-", "_")
+    chosen = by_language.get(wanted) or [
+        text for language, texts in by_language.items() if language.split("_")[0] == wanted for text in texts
+    ]
+    if not chosen:
+        raise ValueError(f"without a caption in {options.language}, the data.caption_language")
+    return chosen
+
+
 def sidecar_captions(
-    paths: Sequence[str], read: Callable[[str], bytes], column: str | None
+    paths: Sequence[str], read: Callable[[str], bytes], options: ReadOptions
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Files beside one image → (captions, [(path, reason)]).
 
-    JSON files are used only if there are no text files: their key `column`, or a usual one if that is None. Files that
-    are not about captions give neither.
+    JSON files are used only if there are no text files: their key `options.caption`, or a usual one if that is None.
+    Files that are not about captions give neither.
     """
+    column = options.caption
     texts = [path for path in paths if path.lower().endswith(CAPTION_FILES)]
     good: list[str] = []
     faults: list[tuple[str, str]] = []
@@ -118,7 +153,7 @@ def sidecar_captions(
                 lines = [line for line in lines if any(map(str.isprintable, line))]
                 if not lines:
                     raise ValueError("empty caption")
-                good += [] if all(map(_BOX.fullmatch, lines)) else lines
+                good += [] if all(map(_BOX.fullmatch, lines)) else in_language(lines, options)
                 continue
             record = json.loads(text)
         except OSError as error:
@@ -152,6 +187,8 @@ class ReadOptions:
     caption: str | None
     decode: Decode
     captioned: bool
+    language: str | None = None  # `data.caption_language`
+    languages: Counter[str] = field(default_factory=Counter)  # lines of captions by language, where they have a key
 
 
 def choose_column(

@@ -79,7 +79,7 @@ def read_sidecars(found: FolderFiles, options: ReadOptions) -> Listing | None:
         beside = [*texts.get(nfc(image), ()), *texts.get(nfc(stem(image)), ())]
         # Two images may have names that differ in their code points only, each with its own captions.
         beside = [path for path in beside if stem(path) in (image, stem(image))] or beside
-        good, faults = sidecar_captions(beside, lambda path: (found.root / path).read_bytes(), options.caption)
+        good, faults = sidecar_captions(beside, lambda path: (found.root / path).read_bytes(), options)
         if good:
             listing.samples.append(file_sample(found, image, good, stem(image), options.decode))
             listing.covered.update(beside)

@@ -24,13 +24,13 @@ from ldm.data.sources import Decoded, Skipped
 
 AVIF = bool(features.check("avif"))  # not every build of Pillow has libavif
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", *([".avif"] * AVIF)})
-IMAGES = SUFFIXES | {".jfif", ".jpe"}  # browsers save JPEG files as .jfif and .jpe
+IMAGES = SUFFIXES | {".jfif", ".jpe", ".svg"}  # browsers save JPEG files as .jfif and .jpe
 CAPTION_FILES = (".txt", ".caption")
 # Text files that explain a folder, by the beginning of their names.
 DOCUMENTS = ("readme", "license", "licence", "notice", "copying", "changelog", "credits", "attribution", "classes")
 _UNSUPPORTED = frozenset(
     (
-        *(".heic", ".heif", ".avif", ".svg", ".jxl", ".jp2", ".psd", ".xcf", ".ico", ".tga", ".eps", ".exr", ".hdr"),
+        *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".xcf", ".ico", ".tga", ".eps", ".exr", ".hdr"),
         *(".heics", ".hif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dds", ".qoi", ".j2k", ".jxr", ".icns"),
         *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
     )
@@ -224,6 +224,29 @@ _GRAYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 _SRGB_WHITE_AND_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 
 
+SVG_SIDE, MAX_SVG_BYTES = 1024, 2**22  # of the longer side in pixels; larger than what is trained on
+
+
+def render_svg(data: bytes) -> bytes:
+    """An SVG file → PNG with transparency. Raises ValueError with the reason."""
+    from resvg_py import svg_to_bytes
+
+    if len(data) > MAX_SVG_BYTES:
+        raise ValueError(f"an SVG of more than {MAX_SVG_BYTES >> 20} MiB; convert it to PNG")
+    text = data.decode("utf-8", "replace")
+    if re.search(r"<(\w+:)?text\b", text):
+        raise ValueError("an SVG with text, for which fonts differ by machine; convert its text to paths")
+    if re.search(r"""href\s*=\s*["']\s*(?!#|data:)[^"'\s]*\.(png|jpe?g|gif|webp|svgz?)\s*["']""", text, re.I):
+        raise ValueError("an SVG that refers to another file; embed it")
+    try:
+        png = svg_to_bytes(svg_string=text, width=SVG_SIDE, skip_system_fonts=True)
+        if Image.open(io.BytesIO(png)).height > SVG_SIDE:
+            png = svg_to_bytes(svg_string=text, height=SVG_SIDE, skip_system_fonts=True)
+    except Exception as error:  # resvg raises several types
+        raise ValueError(f"not an SVG that can be drawn: {error}") from error
+    return bytes(png)
+
+
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     """Decodes the first frame of an image file: upright, sRGB, mode RGB, on `background`. Raises ValueError with the
     reason.
@@ -231,7 +254,8 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     if not data:
         raise ValueError("the file is empty")
     try:
-        data, profile = strip_text_chunks(data)
+        is_svg = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and b"<svg" in data[:MAX_SVG_BYTES]
+        data, profile = strip_text_chunks(render_svg(data) if is_svg else data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if profile is not None:
                 image.info["icc_profile"] = profile
@@ -253,7 +277,7 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
             if alpha is not None and alpha.getextrema()[0] == 255:
                 alpha = None
             found_traits = tuple(trait for trait, applies in traits.items() if applies)
-            return Decoded(rgb, image.format or "", image.mode, found_traits, alpha)
+            return Decoded(rgb, "SVG" if is_svg else image.format or "", image.mode, found_traits, alpha)
     except UnidentifiedImageError as error:
         reason = unsupported_type(data) or f"not an image in a known format ({', '.join(FORMATS).lower()})"
         raise ValueError(reason) from error

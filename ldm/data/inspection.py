@@ -9,7 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ class Inspection:
     """The result of inspecting a source.
 
     Args:
-        name, caption_sources: of the source.
+        name, caption_sources, languages: of the source.
         used: the samples to train on, in the order of the source, with digest and size. Near-duplicates share a group.
         skipped, duplicates: unusable entries, and exact copies, whose captions are added to the used sample; in natural
             order.
@@ -76,6 +76,7 @@ class Inspection:
     formats: tuple[ImageFormat, ...] = ()
     cache_error: str = ""
     caption_sources: tuple[CaptionSource, ...] = ()
+    languages: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -156,6 +157,7 @@ def inspect(source: Source, config: DataConfig, *, progress: bool = False, inclu
         tuple(one.format for one in used),
         cache_error,
         source.caption_sources,
+        source.languages,
     )
     assert inspection.total == len(source.samples) + len(source.skipped), "every sample is counted once"
     return inspection

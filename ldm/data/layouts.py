@@ -79,7 +79,7 @@ def open_source(config: DataConfig, *, captioned: bool = True) -> Source:
 
 def _open_path(config: DataConfig, captioned: bool) -> Source:
     decoder = partial(decode, background=config.background_rgb)
-    options = ReadOptions(config.image_column, config.caption_column, decoder, captioned)
+    options = ReadOptions(config.image_column, config.caption_column, decoder, captioned, config.caption_language)
     path = Path(config.path).expanduser().absolute()  # samples stay readable when the working directory changes
     if path.is_dir() and not shards.is_saved(path):
         return _Folder(path, config, options).open()
@@ -341,7 +341,14 @@ def _source(
 ) -> Source:
     """The listing as a source; `nothing` is the error if it has no samples."""
     skipped = tuple(sorted(listing.skipped, key=lambda entry: entry.path))
-    source = Source(name, tuple(listing.samples), skipped, caption_sources=sources, captioned=options.captioned)
+    source = Source(
+        name,
+        tuple(listing.samples),
+        skipped,
+        caption_sources=sources,
+        captioned=options.captioned,
+        languages=dict(options.languages.most_common()),
+    )
     if not listing.samples:
         telling = [entry for entry in skipped if not entry.reason.startswith("no caption")] or skipped
         telling = [*(Skipped(one.name, one.reason) for one in sources if one.doubtful), *telling]

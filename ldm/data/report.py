@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ldm.data.dataset import split
@@ -17,6 +18,8 @@ from ldm.progress import plural, printable
 
 _MAX_REPEATED = 10  # captions shared by most images
 _FEW_IMAGES = 100
+_MANY_CAPTIONS = 10  # per image
+_MAX_NON_LATIN = 0.05  # a larger fraction of captions needs attention
 # Width to height; an image counts for the nearest ratio.
 _SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
 _MAX_SMALL = 0.1  # a larger fraction of images below half of the resolution needs attention
@@ -53,6 +56,9 @@ class Captions:
         words: minimum, median and maximum per text; None without captions.
         repeated: (text, number of images) of the most shared texts, at most ten.
         too_long: truncated captions; None if not checked, for the reason in `uncounted`.
+        many: images with more than ten captions of their own.
+        non_latin: distinct texts with more letters of other scripts than of the Latin one.
+        languages: lines of caption files by language, where they have a key (`data.caption_language`).
     """
 
     total: int
@@ -65,6 +71,9 @@ class Captions:
     uncounted: str
     templated: int = 0
     without: int = 0
+    many: int = 0
+    non_latin: int = 0
+    languages: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_inspection(
@@ -94,6 +103,9 @@ class Captions:
             uncounted="" if truncated_words is not None else uncounted,
             templated=sum(sample.templated for sample in inspection.used),
             without=sum(not sample.captions for sample in inspection.used),
+            many=sum(len(sample.captions) - sample.templated > _MANY_CAPTIONS for sample in inspection.used),
+            non_latin=sum(map(_is_non_latin, texts)),
+            languages=inspection.languages,
         )
 
 
@@ -265,7 +277,7 @@ def dataset_report(
     )
     return replace(
         report,
-        notes=tuple(printable(line) for line in _notes(report, inspection)),
+        notes=tuple(printable(line) for line in _notes(report, config, inspection)),
         needs_attention=tuple(printable(line) for line in _needs_attention(report, config, inspection)),
     )
 
@@ -280,15 +292,29 @@ def _side(size: Size, config: DataConfig) -> float:
     return math.sqrt(size[0] * size[1]) if config.bucketed else min(size)
 
 
+def _is_non_latin(text: str) -> bool:
+    letters = [character for character in text if character.isalpha()]
+    return 2 * sum(unicodedata.name(letter, "").startswith("LATIN ") for letter in letters) < len(letters)
+
+
 def _counts(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _notes(report: DatasetReport, inspection: Inspection) -> Iterable[str]:
+def _notes(report: DatasetReport, config: DataConfig, inspection: Inspection) -> Iterable[str]:
     if report.captions.uncounted:
         yield f"the lengths of captions were not checked: {report.captions.uncounted}"
     if 0 < report.used < _FEW_IMAGES:
         yield f"{plural(report.used, 'image')}: few for a model from scratch, enough to fine-tune one"
+    if len(report.captions.languages) > 1 or "en" not in report.captions.languages:
+        counts = [f"{language} {count:,}" for language, count in report.captions.languages.items()]
+        if counts:
+            more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+            yield (
+                f"caption files have lines in {plural(len(counts), 'language')} ({', '.join(counts[:8])}{more}); "
+                f"{config.caption_language or 'those without a language, as English,'} are used; data.caption_language "
+                "takes another"
+            )
     extreme = sum(report.sizes.shapes.get(name, 0) for name in (_NARROWER, _WIDER))
     if extreme:
         yield f"{plural(extreme, 'image')} beyond {_EXTREME}:1, most of which is cropped away; cut them up"
@@ -351,6 +377,16 @@ def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Insp
             f"{plural(len(report.contradictory), 'exact copy', 'exact copies')} with another caption than the "
             f"original: {copy.path} says {quoted(copy.captions[0])}, and shows what {copy.of} shows; all captions are "
             "used, so remove those that are wrong"
+        )
+    if captions.many:
+        yield (
+            f"{plural(captions.many, 'image has', 'images have')} more than {_MANY_CAPTIONS} captions: each line of a "
+            "text file is one, and one of them is taken in each epoch; remove what does not describe the image"
+        )
+    if captions.non_latin > _MAX_NON_LATIN * captions.distinct:
+        yield (
+            f"{captions.non_latin} of {captions.distinct} captions are not in Latin letters, and the default text "
+            "encoder, minilm, was trained on English; translate them, or set text.encoder to one of their language"
         )
     if report.used > 1 and captions.distinct == 1 and not captions.without:
         yield f"all {report.used} images have one caption, {quoted(captions.repeated[0][0])}; describe what each shows"

@@ -373,7 +373,7 @@ def read_tar(path: Path, name: str, options: ReadOptions, listing: Listing) -> N
                 return file.read(min(members[kind].size, MAX_TEXT_BYTES + 1))  # one more, so that the size is checked
 
             sidecars = [kind for kind in (*CAPTION_FILES, ".json") if kind in members]
-            good, faults = sidecar_captions(sidecars, read_sidecar, options.caption)
+            good, faults = sidecar_captions(sidecars, read_sidecar, options)
             for kind in images:
                 id = f"{name}/{key}{kind}"
                 if not good and options.captioned:

@@ -38,6 +38,8 @@ class DataConfig:
         caption_source: which captions of a folder to use: the path of a table in it, "metadata", "sidecars" (text files
             beside images), "shards" or "folders" (names of sub-folders). None takes the source that captions most
             images.
+        caption_language: of text files beside images, lines of which may begin with a language, as in "de.utf8=": the
+            one to take, such as "de". None takes lines without a language, which count as English ("en").
         caption_templates: each caption is also used inside each of these, such as "a photo of {}".
         compose: fraction of the samples of an epoch, in [0, 1), composed of several images (`ldm.data.composer`).
         renew_every: number of epochs, at least 1, after which compositions or scenes are replaced by new ones.
@@ -67,6 +69,7 @@ class DataConfig:
     image_column: str | None = None
     caption_column: str | None = None
     caption_source: str | None = None
+    caption_language: str | None = None
     split: str = "train"
     subset: str | None = None
     cache_dir: str | None = None
@@ -105,9 +108,9 @@ class DataConfig:
         for template in self.caption_templates:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(f'data.caption_templates has "{template}"; each needs one {{}}: "a photo of {{}}"')
-        for key in ("image_column", "caption_column", "caption_source", "subset"):
+        for key in ("image_column", "caption_column", "caption_source", "caption_language", "subset"):
             if getattr(self, key) is not None and self.path in BUILT_IN:
-                kind = "folders" if key == "caption_source" else "tables and data sets of the hub"
+                kind = "folders" if key in ("caption_source", "caption_language") else "tables and data sets of the hub"
                 refuse(key, f', which is for {kind}, not for "{self.path}"; leave it out')
         _ = self.background_rgb
 
@@ -249,6 +252,7 @@ class Source:
     curated: bool = False
     caption_sources: tuple[CaptionSource, ...] = ()
     captioned: bool = True
+    languages: dict[str, int] = field(default_factory=dict)  # lines of captions by language, if they have a key
 
 
 @dataclass
