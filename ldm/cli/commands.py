@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -132,21 +133,31 @@ def train_command(
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What to draw; several texts give several pictures.")
+    ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="A pipeline folder, a hub id, or the built-in scenes-64.")
     ] = "scenes-64",
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA file, folder or hub id on top, NAME or NAME:WEIGHT; repeatable.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("image.png"),
+    prompts: Annotated[Path | None, typer.Option(help="A text file with one more prompt per line.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The PNG file to write; image.png by default, or the next free name."),
+    ] = None,
     count: Annotated[
         int,
         typer.Option(
-            "-n", help="How many pictures: -o becomes a sheet of them, beside one file a picture named by its seed."
+            "-n",
+            help="Pictures per prompt: of several pictures -o becomes a sheet, beside one file each, named by number of "
+            "the prompt and seed.",
         ),
     ] = 1,
-    seed: Annotated[int | None, typer.Option(help="Picture i has seed + i; a fresh one by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Picture i of each prompt has seed + i; a fresh one by default.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
     num_inference_steps: arguments.Steps = None,
     guidance_scale: arguments.Guidance = None,
@@ -170,6 +181,7 @@ def generate(
     progress_strip: Annotated[
         Path | None, typer.Option(help="Also write a PNG with what the model saw in the noise at eight of the steps.")
     ] = None,
+    enlarge: Annotated[int, typer.Option(help="Write each pixel as a square of so many, 1 to 16.")] = 1,
     height: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; that of training by default.")] = None,
     tile: Annotated[
@@ -184,13 +196,19 @@ def generate(
 ) -> None:
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
     as_png = "pictures are written as PNG"
-    output = arguments.output_file("--output", output, [".png"], as_png)
+    texts = [*(prompt or []), *([] if prompts is None else arguments.read_lines("--prompts", prompts))]
+    if not texts:
+        raise ValueError("there is nothing to draw; give a text, or --prompts FILE with one per line")
+    named = output is not None
+    output = arguments.output_file("--output", output or free_name(Path("image.png")), [".png"], as_png)
     if progress_strip is not None:
         progress_strip = arguments.output_file("--progress-strip", progress_strip, [".png"], as_png)
         if progress_strip == output:
             raise ValueError(f"--progress-strip is {progress_strip}; it must be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
+    if not 1 <= enlarge <= 16:
+        raise ValueError(f"--enlarge is {enlarge}; it must be 1 to 16")
     options: dict[str, float] = {}
     for entry in sampler_option or []:
         key, _, value = entry.partition("=")
@@ -211,9 +229,10 @@ def generate(
     for source, weight in weighted:
         check_weight(source, weight)
     check_size(height, width)
-    image_prompts(prompt, negative_prompt, count)
+    image_prompts(texts, negative_prompt, count)
     if seed is not None:
         image_seeds([seed, seed + count - 1], 2)
+    seed = image_seeds(None, 1)[0] if seed is None else seed
     its = locals() | {"sampler_options": options or None}
     names = ("sampler", "sampler_options", "num_inference_steps", "guidance_scale", "eta", "guidance_rescale")
     sampling: Any = {name: its[name] for name in (*names, "guidance_interval", "dynamic_threshold")}
@@ -225,9 +244,10 @@ def generate(
     params = pipeline.sampling_params(**sampling)
     strip = None if progress_strip is None else ProgressStrip(pipeline.preview, params.num_inference_steps)
     with ignore_cut_prompts():  # said below, since a wrong argument is one line and no more
-        given = {key: its[key] for key in ("negative_prompt", "height", "width", "seed")}
-        result = pipeline(prompt, num_images_per_prompt=count, on_step=strip, **given, **sampling)
-    cut = pipeline.text_encoder.truncation_message([prompt, negative_prompt or ""])
+        given = {key: its[key] for key in ("negative_prompt", "height", "width")}
+        seeds = [seed + i for _ in texts for i in range(count)]
+        result = pipeline(texts, num_images_per_prompt=count, seed=seeds, on_step=strip, **given, **sampling)
+    cut = pipeline.text_encoder.truncation_message([*texts, negative_prompt or ""])
     if cut:
         print(f"warning: {cut}", file=sys.stderr)
     settings = {key: getattr(params, key) for key in sampling} | {
@@ -239,22 +259,34 @@ def generate(
     }
     if guidance_interval is not None:  # JSON has no infinity
         settings["guidance_interval"] = [end if math.isfinite(end) else str(end) for end in guidance_interval]
-    text = {"prompt": prompt, "negative_prompt": negative_prompt or "", "settings": settings}
+    text = {"negative_prompt": negative_prompt or "", "settings": settings}
+    about = {"prompt": texts[0] if len(texts) == 1 else texts} | text
     if progress_strip is not None and strip is not None:
         sheet = strip.sheet([f"seed {its_seed}" for its_seed in result.seeds])
-        save_png(sheet, progress_strip, text | {"seed": result.seeds, "timesteps": strip.timesteps})
+        save_png(sheet, progress_strip, about | {"seed": result.seeds, "timesteps": strip.timesteps})
         print(progress_strip)
-    if count == 1:
-        save_png(result.images[0], output, text | {"seed": result.seeds[0]})
+    images = [image.resize((image.width * enlarge, image.height * enlarge), 0) for image in result.images]  # 0: nearest
+    if len(images) == 1:
+        save_png(images[0], output, about | {"seed": seed})
         print(output)
         return
-    for image, its_seed in zip(result.images, result.seeds, strict=True):
-        path = output.with_name(f"{output.stem}-{its_seed}{output.suffix}")
-        save_png(image, path, text | {"seed": its_seed})
+    for number, (image, its_seed) in enumerate(zip(images, result.seeds, strict=True)):
+        names = [str(number // count + 1)] * (len(texts) > 1) + [str(its_seed)] * (count > 1)
+        path = output.with_name(f"{'-'.join([output.stem, *names])}{output.suffix}")
+        path = path if named else free_name(path)
+        save_png(image, path, {"prompt": texts[number // count]} | text | {"seed": its_seed})
         print(path)
-    rows = [result.images[start : start + 8] for start in range(0, count, 8)]
-    save_png(contact_sheet(rows, size=max(result.images[0].width, 96)), output, text | {"seed": result.seeds})
+    width = count if len(texts) > 1 else 8
+    rows = [images[start : start + width] for start in range(0, len(images), width)]
+    size = max(images[0].width, 96)
+    save_png(contact_sheet(rows, texts if len(texts) > 1 else None, size=size), output, about | {"seed": result.seeds})
     print(output)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with "-2", "-3" … the first that does not exist."""
+    names = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _source_and_weight(entry: str) -> tuple[str, float]:
