@@ -62,6 +62,30 @@ def test_several_pictures_make_a_sheet_beside_them(model, tmp_path, monkeypatch)
     assert Image.open(tmp_path / "c.png").width > 4 * 90
 
 
+def test_several_prompts_make_a_row_each_with_the_same_seeds(model, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("b\n\n  c \n", encoding="utf-8-sig")
+    (tmp_path / "out").mkdir()
+    arguments = ["generate", "a", "-m", model, "--seed", 7, "--steps", 1, "-o", tmp_path / "out" / "i.png"]
+    assert call(monkeypatch, *arguments, "--prompts", tmp_path / "p.txt", "--enlarge", 3) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["i-1.png", "i-2.png", "i-3.png", "i.png"]
+    texts = [Image.open(tmp_path / "out" / f"i-{i}.png").text for i in (1, 2, 3)]
+    assert [(text["prompt"], text["seed"]) for text in texts] == [("a", "7"), ("b", "7"), ("c", "7")]
+    assert json.loads(Image.open(tmp_path / "out" / "i.png").text["prompt"]) == ["a", "b", "c"]
+    large = np.asarray(Image.open(tmp_path / "out" / "i-2.png"))
+    alone = Pipeline.from_pretrained(model)("b", seed=7, num_inference_steps=1).images[0]
+    assert (large == np.asarray(alone).repeat(3, axis=0).repeat(3, axis=1)).all()
+    assert call(monkeypatch, *arguments, "b", "-n", 2) == 0
+    assert {"i-1-7.png", "i-1-8.png", "i-2-7.png", "i-2-8.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_without_a_name_nothing_is_overwritten(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2, 3):
+        assert call(monkeypatch, "generate", "a", "-m", model, "--steps", 1, "--seed", seed) == 0
+    names = ("image.png", "image-2.png", "image-3.png")
+    assert [Image.open(tmp_path / name).text["seed"] for name in names] == ["1", "2", "3"]
+
+
 def test_sampler_and_guidance_are_written_down_and_drawn_with(model, tmp_path, monkeypatch):
     path, strip = tmp_path / "a.png", tmp_path / "strips" / "a.png"
     code = call(
@@ -123,6 +147,8 @@ def test_options_of_a_sampler_and_an_endless_interval_are_written_down(model, tm
         (["--guidance", "nan"], "guidance_scale is nan"),
         (["--eta", "2"], "eta is 2"),
         (["-n", "0"], "-n is 0"),
+        (["--enlarge", "17"], "--enlarge is 17"),
+        (["--prompts", "./none.txt"], "none.txt cannot be read"),
         (["--seed", "-1"], "seed is -1"),
         (["-o", "picture.jpg"], "picture.jpg"),
         (["--height", "-8"], "-8"),

@@ -19,6 +19,7 @@ data_app = typer.Typer(help="Check data before training.", no_args_is_help=True)
 autoencoder_app = typer.Typer(help="First stages: autoencoders between images and latents.", no_args_is_help=True)
 
 MINUTES, ENCODER = 30.0, "minilm"
+MAX_PER_PROMPT = 10_000
 # Options of new runs, and what to do instead with --resume.
 FIXED = "a run cannot change it; leave it out, or start a new run"
 NEW_RUN_ONLY = {
@@ -151,8 +152,8 @@ def generate(
         int,
         typer.Option(
             "-n",
-            help="Pictures per prompt: of several pictures -o becomes a sheet, beside one file each, named by number of "
-            "the prompt and seed.",
+            help="Pictures per prompt: of several pictures -o becomes a sheet, beside one file each, named by prompt "
+            "number and seed.",
         ),
     ] = 1,
     seed: Annotated[
@@ -207,6 +208,8 @@ def generate(
             raise ValueError(f"--progress-strip is {progress_strip}; it must be another file than -o")
     if count < 1:
         raise ValueError(f"-n is {count}; it must be at least 1")
+    if len(texts) > 1 and count > MAX_PER_PROMPT:
+        raise ValueError(f"-n is {count}; for several prompts it must be at most {MAX_PER_PROMPT}")
     if not 1 <= enlarge <= 16:
         raise ValueError(f"--enlarge is {enlarge}; it must be 1 to 16")
     options: dict[str, float] = {}
@@ -245,7 +248,8 @@ def generate(
     strip = None if progress_strip is None else ProgressStrip(pipeline.preview, params.num_inference_steps)
     with ignore_cut_prompts():  # said below, since a wrong argument is one line and no more
         given = {key: its[key] for key in ("negative_prompt", "height", "width")}
-        seeds = [seed + i for _ in texts for i in range(count)]
+        # One number for one prompt: the pipeline refuses too many images before it counts them.
+        seeds = seed if len(texts) == 1 else [seed + i for _ in texts for i in range(count)]
         result = pipeline(texts, num_images_per_prompt=count, seed=seeds, on_step=strip, **given, **sampling)
     cut = pipeline.text_encoder.truncation_message([*texts, negative_prompt or ""])
     if cut:
@@ -271,8 +275,8 @@ def generate(
         print(output)
         return
     for number, (image, its_seed) in enumerate(zip(images, result.seeds, strict=True)):
-        names = [str(number // count + 1)] * (len(texts) > 1) + [str(its_seed)] * (count > 1)
-        path = output.with_name(f"{'-'.join([output.stem, *names])}{output.suffix}")
+        parts = [str(number // count + 1)] * (len(texts) > 1) + [str(its_seed)] * (count > 1)
+        path = output.with_name(f"{'-'.join([output.stem, *parts])}{output.suffix}")
         path = path if named else free_name(path)
         save_png(image, path, {"prompt": texts[number // count]} | text | {"seed": its_seed})
         print(path)

@@ -202,7 +202,9 @@ def config_from_diffusers(config: dict[str, Any], class_name: str | None = None)
     named = replace(named, trained_betas=None)
     # The last digits of a cosine differ between machines.
     if not torch.allclose(make_betas(named), make_betas(read), rtol=1e-9, atol=1e-15):
-        raise ValueError(f"scheduler trained_betas are not those of {OUR_KEY} {named.beta_schedule!r}; drop {OUR_KEY}")
+        raise ValueError(
+            f"scheduler trained_betas are not those of {OUR_KEY}.beta_schedule {named.beta_schedule!r}; drop {OUR_KEY}"
+        )
     return named
 
 

@@ -187,7 +187,7 @@ def test_json_is_complete_and_its_keys_stay(found: Inspection) -> None:
     ]
     assert set(plain["captions"]) == {
         "total", "distinct", "missing", "empty", "words", "repeated", "too_long", "uncounted", "templated",
-        "without",
+        "many", "non_latin", "languages", "without",
     }  # fmt: skip
     assert set(plain["sizes"]) == {"smallest", "median", "largest", "enlarged", "much_enlarged", "shapes"}
 

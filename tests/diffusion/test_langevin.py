@@ -211,7 +211,7 @@ def test_arguments_outside_their_range_are_refused(sampler, keys, message):
 
 def test_annealed_langevin_cannot_start_without_signal():
     schedule = NoiseSchedule.from_config(ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction"))
-    with pytest.raises(ValueError, match=r"timestep 999, where alphas_cumprod is 0 .* start lower"):
+    with pytest.raises(ValueError, match=r"timestep 999, where alphas_cumprod is 0; start lower"):
         next(annealed_langevin(network, stream()(), schedule, schedule.grid(5), noise=stream()))
     assert next(annealed_langevin(network, stream()(), schedule, schedule.grid(5, "leading"), noise=stream()))
 

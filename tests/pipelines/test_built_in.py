@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_it_is_small_enough_for_any_host_and_has_its_card() -> None:
     sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
     assert max(sizes.values()) < 16 * 2**20 and sum(sizes.values()) <= 30e6
-    assert {path.suffix for path in sizes} == {".json", ".safetensors", ".md", ".yaml"}
+    assert {path.suffix for path in sizes} == {".json", ".safetensors", ".md", ".txt", ".yaml"}
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert card == (ROOT / "docs" / f"{NAME}.md").read_text(encoding="utf-8")
     for word in ("CC BY-SA 4.0", "configs/scenes-64.yaml", "memoriz", "cannot"):
