@@ -21,6 +21,7 @@ from ldm.training import run_info
 ROOT = Path(__file__).parents[1]
 FILE_BYTES = 15 * 2**20
 ALL_BYTES = 30 * 10**6
+PROMPTS = "prompts.txt"
 
 
 def release(run: Path, target: Path, card: Path, guidance: float | None, steps: int | None) -> int:
@@ -41,6 +42,8 @@ def release(run: Path, target: Path, card: Path, guidance: float | None, steps: 
         pipeline.save_pretrained(aside, dtype=torch.float16, shard_bytes=FILE_BYTES, text_encoder="reference")
         shutil.copyfile(card, aside / "README.md")
         shutil.copyfile(run / "config.yaml", aside / run_info.CONFIG)
+        if (target / PROMPTS).is_file():  # for prior preservation, `ldm.training.prior`
+            shutil.copyfile(target / PROMPTS, aside / PROMPTS)
         data = {"samples": found.samples, "sha256": found.sha256, "scenes": found.scenes}
         hub.write_json(aside / run_info.DATA, {key: value for key, value in data.items() if value is not None})
         size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())

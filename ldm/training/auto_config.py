@@ -22,6 +22,7 @@ from ldm.evaluation.autoencoder import (
     measure_reconstruction,
     no_first_stage_reason,
 )
+from ldm.hub import find_pipeline
 from ldm.models import AutoencoderKL, FirstStage, UNet, UNetConfig
 from ldm.models.efficientnet import is_installed, perceptual_distance
 from ldm.pipelines import Pipeline
@@ -29,6 +30,7 @@ from ldm.progress import format_duration, plural
 from ldm.text import load_text_encoder
 from ldm.training import threads
 from ldm.training.estimate import format_millions, seconds_per_call
+from ldm.training.prior import FRACTION as PRIOR_FRACTION
 from ldm.training.setup import load_first_stage
 from ldm.training.starting_model import choose_start
 from ldm.training.trainable import attention_layers
@@ -336,6 +338,9 @@ def _choose_finetuning(
     why = "as given" if options.method else f"for {len(samples)} images and {format_millions(parameters)} parameters"
     chosen.explain(f"method: {method}, {why}")
     config |= {"start_from": options.start_from, "finetune": {"method": method}}
+    if (find_pipeline(options.start_from) / "prompts.txt").is_file():
+        config["finetune"]["prior_weight"] = 1.0
+        chosen.explain(f"prior preservation: weight 1, on prompts of {options.start_from}")
     # Captions of the data, and what the model should still know.
     config["sample"] = {"prompts": [*sample_prompts(samples, PROMPTS - 2), *OTHER_PROMPTS], "images_per_prompt": 4}
     config["sample"] |= {key: getattr(pipeline, key) for key in ("guidance_scale", "num_inference_steps", "sampler")}
@@ -483,6 +488,8 @@ def _choose_steps(
     seconds = {name: unet_seconds(network, shape, text, timed, device, name) * batch / timed for name in ("no", "bf16")}
     precision = "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
     per_step = seconds[precision]
+    if chosen.config.get("finetune", {}).get("prior_weight"):
+        per_step *= 1 + PRIOR_FRACTION
     max_steps = max(MIN_STEPS, _round_steps(MAX_EPOCHS * count // batch))
     available = min(minutes * 60, max_steps * per_step)
     # Two evaluations of the network per image and sampling step, each a third of a training step (Kaplan et al. 2020,
