@@ -26,7 +26,7 @@ from ldm.pipelines import Pipeline, contact_sheet, save_png
 ROOT = Path(__file__).parents[1]
 STARTED = time.perf_counter()
 EACH, STEPS = 50, 25
-FIRST = "a corgi wearing a hat"
+FIRST = "three apples"
 
 
 def say(text: str) -> None:

@@ -435,6 +435,11 @@ class Pipeline:
         self.codec.tile(size)
 
     @property
+    def device(self) -> torch.device:
+        """Of the UNet."""
+        return self.unet.conv_in.weight.device
+
+    @property
     def default_size(self) -> tuple[int, int]:
         """Height and width of training, in pixels."""
         size = self.unet.config.sample_size

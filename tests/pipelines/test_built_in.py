@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 from ldm import Pipeline, hub
@@ -52,3 +53,7 @@ def test_saved_with_all_its_files_it_draws_the_same_here_and_in_diffusers(tmp_pa
     assert (np.asarray(drawn[0]) == np.asarray(drawn[1])).all()
     same_picture(tmp_path / "whole", size=64)
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "whole").unet.config.sample_size == 16
+
+
+def test_it_says_where_it_is() -> None:
+    assert Pipeline.from_pretrained(NAME, device="cpu").device == torch.device("cpu")

@@ -188,6 +188,13 @@ def test_a_model_to_go_on_from(tmp_path, speed, stable_diffusion):
     assert config.sample.sampler == "ddpm"
 
 
+def test_what_the_built_in_model_knew_is_held(tmp_path, speed):
+    pictures = folder_of(tmp_path / "pictures", 24, 64)
+    _, config, reasons = chosen(pictures, start_from="scenes-64")
+    assert config.finetune.prior_weight == 1.0 and "prior preservation: weight 1, on prompts of scenes-64" in reasons
+    assert config.data.resolution == 64 and config.sample.num_inference_steps == 25
+
+
 def test_what_is_measured_for_a_method_is_what_it_trains(tmp_path, stable_diffusion, monkeypatch):
     learning = {}
 
