@@ -402,7 +402,7 @@ WORDS = {
 }
 # Sizes of ldm/ and train/. A change that needs more raises the number in a commit of its own, and says what for.
 # 550 lines and three files are for what `ldm train` starts from, prior preservation, languages, SVG, several prompts.
-MAX_LINES, MAX_FILES = 27_950, 105
+MAX_LINES, MAX_FILES = 27_960, 105
 MAX_REACHED_LINES = 13_560  # what the training loop imports, itself included
 # Of ldm.training: what plugs into the loops.
 PRODUCTS = {"auto", "auto_config", "estimate", "evaluator", "launch", "report", "run_info"}

@@ -70,7 +70,6 @@ _UNSUPPORTED_SIGNATURES = tuple(
         (rb"PK\x03\x04", "a zip archive"),
         (rb"\x1f\x8b", "a gzip archive"),
         (rb"version https://git-lfs", "a pointer of git-LFS"),
-        (rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg", "an SVG drawing"),
         (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)", "a web page"),
     )
 )
@@ -224,6 +223,9 @@ _GRAYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 _SRGB_WHITE_AND_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 
 
+_SVG = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?(<!--.*?-->\s*)*<svg", re.DOTALL
+)
 SVG_SIDE, MAX_SVG_BYTES = 1024, 2**22  # of the longer side in pixels; larger than what is trained on
 
 
@@ -254,7 +256,7 @@ def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:
     if not data:
         raise ValueError("the file is empty")
     try:
-        is_svg = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and b"<svg" in data[:MAX_SVG_BYTES]
+        is_svg = _SVG.match(data[:65536]) is not None
         data, profile = strip_text_chunks(render_svg(data) if is_svg else data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if profile is not None:

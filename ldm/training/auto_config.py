@@ -28,9 +28,8 @@ from ldm.models.efficientnet import is_installed, perceptual_distance
 from ldm.pipelines import Pipeline
 from ldm.progress import format_duration, plural
 from ldm.text import load_text_encoder
-from ldm.training import threads
+from ldm.training import prior, threads
 from ldm.training.estimate import format_millions, seconds_per_call
-from ldm.training.prior import FRACTION as PRIOR_FRACTION
 from ldm.training.setup import load_first_stage
 from ldm.training.starting_model import choose_start
 from ldm.training.trainable import attention_layers
@@ -488,8 +487,9 @@ def _choose_steps(
     seconds = {name: unet_seconds(network, shape, text, timed, device, name) * batch / timed for name in ("no", "bf16")}
     precision = "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
     per_step = seconds[precision]
-    if chosen.config.get("finetune", {}).get("prior_weight"):
-        per_step *= 1 + PRIOR_FRACTION
+    holds_prior = bool(chosen.config.get("finetune", {}).get("prior_weight"))
+    if holds_prior:
+        per_step *= 1 + prior.FRACTION
     max_steps = max(MIN_STEPS, _round_steps(MAX_EPOCHS * count // batch))
     available = min(minutes * 60, max_steps * per_step)
     # Two evaluations of the network per image and sampling step, each a third of a training step (Kaplan et al. 2020,
@@ -501,7 +501,8 @@ def _choose_steps(
         return evaluations * sample["images_per_prompt"] * len(sample["prompts"]) * seconds_each
 
     # Of a model to fine-tune before the first step too.
-    rounds = 1 if chosen.config.get("start_from") is None else 2
+    before = 0 if chosen.config.get("start_from") is None else 1
+    rounds = 1 + before
     evaluating = rounds * evaluations * EVALUATED_IMAGES * seconds_each
     if count < EVALUATED_IMAGES or evaluating > available * GRID_FRACTION:
         evaluating = 0.0
@@ -510,7 +511,10 @@ def _choose_steps(
     while grid() > available * GRID_FRACTION and len(sample["prompts"]) > 2:
         sample["prompts"] = sample["prompts"][::2]
     grids = max(1, min(MAX_GRIDS, int(available * GRID_FRACTION / grid())))
-    possible = _round_steps(int((available - grids * grid() - evaluating) / per_step))
+    others = (grids + before) * grid() + evaluating
+    if holds_prior:
+        others += prior.SAMPLES * (prior.SAMPLING_STEPS + prior.TIMESTEPS_PER_SAMPLE) * seconds_each
+    possible = _round_steps(int((available - others) / per_step))
     steps = min(max_steps, max(MIN_STEPS, possible))
     if possible < MIN_STEPS:
         why = f"the fewest that make sense; --minutes {minutes:g} is not enough"
@@ -520,7 +524,7 @@ def _choose_steps(
         why = f"{MAX_EPOCHS} times through the data"
     chosen.explain(
         f"steps: {steps} of {batch} images, about "
-        f"{format_duration(steps * per_step + grids * grid() + evaluating)} at "
+        f"{format_duration(steps * per_step + others)} at "
         f"{per_step:.2g} s a step ({'bf16' if precision == 'bf16' else 'float32'}, measured) with "
         f"{plural(grids, 'sample grid')}{' and an evaluation' if evaluating else ''}: {why}"
     )
