@@ -118,6 +118,20 @@ def writable_folder(name: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def read_lines(what: str, path: Path | str) -> list[str]:
+    """The lines of a text file that are not empty, stripped. Raises ValueError naming `what` and the file."""
+    path = expand_user(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ValueError(f"{what} {path} {reason}") from None
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{what} {path} is empty; write a prompt per line")
+    return found
+
+
 def expand_user(name: str | os.PathLike[str]) -> Path:
     """A path in which `~` is the home folder; ValueError for that of a user who is not known."""
     try:

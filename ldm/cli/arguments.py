@@ -92,21 +92,6 @@ def output_file(option: str, path: Path, kinds: Sequence[str], what: str) -> Pat
     return path
 
 
-def read_lines(option: str, path: Path) -> list[str]:
-    """The lines of a text file that are not empty; ValueError naming the option if there are none."""
-    path = disk.expand_user(path)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{option} {path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from None
-    found = [line for line in lines if line]
-    if not found:
-        raise ValueError(f"{option} {path} is empty; write a prompt per line")
-    return found
-
-
 def output_folder(option: str, path: Path) -> Path:
     """The folder to write into; checks that it can be written. Raises ValueError naming the option."""
     path = disk.expand_user(path)

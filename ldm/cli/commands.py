@@ -197,7 +197,7 @@ def generate(
 ) -> None:
     """Draw pictures from a text. Each PNG carries its prompt, seed and settings."""
     as_png = "pictures are written as PNG"
-    texts = [*(prompt or []), *([] if prompts is None else arguments.read_lines("--prompts", prompts))]
+    texts = [*(prompt or []), *([] if prompts is None else disk.read_lines("--prompts", prompts))]
     if not texts:
         raise ValueError("there is nothing to draw; give a text, or --prompts FILE with one per line")
     named = output is not None

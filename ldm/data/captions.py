@@ -94,9 +94,11 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         raise ValueError(f"not {name.upper().removesuffix('-SIG')} text") from error
 
 
-# "de.utf8=Ein Hund", "pt_BR=Um cachorro": a line in another language, as Tux Paint has them.
+# "de.utf8=Ein Hund", as Tux Paint has it, or "pt_BR=Um cachorro": without ".utf8" only two letters are a language.
 _KEYED = re.compile(
-    r"(?P<language>[a-z]{2,3}([_-][A-Za-z]{2,4})?(@\w+)?)(?P<encoding>\.utf-?8)?\s*=\s*(?P<text>.*)", re.I
+    r"(?=[a-z]{2}([\s=_-]|$)|[^=]*\.utf-?8)"
+    r"(?P<language>[a-z]{2,3}([_-][a-z]{2,4})?(@\w+)?)(?P<encoding>\.utf-?8)?\s*=\s*(?P<text>.*)",
+    re.IGNORECASE,
 )
 
 

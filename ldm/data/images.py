@@ -238,15 +238,15 @@ def render_svg(data: bytes) -> bytes:
     text = data.decode("utf-8", "replace")
     if re.search(r"<(\w+:)?text\b", text):
         raise ValueError("an SVG with text, for which fonts differ by machine; convert its text to paths")
-    if re.search(r"""href\s*=\s*["']\s*(?!#|data:)[^"'\s]*\.(png|jpe?g|gif|webp|svgz?)\s*["']""", text, re.I):
+    # resvg reads any file of the machine that an image names, whatever its suffix.
+    if re.search(r"""<(\w+:)?(image|feImage)\b[^>]*href\s*=\s*["']\s*(?!data:|\#)""", text):
         raise ValueError("an SVG that refers to another file; embed it")
     try:
-        png = svg_to_bytes(svg_string=text, width=SVG_SIDE, skip_system_fonts=True)
-        if Image.open(io.BytesIO(png)).height > SVG_SIDE:
-            png = svg_to_bytes(svg_string=text, height=SVG_SIDE, skip_system_fonts=True)
-    except Exception as error:  # resvg raises several types
+        return bytes(svg_to_bytes(svg_string=text, width=SVG_SIDE, height=SVG_SIDE, skip_system_fonts=True))  # fits in
+    except BaseException as error:  # a panic of resvg is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"not an SVG that can be drawn: {error}") from error
-    return bytes(png)
 
 
 def decode(data: bytes, background: tuple[int, int, int]) -> Decoded:

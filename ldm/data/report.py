@@ -306,15 +306,14 @@ def _notes(report: DatasetReport, config: DataConfig, inspection: Inspection) ->
         yield f"the lengths of captions were not checked: {report.captions.uncounted}"
     if 0 < report.used < _FEW_IMAGES:
         yield f"{plural(report.used, 'image')}: few for a model from scratch, enough to fine-tune one"
-    if len(report.captions.languages) > 1 or "en" not in report.captions.languages:
+    if report.captions.languages.keys() - {"en"}:
         counts = [f"{language} {count:,}" for language, count in report.captions.languages.items()]
-        if counts:
-            more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
-            yield (
-                f"caption files have lines in {plural(len(counts), 'language')} ({', '.join(counts[:8])}{more}); "
-                f"{config.caption_language or 'those without a language, as English,'} are used; data.caption_language "
-                "takes another"
-            )
+        more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+        yield (
+            f"caption files have lines in {plural(len(counts), 'language')} ({', '.join(counts[:8])}{more}); "
+            f"{config.caption_language or 'those without a language, as English,'} are used; data.caption_language "
+            "takes another"
+        )
     extreme = sum(report.sizes.shapes.get(name, 0) for name in (_NARROWER, _WIDER))
     if extreme:
         yield f"{plural(extreme, 'image')} beyond {_EXTREME}:1, most of which is cropped away; cut them up"

@@ -489,7 +489,7 @@ def _choose_steps(
     per_step = seconds[precision]
     holds_prior = bool(chosen.config.get("finetune", {}).get("prior_weight"))
     if holds_prior:
-        per_step *= 1 + prior.FRACTION
+        per_step *= 1 + prior.PRIOR_FRACTION
     max_steps = max(MIN_STEPS, _round_steps(MAX_EPOCHS * count // batch))
     available = min(minutes * 60, max_steps * per_step)
     # Two evaluations of the network per image and sampling step, each a third of a training step (Kaplan et al. 2020,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm import hub
+from ldm import disk, hub
 from ldm.config import LDMConfig
 from ldm.data import Batch, generator
 from ldm.diffusion import NoiseSchedule
@@ -26,7 +26,7 @@ from ldm.training.run import Run
 SAMPLES, SAMPLING_STEPS = 128, 10
 TIMESTEPS_PER_SAMPLE = 8
 EMPTY_EVERY = 8  # one prompt in so many is empty: guidance needs what the model draws without a caption
-FRACTION = 0.25  # of the images of a batch, each of which brings one of these predictions
+PRIOR_FRACTION = 0.25  # of the images of a batch, each of which brings one of these predictions
 
 
 @dataclass(frozen=True)
@@ -35,33 +35,25 @@ class Prior:
 
     Each is stored as the x̂_0 and ε̂ that it means at its x_t, so that `diffusion_loss` of these at its timestep is the
     squared difference between the present prediction and that one.
-
-    Attributes:
-        latents, noise: x̂_0 and ε̂, [N, C, h, w].
-        timesteps: [N] int64.
-        condition: [N, L, D].
     """
 
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    condition: Tensor
+    latents: Tensor  # x̂_0, [N, C, h, w]
+    noise: Tensor  # ε̂, [N, C, h, w]
+    timesteps: Tensor  # [N] int64
+    condition: Tensor  # [N, L, D]
 
     def rows(self, seed: int, batch: Batch) -> Tensor:
         """Indices of the predictions that belong to a batch: a function of seed, epoch and image, not of the batch."""
         rows = []
         for epoch, name in zip(batch.epochs, batch.ids, strict=True):
             rng = generator(seed, "prior", epoch, name)
-            if rng.random() < FRACTION:
+            if rng.random() < PRIOR_FRACTION:
                 rows.append(int(rng.integers(len(self.latents))))
         return torch.tensor(rows, dtype=torch.int64)
 
 
 def make_prior(config: LDMConfig, pipeline: Pipeline, run: Run) -> Prior | None:
-    """None without `finetune.prior_weight`. Raises ValueError if there are no prompts for it.
-
-    It is computed again when a run is resumed, from the same model and prompts.
-    """
+    """None without `finetune.prior_weight`; ValueError without prompts for it. A resumed run computes it again."""
     if config.start_from is None or config.finetune.prior_weight == 0:
         return None
     prompts = read_prompts(config)
@@ -82,15 +74,11 @@ def make_prior(config: LDMConfig, pipeline: Pipeline, run: Run) -> Prior | None:
 def read_prompts(config: LDMConfig) -> list[str]:
     """`SAMPLES` prompts, one in `EMPTY_EVERY` empty: of `finetune.prior_prompts`, or `prompts.txt` of the model."""
     assert config.start_from is not None
-    path = Path(config.finetune.prior_prompts or hub.find_pipeline(config.start_from) / "prompts.txt").expanduser()
-    if config.finetune.prior_prompts is None and not path.is_file():
-        raise ValueError(
-            f"finetune.prior_weight is {config.finetune.prior_weight:g}, which needs prompts that {config.start_from} "
-            "can draw: set finetune.prior_prompts to a text file with one per line, or the weight to 0"
-        )
-    known = [line for line in map(str.strip, path.read_text(encoding="utf-8").splitlines()) if line]
-    if not known:
-        raise ValueError(f"{path} (finetune.prior_prompts) is empty; write a prompt per line")
+    path = config.finetune.prior_prompts or hub.find_pipeline(config.start_from) / "prompts.txt"
+    if isinstance(path, Path) and not path.is_file():
+        why = f"finetune.prior_weight needs prompts that {config.start_from} can draw"
+        raise ValueError(f"{why}: set finetune.prior_prompts to a text file with one per line, or the weight to 0")
+    known = disk.read_lines("finetune.prior_prompts", path)
     return ["" if i % EMPTY_EVERY == 0 else known[i % len(known)] for i in range(SAMPLES)]
 
 

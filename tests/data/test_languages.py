@@ -46,12 +46,15 @@ def test_a_language_that_is_not_there_is_named(tmp_path):
         DataConfig(path="digits", resolution=8, caption_language="de")
 
 
-def test_without_english_all_lines_count(tmp_path):
-    captions, _ = report(folder(tmp_path, "de.utf8=Hund\nfr.utf8=chien\n"))
+@pytest.mark.parametrize("text", ["de.utf8=Hund\nfr.utf8=chien\n", "de = Hund\nfr-FR=chien"])
+def test_without_english_all_lines_count(tmp_path, text):
+    captions, _ = report(folder(tmp_path, text))
     assert captions == [("Hund", "chien")]
 
 
-@pytest.mark.parametrize("text", ["a = b", "an equation: x = 5\nanother line", "no=yes", "f(x)=x\ng(x)=2"])
+@pytest.mark.parametrize(
+    "text", ["a = b", "an equation: x = 5\nanother line", "no=yes", "f(x)=x\ng(x)=2", "cat = a pet\ndog = a pet"]
+)
 def test_a_caption_with_an_equals_sign_is_a_caption(tmp_path, text):
     captions, found = report(folder(tmp_path, text))
     assert captions == [tuple(text.split("\n"))] and not found.captions.languages

@@ -16,6 +16,10 @@ def test_a_drawing_is_rendered_on_the_background():
     assert (found.image.size, found.format) == ((SVG_SIDE, SVG_SIDE // 2), "SVG")
     assert found.image.getpixel((10, 10)) == (255, 0, 0) and found.image.getpixel((SVG_SIDE - 10, 10)) == (0, 0, 255)
     assert "transparent" in found.traits
+    thin = RED.replace('viewBox="0 0 40 20" width="40" height="20"', 'viewBox="0 0 1 1000000"')
+    assert decode(thin.encode(), (0, 0, 0)).image.size == (1, SVG_SIDE)
+    embedded = RED.replace("</svg>", '<image href="data:image/png;base64,"/></svg>')
+    assert decode(embedded.encode(), (0, 0, 0)).format == "SVG"
     tall = RED.replace('viewBox="0 0 40 20" width="40" height="20"', 'viewBox="0 0 10 40"')
     assert decode(b"\xef\xbb\xbf<?xml version='1.0'?>\n" + tall.encode(), (0, 0, 0)).image.height == SVG_SIDE
 
@@ -27,6 +31,10 @@ def test_a_drawing_is_rendered_on_the_background():
         (f"{HEAD}<text>hello</text></svg>", "convert its text to paths"),
         (f'{HEAD}<image href="../secret.png"/></svg>', "refers to another file"),
         (f"{HEAD}<image xlink:href='/home/me/photo.JPG'/></svg>", "refers to another file"),
+        (f'{HEAD}<image width="9" href="my photo.png"/></svg>', "refers to another file"),
+        (f'{HEAD}<image href="/etc/no_suffix"/></svg>', "refers to another file"),
+        (f'{HEAD}<filter id="f"><feImage href="a.png"/></filter></svg>', "refers to another file"),
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "not an SVG that can be drawn"),
         (f"{HEAD}{' ' * 2**22}</svg>", "more than 4 MiB"),
         ("", "the file is empty"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.training.runs import run_autoencoder
+from tests.training.runs import captioned_folder, run_autoencoder
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +30,9 @@ def stable_diffusion(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stable_diffusion")
     tiny.stable_diffusion().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Twelve images with captions."""
+    return captioned_folder(tmp_path_factory.mktemp("data") / "mine", 12)

@@ -30,15 +30,10 @@ from ldm.training.noise import step_noise
 from ldm.training.run import Run
 from ldm.training.trainable import make_ema
 from tests import tiny
-from tests.training.runs import captioned_folder, digests, losses, metrics, run_config
+from tests.training.runs import digests, losses, metrics, run_config
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 METHODS = ("full", "attention", "lora")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return captioned_folder(tmp_path_factory.mktemp("data") / "mine", 12)
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,13 @@ from ldm.config import LDMConfig, parse_config
 from ldm.diffusion import NoiseSchedule, diffusion_loss
 from ldm.training import prior as module
 from ldm.training.checkpoints import tensors_hash
-from ldm.training.prior import FRACTION, SAMPLES, TIMESTEPS_PER_SAMPLE, make_prior, read_prompts
+from ldm.training.prior import PRIOR_FRACTION, SAMPLES, TIMESTEPS_PER_SAMPLE, make_prior, read_prompts
 from tests import tiny
-from tests.training.runs import captioned_folder, digests, losses, metrics, run_config
+from tests.training.runs import digests, losses, metrics, run_config
 from tests.training.test_finetune import content
 
 LAST = "checkpoints/step_00000004"
 PROMPTS = "noise number 1\n\n  a red square \n"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return captioned_folder(tmp_path_factory.mktemp("data") / "mine", 12)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +79,9 @@ def test_it_is_the_same_each_time_and_a_fraction_of_any_batch(model, pictures):
     _, _, again = make(model, pictures)
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("latents", "noise", "timesteps"))
     whole = first.rows(0, batch(400)).tolist()
-    assert 0.7 * FRACTION < len(whole) / 400 < 1.3 * FRACTION and max(whole) < SAMPLES * TIMESTEPS_PER_SAMPLE
+    assert (
+        0.7 * PRIOR_FRACTION < len(whole) / 400 < 1.3 * PRIOR_FRACTION and max(whole) < SAMPLES * TIMESTEPS_PER_SAMPLE
+    )
     assert first.rows(0, batch(10)).tolist() == whole[: len(first.rows(0, batch(10)))]
     assert first.rows(0, batch(400, epoch=1)).tolist() != whole and first.rows(1, batch(400)).tolist() != whole
 
@@ -105,8 +102,11 @@ def test_prompts_are_of_a_file_or_captions_of_the_built_in_data(model, pictures,
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="is empty; write a prompt per line"):
         prompts(prior_prompts=str(tmp_path / "empty.txt"))
-    with pytest.raises(OSError, match=r"missing\.txt"):
+    with pytest.raises(ValueError, match=r"finetune\.prior_prompts .*missing\.txt cannot be read"):
         prompts(prior_prompts=str(tmp_path / "missing.txt"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text"):
+        prompts(prior_prompts=str(tmp_path / "latin.txt"))
     with pytest.raises(ValueError, match="prior_weight is -1"):
         prompts(prior_weight=-1)
     assert make(model, pictures, prior_weight=0, prior_prompts=None)[2] is None

@@ -1,6 +1,7 @@
 """What `ldm train FOLDER` starts from."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from ldm.data import CaptionedImages, DataConfig
 from ldm.data.inspection import inspect
 from ldm.data.layouts import open_source
 from ldm.pipelines import Pipeline
+from ldm.training.estimate import MEASURED_RUNS
 from ldm.training.starting_model import (
     BUILT_IN_MODEL,
     BUILT_IN_SIDE,
@@ -65,6 +67,11 @@ def test_the_built_in_model_fits_drawings_and_not_textures(drawings, textures):
     assert good.is_good and good.psnr > bad.psnr + 5
     assert not bad.is_good
     assert measure_fit(pipeline, drawings) == good  # its noise is fixed
+
+
+def test_a_new_model_needs_what_the_least_of_our_runs_needed():
+    runs = json.loads(MEASURED_RUNS.read_text(encoding="utf-8"))
+    assert min(run["samples"] for run in runs if run["kind"] == "new") == NEW_SAMPLES
 
 
 def test_the_same_images_have_no_variance_to_explain(drawings):

@@ -17,8 +17,7 @@ from ldm.training.checkpoints import TrainingState
 from ldm.training.distributed import StepLosses
 from ldm.training.latents import LatentCache
 from ldm.training.noise import BatchPositions, step_noise
-from ldm.training.prior import FRACTION as PRIOR_FRACTION
-from ldm.training.prior import make_prior
+from ldm.training.prior import PRIOR_FRACTION, make_prior
 from ldm.training.run import Hooks, Run
 from ldm.training.trainable import make_ema, make_optimizer, select_trainable
 
@@ -79,9 +78,9 @@ def train_diffusion(config: LDMConfig, run: Run, hooks: Hooks) -> None:
         held = prior.rows(config.seed, batch)
         difference = losses.new_zeros(())
         if len(held):
-            x_0, epsilon, states = (part[held].to(losses) for part in (prior.latents, prior.noise, prior.condition))
-            difference = loss(x_0, states, timesteps=prior.timesteps[held], noise=epsilon).sum()
-            difference = difference / (PRIOR_FRACTION * len(losses))
+            x_0, eps, states = (part[held].to(losses) for part in (prior.latents, prior.noise, prior.condition))
+            squares = loss(x_0, states, timesteps=prior.timesteps[held], noise=eps)
+            difference = squares.sum() / (PRIOR_FRACTION * len(losses))
         objective = losses.mean() + config.finetune.prior_weight * difference
         return StepLosses(losses, noise.timesteps, {"prior_loss": difference}, (objective,))
 
