@@ -84,6 +84,10 @@ def test_without_a_name_nothing_is_overwritten(model, tmp_path, monkeypatch):
         assert call(monkeypatch, "generate", "a", "-m", model, "--steps", 1, "--seed", seed) == 0
     names = ("image.png", "image-2.png", "image-3.png")
     assert [Image.open(tmp_path / name).text["seed"] for name in names] == ["1", "2", "3"]
+    (tmp_path / "image-4-1.png").write_text("mine")  # of several prompts each file gets a free name
+    assert call(monkeypatch, "generate", "a", "b", "-m", model, "--steps", 1) == 0
+    assert (tmp_path / "image-4-1.png").read_text() == "mine"
+    assert {"image-4.png", "image-4-1-2.png", "image-4-2.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_sampler_and_guidance_are_written_down_and_drawn_with(model, tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ def test_the_built_in_model_fits_drawings_and_not_textures(drawings, textures):
     good, bad = measure_fit(pipeline, drawings), measure_fit(pipeline, textures)
     assert good.is_good and good.psnr > bad.psnr + 5
     assert not bad.is_good
+    assert bad.error_ratio > 1 > good.error_ratio > 0.02  # of noise it knows less than the mean image
     assert measure_fit(pipeline, drawings) == good  # its noise is fixed
 
 
