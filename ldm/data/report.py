@@ -377,6 +377,8 @@ def _needs_attention(report: DatasetReport, config: DataConfig, inspection: Insp
             f"original: {copy.path} says {quoted(copy.captions[0])}, and shows what {copy.of} shows; all captions are "
             "used, so remove those that are wrong"
         )
+    if config.caption_language is not None and not captions.languages:
+        yield f"data.caption_language is {config.caption_language}, but no caption file has lines with a language"
     if captions.many:
         yield (
             f"{plural(captions.many, 'image has', 'images have')} more than {_MANY_CAPTIONS} captions: each line of a "

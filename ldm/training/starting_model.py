@@ -127,7 +127,11 @@ def choose_start(
         if len(images) < FEW_IMAGES:
             reasons.append(f"{few}, so expect it to repeat them; fine-tuning a model (--start-from) needs far fewer")
         return None, "; ".join(reasons)
-    why = f", and the built-in model {BUILT_IN_MODEL} does not fit: {fit}" if fit and not fit.is_good else ""
+    why = ""
+    if fit:
+        why = f", and the built-in model {BUILT_IN_MODEL} does not fit: {fit}"
+        if fit.is_good:
+            why = f". The built-in model {BUILT_IN_MODEL} fits them: leave out --resolution and keys of a new model"
     raise ValueError(
         f"a model of {images.config.path} would draw noise or averages of color: {needs}{why}. Start from a model that "
         "knows such images (--start-from with a Stable Diffusion 1.x/2.x folder or hub id, or configs/sd15-lora.yaml), "

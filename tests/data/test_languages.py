@@ -60,6 +60,11 @@ def test_a_caption_with_an_equals_sign_is_a_caption(tmp_path, text):
     assert captions == [tuple(text.split("\n"))] and not found.captions.languages
 
 
+def test_a_language_without_effect_is_named(tmp_path):
+    _, found = report(folder(tmp_path, "a dog"), caption_language="de")
+    assert any("data.caption_language is de, but no caption file" in problem for problem in found.needs_attention)
+
+
 def test_many_captions_and_other_scripts_need_attention(tmp_path):
     many = "\n".join(f"a dog, seen {i} times" for i in range(11))
     _, found = report(folder(tmp_path, many, "犬がいる", "собака", "a cat"))

@@ -88,7 +88,9 @@ def test_too_little_time_for_a_new_model_of_drawings(drawings):
     # Few images are fine-tuned on, whatever the time.
     model, reason = start(drawings, minutes=500, samples_per_second=40)
     assert model == BUILT_IN_MODEL and "8 images teach a new model little" in reason
-    with pytest.raises(ValueError, match=r"12,000 fit into --minutes 5.*--minutes 54, 54 min.*--anyway"):
+    with pytest.raises(
+        ValueError, match=r"12,000 fit into --minutes 5.*leave out --resolution.*--minutes 54, 54 min.*--anyway"
+    ):
         start(drawings, minutes=5, samples_per_second=40, may_fine_tune=False)
     model, reason = start(drawings, minutes=20, samples_per_second=40, may_fine_tune=False)
     assert model is None and "expect less" in reason and "8 images teach" in reason
